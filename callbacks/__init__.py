@@ -1,0 +1,1 @@
+"""Lightning callbacks that analyse the trained model when fit ends."""

@@ -1,0 +1,1 @@
+"""The Lightning side of a classifier: module, backbones and data."""
