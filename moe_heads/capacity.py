@@ -1,0 +1,120 @@
+"""Parameters of a head, in all and active, and heads of equal capacity."""
+
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+from torch import nn
+
+from moe_heads.checks import check_at_least_one, check_option, check_positive
+from moe_heads.dense import Dense
+from moe_heads.head import Head
+from moe_heads.soft_moe import SoftMoE
+from moe_heads.sparse_moe import SparseMoE
+
+__all__ = ["Capacity", "HeadKind", "capacity", "match_capacity"]
+
+HeadKind = Literal["dense", "soft", "sparse"]
+
+_KINDS: dict[str, tuple[type[Head], str]] = {
+    "dense": (Dense, "width"),
+    "soft": (SoftMoE, "expert_width"),
+    "sparse": (SparseMoE, "expert_width"),
+}
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """Number of parameters.
+
+    Attributes:
+        total: All of them.
+        active: Those that take part in the evaluation of one row: for a sparse head k experts and the gate.
+    """
+
+    total: int
+    active: int
+
+
+def capacity(module: nn.Module) -> Capacity:
+    """Parameters of a head, or of any model with heads inside: total, and active in the evaluation of one row.
+
+    Example:
+        >>> from moe_heads import SparseMoE, capacity
+        >>> capacity(SparseMoE(512, 10))
+        Capacity(total=276064, active=71068)
+    """
+    total = _num_parameters(module)
+    heads = [child for child in module.modules() if isinstance(child, Head)]
+    idle = sum(_num_parameters(head) - head.num_active_parameters for head in heads)
+    return Capacity(total, total - idle)
+
+
+def match_capacity(
+    kind: HeadKind,
+    in_features: int,
+    num_classes: int,
+    *,
+    total: int | None = None,
+    active: int | None = None,
+    tolerance: float = 0.02,
+    **options: Any,
+) -> Head:
+    """Build the head whose capacity is nearest to a given one, by choice of its width.
+
+    Args:
+        kind: "dense", "soft" or "sparse".
+        in_features: D.
+        num_classes: C.
+        total: Parameters in all to come near to; give this or ``active``.
+        active: Active parameters to come near to.
+        tolerance: Largest relative deviation that is accepted: 2 %, the spread of the study's three heads being 3 %.
+        **options: Further arguments of the head, such as ``num_experts`` or ``k``.
+
+    Returns:
+        The head.
+
+    Raises:
+        ValueError: If no width comes near enough (the message says how near), both or none of the targets are given,
+            the width itself is among the options, or an option is bad.
+
+    Example:
+        >>> from moe_heads import Dense, capacity, match_capacity
+        >>> reference = capacity(Dense(512, 10)).total
+        >>> head = match_capacity("sparse", 512, 10, total=reference)
+        >>> head.expert_width, capacity(head).total / reference
+        (62, 1.00...)
+    """
+    check_option("kind", kind, get_args(HeadKind))
+    check_positive(tolerance=tolerance)
+    if (total is None) == (active is None):
+        raise ValueError(f"total, active: expected exactly one of the two; got total={total!r}, active={active!r}")
+    measure = "total" if active is None else "active"
+    target = total if active is None else active
+    assert target is not None
+    check_at_least_one(**{measure: target})
+    head_class, width_name = _KINDS[kind]
+    if width_name in options:
+        raise ValueError(
+            f"{width_name}: is what match_capacity chooses; expected it absent, got {options[width_name]!r}"
+        )
+
+    def size(width: int) -> int:
+        with torch.device("meta"):
+            head = head_class(in_features, num_classes, **{width_name: width}, **options)
+        return int(getattr(capacity(head), measure))
+
+    # the number of parameters is affine in the width
+    smallest = size(1)
+    width = max(1, 1 + round((target - smallest) / (size(2) - smallest)))
+    nearest = size(width)
+    if abs(nearest - target) > tolerance * target:
+        raise ValueError(
+            f"{measure}: expected a number of parameters that a {kind} head can come within {tolerance:.1%} of; got"
+            f" {target:,}, and the nearest is {nearest:,} ({nearest / target - 1:+.1%}) at {width_name}={width}"
+        )
+    return head_class(in_features, num_classes, **{width_name: width}, **options)
+
+
+def _num_parameters(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())

@@ -1,0 +1,83 @@
+"""What all classifier heads share: the call, its two forms of output, and the check of the input."""
+
+from abc import ABC, abstractmethod
+from typing import Literal, NamedTuple, overload
+
+from torch import Tensor, nn
+
+from moe_heads.checks import check_at_least_one
+from moe_heads.routing import Routing
+
+__all__ = ["Head", "HeadOutput"]
+
+
+class HeadOutput(NamedTuple):
+    """Output of ``head(x, return_routing=True)``, the same three for every head.
+
+    Attributes:
+        logits: (B, C).
+        aux_loss: Balance loss to add to the task loss, scalar; zero for `Dense`.
+        routing: What the router did; None for `Dense`.
+    """
+
+    logits: Tensor
+    aux_loss: Tensor
+    routing: Routing | None
+
+
+class Head(nn.Module, ABC):
+    """Base of the classifier heads: ``head(x) -> logits``, so that a head stands where a `torch.nn.Linear` stood.
+
+    Args:
+        in_features: D, the size of the last dimension of the input.
+        num_classes: C.
+    """
+
+    def __init__(self, in_features: int, num_classes: int) -> None:
+        super().__init__()
+        check_at_least_one(in_features=in_features, num_classes=num_classes)
+        self.in_features = in_features
+        self.num_classes = num_classes
+
+    @overload
+    def forward(self, x: Tensor, return_routing: Literal[False] = ...) -> Tensor: ...
+    @overload
+    def forward(self, x: Tensor, return_routing: Literal[True]) -> HeadOutput: ...
+    def forward(self, x: Tensor, return_routing: bool = False) -> Tensor | HeadOutput:
+        """Logits of the classes.
+
+        Args:
+            x: Pooled features (B, D), or tokens (B, T, D), whose logits are averaged over T.
+            return_routing: Return the balance loss and the routing as well.
+
+        Returns:
+            Logits (B, C), or a `HeadOutput` with ``return_routing``.
+
+        Raises:
+            ValueError: If x has another shape.
+        """
+        if x.dim() not in (2, 3) or x.shape[-1] != self.in_features:
+            raise ValueError(
+                f"x: expected shape (B, {self.in_features}) or (B, T, {self.in_features}); got {tuple(x.shape)}"
+            )
+        logits, routing = self.classify(x)
+        if not return_routing:
+            return logits
+        return HeadOutput(logits, logits.new_zeros(()) if routing is None else routing.aux_loss, routing)
+
+    @abstractmethod
+    def classify(self, x: Tensor) -> tuple[Tensor, Routing | None]:
+        """Logits (B, C) and routing for an input of checked shape."""
+
+    @property
+    def num_active_parameters(self) -> int:
+        """Parameters that take part in the evaluation of one row."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    def extra_repr(self) -> str:
+        """Sizes."""
+        total = sum(parameter.numel() for parameter in self.parameters())
+        return (
+            f"in_features={self.in_features}, num_classes={self.num_classes}, "
+            f"parameters={total:,}, active={self.num_active_parameters:,}"
+        )

@@ -1,0 +1,83 @@
+"""The soft head: every expert runs, the gate mixes."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from moe_heads.checks import check_at_least_one
+from moe_heads.experts import Experts
+from moe_heads.head import Head
+from moe_heads.routers import SoftmaxRouter
+from moe_heads.routing import Routing
+
+__all__ = ["SoftMoE"]
+
+
+class SoftMoE(Head):
+    r"""Softmax mixture of experts for pooled features, Soft MoE with slots for tokens.
+
+    For features (B, D): :math:`y = \sum_e p_e(x) f_e(x)` with :math:`p = \mathrm{softmax}((x W_g + b_g)/\tau)`. For
+    tokens (B, T, D), Soft MoE of Puigcerver et al. (arXiv 2308.00951): a softmax over the tokens fills E·S slots,
+    expert e runs on its S slots, a softmax over the slots brings the results back to the tokens, whose logits are
+    averaged. One token and one slot an expert give the first form. (The paper's normalisation of x and of the gate is
+    left out, for that reason.)
+
+    The defaults are those of the study (arXiv 2601.15021): 271,960 parameters for 512 features and 10 classes.
+
+    Args:
+        in_features: D.
+        num_classes: C.
+        num_experts: E.
+        expert_width: Hidden units of one expert.
+        slots_per_expert: S. With pooled features all slots of an expert see the same input, so more than one serves
+            tokens only.
+        temperature: :math:`\tau` of the gate; above 1 the mixture is flatter.
+        dropout: Probability after an expert's ReLU.
+        balance: Coefficients of the balance losses "kl" (mean gate against uniform; 0.2 as in the study), "importance"
+            and "z"; see `moe_heads.balance`.
+
+    Raises:
+        ValueError: If a size is below 1, the temperature not positive, the dropout outside [0, 1) or a balance term
+            unknown.
+
+    Example:
+        >>> import torch
+        >>> from moe_heads import SoftMoE
+        >>> head = SoftMoE(512, 10)
+        >>> output = head(torch.randn(4, 512), return_routing=True)
+        >>> output.logits.shape, output.routing.gates.shape
+        (torch.Size([4, 10]), torch.Size([4, 8]))
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        num_classes: int,
+        num_experts: int = 8,
+        expert_width: int = 64,
+        slots_per_expert: int = 1,
+        temperature: float = 1.0,
+        dropout: float = 0.1,
+        balance: Mapping[str, float] | None = {"kl": 0.2},
+    ) -> None:
+        super().__init__(in_features, num_classes)
+        check_at_least_one(num_experts=num_experts, slots_per_expert=slots_per_expert)
+        self.num_experts, self.expert_width, self.slots_per_expert = num_experts, expert_width, slots_per_expert
+        self.router = SoftmaxRouter(in_features, num_experts, temperature, balance, slots_per_expert)
+        self.experts = Experts(num_experts, in_features, expert_width, num_classes, dropout)
+
+    def classify(self, x: Tensor) -> tuple[Tensor, Routing | None]:
+        """Logits (B, C) and the routing of the rows or tokens."""
+        if x.dim() == 2:
+            routing = self.router(x)
+            return self.experts.mix_all(x, routing.gates), routing
+        batch, tokens, _ = x.shape
+        routing = self.router(x.flatten(0, 1), rows_per_sample=tokens)
+        slot_logits = routing.slot_logits.unflatten(0, (batch, tokens))
+        dispatch = slot_logits.softmax(1)
+        combine = slot_logits.flatten(2).softmax(-1).view_as(slot_logits)
+        slots = torch.einsum("btes,btd->besd", dispatch.to(x.dtype), x)
+        # the mean over the tokens is linear: it is taken of the weights, before the product
+        outputs = self.experts.each(slots)
+        return torch.einsum("bes,besc->bc", combine.mean(1).to(outputs.dtype), outputs), routing
