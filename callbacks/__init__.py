@@ -1,1 +1,20 @@
 """Lightning callbacks that analyse the trained model when fit ends."""
+
+from moe_heads.callbacks.expert_utilization import ExpertUtilizationCallback
+from moe_heads.callbacks.fit_end import AnalysisInputs, FitEndAnalysis
+from moe_heads.callbacks.inference_timing import InferenceTimingCallback
+from moe_heads.callbacks.loss_landscape import Landscape, LossLandscapeCallback
+from moe_heads.callbacks.reporting import Mesh, Report
+from moe_heads.callbacks.sharpness import SharpnessCallback
+
+__all__ = [
+    "AnalysisInputs",
+    "ExpertUtilizationCallback",
+    "FitEndAnalysis",
+    "InferenceTimingCallback",
+    "Landscape",
+    "LossLandscapeCallback",
+    "Mesh",
+    "Report",
+    "SharpnessCallback",
+]

@@ -72,7 +72,8 @@ def selection_probability(logits: Tensor, noisy_logits: Tensor, noise_std: Tenso
     kth, next_best = values[..., k - 1 : k], values[..., k:]
     # without e, the k-th largest is the (k+1)-th of all where e itself is among the first k
     threshold = torch.where(noisy_logits >= kth, next_best, kth)
-    return torch.special.ndtr((logits - threshold) / noise_std.clamp_min(1e-6))
+    probability: Tensor = torch.special.ndtr((logits - threshold) / noise_std.clamp_min(1e-6))
+    return probability
 
 
 def switch_loss(probs: Tensor, counts: Tensor, valid: Tensor, sync: bool = False) -> Tensor:

@@ -28,6 +28,9 @@ class Experts(nn.Module):
         dropout: Probability after the ReLU.
     """
 
+    num_filter_dims = 2
+    """Leading dimensions that count filters, for `callbacks.functional.filter_normalized`: expert and unit."""
+
     def __init__(self, num_experts: int, in_features: int, width: int, out_features: int, dropout: float = 0.0) -> None:
         super().__init__()
         check_at_least_one(
@@ -79,7 +82,8 @@ class Experts(nn.Module):
         gates = gates.to(hidden.dtype)
         weighted = hidden.unflatten(-1, (self.num_experts, self.width)) * gates.unsqueeze(-1)
         second = self.weight2.transpose(1, 2).flatten(0, 1)
-        return weighted.flatten(-2) @ second + gates @ self.bias2.to(gates.dtype)
+        logits: Tensor = weighted.flatten(-2) @ second + gates @ self.bias2.to(gates.dtype)
+        return logits
 
     def mix_selected(self, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
         """Weighted sum of the chosen experts, computed for the rows that chose them only.
@@ -109,7 +113,8 @@ class Experts(nn.Module):
         )
         inverse = torch.empty_like(order).scatter(0, order, torch.arange(len(order), device=order.device))
         chosen = outputs[inverse].unflatten(0, indices.shape)
-        return (chosen * weights.to(chosen.dtype).unsqueeze(-1)).sum(-2)
+        logits: Tensor = (chosen * weights.to(chosen.dtype).unsqueeze(-1)).sum(-2)
+        return logits
 
     def each(self, slots: Tensor) -> Tensor:
         """Every expert on its own slots.

@@ -94,7 +94,7 @@ class SparseMoE(Head):
     def _runs_selected(self, rows: Tensor) -> bool:
         if self.dispatch != "auto":
             return self.dispatch == "selected"
-        if rows.device.type != "cpu" or torch.compiler.is_compiling() or torch.jit.is_tracing() or _in_transform():
+        if rows.device.type != "cpu" or _needs_static_shapes():
             return False
         num_rows = rows.shape[0]
         num_chosen = num_rows * self.k
@@ -109,6 +109,10 @@ class SparseMoE(Head):
         return gate + self.k * self.experts.parameters_per_expert
 
 
-def _in_transform() -> bool:
-    """Whether a torch.func transform (vmap, jvp, ...) is active: segment lengths cannot be read inside one."""
-    return torch._C._functorch.maybe_current_level() is not None
+def _needs_static_shapes() -> bool:
+    """Whether the call is compiled, exported, traced, or inside a torch.func transform such as vmap."""
+    return (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
+        or torch._C._functorch.maybe_current_level() is not None
+    )

@@ -11,7 +11,7 @@ import torchmetrics
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-__all__ = ["analysis_mode", "preserved"]
+__all__ = ["analysis_mode", "preserved", "seed_generators"]
 
 
 @contextmanager
@@ -64,11 +64,16 @@ def analysis_mode(model: nn.Module, seed: int = 0) -> Iterator[None]:
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         for device_type in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
             stack.enter_context(torch.autocast(device_type, enabled=False))
-        random.seed(seed)
-        np.random.seed(seed % 2**32)
-        torch.manual_seed(seed)
+        seed_generators(seed)
         model.eval()
         yield
+
+
+def seed_generators(seed: int) -> None:
+    """Seed the generators of Python, NumPy, torch and every CUDA device."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
 
 
 class _ModuleState:
@@ -110,7 +115,7 @@ class _TensorState:
 
 
 def _is_lazy(tensor: Tensor) -> bool:
-    return isinstance(tensor, nn.parameter.UninitializedTensorMixin)
+    return isinstance(tensor, (nn.UninitializedParameter, nn.UninitializedBuffer))
 
 
 def _restore_slots(slots: dict[str, Any], saved: dict[str, Any]) -> None:

@@ -1,0 +1,107 @@
+"""What may be wrong with the graph of a loss that is to be differentiated twice, and how much memory it holds."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+__all__ = ["checked_loss", "gradient_with_graph", "saved_bytes", "second_order_errors"]
+
+# Parts of the messages with which torch refuses a second derivative: missing formulas, custom functions, torch.compile.
+_NO_SECOND_DERIVATIVE = ("is not implemented", "once_differentiable", "double backward", "differentiate twice")
+
+
+def checked_loss(loss: object, index: int) -> Tensor:
+    """The loss of batch ``index``, if it can be differentiated twice.
+
+    Raises:
+        ValueError: If it is not a finite scalar tensor that depends on a parameter, or went through a reentrant
+            checkpoint (``torch.autograd.grad`` would silently lose what lies inside).
+    """
+    where = f"of batch {index}"
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        got = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+        raise ValueError(f"loss_fn: expected a scalar tensor, the mean loss {where}; got {got}")
+    if not bool(loss.isfinite().all()):
+        raise ValueError(f"loss_fn: expected a finite loss; got {loss.item()} as the loss {where}")
+    if loss.grad_fn is None:
+        raise ValueError(
+            f"loss_fn: expected a loss that depends on the model's parameters; the loss {where} has no graph"
+        )
+    if any(node.name() == "CheckpointFunctionBackward" for node in _nodes([loss])):
+        raise ValueError(
+            "model: expected checkpoint(..., use_reentrant=False); got reentrant checkpointing, whose second "
+            "derivatives are silently wrong"
+        )
+    return loss.reshape(())
+
+
+def gradient_with_graph(loss: Tensor, params: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Gradient that can be differentiated again; zeros for parameters that the loss does not reach.
+
+    Raises:
+        RuntimeError: If a layer has no second derivative and torch can tell already.
+    """
+    # A function with a once-differentiable backward leaves its error node only when the gradient that enters it
+    # requires a gradient, so the first of them does. And torch never runs that node, since it leads to no parameter:
+    # the product would silently lack what the function contributes.
+    one = torch.ones_like(loss, requires_grad=True)
+    with second_order_errors():
+        gradient = torch.autograd.grad(loss, params, one, create_graph=True, allow_unused=True, materialize_grads=True)
+        if any(node.name() == "torch::autograd::Error" for node in _nodes(gradient)):
+            raise RuntimeError("a custom autograd function is marked once_differentiable")
+    return gradient
+
+
+@contextmanager
+def second_order_errors() -> Iterator[None]:
+    """Add cause and remedy to the error of a layer that has no second derivative.
+
+    Raises:
+        RuntimeError: In place of torch's own.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not any(part in str(error) for part in _NO_SECOND_DERIVATIVE):
+            raise
+        raise RuntimeError(
+            f"a layer of the model has no second derivative ({error}). For the analysis use its plain form: attention "
+            "inside analysis_mode (mathematical kernel), the module before torch.compile, torch operations in place of "
+            "a custom autograd function; on a GPU, torch.backends.cudnn.flags(enabled=False) for recurrent layers."
+        ) from error
+
+
+def saved_bytes(compute: Callable[[], object], besides: Iterable[Tensor]) -> int:
+    """Bytes that the graph built by ``compute()`` holds for backward, each storage once.
+
+    Args:
+        compute: Builds the graph and returns something that keeps it alive.
+        besides: Tensors whose memory does not count, because it is held anyway.
+    """
+    held = {p.untyped_storage().data_ptr() for p in besides}
+    sizes: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        if tensor.layout == torch.strided:
+            storage = tensor.untyped_storage()
+            sizes[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        graph = compute()
+    total = sum(size for pointer, size in sizes.items() if pointer not in held)
+    del graph
+    return total
+
+
+def _nodes(tensors: Iterable[Tensor]) -> Iterator[torch.autograd.graph.Node]:
+    seen: set[torch.autograd.graph.Node] = set()
+    waiting = [tensor.grad_fn for tensor in tensors]
+    while waiting:
+        node = waiting.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            waiting.extend(following for following, _ in node.next_functions)
+            yield node

@@ -1,0 +1,1 @@
+"""Directions in parameter space, and what a walk along them found."""

@@ -1,0 +1,51 @@
+"""Which samples choose other experts than at a reference point."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from moe_heads.routing import Routing, RoutingCollection
+
+__all__ = ["Choices", "choices_of", "flip_share"]
+
+Choices = list[Tensor]
+"""For each pass of a router over a batch the sets of experts that the samples chose, (samples, rows of one · K)."""
+
+
+def choices_of(collection: RoutingCollection) -> Choices:
+    """Choices of every pass that was collected, in the order of the heads' names in the model."""
+    return [_choice(routing) for routings in collection.routings.values() for routing in routings]
+
+
+def flip_share(choices: Choices, reference: Choices) -> float:
+    """Share of the samples with another set of experts than in ``reference``, the mean over the routers' passes.
+
+    A sample of several tokens flips when one of its tokens does. The order of the experts within a set does not count.
+
+    Args:
+        choices: Choices at the point.
+        reference: Choices at the reference point, of the same batches.
+
+    Returns:
+        The share, 0 to 1; nan when no router ran.
+
+    Raises:
+        ValueError: If the two are not of the same passes.
+    """
+    shapes, expected = [c.shape for c in choices], [c.shape for c in reference]
+    if shapes != expected:
+        raise ValueError(
+            "model: expected the same routed rows at every point of the landscape; got shapes "
+            f"{[tuple(s) for s in shapes]} against {[tuple(s) for s in expected]} at the centre"
+        )
+    if not reference:
+        return math.nan
+    flipped = [(here != there).any(1).to(torch.float64).sum() for here, there in zip(choices, reference, strict=True)]
+    return float(torch.stack(flipped).sum()) / sum(len(c) for c in reference)
+
+
+def _choice(routing: Routing) -> Tensor:
+    # a row without finite logits chooses nothing: no expert has the index -1
+    chosen = routing.chosen.sort(-1).values.masked_fill(~routing.valid.unsqueeze(-1), -1)
+    return chosen.reshape(-1, routing.rows_per_sample * chosen.shape[-1])

@@ -1,0 +1,1 @@
+"""Rows of a timing and their figure."""

@@ -1,0 +1,1 @@
+"""Sums over routed rows, and what they say about the experts."""

@@ -1,0 +1,75 @@
+"""Callback: latency and throughput of inference at the end of fit."""
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+from typing_extensions import override
+
+from moe_heads.callbacks.fit_end import AnalysisInputs, FitEndAnalysis, OnError
+from moe_heads.callbacks.functional import InferenceTimingResult, inference_timing
+from moe_heads.callbacks.functional.batches import ForwardFn, call_model
+from moe_heads.callbacks.reporting import Report
+from moe_heads.callbacks.trainer_access import Split
+
+__all__ = ["InferenceTimingCallback"]
+
+
+class InferenceTimingCallback(FitEndAnalysis):
+    """Percentiles of the latency of the model, its backbone and its head for several batch sizes, at the end of fit.
+
+    The parts are timed by themselves as well, on the inputs that they get inside the model: the backbone usually hides
+    the head. Logged at the end of fit, below ``inference_timing/<split>/``: p50, p90 and p99 in milliseconds and
+    samples a second for each module and batch size; to TensorBoard also the figure ``latency`` and the text
+    ``summary``.
+
+    Args:
+        batch_sizes: Batch sizes; 256 is that of arXiv 2601.15021, 1 shows the overhead, 32 is in between.
+        num_runs: Timed runs of each module and batch size. The 99th percentile needs a hundred to mean much.
+        warmup_runs: Runs before them that do not count.
+        modules: Dotted names of the parts to time; by default the model's backbone, head and heads with a router.
+        forward_fn: ``forward_fn(pl_module, batch)``; by default the module is called with a batch's first entry.
+        splits: The split that inputs are taken from; one is enough, as the time does not depend on the data.
+        seed, on_error: See `FitEndAnalysis`.
+
+    Example:
+        >>> from moe_heads.callbacks import InferenceTimingCallback
+        >>> InferenceTimingCallback(batch_sizes=(1, 256)).batch_sizes
+        (1, 256)
+    """
+
+    name: ClassVar[str] = "inference_timing"
+    needs_loss: ClassVar[bool] = False
+    results: dict[Split, InferenceTimingResult]
+
+    def __init__(
+        self,
+        batch_sizes: Sequence[int] = (1, 32, 256),
+        num_runs: int = 100,
+        warmup_runs: int = 10,
+        modules: Sequence[str] | None = None,
+        forward_fn: ForwardFn | None = None,
+        splits: Sequence[Split] = ("test",),
+        seed: int = 0,
+        on_error: OnError = "warn",
+    ) -> None:
+        super().__init__(splits, num_samples=max(batch_sizes, default=1), seed=seed, on_error=on_error)
+        self.batch_sizes, self.num_runs, self.warmup_runs = tuple(batch_sizes), num_runs, warmup_runs
+        self.modules, self.forward_fn = modules, forward_fn
+
+    @override
+    def compute(self, inputs: AnalysisInputs) -> InferenceTimingResult:
+        return inference_timing(
+            inputs.model,
+            inputs.batches[0],
+            batch_sizes=self.batch_sizes,
+            modules=self.modules,
+            num_runs=self.num_runs,
+            warmup_runs=self.warmup_runs,
+            forward_fn=self.forward_fn or call_model,
+            seed=self.seed,
+            on_step=inputs.advance,
+        )
+
+    @override
+    def report(self, result: InferenceTimingResult) -> Report:
+        return Report(result.metrics(), {"summary": result.summary()}, {"latency": result.plot()[0]})

@@ -1,0 +1,1 @@
+"""Parts of `compare_heads.py`: options, one run, the results, the report."""

@@ -1,0 +1,251 @@
+"""A classifier from a backbone and a head, trained with the settings of arXiv 2601.15021."""
+
+import math
+from typing import Any, Literal
+
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchmetrics import Metric
+from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError
+from typing_extensions import override
+
+from moe_heads import Head, Router, capacity, collect_routing
+from moe_heads.checks import check_at_least_one, check_option, check_positive
+
+__all__ = ["MoEClassifier"]
+
+Batch = tuple[Tensor, Tensor]
+"""Inputs (B, …) and class labels (B,), int64."""
+
+
+class MoEClassifier(LightningModule):
+    """Backbone and head as one LightningModule: cross-entropy plus the head's balance loss, by SGD.
+
+    Works with any head from features to logits: those of `moe_heads`, a plain `torch.nn.Linear`, or a module that
+    holds heads anywhere inside; the balance losses of all of them, and of heads inside the backbone, are trained.
+
+    Logged once an epoch, as means over the samples: ``train/loss`` (the objective: cross-entropy with label smoothing
+    plus balance loss), ``train/aux_loss`` (its balance part), ``train/accuracy``; and for validation and test
+    ``val/loss`` (plain cross-entropy in nats), ``val/accuracy`` (share of correct samples) and
+    ``val/calibration_error`` (expected calibration error, 15 bins).
+
+    Args:
+        backbone: Module from inputs to features.
+        head: Module from features to logits (B, C).
+        learning_rate: Of SGD at the start.
+        momentum: Of SGD.
+        weight_decay: L2 coefficient on all parameters.
+        nesterov: Use Nesterov's momentum.
+        schedule: "cosine" lowers the learning rate to 0 over the trainer's ``max_epochs``, one step an epoch;
+            "constant" keeps it.
+        label_smoothing: Of the training cross-entropy, in [0, 1).
+        num_classes: C; None takes it from the head's ``num_classes`` or ``out_features``.
+
+    Attributes:
+        num_classes: C.
+
+    Raises:
+        ValueError: If an argument is out of its range, the number of classes is unknown or contradicts the head, or
+            the head does not fit the backbone's ``num_features``.
+
+    Example:
+        >>> import torch
+        >>> from moe_heads import SparseMoE
+        >>> from moe_heads.lightning_modules import DigitsCNN, MoEClassifier
+        >>> model = MoEClassifier(DigitsCNN(), SparseMoE(64, 10), learning_rate=0.05)
+        >>> model(torch.zeros(2, 1, 8, 8)).shape
+        torch.Size([2, 10])
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        head: nn.Module,
+        learning_rate: float = 0.1,
+        momentum: float = 0.9,
+        weight_decay: float = 5e-4,
+        nesterov: bool = False,
+        schedule: Literal["cosine", "constant"] = "cosine",
+        label_smoothing: float = 0.0,
+        num_classes: int | None = None,
+    ) -> None:
+        super().__init__()
+        for name, module in (("backbone", backbone), ("head", head)):
+            if not isinstance(module, nn.Module):
+                raise ValueError(
+                    f"{name}: expected a torch.nn.Module; got {module!r}. Checkpoints hold its weights "
+                    f"only: call load_from_checkpoint(path, backbone=..., head=...)"
+                )
+        check_positive(learning_rate=learning_rate)
+        for name, share in (("momentum", momentum), ("label_smoothing", label_smoothing)):
+            if not 0 <= share < 1:
+                raise ValueError(f"{name}: expected a number in [0, 1); got {share!r}")
+        if not 0 <= weight_decay < math.inf:
+            raise ValueError(f"weight_decay: expected a finite number of at least 0; got {weight_decay!r}")
+        if nesterov and momentum == 0:
+            raise ValueError("nesterov: expected False with momentum 0; got True")
+        check_option("schedule", schedule, ("cosine", "constant"))
+        _check_sizes(backbone, head)
+        self.num_classes = _num_classes(head, num_classes)
+        self.backbone = backbone
+        self.head = head
+        # modules and LightningCLI's own entries stay out: the table of runs and load_from_checkpoint need scalars
+        self.save_hyperparameters(ignore=["backbone", "head", "_instantiator", "_class_path"])
+        self.save_hyperparameters(dict(self.hparams) | _describe(backbone, head))
+        self._head_returns_all = isinstance(head, Head) and not any(isinstance(m, Router) for m in backbone.modules())
+        # validate_args would read the labels on the host at every step
+        options: dict[str, Any] = {"num_classes": self.num_classes, "validate_args": False}
+        self.train_accuracy = MulticlassAccuracy(average="micro", **options)
+        self.val_accuracy = MulticlassAccuracy(average="micro", **options)
+        self.test_accuracy = MulticlassAccuracy(average="micro", **options)
+        self.val_calibration_error = MulticlassCalibrationError(n_bins=15, **options)
+        self.test_calibration_error = MulticlassCalibrationError(n_bins=15, **options)
+
+    @override
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits (B, C)."""
+        logits: Tensor = self.head(self.backbone(x))
+        return logits
+
+    @override
+    def setup(self, stage: str) -> None:
+        """Refuse data with another number of classes, where the data module tells it.
+
+        Raises:
+            ValueError: If ``trainer.datamodule.num_classes`` is not the head's.
+        """
+        expected = getattr(getattr(self.trainer, "datamodule", None), "num_classes", self.num_classes)
+        if expected != self.num_classes:
+            raise ValueError(f"head: expected {expected} classes, as the data module has; got {self.num_classes}")
+
+    @override
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Cross-entropy plus balance loss, scalar; no synchronisation with the host."""
+        x, labels = batch
+        logits, aux_loss = self._logits_and_aux_loss(x)
+        loss = F.cross_entropy(logits, labels, label_smoothing=self.hparams["label_smoothing"]) + aux_loss
+        self.train_accuracy(logits.detach(), labels)
+        options: dict[str, Any] = {"on_step": False, "on_epoch": True, "batch_size": len(labels), "sync_dist": True}
+        self.log("train/loss", loss.detach(), prog_bar=True, **options)
+        self.log("train/aux_loss", aux_loss.detach(), **options)
+        self.log("train/accuracy", self.train_accuracy, **options)
+        return loss
+
+    @override
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Loss, accuracy and calibration error of a validation batch.
+
+        Raises:
+            ValueError: In the sanity check before training, if logits are not finite.
+        """
+        self._evaluate("val", batch, self.val_accuracy, self.val_calibration_error)
+
+    @override
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        """Loss, accuracy and calibration error of a test batch."""
+        self._evaluate("test", batch, self.test_accuracy, self.test_calibration_error)
+
+    @override
+    def configure_optimizers(self) -> Any:
+        """SGD, with the cosine schedule if asked for.
+
+        Raises:
+            MisconfigurationException: If the cosine schedule has no number of epochs to go by.
+        """
+        options = {name: self.hparams[name] for name in ("momentum", "weight_decay", "nesterov")}
+        optimizer = torch.optim.SGD(self.parameters(), lr=self.hparams["learning_rate"], **options)
+        if self.hparams["schedule"] == "constant":
+            return optimizer
+        max_epochs = self.trainer.max_epochs
+        if max_epochs is None or max_epochs < 0:
+            raise MisconfigurationException(
+                'schedule="cosine" ends with the last epoch: give the Trainer a finite max_epochs (got '
+                f'{max_epochs}), or use schedule="constant"'
+            )
+        scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=max(max_epochs, 1))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "epoch"}}
+
+    def analysis_loss(self, batch: Batch) -> Tensor:
+        """Mean cross-entropy of a batch, scalar, nats: what the analyses differentiate.
+
+        Neither balance loss nor label smoothing, so that heads can be compared.
+        """
+        x, labels = batch
+        return F.cross_entropy(self(x), labels)
+
+    def analysis_accuracy(self, batch: Batch) -> Tensor:
+        """Share of correct samples of a batch, scalar."""
+        x, labels = batch
+        accuracy: Tensor = (self(x).argmax(-1) == labels).float().mean()
+        return accuracy
+
+    def _logits_and_aux_loss(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        if self._head_returns_all:
+            logits, aux_loss, _ = self.head(self.backbone(x), return_routing=True)
+            return logits, aux_loss
+        with collect_routing(self) as routing:
+            logits = self(x)
+        return logits, logits.new_zeros(()) + routing.aux_loss
+
+    def _evaluate(
+        self, split: str, batch: Batch, accuracy: MulticlassAccuracy, calibration: MulticlassCalibrationError
+    ) -> None:
+        x, labels = batch
+        logits = self(x)
+        if self.trainer.sanity_checking:
+            _check_finite(logits)
+        accuracy(logits, labels)
+        # as probabilities: logits that all happen to lie in [0, 1] would be taken for some
+        calibration(logits.softmax(-1), labels)
+        metrics: dict[str, Metric | Tensor] = {
+            f"{split}/loss": F.cross_entropy(logits, labels),
+            f"{split}/accuracy": accuracy,
+            f"{split}/calibration_error": calibration,
+        }
+        self.log_dict(metrics, on_step=False, on_epoch=True, batch_size=len(labels), sync_dist=True)
+
+
+def _check_sizes(backbone: nn.Module, head: nn.Module) -> None:
+    came, expected = getattr(backbone, "num_features", None), getattr(head, "in_features", None)
+    if isinstance(came, int) and isinstance(expected, int) and came != expected:
+        raise ValueError(f"head: expected in_features={came}, the backbone's num_features; got {expected}")
+
+
+def _num_classes(head: nn.Module, num_classes: int | None) -> int:
+    known = getattr(head, "num_classes", getattr(head, "out_features", None))
+    if num_classes is None:
+        if not isinstance(known, int):
+            raise ValueError(
+                f"num_classes: expected a number, as {type(head).__name__} has neither num_classes nor "
+                "out_features; got None"
+            )
+        return known
+    check_at_least_one(num_classes=num_classes)
+    if isinstance(known, int) and known != num_classes:
+        raise ValueError(f"num_classes: expected {known}, the head's number of logits; got {num_classes}")
+    return num_classes
+
+
+def _describe(backbone: nn.Module, head: nn.Module) -> dict[str, str | int]:
+    """What tells one run's model from another's in a table of hyper-parameters."""
+    size = capacity(head)
+    shape = {name: getattr(head, name, None) for name in ("num_experts", "k", "expert_width", "width")}
+    return {
+        "backbone": type(backbone).__name__,
+        "head": type(head).__name__,
+        **{name: value for name, value in shape.items() if isinstance(value, int)},
+        "num_head_params": size.total,
+        "num_active_head_params": size.active,
+    }
+
+
+def _check_finite(logits: Tensor) -> None:
+    num_bad = int((~logits.isfinite().all(-1)).sum())
+    if num_bad:
+        raise ValueError(
+            f"logits: expected finite numbers from the model; got NaN or infinity in {num_bad} of {len(logits)} rows "
+            "of a validation batch before training. Check the inputs and the initial or loaded weights"
+        )

@@ -1,0 +1,152 @@
+"""A tree of image files, one folder a class, held decoded in memory where it fits."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from PIL import Image, UnidentifiedImageError
+from torchvision.datasets.folder import IMG_EXTENSIONS
+from typing_extensions import override
+
+from moe_heads.checks import check_at_least_one
+from moe_heads.lightning_modules.cifar10 import CIFAR10_MEAN, CIFAR10_STD
+from moe_heads.lightning_modules.data import ImageDataModule, RawSplit, Split
+from moe_heads.lightning_modules.images import ImageFiles, ImageTransform, check_size
+
+__all__ = ["ImageFolderDataModule"]
+
+
+class ImageFolderDataModule(ImageDataModule):
+    """Images from ``root/train/<class>``, ``root/test/<class>`` and, where it exists, ``root/val/<class>``.
+
+    Without ``root/val`` the validation split is taken from the training images. The tree is checked when the object is
+    made. A split is decoded once into memory when it takes at most ``memory_limit_mb``, else at every access (raise
+    ``num_workers`` then). Augmentation is a random crop from the image with ``crop_padding`` black pixels on every
+    side, and a random flip.
+
+    Args:
+        root: Folder with the tree.
+        image_size: Side in pixels: the shorter side is scaled to it and the middle cut out. None takes the images as
+            they are; they all have to have the same size.
+        mean: Mean of red, green and blue on the scale 0 … 1; that of CIFAR-10.
+        std: Their standard deviation; that of CIFAR-10.
+        crop_padding: Pixels added before the random crop, 0 for no crop; 4 is usual for 32x32 pixels.
+        memory_limit_mb: Largest decoded split that is held in memory, in MB (10^6 bytes).
+        batch_size: Images a batch.
+        num_workers: Processes that load; 0 is the fastest for images in memory.
+        val_split: Share of the training images that becomes the validation split when there is no ``root/val``.
+        seed: Seed of the splits.
+        augment: Crop and flip the training images at random.
+        limit_train: Train on a random subset of that many images, classes in proportion; None for all.
+
+    Attributes:
+        num_classes: Number of class folders.
+        class_names: Names of the class folders, sorted.
+        image_shape: (3, H, W).
+
+    Raises:
+        ValueError: If an argument is out of its range, a folder is missing or empty, or (in ``setup``) a file is not
+            an image or the images differ in size without ``image_size``.
+    """
+
+    def __init__(
+        self,
+        root: str,
+        image_size: int | None = None,
+        mean: tuple[float, float, float] = CIFAR10_MEAN,
+        std: tuple[float, float, float] = CIFAR10_STD,
+        crop_padding: int = 4,
+        memory_limit_mb: int = 1000,
+        batch_size: int = 128,
+        num_workers: int = 0,
+        val_split: float = 0.1,
+        seed: int = 42,
+        augment: bool = True,
+        limit_train: int | None = None,
+    ) -> None:
+        super().__init__(mean, std, batch_size, num_workers, val_split, seed, augment, limit_train)
+        if len(mean) != 3:
+            raise ValueError(f"mean, std: expected three numbers (red, green, blue); got {mean!r}, {std!r}")
+        if image_size is not None:
+            check_at_least_one(image_size=image_size)
+        if crop_padding < 0 or memory_limit_mb < 0:
+            raise ValueError(
+                f"crop_padding, memory_limit_mb: expected at least 0; got {crop_padding!r}, {memory_limit_mb!r}"
+            )
+        self.root = Path(root)
+        self.image_size = image_size
+        self.crop_padding = crop_padding
+        self.memory_limit_mb = memory_limit_mb
+        self.class_names = _class_names(self.root / "train")
+        self.num_classes = len(self.class_names)
+        names: list[Split] = ["train", "val", "test"] if (self.root / "val").exists() else ["train", "test"]
+        self._files = {name: _list_files(self.root / name, self.class_names) for name in names}
+        width, height = (image_size, image_size) if image_size else _size(self._files["train"][0][0])
+        self.image_shape = (3, height, width)
+
+    @override
+    def load_splits(self) -> Mapping[Split, RawSplit]:
+        """The splits, decoded where they fit into memory."""
+        _, height, width = self.image_shape
+        splits: dict[Split, RawSplit] = {
+            name: RawSplit(ImageFiles(paths, height, width, resize=self.image_size is not None), torch.tensor(labels))
+            for name, (paths, labels) in self._files.items()
+        }
+        if "val" not in splits:
+            splits["train"], splits["val"] = self.split_off_validation(*splits["train"])
+        splits["train"] = self.limited(splits["train"])
+        return {name: self._in_memory(split) for name, split in splits.items()}
+
+    @override
+    def transform(self, augment: bool) -> ImageTransform:
+        """Normalised floats; crops and flips with ``augment``."""
+        return ImageTransform(self.mean, self.std, padding=self.crop_padding if augment else 0, flip=augment)
+
+    def _in_memory(self, split: RawSplit) -> RawSplit:
+        files, labels = split
+        assert isinstance(files, ImageFiles)
+        num_bytes = len(files) * 3 * files.height * files.width
+        if num_bytes <= self.memory_limit_mb * 1e6:
+            return RawSplit(files[torch.arange(len(files))], labels)
+        if not files.resize:
+            # read from the headers now: an odd image would else stop the training halfway
+            for path in files.paths:
+                check_size(path, _size(path), (files.width, files.height))
+        return split
+
+
+def _class_names(folder: Path) -> tuple[str, ...]:
+    if not folder.is_dir():
+        raise ValueError(f"root: expected class folders in {folder}; there is no such folder")
+    names = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    if len(names) < 2:
+        raise ValueError(f"root: expected at least two class folders in {folder}; got {names or 'none'}")
+    return tuple(names)
+
+
+def _list_files(folder: Path, class_names: Sequence[str]) -> tuple[list[Path], list[int]]:
+    """Files and labels of a split, in a fixed order."""
+    found = _class_names(folder)
+    if found != tuple(class_names):
+        odd = sorted(set(found) ^ set(class_names))
+        raise ValueError(
+            f"root: expected the same classes in {folder} as in train; these are only in one of them: {', '.join(odd)}"
+        )
+    paths: list[Path] = []
+    labels: list[int] = []
+    for label, name in enumerate(class_names):
+        files = sorted(path for path in (folder / name).iterdir() if path.suffix.lower() in IMG_EXTENSIONS)
+        if not files:
+            raise ValueError(f"root: expected images ({' '.join(IMG_EXTENSIONS)}) in {folder / name}; found none")
+        paths += files
+        labels += [label] * len(files)
+    return paths, labels
+
+
+def _size(path: Path) -> tuple[int, int]:
+    """(width, height) from the file's header."""
+    try:
+        with Image.open(path) as image:
+            return image.size
+    except (UnidentifiedImageError, OSError) as error:
+        raise ValueError(f"{path}: not a readable image: {error}") from error

@@ -1,0 +1,139 @@
+import numpy as np
+import pytest
+import torch
+from scipy.sparse.linalg import eigsh
+from support.hessians import DenseOperator, classification, cross_entropy, dense_hessian, small_mlp, symmetric
+
+from moe_heads.callbacks.functional.curvature.lanczos import lanczos
+from moe_heads.callbacks.functional.curvature.operator import HessianOperator
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def decaying(dim: int = 200, dtype: torch.dtype = torch.float64) -> DenseOperator:
+    """Few large eigenvalues over a bulk around zero, as in a trained network."""
+    bulk = 0.1 * torch.randn(dim - 6, dtype=torch.float64)
+    return DenseOperator(symmetric(torch.cat([torch.tensor([30.0, 20.0, 12.0, 9.0, 5.0, -3.0]).double(), bulk]), dtype))
+
+
+def test_all_eigenvalues_of_a_small_network() -> None:
+    model, batch = small_mlp(), classification(20, 5)
+    expected = torch.linalg.eigvalsh(dense_hessian(model, cross_entropy, batch))
+    operator = HessianOperator(model, cross_entropy, [batch])
+    result = lanczos(operator, generator=seeded(), num_eigenvalues=57)
+    assert result.converged and result.num_steps == operator.num_products == 57
+    torch.testing.assert_close(torch.tensor(result.eigenvalues).flip(0).double(), expected, rtol=1e-6, atol=1e-6)
+    assert result.lambda_min == pytest.approx(float(expected[0]), rel=1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_agrees_with_scipy_in_few_steps(dtype: torch.dtype) -> None:
+    operator = decaying(dtype=dtype)
+    result = lanczos(operator, generator=seeded(), num_eigenvalues=5)
+    expected = np.sort(eigsh(operator.matrix.double().numpy(), k=5, which="LA")[0])[::-1]
+    # The error of an eigenvalue is at most the squared residual over the gap.
+    np.testing.assert_allclose(result.eigenvalues, expected, rtol=2e-6)
+    assert result.converged and result.num_steps < 25
+    assert max(result.residuals) <= 1e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("max_steps", [8, 60])
+def test_reported_residuals_are_the_true_ones(dtype: torch.dtype, max_steps: int) -> None:
+    operator = decaying(dtype=dtype)
+    result = lanczos(operator, generator=seeded(), tolerance=1e-5, max_steps=max_steps)
+    vectors = result.vectors()
+    torch.testing.assert_close(vectors @ vectors.T, torch.eye(5, dtype=dtype), rtol=0, atol=1e-5)
+    for vector, value, reported in zip(vectors, result.eigenvalues, result.residuals, strict=True):
+        true = float((operator.matvec(vector) - value * vector).norm()) / value
+        floor = 10 * torch.finfo(dtype).eps * 30 / value
+        assert reported == pytest.approx(true, rel=0.02, abs=2 * floor)
+    assert result.converged == (max_steps == 60)
+
+
+def test_krylov_relation() -> None:
+    operator = decaying()
+    result = lanczos(operator, generator=seeded(), max_steps=10, tolerance=1e-12)
+    q = result.basis.combined(torch.eye(10, dtype=torch.float64))
+    t = torch.diag(result.alphas) + torch.diag(result.betas[:-1], 1) + torch.diag(result.betas[:-1], -1)
+    left = q @ operator.matrix - t @ q
+    torch.testing.assert_close(q @ q.T, torch.eye(10, dtype=torch.float64), atol=1e-13, rtol=0)
+    assert left[:-1].abs().max() < 1e-12
+    assert float(left[-1].norm()) == pytest.approx(float(result.betas[-1]), rel=1e-9)
+
+
+def test_not_converged_is_said_and_values_are_lower_bounds() -> None:
+    operator = DenseOperator(symmetric(torch.linspace(-1, 1, 300)))
+    result = lanczos(operator, generator=seeded(), max_steps=20)
+    assert not result.converged and result.num_steps == operator.num_products == 20
+    assert max(result.residuals) > 1e-3
+    exact = torch.linspace(-1, 1, 300).flip(0)
+    assert all(value <= bound + 1e-12 for value, bound in zip(result.eigenvalues, exact.tolist()[:5], strict=True))
+    assert result.lambda_min >= -1 and result.lambda_min_residual > 0
+
+
+def test_negative_definite_operator() -> None:
+    values = -torch.logspace(0, 3, 100)
+    result = lanczos(DenseOperator(symmetric(values)), generator=seeded(), num_eigenvalues=2)
+    torch.testing.assert_close(result.eigenvalues[0], -1.0, rtol=1e-4, atol=0)
+    assert result.eigenvalues[0] >= result.eigenvalues[1]
+    assert result.lambda_min == pytest.approx(-1000, rel=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    ("num_eigenvalues", "expected"),
+    [(1, [5.0]), (2, [5.0, 5.0]), (3, [5.0, 5.0, 5.0]), (5, [5.0, 5.0, 5.0, 1.0, 0.0])],
+)
+def test_multiple_eigenvalues_with_an_invariant_krylov_space(
+    dtype: torch.dtype, num_eigenvalues: int, expected: list[float]
+) -> None:
+    operator = DenseOperator(symmetric([5.0] * 3 + [1.0] + [0.0] * 46, dtype))
+    result = lanczos(operator, generator=seeded(), num_eigenvalues=num_eigenvalues)
+    assert result.converged
+    np.testing.assert_allclose(result.eigenvalues, expected, atol=1e-4)
+
+
+def test_repeated_top_eigenvalue_of_a_rich_spectrum() -> None:
+    # The second copy enters through rounding; in float32, as for a network, within the steps that a density takes.
+    values = torch.cat([torch.tensor([10.0, 10.0, 4.0]), torch.linspace(-1, 1, 297)])
+    operator = DenseOperator(symmetric(values, torch.float32))
+    result = lanczos(operator, generator=seeded(), num_eigenvalues=3, min_steps=40)
+    np.testing.assert_allclose(result.eigenvalues, [10, 10, 4], rtol=1e-4)
+
+
+@pytest.mark.parametrize("scale", [0.0, 3.0])
+def test_multiple_of_the_identity(scale: float) -> None:
+    result = lanczos(DenseOperator(scale * torch.eye(20)), generator=seeded(), num_eigenvalues=4)
+    assert result.converged and result.num_steps == 4
+    np.testing.assert_allclose(result.eigenvalues, [scale] * 4, rtol=1e-5)
+
+
+def test_scaling_the_operator_scales_the_result() -> None:
+    matrix = decaying().matrix
+    small, large = (lanczos(DenseOperator(factor * matrix), generator=seeded()) for factor in (1e-6, 1e6))
+    assert small.num_steps == large.num_steps
+    np.testing.assert_allclose(np.array(large.eigenvalues) / 1e12, small.eigenvalues, rtol=1e-9)
+
+
+def test_min_steps_and_seed() -> None:
+    operator = decaying()
+    result = lanczos(operator, generator=seeded(), min_steps=40)
+    assert result.num_steps == 40 and result.converged
+    again = lanczos(operator, generator=seeded(), min_steps=40)
+    other = lanczos(operator, generator=seeded(1), min_steps=40)
+    assert torch.equal(result.alphas, again.alphas) and not torch.equal(result.alphas, other.alphas)
+
+
+def test_bad_arguments() -> None:
+    operator = DenseOperator(torch.eye(4))
+    for number in (0, 5):
+        with pytest.raises(ValueError, match=f"num_eigenvalues: expected 1 to 4, .*got {number}"):
+            lanczos(operator, generator=seeded(), num_eigenvalues=number)
+    with pytest.raises(ValueError, match="tolerance: expected a positive number; got 0"):
+        lanczos(operator, generator=seeded(), num_eigenvalues=2, tolerance=0)
+    with pytest.raises(ValueError, match="max_steps: expected at least num_eigenvalues = 2; got 1"):
+        lanczos(operator, generator=seeded(), num_eigenvalues=2, max_steps=1)
+    assert operator.num_products == 0

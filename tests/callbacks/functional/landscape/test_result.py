@@ -1,0 +1,122 @@
+import math
+import warnings
+
+import pytest
+import torch
+from torch import Tensor
+
+from moe_heads.callbacks.functional.landscape.result import LossLandscapeResult
+
+
+def landscape(losses: Tensor, **fields: object) -> LossLandscapeResult:
+    axes = [torch.linspace(-1, 1, size, dtype=torch.float64) for size in losses.shape]
+    given = {
+        "alphas": axes[0],
+        "betas": axes[1] if len(axes) > 1 else None,
+        "losses": losses.double(),
+        "accuracies": None,
+        "routing_flips": None,
+        "center_loss": 1.0,
+        "center_accuracy": None,
+        "num_samples": 8,
+        "seed": 0,
+    }
+    return LossLandscapeResult(**(given | fields))
+
+
+def bowl(size: int = 5) -> Tensor:
+    side = torch.linspace(-1, 1, size)
+    return 1 + side[:, None].square() + 3 * side.square()
+
+
+def test_metrics_are_finite_and_absent_otherwise() -> None:
+    losses = torch.tensor([math.inf, 2.0, 1.0, 3.0, math.nan])
+    result = landscape(losses, accuracies=losses.clamp(0, 1).nan_to_num(), center_accuracy=0.5)
+    assert result.metrics() == {
+        "center_loss": 1.0,
+        "num_nonfinite": 2.0,
+        "loss_min": 1.0,
+        "loss_mean": 2.0,
+        "loss_max": 3.0,
+        "curvature_1": pytest.approx((2 - 2 + 3) / 0.25),
+        "center_accuracy": 0.5,
+        "accuracy_min": 0.0,
+        "num_samples": 8.0,
+    }
+    nothing = landscape(torch.full((3,), math.nan)).metrics()
+    assert nothing == {"center_loss": 1.0, "num_nonfinite": 3.0, "num_samples": 8.0}
+
+
+def test_curvatures_along_both_axes() -> None:
+    assert landscape(bowl()).curvatures == pytest.approx((2, 6))
+
+
+def test_no_curvature_without_a_centre_on_the_grid() -> None:
+    assert landscape(bowl(4)).curvatures == ()
+    assert landscape(torch.ones(3), alphas=torch.tensor([0.0, 1.0, 2.0])).curvatures == ()
+    assert landscape(torch.ones(3), alphas=torch.tensor([-1.0, 0.0, 2.0])).curvatures == ()
+
+
+def test_scale_is_logarithmic_for_a_wide_range_of_positive_losses() -> None:
+    assert landscape(torch.tensor([1.0, 99.0])).scale == "linear"
+    assert landscape(torch.tensor([1.0, 101.0, math.inf])).scale == "log"
+    assert landscape(torch.tensor([-1.0, 1.0, 1000.0])).scale == "linear"
+
+
+def test_flips_in_metrics_and_summary() -> None:
+    flips = torch.tensor([0.5, 0.0, 1.0], dtype=torch.float64)
+    result = landscape(torch.ones(3), routing_flips=flips)
+    assert result.metrics()["flips_mean"] == 0.5
+    assert result.metrics()["flips_max"] == 1.0
+    assert "choose other experts" in result.summary()
+    assert "choose other experts" not in landscape(torch.ones(3), routing_flips=0 * flips).summary()
+
+
+def test_summary_is_a_table_that_tells_the_scale_and_what_is_blank() -> None:
+    text = landscape(torch.tensor([[1.0, math.nan], [1000.0, 2.0]])).summary()
+    assert text.startswith("| quantity | value |\n|---|---|\n| center loss | 1 |")
+    assert "2 × 2 points; losses are drawn on a log scale." in text
+    assert "1 points have a loss that is nan or inf" in text
+
+
+def test_mesh_of_a_line() -> None:
+    with pytest.raises(ValueError, match="mesh: expected a landscape on a plane"):
+        landscape(torch.ones(3)).mesh()
+
+
+@pytest.mark.parametrize(
+    "losses",
+    [
+        torch.tensor([1.0, 2.0, 3.0]),
+        torch.tensor([1.0, math.nan, 1000.0]),
+        torch.full((3,), math.nan),
+        bowl(),
+        torch.ones(3, 3),
+        torch.full((3, 3), math.nan),
+        torch.tensor([[1.0, math.inf], [1e4, 2.0]]),
+        bowl(9) ** 8,
+    ],
+)
+def test_figures_of_all_kinds_render_without_a_warning(losses: Tensor) -> None:
+    flips = torch.zeros_like(losses, dtype=torch.float64)
+    result = landscape(losses, routing_flips=flips)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        figure, ax = result.plot()
+        figure.savefig("/dev/null", format="png")
+    assert ax.get_xlabel().startswith("α")
+    assert "loss 1 at the centre (8 samples" in ax.get_title()
+
+
+def test_plot_draws_the_losses_and_leaves_pyplot_alone() -> None:
+    from matplotlib._pylab_helpers import Gcf
+    from matplotlib.figure import Figure
+
+    own = Figure().subplots()
+    figure, ax = landscape(bowl()).plot(own)
+    assert ax is own
+    assert figure is own.figure
+    assert not Gcf.figs
+    # the picture's rows run along β
+    drawn = ax.collections[0].get_array().reshape(5, 5)
+    torch.testing.assert_close(torch.from_numpy(drawn.data), bowl().T.double())

@@ -1,0 +1,174 @@
+import copy
+import random
+from collections.abc import Callable, Iterable
+
+import numpy as np
+import pytest
+import torch
+from support.hessians import classification, cross_entropy, dense_hessian, small_cnn, small_mlp
+from torch import Tensor, nn
+
+from moe_heads.callbacks.functional.sharpness import sharpness
+
+Batch = tuple[Tensor, Tensor]
+
+
+def test_whole_spectrum_of_a_small_network() -> None:
+    model, batch = small_mlp(), classification(20, 5)
+    values, vectors = torch.linalg.eigh(dense_hessian(model, cross_entropy, batch))
+    result = sharpness(model, cross_entropy, [batch], keep_eigenvectors=True, max_steps=57)
+    np.testing.assert_allclose(result.eigenvalues, values.flip(0)[:5], rtol=1e-5)
+    assert max(result.residuals) <= 1e-3 and result.converged
+    assert abs(result.trace - float(values.sum())) < 5 * result.trace_stderr
+    assert result.frobenius_norm == pytest.approx(float(values.norm()), rel=0.05)
+    assert result.lambda_min == pytest.approx(float(values[0]), rel=1e-3)
+    assert result.eigenvectors is not None and result.eigenvectors.shape == (5, 57)
+    assert abs(float(result.eigenvectors[0] @ vectors[:, -1])) == pytest.approx(1, abs=1e-6)
+    assert result.parameter_names == ("0.weight", "0.bias", "2.weight", "2.bias")
+    assert result.num_products == result.num_steps + result.num_probes
+    assert (result.num_samples, result.num_parameters) == (20, 57)
+
+
+def test_blocks_hold_the_shares_of_the_eigenvectors() -> None:
+    model, batch = small_mlp(), classification(20, 5)
+    top = torch.linalg.eigh(dense_hessian(model, cross_entropy, batch))[1].flip(1)[:, 0].square()
+    result = sharpness(model, cross_entropy, [batch], tolerance=1e-8)
+    assert list(result.blocks) == ["0", "2"]
+    assert result.blocks["0"][0] == pytest.approx(float(top[:36].sum()), abs=1e-6)
+    np.testing.assert_allclose(np.sum(list(result.blocks.values()), axis=0), np.ones(5))
+    named = sharpness(model, cross_entropy, [batch], tolerance=1e-8, blocks={"first bias": ["0.bias"], "none": []})
+    assert named.blocks["first bias"][0] == pytest.approx(float(top[30:36].sum()), abs=1e-6)
+    assert named.blocks["none"] == (0.0,) * 5
+
+
+def test_dropout_and_batch_norm_are_in_evaluation_mode() -> None:
+    model = nn.Sequential(small_cnn(), nn.Dropout(0.5)).train()
+    batch = classification(40, 1, 8, 8, dtype=torch.float32)
+    exact = dense_hessian(copy.deepcopy(model).eval().double(), cross_entropy, (batch[0].double(), batch[1]))
+    result = sharpness(model, cross_entropy, [batch])
+    expected = torch.linalg.eigvalsh(exact).flip(0)[:5]
+    np.testing.assert_allclose(result.eigenvalues, expected, rtol=1e-4)
+    assert abs(result.trace - float(exact.trace())) < 5 * result.trace_stderr
+
+
+def test_batching_and_graph_mode_do_not_matter() -> None:
+    model = small_mlp()
+    x, y = classification(30, 5)
+    batches = list(zip(x.split(13), y.split(13), strict=True))
+    whole = sharpness(model, cross_entropy, [(x, y)])
+    split = sharpness(model, cross_entropy, iter(batches), graph_memory=0)
+    assert (whole.graph_mode, split.graph_mode) == ("kept", "rebuilt")
+    np.testing.assert_allclose(split.eigenvalues, whole.eigenvalues, rtol=1e-9)
+    assert split.trace == pytest.approx(whole.trace, rel=1e-9) and split.num_samples == 30
+
+
+def test_frozen_parameters_are_left_out() -> None:
+    model, batch = small_mlp(), classification(20, 5)
+    exact = dense_hessian(model, cross_entropy, batch)[36:, 36:]
+    model[0].requires_grad_(False)
+    result = sharpness(model, cross_entropy, [batch])
+    assert result.num_parameters == 21 and list(result.blocks) == ["2"]
+    assert result.eigenvalues[0] == pytest.approx(float(torch.linalg.eigvalsh(exact)[-1]), rel=1e-5)
+    # 21 < 40 steps: the Krylov space holds all but the null space, and the trace is exact.
+    assert result.trace == pytest.approx(float(exact.trace()), rel=1e-9) and result.trace_stderr < 1e-12
+
+
+def test_seed_and_progress() -> None:
+    model, batch = small_mlp(), classification(20, 5)
+    seen: list[int] = []
+    first = sharpness(model, cross_entropy, [batch], on_product=seen.append)
+    assert seen == list(range(1, first.num_products + 1))
+    again, other = (sharpness(model, cross_entropy, [batch], seed=seed) for seed in (0, 1))
+    assert first.metrics() == again.metrics() and first.trace != other.trace
+    assert (first.seed, other.seed) == (0, 1)
+
+
+def test_without_density_it_takes_fewer_products() -> None:
+    model, batch = small_mlp(), classification(20, 5)
+    short = sharpness(model, cross_entropy, [batch], density=False)
+    full = sharpness(model, cross_entropy, [batch])
+    assert short.density is None and short.num_steps < full.num_steps == 40
+    assert full.density is not None
+    np.testing.assert_allclose(short.eigenvalues, full.eigenvalues, rtol=1e-5)
+
+
+def snapshot(model: nn.Module) -> list[Tensor]:
+    tensors = [*model.parameters(), *model.buffers(), *(p.grad for p in model.parameters() if p.grad is not None)]
+    return [t.detach().clone() for t in tensors]
+
+
+def failing(m: nn.Module, batch: Batch) -> Tensor:
+    m.train()(batch[0])  # moves the running statistics
+    torch.rand(1)
+    np.random.rand()
+    raise KeyError("mine")
+
+
+@pytest.mark.parametrize("loss_fn", [cross_entropy, failing])
+def test_leaves_no_trace_also_after_an_error(loss_fn: Callable[[nn.Module, Batch], Tensor]) -> None:
+    model = small_cnn().train()
+    batch = classification(20, 1, 8, 8, dtype=torch.float32)
+    cross_entropy(model, batch).backward()
+    model[0].eval()
+    model[5].bias.requires_grad_(False)
+    before, flags = snapshot(model), [m.training for m in model.modules()]
+    generators = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].copy()
+    if loss_fn is failing:
+        with pytest.raises(KeyError, match="mine"):
+            sharpness(model, loss_fn, [batch])
+    else:
+        sharpness(model, loss_fn, [batch])
+    assert all(torch.equal(a, b) for a, b in zip(snapshot(model), before, strict=True))
+    assert [m.training for m in model.modules()] == flags
+    assert [p.requires_grad for p in model.parameters()] == [True] * 5 + [False]
+    assert torch.equal(torch.get_rng_state(), generators[0])
+    assert random.getstate() == generators[1] and np.array_equal(np.random.get_state()[1], generators[2])
+
+
+def test_works_under_no_grad_and_inference_mode() -> None:
+    model, batch = small_mlp(), classification(20, 5)
+    expected = sharpness(model, cross_entropy, [batch]).eigenvalues
+    for context in (torch.no_grad(), torch.inference_mode()):
+        with context:
+            assert sharpness(model, cross_entropy, [batch]).eigenvalues == expected
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_eigenvalues": 0}, "num_eigenvalues: expected 1 to 57, .*got 0"),
+        ({"num_eigenvalues": 58}, "num_eigenvalues: expected 1 to 57, .*got 58"),
+        ({"tolerance": 0.0}, "^tolerance: expected a positive number; got 0.0"),
+        ({"trace_tolerance": -1.0}, "trace_tolerance: expected a positive number; got -1.0"),
+        ({"max_steps": 4}, "max_steps: expected at least num_eigenvalues = 5; got 4"),
+        ({"max_probes": 2}, "max_probes: expected at least 8; got 2"),
+        ({"blocks": {"head": ["2.weight", "fc"]}}, r"blocks: expected names of trainable .*'0.weight'; got \['fc'\]"),
+    ],
+)
+def test_bad_options_are_refused_before_the_data_is_read(options: dict[str, object], message: str) -> None:
+    def unread() -> Iterable[Batch]:
+        raise AssertionError("the data was read")
+        yield
+
+    with pytest.raises(ValueError, match=message):
+        sharpness(small_mlp(), cross_entropy, unread(), **options)  # type: ignore[arg-type]
+
+
+def test_bad_model_and_data() -> None:
+    with pytest.raises(ValueError, match="model: expected at least one parameter that requires a gradient; got none"):
+        sharpness(nn.Flatten(), cross_entropy, [classification(4, 5)])
+    with pytest.raises(ValueError, match="batches"):
+        sharpness(small_mlp(), cross_entropy, [])
+    with pytest.raises(ValueError, match="loss_fn: expected a finite loss; got nan"):
+        x, y = classification(4, 5)
+        sharpness(small_mlp(), cross_entropy, [(x * float("nan"), y)])
+
+
+@pytest.mark.gpu
+def test_gpu_equals_cpu() -> None:
+    model, batch = small_cnn(), classification(40, 1, 8, 8, dtype=torch.float32)
+    expected = sharpness(model, cross_entropy, [batch])
+    actual = sharpness(model.cuda(), cross_entropy, [batch], keep_eigenvectors=True)
+    np.testing.assert_allclose(actual.eigenvalues, expected.eigenvalues, rtol=1e-3)
+    assert actual.trace == pytest.approx(expected.trace, rel=1e-2)
+    assert actual.eigenvectors is not None and actual.eigenvectors.device.type == "cpu"

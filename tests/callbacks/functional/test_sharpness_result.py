@@ -1,0 +1,62 @@
+from dataclasses import FrozenInstanceError, replace
+
+import pytest
+from support.hessians import classification, cross_entropy, small_mlp
+
+from moe_heads.callbacks.functional.sharpness import sharpness
+from moe_heads.callbacks.functional.sharpness_result import SharpnessResult
+
+
+@pytest.fixture
+def result() -> SharpnessResult:
+    return sharpness(small_mlp(), cross_entropy, [classification(20, 5)], num_eigenvalues=3)
+
+
+def test_metrics(result: SharpnessResult) -> None:
+    metrics = result.metrics()
+    assert list(metrics) == [
+        "lambda_max",
+        "lambda_2",
+        "lambda_3",
+        "lambda_min",
+        "residual_max",
+        "trace",
+        "trace_stderr",
+        "frobenius_norm",
+        "num_products",
+        "num_samples",
+        "converged",
+    ]
+    assert all(type(value) is float for value in metrics.values())
+    assert metrics["lambda_max"] == result.eigenvalues[0] and metrics["lambda_3"] == result.eigenvalues[2]
+    assert metrics["residual_max"] == max(result.residuals) and metrics["converged"] == 1.0
+
+
+def test_summary_is_a_table(result: SharpnessResult) -> None:
+    lines = result.summary().splitlines()
+    assert lines[0] == "| quantity | value | relative residual |"
+    assert all(line.count("|") == 4 for line in lines)
+    assert f"| λ1 | {result.eigenvalues[0]:.5g} |" in lines[2]
+    assert f"| trace | {result.trace:.5g} ± {result.trace_stderr:.2g} |" in result.summary()
+    assert f"| Hessian-vector products | {result.num_products} (" in result.summary()
+    assert "| samples | 20 |" in result.summary() and "converge" not in result.summary()
+
+
+def test_summary_says_what_did_not_converge(result: SharpnessResult) -> None:
+    eigenvalues = replace(result, eigenvalues_converged=False)
+    assert not eigenvalues.converged and eigenvalues.metrics()["converged"] == 0.0
+    assert f"The eigenvalues did not converge in {result.num_steps} steps" in eigenvalues.summary()
+    trace = replace(result, trace_converged=False)
+    assert not trace.converged and "eigenvalues did not" not in trace.summary()
+    assert f"The trace did not reach its tolerance with {result.num_probes} probes" in trace.summary()
+
+
+def test_frozen(result: SharpnessResult) -> None:
+    with pytest.raises(FrozenInstanceError):
+        result.trace = 0.0  # type: ignore[misc]
+
+
+def test_plot_draws_its_own_spectrum(result: SharpnessResult) -> None:
+    figure, ax = result.plot()
+    assert ax.figure is figure
+    assert list(ax.lines[-1].get_xdata()) == list(result.eigenvalues)

@@ -1,0 +1,195 @@
+"""The base of the analyses: when it runs, what it leaves behind, what an error does."""
+
+from typing import Any
+
+import pytest
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import EarlyStopping
+from lightning.pytorch.strategies import FSDPStrategy
+from support.lightning_models import PlainModule, assert_same, loader, snapshot, trainer
+
+from moe_heads.callbacks import AnalysisInputs, FitEndAnalysis, Report
+
+
+class MeanLoss(FitEndAnalysis):
+    """The smallest analysis there can be."""
+
+    name = "mean_loss"
+
+    def compute(self, inputs: AnalysisInputs) -> float:
+        assert inputs.loss_fn is not None
+        losses = torch.stack([inputs.loss_fn(inputs.model.eval(), batch) for batch in inputs.batches])
+        inputs.advance(1, 1)
+        return losses.mean().item()
+
+    def report(self, result: float) -> Report:
+        return Report({"value": result})
+
+
+class Failing(MeanLoss):
+    name = "failing"
+
+    def __init__(self, error: BaseException, **options: Any) -> None:
+        super().__init__(**options)
+        self.error = error
+
+    def compute(self, inputs: AnalysisInputs) -> float:
+        raise self.error
+
+
+class Witness(Callback):
+    """Records the module's state before and after the analyses, which stand between two witnesses."""
+
+    def __init__(self) -> None:
+        self.seen: dict[str, Any] = {}
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.seen = snapshot(pl_module)
+
+
+def test_runs_at_the_end_of_fit_and_reports() -> None:
+    analysis = MeanLoss(splits=["train", "val"])
+    fitted = trainer(analysis)
+    fitted.fit(PlainModule(), loader(), loader(seed=1))
+    assert set(analysis.results) == {"train", "val"}
+    assert fitted.callback_metrics["mean_loss/val/value"] == pytest.approx(analysis.results["val"])
+    assert analysis.results["train"] != analysis.results["val"]
+
+
+@pytest.mark.parametrize("options", [{"max_epochs": 0}, {"limit_train_batches": 0}])
+def test_runs_when_nothing_is_trained(options: dict[str, Any]) -> None:
+    analysis = MeanLoss(splits=["train"])
+    trainer(analysis, **options).fit(PlainModule(), loader())
+    assert "train" in analysis.results
+
+
+def test_runs_after_early_stopping() -> None:
+    class Validated(PlainModule):
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            self.log("val", 1.0)
+
+    analysis = MeanLoss(splits=["train"])
+    fitted = trainer(analysis, EarlyStopping("val", patience=1, check_on_train_epoch_end=False), max_epochs=9)
+    fitted.fit(Validated(), loader(), loader())
+    assert fitted.current_epoch < 9
+    assert "train" in analysis.results
+
+
+def test_leaves_the_module_bit_for_bit_as_it_was() -> None:
+    before, after = Witness(), Witness()
+    first, second = MeanLoss(splits=["train"]), Failing(RuntimeError("half way"), splits=["train"])
+    with pytest.warns(UserWarning, match="half way"):
+        trainer(before, first, second, after).fit(PlainModule(), loader())
+    assert_same({**before.seen, "training": None}, {**after.seen, "training": None})
+
+
+def test_a_failing_analysis_is_reported_and_the_others_go_on() -> None:
+    failing, fine = Failing(RuntimeError("no second derivative"), splits=["train"]), MeanLoss(splits=["train"])
+    with pytest.warns(UserWarning, match=r"failing/train: failed with RuntimeError: no second derivative"):
+        trainer(failing, fine).fit(PlainModule(), loader())
+    assert failing.results == {}
+    assert "train" in fine.results
+
+
+def test_an_error_is_raised_on_request() -> None:
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        trainer(Failing(RuntimeError("no second derivative"), splits=["train"], on_error="raise")).fit(
+            PlainModule(), loader()
+        )
+
+
+def test_ctrl_c_ends_the_analysis_not_the_run() -> None:
+    interrupted, fine = Failing(KeyboardInterrupt(), splits=["train"]), MeanLoss(splits=["train"])
+    with pytest.warns(UserWarning, match="failing/train: interrupted"):
+        trainer(interrupted, fine).fit(PlainModule(), loader())
+    assert "train" in fine.results
+
+
+def test_missing_test_data_falls_back_to_validation_and_says_so() -> None:
+    analysis = MeanLoss()
+    with pytest.warns(UserWarning, match="no test data; val takes its place"):
+        trainer(analysis).fit(PlainModule(), loader(), loader(seed=1))
+    assert set(analysis.results) == {"train", "val"}
+
+
+def test_missing_data_are_skipped_and_said() -> None:
+    analysis = MeanLoss(splits=["train", "val"])
+    with pytest.warns(UserWarning, match="no val data; the split is skipped"):
+        trainer(analysis).fit(PlainModule(), loader())
+    assert set(analysis.results) == {"train"}
+
+
+def test_test_loader_of_the_module_is_used() -> None:
+    class Tested(PlainModule):
+        def test_dataloader(self) -> Any:
+            return loader(seed=7)
+
+    analysis = MeanLoss(splits=["test"], num_samples=1000)
+    module = Tested()
+    trainer(analysis).fit(module, loader())
+    x, y = (torch.cat(parts) for parts in zip(*loader(seed=7), strict=True))
+    expected = torch.nn.functional.cross_entropy(module.eval()(x), y)
+    assert analysis.results["test"] == pytest.approx(expected.item(), rel=1e-6)
+
+
+def test_fast_dev_run_goes_through_everything_on_few_samples() -> None:
+    class Counting(MeanLoss):
+        def compute(self, inputs: AnalysisInputs) -> float:
+            return float(sum(len(y) for _, y in inputs.batches))
+
+    analysis = Counting(splits=["train"])
+    trainer(analysis, fast_dev_run=True).fit(PlainModule(), loader())
+    assert analysis.results["train"] == 16
+
+
+def test_logging_of_the_training_step_is_muted() -> None:
+    analysis = MeanLoss(splits=["train"], on_error="raise")
+    trainer(analysis).fit(PlainModule(), loader())
+    assert "train" in analysis.results
+
+
+def test_a_loss_that_cannot_be_had_is_told_before_training() -> None:
+    class ByHand(PlainModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.automatic_optimization = False
+
+        def training_step(self, batch: Any, batch_idx: int) -> None:
+            raise AssertionError("trained before the error")
+
+    with pytest.raises(MisconfigurationException, match="ByHand optimises by hand"):
+        trainer(MeanLoss()).fit(ByHand(), loader())
+
+
+def test_sharded_strategies_are_refused() -> None:
+    class Sharded:
+        strategy = object.__new__(FSDPStrategy)
+
+    with pytest.raises(MisconfigurationException, match="MeanLoss needs the whole model in one process"):
+        MeanLoss().setup(Sharded(), PlainModule(), "fit")
+
+
+def test_runs_of_two_fits_do_not_mix() -> None:
+    analysis = MeanLoss(splits=["train", "val"])
+    trainer(analysis).fit(PlainModule(), loader(), loader())
+    with pytest.warns(UserWarning, match="no val data"):
+        trainer(analysis).fit(PlainModule(), loader())
+    assert set(analysis.results) == {"train"}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"splits": "train"}, "splits: expected a list of 'train', 'val', 'test'; got 'train'"),
+        ({"splits": ["dev"]}, r"splits: expected a list of .*; got \['dev'\]"),
+        ({"splits": []}, "splits: expected a list"),
+        ({"num_samples": 0}, "num_samples: expected an integer of at least 1; got 0"),
+        ({"batch_size": 2.5}, "batch_size: expected an integer of at least 1; got 2.5"),
+        ({"on_error": "ignore"}, "on_error: expected 'warn' or 'raise'; got 'ignore'"),
+    ],
+)
+def test_bad_arguments_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        MeanLoss(**options)

@@ -1,0 +1,394 @@
+import json
+import math
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningDataModule, Trainer
+from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.loggers import TensorBoardLogger
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.data import DataLoader, TensorDataset
+
+from moe_heads import Dense, SoftMoE, SparseMoE
+from moe_heads.lightning_modules import DigitsCNN, DigitsDataModule, FeatureExtractor, MoEClassifier
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:The '.*_dataloader' does not have many workers"),
+    pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`"),
+    pytest.mark.filterwarnings("ignore:GPU available but not used"),
+]
+
+NUM_FEATURES, NUM_CLASSES = 6, 3
+
+
+def backbone() -> FeatureExtractor:
+    return FeatureExtractor(nn.Identity(), NUM_FEATURES)
+
+
+def sparse(**options: Any) -> SparseMoE:
+    return SparseMoE(NUM_FEATURES, NUM_CLASSES, num_experts=4, expert_width=5, **options)
+
+
+MAKE_HEAD: dict[str, Callable[[], nn.Module]] = {
+    "Dense": lambda: Dense(NUM_FEATURES, NUM_CLASSES, width=7),
+    "SoftMoE": lambda: SoftMoE(NUM_FEATURES, NUM_CLASSES, num_experts=4, expert_width=5),
+    "SparseMoE": sparse,
+    "Linear": lambda: nn.Linear(NUM_FEATURES, NUM_CLASSES),
+}
+
+
+@pytest.fixture(params=MAKE_HEAD)
+def head(request: pytest.FixtureRequest) -> nn.Module:
+    return MAKE_HEAD[request.param]()
+
+
+def trainer(**options: Any) -> Trainer:
+    defaults = {"max_epochs": 1, "logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    return Trainer(accelerator="cpu", enable_model_summary=False, **(defaults | options))
+
+
+def samples(num_samples: int = 24) -> TensorDataset:
+    return TensorDataset(torch.randn(num_samples, NUM_FEATURES), torch.arange(num_samples) % NUM_CLASSES)
+
+
+def loader(data: TensorDataset | None = None, batch_size: int = 8) -> DataLoader[tuple[Tensor, ...]]:
+    return DataLoader(data or samples(), batch_size)
+
+
+def test_fit_trains_every_parameter_and_logs_every_quantity(head: nn.Module) -> None:
+    model = MoEClassifier(backbone(), head)
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    fit = trainer(max_epochs=2)
+    fit.fit(model, loader(), loader())
+    assert all(not torch.equal(before[name], parameter) for name, parameter in model.named_parameters())
+    assert set(fit.callback_metrics) == {
+        *("train/loss", "train/accuracy", "train/aux_loss"),
+        *("val/loss", "val/accuracy", "val/calibration_error"),
+    }
+    fit.test(model, loader(), verbose=False)
+    assert set(fit.callback_metrics) == {"test/loss", "test/accuracy", "test/calibration_error"}
+
+
+def test_training_data_alone_is_enough(head: nn.Module) -> None:
+    fit = trainer(max_epochs=-1, max_steps=2)
+    fit.fit(MoEClassifier(backbone(), head, schedule="constant"), loader())
+    assert fit.global_step == 2
+
+
+def test_validation_metrics_are_those_of_all_samples() -> None:
+    data = samples(21)
+    x, labels = data.tensors
+    model = MoEClassifier(backbone(), sparse())
+    metrics = trainer().validate(model, loader(data), verbose=False)[0]
+    with torch.no_grad():
+        logits = model.eval()(x)
+    probs = logits.double().softmax(-1)
+    assert metrics["val/loss"] == pytest.approx(float(F.cross_entropy(logits, labels)), rel=1e-5)
+    assert metrics["val/accuracy"] == pytest.approx(float((logits.argmax(-1) == labels).double().mean()))
+    confidence, predicted = probs.max(-1)
+    bins = (confidence * 15).ceil().long() - 1
+    error = sum(
+        abs(float((confidence - (predicted == labels).double())[bins == i].sum())) / len(labels) for i in range(15)
+    )
+    assert metrics["val/calibration_error"] == pytest.approx(error, rel=1e-4)
+
+
+def test_logits_between_0_and_1_are_not_taken_for_probabilities() -> None:
+    model = MoEClassifier(nn.Identity(), nn.Identity(), num_classes=2)
+    data = TensorDataset(torch.tensor([[0.9, 0.1]] * 4), torch.zeros(4).long())
+    metrics = trainer().validate(model, loader(data), verbose=False)[0]
+    assert metrics["val/calibration_error"] == pytest.approx(1 - 1 / (1 + math.exp(-0.8)), rel=1e-5)
+
+
+@pytest.mark.parametrize("where", ["head", "inside the head", "inside the backbone", "in both"])
+def test_balance_losses_are_trained_wherever_the_router_sits(where: str) -> None:
+    def make() -> MoEClassifier:
+        torch.manual_seed(1)
+        soft = {"num_experts": 4, "expert_width": 5, "balance": {"kl": 0.3}, "dropout": 0.0}
+        last = SoftMoE(NUM_FEATURES, NUM_CLASSES, **soft)
+        inner = SoftMoE(NUM_FEATURES, NUM_FEATURES, **soft)
+        plain = nn.Linear(NUM_FEATURES, NUM_CLASSES)
+        match where:
+            case "head":
+                return MoEClassifier(backbone(), last)
+            case "inside the head":
+                return MoEClassifier(backbone(), nn.Sequential(nn.ReLU(), last), num_classes=NUM_CLASSES)
+            case "inside the backbone":
+                return MoEClassifier(FeatureExtractor(inner, NUM_FEATURES), plain)
+            case _:
+                return MoEClassifier(FeatureExtractor(inner, NUM_FEATURES), last)
+
+    x, labels = samples().tensors
+    model = make()
+    expected = torch.zeros(())
+    features = x
+    for module in [m for m in model.modules() if isinstance(m, SoftMoE)]:
+        features = features.relu() if where == "inside the head" else features
+        features, aux_loss, _ = module(features, return_routing=True)
+        expected += aux_loss.detach()
+    assert expected > 0
+    fit = trainer(limit_train_batches=1)
+    fit.fit(make(), loader(TensorDataset(x, labels), batch_size=24))
+    assert float(fit.callback_metrics["train/aux_loss"]) == pytest.approx(float(expected), rel=1e-5)
+    task = F.cross_entropy(make()(x), labels)
+    assert float(fit.callback_metrics["train/loss"]) == pytest.approx(float(expected + task.detach()), rel=1e-5)
+
+
+def test_label_smoothing_reaches_the_training_loss_only() -> None:
+    data = samples()
+    x, labels = data.tensors
+    model = MoEClassifier(backbone(), nn.Linear(NUM_FEATURES, NUM_CLASSES), label_smoothing=0.2)
+    logits = model(x)
+    fit = trainer()
+    validated = fit.validate(model, loader(data), verbose=False)[0]
+    assert validated["val/loss"] == pytest.approx(float(F.cross_entropy(logits, labels)), rel=1e-5)
+    fit.fit(model, loader(data, batch_size=24))
+    smoothed = 0.8 * F.cross_entropy(logits, labels) - 0.2 * logits.log_softmax(-1).mean()
+    assert float(fit.callback_metrics["train/loss"]) == pytest.approx(float(smoothed), rel=1e-5)
+
+
+def test_analysis_loss_and_accuracy_are_the_task_alone() -> None:
+    x, labels = samples().tensors
+    model = MoEClassifier(backbone(), sparse(), label_smoothing=0.2).eval()
+    log_probs = model(x).double().log_softmax(-1)
+    loss = model.analysis_loss((x, labels))
+    assert loss.requires_grad
+    expected = -log_probs[torch.arange(24), labels].mean()
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=0)
+    assert float(model.analysis_accuracy((x, labels))) == pytest.approx(
+        sum(int(p == y) for p, y in zip(log_probs.argmax(-1), labels, strict=True)) / 24
+    )
+
+
+class NoHostSync(TorchDispatchMode):
+    """Fails where a tensor's value is read on the host."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert func is not torch.ops.aten._local_scalar_dense.default, "a value was read on the host"
+        return func(*args, **(kwargs or {}))
+
+
+class GuardedSteps(MoEClassifier):
+    num_guarded = 0
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        GuardedSteps.num_guarded += 1
+        with NoHostSync():
+            return super().training_step(batch, batch_idx)
+
+
+def test_training_steps_do_not_synchronise_with_the_host(head: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(AssertionError, match="read on the host"), NoHostSync():
+        torch.ones(()).item()
+    monkeypatch.setattr(GuardedSteps, "num_guarded", 0)
+    trainer().fit(GuardedSteps(backbone(), head), loader())
+    assert GuardedSteps.num_guarded == 3
+
+
+def test_cosine_schedule_steps_once_an_epoch() -> None:
+    class Recorded(MoEClassifier):
+        def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+            rates.append(self.optimizers().param_groups[0]["lr"])
+
+    rates: list[float] = []
+    trainer(max_epochs=4).fit(Recorded(backbone(), sparse(), learning_rate=0.2), loader())
+    expected = [0.1 * (1 + math.cos(math.pi * epoch / 4)) for epoch in range(4) for _ in range(3)]
+    assert rates == pytest.approx(expected)
+
+
+def test_optimiser_has_the_settings_of_the_study_by_default() -> None:
+    model = MoEClassifier(backbone(), sparse(), schedule="constant")
+    optimizer = model.configure_optimizers()
+    assert type(optimizer) is torch.optim.SGD
+    (group,) = optimizer.param_groups
+    assert (group["lr"], group["momentum"], group["weight_decay"], group["nesterov"]) == (0.1, 0.9, 5e-4, False)
+    assert len(group["params"]) == len(list(model.parameters()))
+
+
+def test_cosine_schedule_without_an_end_is_refused() -> None:
+    with pytest.raises(MisconfigurationException, match=r'schedule="cosine" .* finite max_epochs \(got -1\)'):
+        trainer(max_epochs=-1, max_steps=2).fit(MoEClassifier(backbone(), sparse()), loader())
+
+
+def test_no_epochs_at_all() -> None:
+    trainer(max_epochs=0).fit(MoEClassifier(backbone(), sparse()), loader())
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_non_finite_logits_are_refused_before_training(bad: float) -> None:
+    data = samples()
+    data.tensors[0][[1, 4, 5]] = bad
+    model = MoEClassifier(backbone(), nn.Linear(NUM_FEATURES, NUM_CLASSES))
+    before = model.head.weight.clone()
+    with pytest.raises(ValueError, match=r"logits: expected finite .* in 3 of 8 rows of a validation batch before"):
+        trainer().fit(model, loader(), loader(data))
+    assert torch.equal(model.head.weight, before)
+
+
+def test_data_with_another_number_of_classes_is_refused() -> None:
+    with pytest.raises(ValueError, match="head: expected 10 classes, as the data module has; got 3"):
+        trainer().fit(MoEClassifier(DigitsCNN(), Dense(64, 3)), DigitsDataModule())
+
+
+def test_a_data_module_that_does_not_tell_its_classes() -> None:
+    class Data(LightningDataModule):
+        def train_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
+            return loader()
+
+    trainer().fit(MoEClassifier(backbone(), sparse()), Data())
+
+
+def test_checkpoint_round_trip(head: nn.Module, tmp_path: Path) -> None:
+    model = MoEClassifier(backbone(), head, learning_rate=0.03, label_smoothing=0.1)
+    fit = trainer(logger=TensorBoardLogger(str(tmp_path), default_hp_metric=False), log_every_n_steps=1)
+    fit.fit(model, loader(), loader())
+    path = tmp_path / "model.ckpt"
+    fit.save_checkpoint(path)
+    new_head = type(head)(
+        NUM_FEATURES,
+        NUM_CLASSES,
+        **{name: model.hparams[name] for name in ("num_experts", "expert_width", "width") if name in model.hparams},
+    )
+    loaded = MoEClassifier.load_from_checkpoint(path, backbone=backbone(), head=new_head)
+    assert loaded.hparams == model.hparams
+    assert loaded.head is new_head
+    x = torch.randn(5, NUM_FEATURES)
+    assert torch.equal(loaded.eval()(x), model.eval()(x))
+
+
+def test_checkpoint_without_the_modules_says_what_to_pass(tmp_path: Path) -> None:
+    fit = trainer()
+    fit.fit(MoEClassifier(backbone(), sparse()), loader())
+    fit.save_checkpoint(tmp_path / "model.ckpt")
+    with pytest.raises(
+        ValueError, match=r"backbone: expected .*Module; got 'FeatureExtractor'.*load_from_checkpoint\("
+    ):
+        MoEClassifier.load_from_checkpoint(tmp_path / "model.ckpt")
+
+
+def test_hyper_parameters_are_scalars_that_tell_the_runs_apart() -> None:
+    model = MoEClassifier(DigitsCNN(), SparseMoE(512 // 8, 10, num_experts=4, expert_width=5, k=2))
+    num_head = 64 * 4 * 2 + 4 * (64 * 5 + 5 + 5 * 10 + 10)
+    assert dict(model.hparams_initial) == {
+        "learning_rate": 0.1,
+        "momentum": 0.9,
+        "weight_decay": 5e-4,
+        "nesterov": False,
+        "schedule": "cosine",
+        "label_smoothing": 0.0,
+        "num_classes": None,
+        "backbone": "DigitsCNN",
+        "head": "SparseMoE",
+        "num_experts": 4,
+        "k": 2,
+        "expert_width": 5,
+        "num_head_params": sum(p.numel() for p in model.head.parameters()),
+        "num_active_head_params": model.head.num_active_parameters,
+    }
+    assert model.hparams["num_active_head_params"] < model.hparams["num_head_params"] >= num_head - 64 * 4
+    json.dumps(dict(model.hparams))
+    assert MoEClassifier(DigitsCNN(), Dense(64, 10, width=9)).hparams["width"] == 9
+
+
+def test_number_of_classes() -> None:
+    assert MoEClassifier(nn.Identity(), nn.Linear(4, 5)).num_classes == 5
+    assert MoEClassifier(nn.Identity(), Dense(4, 6)).num_classes == 6
+    assert MoEClassifier(nn.Identity(), nn.Identity(), num_classes=7).num_classes == 7
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"learning_rate": 0.0}, r"learning_rate: expected a finite number above 0; got 0\.0"),
+        ({"momentum": 1.0}, r"momentum: expected a number in \[0, 1\); got 1\.0"),
+        ({"label_smoothing": -0.1}, r"label_smoothing: expected a number in \[0, 1\); got -0\.1"),
+        ({"weight_decay": -1e-4}, r"weight_decay: expected a finite number of at least 0; got -0\.0001"),
+        ({"nesterov": True, "momentum": 0.0}, "nesterov: expected False with momentum 0; got True"),
+        ({"schedule": "linear"}, "schedule: expected one of 'cosine', 'constant'; got 'linear'"),
+        ({"head": nn.Identity()}, "num_classes: expected a number, as Identity has neither .* got None"),
+        ({"num_classes": 4}, "num_classes: expected 3, the head's number of logits; got 4"),
+        ({"num_classes": 0}, "num_classes: expected an integer of at least 1; got 0"),
+        ({"head": Dense(5, 3)}, "head: expected in_features=6, the backbone's num_features; got 5"),
+        ({"head": "SparseMoE"}, "head: expected a torch.nn.Module; got 'SparseMoE'"),
+    ],
+)
+def test_bad_arguments(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        MoEClassifier(**({"backbone": backbone(), "head": sparse()} | options))
+
+
+def test_digits_are_learnt() -> None:
+    fit = trainer(max_epochs=3)
+    fit.fit(MoEClassifier(DigitsCNN(), Dense(64, 10, width=64)), DigitsDataModule())
+    assert fit.callback_metrics["val/accuracy"] > 0.7
+
+
+@pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning")
+def test_lightning_cli_builds_everything_from_yaml_and_its_checkpoint_loads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = "moe_heads.lightning_modules"
+    config = {
+        "model": {
+            "class_path": f"{package}.MoEClassifier",
+            "init_args": {
+                "backbone": {"class_path": f"{package}.DigitsCNN", "init_args": {"width": 4}},
+                "head": {
+                    "class_path": "moe_heads.SparseMoE",
+                    "init_args": {"in_features": 16, "num_classes": 10, "num_experts": 3, "balance": {"switch": 0.1}},
+                },
+                "schedule": "constant",
+            },
+        },
+        "data": {"class_path": f"{package}.DigitsDataModule", "init_args": {"limit_train": 60, "batch_size": 30}},
+        "trainer": {
+            "accelerator": "cpu",
+            "max_epochs": 1,
+            "logger": False,
+            "enable_checkpointing": False,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+        },
+    }
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(config))
+    arguments = ["fit", "--config", str(path), "--model.init_args.learning_rate=0.07"]
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    cli = LightningCLI(args=arguments, save_config_callback=None)
+    assert isinstance(cli.model.head, SparseMoE)
+    assert cli.model.head.num_experts == 3
+    assert cli.model.backbone.num_features == 16
+    assert cli.datamodule.limit_train == 60
+    assert cli.trainer.global_step == 2
+    assert cli.model.hparams["learning_rate"] == 0.07
+    assert cli.model.hparams["head"] == "SparseMoE"
+    assert all(isinstance(value, str | int | float | None) for value in cli.model.hparams.values())
+    cli.trainer.save_checkpoint(tmp_path / "model.ckpt")
+    head = SparseMoE(16, 10, num_experts=3)
+    loaded = MoEClassifier.load_from_checkpoint(tmp_path / "model.ckpt", backbone=DigitsCNN(width=4), head=head)
+    assert loaded.hparams["learning_rate"] == 0.07
+    x = torch.randn(3, 1, 8, 8)
+    assert torch.equal(loaded.eval()(x), cli.model.eval()(x))
+
+
+@pytest.mark.gpu
+def test_training_steps_do_not_synchronise_with_the_gpu(head: nn.Module) -> None:
+    class Guarded(MoEClassifier):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                return super().training_step(batch, batch_idx)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+
+    fit = Trainer(accelerator="gpu", devices=1, max_epochs=1, logger=False, enable_checkpointing=False)
+    fit.fit(Guarded(backbone(), head), loader())
+    assert fit.global_step == 3

@@ -1,0 +1,75 @@
+"""Parameter counts and their matching."""
+
+import pytest
+import torch
+from torch import nn
+
+from moe_heads import Capacity, Dense, SoftMoE, SparseMoE, capacity, match_capacity
+
+
+@pytest.mark.parametrize(
+    ("head", "expected"),
+    [
+        (Dense(512, 10), Capacity(267_786, 267_786)),
+        (SoftMoE(512, 10), Capacity(271_960, 271_960)),
+        (SparseMoE(512, 10), Capacity(276_064, 71_068)),
+    ],
+)
+def test_study_counts(head: nn.Module, expected: Capacity) -> None:
+    """The parameter counts of arXiv 2601.15021."""
+    assert capacity(head) == expected
+
+
+def test_model_with_heads_inside() -> None:
+    model = nn.Sequential(nn.Linear(3, 512), SparseMoE(512, 10), nn.ModuleList([Dense(10, 4)]))
+    rest = 4 * 512 + capacity(model[2]).total
+    assert capacity(model) == Capacity(276_064 + rest, 71_068 + rest)
+
+
+@pytest.mark.parametrize("kind", ["dense", "soft", "sparse"])
+@pytest.mark.parametrize("measure", ["total", "active"])
+def test_matches_within_the_tolerance_and_no_width_is_nearer(kind: str, measure: str) -> None:
+    target = 200_000
+    head = match_capacity(kind, 256, 10, **{measure: target})
+    size = getattr(capacity(head), measure)
+    assert abs(size - target) <= 0.02 * target
+    name = "width" if kind == "dense" else "expert_width"
+    for other in (getattr(head, name) - 1, getattr(head, name) + 1):
+        rival = type(head)(256, 10, **{name: other})
+        assert abs(getattr(capacity(rival), measure) - target) >= abs(size - target)
+
+
+def test_options_reach_the_head() -> None:
+    head = match_capacity("sparse", 64, 10, total=20_000, num_experts=4, k=1, noisy=False, balance={"switch": 0.01})
+    assert (head.num_experts, head.k, head.router.noise) == (4, 1, None)
+
+
+def test_does_not_touch_the_generator_before_the_one_head_is_built() -> None:
+    torch.manual_seed(3)
+    matched = match_capacity("dense", 512, 10, total=267_786)
+    torch.manual_seed(3)
+    assert torch.equal(matched.layers[0].weight, Dense(512, 10).layers[0].weight)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            {"total": 500},
+            r"total: .* sparse head can come within 2.0% of; got 500, and the nearest is .*expert_width=1",
+        ),
+        ({}, "total, active: expected exactly one of the two; got total=None, active=None"),
+        ({"total": 1, "active": 1}, "total, active: expected exactly one"),
+        ({"total": 0}, "total: expected an integer of at least 1; got 0"),
+        ({"total": 9, "expert_width": 3}, "expert_width: is what match_capacity chooses"),
+        ({"total": 9, "tolerance": 0.0}, "tolerance: expected a finite number above 0"),
+    ],
+)
+def test_bad_arguments_are_refused(arguments: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        match_capacity("sparse", 64, 10, **arguments)
+
+
+def test_unknown_kind_is_refused() -> None:
+    with pytest.raises(ValueError, match="kind: expected one of 'dense', 'soft', 'sparse'; got 'hard'"):
+        match_capacity("hard", 64, 10, total=9)

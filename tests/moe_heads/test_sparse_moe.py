@@ -1,0 +1,238 @@
+"""SparseMoE: every dispatch path against the per-sample loop, in value, gradient and Hessian-vector product."""
+
+import copy
+
+import pytest
+import torch
+from support.reference_heads import expert_logits, sparse_loop
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from moe_heads import Dense, SparseMoE, collect_routing
+
+PATHS = ("all", "selected", "auto")
+
+
+def small_head(**options: object) -> SparseMoE:
+    defaults = {"num_experts": 5, "expert_width": 6, "k": 2, "dropout": 0.0}
+    return SparseMoE(7, 3, **(defaults | options)).double().eval()
+
+
+def hessian_vector_product(loss: Tensor, parameters: list[Tensor], vectors: list[Tensor]) -> list[Tensor]:
+    gradients = torch.autograd.grad(loss, parameters, create_graph=True, materialize_grads=True)
+    products = sum((g * v).sum() for g, v in zip(gradients, vectors, strict=True))
+    return list(torch.autograd.grad(products, parameters, materialize_grads=True))
+
+
+@pytest.mark.parametrize("dispatch", PATHS)
+@pytest.mark.parametrize("k", [1, 2, 5])
+def test_value_gradient_and_hvp_equal_the_per_sample_loop(dispatch: str, k: int) -> None:
+    head = small_head(k=k)
+    parameters = [p for name, p in head.named_parameters() if "noise" not in name]
+    x, y = torch.randn(11, 7).double(), torch.randint(3, (11,))
+    vectors = [torch.randn_like(p) for p in parameters]
+
+    head.dispatch = dispatch
+    logits, expected = head(x), sparse_loop(head, x)
+    torch.testing.assert_close(logits, expected)
+    got = torch.autograd.grad(F.cross_entropy(logits, y), parameters, allow_unused=True, materialize_grads=True)
+    want = torch.autograd.grad(F.cross_entropy(expected, y), parameters, allow_unused=True, materialize_grads=True)
+    torch.testing.assert_close(got, want)
+    torch.testing.assert_close(
+        hessian_vector_product(F.cross_entropy(head(x), y), parameters, vectors),
+        hessian_vector_product(F.cross_entropy(sparse_loop(head, x), y), parameters, vectors),
+    )
+
+
+@pytest.mark.parametrize("dispatch", ["all", "selected"])
+def test_forward_mode_over_reverse_equals_double_backward(dispatch: str) -> None:
+    head = small_head(dispatch=dispatch)
+    x, y = torch.randn(6, 7).double(), torch.randint(3, (6,))
+    parameters = {name: p.detach() for name, p in head.named_parameters() if "noise" not in name}
+    vectors = {name: torch.randn_like(p) for name, p in parameters.items()}
+
+    def loss(values: dict[str, Tensor]) -> Tensor:
+        return F.cross_entropy(torch.func.functional_call(head, values, (x,)), y)
+
+    _, product = torch.func.jvp(torch.func.grad(loss), (parameters,), (vectors,))
+    live = [p for name, p in head.named_parameters() if "noise" not in name]
+    expected = hessian_vector_product(F.cross_entropy(head(x), y), live, list(vectors.values()))
+    torch.testing.assert_close(list(product.values()), expected)
+
+
+def test_auto_runs_under_vmap() -> None:
+    head = SparseMoE(64, 3, num_experts=8, expert_width=512, dropout=0.0).eval()
+    x = torch.randn(4, 16, 64)
+    torch.testing.assert_close(torch.vmap(head)(x), torch.stack([head(rows) for rows in x]))
+
+
+def test_all_experts_chosen_is_the_dense_softmax_mixture() -> None:
+    head = small_head(k=5)
+    x = torch.randn(4, 7).double()
+    gates = head.router.gate(x).softmax(-1)
+    each = torch.stack([torch.stack([expert_logits(head, e, row) for e in range(5)]) for row in x])
+    torch.testing.assert_close(head(x), (gates.unsqueeze(-1) * each).sum(1))
+
+
+def test_identical_experts_equal_one_perceptron() -> None:
+    head = small_head()
+    with torch.no_grad():
+        for parameter in head.experts.parameters():
+            parameter.copy_(parameter[:1].expand_as(parameter))
+    x = torch.randn(4, 7).double()
+    torch.testing.assert_close(head(x), torch.stack([expert_logits(head, 0, row) for row in x]))
+
+
+def test_one_expert_equals_a_perceptron() -> None:
+    head = SparseMoE(7, 3, num_experts=1, expert_width=6, k=1, dropout=0.0).double().eval()
+    dense = Dense(7, 3, width=6, dropout=0.0).double()
+    dense.load_state_dict({
+        "layers.0.weight": head.experts.weight1[0],
+        "layers.0.bias": head.experts.bias1[0],
+        "layers.3.weight": head.experts.weight2[0],
+        "layers.3.bias": head.experts.bias2[0],
+    })
+    x = torch.randn(4, 7).double()
+    torch.testing.assert_close(head(x), dense(x))
+
+
+@pytest.mark.parametrize("dispatch", ["all", "selected"])
+def test_a_row_does_not_depend_on_its_batch(dispatch: str) -> None:
+    head = small_head(dispatch=dispatch)
+    x = torch.randn(9, 7).double()
+    torch.testing.assert_close(head(x), torch.cat([head(row.unsqueeze(0)) for row in x]))
+
+
+@pytest.mark.parametrize("dispatch", ["all", "selected"])
+def test_permuting_the_experts_changes_nothing(dispatch: str) -> None:
+    head = small_head(dispatch=dispatch)
+    permuted = copy.deepcopy(head)
+    order = torch.randperm(5)
+    with torch.no_grad():
+        for parameter in [*permuted.experts.parameters(), *permuted.router.gate.parameters()]:
+            parameter.copy_(parameter[order])
+    x = torch.randn(9, 7).double()
+    torch.testing.assert_close(permuted(x), head(x))
+
+
+@pytest.mark.parametrize("dispatch", ["all", "selected"])
+def test_tokens_are_routed_one_by_one_and_averaged(dispatch: str) -> None:
+    head = small_head(dispatch=dispatch)
+    x = torch.randn(3, 4, 7).double()
+    output = head(x, return_routing=True)
+    torch.testing.assert_close(output.logits, torch.stack([sparse_loop(head, tokens).mean(0) for tokens in x]))
+    assert output.routing.indices.shape == (12, 2)
+    assert output.routing.rows_per_sample == 4
+
+
+@pytest.mark.parametrize("dispatch", ["all", "selected"])
+def test_an_empty_batch_gives_no_logits(dispatch: str) -> None:
+    output = small_head(dispatch=dispatch)(torch.randn(0, 7).double(), return_routing=True)
+    assert output.logits.shape == (0, 3)
+    assert output.aux_loss == 0
+
+
+@pytest.mark.parametrize("dispatch", ["all", "selected"])
+def test_nan_row_poisons_only_its_own_logits(dispatch: str) -> None:
+    head = small_head(dispatch=dispatch).train()
+    x = torch.randn(8, 7).double()
+    x[3] = float("nan")
+    output = head(x, return_routing=True)
+    assert output.logits.isnan().any(-1).nonzero().flatten().tolist() == [3]
+    assert output.aux_loss.isfinite()
+    assert output.routing.stats().num_nonfinite == 1
+    assert output.routing.stats().counts.sum() == 7 * head.k
+
+
+def test_unreached_expert_gets_a_zero_gradient_not_none() -> None:
+    head = small_head(dispatch="selected", k=1)
+    with torch.no_grad():
+        head.router.gate.weight.zero_()
+        head.router.gate.bias.copy_(torch.tensor([9.0, 0, 0, 0, 0]))
+    head(torch.randn(4, 7).double()).sum().backward()
+    for parameter in head.experts.parameters():
+        assert parameter.grad is not None
+        assert parameter.grad[0].abs().sum() > 0
+        assert parameter.grad[1:].abs().sum() == 0
+
+
+def test_one_chosen_expert_keeps_the_routers_gradient() -> None:
+    head = small_head(k=1)
+    F.cross_entropy(head(torch.randn(8, 7).double()), torch.randint(3, (8,))).backward()
+    assert head.router.gate.weight.grad.abs().max() > 1e-6
+
+
+def test_noise_in_training_only() -> None:
+    head = small_head()
+    x = torch.randn(64, 7).double()
+    assert torch.equal(head(x), head(x))
+    head.train()
+    assert not torch.equal(head(x), head(x))
+
+
+def test_stands_where_a_linear_stood_in_any_model() -> None:
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), SparseMoE(4, 3, num_experts=4))
+    with collect_routing(model) as routing:
+        loss = F.cross_entropy(model(torch.randn(5, 1, 8, 8)), torch.randint(3, (5,)))
+    (loss + routing.aux_loss).backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+def test_compiles_without_a_graph_break() -> None:
+    head = SparseMoE(7, 3, num_experts=5, expert_width=6).eval()
+    compiled = torch.compile(head, fullgraph=True, backend="eager")
+    x = torch.randn(4, 7)
+    torch.testing.assert_close(compiled(x), head(x))
+
+
+def test_exports_with_a_dynamic_batch() -> None:
+    head = SparseMoE(64, 3, num_experts=8, expert_width=512).eval()
+    program = torch.export.export(head, (torch.randn(4, 64),), dynamic_shapes={"x": {0: torch.export.Dim("batch")}})
+    x = torch.randn(33, 64)
+    torch.testing.assert_close(program.module()(x), head(x))
+
+
+def test_state_dict_round_trip() -> None:
+    head, other = small_head(), small_head()
+    x = torch.randn(4, 7).double()
+    assert not torch.equal(head(x), other(x))
+    other.load_state_dict(head.state_dict())
+    assert torch.equal(head(x), other(x))
+
+
+def test_autocast_keeps_the_router_in_fp32() -> None:
+    head = SparseMoE(64, 3).eval()
+    x = torch.randn(16, 64)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output = head(x, return_routing=True)
+    assert output.routing.logits.dtype == torch.float32
+    assert torch.equal(output.routing.logits, head(x, return_routing=True).routing.logits)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"k": 9}, r"k: expected at most num_experts = 8; got 9"),
+        ({"k": 0}, r"k: expected an integer of at least 1; got 0"),
+        ({"k": True}, r"k: expected an integer of at least 1; got True"),
+        ({"num_experts": 0}, r"num_experts: expected an integer of at least 1; got 0"),
+        ({"expert_width": -1}, r"expert_width: expected an integer of at least 1; got -1"),
+        ({"expert_width": 1.5}, r"expert_width: expected an integer of at least 1; got 1.5"),
+        ({"temperature": 0.0}, r"temperature: expected a finite number above 0; got 0.0"),
+        ({"temperature": float("nan")}, r"temperature: expected a finite number above 0; got nan"),
+        ({"dropout": 1.0}, r"dropout: expected a probability in \[0, 1\); got 1.0"),
+        ({"dispatch": "mask"}, r"dispatch: expected one of 'auto', 'all', 'selected'; got 'mask'"),
+        ({"balance": {"entropy": 1.0}}, r"balance: expected one of 'importance', .*; got 'entropy'"),
+        ({"balance": {"load": -1.0}}, r"balance\['load'\]: expected a finite coefficient of at least 0; got -1.0"),
+        ({"noisy": False}, r"balance\['load'\]: .* needs noisy=True"),
+    ],
+)
+def test_bad_arguments_are_refused(options: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        SparseMoE(16, 3, **options)
+
+
+@pytest.mark.parametrize("shape", [(16,), (4, 15), (2, 3, 4, 16)])
+def test_wrong_input_shape_is_refused(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=r"x: expected shape \(B, 16\) or \(B, T, 16\); got"):
+        SparseMoE(16, 3)(torch.randn(shape))

@@ -1,0 +1,1 @@
+"""Helpers shared by the tests: references, models and shared assertions."""
