@@ -8,6 +8,7 @@ from typing_extensions import override
 from moe_heads.callbacks.fit_end import AnalysisInputs, FitEndAnalysis, OnError
 from moe_heads.callbacks.functional import InferenceTimingResult, inference_timing
 from moe_heads.callbacks.functional.batches import ForwardFn, call_model
+from moe_heads.callbacks.functional.inference_timing import check_timing_options
 from moe_heads.callbacks.reporting import Report
 from moe_heads.callbacks.trainer_access import Split
 
@@ -52,7 +53,9 @@ class InferenceTimingCallback(FitEndAnalysis):
         seed: int = 0,
         on_error: OnError = "warn",
     ) -> None:
-        super().__init__(splits, num_samples=max(batch_sizes, default=1), seed=seed, on_error=on_error)
+        check_timing_options(batch_sizes, num_runs, warmup_runs)
+        # one batch holds the largest size
+        super().__init__(splits, max(batch_sizes), max(batch_sizes), seed, on_error=on_error)
         self.batch_sizes, self.num_runs, self.warmup_runs = tuple(batch_sizes), num_runs, warmup_runs
         self.modules, self.forward_fn = modules, forward_fn
 

@@ -14,9 +14,9 @@ from moe_heads.callbacks.functional import (
     filter_normalized,
     loss_landscape,
     random_direction,
-    sharpness,
 )
 from moe_heads.callbacks.functional.batches import Batch, LossFn
+from moe_heads.callbacks.functional.curvature import top_eigenvector
 from moe_heads.callbacks.reporting import Mesh, Report
 from moe_heads.callbacks.sharpness import SharpnessCallback
 from moe_heads.callbacks.trainer_access import Split
@@ -142,18 +142,7 @@ class LossLandscapeCallback(FitEndAnalysis):
                 if found is not None and found.eigenvectors is not None:
                     return found.eigenvectors[0]
         assert inputs.loss_fn is not None
-        result = sharpness(
-            inputs.model,
-            inputs.loss_fn,
-            inputs.batches,
-            num_eigenvalues=1,
-            density=False,
-            keep_eigenvectors=True,
-            seed=self.seed,
-            on_product=inputs.advance,
-        )
-        assert result.eigenvectors is not None
-        return result.eigenvectors[0]
+        return top_eigenvector(inputs.model, inputs.loss_fn, inputs.batches, seed=self.seed, on_product=inputs.advance)
 
 
 def _accuracy_of(model: nn.Module) -> Callable[[nn.Module, Batch], Tensor] | None:

@@ -8,6 +8,7 @@ from typing_extensions import override
 from moe_heads.callbacks.fit_end import AnalysisInputs, FitEndAnalysis, OnError
 from moe_heads.callbacks.functional import SharpnessResult, sharpness
 from moe_heads.callbacks.functional.batches import LossFn
+from moe_heads.callbacks.functional.sharpness import check_sharpness_options
 from moe_heads.callbacks.reporting import Report
 from moe_heads.callbacks.trainer_access import Split
 
@@ -55,7 +56,7 @@ class SharpnessCallback(FitEndAnalysis):
         self,
         num_eigenvalues: int = 5,
         tolerance: float = 1e-3,
-        trace_tolerance: float = 0.02,
+        trace_tolerance: float = 0.05,
         max_steps: int = 200,
         max_probes: int = 100,
         blocks: Mapping[str, Sequence[str]] | None = None,
@@ -66,6 +67,7 @@ class SharpnessCallback(FitEndAnalysis):
         loss_fn: LossFn | None = None,
         on_error: OnError = "warn",
     ) -> None:
+        check_sharpness_options(num_eigenvalues, tolerance, trace_tolerance, max_steps, max_probes)
         super().__init__(splits, num_samples, batch_size, seed, loss_fn, on_error)
         self.num_eigenvalues, self.blocks = num_eigenvalues, blocks
         self.tolerance, self.trace_tolerance = tolerance, trace_tolerance

@@ -21,8 +21,8 @@ class ImageFolderDataModule(ImageDataModule):
 
     Without ``root/val`` the validation split is taken from the training images. The tree is checked when the object is
     made. A split is decoded once into memory when it takes at most ``memory_limit_mb``, else at every access (raise
-    ``num_workers`` then). Augmentation is a random crop from the image with ``crop_padding`` black pixels on every
-    side, and a random flip.
+    ``num_workers`` then). Images come in a random order fixed by ``seed``, not class by class. Augmentation is a
+    random crop from the image with ``crop_padding`` black pixels on every side, and a random flip.
 
     Args:
         root: Folder with the tree.
@@ -35,7 +35,7 @@ class ImageFolderDataModule(ImageDataModule):
         batch_size: Images a batch.
         num_workers: Processes that load; 0 is the fastest for images in memory.
         val_split: Share of the training images that becomes the validation split when there is no ``root/val``.
-        seed: Seed of the splits.
+        seed: Seed of the splits and of the order of the images.
         augment: Crop and flip the training images at random.
         limit_train: Train on a random subset of that many images, classes in proportion; None for all.
 
@@ -88,10 +88,12 @@ class ImageFolderDataModule(ImageDataModule):
     def load_splits(self) -> Mapping[Split, RawSplit]:
         """The splits, decoded where they fit into memory."""
         _, height, width = self.image_shape
-        splits: dict[Split, RawSplit] = {
-            name: RawSplit(ImageFiles(paths, height, width, resize=self.image_size is not None), torch.tensor(labels))
-            for name, (paths, labels) in self._files.items()
-        }
+        splits: dict[Split, RawSplit] = {}
+        for name, (paths, labels) in self._files.items():
+            files = ImageFiles(paths, height, width, resize=self.image_size is not None)
+            # mixed, since the files are listed class by class and many a reader takes only the first batches
+            order = torch.randperm(len(paths), generator=torch.Generator().manual_seed(self.seed))
+            splits[name] = RawSplit(files.select(order), torch.tensor(labels)[order])
         if "val" not in splits:
             splits["train"], splits["val"] = self.split_off_validation(*splits["train"])
         splits["train"] = self.limited(splits["train"])

@@ -87,16 +87,16 @@ class ImageFiles:
         Raises:
             ValueError: If a file is not an image or has another size.
         """
-        images = torch.empty(len(indices), 3, self.height, self.width, dtype=torch.uint8)
-        for image, index in zip(images, indices.tolist(), strict=True):
-            image.copy_(self._decode(self.paths[index]))
-        return images
+        images = np.empty((len(indices), self.height, self.width, 3), dtype=np.uint8)
+        for position, index in enumerate(indices.tolist()):
+            images[position] = self._decode(self.paths[index])
+        return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
 
     def select(self, indices: Tensor) -> "ImageFiles":
         """The files of the indices (B,)."""
         return replace(self, paths=[self.paths[i] for i in indices.tolist()])
 
-    def _decode(self, path: Path) -> Tensor:
+    def _decode(self, path: Path) -> Image.Image:
         try:
             with Image.open(path) as file:
                 image = file.convert("RGB")
@@ -105,7 +105,7 @@ class ImageFiles:
         if self.resize:
             image = ImageOps.fit(image, (self.width, self.height), Image.Resampling.BILINEAR)
         check_size(path, image.size, (self.width, self.height))
-        return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+        return image
 
 
 def check_size(path: Path, size: tuple[int, int], expected: tuple[int, int]) -> None:

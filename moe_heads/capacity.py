@@ -82,8 +82,8 @@ def match_capacity(
         >>> from moe_heads import Dense, capacity, match_capacity
         >>> reference = capacity(Dense(512, 10)).total
         >>> head = match_capacity("sparse", 512, 10, total=reference)
-        >>> head.expert_width, capacity(head).total / reference
-        (62, 1.00...)
+        >>> head.expert_width, capacity(head).total - reference
+        (62, -90)
     """
     check_option("kind", kind, get_args(HeadKind))
     check_positive(tolerance=tolerance)

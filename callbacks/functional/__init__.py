@@ -8,7 +8,8 @@ from moe_heads.callbacks.functional.loss_landscape import loss_landscape
 from moe_heads.callbacks.functional.preserve import analysis_mode, preserved
 from moe_heads.callbacks.functional.sharpness import sharpness
 from moe_heads.callbacks.functional.sharpness_result import SharpnessResult
-from moe_heads.callbacks.functional.timing.result import InferenceTimingResult, TimingRow
+from moe_heads.callbacks.functional.timing.result import InferenceTimingResult
+from moe_heads.callbacks.functional.timing.row import TimingRow
 from moe_heads.callbacks.functional.utilization.result import ExpertUtilizationResult
 
 __all__ = [

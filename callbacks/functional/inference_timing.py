@@ -15,10 +15,11 @@ from torch.utils._pytree import tree_map
 from moe_heads.callbacks.functional.batches import Batch, ForwardFn, batch_size, call_model, to_device
 from moe_heads.callbacks.functional.environment import device_of, environment_of, synchronize
 from moe_heads.callbacks.functional.preserve import preserved
-from moe_heads.callbacks.functional.timing.result import InferenceTimingResult, TimingRow
+from moe_heads.callbacks.functional.timing.result import InferenceTimingResult
+from moe_heads.callbacks.functional.timing.row import TimingRow
 from moe_heads.routing import Router
 
-__all__ = ["inference_timing"]
+__all__ = ["check_timing_options", "inference_timing"]
 
 _MODEL = "model"
 
@@ -73,7 +74,7 @@ def inference_timing(
         >>> [(row.module, row.batch_size) for row in timing.rows]
         [('model', 1), ('1', 1), ('model', 2), ('1', 2)]
     """
-    _check(batch_sizes, num_runs, warmup_runs)
+    check_timing_options(batch_sizes, num_runs, warmup_runs)
     if batch_size(example_batch) == 0:
         raise ValueError("example_batch: expected at least one sample; got none")
     named = _named_modules(model, modules)
@@ -101,7 +102,8 @@ def inference_timing(
     return InferenceTimingResult(tuple(rows), environment_of(model), warmup_runs, seed)
 
 
-def _check(batch_sizes: Sequence[int], num_runs: int, warmup_runs: int) -> None:
+def check_timing_options(batch_sizes: Sequence[int], num_runs: int, warmup_runs: int) -> None:
+    """Refuse what no model could be timed with."""
     if not batch_sizes or min(batch_sizes) < 1 or len(set(batch_sizes)) < len(batch_sizes):
         raise ValueError(f"batch_sizes: expected different whole numbers from 1 on; got {tuple(batch_sizes)}")
     if num_runs < 1:

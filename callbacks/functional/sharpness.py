@@ -13,7 +13,7 @@ from moe_heads.callbacks.functional.curvature.trace import MIN_PROBES, deflated_
 from moe_heads.callbacks.functional.preserve import analysis_mode
 from moe_heads.callbacks.functional.sharpness_result import SharpnessResult
 
-__all__ = ["sharpness"]
+__all__ = ["check_sharpness_options", "sharpness"]
 
 # Steps after which the density of a trained network no longer changes to the eye.
 _DENSITY_STEPS = 40
@@ -90,7 +90,8 @@ def sharpness(
         ([4.0, 1.0], 5.0)
     """
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    _check(trainable, num_eigenvalues, tolerance, trace_tolerance, max_steps, max_probes)
+    check_sharpness_options(num_eigenvalues, tolerance, trace_tolerance, max_steps, max_probes)
+    _check_parameters(trainable, num_eigenvalues)
     groups = _groups(list(trainable), blocks)
     with analysis_mode(model, seed):
         # One stream for all random vectors: the probes of the trace must not repeat the start of the Krylov space.
@@ -130,31 +131,31 @@ def sharpness(
     )
 
 
-def _check(
-    trainable: Mapping[str, Tensor],
-    num_eigenvalues: int,
-    tolerance: float,
-    trace_tolerance: float,
-    max_steps: int,
-    max_probes: int,
+def check_sharpness_options(
+    num_eigenvalues: int, tolerance: float, trace_tolerance: float, max_steps: int, max_probes: int
 ) -> None:
-    """Everything that can be wrong without looking at the data, before any work starts."""
-    if not trainable:
-        raise ValueError("model: expected at least one parameter that requires a gradient; got none")
+    """Refuse what no model could be analysed with."""
+    if num_eigenvalues < 1:
+        raise ValueError(f"num_eigenvalues: expected at least 1; got {num_eigenvalues}")
     for name, value in {"tolerance": tolerance, "trace_tolerance": trace_tolerance}.items():
         if not value > 0:
             raise ValueError(f"{name}: expected a positive number; got {value}")
-    num_parameters = sum(
-        p.numel() for p in trainable.values() if not isinstance(p, nn.parameter.UninitializedParameter)
-    )
-    if num_eigenvalues < 1 or num_eigenvalues > num_parameters > 0:
-        raise ValueError(
-            f"num_eigenvalues: expected 1 to {num_parameters}, the number of parameters; got {num_eigenvalues}"
-        )
     if max_steps < num_eigenvalues:
         raise ValueError(f"max_steps: expected at least num_eigenvalues = {num_eigenvalues}; got {max_steps}")
     if max_probes < MIN_PROBES:
         raise ValueError(f"max_probes: expected at least {MIN_PROBES}; got {max_probes}")
+
+
+def _check_parameters(trainable: Mapping[str, Tensor], num_eigenvalues: int) -> None:
+    if not trainable:
+        raise ValueError("model: expected at least one parameter that requires a gradient; got none")
+    num_parameters = sum(
+        p.numel() for p in trainable.values() if not isinstance(p, nn.parameter.UninitializedParameter)
+    )
+    if num_eigenvalues > num_parameters > 0:
+        raise ValueError(
+            f"num_eigenvalues: expected 1 to {num_parameters}, the number of parameters; got {num_eigenvalues}"
+        )
 
 
 def _groups(names: list[str], blocks: Mapping[str, Sequence[str]] | None) -> dict[str, list[str]]:

@@ -146,7 +146,7 @@ def test_label_smoothing_reaches_the_training_loss_only() -> None:
     data = samples()
     x, labels = data.tensors
     model = MoEClassifier(backbone(), nn.Linear(NUM_FEATURES, NUM_CLASSES), label_smoothing=0.2)
-    logits = model(x)
+    logits = model(x).detach()
     fit = trainer()
     validated = fit.validate(model, loader(data), verbose=False)[0]
     assert validated["val/loss"] == pytest.approx(float(F.cross_entropy(logits, labels)), rel=1e-5)
@@ -169,10 +169,12 @@ def test_analysis_loss_and_accuracy_are_the_task_alone() -> None:
 
 
 class NoHostSync(TorchDispatchMode):
-    """Fails where a tensor's value is read on the host."""
+    """Fails where a tensor's value, or the size of a result that depends on values, is needed on the host."""
+
+    READING = ("_local_scalar_dense", "_unique2", "unique_dim", "nonzero", "masked_select", "bincount")
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        assert func is not torch.ops.aten._local_scalar_dense.default, "a value was read on the host"
+        assert func.overloadpacket.__name__ not in self.READING, f"{func}: a value was read on the host"
         return func(*args, **(kwargs or {}))
 
 
@@ -337,6 +339,7 @@ def test_lightning_cli_builds_everything_from_yaml_and_its_checkpoint_loads(
 ) -> None:
     package = "moe_heads.lightning_modules"
     config = {
+        "seed_everything": 0,
         "model": {
             "class_path": f"{package}.MoEClassifier",
             "init_args": {
@@ -371,6 +374,7 @@ def test_lightning_cli_builds_everything_from_yaml_and_its_checkpoint_loads(
     assert cli.model.hparams["learning_rate"] == 0.07
     assert cli.model.hparams["head"] == "SparseMoE"
     assert all(isinstance(value, str | int | float | None) for value in cli.model.hparams.values())
+    assert not [name for name in cli.model.hparams if name.startswith("_")]
     cli.trainer.save_checkpoint(tmp_path / "model.ckpt")
     head = SparseMoE(16, 10, num_experts=3)
     loaded = MoEClassifier.load_from_checkpoint(tmp_path / "model.ckpt", backbone=DigitsCNN(width=4), head=head)

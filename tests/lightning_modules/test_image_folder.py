@@ -75,6 +75,27 @@ def test_training_images_are_augmented_and_the_others_not(root: Path) -> None:
             assert (images > 0).all()
 
 
+def test_classes_are_mixed_so_that_the_first_batches_are_a_fair_sample(root: Path) -> None:
+    first, again, other = (
+        [int(label) for _, label in module(root, seed=seed).analysis_dataset("train")] for seed in (1, 1, 2)
+    )
+    assert first == again != other
+    assert first not in (sorted(first), sorted(first, reverse=True))
+
+
+def test_only_training_images_are_mirrored(root: Path) -> None:
+    for split in ("train", "test"):
+        for path in (root / split).glob("*/*.png"):
+            pixels = np.zeros((6, 8, 3), dtype=np.uint8)
+            pixels[:, :4] = 255  # bright on the left
+            Image.fromarray(pixels).save(path)
+    data = module(root, crop_padding=0, val_split=0.4)
+    loaders = data.train_dataloader(), data.val_dataloader(), data.test_dataloader()
+    is_mirrored = [torch.cat([images[:, 0, 0, 0] == 0 for images, _ in loader]) for loader in loaders]
+    assert [bool(flags.any()) for flags in is_mirrored] == [True, False, False]
+    assert not is_mirrored[0].all()
+
+
 def test_a_val_folder_is_used_as_it_is(root: Path) -> None:
     shutil.copytree(root / "test", root / "val")
     data = module(root)

@@ -1,10 +1,13 @@
 """What a loss landscape analysis found, and how it is reported."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+from moe_heads.callbacks.functional.landscape.figure import Scale, plot_line, plot_plane
+from moe_heads.callbacks.functional.landscape.mesh import surface_mesh, triangles
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -49,7 +52,7 @@ class LossLandscapeResult:
         return int((~self.losses.isfinite()).sum())
 
     @property
-    def scale(self) -> Literal["linear", "log"]:
+    def scale(self) -> Scale:
         """Scale of the loss in figures and mesh: log when positive losses span a factor of more than 100."""
         finite = self.losses[self.losses.isfinite()]
         wide = len(finite) > 0 and bool(finite.min() > 0) and bool(finite.max() > _LOG_RATIO * finite.min())
@@ -98,15 +101,19 @@ class LossLandscapeResult:
         Args:
             ax: Axes to draw into; by default those of a new figure that pyplot does not know.
         """
-        from moe_heads.callbacks.functional.landscape.figure import plot_line, plot_plane
-
-        return plot_line(self, ax) if self.betas is None else plot_plane(self, ax)
+        lost = f", {self.num_nonfinite} points not finite" if self.num_nonfinite else ""
+        title = f"loss {self.center_loss:.4g} at the centre ({self.num_samples} samples{lost})"
+        alphas, losses = self.alphas.numpy(), self.losses.numpy()
+        if self.betas is not None:
+            return plot_plane(alphas, self.betas.numpy(), losses, scale=self.scale, title=title, ax=ax)
+        flips = None if self.routing_flips is None else self.routing_flips.numpy()
+        return plot_line(
+            alphas, losses, center_loss=self.center_loss, routing_flips=flips, scale=self.scale, title=title, ax=ax
+        )
 
     @property
     def has_surface(self) -> bool:
         """Whether there is a plane with at least one triangle of finite points: what `mesh` needs."""
-        from moe_heads.callbacks.functional.landscape.mesh import triangles
-
         return self.betas is not None and len(triangles(self.losses.isfinite())) > 0
 
     def mesh(self, tilt: float = 50.0) -> tuple[Tensor, Tensor, Tensor]:
@@ -118,8 +125,6 @@ class LossLandscapeResult:
         Raises:
             ValueError: For a line.
         """
-        from moe_heads.callbacks.functional.landscape.mesh import surface_mesh
-
         if self.betas is None:
             raise ValueError("mesh: expected a landscape on a plane (direction2); got one along a line")
         return surface_mesh(self.alphas, self.betas, self.losses, scale=self.scale, tilt=tilt)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from torch import Tensor
 
-from moe_heads.callbacks.functional.utilization.result import HeadUtilization
+from moe_heads.callbacks.functional.utilization.head import HeadUtilization
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

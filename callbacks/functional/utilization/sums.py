@@ -8,8 +8,8 @@ import math
 import torch
 from torch import Tensor
 
+from moe_heads.callbacks.functional.utilization.head import HeadUtilization
 from moe_heads.callbacks.functional.utilization.mutual_information import mutual_information
-from moe_heads.callbacks.functional.utilization.result import HeadUtilization
 from moe_heads.routing import Routing, RoutingStats
 
 __all__ = ["UtilizationSums"]

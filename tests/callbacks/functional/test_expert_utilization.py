@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from moe_heads import Dense, SoftMoE, SparseMoE, collect_routing
 from moe_heads.callbacks.functional.expert_utilization import expert_utilization
-from moe_heads.callbacks.functional.utilization.result import ExpertUtilizationResult, HeadUtilization
+from moe_heads.callbacks.functional.utilization.head import HeadUtilization
+from moe_heads.callbacks.functional.utilization.result import ExpertUtilizationResult
 
 SHARP = 50.0
 

@@ -4,7 +4,8 @@ import torch
 from torch import nn
 
 from moe_heads.callbacks.functional.environment import environment_of
-from moe_heads.callbacks.functional.timing.result import InferenceTimingResult, TimingRow
+from moe_heads.callbacks.functional.timing.result import InferenceTimingResult
+from moe_heads.callbacks.functional.timing.row import TimingRow
 
 
 def row(module: str, size: int, p50: float) -> TimingRow:

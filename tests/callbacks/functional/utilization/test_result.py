@@ -4,7 +4,8 @@ import warnings
 import pytest
 import torch
 
-from moe_heads.callbacks.functional.utilization.result import ExpertUtilizationResult, HeadUtilization
+from moe_heads.callbacks.functional.utilization.head import HeadUtilization
+from moe_heads.callbacks.functional.utilization.result import ExpertUtilizationResult
 
 
 def utilization(labelled: bool = True, num_classes: int = 2) -> HeadUtilization:

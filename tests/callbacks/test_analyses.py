@@ -1,0 +1,197 @@
+"""The four callbacks together on somebody's module and on ours: no argument needed, nothing changed, all reported."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+from support.events import read_events
+from support.lightning_models import PlainModule, assert_same, loader, snapshot, trainer
+
+from moe_heads.callbacks import (
+    ExpertUtilizationCallback,
+    InferenceTimingCallback,
+    LossLandscapeCallback,
+    SharpnessCallback,
+)
+
+
+class Witness(Callback):
+    def __init__(self) -> None:
+        self.seen: dict[str, Any] = {}
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.seen = snapshot(pl_module)
+
+
+def all_four() -> list[Callback]:
+    return [
+        SharpnessCallback(),
+        LossLandscapeCallback(plane_points=3, line_points=5),
+        ExpertUtilizationCallback(),
+        InferenceTimingCallback(batch_sizes=(1, 8), num_runs=3),
+    ]
+
+
+@pytest.fixture(scope="module")
+def fitted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """One fit of somebody's module with all four callbacks between two witnesses."""
+
+    class Tested(PlainModule):
+        def test_dataloader(self) -> Any:
+            return loader(seed=2)
+
+    torch.manual_seed(0)
+    before, after, callbacks = Witness(), Witness(), all_four()
+    logger = TensorBoardLogger(tmp_path_factory.mktemp("runs"), default_hp_metric=False)
+    run = trainer(before, *callbacks, after, logger=logger, max_epochs=2)
+    module = Tested()
+    run.fit(module, loader(), loader(seed=1))
+    logger.experiment.flush()
+    by_class = {type(callback).__name__: callback for callback in callbacks}
+    return {
+        "trainer": run,
+        "module": module,
+        "before": before.seen,
+        "after": after.seen,
+        "callbacks": by_class,
+        "events": read_events(Path(logger.log_dir)),
+    }
+
+
+def test_nothing_is_lost(fitted: dict[str, Any]) -> None:
+    assert_same(fitted["before"], fitted["after"])
+
+
+def test_every_analysis_has_results(fitted: dict[str, Any]) -> None:
+    splits = {name: set(callback.results) for name, callback in fitted["callbacks"].items()}
+    assert splits == {
+        "SharpnessCallback": {"train", "test"},
+        "LossLandscapeCallback": {"train", "test"},
+        "ExpertUtilizationCallback": {"train", "test"},
+        "InferenceTimingCallback": {"test"},
+    }
+
+
+def test_sharpness_is_that_of_the_modules_own_loss(fitted: dict[str, Any]) -> None:
+    module = fitted["module"].eval()
+    x, y = (torch.cat(parts) for parts in zip(*loader(), strict=True))
+    parameters = list(module.parameters())
+    loss = torch.nn.functional.cross_entropy(module(x), y)
+    gradients = torch.autograd.grad(loss, parameters, create_graph=True, materialize_grads=True)
+    flat = torch.cat([g.flatten() for g in gradients])
+    options = {"retain_graph": True, "materialize_grads": True}
+    rows = [torch.cat([h.flatten() for h in torch.autograd.grad(entry, parameters, **options)]) for entry in flat]
+    eigenvalues = torch.linalg.eigvalsh(torch.stack(rows))
+    result = fitted["callbacks"]["SharpnessCallback"].results["train"]
+    metric = fitted["trainer"].callback_metrics["sharpness/train/lambda_max"]
+    assert metric == pytest.approx(result.eigenvalues[0])
+    assert result.eigenvalues[0] == pytest.approx(eigenvalues[-1].item(), rel=1e-3)
+    assert result.eigenvalues[1] == pytest.approx(eigenvalues[-2].item(), rel=1e-3)
+
+
+def test_landscape_takes_the_eigenvector_of_the_sharpness_run(
+    fitted: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    line = fitted["callbacks"]["LossLandscapeCallback"].results["train"].line
+    module = fitted["module"].eval()
+    x, y = (torch.cat(parts) for parts in zip(*loader(), strict=True))
+    assert line.center_loss == pytest.approx(torch.nn.functional.cross_entropy(module(x), y).item(), rel=1e-5)
+    monkeypatch.setattr("moe_heads.callbacks.loss_landscape.top_eigenvector", None)
+    alone = LossLandscapeCallback(plane_points=0, line_points=3, splits=["train"], on_error="raise")
+    trainer(SharpnessCallback(splits=["train"]), alone).fit(PlainModule(), loader())
+    with pytest.raises(TypeError, match="NoneType"):
+        trainer(alone).fit(PlainModule(), loader())
+
+
+def test_utilisation_has_a_point_an_epoch_that_counts_every_row(fitted: dict[str, Any]) -> None:
+    callback = fitted["callbacks"]["ExpertUtilizationCallback"]
+    assert [stats.num_rows.item() for stats in callback.history["head"]] == [40, 40]
+    assert [stats.counts.sum().item() for stats in callback.history["head"]] == [80, 80]
+    points = fitted["events"].Scalars("expert_utilization/epoch/head/load_0")
+    assert [point.value for point in points] == pytest.approx([s.load[0].item() for s in callback.history["head"]])
+
+
+def test_timing_has_the_head_by_itself(fitted: dict[str, Any]) -> None:
+    rows = fitted["callbacks"]["InferenceTimingCallback"].results["test"].rows
+    assert {(row.module, row.batch_size) for row in rows} == {("model", 1), ("model", 8), ("head", 1), ("head", 8)}
+
+
+def test_everything_is_in_tensorboard(fitted: dict[str, Any]) -> None:
+    tags = fitted["events"].Tags()
+    assert {
+        "sharpness/train/spectrum",
+        "sharpness/test/spectrum",
+        "loss_landscape/train/line",
+        "loss_landscape/train/plane",
+        "expert_utilization/test/head/experts",
+        "expert_utilization/train/head/load_over_epochs",
+        "inference_timing/test/latency",
+    } <= set(tags["images"])
+    assert {
+        "sharpness/train/lambda_max",
+        "sharpness/test/trace_stderr",
+        "inference_timing/test/head/batch8/p50_ms",
+    } <= set(tags["scalars"])
+    texts = ("sharpness/train", "loss_landscape/test", "expert_utilization/train", "inference_timing/test")
+    assert {f"{name}/summary/text_summary" for name in texts} <= set(tags["tensors"])
+    assert "loss_landscape/train/surface_VERTEX" in tags["tensors"]
+    assert "_hparams_/session_start_info" in fitted["events"].PluginTagToContent("hparams")
+
+
+def test_a_model_without_router_or_backbone_is_fine() -> None:
+    class Linear(LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = torch.nn.Linear(5, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.layer(x)
+
+        def training_step(self, batch: Any) -> torch.Tensor:
+            return torch.nn.functional.cross_entropy(self(batch[0]), batch[1])
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    callbacks = [
+        SharpnessCallback(splits=["train"], on_error="raise"),
+        LossLandscapeCallback(splits=["train"], plane_points=3, line_points=3, on_error="raise"),
+        ExpertUtilizationCallback(splits=["train"], on_error="raise"),
+        InferenceTimingCallback(splits=["train"], batch_sizes=(2,), num_runs=2, on_error="raise"),
+    ]
+    trainer(*callbacks).fit(Linear(), loader())
+    assert callbacks[2].results["train"].load == {}
+    assert {row.module for row in callbacks[3].results["train"].rows} == {"model"}
+
+
+def test_hooks_are_gone_after_an_error_in_training() -> None:
+    class Breaking(PlainModule):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            super().training_step(batch, batch_idx)
+            raise RuntimeError("stop")
+
+    module = Breaking()
+    with pytest.raises(RuntimeError, match="stop"):
+        trainer(ExpertUtilizationCallback()).fit(module, loader())
+    assert all(not child._forward_hooks for child in module.modules())
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: SharpnessCallback(num_eigenvalues=0), "num_eigenvalues: expected"),
+        (lambda: SharpnessCallback(tolerance=0.0), "tolerance: expected"),
+        (lambda: SharpnessCallback(max_probes=1), "max_probes: expected"),
+        (lambda: LossLandscapeCallback(line_points=2), "line_points: expected at least 3; got 2"),
+        (lambda: LossLandscapeCallback(plane_points=2), "plane_points: expected 0 for no plane, or 3 to 256; got 2"),
+        (lambda: LossLandscapeCallback(line_reach=0.0), "line_reach: expected a finite number above 0; got 0.0"),
+        (lambda: InferenceTimingCallback(batch_sizes=()), "batch_sizes: expected"),
+        (lambda: InferenceTimingCallback(num_runs=0), "num_runs: expected"),
+    ],
+)
+def test_bad_options_are_refused_before_training(build: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        build()

@@ -1,0 +1,177 @@
+"""The package as people get it: import names, arrows between the rooms, the wheel's contents."""
+
+import ast
+import os
+import shutil
+import subprocess
+import sys
+import tomllib
+import zipfile
+from collections.abc import Iterable
+from pathlib import Path
+
+import pytest
+from support.sources import ROOT, sources
+
+# What each room may import of ours, the most specific name deciding.
+ALLOWED = {
+    "moe_heads": {"moe_heads"},
+    "moe_heads.lightning_modules": {"moe_heads", "moe_heads.lightning_modules"},
+    "moe_heads.callbacks.functional": {"moe_heads.callbacks.functional", "moe_heads.routing", "moe_heads.capacity"},
+    "moe_heads.callbacks": {
+        "moe_heads.callbacks",
+        "moe_heads.callbacks.functional",
+        "moe_heads.routing",
+        "moe_heads.capacity",
+    },
+}
+FOREIGN = {
+    "moe_heads": {"torch"},
+    "moe_heads.callbacks.functional": {"torch", "torchmetrics", "numpy", "scipy", "matplotlib"},
+}
+
+
+def imports(path: Path) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            # `from moe_heads import balance` imports a module
+            inside = {f"{node.module}.{alias.name}" for alias in node.names}
+            names |= (inside & set(sources())) or {str(node.module)}
+    return names
+
+
+def room_of(name: str, rooms: Iterable[str]) -> str | None:
+    return max((room for room in rooms if f"{name}.".startswith(f"{room}.")), key=len, default=None)
+
+
+def is_below(name: str, packages: set[str]) -> bool:
+    """Whether the name's own room, the most specific there is, is among the packages."""
+    if name in packages:
+        return True
+    return room_of(name, {*packages, *ALLOWED}) in packages
+
+
+@pytest.mark.parametrize("name", [name for name in sources() if not name.startswith("examples")])
+def test_arrows_point_one_way(name: str) -> None:
+    path = sources()[name]
+    ours = {imported for imported in imports(path) if imported.partition(".")[0] == "moe_heads"}
+    room = room_of(name, ALLOWED)
+    assert room is not None
+    wrong = {imported for imported in ours if not is_below(imported, ALLOWED[room])}
+    assert not wrong, f"{name} may not import {wrong}"
+
+
+def test_no_circle_between_modules() -> None:
+    arrows = {name: imports(path) & set(sources()) - {name} for name, path in sources().items()}
+    done: set[str] = set()
+
+    def visit(name: str, trail: tuple[str, ...]) -> None:
+        assert name not in trail, f"circle: {' -> '.join([*trail[trail.index(name) :], name])}"
+        if name not in done:
+            for target in sorted(arrows[name]):
+                # a package's __init__ is a shop window: it imports its modules, they never import it
+                visit(target, (*trail, name))
+            done.add(name)
+
+    for name in arrows:
+        visit(name, ())
+
+
+@pytest.mark.parametrize("name", [name for name in sources() if room_of(name, FOREIGN)])
+def test_rooms_import_no_foreign_package_they_should_not_know(name: str) -> None:
+    room = room_of(name, ALLOWED)
+    if room not in FOREIGN:
+        return
+    foreign = {imported.partition(".")[0] for imported in imports(sources()[name])} - set(sys.stdlib_module_names)
+    assert foreign <= FOREIGN[room] | {"moe_heads"}
+
+
+def run(code: str, folder: Path, **environment: str) -> str:
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=folder,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout.strip()
+
+
+def test_importing_the_heads_loads_neither_lightning_nor_torchvision(tmp_path: Path) -> None:
+    code = "import sys, moe_heads; print([n for n in ('lightning', 'torchvision', 'matplotlib') if n in sys.modules])"
+    assert run(code, tmp_path) == "[]"
+
+
+def test_no_bare_callbacks_package_is_installed(tmp_path: Path) -> None:
+    code = "import importlib.util as u; print([n for n in ('callbacks', 'lightning_modules') if u.find_spec(n)])"
+    assert run(code, tmp_path) == "[]"
+
+
+def test_public_names_exist() -> None:
+    import moe_heads
+    import moe_heads.callbacks
+    import moe_heads.callbacks.functional
+    import moe_heads.lightning_modules
+
+    for package in (moe_heads, moe_heads.callbacks, moe_heads.callbacks.functional, moe_heads.lightning_modules):
+        assert list(package.__all__) == sorted(package.__all__)
+        assert all(hasattr(package, name) for name in package.__all__)
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A wheel built from a copy of the sources: a build folder left in the tree would add what was there before."""
+    folder, source = tmp_path_factory.mktemp("wheel"), tmp_path_factory.mktemp("source")
+    for name in ("moe_heads", "callbacks", "lightning_modules"):
+        shutil.copytree(ROOT / name, source / name)
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source / name)
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(folder), str(source)]
+    subprocess.run(command, check=True, capture_output=True)
+    return next(folder.glob("*.whl"))
+
+
+def test_wheel_holds_every_module_and_py_typed(wheel: Path) -> None:
+    inside = set(zipfile.ZipFile(wheel).namelist())
+    expected = {
+        f"{name.replace('.', '/')}/__init__.py" if path.name == "__init__.py" else f"{name.replace('.', '/')}.py"
+        for name, path in sources().items()
+        if not name.startswith("examples")
+    }
+    assert {name for name in inside if ".dist-info/" not in name} == expected | {"moe_heads/py.typed"}
+    assert any(name.endswith("licenses/LICENSE") for name in inside)
+
+
+def test_wheel_works_outside_the_repository_and_in_its_root(wheel: Path, tmp_path: Path) -> None:
+    zipfile.ZipFile(wheel).extractall(tmp_path / "site")
+    names = ["moe_heads.callbacks.functional.curvature", "moe_heads.lightning_modules.classifier"]
+    # without the import hook of the editable install that the tests run in
+    code = (
+        "import sys; sys.meta_path = [finder for finder in sys.meta_path if 'Editable' not in str(finder)]\n"
+        f"from importlib.util import find_spec; print([find_spec(name).origin for name in {names}])"
+    )
+    site = tmp_path / "site"
+    for folder, home in ((tmp_path, site), (ROOT, ROOT)):
+        origins = ast.literal_eval(run(code, folder, PYTHONPATH=str(site)))
+        assert all(Path(origin).is_relative_to(home) for origin in origins)
+
+
+def test_constraints_pin_names_and_versions_only() -> None:
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pins = [line for line in lines if not line.startswith("#")]
+    assert pins
+    assert all(len(pin.split("==")) == 2 and "/" not in pin and "@" not in pin for pin in pins)
+
+
+def test_every_dependency_is_pinned() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = [requirement for group in project["optional-dependencies"].values() for requirement in group]
+    pinned = {line.partition("==")[0] for line in (ROOT / "constraints.txt").read_text().splitlines()}
+    names = {requirement.split("[")[0].split(">")[0] for requirement in [*project["dependencies"], *extras]}
+    assert names - {"moe-heads"} <= pinned
