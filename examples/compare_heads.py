@@ -14,6 +14,7 @@ import time
 import warnings
 from collections.abc import Sequence
 
+import torch
 from study import report, results, run
 from study.options import Options, parse
 
@@ -30,6 +31,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"compare_heads.py: error: {error}", file=sys.stderr)
         return 2
     _quiet_lightning()
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    report.write_columns(options)
     runs = [(head, seed) for seed in range(options.seeds) for head in options.heads]
     started = time.perf_counter()
     for number, (head, seed) in enumerate(runs, start=1):
@@ -64,6 +68,7 @@ def _quiet_lightning() -> None:
     """Leave out Lightning's advice on hardware and worker processes: this script has chosen both."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=".*does not have many workers")
+    warnings.filterwarnings("ignore", message="`isinstance.treespec, LeafSpec.` is deprecated")
     warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
 
 

@@ -96,13 +96,11 @@ class MoEClassifier(LightningModule):
         self.save_hyperparameters(ignore=["backbone", "head", "_instantiator", "_class_path"])
         self.save_hyperparameters(dict(self.hparams) | _describe(backbone, head))
         self._head_returns_all = isinstance(head, Head) and not any(isinstance(m, Router) for m in backbone.modules())
-        # validate_args would read the labels on the host at every step
-        options: dict[str, Any] = {"num_classes": self.num_classes, "validate_args": False}
-        self.train_accuracy = MulticlassAccuracy(average="micro", **options)
-        self.val_accuracy = MulticlassAccuracy(average="micro", **options)
-        self.test_accuracy = MulticlassAccuracy(average="micro", **options)
-        self.val_calibration_error = MulticlassCalibrationError(n_bins=15, **options)
-        self.test_calibration_error = MulticlassCalibrationError(n_bins=15, **options)
+        self.train_accuracy = MulticlassAccuracy(self.num_classes, average="micro")
+        self.val_accuracy = MulticlassAccuracy(self.num_classes, average="micro")
+        self.test_accuracy = MulticlassAccuracy(self.num_classes, average="micro")
+        self.val_calibration_error = MulticlassCalibrationError(self.num_classes, n_bins=15)
+        self.test_calibration_error = MulticlassCalibrationError(self.num_classes, n_bins=15)
 
     @override
     def forward(self, x: Tensor) -> Tensor:

@@ -89,7 +89,7 @@ class ImageFiles:
         """
         images = np.empty((len(indices), self.height, self.width, 3), dtype=np.uint8)
         for position, index in enumerate(indices.tolist()):
-            images[position] = self._decode(self.paths[index])
+            images[position] = np.asarray(self._decode(self.paths[index]))
         return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
 
     def select(self, indices: Tensor) -> "ImageFiles":

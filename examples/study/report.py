@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
+from tensorboard.plugins.hparams import summary_v2 as hparams
+from torch.utils.tensorboard import SummaryWriter
 
 from study.options import Options
 from study.results import Estimate, estimate
@@ -18,6 +20,7 @@ COLUMNS = (
     ("λmax test", "sharpness/test/lambda_max", ".3g", 1.0),
     ("trace train", "sharpness/train/trace", ".3g", 1.0),
     ("trace test", "sharpness/test/trace", ".3g", 1.0),
+    ("experts in effect", "expert_utilization/train/head/effective_experts", ".2f", 1.0),
     ("head, ms a batch of 256", "inference_timing/test/head/batch256/p50_ms", ".3g", 1.0),
     ("model, ms a batch of 256", "inference_timing/test/model/batch256/p50_ms", ".3g", 1.0),
 )
@@ -71,6 +74,19 @@ def write(options: Options, results: Results) -> Path:
     return report
 
 
+def write_columns(options: Options) -> None:
+    """Tell TensorBoard's HPARAMS table its columns, once for the study: it would show every scalar."""
+    described = ("head", "seed", "num_head_params", "num_active_head_params")
+    summary = hparams.hparams_config_pb(
+        hparams=[hparams.HParam(name) for name in described],
+        metrics=[hparams.Metric(metric, display_name=title.removesuffix(", %")) for title, metric, *_ in COLUMNS],
+    )
+    for old in options.out.glob("events.out.tfevents.*"):
+        old.unlink()
+    with SummaryWriter(options.out) as writer:
+        writer._get_file_writer().add_summary(summary)
+
+
 def _head_section(options: Options, head: str) -> str:
     folder = options.run_dir(head, seed=0)
     images = [f"![{path.stem}]({path.relative_to(options.out)})" for path in sorted(folder.glob("*.png"))]
@@ -79,7 +95,7 @@ def _head_section(options: Options, head: str) -> str:
 
 def _comparison(options: Options, results: Results) -> Figure:
     """A panel a quantity, a point a head with its standard error."""
-    panels = (COLUMNS[0], COLUMNS[2], COLUMNS[3], COLUMNS[6])
+    panels = (COLUMNS[0], COLUMNS[2], COLUMNS[3], COLUMNS[7])
     figure = Figure(figsize=(3 * len(panels), 3.2), layout="constrained")
     for ax, (title, metric, _, scale) in zip(figure.subplots(1, len(panels)), panels, strict=True):
         for position, head in enumerate(options.heads):

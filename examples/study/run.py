@@ -110,7 +110,8 @@ def run(options: Options, head: str, seed: int, data: ImageDataModule, show_prog
         "seconds": time.perf_counter() - started,
         "torch": torch.__version__,
     }
-    _save_figures(folder, analyses)
+    if seed == 0:
+        _save_figures(folder, analyses)
     # written last: a run without it is not finished
     partial = folder / "result.json.partial"
     partial.write_text(json.dumps(result, indent=1))
@@ -128,7 +129,7 @@ def _lines(analyses: list[FitEndAnalysis]) -> dict[str, dict[str, list[float]]]:
 
 
 def _save_figures(folder: Any, analyses: list[FitEndAnalysis]) -> None:
-    """The figures of the training split as files, for the report."""
+    """The figures of the training split as files, for the report, which shows those of the first seed."""
     for analysis in analyses:
         result = analysis.results.get("train")
         for name, figure in {} if result is None else analysis.report(result).figures.items():

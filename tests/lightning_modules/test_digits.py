@@ -15,7 +15,7 @@ def raw(data: DigitsDataModule, split: str) -> tuple[Tensor, Tensor]:
 def test_the_splits_are_the_digits_of_scikit_learn() -> None:
     data = DigitsDataModule()
     parts = [raw(data, split) for split in ("train", "val", "test")]
-    assert [len(labels) for _, labels in parts] == [1437, 180, 180]
+    assert [len(labels) for _, labels in parts] == [1258, 180, 359]
     rows = torch.cat([torch.cat([images, labels.unsqueeze(1)], 1) for images, labels in parts])
     digits = load_digits()
     expected = torch.cat([torch.tensor(digits.data), torch.tensor(digits.target).unsqueeze(1)], 1)
@@ -62,5 +62,5 @@ def test_too_large_a_validation_split() -> None:
 
 def test_limit_train() -> None:
     assert len(DigitsDataModule(limit_train=100).analysis_dataset("train")) == 100
-    with pytest.raises(ValueError, match="limit_train: expected at most the 1437 training images; got 1500"):
+    with pytest.raises(ValueError, match="limit_train: expected at most the 1258 training images; got 1500"):
         DigitsDataModule(limit_train=1500).setup()
