@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_args
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +33,7 @@ class Landscape:
 
     Attributes:
         line: Along the top Hessian eigenvector, of unit length.
-        plane: On a plane of two filter-normalised random directions; None when it was not asked for.
+        plane: On a plane of two filter-normalised random directions; None for a split where it was not asked for.
     """
 
     line: LossLandscapeResult
@@ -52,14 +52,16 @@ class LossLandscapeCallback(FitEndAnalysis):
     Args:
         line_points: Points of the line; an odd number holds the centre.
         line_reach: Largest :math:`|\alpha|` of the line.
-        plane_points: Points along each side of the plane, 0 for no plane. The cost is their square times one forward
-            pass over the samples.
+        plane_points: Points along each side of the plane. The cost is their square times one forward pass over the
+            samples.
         plane_reach: Largest coordinate on the plane, where 1 is the norm of each filter.
+        plane_splits: Splits whose plane is computed; none for no plane. One by default, since it costs most, and since
+            a browser shows no more than 16 surfaces at once: TensorBoard shows each surface of each run twice.
         splits, num_samples, batch_size, seed, loss_fn, on_error: See `FitEndAnalysis`.
 
     Example:
         >>> from moe_heads.callbacks import LossLandscapeCallback
-        >>> LossLandscapeCallback(plane_points=0).line_points
+        >>> LossLandscapeCallback(plane_splits=[]).line_points
         21
     """
 
@@ -72,6 +74,7 @@ class LossLandscapeCallback(FitEndAnalysis):
         line_reach: float = 0.5,
         plane_points: int = 15,
         plane_reach: float = 1.0,
+        plane_splits: Sequence[Split] = ("train",),
         splits: Sequence[Split] = ("train", "test"),
         num_samples: int = 1000,
         batch_size: int = 250,
@@ -82,13 +85,16 @@ class LossLandscapeCallback(FitEndAnalysis):
         super().__init__(splits, num_samples, batch_size, seed, loss_fn, on_error)
         if line_points < 3:
             raise ValueError(f"line_points: expected at least 3; got {line_points}")
-        if plane_points != 0 and not 3 <= plane_points <= _MAX_PLANE_POINTS:
-            raise ValueError(f"plane_points: expected 0 for no plane, or 3 to {_MAX_PLANE_POINTS}; got {plane_points}")
+        if not 3 <= plane_points <= _MAX_PLANE_POINTS:
+            raise ValueError(f"plane_points: expected 3 to {_MAX_PLANE_POINTS}; got {plane_points}")
+        if isinstance(plane_splits, str) or set(plane_splits) - set(get_args(Split)):
+            raise ValueError(f"plane_splits: expected a list of 'train', 'val', 'test'; got {plane_splits!r}")
         for argument, value in {"line_reach": line_reach, "plane_reach": plane_reach}.items():
             if not 0 < value < float("inf"):
                 raise ValueError(f"{argument}: expected a finite number above 0; got {value!r}")
         self.line_points, self.line_reach = line_points, line_reach
         self.plane_points, self.plane_reach = plane_points, plane_reach
+        self.plane_splits = tuple(plane_splits)
 
     @override
     def compute(self, inputs: AnalysisInputs) -> Landscape:
@@ -106,7 +112,7 @@ class LossLandscapeCallback(FitEndAnalysis):
             alphas=torch.linspace(-self.line_reach, self.line_reach, self.line_points),
             **options,
         )
-        if not self.plane_points:
+        if inputs.split not in self.plane_splits:
             return Landscape(line, None)
         first, second = (
             filter_normalized(inputs.model, random_direction(inputs.model, seed=2 * self.seed + i)) for i in (0, 1)

@@ -42,6 +42,7 @@ def main(max_epochs: int = 20) -> SharpnessCallback:
         logger=TensorBoardLogger("runs", name="attach_callbacks", default_hp_metric=False),
         callbacks=[sharpness, LossLandscapeCallback(splits=["train"])],
         enable_model_summary=False,
+        log_every_n_steps=8,
     )
     trainer.fit(Regression(), DataLoader(data, batch_size=64, shuffle=True))
     print(sharpness.results["train"].summary())

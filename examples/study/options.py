@@ -68,8 +68,8 @@ class Options:
                 raise ValueError(f"--{name.replace('_', '-')}: expected an integer of at least 1; got {value}")
         if self.learning_rate <= 0:
             raise ValueError(f"--learning-rate: expected a number above 0; got {self.learning_rate}")
-        if self.plane_points not in {0, *range(3, 257)}:
-            raise ValueError(f"--plane-points: expected 0 for no plane, or 3 to 256; got {self.plane_points}")
+        if not 3 <= self.plane_points <= 256:
+            raise ValueError(f"--plane-points: expected 3 to 256; got {self.plane_points}")
         _check_writable(self.out)
 
     def config(self) -> dict[str, Any]:
@@ -101,7 +101,7 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
     parser.add_argument("--head-width", type=int, help="hidden units of the dense head, which sets the capacity of all")
     parser.add_argument("--limit-train", type=int, help="train on that many images")
     parser.add_argument("--analysis-samples", type=int, help="samples of each split for the analyses")
-    parser.add_argument("--plane-points", type=int, help="points a side of the 2-D landscape; 0 for none")
+    parser.add_argument("--plane-points", type=int, help="points a side of the 2-D landscape")
     parser.add_argument(
         "--threads", type=int, help="threads of torch on the CPU; 1 for the digits, else torch's choice"
     )

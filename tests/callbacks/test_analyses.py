@@ -95,12 +95,15 @@ def test_sharpness_is_that_of_the_modules_own_loss(fitted: dict[str, Any]) -> No
 def test_landscape_takes_the_eigenvector_of_the_sharpness_run(
     fitted: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    line = fitted["callbacks"]["LossLandscapeCallback"].results["train"].line
+    results = fitted["callbacks"]["LossLandscapeCallback"].results
+    assert results["train"].plane is not None
+    assert results["test"].plane is None
+    line = results["train"].line
     module = fitted["module"].eval()
     x, y = (torch.cat(parts) for parts in zip(*loader(), strict=True))
     assert line.center_loss == pytest.approx(torch.nn.functional.cross_entropy(module(x), y).item(), rel=1e-5)
     monkeypatch.setattr("moe_heads.callbacks.loss_landscape.top_eigenvector", None)
-    alone = LossLandscapeCallback(plane_points=0, line_points=3, splits=["train"], on_error="raise")
+    alone = LossLandscapeCallback(plane_splits=[], line_points=3, splits=["train"], on_error="raise")
     trainer(SharpnessCallback(splits=["train"]), alone).fit(PlainModule(), loader())
     with pytest.raises(TypeError, match="NoneType"):
         trainer(alone).fit(PlainModule(), loader())
@@ -186,7 +189,8 @@ def test_hooks_are_gone_after_an_error_in_training() -> None:
         (lambda: SharpnessCallback(tolerance=0.0), "tolerance: expected"),
         (lambda: SharpnessCallback(max_probes=1), "max_probes: expected"),
         (lambda: LossLandscapeCallback(line_points=2), "line_points: expected at least 3; got 2"),
-        (lambda: LossLandscapeCallback(plane_points=2), "plane_points: expected 0 for no plane, or 3 to 256; got 2"),
+        (lambda: LossLandscapeCallback(plane_points=2), "plane_points: expected 3 to 256; got 2"),
+        (lambda: LossLandscapeCallback(plane_splits=["dev"]), r"plane_splits: expected a list of .*; got \['dev'\]"),
         (lambda: LossLandscapeCallback(line_reach=0.0), "line_reach: expected a finite number above 0; got 0.0"),
         (lambda: InferenceTimingCallback(batch_sizes=()), "batch_sizes: expected"),
         (lambda: InferenceTimingCallback(num_runs=0), "num_runs: expected"),

@@ -1,0 +1,38 @@
+"""LightningCLI with the configurations that the repository ships."""
+
+from pathlib import Path
+
+import pytest
+from support.sources import ROOT
+
+from moe_heads.callbacks import FitEndAnalysis
+
+
+# raised inside LightningCLI
+@pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning")
+@pytest.mark.parametrize("config", sorted(path.name for path in (ROOT / "examples" / "configs").glob("*.yaml")))
+def test_config_builds_its_callbacks_and_trains(config: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    import train
+
+    # CIFAR-10 and ResNet-18 give way to what is at hand and quick
+    overrides = [
+        "--data=moe_heads.lightning_modules.DigitsDataModule",
+        "--model.backbone=moe_heads.lightning_modules.DigitsCNN",
+        "--model.head.init_args.in_features=64",
+        "--trainer.fast_dev_run=true",
+        "--trainer.accelerator=cpu",
+        "--trainer.enable_progress_bar=false",
+    ]
+    path = str(ROOT / "examples" / "configs" / config)
+    monkeypatch.setattr("sys.argv", ["train.py"])
+    cli = train.main(["fit", "--config", path, *overrides])
+    analyses = [callback for callback in cli.trainer.callbacks if isinstance(callback, FitEndAnalysis)]
+    assert [analysis.name for analysis in analyses] == [
+        "sharpness",
+        "loss_landscape",
+        "expert_utilization",
+        "inference_timing",
+    ]
+    assert all(analysis.results for analysis in analyses)
