@@ -8,9 +8,10 @@ from torch import Tensor, nn
 
 from moe_heads.callbacks.functional.batches import Batch, LossFn, as_batches, batch_size, to_device
 from moe_heads.callbacks.functional.environment import device_of
-from moe_heads.callbacks.functional.landscape.directions import split_direction, trainable_parameters
+from moe_heads.callbacks.functional.landscape.directions import split_direction
 from moe_heads.callbacks.functional.landscape.result import LossLandscapeResult
 from moe_heads.callbacks.functional.landscape.routing_flips import Choices, choices_of, flip_share
+from moe_heads.callbacks.functional.parameters import trainable_parameters
 from moe_heads.callbacks.functional.preserve import analysis_mode
 from moe_heads.routing import collect_routing
 

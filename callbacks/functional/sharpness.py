@@ -10,6 +10,7 @@ from moe_heads.callbacks.functional.curvature.density import spectral_density
 from moe_heads.callbacks.functional.curvature.lanczos import lanczos
 from moe_heads.callbacks.functional.curvature.operator import HessianOperator
 from moe_heads.callbacks.functional.curvature.trace import MIN_PROBES, deflated_trace
+from moe_heads.callbacks.functional.parameters import trainable_parameters
 from moe_heads.callbacks.functional.preserve import analysis_mode
 from moe_heads.callbacks.functional.sharpness_result import SharpnessResult
 
@@ -89,9 +90,13 @@ def sharpness(
         >>> [round(value, 4) for value in result.eigenvalues], round(result.trace, 4)
         ([4.0, 1.0], 5.0)
     """
-    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    trainable = trainable_parameters(model)
     check_sharpness_options(num_eigenvalues, tolerance, trace_tolerance, max_steps, max_probes)
-    _check_parameters(trainable, num_eigenvalues)
+    num_parameters = sum(p.numel() for p in trainable.values())
+    if num_eigenvalues > num_parameters:
+        raise ValueError(
+            f"num_eigenvalues: expected 1 to {num_parameters}, the number of parameters; got {num_eigenvalues}"
+        )
     groups = _groups(list(trainable), blocks)
     with analysis_mode(model, seed):
         # One stream for all random vectors: the probes of the trace must not repeat the start of the Krylov space.
@@ -144,18 +149,6 @@ def check_sharpness_options(
         raise ValueError(f"max_steps: expected at least num_eigenvalues = {num_eigenvalues}; got {max_steps}")
     if max_probes < MIN_PROBES:
         raise ValueError(f"max_probes: expected at least {MIN_PROBES}; got {max_probes}")
-
-
-def _check_parameters(trainable: Mapping[str, Tensor], num_eigenvalues: int) -> None:
-    if not trainable:
-        raise ValueError("model: expected at least one parameter that requires a gradient; got none")
-    num_parameters = sum(
-        p.numel() for p in trainable.values() if not isinstance(p, nn.parameter.UninitializedParameter)
-    )
-    if num_eigenvalues > num_parameters > 0:
-        raise ValueError(
-            f"num_eigenvalues: expected 1 to {num_parameters}, the number of parameters; got {num_eigenvalues}"
-        )
 
 
 def _groups(names: list[str], blocks: Mapping[str, Sequence[str]] | None) -> dict[str, list[str]]:

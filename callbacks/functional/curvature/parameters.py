@@ -5,6 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from moe_heads.callbacks.functional.parameters import trainable_parameters
+
 __all__ = ["selected_parameters"]
 
 
@@ -14,28 +16,17 @@ def selected_parameters(model: nn.Module, params: Sequence[Tensor] | None) -> di
     Raises:
         ValueError: If there are none, or they do not fit into one vector of float32 or float64.
     """
-    named = dict(model.named_parameters())
-    if params is None:
-        chosen: dict[str, Tensor] = {name: p for name, p in named.items() if p.requires_grad}
-    else:
+    chosen: dict[str, Tensor] = {**trainable_parameters(model)}
+    if params is not None:
         wanted = {id(p) for p in params}
-        chosen = {name: p for name, p in named.items() if id(p) in wanted}
-        if len(chosen) != len(wanted) or not all(p.requires_grad for p in chosen.values()):
+        chosen = {name: p for name, p in chosen.items() if id(p) in wanted}
+        if not wanted or len(chosen) < len(wanted):
             raise ValueError(
                 f"params: expected parameters of the model that require a gradient; "
-                f"{len(wanted) - sum(p.requires_grad for p in chosen.values())} of {len(wanted)} are not"
+                f"{len(wanted) - len(chosen)} of {len(wanted)} are not"
             )
-    if not chosen:
-        raise ValueError("model: expected at least one parameter that requires a gradient; got none")
-    _check(chosen)
-    return chosen
-
-
-def _check(named: dict[str, Tensor]) -> None:
-    lazy = [name for name, p in named.items() if isinstance(p, nn.parameter.UninitializedParameter)]
-    if lazy:
-        raise ValueError(f"model: expected initialised parameters; {lazy[0]} is lazy: run one forward pass first")
-    kinds = {(p.dtype, p.device) for p in named.values()}
+    kinds = {(p.dtype, p.device) for p in chosen.values()}
     if len(kinds) > 1 or next(iter(kinds))[0] not in {torch.float32, torch.float64}:
         found = sorted(f"{dtype} on {device}" for dtype, device in kinds)
         raise ValueError(f"model: expected parameters all float32 or all float64, on one device; got {found}")
+    return chosen

@@ -7,22 +7,9 @@ A direction is a flat vector (P,) over the parameters that require a gradient, i
 import torch
 from torch import Tensor, nn
 
-__all__ = ["filter_normalized", "random_direction", "split_direction", "trainable_parameters"]
+from moe_heads.callbacks.functional.parameters import trainable_parameters
 
-
-def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Parameters that require a gradient by name, shared ones once, in the order of the flat vector.
-
-    Raises:
-        ValueError: If there are none, or one of them is lazy.
-    """
-    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    if not named:
-        raise ValueError("model: expected at least one parameter that requires a gradient; got none")
-    lazy = [name for name, p in named.items() if isinstance(p, nn.parameter.UninitializedParameter)]
-    if lazy:
-        raise ValueError(f"model: expected initialised parameters; {lazy[0]} is lazy: run one forward pass first")
-    return named
+__all__ = ["filter_normalized", "random_direction", "split_direction"]
 
 
 def split_direction(model: nn.Module, direction: Tensor, name: str = "direction") -> dict[str, Tensor]:
