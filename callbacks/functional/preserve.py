@@ -33,7 +33,9 @@ def preserved(model: nn.Module) -> Iterator[None]:
         True
     """
     modules = [_ModuleState(module) for module in model.modules()]
-    tensors = [_TensorState(t) for t in dict.fromkeys([*model.parameters(), *model.buffers()])]
+    # a lazy tensor has no values yet, and each analysis refuses it
+    known = [t for t in dict.fromkeys([*model.parameters(), *model.buffers()]) if not _is_lazy(t)]
+    tensors = [_TensorState(tensor) for tensor in known]
     generators = _generator_states()
     try:
         yield
@@ -100,13 +102,12 @@ class _TensorState:
         self._tensor = tensor
         self._requires_grad = tensor.requires_grad
         self._grad = tensor.grad if tensor.is_leaf else None
-        self._values = None if _is_lazy(tensor) else tensor.detach().clone()
+        self._values = tensor.detach().clone()
         self._grad_values = None if self._grad is None else self._grad.detach().clone()
 
     @torch.no_grad()
     def restore(self) -> None:
-        if self._values is not None:
-            self._tensor.data.copy_(self._values)
+        self._tensor.data.copy_(self._values)
         if self._tensor.is_leaf:
             self._tensor.requires_grad_(self._requires_grad)
             self._tensor.grad = self._grad

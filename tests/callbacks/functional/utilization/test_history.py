@@ -1,0 +1,21 @@
+"""Figure of the load over the epochs."""
+
+import pytest
+import torch
+
+from moe_heads import RoutingStats
+from moe_heads.callbacks.functional.utilization.history import plot_load_history
+
+
+def epoch(counts: list[int]) -> RoutingStats:
+    whole = torch.tensor(counts)
+    zero = torch.tensor(0)
+    return RoutingStats(whole, whole.float(), zero.float(), whole.sum(), zero)
+
+
+def test_bars_of_an_epoch_stack_up_to_one() -> None:
+    figure, ax = plot_load_history([epoch([1, 3]), epoch([4, 0])])
+    figure.canvas.draw()
+    heights = [bar.get_height() for bar in ax.patches]
+    assert heights == pytest.approx([0.25, 1.0, 0.75, 0.0])
+    assert [bar.get_y() for bar in ax.patches] == pytest.approx([0.0, 0.0, 0.25, 1.0])
