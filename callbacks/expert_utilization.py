@@ -97,7 +97,9 @@ class ExpertUtilizationCallback(FitEndAnalysis):
             shares = {"load": total.load.tolist(), "importance": total.importance.tolist()}
             metrics = {f"{kind}_{e}": share for kind, values in shares.items() for e, share in enumerate(values)}
             metrics["entropy"] = total.entropy.item()
-            pl_module.log_dict({f"{self.name}/epoch/{name}/{key}": value for key, value in metrics.items()})
+            named = {f"{self.name}/epoch/{name}/{key}": value for key, value in metrics.items()}
+            # equal on every rank already; without sync_dist Lightning warns
+            pl_module.log_dict(named, sync_dist=True)
         self._epoch = {}
 
     @override

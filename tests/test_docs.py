@@ -7,7 +7,8 @@ import re
 from pathlib import Path
 
 import pytest
-from support.sources import ROOT, sources
+
+from tests.support.sources import ROOT, sources
 
 MODULES = [name for name in sources() if not name.startswith("examples")]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -11,7 +11,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
-from support.sources import ROOT, sources
+
+from tests.support.sources import ROOT, sources
 
 # What each room may import of ours, the most specific name deciding.
 ALLOWED = {

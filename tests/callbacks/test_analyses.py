@@ -7,8 +7,6 @@ import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
-from support.events import read_events
-from support.lightning_models import PlainModule, assert_same, loader, snapshot, trainer
 
 from moe_heads.callbacks import (
     ExpertUtilizationCallback,
@@ -16,6 +14,8 @@ from moe_heads.callbacks import (
     LossLandscapeCallback,
     SharpnessCallback,
 )
+from tests.support.events import read_events
+from tests.support.lightning_models import PlainModule, assert_same, loader, snapshot, trainer
 
 
 class Witness(Callback):

@@ -8,9 +8,9 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.strategies import FSDPStrategy
-from support.lightning_models import PlainModule, assert_same, loader, snapshot, trainer
 
 from moe_heads.callbacks import AnalysisInputs, FitEndAnalysis, Report
+from tests.support.lightning_models import PlainModule, assert_same, loader, snapshot, trainer
 
 
 class MeanLoss(FitEndAnalysis):

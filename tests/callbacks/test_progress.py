@@ -2,9 +2,9 @@
 
 import pytest
 from lightning.pytorch.callbacks import TQDMProgressBar
-from support.lightning_models import trainer
 
 from moe_heads.callbacks import progress
+from tests.support.lightning_models import trainer
 
 
 def test_shows_the_steps_where_the_trainer_shows_progress(

@@ -7,10 +7,10 @@ import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from matplotlib.figure import Figure
-from support.events import read_events
-from support.lightning_models import PlainModule, loader, trainer
 
 from moe_heads.callbacks import AnalysisInputs, FitEndAnalysis, Mesh, Report
+from tests.support.events import read_events
+from tests.support.lightning_models import PlainModule, loader, trainer
 
 
 class Everything(FitEndAnalysis):

@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from support.lightning_models import NUM_FEATURES, loader
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from moe_heads.callbacks.sample import draw_sample
+from tests.support.lightning_models import NUM_FEATURES, loader
 
 
 class FakeTrainer:

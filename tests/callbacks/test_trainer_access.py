@@ -5,9 +5,9 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
-from support.lightning_models import PlainModule, loader, trainer
 
 from moe_heads.callbacks.trainer_access import analysing, loader_of, to_analysis_device
+from tests.support.lightning_models import PlainModule, loader, trainer
 
 
 class AtFitEnd(Callback):

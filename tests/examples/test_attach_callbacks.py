@@ -3,7 +3,8 @@
 from pathlib import Path
 
 import pytest
-from support.sources import ROOT
+
+from tests.support.sources import ROOT
 
 
 def test_runs_and_converges(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,8 +8,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
-from support.events import read_events
-from support.sources import ROOT
+
+from tests.support.events import read_events
+from tests.support.sources import ROOT
 
 SMALL = (
     *("--heads", "dense", "sparse", "--seeds", "1", "--epochs", "1", "--limit-train", "64"),

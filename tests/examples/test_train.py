@@ -3,9 +3,9 @@
 from pathlib import Path
 
 import pytest
-from support.sources import ROOT
 
 from moe_heads.callbacks import FitEndAnalysis
+from tests.support.sources import ROOT
 
 
 # raised inside LightningCLI

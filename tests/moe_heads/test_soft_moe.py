@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from support.reference_heads import soft_loop, soft_token_loop
 from torch.nn import functional as F
 
 from moe_heads import SoftMoE
+from tests.support.reference_heads import soft_loop, soft_token_loop
 
 
 def small_head(**options: object) -> SoftMoE:

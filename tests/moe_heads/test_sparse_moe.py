@@ -4,11 +4,11 @@ import copy
 
 import pytest
 import torch
-from support.reference_heads import expert_logits, sparse_loop
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from moe_heads import Dense, SparseMoE, collect_routing
+from tests.support.reference_heads import expert_logits, sparse_loop
 
 PATHS = ("all", "selected", "auto")
 

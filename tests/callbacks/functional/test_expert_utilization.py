@@ -3,14 +3,14 @@ import math
 import pytest
 import torch
 from sklearn.metrics import mutual_info_score
-from support.hand_routers import HandHead, HandModel
-from support.untouched import untouched
 from torch import Tensor, nn
 
 from moe_heads import Dense, SoftMoE, SparseMoE, collect_routing
 from moe_heads.callbacks.functional.expert_utilization import expert_utilization
 from moe_heads.callbacks.functional.utilization.head import HeadUtilization
 from moe_heads.callbacks.functional.utilization.result import ExpertUtilizationResult
+from tests.support.hand_routers import HandHead, HandModel
+from tests.support.untouched import untouched
 
 SHARP = 50.0
 

@@ -2,12 +2,12 @@ import time
 
 import pytest
 import torch
-from support.hand_routers import HandHead
-from support.untouched import untouched
 from torch import Tensor, nn
 
 from moe_heads import Dense, SoftMoE
 from moe_heads.callbacks.functional.inference_timing import inference_timing
+from tests.support.hand_routers import HandHead
+from tests.support.untouched import untouched
 
 
 class Slow(nn.Module):

@@ -2,14 +2,14 @@ import math
 
 import pytest
 import torch
-from support.hand_routers import HandModel
-from support.untouched import untouched
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from moe_heads import SoftMoE, SparseMoE
 from moe_heads.callbacks.functional.landscape.directions import filter_normalized, random_direction, split_direction
 from moe_heads.callbacks.functional.loss_landscape import loss_landscape
+from tests.support.hand_routers import HandModel
+from tests.support.untouched import untouched
 
 
 def mse(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:

@@ -5,10 +5,10 @@ from collections.abc import Callable, Iterable
 import numpy as np
 import pytest
 import torch
-from support.hessians import classification, cross_entropy, dense_hessian, small_cnn, small_mlp
 from torch import Tensor, nn
 
 from moe_heads.callbacks.functional.sharpness import sharpness
+from tests.support.hessians import classification, cross_entropy, dense_hessian, small_cnn, small_mlp
 
 Batch = tuple[Tensor, Tensor]
 

@@ -4,11 +4,11 @@ import matplotlib.pyplot as plt
 import pytest
 import torch
 from matplotlib.figure import Figure
-from support.hessians import DenseOperator, symmetric
 
 from moe_heads.callbacks.functional.curvature.density import SpectralDensity, spectral_density
 from moe_heads.callbacks.functional.curvature.lanczos import lanczos
 from moe_heads.callbacks.functional.sharpness_figure import plot_spectrum
+from tests.support.hessians import DenseOperator, symmetric
 
 
 @pytest.fixture

@@ -1,10 +1,10 @@
 from dataclasses import FrozenInstanceError, replace
 
 import pytest
-from support.hessians import classification, cross_entropy, small_mlp
 
 from moe_heads.callbacks.functional.sharpness import sharpness
 from moe_heads.callbacks.functional.sharpness_result import SharpnessResult
+from tests.support.hessians import classification, cross_entropy, small_mlp
 
 
 @pytest.fixture

@@ -1,10 +1,10 @@
 import numpy as np
 import pytest
 import torch
-from support.hessians import DenseOperator, symmetric
 
 from moe_heads.callbacks.functional.curvature.density import spectral_density
 from moe_heads.callbacks.functional.curvature.lanczos import LanczosResult, lanczos
+from tests.support.hessians import DenseOperator, symmetric
 
 
 def runs(operator: DenseOperator, num: int, steps: int = 20) -> list[LanczosResult]:

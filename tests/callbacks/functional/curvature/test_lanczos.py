@@ -2,10 +2,10 @@ import numpy as np
 import pytest
 import torch
 from scipy.sparse.linalg import eigsh
-from support.hessians import DenseOperator, classification, cross_entropy, dense_hessian, small_mlp, symmetric
 
 from moe_heads.callbacks.functional.curvature.lanczos import lanczos
 from moe_heads.callbacks.functional.curvature.operator import HessianOperator
+from tests.support.hessians import DenseOperator, classification, cross_entropy, dense_hessian, small_mlp, symmetric
 
 
 def seeded(seed: int = 0) -> torch.Generator:

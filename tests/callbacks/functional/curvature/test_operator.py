@@ -6,12 +6,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from scipy.sparse.linalg import LinearOperator, eigsh
-from support.hessians import classification, cross_entropy, dense_hessian, small_cnn, small_mlp
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from moe_heads.callbacks.functional.curvature.operator import HessianOperator
 from moe_heads.callbacks.functional.preserve import analysis_mode
+from tests.support.hessians import classification, cross_entropy, dense_hessian, small_cnn, small_mlp
 
 MODES = pytest.mark.parametrize("graph_memory", [None, 0], ids=["kept", "rebuilt"])
 

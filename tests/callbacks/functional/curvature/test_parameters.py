@@ -2,10 +2,10 @@ import warnings
 
 import pytest
 import torch
-from support.hessians import small_mlp
 from torch import nn
 
 from moe_heads.callbacks.functional.curvature.parameters import selected_parameters
+from tests.support.hessians import small_mlp
 
 
 def test_keeps_the_order_of_the_model_and_leaves_frozen_ones_out() -> None:

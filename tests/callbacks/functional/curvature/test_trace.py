@@ -1,10 +1,10 @@
 import pytest
 import torch
-from support.hessians import DenseOperator, classification, cross_entropy, dense_hessian, small_mlp, symmetric
 
 from moe_heads.callbacks.functional.curvature.lanczos import LanczosResult, lanczos
 from moe_heads.callbacks.functional.curvature.operator import HessianOperator
 from moe_heads.callbacks.functional.curvature.trace import TraceResult, deflated_trace
+from tests.support.hessians import DenseOperator, classification, cross_entropy, dense_hessian, small_mlp, symmetric
 
 
 def spiked(dim: int = 150) -> DenseOperator:
