@@ -210,8 +210,10 @@ def collect_routing(model: nn.Module) -> Iterator[RoutingCollection]:
     with ExitStack() as stack:
         for path, module in model.named_modules():
             if isinstance(module, Router):
-                name = path.rpartition(".")[0] or "head"
-                recorded = collection.routings.setdefault(name, [])
+                owner = path.rpartition(".")[0] or "head"
+                # a module with two routers: the second goes by its own name
+                name = path if owner in collection.routings else owner
+                recorded = collection.routings[name] = []
                 stack.callback(module.register_forward_hook(_recorder(recorded)).remove)
         yield collection
 

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from moe_heads import Dense, Routing, SoftMoE, SparseMoE, collect_routing
+from moe_heads.routers import SoftmaxRouter
 
 
 def two_heads() -> nn.ModuleDict:
@@ -55,6 +56,21 @@ def test_collection_of_a_head_itself_equals_return_routing() -> None:
         output = head(x, return_routing=True)
     assert list(routing.routings) == ["head"]
     assert torch.equal(routing.aux_loss, output.aux_loss)
+
+
+def test_two_routers_of_one_module_are_kept_apart() -> None:
+    class TwoRouters(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.coarse, self.fine = SoftmaxRouter(4, 2), SoftmaxRouter(4, 5)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.coarse(x).probs.sum() + self.fine(x).probs.sum()
+
+    model = nn.Sequential(TwoRouters())
+    with collect_routing(model) as routing:
+        model(torch.randn(3, 4))
+    assert {name: len(stats.counts) for name, stats in routing.stats.items()} == {"0": 2, "0.fine": 5}
 
 
 def test_aux_loss_sums_over_heads_and_passes() -> None:
