@@ -8,13 +8,14 @@ from typing import Any, ClassVar
 from lightning.pytorch import LightningModule, Trainer
 from typing_extensions import override
 
+from moe_heads.callbacks.evaluation import check_forward
 from moe_heads.callbacks.fit_end import AnalysisInputs, FitEndAnalysis, OnError
 from moe_heads.callbacks.functional import ExpertUtilizationResult, expert_utilization
 from moe_heads.callbacks.functional.batches import ForwardFn, call_model
 from moe_heads.callbacks.functional.utilization.history import plot_load_history
 from moe_heads.callbacks.reporting import Report
-from moe_heads.callbacks.trainer_access import Split
-from moe_heads.routing import RoutingCollection, RoutingStats, collect_routing
+from moe_heads.callbacks.trainer_access import Split, datamodule_of
+from moe_heads.routing import Router, RoutingCollection, RoutingStats, collect_routing
 
 __all__ = ["ExpertUtilizationCallback"]
 
@@ -63,6 +64,8 @@ class ExpertUtilizationCallback(FitEndAnalysis):
         on_error: OnError = "warn",
     ) -> None:
         super().__init__(splits, num_samples, batch_size, seed, on_error=on_error)
+        if class_names is not None and not isinstance(class_names, (list, tuple)):
+            raise ValueError(f"class_names: expected a list of names; got {class_names!r}")
         self.class_names, self.forward_fn = class_names, forward_fn
         self.history: dict[str, list[RoutingStats]] = {}
         self._epoch: dict[str, RoutingStats] = {}
@@ -70,11 +73,19 @@ class ExpertUtilizationCallback(FitEndAnalysis):
         self._batch = RoutingCollection()
 
     @override
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        if any(isinstance(module, Router) for module in pl_module.modules()):
+            check_forward(self, pl_module, self.forward_fn)
+
+    @override
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_fit_start(trainer, pl_module)
         self.history, self._epoch = {}, {}
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self._forget_batch()
         self._batch = self._hooks.enter_context(collect_routing(pl_module))
 
     @override
@@ -91,6 +102,8 @@ class ExpertUtilizationCallback(FitEndAnalysis):
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # a module may end its epoch in on_train_batch_start: the batch then has no end
+        self._forget_batch()
         for name, stats in self._epoch.items():
             total = _over_ranks(trainer, stats)
             self.history.setdefault(name, []).append(total)
@@ -104,7 +117,7 @@ class ExpertUtilizationCallback(FitEndAnalysis):
 
     @override
     def compute(self, inputs: AnalysisInputs) -> ExpertUtilizationResult:
-        datamodule = getattr(inputs.trainer, "datamodule", None)
+        datamodule = datamodule_of(inputs.trainer)
         return expert_utilization(
             inputs.model,
             inputs.batches,

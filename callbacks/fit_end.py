@@ -1,7 +1,7 @@
 """The common base of the analyses: when they run, on which device, data and loss, and what an error does."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, get_args
 
@@ -10,13 +10,13 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from typing_extensions import override
 
+from moe_heads.callbacks.evaluation import loss_of
 from moe_heads.callbacks.functional.batches import LossFn
 from moe_heads.callbacks.functional.preserve import preserved, seed_generators
-from moe_heads.callbacks.loss import loss_of
 from moe_heads.callbacks.progress import Advance, progress_bar
 from moe_heads.callbacks.reporting import Report, log_hparams, log_report
-from moe_heads.callbacks.sample import Sample, available_split, draw_sample
-from moe_heads.callbacks.trainer_access import Split, analysing, is_sharded, to_analysis_device
+from moe_heads.callbacks.sample import Sample, draw_sample
+from moe_heads.callbacks.trainer_access import Split, analysing, is_sharded, loader_of, to_analysis_device
 
 __all__ = ["AnalysisInputs", "FitEndAnalysis", "OnError"]
 
@@ -74,6 +74,7 @@ class FitEndAnalysis(Callback, ABC):
 
     name: ClassVar[str]
     needs_loss: ClassVar[bool] = True
+    fallbacks: ClassVar[Mapping[Split, Sequence[Split]]] = {"test": ("val",)}
 
     def __init__(
         self,
@@ -85,12 +86,12 @@ class FitEndAnalysis(Callback, ABC):
         on_error: OnError = "warn",
     ) -> None:
         super().__init__()
-        unknown = [split for split in splits if split not in get_args(Split)]
-        if isinstance(splits, str) or unknown or not splits:
+        if not isinstance(splits, (list, tuple)) or not splits or set(splits) - set(get_args(Split)):
             raise ValueError(f"splits: expected a list of 'train', 'val', 'test'; got {splits!r}")
-        for argument, value in {"num_samples": num_samples, "batch_size": batch_size}.items():
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{argument}: expected an integer of at least 1; got {value!r}")
+        numbers = {"num_samples": (num_samples, 1), "batch_size": (batch_size, 1), "seed": (seed, 0)}
+        for argument, (value, least) in numbers.items():
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ValueError(f"{argument}: expected an integer of at least {least}; got {value!r}")
         if on_error not in get_args(OnError):
             raise ValueError(f"on_error: expected 'warn' or 'raise'; got {on_error!r}")
         self.splits, self.num_samples, self.batch_size, self.seed = tuple(splits), num_samples, batch_size, seed
@@ -107,7 +108,8 @@ class FitEndAnalysis(Callback, ABC):
 
     def shares_data_with(self, other: "FitEndAnalysis") -> bool:
         """Whether both analyse the same samples by the same loss."""
-        return (self.num_samples, self.seed, self.loss_fn) == (other.num_samples, other.seed, other.loss_fn)
+        names = ("num_samples", "batch_size", "seed", "loss_fn")
+        return all(getattr(self, name) == getattr(other, name) for name in names)
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -121,36 +123,42 @@ class FitEndAnalysis(Callback, ABC):
             loss_of(pl_module, self.loss_fn)
 
     @override
-    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # before any analysis of this fit: another one may ask for these results
         self.results = {}
-        with analysing(trainer, pl_module):
-            for split in self._available_splits(trainer):
-                self._analyse(trainer, pl_module, split)
+
+    @override
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        with analysing(trainer, pl_module), preserved(pl_module):
+            # samples that the data set augments are the same in every analysis of one seed
+            seed_generators(self.seed)
+            pl_module.eval()
+            for split, loaders in self._available_splits(trainer).items():
+                self._analyse(trainer, pl_module, split, loaders)
         if self is [callback for callback in trainer.callbacks if isinstance(callback, FitEndAnalysis)][-1]:  # type: ignore[attr-defined]
             log_hparams(trainer)
 
-    def _available_splits(self, trainer: Trainer) -> list[Split]:
-        """The splits that there are data for, each once; what is missing is said."""
-        found: dict[Split, None] = {}
+    def _available_splits(self, trainer: Trainer) -> dict[Split, Any]:
+        """Loaders of the splits that there are data for; what is missing is said."""
+        found: dict[Split, Any] = {}
         for split in self.splits:
-            available = available_split(trainer, split)
-            if available is None:
+            for candidate in (split, *self.fallbacks.get(split, ())):
+                loaders = loader_of(trainer, candidate)
+                if loaders is not None:
+                    break
+            else:
                 rank_zero_warn(f"{type(self).__name__}: the trainer has no {split} data; the split is skipped.")
                 continue
-            if available != split:
-                rank_zero_warn(f"{type(self).__name__}: the trainer has no {split} data; {available} takes its place.")
-            found[available] = None
-        return list(found)
+            if candidate != split:
+                rank_zero_warn(f"{type(self).__name__}: the trainer has no {split} data; {candidate} takes its place.")
+            found[candidate] = loaders
+        return found
 
-    def _analyse(self, trainer: Trainer, pl_module: LightningModule, split: Split) -> None:
+    def _analyse(self, trainer: Trainer, pl_module: LightningModule, split: Split, loaders: Any) -> None:
         """Analyse one split; an error or Ctrl-C ends this analysis, not the run."""
         prefix = f"{self.name}/{split}"
         try:
-            with preserved(pl_module):
-                # samples that the data set augments are the same in every analysis of one seed
-                seed_generators(self.seed)
-                pl_module.eval()
-                self._compute_and_report(trainer, pl_module, split, prefix)
+            self._compute_and_report(trainer, pl_module, split, loaders)
         except KeyboardInterrupt:
             rank_zero_warn(f"{prefix}: interrupted, and left out. The trained model is as it was.")
         except Exception as error:
@@ -161,10 +169,11 @@ class FitEndAnalysis(Callback, ABC):
                 f" analyses go on. Pass {type(self).__name__}(on_error='raise') for the traceback."
             )
 
-    def _compute_and_report(self, trainer: Trainer, pl_module: LightningModule, split: Split, prefix: str) -> None:
+    def _compute_and_report(self, trainer: Trainer, pl_module: LightningModule, split: Split, loaders: Any) -> None:
+        prefix = f"{self.name}/{split}"
         # a dry run goes through everything, on few samples
         num_samples = min(self.num_samples, _DRY_RUN_SAMPLES) if trainer.fast_dev_run else self.num_samples  # type: ignore[attr-defined]
-        sample = draw_sample(trainer, split, num_samples, self.batch_size, self.seed)
+        sample = draw_sample(trainer, split, loaders, num_samples, self.batch_size, self.seed)
         batches = [to_analysis_device(trainer, batch) for batch in sample.batches]
         loss_fn = loss_of(pl_module, self.loss_fn) if self.needs_loss else None
         with progress_bar(trainer, prefix) as advance:

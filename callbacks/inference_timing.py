@@ -1,16 +1,18 @@
 """Callback: latency and throughput of inference at the end of fit."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
+from lightning.pytorch import LightningModule, Trainer
 from typing_extensions import override
 
+from moe_heads.callbacks.evaluation import check_forward
 from moe_heads.callbacks.fit_end import AnalysisInputs, FitEndAnalysis, OnError
 from moe_heads.callbacks.functional import InferenceTimingResult, inference_timing
 from moe_heads.callbacks.functional.batches import ForwardFn, call_model
 from moe_heads.callbacks.functional.inference_timing import check_timing_options
 from moe_heads.callbacks.reporting import Report
-from moe_heads.callbacks.trainer_access import Split
+from moe_heads.callbacks.trainer_access import Split, forward_context
 
 __all__ = ["InferenceTimingCallback"]
 
@@ -29,7 +31,8 @@ class InferenceTimingCallback(FitEndAnalysis):
         warmup_runs: Runs before them that do not count.
         modules: Dotted names of the parts to time; by default the model's backbone, head and heads with a router.
         forward_fn: ``forward_fn(pl_module, batch)``; by default the module is called with a batch's first entry.
-        splits: The split that inputs are taken from; one is enough, as the time does not depend on the data.
+        splits: The split that inputs are taken from; one is enough, as the time does not depend on the data. Validation
+            and then training data take the place of missing test data.
         seed, on_error: See `FitEndAnalysis`.
 
     Example:
@@ -40,6 +43,7 @@ class InferenceTimingCallback(FitEndAnalysis):
 
     name: ClassVar[str] = "inference_timing"
     needs_loss: ClassVar[bool] = False
+    fallbacks: ClassVar[Mapping[Split, Sequence[Split]]] = {"test": ("val", "train")}
     results: dict[Split, InferenceTimingResult]
 
     def __init__(
@@ -54,24 +58,32 @@ class InferenceTimingCallback(FitEndAnalysis):
         on_error: OnError = "warn",
     ) -> None:
         check_timing_options(batch_sizes, num_runs, warmup_runs)
+        if isinstance(modules, str):
+            raise ValueError(f"modules: expected a list of dotted names; got {modules!r}")
         # one batch holds the largest size
         super().__init__(splits, max(batch_sizes), max(batch_sizes), seed, on_error=on_error)
         self.batch_sizes, self.num_runs, self.warmup_runs = tuple(batch_sizes), num_runs, warmup_runs
         self.modules, self.forward_fn = modules, forward_fn
 
     @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        check_forward(self, pl_module, self.forward_fn)
+
+    @override
     def compute(self, inputs: AnalysisInputs) -> InferenceTimingResult:
-        return inference_timing(
-            inputs.model,
-            inputs.batches[0],
-            batch_sizes=self.batch_sizes,
-            modules=self.modules,
-            num_runs=self.num_runs,
-            warmup_runs=self.warmup_runs,
-            forward_fn=self.forward_fn or call_model,
-            seed=self.seed,
-            on_step=inputs.advance,
-        )
+        with forward_context(inputs.trainer):
+            return inference_timing(
+                inputs.model,
+                inputs.batches[0],
+                batch_sizes=self.batch_sizes,
+                modules=self.modules,
+                num_runs=self.num_runs,
+                warmup_runs=self.warmup_runs,
+                forward_fn=self.forward_fn or call_model,
+                seed=self.seed,
+                on_step=inputs.advance,
+            )
 
     @override
     def report(self, result: InferenceTimingResult) -> Report:

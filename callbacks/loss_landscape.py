@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, get_args
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -55,8 +55,9 @@ class LossLandscapeCallback(FitEndAnalysis):
         plane_points: Points along each side of the plane. The cost is their square times one forward pass over the
             samples.
         plane_reach: Largest coordinate on the plane, where 1 is the norm of each filter.
-        plane_splits: Splits whose plane is computed; none for no plane. One by default, since it costs most, and since
-            a browser shows no more than 16 surfaces at once: TensorBoard shows each surface of each run twice.
+        plane_splits: Splits whose plane is computed; by default the first of ``splits``, since it costs most, and since
+            a browser shows no more than 16 surfaces at once: TensorBoard shows each surface of each run twice. An empty
+            list for no plane.
         splits, num_samples, batch_size, seed, loss_fn, on_error: See `FitEndAnalysis`.
 
     Example:
@@ -74,7 +75,7 @@ class LossLandscapeCallback(FitEndAnalysis):
         line_reach: float = 0.5,
         plane_points: int = 15,
         plane_reach: float = 1.0,
-        plane_splits: Sequence[Split] = ("train",),
+        plane_splits: Sequence[Split] | None = None,
         splits: Sequence[Split] = ("train", "test"),
         num_samples: int = 1000,
         batch_size: int = 250,
@@ -83,12 +84,13 @@ class LossLandscapeCallback(FitEndAnalysis):
         on_error: OnError = "warn",
     ) -> None:
         super().__init__(splits, num_samples, batch_size, seed, loss_fn, on_error)
-        if line_points < 3:
+        if not isinstance(line_points, int) or line_points < 3:
             raise ValueError(f"line_points: expected at least 3; got {line_points}")
-        if not 3 <= plane_points <= _MAX_PLANE_POINTS:
+        if not isinstance(plane_points, int) or not 3 <= plane_points <= _MAX_PLANE_POINTS:
             raise ValueError(f"plane_points: expected 3 to {_MAX_PLANE_POINTS}; got {plane_points}")
-        if isinstance(plane_splits, str) or set(plane_splits) - set(get_args(Split)):
-            raise ValueError(f"plane_splits: expected a list of 'train', 'val', 'test'; got {plane_splits!r}")
+        plane_splits = self.splits[:1] if plane_splits is None else plane_splits
+        if not isinstance(plane_splits, (list, tuple)) or set(plane_splits) - set(self.splits):
+            raise ValueError(f"plane_splits: expected some of splits = {self.splits}; got {plane_splits!r}")
         for argument, value in {"line_reach": line_reach, "plane_reach": plane_reach}.items():
             if not 0 < value < float("inf"):
                 raise ValueError(f"{argument}: expected a finite number above 0; got {value!r}")
@@ -112,7 +114,8 @@ class LossLandscapeCallback(FitEndAnalysis):
             alphas=torch.linspace(-self.line_reach, self.line_reach, self.line_points),
             **options,
         )
-        if inputs.split not in self.plane_splits:
+        stand_ins = {other for split in self.plane_splits for other in self.fallbacks.get(split, ())} - {*self.splits}
+        if inputs.split not in {*self.plane_splits, *stand_ins}:
             return Landscape(line, None)
         first, second = (
             filter_normalized(inputs.model, random_direction(inputs.model, seed=2 * self.seed + i)) for i in (0, 1)

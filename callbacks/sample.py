@@ -8,12 +8,13 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import CombinedLoader
+from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
 from moe_heads.callbacks.functional.batches import batch_size
-from moe_heads.callbacks.trainer_access import Split, loader_of
+from moe_heads.callbacks.trainer_access import Split, datamodule_of
 
-__all__ = ["Sample", "available_split", "draw_sample"]
+__all__ = ["Sample", "draw_sample"]
 
 
 @dataclass(frozen=True)
@@ -35,25 +36,23 @@ class Sample:
     description: str
 
 
-def available_split(trainer: Trainer, split: Split) -> Split | None:
-    """The split itself, "val" in place of a missing "test", None where there is no data."""
-    if loader_of(trainer, split) is not None:
-        return split
-    return available_split(trainer, "val") if split == "test" else None
-
-
-def draw_sample(trainer: Trainer, split: Split, num_samples: int, size: int, seed: int) -> Sample:
+def draw_sample(trainer: Trainer, split: Split, loaders: Any, num_samples: int, size: int, seed: int) -> Sample:
     """Draw the analysis batches of a split.
 
     The data set is the un-augmented one that the data module offers by a method ``analysis_dataset(split)``, else the
     one behind the trainer's loader as it is. Of a data set with a length, ``num_samples`` indices are drawn without
-    repetition by a generator seeded with ``seed``, the same on every rank; of an iterable one the first ``num_samples``
-    are taken. The loader's sampler plays no part: a distributed one would pad and split.
+    repetition by a generator seeded with ``seed``, the same on every rank; of an iterable one, one that gives whole
+    batches, and anything else that can be iterated, the first batches are taken. The loader's sampler plays no part: a
+    distributed one would pad and split.
+
+    A collection of training loaders gives batches of the same structure; of several validation or test loaders the
+    first is taken.
 
     Args:
         trainer: The trainer, during or at the end of fit.
         split: "train", "val" or "test".
-        num_samples: Samples to draw; all of them when the data set has fewer.
+        loaders: The trainer's loader or loaders of the split.
+        num_samples: Samples to draw of each loader; all of them when the data set has fewer.
         size: Samples a batch.
         seed: Seed of the draw.
 
@@ -61,14 +60,37 @@ def draw_sample(trainer: Trainer, split: Split, num_samples: int, size: int, see
         The sample.
 
     Raises:
-        MisconfigurationException: If the loader is something else than a `DataLoader`.
-        ValueError: If the data set is empty.
+        MisconfigurationException: If a loader is something that cannot be iterated.
+        ValueError: If a data set is empty.
     """
-    loader = _first_loader(loader_of(trainer, split), split)
-    dataset, origin = loader.dataset, "data set of the loader, as it is"
-    offer = getattr(getattr(trainer, "datamodule", None), "analysis_dataset", None)
-    if offer is not None:
-        dataset, origin = offer(split), "un-augmented data set of the data module"
+    offer = getattr(datamodule_of(trainer), "analysis_dataset", None)
+    # a DataLoader counts as a leaf
+    leaves, structure = tree_flatten(loaders.iterables if isinstance(loaders, CombinedLoader) else loaders)
+    if offer is not None and len(leaves) == 1 and isinstance(leaves[0], DataLoader):
+        return _draw(
+            offer(split), leaves[0], split, num_samples, size, seed, "un-augmented data set of the data module"
+        )
+    origin = "data set of the loader, as it is"
+    samples = [_of_loader(loader, split, num_samples, size, seed, origin) for loader in leaves]
+    if split != "train" or structure.is_leaf():
+        return samples[0]
+    together = zip(*(sample.batches for sample in samples), strict=False)
+    batches = [tree_unflatten(list(parts), structure) for parts in together]
+    described = f"{len(leaves)} loaders together, each {samples[0].description}"
+    return Sample(split, batches, sum(map(batch_size, batches)), None, described)
+
+
+def _of_loader(loader: Any, split: Split, num_samples: int, size: int, seed: int, origin: str) -> Sample:
+    if isinstance(loader, DataLoader) and loader.batch_size is not None:
+        return _draw(loader.dataset, loader, split, num_samples, size, seed, origin)
+    if not isinstance(loader, Iterable):
+        raise MisconfigurationException(f"{split} loader: expected an iterable; got {type(loader).__name__}")
+    return _checked(split, _first_batches(loader, num_samples), None, f"first batches; {origin}")
+
+
+def _draw(
+    dataset: Dataset[Any], loader: DataLoader[Any], split: Split, num_samples: int, size: int, seed: int, origin: str
+) -> Sample:
     # a loader without a generator of its own would draw from the global one
     options: dict[str, Any] = {
         "batch_size": size,
@@ -76,35 +98,21 @@ def draw_sample(trainer: Trainer, split: Split, num_samples: int, size: int, see
         "generator": torch.Generator().manual_seed(seed),
     }
     if isinstance(dataset, IterableDataset):
-        batches = _first_batches(DataLoader(dataset, **options), num_samples)
-        drawn, available = sum(map(batch_size, batches)), None
-        how = f"first {drawn}"
-    else:
-        available = len(cast(Any, dataset))
-        drawn = min(num_samples, available)
-        order = torch.randperm(available, generator=torch.Generator().manual_seed(seed))[:drawn]
-        chosen: Dataset[Any] = Subset(dataset, order.sort().values.tolist())
-        batches = list(DataLoader(chosen, **options)) if drawn else []
-        how = f"{drawn:,} of {available:,}, drawn with seed {seed}"
-    if not drawn:
+        return _checked(
+            split, _first_batches(DataLoader(dataset, **options), num_samples), None, f"first batches; {origin}"
+        )
+    available = len(cast(Any, dataset))
+    drawn = min(num_samples, available)
+    order = torch.randperm(available, generator=torch.Generator().manual_seed(seed))[:drawn]
+    chosen: Dataset[Any] = Subset(dataset, order.sort().values.tolist())
+    batches = list(DataLoader(chosen, **options)) if drawn else []
+    return _checked(split, batches, available, f"{drawn:,} of {available:,}, drawn with seed {seed}; {origin}")
+
+
+def _checked(split: Split, batches: list[Any], available: int | None, description: str) -> Sample:
+    if not batches:
         raise ValueError(f"{split}: expected a data set with at least one sample; got an empty loader")
-    return Sample(split, batches, drawn, available, f"{how}; {origin}")
-
-
-def _first_loader(loaders: Any, split: str) -> DataLoader[Any]:
-    """The loader, or the first of a list, tuple, dict or combined loader."""
-    while not isinstance(loaders, DataLoader):
-        if isinstance(loaders, CombinedLoader):
-            loaders = loaders.iterables
-        elif isinstance(loaders, dict) and loaders:
-            loaders = next(iter(loaders.values()))
-        elif isinstance(loaders, (list, tuple)) and loaders:
-            loaders = loaders[0]
-        else:
-            raise MisconfigurationException(
-                f"{split} loader: expected a torch DataLoader (or a collection of them); got {type(loaders).__name__}"
-            )
-    return loaders
+    return Sample(split, batches, sum(map(batch_size, batches)), available, description)
 
 
 def _first_batches(batches: Iterable[Any], num_samples: int) -> list[Any]:

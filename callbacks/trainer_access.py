@@ -1,18 +1,27 @@
 """The only file that touches what Lightning keeps to itself: bound to the Lightning versions in pyproject.toml."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.trainer.states import RunningStage
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch.utils.tensorboard.summary import hparams as hparams_summaries
 
-__all__ = ["Split", "analysing", "is_sharded", "loader_of", "to_analysis_device", "write_hparams"]
+__all__ = [
+    "Split",
+    "analysing",
+    "datamodule_of",
+    "forward_context",
+    "is_sharded",
+    "loader_of",
+    "to_analysis_device",
+    "write_hparams",
+]
 
 Split = Literal["train", "val", "test"]
 
@@ -25,8 +34,9 @@ def is_sharded(trainer: Trainer) -> bool:
 def loader_of(trainer: Trainer, split: Split) -> Any | None:
     """The trainer's data loader (or collection of loaders) of a split, None where there is none.
 
-    At the end of fit the loaders of training and validation are in place, unless their loops were skipped; that of the
-    test split is asked of the data module or module, after the ``setup("test")`` that the Trainer itself would call.
+    At the end of fit the loaders of training and validation are in place, unless their loops were skipped. That of the
+    test split is asked of the data module, after the ``setup("test")`` that the Trainer itself would call, or of the
+    module, whose ``setup`` is not called again: it may build the network.
     """
     if split == "train":
         return _set_up(trainer.train_dataloader, trainer.fit_loop._data_source)
@@ -34,12 +44,26 @@ def loader_of(trainer: Trainer, split: Split) -> Any | None:
         return _set_up(trainer.val_dataloaders, trainer.fit_loop.epoch_loop.val_loop._data_source)
     if trainer.test_dataloaders is not None:
         return trainer.test_dataloaders
+    datamodule = datamodule_of(trainer)
+    if datamodule is not None:
+        if not is_overridden("test_dataloader", datamodule):
+            return None
+        datamodule.setup("test")
+        return datamodule.test_dataloader()
+    module = trainer.lightning_module
+    return module.test_dataloader() if is_overridden("test_dataloader", module) else None
+
+
+def datamodule_of(trainer: Trainer) -> LightningDataModule | None:
+    """The data module of this fit; the Trainer still knows that of an earlier one."""
     datamodule = getattr(trainer, "datamodule", None)
-    for owner in (datamodule, trainer.lightning_module):
-        if owner is not None and is_overridden("test_dataloader", owner):
-            owner.setup("test")
-            return owner.test_dataloader()
-    return None
+    return datamodule if datamodule is trainer.fit_loop._data_source.instance else None
+
+
+def forward_context(trainer: Trainer) -> AbstractContextManager[Any]:
+    """The precision, autocast say, in which the Trainer runs a forward pass."""
+    context: AbstractContextManager[Any] = trainer.precision_plugin.forward_context()
+    return context
 
 
 def _set_up(loaders: Any | None, source: Any) -> Any | None:

@@ -20,17 +20,19 @@ from study.options import Options, parse
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the study; 2 when it was asked for something impossible."""
+    """Run the study; 2 when it was asked for something impossible, 1 when a run could not be finished."""
+    _quiet_lightning()
     try:
         options = parse(arguments)
         done = results.finished(options)
         data = run.build_data(options)
+        run.check_accelerator(options)
         for head in options.heads:
             run.build_model(options, head, data)  # a head that cannot be had is told before the first one trains
-    except ValueError as error:
+        options.out.mkdir(parents=True, exist_ok=True)
+    except (ValueError, RuntimeError, ImportError, OSError) as error:
         print(f"compare_heads.py: error: {error}", file=sys.stderr)
         return 2
-    _quiet_lightning()
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     report.write_columns(options)
@@ -44,7 +46,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{label}: training and analysing ...", flush=True)
         # what an interrupted run left behind would show up as a second curve
         shutil.rmtree(options.run_dir(head, seed), ignore_errors=True)
-        done[head, seed] = run.run(options, head, seed, data, show_progress=sys.stderr.isatty())
+        try:
+            done[head, seed] = run.run(options, head, seed, data, show_progress=sys.stderr.isatty())
+        except RuntimeError as error:
+            print(f"compare_heads.py: error: {error}", file=sys.stderr)
+            return 1
         print(f"{label}: {_headline(done[head, seed])}", flush=True)
     _finish(options, [done[key] for key in runs], time.perf_counter() - started)
     return 0

@@ -33,4 +33,5 @@ def find_packages_beside(package: Path) -> None:
     root = package.parent
     names = [name for name in ("callbacks", "lightning_modules") if not (package / name).is_dir()]
     if names and (root / "pyproject.toml").is_file():
-        sys.meta_path.append(_Finder({f"{package.name}.{name}": root / name for name in names}))
+        # first: another source tree may be installed editable, with a finder of its own
+        sys.meta_path.insert(0, _Finder({f"{package.name}.{name}": root / name for name in names}))

@@ -1,8 +1,9 @@
 """Balance losses: what pulls a router towards using every expert.
 
-Shapes: N rows, E experts, K chosen experts a row. ``valid`` (N,) marks the rows that count: a row whose logits are not
-finite must not reach the loss of the others. Each loss is a ratio of sums over rows; with ``sync`` the sums are taken
-over all ranks of the default process group before the ratio, so that the loss is that of the global batch.
+Shapes: N rows, E experts, K chosen experts a row. ``valid`` (N,) marks the rows that count: the value of a loss does
+not depend on a row whose logits are not finite (its gradient is as lost as that of the task loss). Each loss is a
+ratio of sums over rows; with ``sync`` the sums are taken over all ranks of the default process group before the ratio,
+so that the loss is that of the global batch.
 """
 
 import torch

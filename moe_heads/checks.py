@@ -1,7 +1,7 @@
 """Checks of constructor arguments: each raises a ValueError that names the argument, what was expected, what came."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 __all__ = ["check_at_least_one", "check_balance", "check_dropout", "check_option", "check_positive"]
 
@@ -33,8 +33,10 @@ def check_option(name: str, value: object, choices: Iterable[str]) -> None:
         raise ValueError(f"{name}: expected one of {', '.join(map(repr, listed))}; got {value!r}")
 
 
-def check_balance(balance: Mapping[str, float], terms: Iterable[str]) -> None:
+def check_balance(balance: Mapping[str, float], terms: Sequence[str]) -> None:
     """Refuse a balance term that the router does not have, and a coefficient that is not a number from 0 on."""
+    if not isinstance(balance, Mapping):
+        raise ValueError(f"balance: expected a mapping such as {{{next(iter(terms))!r}: 0.2}}; got {balance!r}")
     for name, coefficient in balance.items():
         check_option("balance", name, terms)
         if not _is_number(coefficient) or not 0 <= coefficient < math.inf:

@@ -54,11 +54,12 @@ class Head(nn.Module, ABC):
             Logits (B, C), or a `HeadOutput` with ``return_routing``.
 
         Raises:
-            ValueError: If x has another shape.
+            ValueError: If x has another shape or holds integers.
         """
-        if x.dim() not in (2, 3) or x.shape[-1] != self.in_features:
+        if x.dim() not in (2, 3) or x.shape[-1] != self.in_features or not x.is_floating_point():
             raise ValueError(
-                f"x: expected shape (B, {self.in_features}) or (B, T, {self.in_features}); got {tuple(x.shape)}"
+                f"x: expected floating point numbers of shape (B, {self.in_features}) or (B, T, {self.in_features});"
+                f" got {x.dtype} of shape {tuple(x.shape)}"
             )
         logits, routing = self.classify(x)
         if not return_routing:

@@ -37,9 +37,10 @@ class SoftmaxRouter(Router):
         super().__init__()
         check_at_least_one(in_features=in_features, num_experts=num_experts, slots_per_expert=slots_per_expert)
         check_positive(temperature=temperature)
-        check_balance(balance or {}, self.balance_terms)
+        balance = {} if balance is None else balance
+        check_balance(balance, self.balance_terms)
         self.temperature = temperature
-        self.balance = dict(balance or {})
+        self.balance = dict(balance)
         self.slots_per_expert = slots_per_expert
         self.gate = nn.Linear(in_features, num_experts * slots_per_expert)
 
@@ -93,17 +94,18 @@ class NoisyTopKRouter(Router):
         super().__init__()
         check_at_least_one(in_features=in_features, num_experts=num_experts, k=k)
         check_positive(temperature=temperature)
-        check_balance(balance or {}, self.balance_terms)
+        balance = {} if balance is None else balance
+        check_balance(balance, self.balance_terms)
         if k > num_experts:
             raise ValueError(f"k: expected at most num_experts = {num_experts}; got {k}")
-        if not noisy and (balance or {}).get("load"):
+        if not noisy and balance.get("load"):
             raise ValueError(
                 "balance['load']: the smooth load differentiates through the noise, so it needs noisy=True; with"
                 " noisy=False use balance={'importance': 0.2} or {'switch': 0.01}"
             )
         self.k = k
         self.temperature = temperature
-        self.balance = dict(balance or {})
+        self.balance = dict(balance)
         self.gate = nn.Linear(in_features, num_experts)
         self.noise = nn.Linear(in_features, num_experts) if noisy else None
         if self.noise is not None:

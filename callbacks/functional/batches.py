@@ -1,5 +1,6 @@
 """The data side of every analysis: batches of tensors in any common container, and their number of samples."""
 
+import inspect
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -23,8 +24,10 @@ def as_batches(batches: Iterable[Batch]) -> list[Batch]:
     """List of the batches.
 
     Raises:
-        ValueError: If there are none, or one of them holds no sample.
+        ValueError: If there are none, one of them holds no sample, or a tensor stands in place of the list.
     """
+    if isinstance(batches, Tensor):
+        raise ValueError(f"batches: expected a list of batches; got one tensor, {tuple(batches.shape)}: pass [tensor]")
     listed = list(batches)
     if not listed or any(batch_size(batch) == 0 for batch in listed):
         raise ValueError(
@@ -51,9 +54,15 @@ def to_device(batch: Batch, device: torch.device | str) -> Batch:
 
 
 def call_model(model: nn.Module, batch: Batch) -> Any:
-    """Default `ForwardFn`: ``model(batch[0])`` for a tuple or list, ``model(**batch)`` for a dict, else the batch."""
+    """Default `ForwardFn`: ``model(batch[0])`` for a tuple or list, ``model(batch)`` for a tensor.
+
+    Of a dict, the entries that ``forward`` has parameters for are passed by name.
+    """
     if isinstance(batch, Mapping):
-        return model(**batch)
+        parameters = inspect.signature(model.forward).parameters.values()
+        takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
+        names = {parameter.name for parameter in parameters}
+        return model(**{name: value for name, value in batch.items() if takes_all or name in names})
     return model(batch[0] if isinstance(batch, (tuple, list)) else batch)
 
 

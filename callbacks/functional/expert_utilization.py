@@ -19,7 +19,7 @@ from moe_heads.callbacks.functional.environment import device_of
 from moe_heads.callbacks.functional.preserve import analysis_mode
 from moe_heads.callbacks.functional.utilization.result import ExpertUtilizationResult
 from moe_heads.callbacks.functional.utilization.sums import UtilizationSums
-from moe_heads.routing import Routing, collect_routing
+from moe_heads.routing import Router, Routing, collect_routing
 
 __all__ = ["expert_utilization"]
 
@@ -43,7 +43,7 @@ def expert_utilization(
     `analysis_mode` and left bit for bit as it was, also after an error.
 
     Args:
-        model: The model. One without a router of ours gives a result without heads.
+        model: The model. One without a router of ours is not run and gives a result without heads.
         batches: The data.
         num_classes: C; by default the number of ``class_names``, else the largest label plus one.
         class_names: Names of the classes for figures and tables.
@@ -72,6 +72,8 @@ def expert_utilization(
         >>> result.load["1"].shape, result.class_map["1"].shape
         (torch.Size([4]), torch.Size([3, 4]))
     """
+    if not any(isinstance(module, Router) for module in model.modules()):
+        return ExpertUtilizationResult({}, _names(num_classes, class_names), sum(map(batch_size, as_batches(batches))))
     if not 0 <= dead_below < 1:
         raise ValueError(f"dead_below: expected a fraction in [0, 1); got {dead_below}")
     data = as_batches(batches)

@@ -104,9 +104,10 @@ def inference_timing(
 
 def check_timing_options(batch_sizes: Sequence[int], num_runs: int, warmup_runs: int) -> None:
     """Refuse what no model could be timed with."""
-    if not batch_sizes or min(batch_sizes) < 1 or len(set(batch_sizes)) < len(batch_sizes):
-        raise ValueError(f"batch_sizes: expected different whole numbers from 1 on; got {tuple(batch_sizes)}")
-    if num_runs < 1:
+    sizes = batch_sizes if isinstance(batch_sizes, (list, tuple)) else ()
+    if not sizes or not all(isinstance(size, int) and size >= 1 for size in sizes) or len(set(sizes)) < len(sizes):
+        raise ValueError(f"batch_sizes: expected a list of different whole numbers from 1 on; got {batch_sizes!r}")
+    if not isinstance(num_runs, int) or num_runs < 1:
         raise ValueError(f"num_runs: expected at least 1; got {num_runs}")
     if warmup_runs < 0:
         raise ValueError(f"warmup_runs: expected at least 0; got {warmup_runs}")

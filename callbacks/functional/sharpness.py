@@ -1,5 +1,6 @@
 """Sharpness of a trained model: the spectrum of the Hessian of its loss."""
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
@@ -140,11 +141,13 @@ def check_sharpness_options(
     num_eigenvalues: int, tolerance: float, trace_tolerance: float, max_steps: int, max_probes: int
 ) -> None:
     """Refuse what no model could be analysed with."""
-    if num_eigenvalues < 1:
-        raise ValueError(f"num_eigenvalues: expected at least 1; got {num_eigenvalues}")
+    counts = {"num_eigenvalues": num_eigenvalues, "max_steps": max_steps, "max_probes": max_probes}
+    for name, count in counts.items():
+        if not isinstance(count, int) or count < 1:
+            raise ValueError(f"{name}: expected an integer of at least 1; got {count!r}")
     for name, value in {"tolerance": tolerance, "trace_tolerance": trace_tolerance}.items():
-        if not value > 0:
-            raise ValueError(f"{name}: expected a positive number; got {value}")
+        if not isinstance(value, (int, float)) or not 0 < value < math.inf:
+            raise ValueError(f"{name}: expected a positive number; got {value!r}")
     if max_steps < num_eigenvalues:
         raise ValueError(f"max_steps: expected at least num_eigenvalues = {num_eigenvalues}; got {max_steps}")
     if max_probes < MIN_PROBES:

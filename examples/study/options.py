@@ -46,6 +46,7 @@ class Options:
     learning_rate: float
     head_width: int | None
     limit_train: int | None
+    image_size: int | None
     analysis_samples: int
     plane_points: int
     threads: int | None
@@ -62,7 +63,16 @@ class Options:
         unknown = sorted(set(self.heads) - set(HEADS))
         if unknown:
             raise ValueError(f"--heads: expected some of {', '.join(HEADS)}; got {', '.join(unknown)}")
-        for name in ("seeds", "epochs", "batch_size", "analysis_samples", "head_width", "limit_train", "threads"):
+        for name in (
+            "seeds",
+            "epochs",
+            "batch_size",
+            "analysis_samples",
+            "head_width",
+            "limit_train",
+            "image_size",
+            "threads",
+        ):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"--{name.replace('_', '-')}: expected an integer of at least 1; got {value}")
@@ -70,7 +80,8 @@ class Options:
             raise ValueError(f"--learning-rate: expected a number above 0; got {self.learning_rate}")
         if not 3 <= self.plane_points <= 256:
             raise ValueError(f"--plane-points: expected 3 to 256; got {self.plane_points}")
-        _check_writable(self.out)
+        for head in self.heads:
+            _check_writable(self.run_dir(head, seed=0))
 
     def config(self) -> dict[str, Any]:
         """What a finished run must agree with for ``--resume`` to take it."""
@@ -100,6 +111,7 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
     parser.add_argument("--learning-rate", type=float)
     parser.add_argument("--head-width", type=int, help="hidden units of the dense head, which sets the capacity of all")
     parser.add_argument("--limit-train", type=int, help="train on that many images")
+    parser.add_argument("--image-size", type=int, help="side to which the images of an imagefolder are resized")
     parser.add_argument("--analysis-samples", type=int, help="samples of each split for the analyses")
     parser.add_argument("--plane-points", type=int, help="points a side of the 2-D landscape")
     parser.add_argument(

@@ -25,6 +25,8 @@ COLUMNS = (
     ("model, ms a batch of 256", "inference_timing/test/model/batch256/p50_ms", ".3g", 1.0),
 )
 
+_COLUMNS_SUFFIX = ".columns"
+
 Results = Sequence[dict[str, Any]]
 
 
@@ -81,9 +83,9 @@ def write_columns(options: Options) -> None:
         hparams=[hparams.HParam(name) for name in described],
         metrics=[hparams.Metric(metric, display_name=title.removesuffix(", %")) for title, metric, *_ in COLUMNS],
     )
-    for old in options.out.glob("events.out.tfevents.*"):
+    for old in options.out.glob(f"events.out.tfevents.*{_COLUMNS_SUFFIX}"):
         old.unlink()
-    with SummaryWriter(options.out) as writer:
+    with SummaryWriter(options.out, filename_suffix=_COLUMNS_SUFFIX) as writer:
         writer._get_file_writer().add_summary(summary)
 
 

@@ -36,11 +36,15 @@ def finished(options: Options) -> dict[tuple[str, int], dict[str, Any]]:
                 raise ValueError(f"--out: {str(options.out)!r} holds runs already; pass --resume or another folder")
             if not path.exists():
                 continue
-            result = json.loads(path.read_text())
+            try:
+                result = json.loads(path.read_text())
+                made_with = result["config"]
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(f"--resume: {path} is not the result of a run ({error}); remove its folder") from error
             config = json.loads(json.dumps(options.config()))
-            differing = sorted(name for name in config if result["config"].get(name) != config[name])
+            differing = sorted(name for name in config if made_with.get(name) != config[name])
             if differing:
-                told = ", ".join(f"{name}={result['config'].get(name)!r}" for name in differing)
+                told = ", ".join(f"{name}={made_with.get(name)!r}" for name in differing)
                 raise ValueError(f"--resume: {path} was made with {told}; pass the same options or another --out")
             found[head, seed] = result
     return found

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from lightning import pytorch as pl
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 
@@ -38,10 +39,19 @@ def build_data(options: Options) -> ImageDataModule:
     elif kind == "cifar10":
         data = CIFAR10DataModule(**shared)
     else:
-        data = ImageFolderDataModule(path, **shared)
+        data = ImageFolderDataModule(path, image_size=options.image_size, **shared)
     data.prepare_data()
     data.setup()
     return data
+
+
+def check_accelerator(options: Options) -> None:
+    """Refuse an accelerator that this machine has not."""
+    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
+    try:
+        pl.Trainer(accelerator=options.accelerator, devices=1, logger=False, **quiet)
+    except (MisconfigurationException, RuntimeError, ValueError) as error:
+        raise ValueError(f"--accelerator: cannot train on {options.accelerator!r} here: {error}") from error
 
 
 def build_model(options: Options, head: str, data: ImageDataModule) -> MoEClassifier:
@@ -99,6 +109,9 @@ def run(options: Options, head: str, seed: int, data: ImageDataModule, show_prog
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
     metrics |= trainer.test(model, datamodule=data, verbose=False)[0]
     logger.finalize("success")
+    missing = [analysis.name for analysis in analyses if set(analysis.results) != set(analysis.splits)]
+    if missing:
+        raise RuntimeError(f"{folder}: not finished, for want of {', '.join(missing)}; start again with --resume")
     size = capacity(model.head)
     result = {
         "head": head,

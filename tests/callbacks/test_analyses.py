@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 
@@ -105,6 +106,11 @@ def test_landscape_takes_the_eigenvector_of_the_sharpness_run(
     monkeypatch.setattr("moe_heads.callbacks.loss_landscape.top_eigenvector", None)
     alone = LossLandscapeCallback(plane_splits=[], line_points=3, splits=["train"], on_error="raise")
     trainer(SharpnessCallback(splits=["train"]), alone).fit(PlainModule(), loader())
+    # one that stands after the landscape has nothing to give, not even from an earlier fit
+    late = SharpnessCallback(splits=["train"])
+    trainer(late).fit(PlainModule(), loader())
+    with pytest.raises(TypeError, match="NoneType"):
+        trainer(alone, late).fit(PlainModule(), loader())
     with pytest.raises(TypeError, match="NoneType"):
         trainer(alone).fit(PlainModule(), loader())
 
@@ -170,6 +176,33 @@ def test_a_model_without_router_or_backbone_is_fine() -> None:
     assert {row.module for row in callbacks[3].results["train"].rows} == {"model"}
 
 
+def test_hooks_are_gone_when_the_module_ends_its_epoch_early() -> None:
+    class Impatient(PlainModule):
+        def on_train_batch_start(self, batch: Any, batch_idx: int) -> int | None:
+            return -1 if batch_idx == 1 else None
+
+    module = Impatient()
+    callback = ExpertUtilizationCallback(splits=["train"])
+    trainer(callback).fit(module, loader())
+    assert all(not child._forward_hooks for child in module.modules())
+    assert callback.history["head"][0].num_rows == 16
+
+
+def test_a_module_without_forward_is_told_before_training() -> None:
+    class Silent(PlainModule):
+        forward = LightningModule.forward
+
+    for callback in (InferenceTimingCallback(), ExpertUtilizationCallback()):
+        with pytest.raises(MisconfigurationException, match=r"calls the module, and Silent has no forward"):
+            trainer(callback).fit(Silent(), loader())
+
+
+def test_timing_runs_in_the_precision_of_the_trainer() -> None:
+    timing = InferenceTimingCallback(splits=["train"], batch_sizes=[2], num_runs=2, on_error="raise")
+    trainer(timing, precision="bf16-mixed").fit(PlainModule(), loader())
+    assert timing.results["train"].environment.autocast == "bfloat16"
+
+
 def test_hooks_are_gone_after_an_error_in_training() -> None:
     class Breaking(PlainModule):
         def training_step(self, batch: Any, batch_idx: int) -> Any:
@@ -190,7 +223,10 @@ def test_hooks_are_gone_after_an_error_in_training() -> None:
         (lambda: SharpnessCallback(max_probes=1), "max_probes: expected"),
         (lambda: LossLandscapeCallback(line_points=2), "line_points: expected at least 3; got 2"),
         (lambda: LossLandscapeCallback(plane_points=2), "plane_points: expected 3 to 256; got 2"),
-        (lambda: LossLandscapeCallback(plane_splits=["dev"]), r"plane_splits: expected a list of .*; got \['dev'\]"),
+        (
+            lambda: LossLandscapeCallback(plane_splits=["dev"]),
+            r"plane_splits: expected some of splits = .* got \['dev'",
+        ),
         (lambda: LossLandscapeCallback(line_reach=0.0), "line_reach: expected a finite number above 0; got 0.0"),
         (lambda: InferenceTimingCallback(batch_sizes=()), "batch_sizes: expected"),
         (lambda: InferenceTimingCallback(num_runs=0), "num_runs: expected"),

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.strategies import FSDPStrategy
 
@@ -134,6 +134,41 @@ def test_test_loader_of_the_module_is_used() -> None:
     assert analysis.results["test"] == pytest.approx(expected.item(), rel=1e-6)
 
 
+def test_a_modules_setup_that_builds_the_network_is_not_called_again() -> None:
+    class Building(PlainModule):
+        def setup(self, stage: str) -> None:
+            self.head = torch.nn.Linear(8, 3)
+
+        def test_dataloader(self) -> Any:
+            torch.rand(1)
+            return loader(seed=7)
+
+    before, after = Witness(), Witness()
+    trainer(before, MeanLoss(), after).fit(Building(), loader())
+    assert_same(before.seen, after.seen)
+
+
+def test_a_data_module_of_an_earlier_fit_plays_no_part() -> None:
+    class Data(LightningDataModule):
+        def train_dataloader(self) -> Any:
+            return loader()
+
+        def analysis_dataset(self, split: str) -> Any:
+            return loader(num_samples=7).dataset
+
+    class Counting(MeanLoss):
+        def compute(self, inputs: AnalysisInputs) -> float:
+            return float(sum(len(y) for _, y in inputs.batches))
+
+    analysis = Counting(splits=["train"])
+    fitted = trainer(analysis)
+    fitted.fit(PlainModule(), datamodule=Data())
+    assert analysis.results["train"] == 7
+    fitted.fit_loop.max_epochs = 2
+    fitted.fit(PlainModule(), loader(num_samples=30))
+    assert analysis.results["train"] == 30
+
+
 def test_fast_dev_run_goes_through_everything_on_few_samples() -> None:
     class Counting(MeanLoss):
         def compute(self, inputs: AnalysisInputs) -> float:
@@ -187,6 +222,7 @@ def test_runs_of_two_fits_do_not_mix() -> None:
         ({"splits": []}, "splits: expected a list"),
         ({"num_samples": 0}, "num_samples: expected an integer of at least 1; got 0"),
         ({"batch_size": 2.5}, "batch_size: expected an integer of at least 1; got 2.5"),
+        ({"seed": None}, "seed: expected an integer of at least 0; got None"),
         ({"on_error": "ignore"}, "on_error: expected 'warn' or 'raise'; got 'ignore'"),
     ],
 )

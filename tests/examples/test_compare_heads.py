@@ -97,6 +97,7 @@ def test_resume_skips_finished_runs_and_a_second_start_needs_it(
         (["--out", "file/below"], "--out: expected a folder that can be written"),
         (["--head-width", "1", "--heads", "sparse"], "total: expected a number of parameters"),
         (["--backbone", "resnet9"], "resnet9"),
+        (["--accelerator", "abacus"], "--accelerator: cannot train on 'abacus' here"),
     ],
 )
 def test_bad_input_is_refused_before_anything_is_written(
@@ -111,6 +112,37 @@ def test_bad_input_is_refused_before_anything_is_written(
     assert script(monkeypatch)(arguments) == 2
     assert message in capsys.readouterr().err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file"]
+
+
+@pytest.mark.filterwarnings("ignore:The number of training batches")
+def test_an_interrupted_analysis_does_not_pass_for_a_finished_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(*args: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "digits").mkdir(parents=True)
+    mine = tmp_path / "runs" / "digits" / "events.out.tfevents.123.mine"
+    mine.touch()
+    main = script(monkeypatch)
+    monkeypatch.setattr("moe_heads.callbacks.sharpness.sharpness", interrupt)
+    with pytest.warns(UserWarning, match="sharpness/train: interrupted"):
+        assert main([*SMALL, "--heads", "dense"]) == 1
+    assert "not finished, for want of sharpness; start again with --resume" in capsys.readouterr().err
+    assert not list(tmp_path.rglob("result.json"))
+    assert mine.exists()
+
+
+def test_a_broken_result_is_told_by_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "runs" / "digits" / "dense" / "seed0"
+    folder.mkdir(parents=True)
+    (folder / "result.json").write_text('{"head')
+    monkeypatch.chdir(tmp_path)
+    assert script(monkeypatch)([*SMALL, "--resume"]) == 2
+    assert "seed0/result.json is not the result of a run" in capsys.readouterr().err
 
 
 @pytest.mark.slow

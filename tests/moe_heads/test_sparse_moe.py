@@ -224,6 +224,7 @@ def test_autocast_keeps_the_router_in_fp32() -> None:
         ({"dispatch": "mask"}, r"dispatch: expected one of 'auto', 'all', 'selected'; got 'mask'"),
         ({"balance": {"entropy": 1.0}}, r"balance: expected one of 'importance', .*; got 'entropy'"),
         ({"balance": {"load": -1.0}}, r"balance\['load'\]: expected a finite coefficient of at least 0; got -1.0"),
+        ({"balance": 0.2}, r"balance: expected a mapping such as \{'importance': 0.2\}; got 0.2"),
         ({"noisy": False}, r"balance\['load'\]: .* needs noisy=True"),
     ],
 )
@@ -232,7 +233,12 @@ def test_bad_arguments_are_refused(options: dict[str, object], message: str) -> 
         SparseMoE(16, 3, **options)
 
 
+def test_integers_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"x: expected floating point numbers .* got torch.int64 of shape \(2, 16\)"):
+        SparseMoE(16, 3)(torch.zeros(2, 16, dtype=torch.int64))
+
+
 @pytest.mark.parametrize("shape", [(16,), (4, 15), (2, 3, 4, 16)])
 def test_wrong_input_shape_is_refused(shape: tuple[int, ...]) -> None:
-    with pytest.raises(ValueError, match=r"x: expected shape \(B, 16\) or \(B, T, 16\); got"):
+    with pytest.raises(ValueError, match=r"x: expected floating point numbers of shape \(B, 16\) or \(B, T, 16\); got"):
         SparseMoE(16, 3)(torch.randn(shape))

@@ -9,7 +9,13 @@ from torch import Tensor
 __all__ = ["checked_loss", "gradient_with_graph", "saved_bytes", "second_order_errors"]
 
 # Parts of the messages with which torch refuses a second derivative: missing formulas, custom functions, torch.compile.
-_NO_SECOND_DERIVATIVE = ("is not implemented", "once_differentiable", "double backward", "differentiate twice")
+_NO_SECOND_DERIVATIVE = (
+    "is not implemented",
+    "once_differentiable",
+    "double backward",
+    "differentiate twice",
+    "donated buffers",
+)
 
 
 def checked_loss(loss: object, index: int) -> Tensor:

@@ -1,5 +1,6 @@
 """Trace of a symmetric operator: exact on a Krylov space, sampled on its complement (Hutchinson 1990, Meyer 2021)."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -85,7 +86,8 @@ def deflated_trace(
         samples = torch.tensor(forms, dtype=torch.float64)
         estimate, stderr = known_trace + float(samples.mean()), _standard_error(samples)
         frobenius_norm = (known_squares + sum(squares) / len(squares)) ** 0.5
-        converged = stderr <= tolerance * max(abs(estimate), frobenius_norm)
+        # an overflow must not pass for a wide tolerance
+        converged = math.isfinite(frobenius_norm) and stderr <= tolerance * max(abs(estimate), frobenius_norm)
         if converged or len(forms) == max_probes:
             return TraceResult(estimate, stderr, frobenius_norm, len(forms), converged)
 

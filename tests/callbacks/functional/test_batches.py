@@ -33,6 +33,11 @@ def test_empty_data_are_refused(batches: Any) -> None:
         as_batches(batches)
 
 
+def test_a_tensor_in_place_of_a_list_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"batches: expected a list of batches; got one tensor, \(5, 2\)"):
+        as_batches(torch.zeros(5, 2))
+
+
 def test_generators_are_read_once() -> None:
     assert len(as_batches(torch.zeros(1, 2) for _ in range(3))) == 3
 
@@ -51,7 +56,7 @@ def test_model_is_called_with_a_batchs_inputs() -> None:
     x = torch.ones(2)
     assert torch.equal(call_model(Named(), x), x)
     assert torch.equal(call_model(Named(), (x, "label")), x)
-    assert torch.equal(call_model(Named(), {"x": x, "scale": 2.0}), 2 * x)
+    assert torch.equal(call_model(Named(), {"x": x, "scale": 2.0, "label": 1}), 2 * x)
 
 
 def test_labels_are_the_second_entry_if_they_look_like_classes() -> None:

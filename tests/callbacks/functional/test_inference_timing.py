@@ -178,9 +178,9 @@ def test_progress_counts_rounds() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"batch_sizes": []}, r"batch_sizes: expected different whole numbers from 1 on; got \(\)"),
-        ({"batch_sizes": [0]}, r"batch_sizes: .* got \(0,\)"),
-        ({"batch_sizes": [2, 2]}, r"batch_sizes: .* got \(2, 2\)"),
+        ({"batch_sizes": []}, r"batch_sizes: expected a list of different whole numbers from 1 on; got \[\]"),
+        ({"batch_sizes": [0]}, r"batch_sizes: .* got \[0\]"),
+        ({"batch_sizes": [2, 2]}, r"batch_sizes: .* got \[2, 2\]"),
         ({"num_runs": 0}, "num_runs: expected at least 1; got 0"),
         ({"warmup_runs": -1}, "warmup_runs: expected at least 0; got -1"),
         ({"example_batch": torch.zeros(0, 3)}, "example_batch: expected at least one sample; got none"),

@@ -136,7 +136,7 @@ def test_works_under_no_grad_and_inference_mode() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"num_eigenvalues": 0}, "num_eigenvalues: expected at least 1; got 0"),
+        ({"num_eigenvalues": 0}, "num_eigenvalues: expected an integer of at least 1; got 0"),
         ({"num_eigenvalues": 58}, "num_eigenvalues: expected 1 to 57, .*got 58"),
         ({"tolerance": 0.0}, "^tolerance: expected a positive number; got 0.0"),
         ({"trace_tolerance": -1.0}, "trace_tolerance: expected a positive number; got -1.0"),

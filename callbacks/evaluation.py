@@ -1,16 +1,16 @@
-"""The loss that an analysis differentiates, for any LightningModule."""
+"""What an analysis evaluates of any LightningModule: its loss, or its forward pass."""
 
-import inspect
 from collections.abc import Mapping
 from typing import Any, cast
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import LightningModule
+from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor, nn
 
-from moe_heads.callbacks.functional.batches import Batch, LossFn
+from moe_heads.callbacks.functional.batches import Batch, ForwardFn, LossFn
 
-__all__ = ["loss_of"]
+__all__ = ["check_forward", "loss_of"]
 
 
 def loss_of(pl_module: LightningModule, loss_fn: LossFn | None) -> LossFn:
@@ -43,9 +43,24 @@ def loss_of(pl_module: LightningModule, loss_fn: LossFn | None) -> LossFn:
     return _training_loss
 
 
+def check_forward(callback: Callback, pl_module: LightningModule, forward_fn: ForwardFn | None) -> None:
+    """Refuse a module that cannot be called, before training.
+
+    Raises:
+        MisconfigurationException: If the module has no ``forward`` and no ``forward_fn`` takes its place.
+    """
+    if forward_fn is None and type(pl_module).forward is LightningModule.forward:
+        raise MisconfigurationException(
+            f"{type(callback).__name__} calls the module, and {type(pl_module).__name__} has no forward. Define it, or"
+            " pass forward_fn=lambda module, batch: ... to the callback."
+        )
+
+
 def _training_loss(model: nn.Module, batch: Batch) -> Tensor:
     step = cast(LightningModule, model).training_step
-    output = step(batch, 0) if "batch_idx" in inspect.signature(step).parameters else step(batch)
+    # the Trainer's own rule: a second argument, whatever its name, is the index of the batch
+    takes_index = is_param_in_hook_signature(step, "batch_idx", min_args=2)
+    output = step(batch, 0) if takes_index else step(batch)
     loss = output.get("loss") if isinstance(output, Mapping) else output
     if not isinstance(loss, Tensor):
         raise MisconfigurationException(

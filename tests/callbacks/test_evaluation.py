@@ -8,7 +8,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule
 from torch import Tensor
 
-from moe_heads.callbacks.loss import loss_of
+from moe_heads.callbacks.evaluation import loss_of
 
 
 class Module(LightningModule):
@@ -39,6 +39,15 @@ def test_training_step_may_return_a_dict_and_take_the_batch_index() -> None:
 
     module = WithIndex()
     assert loss_of(module, None)(module, None) == 4
+
+
+def test_the_batch_index_goes_by_any_name() -> None:
+    class Underscore(LightningModule):
+        def training_step(self, batch: Any, _: int) -> Tensor:
+            return torch.tensor(5.0 + _)
+
+    module = Underscore()
+    assert loss_of(module, None)(module, None) == 5
 
 
 @pytest.mark.parametrize("output", [None, {"value": 1}, 3.0])
