@@ -56,7 +56,7 @@ def loader_of(trainer: Trainer, split: Split) -> Any | None:
 
 def datamodule_of(trainer: Trainer) -> LightningDataModule | None:
     """The data module of this fit; the Trainer still knows that of an earlier one."""
-    datamodule = getattr(trainer, "datamodule", None)
+    datamodule: LightningDataModule | None = getattr(trainer, "datamodule", None)
     return datamodule if datamodule is trainer.fit_loop._data_source.instance else None
 
 

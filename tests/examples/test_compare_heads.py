@@ -114,7 +114,7 @@ def test_bad_input_is_refused_before_anything_is_written(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file"]
 
 
-@pytest.mark.filterwarnings("ignore:The number of training batches")
+@pytest.mark.filterwarnings("ignore:The number of training batches", "ignore:sharpness/test. interrupted")
 def test_an_interrupted_analysis_does_not_pass_for_a_finished_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
