@@ -120,6 +120,20 @@ class MoEClassifier(LightningModule):
             raise ValueError(f"head: expected {expected} classes, as the data module has; got {self.num_classes}")
 
     @override
+    def on_fit_start(self) -> None:
+        """Refuse weights and training data that no training can come of.
+
+        Raises:
+            ValueError: If a weight is not finite, or the training loader is empty.
+        """
+        for name, parameter in self.named_parameters():
+            if not isinstance(parameter, nn.UninitializedParameter) and not bool(parameter.isfinite().all()):
+                raise ValueError(f"weights: expected finite numbers before training; got NaN or infinity in {name}")
+        self.trainer.fit_loop.setup_data()
+        if self.trainer.num_training_batches == 0 and self.trainer.limit_train_batches != 0:
+            raise ValueError("train loader: expected at least one batch; got an empty loader")
+
+    @override
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Cross-entropy plus balance loss, scalar; no synchronisation with the host."""
         x, labels = batch

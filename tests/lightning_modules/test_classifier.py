@@ -396,3 +396,18 @@ def test_training_steps_do_not_synchronise_with_the_gpu(head: nn.Module) -> None
     fit = Trainer(accelerator="gpu", devices=1, max_epochs=1, logger=False, enable_checkpointing=False)
     fit.fit(Guarded(backbone(), head), loader())
     assert fit.global_step == 3
+
+
+@pytest.mark.filterwarnings("ignore:Total length of `")
+def test_an_empty_training_loader_is_refused_before_training() -> None:
+    model = MoEClassifier(backbone(), nn.Linear(NUM_FEATURES, NUM_CLASSES))
+    empty = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(torch.zeros(0, 3), torch.zeros(0)))
+    with pytest.raises(ValueError, match="train loader: expected at least one batch; got an empty loader"):
+        trainer().fit(model, empty)
+
+
+def test_weights_that_are_not_finite_are_refused_before_training() -> None:
+    model = MoEClassifier(backbone(), nn.Linear(NUM_FEATURES, NUM_CLASSES))
+    nn.init.constant_(model.head.bias, float("nan"))
+    with pytest.raises(ValueError, match=r"weights: expected finite numbers .* got NaN or infinity in head.bias"):
+        trainer(num_sanity_val_steps=0).fit(model, loader())
