@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from moe_heads import Dense, SoftMoE
 from moe_heads.callbacks.functional.inference_timing import inference_timing
+from moe_heads.callbacks.functional.monitor import Monitor
 from tests.support.hand_routers import HandHead
 from tests.support.untouched import untouched
 
@@ -16,10 +17,8 @@ class Slow(nn.Module):
     def __init__(self, seconds: float) -> None:
         super().__init__()
         self.seconds = seconds
-        self.seen: list[tuple[int, ...]] = []
 
     def forward(self, x: Tensor) -> Tensor:
-        self.seen.append(tuple(x.shape))
         time.sleep(self.seconds * len(x))
         return x
 
@@ -93,11 +92,12 @@ def test_modules_run_on_the_inputs_they_had_in_evaluation_and_inference_mode() -
 
 
 def test_the_warm_up_is_run_but_not_timed() -> None:
-    model = Slow(0.0)
+    model, calls = Slow(0.0), []
+    model.register_forward_hook(lambda *_: calls.append(1))
     timing = inference_timing(model, torch.zeros(1), batch_sizes=[1], num_runs=4, warmup_runs=3)
     assert timing.rows[0].num_runs == 4
     assert timing.warmup_runs == 3
-    assert len(model.seen) == 1 + 7  # one to capture the inputs of modules
+    assert len(calls) == 1 + 7  # one to capture the inputs of modules
 
 
 def test_modules_take_turns_in_an_order_that_the_seed_decides() -> None:
@@ -170,7 +170,7 @@ def test_progress_counts_rounds() -> None:
         batch_sizes=[1, 2],
         num_runs=2,
         warmup_runs=1,
-        on_step=lambda *step: steps.append(step),
+        monitor=Monitor(show=lambda *step: steps.append(step[:2])),
     )
     assert steps == [(done, 6) for done in range(1, 7)]
 
