@@ -1,17 +1,32 @@
 """The data side of every analysis: batches of tensors in any common container, and their number of samples."""
 
+import copy
+import dataclasses
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, MutableMapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.nn.utils.rnn import PackedSequence
 
-__all__ = ["Batch", "ForwardFn", "LossFn", "as_batches", "batch_size", "call_model", "labels_of", "to_device"]
+__all__ = [
+    "Batch",
+    "ForwardFn",
+    "LossFn",
+    "as_batches",
+    "batch_size",
+    "call_model",
+    "cut",
+    "is_divisible",
+    "labels_of",
+    "leaves_of",
+    "map_leaves",
+    "to_device",
+]
 
 Batch = Any
-"""A tensor, or a tuple, list, dict or other pytree that holds tensors whose first dimension counts the samples."""
+"""A tensor, or a tuple, list, mapping or dataclass that holds tensors whose first dimension counts the samples."""
 
 LossFn = Callable[[nn.Module, Batch], Tensor]
 """``loss_fn(model, batch) -> scalar``, the mean over the samples of the batch."""
@@ -42,22 +57,83 @@ def batch_size(batch: Batch) -> int:
     Raises:
         ValueError: If the batch holds no such tensor.
     """
-    for leaf in tree_leaves(batch):
+    for leaf in leaves_of(batch):
+        if isinstance(leaf, PackedSequence):
+            return int(leaf.batch_sizes[0])
         if isinstance(leaf, Tensor) and leaf.dim() > 0:
             return leaf.shape[0]
     raise ValueError(f"batch: expected a tensor with a batch dimension somewhere inside; got {type(batch).__name__}")
 
 
+def map_leaves(batch: Batch, function: Callable[[Any], Any]) -> Batch:
+    """The batch with ``function`` applied to everything inside its containers; the containers are new ones.
+
+    Containers are lists, tuples, named tuples, mutable mappings and dataclasses. torch's own pytrees would take a
+    dataclass or a `UserDict` (what Hugging Face tokenizers return) for a leaf.
+    """
+
+    def mapped(value: Any) -> Any:
+        if isinstance(value, PackedSequence):  # a named tuple, but its parts mean nothing alone
+            return function(value)
+        if isinstance(value, MutableMapping):
+            copied = copy.copy(value)
+            for key in value:
+                copied[key] = mapped(value[key])
+            return copied
+        if isinstance(value, tuple) and hasattr(value, "_fields"):
+            return type(value)(*map(mapped, value))
+        if isinstance(value, (list, tuple)):
+            return type(value)(map(mapped, value))
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            new: Any = copy.copy(value)
+            for field in dataclasses.fields(value):
+                object.__setattr__(new, field.name, mapped(getattr(value, field.name)))  # frozen ones as well
+            return new
+        return function(value)
+
+    return mapped(batch)
+
+
+def leaves_of(batch: Batch) -> list[Any]:
+    """Everything inside the containers of a batch, in order."""
+    leaves: list[Any] = []
+    map_leaves(batch, leaves.append)
+    return leaves
+
+
 def to_device(batch: Batch, device: torch.device | str) -> Batch:
     """The batch with every tensor on ``device``."""
-    return tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, batch)
+
+    def moved(leaf: Any) -> Any:
+        if isinstance(leaf, PackedSequence):
+            return leaf.to(device)  # type: ignore[arg-type]
+        return leaf.to(device) if isinstance(leaf, Tensor) else leaf
+
+    return map_leaves(batch, moved)
+
+
+def is_divisible(batch: Batch) -> bool:
+    """Whether the samples of a batch can be told apart: it holds tensors only, all with the same first dimension.
+
+    A batch with anything else inside (strings, graphs, ragged lists) is used as a whole or not at all.
+    """
+    leaves = [leaf for leaf in leaves_of(batch) if leaf is not None]
+    lengths = {leaf.shape[0] if isinstance(leaf, Tensor) and leaf.dim() > 0 else -1 for leaf in leaves}
+    return len(lengths) == 1 and -1 not in lengths
+
+
+def cut(batch: Batch, start: int, stop: int) -> Batch:
+    """The samples ``start`` to ``stop`` of a divisible batch, as views of its tensors."""
+    return map_leaves(batch, lambda leaf: None if leaf is None else leaf[start:stop])
 
 
 def call_model(model: nn.Module, batch: Batch) -> Any:
     """Default `ForwardFn`: ``model(batch[0])`` for a tuple or list, ``model(batch)`` for a tensor.
 
-    Of a dict, the entries that ``forward`` has parameters for are passed by name.
+    Of a mapping or a dataclass, the entries that ``forward`` has parameters for are passed by name.
     """
+    if dataclasses.is_dataclass(batch) and not isinstance(batch, type):
+        batch = {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}
     if isinstance(batch, Mapping):
         parameters = inspect.signature(model.forward).parameters.values()
         takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
@@ -67,9 +143,16 @@ def call_model(model: nn.Module, batch: Batch) -> Any:
 
 
 def labels_of(batch: Batch) -> Tensor | None:
-    """Class labels of an ``(inputs, labels)`` batch: its second entry when that is a 1-D integer tensor, else None."""
-    if not isinstance(batch, (tuple, list)) or len(batch) < 2:
-        return None
-    labels = batch[1]
+    """Class labels of an ``(inputs, labels)`` batch, or of a mapping or dataclass with "labels" or "label".
+
+    None unless they are a 1-D tensor of whole numbers.
+    """
+    labels: Any = None
+    if isinstance(batch, (tuple, list)):
+        labels = batch[1] if len(batch) > 1 else None
+    elif isinstance(batch, Mapping):
+        labels = batch.get("labels", batch.get("label"))
+    elif not isinstance(batch, Tensor):
+        labels = getattr(batch, "labels", getattr(batch, "label", None))
     is_labels = isinstance(labels, Tensor) and labels.dim() == 1 and not labels.is_floating_point()
     return labels if is_labels else None

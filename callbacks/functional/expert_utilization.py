@@ -1,22 +1,17 @@
 """How the experts of a trained model are used: by how many samples, with which weight, for which classes."""
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
 
-from moe_heads.callbacks.functional.batches import (
-    Batch,
-    ForwardFn,
-    as_batches,
-    batch_size,
-    call_model,
-    labels_of,
-    to_device,
-)
+from moe_heads.callbacks.functional.batches import Batch, ForwardFn, as_batches, batch_size, call_model, labels_of
 from moe_heads.callbacks.functional.environment import device_of
+from moe_heads.callbacks.functional.microbatches import Microbatches
+from moe_heads.callbacks.functional.monitor import Monitor, TimeUp
 from moe_heads.callbacks.functional.preserve import analysis_mode
+from moe_heads.callbacks.functional.ranks import Ranks
 from moe_heads.callbacks.functional.utilization.result import ExpertUtilizationResult
 from moe_heads.callbacks.functional.utilization.sums import UtilizationSums
 from moe_heads.routing import Router, Routing, collect_routing
@@ -34,7 +29,8 @@ def expert_utilization(
     label_fn: Callable[[Batch], Tensor | None] = labels_of,
     dead_below: float = 0.01,
     seed: int = 0,
-    on_step: Callable[[int, int], None] | None = None,
+    monitor: Monitor | None = None,
+    ranks: Ranks | None = None,
 ) -> ExpertUtilizationResult:
     """Load, importance, entropy, dead experts and class map of every router of this package inside the model.
 
@@ -53,10 +49,12 @@ def expert_utilization(
             which runs every expert, when its importance is. With 1 %, an expert with a single stray sample in a
             thousand is dead too.
         seed: Seed of the random number generators.
-        on_step: Called after each batch with the number of batches done and their total.
+        monitor: Shows the progress and ends the analysis when its time is over; see `Monitor`.
+        ranks: The processes that share the work, each with its part of the samples in ``batches``; all of them call
+            this function and get the result. By default this process has all samples.
 
     Returns:
-        The numbers by head.
+        The numbers by head; those of the samples so far when the time of the monitor is over, marked by ``partial``.
 
     Raises:
         ValueError: If the data is empty, labels are out of range, missing in some batches or do not fit the routed
@@ -72,40 +70,75 @@ def expert_utilization(
         >>> result.load["1"].shape, result.class_map["1"].shape
         (torch.Size([4]), torch.Size([3, 4]))
     """
-    if not any(isinstance(module, Router) for module in model.modules()):
-        return ExpertUtilizationResult({}, _names(num_classes, class_names), sum(map(batch_size, as_batches(batches))))
     if not 0 <= dead_below < 1:
         raise ValueError(f"dead_below: expected a fraction in [0, 1); got {dead_below}")
-    data = as_batches(batches)
-    labels, num_classes = _labels([label_fn(batch) for batch in data], num_classes, class_names)
-    device = device_of(model)
-    sums: dict[str, UtilizationSums] = {}
-    with analysis_mode(model, seed), torch.no_grad():
-        for index, batch in enumerate(data):
+    monitor, ranks, listed = monitor or Monitor(), ranks or Ranks(), as_batches(batches)
+    sums = _Sums()
+    if not any(isinstance(module, Router) for module in model.modules()):
+        sums.num_samples = sum(map(batch_size, listed))
+        return _result(ranks.gather(sums), _names(num_classes, class_names), dead_below)
+    with ranks.together():
+        num_classes = _num_classes([label_fn(batch) for batch in listed], num_classes, class_names)
+    num_classes = max((known for known in ranks.gather(num_classes) if known is not None), default=None)
+    names = _names(num_classes, class_names)
+    monitor.keep(lambda partial: _result([replace(sums, partial=partial)], names, dead_below))
+    with ranks.together(), analysis_mode(model, seed), torch.no_grad():
+        data = Microbatches(listed, device_of(model), monitor)
+
+        def route(index: int, batch: Batch) -> tuple[dict[str, list[Routing]], Tensor | None]:
             with collect_routing(model) as collection:
-                forward_fn(model, to_device(batch, device))
-            for name, routings in collection.routings.items():
-                for routing in map(_in_float64, routings):
-                    head = sums.setdefault(name, UtilizationSums(name, routing, num_classes))
-                    head.add(routing, None if labels is None else labels[index])
-            if on_step is not None:
-                on_step(index + 1, len(data))
+                forward_fn(model, batch)
+            return collection.routings, label_fn(batch)
+
+        try:
+            for size, (routings, labels) in data.evaluate(route):
+                sums.add(size, routings, labels, num_classes)
+                monitor.step(sums.num_samples, data.num_samples)
+        except TimeUp as error:
+            sums.partial = str(error)
+    return _result(ranks.gather(sums), names, dead_below)
+
+
+@dataclass
+class _Sums:
+    """What one rank has found."""
+
+    heads: dict[str, UtilizationSums] = field(default_factory=dict)
+    num_samples: int = 0
+    partial: str = ""
+
+    def add(
+        self, size: int, routings: dict[str, list[Routing]], labels: Tensor | None, num_classes: int | None
+    ) -> None:
+        for name, passes in routings.items():
+            for routing in map(_in_float64, passes):
+                head = self.heads.setdefault(name, UtilizationSums(name, routing, num_classes))
+                head.add(routing, None if labels is None else labels.cpu())
+        self.num_samples += size
+
+
+def _result(found: Sequence[_Sums], names: tuple[str, ...], dead_below: float) -> ExpertUtilizationResult:
+    """The result of all ranks."""
+    partial = "; ".join(dict.fromkeys(sums.partial for sums in found if sums.partial))
+    num_samples = sum(sums.num_samples for sums in found)
+    if num_samples == 0:
+        raise TimeUp(partial)
+    heads: dict[str, UtilizationSums] = {}
+    for sums in found:
+        for name, head in sums.heads.items():
+            heads[name] = heads[name] + head if name in heads else head
     return ExpertUtilizationResult(
-        heads={name: head.result(dead_below) for name, head in sums.items()},
-        class_names=_names(num_classes, class_names),
-        num_samples=sum(batch_size(batch) for batch in data),
+        {name: head.result(dead_below) for name, head in heads.items()}, names, num_samples, partial
     )
 
 
-def _labels(
-    found: list[Tensor | None], num_classes: int | None, class_names: Sequence[str] | None
-) -> tuple[list[Tensor] | None, int | None]:
-    """Labels of each batch, on the CPU, and C; None and None without labels."""
+def _num_classes(found: list[Tensor | None], num_classes: int | None, class_names: Sequence[str] | None) -> int | None:
+    """C; None without labels."""
     if class_names is not None and num_classes is not None and len(class_names) != num_classes:
         raise ValueError(f"class_names: expected num_classes = {num_classes} names; got {len(class_names)}")
     given = [labels.cpu() for labels in found if labels is not None]
     if not given:
-        return None, None
+        return None
     if len(given) < len(found):
         raise ValueError(f"label_fn: expected labels for every batch or for none; {len(found) - len(given)} have none")
     if any(labels.dim() != 1 or labels.is_floating_point() for labels in given):
@@ -115,7 +148,7 @@ def _labels(
         num_classes = highest + 1 if class_names is None else len(class_names)
     if lowest < 0 or highest >= num_classes:
         raise ValueError(f"labels: expected classes 0 to {num_classes - 1}; got {lowest} to {highest}")
-    return given, num_classes
+    return num_classes
 
 
 def _names(num_classes: int | None, class_names: Sequence[str] | None) -> tuple[str, ...]:

@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
-from moe_heads.callbacks.functional.batches import Batch, ForwardFn, batch_size, call_model, to_device
+from moe_heads.callbacks.functional.batches import Batch, ForwardFn, batch_size, call_model, map_leaves, to_device
 from moe_heads.callbacks.functional.environment import device_of, environment_of, synchronize
+from moe_heads.callbacks.functional.monitor import Monitor, TimeUp
 from moe_heads.callbacks.functional.preserve import preserved
 from moe_heads.callbacks.functional.timing.result import InferenceTimingResult
 from moe_heads.callbacks.functional.timing.row import TimingRow
@@ -34,7 +34,7 @@ def inference_timing(
     warmup_runs: int = 10,
     forward_fn: ForwardFn = call_model,
     seed: int = 0,
-    on_step: Callable[[int, int], None] | None = None,
+    monitor: Monitor | None = None,
 ) -> InferenceTimingResult:
     """Wall time of the forward pass, of the whole model and of modules inside it timed alone.
 
@@ -57,10 +57,11 @@ def inference_timing(
         warmup_runs: Runs of each before, at each batch size.
         forward_fn: ``forward_fn(model, batch)`` runs the whole model.
         seed: Seed of the order of turns and of the random number generators.
-        on_step: Called after each round, warm-up included, with the number of rounds done and their total.
+        monitor: Shows the rounds, warm-up included, and ends the analysis when its time is over; see `Monitor`.
 
     Returns:
-        A row for each batch size and module, the whole model first.
+        A row for each batch size and module, the whole model first. Of the batch sizes that were finished, marked by
+        ``partial``, when the time of the monitor is over.
 
     Raises:
         ValueError: If the batch is empty, a number is below its minimum, a batch size comes twice, or a module is
@@ -81,25 +82,34 @@ def inference_timing(
     device = device_of(model)
     example = to_device(example_batch, device)
     order = random.Random(seed)
-    rounds_each, rows = warmup_runs + num_runs, []
+    monitor, rounds_each = monitor or Monitor(), warmup_runs + num_runs
+    rows: list[TimingRow] = []
+
+    def result(reason: str = "") -> InferenceTimingResult:
+        return InferenceTimingResult(tuple(rows), environment_of(model), warmup_runs, seed, reason)
+
     with preserved(model):
         model.eval()
         torch.manual_seed(seed)
-        with torch.inference_mode():
-            for done, size in enumerate(batch_sizes):
-                batch = _resized(example, size)
-                calls: dict[str, Callable[[], object]] = {_MODEL: partial(forward_fn, model, batch)}
-                calls |= _captured(calls[_MODEL], named, required=modules is not None)
-                times: dict[str, list[float]] = {name: [] for name in calls}
-                for index in range(rounds_each):
-                    for name in order.sample(list(calls), len(calls)):
-                        elapsed = _elapsed_ms(calls[name], device)
-                        if index >= warmup_runs:
-                            times[name].append(elapsed)
-                    if on_step is not None:
-                        on_step(done * rounds_each + index + 1, len(batch_sizes) * rounds_each)
-                rows += [_row(size, name, values) for name, values in times.items()]
-    return InferenceTimingResult(tuple(rows), environment_of(model), warmup_runs, seed)
+        try:
+            with torch.inference_mode():
+                for done, size in enumerate(batch_sizes):
+                    batch = _resized(example, size)
+                    calls: dict[str, Callable[[], object]] = {_MODEL: partial(forward_fn, model, batch)}
+                    calls |= _captured(calls[_MODEL], named, required=modules is not None)
+                    times: dict[str, list[float]] = {name: [] for name in calls}
+                    for index in range(rounds_each):
+                        for name in order.sample(list(calls), len(calls)):
+                            elapsed = _elapsed_ms(calls[name], device)
+                            if index >= warmup_runs:
+                                times[name].append(elapsed)
+                        monitor.step(done * rounds_each + index + 1, len(batch_sizes) * rounds_each)
+                    rows += [_row(size, name, values) for name, values in times.items()]
+                    monitor.keep(result)
+        except TimeUp as error:
+            in_time: InferenceTimingResult = monitor.result_in_time(error)
+            return in_time
+        return result()
 
 
 def check_timing_options(batch_sizes: Sequence[int], num_runs: int, warmup_runs: int) -> None:
@@ -134,7 +144,7 @@ def _resized(batch: Batch, size: int) -> Batch:
             return leaf
         return leaf[torch.arange(size, device=leaf.device) % given]
 
-    return tree_map(resize, batch)
+    return map_leaves(batch, resize)
 
 
 def _captured(
@@ -145,7 +155,7 @@ def _captured(
 
     def record(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         # a copy: a later layer may work in place
-        inputs.setdefault(name, tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, (args, kwargs)))
+        inputs.setdefault(name, map_leaves((args, kwargs), lambda x: x.clone() if isinstance(x, Tensor) else x))
 
     with ExitStack() as stack:
         for name, module in named.items():

@@ -2,17 +2,21 @@
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from moe_heads.callbacks.functional.batches import Batch, LossFn, as_batches, batch_size, to_device
+from moe_heads.callbacks.functional.batches import Batch, LossFn
 from moe_heads.callbacks.functional.environment import device_of
 from moe_heads.callbacks.functional.landscape.directions import split_direction
 from moe_heads.callbacks.functional.landscape.result import LossLandscapeResult
 from moe_heads.callbacks.functional.landscape.routing_flips import Choices, choices_of, flip_share
+from moe_heads.callbacks.functional.microbatches import Microbatches
+from moe_heads.callbacks.functional.monitor import Monitor, TimeUp
 from moe_heads.callbacks.functional.parameters import trainable_parameters
 from moe_heads.callbacks.functional.preserve import analysis_mode
+from moe_heads.callbacks.functional.ranks import Ranks
 from moe_heads.routing import collect_routing
 
 __all__ = ["loss_landscape"]
@@ -33,7 +37,8 @@ def loss_landscape(
     num_points: int = 21,
     accuracy_fn: Callable[[nn.Module, Batch], Tensor] | None = None,
     seed: int = 0,
-    on_step: Callable[[int, int], None] | None = None,
+    monitor: Monitor | None = None,
+    ranks: Ranks | None = None,
 ) -> LossLandscapeResult:
     r"""Mean loss at :math:`\theta + \alpha d_1`, or at :math:`\theta + \alpha d_1 + \beta d_2`.
 
@@ -60,10 +65,15 @@ def loss_landscape(
         num_points: Number of coordinates where they are not given. An odd number holds the centre; 21 as in the study.
         accuracy_fn: ``accuracy_fn(model, batch) -> scalar``, the mean over the samples, also evaluated everywhere.
         seed: Seed of the random number generators at every point.
-        on_step: Called after each point with the number of points done and their total, the centre being one more.
+        monitor: Shows the points, the centre first, and ends the analysis when its time is over; see
+            `Monitor`.
+        ranks: The processes that share the work, each with its part of the samples in ``batches``; all of them call
+            this function with the same directions and grids, and get the result. By default this process has all
+            samples.
 
     Returns:
-        The losses on the grid, with accuracies and routing flips of the same shape.
+        The losses on the grid, with accuracies and routing flips of the same shape. When the time of the monitor is
+        over, those near the centre, marked by ``partial``.
 
     Raises:
         ValueError: If a direction or grid does not fit, the data is empty, or the loss is not a scalar or not finite at
@@ -94,36 +104,77 @@ def loss_landscape(
     axes = [_grid("alphas", alphas, reach, num_points)]
     if direction2 is not None:
         axes.append(_grid("betas", betas, reach, num_points))
-    data = [to_device(batch, device_of(model)) for batch in as_batches(batches)]
+    monitor, ranks = monitor or Monitor(), ranks or Ranks()
+    points = torch.cartesian_prod(*axes).reshape(-1, len(axes))
 
-    points = torch.cartesian_prod(*axes).reshape(-1, len(axes)).tolist()
-    total = len(points) + 1
-    report = on_step or (lambda done, total: None)
+    def lead(total: Callable[[Tensor], Tensor]) -> LossLandscapeResult:
+        centre = _Point.of(total(torch.zeros(len(axes), dtype=torch.float64, device=ranks.device)))
+        if not math.isfinite(centre.loss):
+            raise ValueError(f"loss_fn: expected a finite loss of the model as it is; got {centre.loss}")
+        distances = points.norm(dim=1)
+        found = dict.fromkeys((distances == 0).nonzero().flatten().tolist(), centre)
+        num_steps = 1 + len(points) - len(found)
+
+        def result(partial: str = "") -> LossLandscapeResult:
+            missing = _Point(math.nan, math.nan, math.nan, 0)
+            rows = [[p.loss, p.accuracy, p.flips] for p in (found.get(i, missing) for i in range(len(points)))]
+            losses, accuracies, flips = torch.tensor(rows, dtype=torch.float64).T.reshape(3, *map(len, axes))
+            return LossLandscapeResult(
+                alphas=axes[0],
+                betas=axes[1] if direction2 is not None else None,
+                losses=losses,
+                accuracies=None if accuracy_fn is None else accuracies,
+                routing_flips=None if math.isnan(centre.flips) else flips,
+                center_loss=centre.loss,
+                center_accuracy=None if accuracy_fn is None else centre.accuracy,
+                num_samples=centre.num_samples,
+                seed=seed,
+                num_unmeasured=len(points) - len(found),
+                partial=partial,
+            )
+
+        try:
+            monitor.step(1, num_steps)
+            # from the centre outwards: what is there when the time is over is a disc, not some rows
+            outwards = [index for index in distances.argsort(stable=True).tolist() if index not in found]
+            for done, index in enumerate(outwards, start=2):
+                found[index] = _Point.of(total(points[index].to(ranks.device)))
+                monitor.keep(result)
+                monitor.step(done, num_steps)
+        except TimeUp as error:
+            in_time: LossLandscapeResult = monitor.result_in_time(error)
+            return in_time
+        return result()
+
     with analysis_mode(model, seed), torch.no_grad():
-        walk = _Walk(model, directions)
-        survey = _Survey(model, loss_fn, accuracy_fn, data, seed)
-        centre, choices = survey.measure()
-        if not math.isfinite(centre[0]):
-            raise ValueError(f"loss_fn: expected a finite loss of the model as it is; got {centre[0]}")
-        report(1, total)
-        rows = []
-        for done, point in enumerate(points, start=2):
-            walk.go(point)
-            rows.append(survey.measure(choices)[0])
-            report(done, total)
+        with ranks.together():
+            walk = _Walk(model, directions)
+            data = Microbatches(batches, device_of(model), monitor if ranks.leads else Monitor())
+            survey = _Survey(model, walk, loss_fn, accuracy_fn, data, seed)
+        coordinates = torch.zeros(len(axes), dtype=torch.float64, device=ranks.device)
+        return ranks.led(
+            lambda point: survey.measure(point.tolist()).to(ranks.device), lead, coordinates, coordinates.new_zeros(5)
+        )
 
-    losses, accuracies, flips = torch.tensor(rows, dtype=torch.float64).T.reshape(3, *(len(axis) for axis in axes))
-    return LossLandscapeResult(
-        alphas=axes[0],
-        betas=axes[1] if direction2 is not None else None,
-        losses=losses,
-        accuracies=None if accuracy_fn is None else accuracies,
-        routing_flips=flips if all(choices) else None,
-        center_loss=centre[0],
-        center_accuracy=None if accuracy_fn is None else centre[1],
-        num_samples=survey.num_samples,
-        seed=seed,
-    )
+
+@dataclass
+class _Point:
+    """Means over the samples at one point."""
+
+    loss: float
+    accuracy: float
+    flips: float
+    num_samples: int
+
+    @classmethod
+    def of(cls, sums: Tensor) -> "_Point":
+        loss, accuracy, flips, num_routed, num_samples = sums.tolist()
+        return cls(
+            loss / num_samples,
+            accuracy / num_samples,
+            flips / num_routed if num_routed else math.nan,
+            round(num_samples),
+        )
 
 
 class _Walk:
@@ -143,38 +194,52 @@ class _Walk:
 
 
 class _Survey:
-    """Measures loss, accuracy and routing flips of the model as it is at the moment."""
+    """Measures loss, accuracy and routing flips of the model at a point."""
 
     def __init__(
         self,
         model: nn.Module,
+        walk: _Walk,
         loss_fn: LossFn,
         accuracy_fn: Callable[[nn.Module, Batch], Tensor] | None,
-        batches: list[Batch],
+        data: Microbatches,
         seed: int,
     ) -> None:
-        self._model, self._loss_fn, self._accuracy_fn, self._batches = model, loss_fn, accuracy_fn, batches
-        self._seed = seed
-        self._sizes = [batch_size(batch) for batch in batches]
-        self.num_samples = sum(self._sizes)
+        self._model, self._walk, self._loss_fn, self._accuracy_fn = model, walk, loss_fn, accuracy_fn
+        self._data, self._seed = data, seed
+        self._reference: list[Choices] = []
 
-    def measure(self, reference: list[Choices] | None = None) -> tuple[list[float], list[Choices]]:
-        """Loss, accuracy and share of flips against ``reference``, and the choices of each batch."""
+    def measure(self, point: list[float]) -> Tensor:
+        """Sums over the samples: of loss, accuracy, flips, of the samples that were routed, and of all; float64."""
+        self._walk.go(point)
+        rows, choices = self._evaluate()
+        if not any(point):
+            self._reference = choices
+        elif len(choices) != len(self._reference):
+            # batches were cut since the centre was measured
+            self._walk.go([0.0] * len(point))
+            _, self._reference = self._evaluate()
+        total = torch.zeros(5, dtype=torch.float64)
+        for (size, loss, accuracy), here, there in zip(rows, choices, self._reference, strict=True):
+            flips = flip_share(here, there)
+            routed = 0 if math.isnan(flips) else size
+            values = [size * loss, size * accuracy, routed and size * flips, routed, size]
+            total += torch.tensor(values, dtype=torch.float64)
+        return total
+
+    def _evaluate(self) -> tuple[list[tuple[int, float, float]], list[Choices]]:
         torch.manual_seed(self._seed)
-        losses, accuracies, choices = [], [], []
-        for batch in self._batches:
-            with collect_routing(self._model) as routing:
-                losses.append(_scalar("loss_fn", self._loss_fn(self._model, batch)))
-            choices.append(choices_of(routing))
-            if self._accuracy_fn is not None:
-                accuracies.append(_scalar("accuracy_fn", self._accuracy_fn(self._model, batch)))
-        flips = [flip_share(*pair) for pair in zip(choices, reference or [], strict=False)]
-        return [self._mean(losses), self._mean(accuracies), self._mean(flips)], choices
+        found = list(self._data.evaluate(self._evaluate_batch))
+        rows = [(size, loss, accuracy) for size, (loss, accuracy, _) in found]
+        return rows, [choices for _, (_, _, choices) in found]
 
-    def _mean(self, values: list[float]) -> float:
-        if not values:
-            return math.nan
-        return sum(value * size for value, size in zip(values, self._sizes, strict=True)) / self.num_samples
+    def _evaluate_batch(self, index: int, batch: Batch) -> tuple[float, float, Choices]:
+        with collect_routing(self._model) as routing:
+            loss = _scalar("loss_fn", self._loss_fn(self._model, batch))
+        accuracy = (
+            math.nan if self._accuracy_fn is None else _scalar("accuracy_fn", self._accuracy_fn(self._model, batch))
+        )
+        return loss, accuracy, choices_of(routing)
 
 
 def _scalar(name: str, value: object) -> float:

@@ -1,18 +1,22 @@
 """Sharpness of a trained model: the spectrum of the Hessian of its loss."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from moe_heads.callbacks.functional.batches import Batch, LossFn
 from moe_heads.callbacks.functional.curvature.density import spectral_density
-from moe_heads.callbacks.functional.curvature.lanczos import lanczos
+from moe_heads.callbacks.functional.curvature.lanczos import LanczosResult, lanczos
 from moe_heads.callbacks.functional.curvature.operator import HessianOperator
-from moe_heads.callbacks.functional.curvature.trace import MIN_PROBES, deflated_trace
+from moe_heads.callbacks.functional.curvature.shared import shared_hessian
+from moe_heads.callbacks.functional.curvature.trace import MIN_PROBES, TraceResult, deflated_trace
+from moe_heads.callbacks.functional.monitor import Monitor, TimeUp
 from moe_heads.callbacks.functional.parameters import trainable_parameters
 from moe_heads.callbacks.functional.preserve import analysis_mode
+from moe_heads.callbacks.functional.ranks import Ranks
 from moe_heads.callbacks.functional.sharpness_result import SharpnessResult
 
 __all__ = ["check_sharpness_options", "sharpness"]
@@ -36,7 +40,8 @@ def sharpness(
     keep_eigenvectors: bool = False,
     seed: int = 0,
     graph_memory: int | None = None,
-    on_product: Callable[[int], None] | None = None,
+    monitor: Monitor | None = None,
+    ranks: Ranks | None = None,
 ) -> SharpnessResult:
     r"""Top eigenvalues, trace and spectral density of the Hessian of a model's mean loss.
 
@@ -68,10 +73,13 @@ def sharpness(
         keep_eigenvectors: Keep the eigenvectors (``num_eigenvalues`` times the memory of the parameters).
         seed: Seed of all random vectors; equal seeds give equal results.
         graph_memory: Bytes that autograd graphs kept between products may take; see `HessianOperator`.
-        on_product: Called after each Hessian-vector product with their number so far, for showing progress.
+        monitor: Shows the progress and ends the analysis when its time is over; see `Monitor`.
+        ranks: The processes that share the work, each with its part of the samples in ``batches``; all of them call
+            this function and get the result. By default this process has all samples.
 
     Returns:
-        The numbers with their uncertainty. What did not reach its tolerance is marked, not hidden.
+        The numbers with their uncertainty. What did not reach its tolerance is marked, not hidden. When the time of the
+        monitor is over, the eigenvalues so far, and the trace if it was begun, marked by ``partial``.
 
     Raises:
         ValueError: If an argument is out of range or unknown, the model has nothing to differentiate, or the loss or
@@ -99,42 +107,89 @@ def sharpness(
             f"num_eigenvalues: expected 1 to {num_parameters}, the number of parameters; got {num_eigenvalues}"
         )
     groups = _groups(list(trainable), blocks)
-    with analysis_mode(model, seed):
+    monitor, ranks = monitor or Monitor(), ranks or Ranks()
+
+    def lead(operator: HessianOperator) -> SharpnessResult:
+        findings = _Findings(operator, groups, density, keep_eigenvectors, seed, monitor)
         # One stream for all random vectors: the probes of the trace must not repeat the start of the Krylov space.
         generator = torch.Generator().manual_seed(seed)
-        operator = HessianOperator(model, loss_fn, batches, graph_memory=graph_memory, on_product=on_product)
-        krylov = lanczos(
-            operator,
-            generator=generator,
-            num_eigenvalues=num_eigenvalues,
-            tolerance=tolerance,
-            min_steps=min(_DENSITY_STEPS, max_steps) if density else 0,
-            max_steps=max_steps,
-        )
-        trace = deflated_trace(operator, krylov, generator=generator, tolerance=trace_tolerance, max_probes=max_probes)
+        try:
+            findings.krylov = lanczos(
+                operator,
+                generator=generator,
+                num_eigenvalues=num_eigenvalues,
+                tolerance=tolerance,
+                min_steps=min(_DENSITY_STEPS, max_steps) if density else 0,
+                max_steps=max_steps,
+                on_step=findings.add_krylov,
+            )
+            findings.trace = deflated_trace(
+                operator,
+                findings.krylov,
+                generator=generator,
+                tolerance=trace_tolerance,
+                max_probes=max_probes,
+                on_step=findings.add_trace,
+            )
+        except TimeUp as error:
+            result: SharpnessResult = monitor.result_in_time(error)
+            return result
+        return findings.result()
+
+    with analysis_mode(model, seed):
+        return shared_hessian(ranks, lead, model, loss_fn, batches, graph_memory=graph_memory, monitor=monitor)
+
+
+@dataclass
+class _Findings:
+    """What a run has found so far."""
+
+    operator: HessianOperator
+    groups: Mapping[str, list[str]]
+    density: bool
+    keep_eigenvectors: bool
+    seed: int
+    monitor: Monitor
+    krylov: LanczosResult | None = None
+    trace: TraceResult | None = None
+
+    def add_krylov(self, krylov: LanczosResult) -> None:
+        self.krylov = krylov
+        self.monitor.keep(self.result)
+        self.monitor.step(self.operator.num_products, residual=max(krylov.residuals))
+
+    def add_trace(self, trace: TraceResult) -> None:
+        self.trace = trace
+        self.monitor.step(self.operator.num_products, trace=trace.estimate, stderr=trace.stderr)
+
+    def result(self, partial: str = "") -> SharpnessResult:
+        krylov = self.krylov
+        assert krylov is not None
+        trace = self.trace or TraceResult(math.nan, math.inf, math.nan, 0, converged=False)
         vectors = krylov.vectors()
-    return SharpnessResult(
-        eigenvalues=krylov.eigenvalues,
-        residuals=krylov.residuals,
-        lambda_min=krylov.lambda_min,
-        lambda_min_residual=krylov.lambda_min_residual,
-        trace=trace.estimate,
-        trace_stderr=trace.stderr,
-        frobenius_norm=trace.frobenius_norm,
-        density=spectral_density([krylov]) if density else None,
-        blocks=_shares(vectors, operator.slices, groups),
-        num_steps=krylov.num_steps,
-        num_probes=trace.num_probes,
-        num_products=operator.num_products,
-        num_samples=operator.num_samples,
-        num_parameters=operator.num_parameters,
-        eigenvalues_converged=krylov.converged,
-        trace_converged=trace.converged,
-        graph_mode=operator.mode,
-        seed=seed,
-        parameter_names=operator.names,
-        eigenvectors=vectors.cpu() if keep_eigenvectors else None,
-    )
+        return SharpnessResult(
+            eigenvalues=krylov.eigenvalues,
+            residuals=krylov.residuals,
+            lambda_min=krylov.lambda_min,
+            lambda_min_residual=krylov.lambda_min_residual,
+            trace=trace.estimate,
+            trace_stderr=trace.stderr,
+            frobenius_norm=trace.frobenius_norm,
+            density=spectral_density([krylov]) if self.density else None,
+            blocks=_shares(vectors, self.operator.slices, self.groups),
+            num_steps=krylov.num_steps,
+            num_probes=trace.num_probes,
+            num_products=self.operator.num_products,
+            num_samples=self.operator.num_samples,
+            num_parameters=self.operator.num_parameters,
+            eigenvalues_converged=krylov.converged,
+            trace_converged=trace.converged,
+            graph_mode=self.operator.mode,
+            seed=self.seed,
+            parameter_names=self.operator.names,
+            eigenvectors=vectors.cpu() if self.keep_eigenvectors else None,
+            partial=partial,
+        )
 
 
 def check_sharpness_options(

@@ -1,5 +1,6 @@
 """What a sharpness analysis found, and how it is reported."""
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -40,6 +41,8 @@ class SharpnessResult:
         seed: Seed of the random vectors.
         parameter_names: The parameters in the order of the flat vectors, that of ``model.named_parameters()``.
         eigenvectors: Unit eigenvectors, shape (number of eigenvalues, num_parameters), on the CPU; None unless kept.
+        partial: Why the analysis ended before its time; "" for one that is whole. There may be fewer eigenvalues than
+            were asked for, and the trace is nan, with an infinite standard error, when it was not begun.
     """
 
     eigenvalues: tuple[float, ...]
@@ -62,6 +65,7 @@ class SharpnessResult:
     seed: int
     parameter_names: tuple[str, ...]
     eigenvectors: Tensor | None
+    partial: str = ""
 
     @property
     def converged(self) -> bool:
@@ -71,7 +75,7 @@ class SharpnessResult:
     def metrics(self) -> dict[str, float]:
         """The numbers to log: lambda_max, lambda_2, ..., lambda_min, trace, trace_stderr, residual_max, counts."""
         first, *others = self.eigenvalues
-        return {
+        values = {
             "lambda_max": first,
             **{f"lambda_{rank}": value for rank, value in enumerate(others, start=2)},
             "lambda_min": self.lambda_min,
@@ -82,7 +86,10 @@ class SharpnessResult:
             "num_products": float(self.num_products),
             "num_samples": float(self.num_samples),
             "converged": float(self.converged),
+            **({"partial": 1.0} if self.partial else {}),
         }
+        # of a partial result, what there is
+        return {name: value for name, value in values.items() if math.isfinite(value)}
 
     def plot(self, ax: "Axes | None" = None) -> "tuple[Figure, Axes]":
         """Density of the eigenvalues on a logarithmic axis, the largest ones marked.
@@ -95,7 +102,7 @@ class SharpnessResult:
         return plot_spectrum(self.eigenvalues, self.density, ax)
 
     def summary(self) -> str:
-        """Markdown table of the numbers, and a sentence for each that did not converge."""
+        """Markdown table of the numbers, and a sentence for each that did not converge or is not there."""
         rows = [
             *(
                 (f"λ{rank}", f"{value:.5g}", f"{residual:.1e}")
@@ -116,13 +123,15 @@ class SharpnessResult:
         return "\n".join(table + [f"\n{sentence}" for sentence in self._shortfalls()])
 
     def _shortfalls(self) -> list[str]:
-        shortfalls = []
+        shortfalls = [f"**Partial**: {self.partial}."] if self.partial else []
         if not self.eigenvalues_converged:
             shortfalls.append(
                 f"The eigenvalues did not converge in {self.num_steps} steps: trust each only within its residual, "
                 "or raise max_steps."
             )
-        if not self.trace_converged:
+        if math.isnan(self.trace):
+            shortfalls.append("The trace was not begun.")
+        elif not self.trace_converged:
             shortfalls.append(
                 f"The trace did not reach its tolerance with {self.num_probes} probes: its standard error holds, "
                 "or raise max_probes."

@@ -48,11 +48,11 @@ class Basis:
         return vector
 
     def combined(self, coefficients: Tensor) -> Tensor:
-        """Linear combinations :math:`CQ` of the vectors, shape (k, P), for ``coefficients`` of shape (k, m)."""
+        """Linear combinations :math:`CQ` of the first m vectors, shape (k, P), for ``coefficients`` (k, m)."""
         weights = coefficients.to(self._device, self._dtype)
         total = torch.zeros(len(weights), self._dim, dtype=self._dtype, device=self._device)
-        for index, block in enumerate(self._filled()):
-            total += weights[:, index * _ROWS : index * _ROWS + len(block)] @ block
+        for block, part in zip(self._filled(), weights.split(_ROWS, dim=1), strict=False):
+            total += part @ block[: part.shape[1]]
         return total
 
     def _filled(self) -> list[Tensor]:

@@ -1,5 +1,6 @@
 """Lanczos iteration with full reorthogonalisation (Lanczos 1950; Parlett, The Symmetric Eigenvalue Problem, 1998)."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -55,7 +56,7 @@ class LanczosResult:
 
     @property
     def eigenvalues(self) -> tuple[float, ...]:
-        """The k algebraically largest Ritz values, descending."""
+        """The k algebraically largest Ritz values, descending; fewer after fewer steps."""
         return tuple(self.ritz[0].flip(0)[: self.num_eigenvalues].tolist())
 
     @property
@@ -89,6 +90,7 @@ def lanczos(
     tolerance: float = 1e-3,
     min_steps: int = 0,
     max_steps: int = 200,
+    on_step: Callable[[LanczosResult], None] | None = None,
 ) -> LanczosResult:
     r"""Largest eigenvalues of a symmetric operator, one product a step.
 
@@ -106,6 +108,7 @@ def lanczos(
         tolerance: Largest relative residual. 1e-3 puts the error of an isolated eigenvalue near 1e-6.
         min_steps: Steps to take even when converged (a spectral density wants about 40).
         max_steps: Most steps. The basis takes that many vectors of memory.
+        on_step: Called after each step with the result so far, which is not converged.
 
     Raises:
         ValueError: If an argument is out of range; ``num_eigenvalues`` must not exceed the dimension.
@@ -135,6 +138,8 @@ def lanczos(
         betas.append(norm(following))
         # The largest entry of T is its norm up to a factor of three.
         rounding = 10 * torch.finfo(operator.dtype).eps * max(map(abs, [*alphas, *betas]))
+        if on_step is not None:
+            on_step(_result(alphas, betas, basis, rounding, num_eigenvalues, False))
         is_invariant = betas[-1] <= rounding
         if len(basis) == dim:
             betas[-1] = 0.0

@@ -2,13 +2,13 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Literal, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
-from moe_heads.callbacks.functional.batches import Batch, LossFn, as_batches, batch_size, to_device
+from moe_heads.callbacks.functional.batches import Batch, LossFn, batch_size, leaves_of
 from moe_heads.callbacks.functional.curvature.loss_graph import (
     checked_loss,
     gradient_with_graph,
@@ -16,6 +16,8 @@ from moe_heads.callbacks.functional.curvature.loss_graph import (
     second_order_errors,
 )
 from moe_heads.callbacks.functional.curvature.parameters import selected_parameters
+from moe_heads.callbacks.functional.microbatches import Microbatches, free_memory, unless_out_of_memory
+from moe_heads.callbacks.functional.monitor import Monitor
 
 __all__ = ["CPU_GRAPH_MEMORY", "HessianOperator", "SymmetricOperator"]
 
@@ -53,7 +55,8 @@ class HessianOperator:
     products are exact up to rounding. A parameter that no sample reaches (an idle expert) has a zero row.
 
     A product costs about four gradients when the first-order graph is rebuilt, 2.4 when it is kept in memory. It is
-    kept when a measurement on the first batch says that the graphs of all batches fit into ``graph_memory``.
+    kept when a measurement on the first batch says that the graphs of all batches fit into ``graph_memory``. Where
+    memory runs out all the same, the graphs are given up, then the batches halved: the product stays the same.
 
     The model is used as it is found: call inside `analysis_mode`, and do not change the model between products. Layers
     that draw random numbers draw the same ones in every product.
@@ -65,7 +68,7 @@ class HessianOperator:
         params: The parameters :math:`\theta`; by default all that require a gradient, in the order of
             ``model.named_parameters()``.
         graph_memory: Bytes that kept graphs may take; by default 2 GiB on a CPU and half of the free memory on a GPU.
-        on_product: Called after each product with the number of products so far.
+        monitor: Looked at before each batch.
 
     Attributes:
         names: Names of the parameters, in the order of the flat vector.
@@ -100,7 +103,7 @@ class HessianOperator:
         params: Sequence[Tensor] | None = None,
         *,
         graph_memory: int | None = None,
-        on_product: Callable[[int], None] | None = None,
+        monitor: Monitor | None = None,
     ) -> None:
         named = selected_parameters(model, params)
         self.names = tuple(named)
@@ -110,17 +113,28 @@ class HessianOperator:
         ends = torch.tensor([p.numel() for p in self.params]).cumsum(0).tolist()
         self.slices = {name: slice(end - named[name].numel(), end) for name, end in zip(named, ends, strict=True)}
         self.num_parameters: int = ends[-1]
-        self._model, self._loss_fn, self._on_product = model, loss_fn, on_product
-        self._batches = [to_device(batch, self.device) for batch in as_batches(batches)]
-        self.num_samples = sum(batch_size(batch) for batch in self._batches)
+        self._model, self._loss_fn = model, loss_fn
+        self._monitor = monitor or Monitor()
+        self._data = Microbatches(batches, self.device, self._monitor)
+        self._total: Callable[[Tensor], Tensor] = self.sample_sum
+        self.num_samples = self._data.num_samples
         self.num_products = 0
-        self.mode = "kept" if self._graphs_fit(graph_memory) else "rebuilt"
-        self._kept = list(self._gradients()) if self.mode == "kept" else None
+        self._kept = unless_out_of_memory(lambda: self._graphs(graph_memory))
+        self.mode = "rebuilt" if self._kept is None else "kept"
 
     @property
     def shape(self) -> tuple[int, int]:
         """(P, P)."""
         return self.num_parameters, self.num_parameters
+
+    def over_ranks(self, total: Callable[[Tensor], Tensor], num_samples: int) -> None:
+        """From now on multiply with the Hessian of all ranks' samples.
+
+        Args:
+            total: The sum of ``sample_sum(v)`` over the ranks; see `Ranks.led`.
+            num_samples: Samples of all ranks.
+        """
+        self._total, self.num_samples = total, num_samples
 
     def matvec(self, vector: Tensor) -> Tensor:
         """Product :math:`Hv`.
@@ -137,25 +151,45 @@ class HessianOperator:
         """
         if vector.shape != (self.num_parameters,):
             raise ValueError(f"vector: expected shape ({self.num_parameters},); got {tuple(vector.shape)}")
-        vector = vector.to(self.device, self.dtype)
-        parts = [vector[self.slices[name]].view_as(p) for name, p in zip(self.names, self.params, strict=True)]
-        product = torch.zeros(self.num_parameters, dtype=self.dtype, device=self.device)
-        for batch, gradient in zip(self._batches, self._kept or self._gradients(), strict=True):
-            product.add_(self._differentiated(gradient, parts), alpha=batch_size(batch) / self.num_samples)
+        product = self._total(vector.to(self.device, self.dtype)) / self.num_samples
         if not bool(product.isfinite().all()):
             raise ValueError("loss_fn: expected a loss with finite second derivatives; got nan or inf in a product Hv")
         self.num_products += 1
-        if self._on_product is not None:
-            self._on_product(self.num_products)
         return product
 
-    def _gradients(self) -> Iterator[tuple[Tensor, ...]]:
-        return map(self._gradient, range(len(self._batches)))
+    def sample_sum(self, vector: Tensor) -> Tensor:
+        r""":math:`\sum_i \nabla^2 \ell_i v` over the samples of this process, shape (P,)."""
+        parts = [vector[self.slices[name]].view_as(p) for name, p in zip(self.names, self.params, strict=True)]
+        kept = self._kept
+        if kept is not None:
+            product = unless_out_of_memory(partial(self._sum_of_kept, parts, kept))
+            if product is not None:
+                return product
+            del kept
+            self._kept, self.mode = None, "rebuilt"
+            free_memory()
+        return self._summed(
+            self._data.evaluate(lambda index, batch: self._differentiated(self._gradient(index, batch), parts))
+        )
 
-    def _gradient(self, index: int) -> tuple[Tensor, ...]:
+    def _sum_of_kept(self, parts: list[Tensor], kept: list[tuple[int, tuple[Tensor, ...]]]) -> Tensor:
+        def products() -> Iterator[tuple[int, Tensor]]:
+            for size, gradient in kept:
+                self._monitor.tick()
+                yield size, self._differentiated(gradient, parts)
+
+        return self._summed(products())
+
+    def _summed(self, products: Iterable[tuple[int, Tensor]]) -> Tensor:
+        total = torch.zeros(self.num_parameters, dtype=self.dtype, device=self.device)
+        for size, product in products:
+            total.add_(product, alpha=size)
+        return total
+
+    def _gradient(self, index: int, batch: Batch) -> tuple[Tensor, ...]:
         """Gradient of a batch's mean loss, with its graph."""
         with _replayed(self.device, seed=index):
-            loss = checked_loss(self._loss_fn(self._model, self._batches[index]), index)
+            loss = checked_loss(self._loss_fn(self._model, batch), index)
         return gradient_with_graph(loss, self.params)
 
     def _differentiated(self, gradient: tuple[Tensor, ...], parts: list[Tensor]) -> Tensor:
@@ -175,23 +209,30 @@ class HessianOperator:
             )
         return torch.cat([row.reshape(-1) for row in rows])
 
+    def _graphs(self, graph_memory: int | None) -> list[tuple[int, tuple[Tensor, ...]]] | None:
+        """Sizes and gradients of all batches with their graphs; None when they would not fit."""
+        if not self._graphs_fit(graph_memory):
+            return None
+        return [(batch_size(batch), self._gradient(index, batch)) for index, batch in enumerate(self._data)]
+
     def _graphs_fit(self, graph_memory: int | None) -> bool:
         """Whether the graphs of all batches fit, judged by the first batch and the sizes of the others."""
         if graph_memory is None:
             on_gpu = self.device.type == "cuda"
             graph_memory = torch.cuda.mem_get_info(self.device)[0] // 2 if on_gpu else CPU_GRAPH_MEMORY
         # Each batch's gradient is held as well. Most of the time this alone tells for a large model.
-        gradients = len(self._batches) * sum(p.numel() * p.element_size() for p in self.params)
+        gradients = len(self._data) * sum(p.numel() * p.element_size() for p in self.params)
         if gradients > graph_memory:
             return False
+        first, *_ = self._data
         # The graph measured is thrown away: under the measuring hooks autograd does not notice in-place changes.
-        first = saved_bytes(lambda: self._gradient(0), besides=self._model.parameters())
-        elements = [_num_elements(batch) for batch in self._batches]
-        return gradients + first * sum(elements) / max(elements[0], 1) <= graph_memory
+        held = saved_bytes(lambda: self._gradient(0, first), besides=self._model.parameters())
+        elements = [_num_elements(batch) for batch in self._data]
+        return gradients + held * sum(elements) / max(elements[0], 1) <= graph_memory
 
 
 def _num_elements(batch: Batch) -> int:
-    return sum(leaf.numel() for leaf in tree_leaves(batch) if isinstance(leaf, Tensor))
+    return sum(leaf.numel() for leaf in leaves_of(batch) if isinstance(leaf, Tensor))
 
 
 @contextmanager

@@ -1,14 +1,18 @@
 """The direction of largest curvature, without the rest of a sharpness analysis."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from moe_heads.callbacks.functional.batches import Batch, LossFn
-from moe_heads.callbacks.functional.curvature.lanczos import lanczos
+from moe_heads.callbacks.functional.curvature.lanczos import LanczosResult, lanczos
 from moe_heads.callbacks.functional.curvature.operator import HessianOperator
+from moe_heads.callbacks.functional.curvature.shared import shared_hessian
+from moe_heads.callbacks.functional.monitor import Monitor
 from moe_heads.callbacks.functional.preserve import analysis_mode
+from moe_heads.callbacks.functional.ranks import Ranks
 
 __all__ = ["top_eigenvector"]
 
@@ -21,7 +25,8 @@ def top_eigenvector(
     tolerance: float = 1e-3,
     max_steps: int = 200,
     seed: int = 0,
-    on_product: Callable[[int], None] | None = None,
+    monitor: Monitor | None = None,
+    ranks: Ranks | None = None,
 ) -> Tensor:
     """Unit eigenvector of the largest eigenvalue of the Hessian, as `sharpness` would find it.
 
@@ -32,7 +37,8 @@ def top_eigenvector(
         tolerance: Relative residual at which to stop.
         max_steps: Most Lanczos steps; what they give is returned, whatever its residual.
         seed: Seed of the starting vector.
-        on_product: Called after each Hessian-vector product with their number so far.
+        monitor: Progress and time limit; see `Monitor`.
+        ranks: The processes among which the samples are shared; see `sharpness`.
 
     Returns:
         The vector, (P,), on the CPU, in the order of the trainable ``model.named_parameters()``.
@@ -45,8 +51,15 @@ def top_eigenvector(
         >>> top_eigenvector(model, lambda m, batch: m(batch).square().mean(), [x]).abs().round(decimals=3)
         tensor([0., 1.])
     """
-    with analysis_mode(model, seed):
-        operator = HessianOperator(model, loss_fn, batches, on_product=on_product)
+    monitor, ranks = monitor or Monitor(), ranks or Ranks()
+
+    def show(krylov: LanczosResult) -> None:
+        monitor.step(krylov.num_steps, residual=max(krylov.residuals))
+
+    def lead(operator: HessianOperator) -> Tensor:
         generator = torch.Generator().manual_seed(seed)
-        found = lanczos(operator, generator=generator, num_eigenvalues=1, tolerance=tolerance, max_steps=max_steps)
-        return found.vectors()[0].cpu()
+        options: dict[str, Any] = {"tolerance": tolerance, "max_steps": max_steps, "on_step": show}
+        return lanczos(operator, generator=generator, num_eigenvalues=1, **options).vectors()[0].cpu()
+
+    with analysis_mode(model, seed):
+        return shared_hessian(ranks, lead, model, loss_fn, batches, monitor=monitor)

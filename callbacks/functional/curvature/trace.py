@@ -1,6 +1,7 @@
 """Trace of a symmetric operator: exact on a Krylov space, sampled on its complement (Hutchinson 1990, Meyer 2021)."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -42,6 +43,7 @@ def deflated_trace(
     generator: torch.Generator,
     tolerance: float = 0.05,
     max_probes: int = 100,
+    on_step: Callable[[TraceResult], None] | None = None,
 ) -> TraceResult:
     r"""Trace by Hutchinson's estimator on the complement of a Krylov space that is already there.
 
@@ -61,6 +63,7 @@ def deflated_trace(
             first probe lies in the Krylov space.
         tolerance: Standard error wanted, as a fraction.
         max_probes: Most probes.
+        on_step: Called after each probe with the result so far.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -81,16 +84,18 @@ def deflated_trace(
         product = operator.matvec(probe)
         forms.append(dot(probe, product))
         squares.append(dot(product, product))
-        if len(forms) < MIN_PROBES:
-            continue
         samples = torch.tensor(forms, dtype=torch.float64)
         estimate, stderr = known_trace + float(samples.mean()), _standard_error(samples)
         frobenius_norm = (known_squares + sum(squares) / len(squares)) ** 0.5
         # an overflow must not pass for a wide tolerance
-        converged = math.isfinite(frobenius_norm) and stderr <= tolerance * max(abs(estimate), frobenius_norm)
+        is_accurate = math.isfinite(frobenius_norm) and stderr <= tolerance * max(abs(estimate), frobenius_norm)
+        converged = is_accurate and len(forms) >= MIN_PROBES
+        result = TraceResult(estimate, stderr, frobenius_norm, len(forms), converged)
+        if on_step is not None:
+            on_step(result)
         if converged or len(forms) == max_probes:
-            return TraceResult(estimate, stderr, frobenius_norm, len(forms), converged)
+            return result
 
 
 def _standard_error(samples: Tensor) -> float:
-    return float(samples.std() / len(samples) ** 0.5)
+    return float(samples.std() / len(samples) ** 0.5) if len(samples) > 1 else math.inf

@@ -34,6 +34,8 @@ class LossLandscapeResult:
         center_accuracy: Accuracy of the model as it is; None when not asked for.
         num_samples: Samples of the loss.
         seed: Seed of the random number generators at every point.
+        num_unmeasured: Points that the analysis did not come to; nan in every tensor. Zero unless it is partial.
+        partial: Why the analysis ended before its time; "" for one that is whole.
     """
 
     alphas: Tensor
@@ -45,11 +47,13 @@ class LossLandscapeResult:
     center_accuracy: float | None
     num_samples: int
     seed: int
+    num_unmeasured: int = 0
+    partial: str = ""
 
     @property
     def num_nonfinite(self) -> int:
-        """Points whose loss is nan or inf."""
-        return int((~self.losses.isfinite()).sum())
+        """Points whose loss was measured and is nan or inf."""
+        return int((~self.losses.isfinite()).sum()) - self.num_unmeasured
 
     @property
     def scale(self) -> Scale:
@@ -89,10 +93,13 @@ class LossLandscapeResult:
         values |= {f"curvature_{rank}": value for rank, value in enumerate(self.curvatures, start=1)}
         if self.center_accuracy is not None and self.accuracies is not None:
             values["center_accuracy"] = self.center_accuracy
-            values["accuracy_min"] = float(self.accuracies.min())
+            values["accuracy_min"] = float(self.accuracies.nan_to_num(1.0).min())
         if self.routing_flips is not None:
-            values |= {"flips_mean": float(self.routing_flips.mean()), "flips_max": float(self.routing_flips.max())}
+            flips = self.routing_flips[~self.routing_flips.isnan()]
+            values |= {"flips_mean": float(flips.mean()), "flips_max": float(flips.max())} if len(flips) else {}
         values["num_samples"] = float(self.num_samples)
+        if self.partial:
+            values["partial"] = 1.0
         return {key: value for key, value in values.items() if abs(value) < float("inf")}
 
     def plot(self, ax: "Axes | None" = None) -> "tuple[Figure, Axes]":
@@ -134,6 +141,8 @@ class LossLandscapeResult:
         grid = " × ".join(str(size) for size in self.losses.shape)
         rows = [f"| {name.replace('_', ' ')} | {value:.5g} |" for name, value in self.metrics().items()]
         notes = [f"\n{grid} points; losses are drawn on a {self.scale} scale."]
+        if self.partial:
+            notes.append(f"\n**Partial**: {self.partial}; {self.num_unmeasured} points are missing.")
         if self.num_nonfinite:
             notes.append(f"\n{self.num_nonfinite} points have a loss that is nan or inf; they are left blank.")
         if self.routing_flips is not None and bool(self.routing_flips.any()):

@@ -22,20 +22,23 @@ class InferenceTimingResult:
         environment: Processor, data type, threads, versions.
         warmup_runs: Runs of each module that were not timed.
         seed: Seed of the order in which the modules took turns.
+        partial: Why the analysis ended before its time; "" for one that is whole.
     """
 
     rows: tuple[TimingRow, ...]
     environment: Environment
     warmup_runs: int
     seed: int
+    partial: str = ""
 
     def metrics(self) -> dict[str, float]:
         """The numbers to log, ``<module>/batch<size>/<quantity>``."""
-        return {
+        values = {
             f"{row.module}/batch{row.batch_size}/{quantity}": getattr(row, quantity)
             for row in self.rows
             for quantity in ("p50_ms", "p90_ms", "p99_ms", "samples_per_s")
         }
+        return values | ({"partial": 1.0} if self.partial else {})
 
     def plot(self, ax: "Axes | None" = None) -> "tuple[Figure, Axes]":
         """Median latency over batch size, whiskers up to the 90th and the 99th percentile, a line a module.
@@ -56,4 +59,5 @@ class InferenceTimingResult:
             for row in self.rows
         ]
         how = f"\n{self.rows[0].num_runs} runs each after {self.warmup_runs} to warm up; {self.environment}."
-        return "\n".join([header, "|---" * 7 + "|", *rows, how])
+        partial = [f"\n**Partial**: {self.partial}."] if self.partial else []
+        return "\n".join([header, "|---" * 7 + "|", *rows, how, *partial])

@@ -23,11 +23,13 @@ class ExpertUtilizationResult:
             a router, which is no error: a dense head has none.
         class_names: Names of the C classes; empty without labels.
         num_samples: Samples of the data.
+        partial: Why the analysis ended before its time; "" for one that is whole.
     """
 
     heads: dict[str, HeadUtilization]
     class_names: tuple[str, ...]
     num_samples: int
+    partial: str = ""
 
     @property
     def load(self) -> dict[str, Tensor]:
@@ -61,7 +63,8 @@ class ExpertUtilizationResult:
 
     def metrics(self) -> dict[str, float]:
         """The numbers to log, ``<head>/<quantity>``; empty for a model without a router."""
-        return {f"{name}/{key}": value for name, head in self.heads.items() for key, value in head.metrics().items()}
+        values = {f"{name}/{key}": value for name, head in self.heads.items() for key, value in head.metrics().items()}
+        return values | ({"partial": 1.0} if self.partial else {})
 
     def plot(self, ax: "Axes | None" = None, head: str | None = None) -> "tuple[Figure, Axes]":
         """Heat map of classes by experts of one head, below bars of load and importance.
@@ -98,4 +101,5 @@ class ExpertUtilizationResult:
             if head.dead_experts
         ]
         table = [f"| quantity | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|", *rows]
-        return "\n".join([*table, f"\n{self.num_samples} samples; entropies and information in nats.", *dead])
+        partial = [f"\n**Partial**: {self.partial}."] if self.partial else []
+        return "\n".join([*table, f"\n{self.num_samples} samples; entropies and information in nats.", *dead, *partial])

@@ -3,6 +3,7 @@
 Shapes: N rows, E experts, C classes.
 """
 
+import copy
 import math
 
 import torch
@@ -34,6 +35,14 @@ class UtilizationSums:
         shape = None if num_classes is None else (num_classes, num_experts)
         self._class_gates = None if shape is None else torch.zeros(shape, dtype=torch.float64)
         self._class_counts = None if shape is None else torch.zeros(shape, dtype=torch.int64)
+
+    def __add__(self, other: "UtilizationSums") -> "UtilizationSums":
+        """The sums of both: of one head on two ranks."""
+        total = copy.copy(self)
+        for name in ("_stats", "_prob_sum", "_num_samples", "_class_gates", "_class_counts"):
+            mine, others = getattr(self, name), getattr(other, name)
+            setattr(total, name, None if mine is None else mine + others)
+        return total
 
     def add(self, routing: Routing, labels: Tensor | None) -> None:
         """Add the rows of a batch.

@@ -1,12 +1,35 @@
 """Batches in any common container."""
 
-from typing import Any
+from collections import UserDict
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from torch import nn
 
-from moe_heads.callbacks.functional.batches import as_batches, batch_size, call_model, labels_of, to_device
+from moe_heads.callbacks.functional.batches import (
+    as_batches,
+    batch_size,
+    call_model,
+    cut,
+    is_divisible,
+    labels_of,
+    leaves_of,
+    map_leaves,
+    to_device,
+)
+
+
+@dataclass(frozen=True)
+class Images:
+    pixels: torch.Tensor
+    labels: torch.Tensor
+
+
+class Pair(NamedTuple):
+    x: torch.Tensor
+    y: torch.Tensor
 
 
 @pytest.mark.parametrize(
@@ -16,6 +39,10 @@ from moe_heads.callbacks.functional.batches import as_batches, batch_size, call_
         (torch.zeros(3, 2), torch.zeros(3)),
         {"x": torch.zeros(3, 2), "y": [torch.zeros(3)]},
         ["text", torch.tensor(1.0), torch.zeros(3)],
+        Images(torch.zeros(3, 2), torch.zeros(3)),
+        UserDict(x=torch.zeros(3, 2)),
+        Pair(torch.zeros(3, 2), torch.zeros(3)),
+        (torch.nn.utils.rnn.pack_sequence([torch.zeros(4), torch.zeros(2), torch.zeros(1)]), torch.zeros(3)),
     ],
 )
 def test_size_is_that_of_the_first_tensor_with_a_dimension(batch: Any) -> None:
@@ -66,3 +93,58 @@ def test_labels_are_the_second_entry_if_they_look_like_classes() -> None:
     assert labels_of((torch.zeros(2), labels.unsqueeze(1))) is None
     assert labels_of(torch.zeros(2)) is None
     assert labels_of((torch.zeros(2),)) is None
+
+
+@pytest.mark.parametrize(
+    "batch",
+    [
+        Images(torch.arange(6.0), torch.arange(6)),
+        UserDict(x=torch.arange(6.0), nothing=None),
+        Pair(torch.arange(6.0), torch.arange(6)),
+        {"x": [torch.arange(6.0), (torch.arange(6),)]},
+        torch.arange(6.0),
+    ],
+)
+def test_containers_are_rebuilt_and_cut(batch: Any) -> None:
+    assert is_divisible(batch)
+    part = cut(batch, 2, 4)
+    assert type(part) is type(batch)
+    assert all(leaf.tolist() == [2, 3] for leaf in leaves_of(part) if leaf is not None)
+    assert all(len(leaf) == 6 for leaf in leaves_of(batch) if leaf is not None)  # not changed
+    doubled = map_leaves(batch, lambda leaf: leaf if leaf is None else 2 * leaf)
+    assert float(leaves_of(doubled)[0][1]) == 2
+
+
+@pytest.mark.parametrize(
+    "batch",
+    [
+        (torch.zeros(4, 2), ["a", "b", "c", "d"]),
+        (torch.zeros(4, 2), torch.zeros(2, 9)),  # a graph, say: nodes and edges
+        (torch.zeros(4, 2), torch.tensor(3.0)),
+        [torch.zeros(3, 8, 8), torch.zeros(3, 9, 7), torch.zeros(2, 4)],
+        (torch.nn.utils.rnn.pack_sequence([torch.zeros(4), torch.zeros(2)]), torch.zeros(2)),
+        [],
+    ],
+)
+def test_what_may_not_be_samples_is_not_cut(batch: Any) -> None:
+    assert not is_divisible(batch)
+
+
+def test_packed_sequences_move_as_a_whole() -> None:
+    packed = torch.nn.utils.rnn.pack_sequence([torch.zeros(4), torch.zeros(2)])
+    moved = to_device((packed, torch.zeros(2)), "cpu")[0]
+    assert torch.equal(moved.data, packed.data)
+    assert torch.equal(moved.batch_sizes, packed.batch_sizes)
+
+
+def test_a_dataclass_is_passed_by_name_and_knows_its_labels() -> None:
+    class Named(nn.Module):
+        def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+            return 3 * pixels
+
+    batch = Images(torch.ones(2), torch.tensor([0, 1]))
+    assert torch.equal(call_model(Named(), batch), 3 * torch.ones(2))
+    assert labels_of(batch) is batch.labels
+    assert labels_of({"labels": batch.labels}) is batch.labels
+    assert labels_of({"label": batch.labels}) is batch.labels
+    assert labels_of({"x": batch.labels}) is None

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from moe_heads import Dense, SoftMoE, SparseMoE, collect_routing
 from moe_heads.callbacks.functional.expert_utilization import expert_utilization
+from moe_heads.callbacks.functional.monitor import Monitor
 from moe_heads.callbacks.functional.utilization.head import HeadUtilization
 from moe_heads.callbacks.functional.utilization.result import ExpertUtilizationResult
 from tests.support.hand_routers import HandHead, HandModel
@@ -186,8 +187,10 @@ def test_the_model_is_untouched_also_after_an_error() -> None:
 
 def test_progress() -> None:
     steps: list[tuple[int, int]] = []
-    expert_utilization(HandModel(2), [torch.randn(3, 2)] * 3, on_step=lambda *step: steps.append(step))
-    assert steps == [(1, 3), (2, 3), (3, 3)]
+    expert_utilization(
+        HandModel(2), [torch.randn(3, 2)] * 3, monitor=Monitor(show=lambda *step: steps.append(step[:2]))
+    )
+    assert steps == [(3, 9), (6, 9), (9, 9)]
 
 
 @pytest.mark.parametrize(

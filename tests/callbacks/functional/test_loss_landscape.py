@@ -8,6 +8,7 @@ from torch.func import functional_call
 from moe_heads import SoftMoE, SparseMoE
 from moe_heads.callbacks.functional.landscape.directions import filter_normalized, random_direction, split_direction
 from moe_heads.callbacks.functional.loss_landscape import loss_landscape
+from moe_heads.callbacks.functional.monitor import Monitor
 from tests.support.hand_routers import HandModel
 from tests.support.untouched import untouched
 
@@ -224,12 +225,12 @@ def test_everything_is_put_back_also_after_an_interruption() -> None:
     assert len(set(calls)) == 4  # the parameters had moved
 
 
-def test_progress_counts_the_centre() -> None:
+def test_progress_counts_the_points() -> None:
     model, batch = smooth_problem()
     steps: list[tuple[int, int]] = []
     options = {"direction1": random_direction(model), "direction2": random_direction(model, 1), "num_points": 3}
-    loss_landscape(model, cross_entropy, [batch], on_step=lambda *step: steps.append(step), **options)
-    assert steps == [(done, 10) for done in range(1, 11)]
+    loss_landscape(model, cross_entropy, [batch], monitor=Monitor(show=lambda *step: steps.append(step[:2])), **options)
+    assert steps == [(done, 9) for done in range(1, 10)]
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from moe_heads.callbacks.functional.monitor import Monitor
 from moe_heads.callbacks.functional.sharpness import sharpness
 from tests.support.hessians import classification, cross_entropy, dense_hessian, small_cnn, small_mlp
 
@@ -76,7 +77,9 @@ def test_frozen_parameters_are_left_out() -> None:
 def test_seed_and_progress() -> None:
     model, batch = small_mlp(), classification(20, 5)
     seen: list[int] = []
-    first = sharpness(model, cross_entropy, [batch], on_product=seen.append)
+    first = sharpness(
+        model, cross_entropy, [batch], monitor=Monitor(show=lambda done, total, quantities: seen.append(done))
+    )
     assert seen == list(range(1, first.num_products + 1))
     again, other = (sharpness(model, cross_entropy, [batch], seed=seed) for seed in (0, 1))
     assert first.metrics() == again.metrics() and first.trace != other.trace

@@ -1,0 +1,102 @@
+"""How a running analysis is watched: its progress shown, its time limited, and what it has so far kept."""
+
+import copy
+import math
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+__all__ = ["Monitor", "Show", "TimeUp"]
+
+Show = Callable[[int, int | None, Mapping[str, float]], None]
+"""``show(done, total, quantities)``: steps done, of how many if known, and the quantities that converge, by name."""
+
+
+class TimeUp(TimeoutError):
+    """The time of a `Monitor` is over."""
+
+
+class Monitor:
+    """Watches one analysis: shows its progress, ends it when its time is over, and holds what it has found so far.
+
+    The functions of this package call `step` after each unit of work, `tick` inside long ones, and `keep` as soon as
+    there is something worth having. When the time is over they return that, marked by its attribute ``partial``. An
+    error or Ctrl-C passes through them as it is; what was found before it is then to be had from `partial`.
+
+    Args:
+        max_time: Seconds from now after which the analysis is to end; None for no limit.
+        show: Called at each step; see `Show`.
+
+    Raises:
+        ValueError: If ``max_time`` is not a positive number.
+
+    Example:
+        >>> import torch
+        >>> from moe_heads.callbacks.functional import Monitor, sharpness
+        >>> model, x = torch.nn.Linear(3, 1), torch.randn(9, 3)
+        >>> monitor = Monitor(max_time=60, show=lambda done, total, quantities: None)
+        >>> sharpness(model, lambda m, batch: m(batch).square().mean(), [x], num_eigenvalues=1, monitor=monitor).partial
+        ''
+    """
+
+    def __init__(self, max_time: float | None = None, show: Show | None = None) -> None:
+        check_max_time(max_time)
+        self.max_time = max_time
+        self._deadline = math.inf if max_time is None else time.monotonic() + max_time
+        self._show = show
+        self._build: Callable[[str], Any] | None = None
+        self._forward: Callable[[Callable[[str], Any]], None] | None = None
+
+    def step(self, done: int, total: int | None = None, **quantities: float) -> None:
+        """Say that ``done`` of ``total`` steps are done, and which values the quantities that converge have.
+
+        Raises:
+            TimeUp: If the time is over and there are more steps to come.
+        """
+        if self._show is not None:
+            self._show(done, total, quantities)
+        if done != total:
+            self.tick()
+
+    def tick(self) -> None:
+        """Look at the clock in the middle of a step.
+
+        Raises:
+            TimeUp: If the time is over.
+        """
+        if time.monotonic() > self._deadline:
+            raise TimeUp(f"max_time = {self.max_time:g} s was over before there was a result")
+
+    def keep(self, build: Callable[[str], Any]) -> None:
+        """Hold ``build(reason)``, which makes a result of what there is so far, marked by the reason it ends with."""
+        self._build = build
+        if self._forward is not None:
+            self._forward(build)
+
+    def part(self, wrap: Callable[[Any], Any]) -> "Monitor":
+        """A monitor for a part of the analysis; ``wrap`` makes a result of the whole of a result of the part."""
+        part = copy.copy(self)
+        part._build, part._forward = None, lambda build: self.keep(lambda reason: wrap(build(reason)))
+        return part
+
+    def partial(self, reason: str) -> Any | None:
+        """The result of what there is so far, marked as partial for ``reason``; None when there is nothing yet."""
+        return None if self._build is None else self._build(reason)
+
+    def result_in_time(self, error: TimeUp) -> Any:
+        """What there is when the time is over.
+
+        Raises:
+            TimeUp: If there is nothing.
+        """
+        result = self.partial(f"max_time = {self.max_time:g} s was over")
+        if result is None:
+            raise error
+        return result
+
+
+def check_max_time(max_time: float | None) -> None:
+    """Refuse a limit that is not a positive number of seconds."""
+    is_number = isinstance(max_time, (int, float)) and not isinstance(max_time, bool)
+    if max_time is not None and not (is_number and 0 < max_time < math.inf):
+        raise ValueError(f"max_time: expected a positive number of seconds or None; got {max_time!r}")
