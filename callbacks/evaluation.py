@@ -3,17 +3,26 @@
 from collections.abc import Mapping
 from typing import Any, cast
 
+import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor, nn
 
 from moe_heads.callbacks.functional.batches import Batch, ForwardFn, LossFn
+from moe_heads.callbacks.functional.preserve import analysis_mode
 
-__all__ = ["check_forward", "loss_of"]
+__all__ = ["check_forward", "check_initialised", "loss_of", "warn_unless_repeatable"]
+
+# What the order of a sum on several threads or on a GPU may change in single precision.
+_ROUNDING = 1e-5
+
+_REMEDY = "Pass loss_fn=lambda model, batch: ... to the callback, or give the module a method analysis_loss(batch)."
 
 
-def loss_of(pl_module: LightningModule, loss_fn: LossFn | None) -> LossFn:
+def loss_of(model: nn.Module, loss_fn: LossFn | None) -> LossFn:
     """The loss of a module, in the order of preference.
 
     1. ``loss_fn(pl_module, batch)``, the callback's argument;
@@ -21,35 +30,79 @@ def loss_of(pl_module: LightningModule, loss_fn: LossFn | None) -> LossFn:
     3. what ``training_step`` returns, a tensor or a dict with "loss", under automatic optimisation.
 
     Args:
-        pl_module: The module.
+        model: The module.
         loss_fn: The callback's argument.
 
     Returns:
-        ``loss_fn(pl_module, batch) -> scalar``.
+        ``loss_fn(model, batch) -> scalar``.
 
     Raises:
-        MisconfigurationException: If the module optimises by hand and offers neither of the first two: calling its
-            training step would change the weights.
+        MisconfigurationException: If the module offers neither of the first two, and is no LightningModule, optimises
+            by hand (calling its training step would change the weights), or takes its batches from an iterator.
     """
     if loss_fn is not None:
         return loss_fn
-    if hasattr(pl_module, "analysis_loss"):
+    if hasattr(model, "analysis_loss"):
         return lambda model, batch: cast(Any, model).analysis_loss(batch)
-    if not pl_module.automatic_optimization:
+    name = type(model).__name__
+    if not isinstance(model, LightningModule) or not is_overridden("training_step", model):
+        raise MisconfigurationException(f"{name} has no training_step to take the loss from. {_REMEDY}")
+    if not model.automatic_optimization:
         raise MisconfigurationException(
-            f"{type(pl_module).__name__} optimises by hand, so its training_step would change the weights. Pass"
-            " loss_fn=lambda model, batch: ... to the callback, or give the module a method analysis_loss(batch)."
+            f"{name} optimises by hand, so its training_step would change the weights. {_REMEDY}"
+        )
+    if is_param_in_hook_signature(model.training_step, "dataloader_iter", explicit=True):
+        raise MisconfigurationException(
+            f"{name}.training_step takes its batches from dataloader_iter: it has no loss of a given batch. {_REMEDY}"
         )
     return _training_loss
 
 
-def check_forward(callback: Callback, pl_module: LightningModule, forward_fn: ForwardFn | None) -> None:
+def check_initialised(model: nn.Module) -> None:
+    """Refuse a model with lazy layers that no batch has gone through yet.
+
+    Raises:
+        MisconfigurationException: If a parameter or buffer has no values.
+    """
+    kinds = (nn.UninitializedParameter, nn.UninitializedBuffer)
+    lazy = [name for name, t in (*model.named_parameters(), *model.named_buffers()) if isinstance(t, kinds)]
+    if lazy:
+        raise MisconfigurationException(
+            f"{type(model).__name__}: {lazy[0]} is lazy and has no values yet. Run one forward pass first: train at"
+            " least one batch, or call the module in configure_model."
+        )
+
+
+def warn_unless_repeatable(model: nn.Module, loss_fn: LossFn, batch: Batch, name: str) -> None:
+    """Evaluate the loss of a batch twice, from the same random numbers, and say so when the two differ.
+
+    A hidden state that is carried on, or random numbers that do not come from torch, make them differ: then there is
+    no function of the weights whose curvature or landscape could be known.
+    """
+    losses = []
+    with analysis_mode(model), torch.no_grad():
+        for _ in range(2):
+            torch.manual_seed(0)
+            loss = loss_fn(model, batch)
+            if not isinstance(loss, Tensor) or loss.numel() != 1:
+                return  # told by the analysis itself, with the same words as without a Trainer
+            losses.append(float(loss))
+    first, second = losses
+    if abs(first - second) > _ROUNDING * max(abs(first), abs(second)):
+        rank_zero_warn(
+            f"{name}: the loss of one batch was {first:.8g}, and {second:.8g} on a repeat with the same weights and"
+            " random numbers. The module carries a state from one batch to the next, or draws numbers outside torch:"
+            f" the result is a mixture. {_REMEDY}"
+        )
+
+
+def check_forward(callback: Callback, pl_module: nn.Module, forward_fn: ForwardFn | None) -> None:
     """Refuse a module that cannot be called, before training.
 
     Raises:
         MisconfigurationException: If the module has no ``forward`` and no ``forward_fn`` takes its place.
     """
-    if forward_fn is None and type(pl_module).forward is LightningModule.forward:
+    if forward_fn is None and type(pl_module).forward in {LightningModule.forward, nn.Module.forward}:
         raise MisconfigurationException(
             f"{type(callback).__name__} calls the module, and {type(pl_module).__name__} has no forward. Define it, or"
             " pass forward_fn=lambda module, batch: ... to the callback."
@@ -65,6 +118,6 @@ def _training_loss(model: nn.Module, batch: Batch) -> Tensor:
     if not isinstance(loss, Tensor):
         raise MisconfigurationException(
             f"{type(model).__name__}.training_step: expected a tensor or a dict with 'loss'; got {type(loss).__name__}."
-            " Pass loss_fn=lambda model, batch: ... to the callback, or give the module a method analysis_loss(batch)."
+            f" {_REMEDY}"
         )
     return loss

@@ -6,13 +6,15 @@ from dataclasses import fields
 from typing import Any, ClassVar
 
 from lightning.pytorch import LightningModule, Trainer
-from typing_extensions import override
+from typing_extensions import Unpack, override
 
 from moe_heads.callbacks.evaluation import check_forward
-from moe_heads.callbacks.fit_end import AnalysisInputs, FitEndAnalysis, OnError
+from moe_heads.callbacks.fit_end import FitEndAnalysis
 from moe_heads.callbacks.functional import ExpertUtilizationResult, expert_utilization
 from moe_heads.callbacks.functional.batches import ForwardFn, call_model
 from moe_heads.callbacks.functional.utilization.history import plot_load_history
+from moe_heads.callbacks.inputs import AnalysisInputs
+from moe_heads.callbacks.options import AnalysisOptions, OverRanks
 from moe_heads.callbacks.reporting import Report
 from moe_heads.callbacks.trainer_access import Split, datamodule_of
 from moe_heads.routing import Router, RoutingCollection, RoutingStats, collect_routing
@@ -38,7 +40,8 @@ class ExpertUtilizationCallback(FitEndAnalysis):
     Args:
         class_names: Names of the classes; by default those of the data module, else numbers.
         forward_fn: ``forward_fn(pl_module, batch)``; by default the module is called with a batch's first entry.
-        splits, num_samples, batch_size, seed, on_error: See `FitEndAnalysis`.
+        options: What all analyses share, without a loss; see `FitEndAnalysis`. 10,000 samples by default: the class map
+            needs some of each class for each expert.
 
     Attributes:
         history: Statistics of each finished training epoch by name of the head.
@@ -49,21 +52,19 @@ class ExpertUtilizationCallback(FitEndAnalysis):
         ('train', 'test')
     """
 
-    name: ClassVar[str] = "expert_utilization"
+    name = "expert_utilization"
     needs_loss: ClassVar[bool] = False
+    over_ranks: ClassVar[OverRanks] = "share"
+    default_num_samples: ClassVar[int] = 10_000
     results: dict[Split, ExpertUtilizationResult]
 
     def __init__(
         self,
         class_names: Sequence[str] | None = None,
         forward_fn: ForwardFn | None = None,
-        splits: Sequence[Split] = ("train", "test"),
-        num_samples: int = 10_000,
-        batch_size: int = 250,
-        seed: int = 0,
-        on_error: OnError = "warn",
+        **options: Unpack[AnalysisOptions],
     ) -> None:
-        super().__init__(splits, num_samples, batch_size, seed, on_error=on_error)
+        super().__init__(**options)
         if class_names is not None and not isinstance(class_names, (list, tuple)):
             raise ValueError(f"class_names: expected a list of names; got {class_names!r}")
         self.class_names, self.forward_fn = class_names, forward_fn
@@ -117,14 +118,15 @@ class ExpertUtilizationCallback(FitEndAnalysis):
 
     @override
     def compute(self, inputs: AnalysisInputs) -> ExpertUtilizationResult:
-        datamodule = datamodule_of(inputs.trainer)
+        datamodule = None if inputs.trainer is None else datamodule_of(inputs.trainer)
         return expert_utilization(
             inputs.model,
             inputs.batches,
             class_names=self.class_names or getattr(datamodule, "class_names", None),
             forward_fn=self.forward_fn or call_model,
             seed=self.seed,
-            on_step=inputs.advance,
+            monitor=inputs.monitor,
+            ranks=inputs.ranks,
         )
 
     @override

@@ -1,16 +1,19 @@
 """Callback: latency and throughput of inference at the end of fit."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import ClassVar
 
 from lightning.pytorch import LightningModule, Trainer
-from typing_extensions import override
+from typing_extensions import Unpack, override
 
 from moe_heads.callbacks.evaluation import check_forward
-from moe_heads.callbacks.fit_end import AnalysisInputs, FitEndAnalysis, OnError
+from moe_heads.callbacks.fit_end import FitEndAnalysis
 from moe_heads.callbacks.functional import InferenceTimingResult, inference_timing
 from moe_heads.callbacks.functional.batches import ForwardFn, call_model
 from moe_heads.callbacks.functional.inference_timing import check_timing_options
+from moe_heads.callbacks.inputs import AnalysisInputs
+from moe_heads.callbacks.options import AnalysisOptions, OverRanks
 from moe_heads.callbacks.reporting import Report
 from moe_heads.callbacks.trainer_access import Split, forward_context
 
@@ -31,9 +34,9 @@ class InferenceTimingCallback(FitEndAnalysis):
         warmup_runs: Runs before them that do not count.
         modules: Dotted names of the parts to time; by default the model's backbone, head and heads with a router.
         forward_fn: ``forward_fn(pl_module, batch)``; by default the module is called with a batch's first entry.
-        splits: The split that inputs are taken from; one is enough, as the time does not depend on the data. Validation
-            and then training data take the place of missing test data.
-        seed, on_error: See `FitEndAnalysis`.
+        options: What all analyses share, without a loss; see `FitEndAnalysis`. Only the test split by default, as the
+            time does not depend on the data; validation and then training data take its place. The number of samples
+            follows from ``batch_sizes``.
 
     Example:
         >>> from moe_heads.callbacks import InferenceTimingCallback
@@ -41,8 +44,10 @@ class InferenceTimingCallback(FitEndAnalysis):
         (1, 256)
     """
 
-    name: ClassVar[str] = "inference_timing"
+    name = "inference_timing"
     needs_loss: ClassVar[bool] = False
+    over_ranks: ClassVar[OverRanks] = "first"
+    default_splits: ClassVar[Sequence[Split]] = ("test",)
     fallbacks: ClassVar[Mapping[Split, Sequence[Split]]] = {"test": ("val", "train")}
     results: dict[Split, InferenceTimingResult]
 
@@ -53,15 +58,17 @@ class InferenceTimingCallback(FitEndAnalysis):
         warmup_runs: int = 10,
         modules: Sequence[str] | None = None,
         forward_fn: ForwardFn | None = None,
-        splits: Sequence[Split] = ("test",),
-        seed: int = 0,
-        on_error: OnError = "warn",
+        **options: Unpack[AnalysisOptions],
     ) -> None:
         check_timing_options(batch_sizes, num_runs, warmup_runs)
         if isinstance(modules, str):
             raise ValueError(f"modules: expected a list of dotted names; got {modules!r}")
+        for argument in ("num_samples", "batch_size"):
+            if options.get(argument) is not None:
+                raise ValueError(f"{argument}: expected None, since batch_sizes decides; got {options.get(argument)!r}")
         # one batch holds the largest size
-        super().__init__(splits, max(batch_sizes), max(batch_sizes), seed, on_error=on_error)
+        options["num_samples"] = options["batch_size"] = max(batch_sizes)
+        super().__init__(**options)
         self.batch_sizes, self.num_runs, self.warmup_runs = tuple(batch_sizes), num_runs, warmup_runs
         self.modules, self.forward_fn = modules, forward_fn
 
@@ -72,7 +79,7 @@ class InferenceTimingCallback(FitEndAnalysis):
 
     @override
     def compute(self, inputs: AnalysisInputs) -> InferenceTimingResult:
-        with forward_context(inputs.trainer):
+        with nullcontext() if inputs.trainer is None else forward_context(inputs.trainer):
             return inference_timing(
                 inputs.model,
                 inputs.batches[0],
@@ -82,7 +89,7 @@ class InferenceTimingCallback(FitEndAnalysis):
                 warmup_runs=self.warmup_runs,
                 forward_fn=self.forward_fn or call_model,
                 seed=self.seed,
-                on_step=inputs.advance,
+                monitor=inputs.monitor,
             )
 
     @override

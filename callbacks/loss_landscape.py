@@ -6,17 +6,20 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from typing_extensions import override
+from typing_extensions import Unpack, override
 
-from moe_heads.callbacks.fit_end import AnalysisInputs, FitEndAnalysis, OnError
+from moe_heads.callbacks.fit_end import FitEndAnalysis
 from moe_heads.callbacks.functional import (
     LossLandscapeResult,
+    SharpnessResult,
     filter_normalized,
     loss_landscape,
     random_direction,
 )
-from moe_heads.callbacks.functional.batches import Batch, LossFn
+from moe_heads.callbacks.functional.batches import Batch
 from moe_heads.callbacks.functional.curvature import top_eigenvector
+from moe_heads.callbacks.inputs import AnalysisInputs
+from moe_heads.callbacks.options import AnalysisOptions, OverRanks
 from moe_heads.callbacks.reporting import Mesh, Report
 from moe_heads.callbacks.sharpness import SharpnessCallback
 from moe_heads.callbacks.trainer_access import Split
@@ -39,6 +42,11 @@ class Landscape:
     line: LossLandscapeResult
     plane: LossLandscapeResult | None
 
+    @property
+    def partial(self) -> str:
+        """Why one of them ended before its time; "" when both are whole."""
+        return self.line.partial or (self.plane.partial if self.plane else "")
+
 
 class LossLandscapeCallback(FitEndAnalysis):
     r"""Loss along the top Hessian eigenvector and on a filter-normalised plane, at the end of fit.
@@ -58,7 +66,7 @@ class LossLandscapeCallback(FitEndAnalysis):
         plane_splits: Splits whose plane is computed; by default the first of ``splits``, since it costs most, and since
             a browser shows no more than 16 surfaces at once: TensorBoard shows each surface of each run twice. An empty
             list for no plane.
-        splits, num_samples, batch_size, seed, loss_fn, on_error: See `FitEndAnalysis`.
+        options: What all analyses share; see `FitEndAnalysis`.
 
     Example:
         >>> from moe_heads.callbacks import LossLandscapeCallback
@@ -66,7 +74,8 @@ class LossLandscapeCallback(FitEndAnalysis):
         21
     """
 
-    name: ClassVar[str] = "loss_landscape"
+    name = "loss_landscape"
+    over_ranks: ClassVar[OverRanks] = "share"
     results: dict[Split, Landscape]
 
     def __init__(
@@ -76,14 +85,9 @@ class LossLandscapeCallback(FitEndAnalysis):
         plane_points: int = 15,
         plane_reach: float = 1.0,
         plane_splits: Sequence[Split] | None = None,
-        splits: Sequence[Split] = ("train", "test"),
-        num_samples: int = 1000,
-        batch_size: int = 250,
-        seed: int = 0,
-        loss_fn: LossFn | None = None,
-        on_error: OnError = "warn",
+        **options: Unpack[AnalysisOptions],
     ) -> None:
-        super().__init__(splits, num_samples, batch_size, seed, loss_fn, on_error)
+        super().__init__(**options)
         if not isinstance(line_points, int) or line_points < 3:
             raise ValueError(f"line_points: expected at least 3; got {line_points}")
         if not isinstance(plane_points, int) or not 3 <= plane_points <= _MAX_PLANE_POINTS:
@@ -104,7 +108,7 @@ class LossLandscapeCallback(FitEndAnalysis):
         options: dict[str, Any] = {
             "accuracy_fn": _accuracy_of(inputs.model),
             "seed": self.seed,
-            "on_step": inputs.advance,
+            "ranks": inputs.ranks,
         }
         line = loss_landscape(
             inputs.model,
@@ -112,10 +116,11 @@ class LossLandscapeCallback(FitEndAnalysis):
             inputs.batches,
             direction1=self._top_eigenvector(inputs),
             alphas=torch.linspace(-self.line_reach, self.line_reach, self.line_points),
+            monitor=inputs.monitor.part(lambda line: Landscape(line, None)),
             **options,
         )
         stand_ins = {other for split in self.plane_splits for other in self.fallbacks.get(split, ())} - {*self.splits}
-        if inputs.split not in {*self.plane_splits, *stand_ins}:
+        if line.partial or inputs.split not in {*self.plane_splits, *stand_ins}:
             return Landscape(line, None)
         first, second = (
             filter_normalized(inputs.model, random_direction(inputs.model, seed=2 * self.seed + i)) for i in (0, 1)
@@ -129,6 +134,7 @@ class LossLandscapeCallback(FitEndAnalysis):
             direction2=second,
             alphas=side,
             betas=side,
+            monitor=inputs.monitor.part(lambda plane: Landscape(line, plane)),
             **options,
         )
         return Landscape(line, plane)
@@ -144,14 +150,22 @@ class LossLandscapeCallback(FitEndAnalysis):
         )
 
     def _top_eigenvector(self, inputs: AnalysisInputs) -> Tensor:
-        """Of the sharpness run of the same fit, split, samples and loss; computed where there is none."""
-        for callback in inputs.trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, SharpnessCallback) and callback.shares_data_with(self):
-                found = callback.results.get(inputs.split)
+        """Of a sharpness run on the same weights, samples and loss; computed where there is none."""
+        callbacks = [] if inputs.trainer is None else inputs.trainer.callbacks  # type: ignore[attr-defined]
+        for callback in callbacks:
+            if isinstance(callback, SharpnessCallback) and callback.loss_fn == self.loss_fn:
+                found: SharpnessResult | None = callback.result_for(inputs)
                 if found is not None and found.eigenvectors is not None:
                     return found.eigenvectors[0]
         assert inputs.loss_fn is not None
-        return top_eigenvector(inputs.model, inputs.loss_fn, inputs.batches, seed=self.seed, on_product=inputs.advance)
+        return top_eigenvector(
+            inputs.model,
+            inputs.loss_fn,
+            inputs.batches,
+            seed=self.seed,
+            monitor=inputs.monitor,
+            ranks=inputs.ranks,
+        )
 
 
 def _accuracy_of(model: nn.Module) -> Callable[[nn.Module, Batch], Tensor] | None:

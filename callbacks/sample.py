@@ -1,18 +1,19 @@
 """The data of an analysis: a deterministic sample of a split, drawn afresh from the data set behind its loader."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, cast
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import CombinedLoader
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
 from moe_heads.callbacks.functional.batches import batch_size
-from moe_heads.callbacks.trainer_access import Split, datamodule_of
+from moe_heads.callbacks.functional.monitor import Monitor
+from moe_heads.callbacks.trainer_access import Split
 
 __all__ = ["Sample", "draw_sample"]
 
@@ -36,42 +37,49 @@ class Sample:
     description: str
 
 
-def draw_sample(trainer: Trainer, split: Split, loaders: Any, num_samples: int, size: int, seed: int) -> Sample:
+def draw_sample(
+    split: Split,
+    loaders: Any,
+    num_samples: int,
+    size: int,
+    seed: int,
+    *,
+    dataset: Any | None = None,
+    num_batches: int | None = None,
+    monitor: Monitor | None = None,
+) -> Sample:
     """Draw the analysis batches of a split.
 
-    The data set is the un-augmented one that the data module offers by a method ``analysis_dataset(split)``, else the
-    one behind the trainer's loader as it is. Of a data set with a length, ``num_samples`` indices are drawn without
-    repetition by a generator seeded with ``seed``, the same on every rank; of an iterable one, one that gives whole
-    batches, and anything else that can be iterated, the first batches are taken. The loader's sampler plays no part: a
-    distributed one would pad and split.
+    Of a data set with a length, ``num_samples`` indices are drawn without repetition by a generator seeded with
+    ``seed``; of an iterable one, one that gives whole batches, and anything else that can be iterated, the first
+    batches are taken. The loader's sampler plays no part: a distributed one would pad and split.
 
     A collection of training loaders gives batches of the same structure; of several validation or test loaders the
     first is taken.
 
     Args:
-        trainer: The trainer, during or at the end of fit.
         split: "train", "val" or "test".
         loaders: The trainer's loader or loaders of the split.
         num_samples: Samples to draw of each loader; all of them when the data set has fewer.
         size: Samples a batch.
         seed: Seed of the draw.
+        dataset: The un-augmented data set, where one is offered; by default the one behind the loader, as it is.
+        num_batches: Draw from this many first batches of the loader only (``overfit_batches``).
+        monitor: Told of each batch.
 
     Returns:
         The sample.
 
     Raises:
-        MisconfigurationException: If a loader is something that cannot be iterated.
+        MisconfigurationException: If a loader is something that cannot be iterated again and again.
         ValueError: If a data set is empty.
     """
-    offer = getattr(datamodule_of(trainer), "analysis_dataset", None)
+    draw = _Draw(split, num_samples, size, seed, num_batches, monitor or Monitor())
     # a DataLoader counts as a leaf
     leaves, structure = tree_flatten(loaders.iterables if isinstance(loaders, CombinedLoader) else loaders)
-    if offer is not None and len(leaves) == 1 and isinstance(leaves[0], DataLoader):
-        return _draw(
-            offer(split), leaves[0], split, num_samples, size, seed, "un-augmented data set of the data module"
-        )
-    origin = "data set of the loader, as it is"
-    samples = [_of_loader(loader, split, num_samples, size, seed, origin) for loader in leaves]
+    if dataset is not None and len(leaves) == 1 and isinstance(leaves[0], DataLoader):
+        return draw.of_dataset(dataset, leaves[0], "un-augmented data set of the data module")
+    samples = [draw.of_loader(loader) for loader in leaves]
     if split != "train" or structure.is_leaf():
         return samples[0]
     together = zip(*(sample.batches for sample in samples), strict=False)
@@ -80,48 +88,66 @@ def draw_sample(trainer: Trainer, split: Split, loaders: Any, num_samples: int, 
     return Sample(split, batches, sum(map(batch_size, batches)), None, described)
 
 
-def _of_loader(loader: Any, split: Split, num_samples: int, size: int, seed: int, origin: str) -> Sample:
-    if isinstance(loader, DataLoader) and loader.batch_size is not None:
-        return _draw(loader.dataset, loader, split, num_samples, size, seed, origin)
-    if not isinstance(loader, Iterable):
-        raise MisconfigurationException(f"{split} loader: expected an iterable; got {type(loader).__name__}")
-    return _checked(split, _first_batches(loader, num_samples), None, f"first batches; {origin}")
+@dataclass(frozen=True)
+class _Draw:
+    """The options of a draw."""
 
+    split: Split
+    num_samples: int
+    size: int
+    seed: int
+    num_batches: int | None
+    monitor: Monitor
 
-def _draw(
-    dataset: Dataset[Any], loader: DataLoader[Any], split: Split, num_samples: int, size: int, seed: int, origin: str
-) -> Sample:
-    # a loader without a generator of its own would draw from the global one
-    options: dict[str, Any] = {
-        "batch_size": size,
-        "collate_fn": loader.collate_fn,
-        "generator": torch.Generator().manual_seed(seed),
-    }
-    if isinstance(dataset, IterableDataset):
-        return _checked(
-            split, _first_batches(DataLoader(dataset, **options), num_samples), None, f"first batches; {origin}"
-        )
-    available = len(cast(Any, dataset))
-    drawn = min(num_samples, available)
-    order = torch.randperm(available, generator=torch.Generator().manual_seed(seed))[:drawn]
-    chosen: Dataset[Any] = Subset(dataset, order.sort().values.tolist())
-    batches = list(DataLoader(chosen, **options)) if drawn else []
-    return _checked(split, batches, available, f"{drawn:,} of {available:,}, drawn with seed {seed}; {origin}")
+    def of_loader(self, loader: Any) -> Sample:
+        origin = "data set of the loader, as it is"
+        if isinstance(loader, DataLoader) and loader.batch_size is not None:
+            return self.of_dataset(loader.dataset, loader, origin)
+        if not isinstance(loader, Iterable):
+            raise MisconfigurationException(f"{self.split} loader: expected an iterable; got {type(loader).__name__}")
+        if isinstance(loader, Iterator):
+            # reading it would take batches away from the training
+            raise MisconfigurationException(
+                f"{self.split} loader: expected something that can be iterated again and again; got the one-way"
+                f" iterator {type(loader).__name__}. Give the Trainer a DataLoader, or an object whose __iter__ starts"
+                " anew."
+            )
+        batches = loader if self.num_batches is None else islice(loader, self.num_batches)
+        return self._sample(self._first_of(batches), None, f"first batches; {origin}")
 
+    def of_dataset(self, dataset: Dataset[Any], loader: DataLoader[Any], origin: str) -> Sample:
+        # a loader without a generator of its own would draw from the global one
+        options: dict[str, Any] = {
+            "batch_size": self.size,
+            "collate_fn": loader.collate_fn,
+            "generator": torch.Generator().manual_seed(self.seed),
+        }
+        if isinstance(dataset, IterableDataset):
+            first = self._first_of(DataLoader(dataset, **options))
+            return self._sample(first, None, f"first batches; {origin}")
+        available = len(cast(Any, dataset))
+        if self.num_batches is not None:
+            available = min(available, self.num_batches * (loader.batch_size or 1))
+            origin = f"the {self.num_batches} batches of overfit_batches; {origin}"
+        drawn = min(self.num_samples, available)
+        order = torch.randperm(available, generator=torch.Generator().manual_seed(self.seed))[:drawn]
+        chosen: Dataset[Any] = Subset(dataset, order.sort().values.tolist())
+        batches = self._first_of(DataLoader(chosen, **options)) if drawn else []
+        return self._sample(batches, available, f"{drawn:,} of {available:,}, drawn with seed {self.seed}; {origin}")
 
-def _checked(split: Split, batches: list[Any], available: int | None, description: str) -> Sample:
-    if not batches:
-        raise ValueError(f"{split}: expected a data set with at least one sample; got an empty loader")
-    return Sample(split, batches, sum(map(batch_size, batches)), available, description)
+    def _first_of(self, batches: Iterable[Any]) -> list[Any]:
+        """Whole batches until there are enough samples."""
+        taken: list[Any] = []
+        size = 0
+        for batch in batches:
+            taken.append(batch)
+            size += batch_size(batch)
+            self.monitor.step(size, self.num_samples)
+            if size >= self.num_samples:
+                break
+        return taken
 
-
-def _first_batches(batches: Iterable[Any], num_samples: int) -> list[Any]:
-    """Whole batches until ``num_samples`` are reached."""
-    taken: list[Any] = []
-    size = 0
-    for batch in batches:
-        taken.append(batch)
-        size += batch_size(batch)
-        if size >= num_samples:
-            break
-    return taken
+    def _sample(self, batches: list[Any], available: int | None, description: str) -> Sample:
+        if not batches:
+            raise ValueError(f"{self.split}: expected a data set with at least one sample; got an empty loader")
+        return Sample(self.split, batches, sum(map(batch_size, batches)), available, description)

@@ -3,12 +3,13 @@
 from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
-from typing_extensions import override
+from typing_extensions import Unpack, override
 
-from moe_heads.callbacks.fit_end import AnalysisInputs, FitEndAnalysis, OnError
+from moe_heads.callbacks.fit_end import FitEndAnalysis
 from moe_heads.callbacks.functional import SharpnessResult, sharpness
-from moe_heads.callbacks.functional.batches import LossFn
 from moe_heads.callbacks.functional.sharpness import check_sharpness_options
+from moe_heads.callbacks.inputs import AnalysisInputs
+from moe_heads.callbacks.options import AnalysisOptions, OverRanks
 from moe_heads.callbacks.reporting import Report
 from moe_heads.callbacks.trainer_access import Split
 
@@ -31,6 +32,7 @@ class SharpnessCallback(FitEndAnalysis):
     num_samples, converged    samples of the draw; 1 when every tolerance was met
     spectrum                  figure: log density with the eigenvalues marked (TensorBoard)
     summary                   table with residuals and standard errors (TensorBoard)
+    partial                   1 when max_time, an error or Ctrl-C ended it early; else absent
     ========================  ==============================================================================
 
     Args:
@@ -40,7 +42,8 @@ class SharpnessCallback(FitEndAnalysis):
         max_steps: Most Lanczos steps.
         max_probes: Most random probes for the trace.
         blocks: Names of parameters by block; by default one block a child of the module.
-        splits, num_samples, batch_size, seed, loss_fn, on_error: See `FitEndAnalysis`.
+        options: What all analyses share: splits, num_samples, batch_size, seed, loss_fn, stages, every_n_epochs,
+            weights, max_time, on_error, name; see `FitEndAnalysis`.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -49,7 +52,8 @@ class SharpnessCallback(FitEndAnalysis):
         ...                   enable_progress_bar=False, enable_model_summary=False)
     """
 
-    name: ClassVar[str] = "sharpness"
+    name = "sharpness"
+    over_ranks: ClassVar[OverRanks] = "share"
     results: dict[Split, SharpnessResult]
 
     def __init__(
@@ -60,15 +64,10 @@ class SharpnessCallback(FitEndAnalysis):
         max_steps: int = 200,
         max_probes: int = 100,
         blocks: Mapping[str, Sequence[str]] | None = None,
-        splits: Sequence[Split] = ("train", "test"),
-        num_samples: int = 1000,
-        batch_size: int = 250,
-        seed: int = 0,
-        loss_fn: LossFn | None = None,
-        on_error: OnError = "warn",
+        **options: Unpack[AnalysisOptions],
     ) -> None:
         check_sharpness_options(num_eigenvalues, tolerance, trace_tolerance, max_steps, max_probes)
-        super().__init__(splits, num_samples, batch_size, seed, loss_fn, on_error)
+        super().__init__(**options)
         self.num_eigenvalues, self.blocks = num_eigenvalues, blocks
         self.tolerance, self.trace_tolerance = tolerance, trace_tolerance
         self.max_steps, self.max_probes = max_steps, max_probes
@@ -88,7 +87,8 @@ class SharpnessCallback(FitEndAnalysis):
             blocks=self.blocks,
             keep_eigenvectors=True,
             seed=self.seed,
-            on_product=inputs.advance,
+            monitor=inputs.monitor,
+            ranks=inputs.ranks,
         )
 
     @override

@@ -1,24 +1,34 @@
 """The only file that touches what Lightning keeps to itself: bound to the Lightning versions in pyproject.toml."""
 
+import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
+from datetime import timedelta
 from typing import Any, Literal
 
-import torch
+import torch.distributed as dist
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.trainer.states import RunningStage
 from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch import nn
 from torch.utils.tensorboard.summary import hparams as hparams_summaries
 
 __all__ = [
     "Split",
     "analysing",
+    "best_weights",
+    "collective_timeout",
     "datamodule_of",
     "forward_context",
     "is_sharded",
     "loader_of",
+    "muted",
+    "num_overfit_batches",
+    "process_group_of",
     "to_analysis_device",
     "write_hparams",
 ]
@@ -74,34 +84,79 @@ def _set_up(loaders: Any | None, source: Any) -> Any | None:
 
 
 @contextmanager
-def analysing(trainer: Trainer, pl_module: LightningModule) -> Iterator[torch.device]:
+def analysing(trainer: Trainer, pl_module: LightningModule) -> Iterator[None]:
     """The module on its training device, its logging muted, the trainer in a stage that is not training.
 
     At the end of fit the strategy has moved the module to the CPU. The stage keeps augmentation in
-    ``on_after_batch_transfer`` from firing. Everything is put back on leaving.
-
-    Yields:
-        The device.
+    ``on_after_batch_transfer`` from firing. What the module writes to ``self.logger`` goes nowhere. Everything is put
+    back on leaving.
     """
-    home, stage = pl_module.device, trainer.state.stage
-    device = trainer.strategy.root_device
-    muted = dict.fromkeys(("log", "log_dict", "print"), _ignore)
-    own = {name: vars(pl_module)[name] for name in muted if name in vars(pl_module)}
+    home, stage, loggers = pl_module.device, trainer.state.stage, trainer.loggers
     try:
-        vars(pl_module).update(muted)
         trainer.state.stage = RunningStage.VALIDATING
-        pl_module.to(device)
-        yield device
+        trainer.loggers = [DummyLogger() for _ in loggers]
+        with muted(pl_module):
+            pl_module.to(trainer.strategy.root_device)
+            yield
     finally:
         pl_module.to(home)
-        trainer.state.stage = stage
-        for name in muted:
-            del vars(pl_module)[name]
-        vars(pl_module).update(own)
+        trainer.state.stage, trainer.loggers = stage, loggers
+
+
+@contextmanager
+def muted(module: nn.Module) -> Iterator[None]:
+    """``log``, ``log_dict`` and ``print`` of the module and of modules of its kind inside it do nothing."""
+    silent = [child for child in module.modules() if isinstance(child, LightningModule)]
+    names = ("log", "log_dict", "print")
+    own = [{name: vars(child)[name] for name in names if name in vars(child)} for child in silent]
+    try:
+        for child in silent:
+            vars(child).update(dict.fromkeys(names, _ignore))
+        yield
+    finally:
+        for child, before in zip(silent, own, strict=True):
+            for name in names:
+                vars(child).pop(name, None)
+            vars(child).update(before)
 
 
 def _ignore(*args: Any, **kwargs: Any) -> None:
     """Stand in for ``log``, ``log_dict`` and ``print``."""
+
+
+def best_weights(trainer: Trainer, pl_module: LightningModule) -> None:
+    """Load the best checkpoint of the run into the module, as ``trainer.test(ckpt_path="best")`` would.
+
+    Raises:
+        MisconfigurationException: If the run has none.
+    """
+    path = getattr(trainer.checkpoint_callback, "best_model_path", "")
+    if not path:
+        raise MisconfigurationException(
+            "weights='best': the run has written no best checkpoint. Give the Trainer a ModelCheckpoint(monitor=...)"
+            " that saves at least once, or analyse weights='last'."
+        )
+    checkpoint = trainer.strategy.load_checkpoint(path, weights_only=False)  # this run's own file
+    pl_module.on_load_checkpoint(checkpoint)
+    pl_module.load_state_dict(checkpoint["state_dict"], strict=pl_module.strict_loading)
+
+
+def process_group_of(trainer: Trainer) -> dist.ProcessGroup | None:
+    """The process group over which the trainer's processes talk; None for a single process."""
+    return dist.group.WORLD if trainer.world_size > 1 and dist.is_available() and dist.is_initialized() else None
+
+
+def collective_timeout(trainer: Trainer) -> float:
+    """Seconds after which a rank that waits for the others gives up."""
+    timeout = getattr(trainer.strategy, "_timeout", None) or timedelta(minutes=30)
+    return float(timeout.total_seconds())
+
+
+def num_overfit_batches(trainer: Trainer) -> int | None:
+    """Batches of the training data that ``overfit_batches`` leaves, None for all of them."""
+    if not trainer.overfit_batches or math.isinf(trainer.num_training_batches):  # type: ignore[attr-defined]
+        return None
+    return int(trainer.num_training_batches)
 
 
 def to_analysis_device(trainer: Trainer, batch: Any) -> Any:

@@ -1,7 +1,6 @@
 """The sample of a split."""
 
 from collections.abc import Iterator
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,20 +8,13 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
+from moe_heads.callbacks.functional.monitor import Monitor
 from moe_heads.callbacks.sample import Sample, draw_sample
 from tests.support.lightning_models import NUM_FEATURES, loader
 
 
-class FakeTrainer:
-    """What draw_sample reads of a trainer."""
-
-    def __init__(self, train: Any, datamodule: Any = None) -> None:
-        self.train_dataloader, self.datamodule = train, datamodule
-        self.fit_loop = SimpleNamespace(_data_source=SimpleNamespace(instance=datamodule))
-
-
-def draw(trainer: FakeTrainer, *options: int, seed: int = 0) -> Sample:
-    return draw_sample(trainer, "train", trainer.train_dataloader, *options, seed=seed)
+def draw(loaders: Any, num_samples: int, size: int, seed: int = 0, **options: Any) -> Sample:
+    return draw_sample("train", loaders, num_samples, size, seed, **options)
 
 
 def first_features(sample: Any) -> torch.Tensor:
@@ -30,7 +22,7 @@ def first_features(sample: Any) -> torch.Tensor:
 
 
 def test_is_a_function_of_the_seed_and_not_of_the_loaders_order() -> None:
-    plain, shuffled = FakeTrainer(loader()), FakeTrainer(loader(shuffle=True, batch_size=3))
+    plain, shuffled = loader(), loader(shuffle=True, batch_size=3)
     one, two = draw(plain, 10, 4, seed=0), draw(shuffled, 10, 7, seed=0)
     assert torch.equal(first_features(one), first_features(two))
     assert [len(batch[1]) for batch in one.batches] == [4, 4, 2]
@@ -40,34 +32,34 @@ def test_is_a_function_of_the_seed_and_not_of_the_loaders_order() -> None:
 
 
 def test_has_no_sample_twice_and_all_when_there_are_few() -> None:
-    sample = draw(FakeTrainer(loader(num_samples=9)), 1000, 4, seed=0)
+    sample = draw(loader(num_samples=9), 1000, 4, seed=0)
     assert sample.num_samples == 9
     assert len(first_features(sample).unique(dim=0)) == 9
 
 
 def test_leaves_the_global_generator_alone() -> None:
     state = torch.get_rng_state()
-    draw(FakeTrainer(loader(shuffle=True)), 10, 4, seed=0)
+    draw(loader(shuffle=True), 10, 4, seed=0)
     assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_a_collection_of_training_loaders_gives_batches_of_its_structure() -> None:
-    sample = draw(FakeTrainer({"a": loader(), "b": [loader(seed=1)]}), 10, 4, seed=0)
+    sample = draw({"a": loader(), "b": [loader(seed=1)]}, 10, 4, seed=0)
     assert [list(batch) for batch in sample.batches] == [["a", "b"]] * 3
-    assert torch.equal(sample.batches[0]["a"][0], draw(FakeTrainer(loader()), 10, 4, seed=0).batches[0][0])
-    assert torch.equal(sample.batches[0]["b"][0][0], draw(FakeTrainer(loader(seed=1)), 10, 4, seed=0).batches[0][0])
+    assert torch.equal(sample.batches[0]["a"][0], draw(loader(), 10, 4, seed=0).batches[0][0])
+    assert torch.equal(sample.batches[0]["b"][0][0], draw(loader(seed=1), 10, 4, seed=0).batches[0][0])
 
 
 def test_the_first_of_several_validation_loaders_is_taken() -> None:
-    sample = draw_sample(FakeTrainer(None), "val", [loader(), loader(seed=1)], 10, 4, seed=0)
-    assert torch.equal(sample.batches[0][0], draw(FakeTrainer(loader()), 10, 4, seed=0).batches[0][0])
+    sample = draw_sample("val", [loader(), loader(seed=1)], 10, 4, seed=0)
+    assert torch.equal(sample.batches[0][0], draw(loader(), 10, 4, seed=0).batches[0][0])
 
 
 @pytest.mark.parametrize("kind", ["loader", "iterable"])
 def test_what_gives_whole_batches_is_iterated(kind: str) -> None:
     batches = [(torch.full((3, NUM_FEATURES), float(number)), torch.zeros(3)) for number in range(5)]
     source: Any = DataLoader(batches, batch_size=None) if kind == "loader" else Batches(batches)
-    sample = draw(FakeTrainer(source), 7, 4, seed=0)
+    sample = draw(source, 7, 4, seed=0)
     assert [batch[0][0, 0].item() for batch in sample.batches] == [0, 1, 2]
     assert sample.num_samples == 9
 
@@ -88,27 +80,48 @@ def test_takes_the_first_samples_of_an_iterable() -> None:
             for number in range(1000):
                 yield torch.full((NUM_FEATURES,), float(number)), 0
 
-    sample = draw(FakeTrainer(DataLoader(Stream(), batch_size=2)), 10, 5, seed=0)
+    sample = draw(DataLoader(Stream(), batch_size=2), 10, 5, seed=0)
     assert first_features(sample)[:, 0].tolist() == list(range(10))
     assert sample.num_available is None
 
 
-def test_prefers_the_unaugmented_data_of_the_data_module() -> None:
-    class Data:
-        def analysis_dataset(self, split: str) -> Any:
-            return TensorDataset(torch.full((6, NUM_FEATURES), 7.0), torch.zeros(6))
-
-    sample = draw(FakeTrainer(loader(), Data()), 10, 4, seed=0)
+def test_prefers_the_unaugmented_data_set_that_is_offered() -> None:
+    offered = TensorDataset(torch.full((6, NUM_FEATURES), 7.0), torch.zeros(6))
+    sample = draw(loader(), 10, 4, dataset=offered)
     assert (first_features(sample) == 7).all()
     assert "un-augmented" in sample.description
+
+
+def test_overfit_batches_are_the_first_of_the_loader() -> None:
+    sample = draw(loader(batch_size=8), 1000, 5, num_batches=2)
+    assert sample.num_samples == sample.num_available == 16
+    whole = torch.cat([batch[0] for batch in loader()])
+    assert torch.equal(first_features(sample), whole[:16])
+    assert "the 2 batches of overfit_batches" in sample.description
+    assert draw(Batches([torch.zeros(3)] * 9), 1000, 5, num_batches=2).num_samples == 6
+
+
+def test_a_one_way_iterator_is_refused_and_not_read() -> None:
+    stream = iter([torch.zeros(3)] * 9)
+    with pytest.raises(
+        MisconfigurationException, match=r"iterated again and again; got the one-way iterator list_iter"
+    ):
+        draw(stream, 3, 3)
+    assert len(list(stream)) == 9
+
+
+def test_the_draw_shows_its_progress() -> None:
+    steps: list[Any] = []
+    draw(loader(), 10, 4, monitor=Monitor(show=lambda *step: steps.append(step[:2])))
+    assert steps == [(4, 10), (8, 10), (10, 10)]
 
 
 def test_empty_loader_is_refused() -> None:
     empty = DataLoader(TensorDataset(torch.zeros(0, NUM_FEATURES)))
     with pytest.raises(ValueError, match="train: expected a data set with at least one sample; got an empty loader"):
-        draw(FakeTrainer(empty), 10, 4, seed=0)
+        draw(empty, 10, 4, seed=0)
 
 
 def test_something_else_than_a_loader_is_refused() -> None:
     with pytest.raises(MisconfigurationException, match=r"train loader: expected an iterable; got int"):
-        draw(FakeTrainer(3), 10, 4, seed=0)
+        draw(3, 10, 4, seed=0)

@@ -68,11 +68,11 @@ def test_loaders_are_found_when_the_loop_was_skipped() -> None:
 def test_analysing_mutes_logging_and_leaves_the_stage_of_training() -> None:
     def look(t: Trainer, m: LightningModule) -> Any:
         before = t.state.stage
-        with analysing(t, m) as device:
+        with analysing(t, m):
             m.log("anything", 1.0)
             m.log_dict({"anything": 1.0})
             assert not t.training
-            assert device == t.strategy.root_device
+            assert m.device == t.strategy.root_device
         assert t.state.stage == before
         return "log" in vars(m)
 

@@ -1,0 +1,135 @@
+"""What an analysis of one split works with: batches, loss and the processes that share them."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Protocol
+
+from lightning.pytorch import Trainer
+from torch import Tensor, nn
+
+from moe_heads.callbacks.evaluation import check_initialised, loss_of, warn_unless_repeatable
+from moe_heads.callbacks.functional.batches import Batch, LossFn, cut, is_divisible, leaves_of
+from moe_heads.callbacks.functional.digest import digest_of
+from moe_heads.callbacks.functional.monitor import Monitor
+from moe_heads.callbacks.functional.preserve import seed_generators
+from moe_heads.callbacks.functional.ranks import Ranks
+from moe_heads.callbacks.options import Options, OverRanks
+from moe_heads.callbacks.sample import Sample, draw_sample
+from moe_heads.callbacks.sites import Site
+from moe_heads.callbacks.trainer_access import Split
+
+__all__ = ["AnalysisInputs", "prepare"]
+
+
+@dataclass(frozen=True)
+class AnalysisInputs:
+    """What an analysis gets to work with.
+
+    Attributes:
+        model: The module, on the device of the analysis, in evaluation mode.
+        loss_fn: ``loss_fn(model, batch) -> scalar``; None where the analysis needs no loss.
+        batches: Batches on the same device: all of the sample, or this rank's share of it.
+        split: Where they come from.
+        key: Fingerprint of the weights and the sample: equal for an analysis of the same.
+        monitor: To be given to the functions, or told of each step by hand.
+        ranks: The processes that share the sample; one alone unless the analysis says that it shares.
+        trainer: The trainer; None in a plain call.
+    """
+
+    model: nn.Module
+    loss_fn: LossFn | None
+    batches: Sequence[Batch]
+    split: Split
+    key: bytes
+    monitor: Monitor
+    ranks: Ranks
+    trainer: Trainer | None
+
+
+class Analysis(Options, Protocol):
+    """What has to be known of an analysis to prepare it."""
+
+    needs_loss: ClassVar[bool]
+    fallbacks: ClassVar[Mapping[Split, Sequence[Split]]]
+    over_ranks: ClassVar[OverRanks]
+
+
+def prepare(
+    site: Site, model: nn.Module, split: Split, analysis: Analysis, monitor: Monitor, ranks: Ranks
+) -> tuple[AnalysisInputs, Sample] | None:
+    """Draw the sample, share it out, find the loss and try it.
+
+    Rank zero draws, so that all ranks have the same samples, also of a stream.
+
+    Args:
+        site: Where the analysis takes place.
+        model: The module, on the device of the analysis.
+        split: The split asked for.
+        analysis: The analysis.
+        monitor: Told of each batch that is drawn.
+        ranks: The processes.
+
+    Returns:
+        The inputs, and the whole sample that they come from; None when there is no data.
+
+    Raises:
+        MisconfigurationException: If the loss cannot be had, or parameters are not initialised yet.
+        ValueError: If there is no sample, or the loss is not what it should be.
+    """
+    shares = analysis.over_ranks == "share"
+    with ranks.together():
+        check_initialised(model)
+        loss_fn = loss_of(model, analysis.loss_fn) if analysis.needs_loss else None
+        # samples that the data set augments are the same in every analysis of one seed
+        seed_generators(analysis.seed)
+        found = site.loader(split, analysis.fallbacks.get(split, ()))
+    if found is None:
+        return None
+    split, loaders = found
+
+    def draw() -> Sample:
+        num_samples, num_batches = site.limits(split, analysis.num_samples)
+        return draw_sample(
+            split,
+            loaders,
+            num_samples,
+            analysis.batch_size * (ranks.size if shares else 1),
+            analysis.seed,
+            dataset=site.dataset(split) if num_batches is None else None,
+            num_batches=num_batches,
+            monitor=monitor,
+        )
+
+    sample = ranks.first(draw)
+    key = ranks.first(lambda: _key(model, sample))
+    share = _share(sample.batches, ranks) if shares else None
+    with ranks.together():
+        batches = [site.transfer(batch) for batch in share or sample.batches]
+        if loss_fn is not None:
+            warn_unless_repeatable(model, loss_fn, batches[0], ranks.name)
+    alone = Ranks(name=ranks.name)
+    return AnalysisInputs(model, loss_fn, batches, split, key, monitor, ranks if share else alone, site.trainer), sample
+
+
+def _key(model: nn.Module, sample: Sample) -> bytes:
+    inside = [leaf for batch in sample.batches for leaf in leaves_of(batch) if isinstance(leaf, Tensor)]
+    return digest_of([*model.parameters(), *model.buffers(), *inside])
+
+
+def _share(batches: Sequence[Batch], ranks: Ranks) -> list[Batch] | None:
+    """This rank's part of each batch; batches that cannot be cut go whole to one rank after the other.
+
+    None for a single rank, and when a rank would be left with nothing.
+    """
+    if ranks.size == 1:
+        return None
+    shares: list[list[Batch]] = [[] for _ in range(ranks.size)]
+    for index, batch in enumerate(batches):
+        size = next((len(leaf) for leaf in leaves_of(batch) if leaf is not None), 0) if is_divisible(batch) else 0
+        if size < ranks.size:
+            shares[index % ranks.size].append(batch)
+            continue
+        ends = [size * rank // ranks.size for rank in range(ranks.size + 1)]
+        for rank, share in enumerate(shares):
+            share.append(cut(batch, ends[rank], ends[rank + 1]))
+    return shares[ranks.rank] if all(shares) else None

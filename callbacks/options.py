@@ -1,0 +1,95 @@
+"""The options that all analyses share, and what is refused of them."""
+
+from collections.abc import Sequence
+from typing import Any, Literal, Protocol, TypedDict, get_args
+
+from moe_heads.callbacks.functional.batches import LossFn
+from moe_heads.callbacks.functional.monitor import check_max_time
+from moe_heads.callbacks.trainer_access import Split
+
+__all__ = ["AnalysisOptions", "OnError", "Options", "OverRanks", "Stage", "Weights", "check_options"]
+
+OnError = Literal["warn", "raise"]
+
+Stage = Literal["fit", "validate", "test"]
+"""A call of the Trainer at whose end an analysis runs."""
+
+Weights = Literal["last", "best"]
+
+OverRanks = Literal["same", "share", "first"]
+"""What several processes do: all the same, each a share of the samples, or rank zero alone."""
+
+
+class AnalysisOptions(TypedDict, total=False):
+    """Keyword arguments of every analysis; `FitEndAnalysis` says what they mean and what their defaults are."""
+
+    splits: Sequence[Split] | None
+    num_samples: int | None
+    batch_size: int | None
+    seed: int
+    loss_fn: LossFn | None
+    stages: Sequence[Stage]
+    every_n_epochs: int | None
+    weights: Weights
+    max_time: float | None
+    on_error: OnError
+    name: str | None
+
+
+class Options(Protocol):
+    """The same as attributes, with their defaults filled in."""
+
+    splits: Sequence[Split]
+    num_samples: int
+    batch_size: int
+    seed: int
+    loss_fn: LossFn | None
+    stages: Sequence[Stage]
+    every_n_epochs: int | None
+    weights: Weights
+    max_time: float | None
+    on_error: OnError
+    name: str
+
+
+def check_options(options: Options, *, needs_loss: bool) -> None:
+    """Refuse what no Trainer could be analysed with.
+
+    Args:
+        options: The options.
+        needs_loss: Whether the analysis evaluates a loss.
+
+    Raises:
+        ValueError: If one of them is out of range; names it, what was expected and what came.
+    """
+    _check_choices("splits", options.splits, get_args(Split))
+    _check_choices("stages", options.stages, get_args(Stage))
+    _check_count("num_samples", options.num_samples, 1)
+    _check_count("batch_size", options.batch_size, 1)
+    _check_count("seed", options.seed, 0)
+    if options.every_n_epochs is not None:
+        _check_count("every_n_epochs", options.every_n_epochs, 1)
+    _check_choice("weights", options.weights, get_args(Weights))
+    _check_choice("on_error", options.on_error, get_args(OnError))
+    check_max_time(options.max_time)
+    if not isinstance(options.name, str) or not options.name.strip("/ ") or options.name != options.name.strip("/ "):
+        raise ValueError(f"name: expected the beginning of a key, such as 'sharpness_head'; got {options.name!r}")
+    if options.loss_fn is not None and not callable(options.loss_fn):
+        raise ValueError(f"loss_fn: expected loss_fn(module, batch) -> scalar; got {options.loss_fn!r}")
+    if options.loss_fn is not None and not needs_loss:
+        raise ValueError(f"loss_fn: expected None, as this analysis evaluates no loss; got {options.loss_fn!r}")
+
+
+def _check_choices(argument: str, values: Any, allowed: tuple[str, ...]) -> None:
+    if not isinstance(values, (list, tuple)) or not values or set(values) - set(allowed):
+        raise ValueError(f"{argument}: expected a list of {', '.join(map(repr, allowed))}; got {values!r}")
+
+
+def _check_choice(argument: str, value: Any, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{argument}: expected {' or '.join(map(repr, allowed))}; got {value!r}")
+
+
+def _check_count(argument: str, value: Any, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{argument}: expected an integer of at least {least}; got {value!r}")
