@@ -11,13 +11,19 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor, nn
 
-from moe_heads.callbacks.functional.batches import Batch, ForwardFn, LossFn
+from moe_heads.callbacks.functional.batches import Batch, ForwardFn, LossFn, cut, is_divisible
+from moe_heads.callbacks.functional.environment import device_of
+from moe_heads.callbacks.functional.microbatches import Microbatches
+from moe_heads.callbacks.functional.monitor import Monitor
 from moe_heads.callbacks.functional.preserve import analysis_mode
 
 __all__ = ["check_forward", "check_initialised", "loss_of", "warn_unless_repeatable"]
 
 # What the order of a sum on several threads or on a GPU may change in single precision.
 _ROUNDING = 1e-5
+
+# Enough to notice a state that is carried on.
+_FEW_SAMPLES = 32
 
 _REMEDY = "Pass loss_fn=lambda model, batch: ... to the callback, or give the module a method analysis_loss(batch)."
 
@@ -79,15 +85,16 @@ def warn_unless_repeatable(model: nn.Module, loss_fn: LossFn, batch: Batch, name
     A hidden state that is carried on, or random numbers that do not come from torch, make them differ: then there is
     no function of the weights whose curvature or landscape could be known.
     """
-    losses = []
+    few = cut(batch, 0, _FEW_SAMPLES) if is_divisible(batch) else batch
+    data = Microbatches([few], device_of(model), Monitor())
     with analysis_mode(model), torch.no_grad():
+        losses = []
         for _ in range(2):
             torch.manual_seed(0)
-            loss = loss_fn(model, batch)
-            if not isinstance(loss, Tensor) or loss.numel() != 1:
-                return  # told by the analysis itself, with the same words as without a Trainer
-            losses.append(float(loss))
-    first, second = losses
+            losses.append(next(loss for _, loss in data.evaluate(lambda index, part: loss_fn(model, part))))
+    if not all(isinstance(loss, Tensor) and loss.numel() == 1 for loss in losses):
+        return  # told by the analysis itself, with the same words as without a Trainer
+    first, second = map(float, losses)
     if abs(first - second) > _ROUNDING * max(abs(first), abs(second)):
         rank_zero_warn(
             f"{name}: the loss of one batch was {first:.8g}, and {second:.8g} on a repeat with the same weights and"

@@ -46,7 +46,7 @@ class AnalysisInputs:
     trainer: Trainer | None
 
 
-class Analysis(Options, Protocol):
+class AnalysisTraits(Options, Protocol):
     """What has to be known of an analysis to prepare it."""
 
     needs_loss: ClassVar[bool]
@@ -55,7 +55,7 @@ class Analysis(Options, Protocol):
 
 
 def prepare(
-    site: Site, model: nn.Module, split: Split, analysis: Analysis, monitor: Monitor, ranks: Ranks
+    site: Site, model: nn.Module, split: Split, analysis: AnalysisTraits, monitor: Monitor, ranks: Ranks
 ) -> tuple[AnalysisInputs, Sample] | None:
     """Draw the sample, share it out, find the loss and try it.
 

@@ -18,6 +18,7 @@ from moe_heads.callbacks.functional import (
 )
 from moe_heads.callbacks.functional.batches import Batch
 from moe_heads.callbacks.functional.curvature import top_eigenvector
+from moe_heads.callbacks.functional.monitor import Monitor
 from moe_heads.callbacks.inputs import AnalysisInputs
 from moe_heads.callbacks.options import AnalysisOptions, OverRanks
 from moe_heads.callbacks.reporting import Mesh, Report
@@ -35,17 +36,24 @@ class Landscape:
     """The two cuts through the loss of one split.
 
     Attributes:
-        line: Along the top Hessian eigenvector, of unit length.
+        line: Along the top Hessian eigenvector, of unit length; None where a layer has no second derivative.
         plane: On a plane of two filter-normalised random directions; None for a split where it was not asked for.
+        ended: Why one of them is missing; "" when both are there.
     """
 
-    line: LossLandscapeResult
+    line: LossLandscapeResult | None
     plane: LossLandscapeResult | None
+    ended: str = ""
+
+    @property
+    def cuts(self) -> dict[str, LossLandscapeResult]:
+        """Those that are there, by name."""
+        return {name: cut for name, cut in (("line", self.line), ("plane", self.plane)) if cut is not None}
 
     @property
     def partial(self) -> str:
-        """Why one of them ended before its time; "" when both are whole."""
-        return self.line.partial or (self.plane.partial if self.plane else "")
+        """Why one of them ended before its time or is missing; "" when both are whole."""
+        return next((reason for reason in (self.ended, *(cut.partial for cut in self.cuts.values())) if reason), "")
 
 
 class LossLandscapeCallback(FitEndAnalysis):
@@ -104,49 +112,73 @@ class LossLandscapeCallback(FitEndAnalysis):
 
     @override
     def compute(self, inputs: AnalysisInputs) -> Landscape:
-        assert inputs.loss_fn is not None
-        options: dict[str, Any] = {
-            "accuracy_fn": _accuracy_of(inputs.model),
-            "seed": self.seed,
-            "ranks": inputs.ranks,
-        }
-        line = loss_landscape(
-            inputs.model,
-            inputs.loss_fn,
-            inputs.batches,
-            direction1=self._top_eigenvector(inputs),
-            alphas=torch.linspace(-self.line_reach, self.line_reach, self.line_points),
-            monitor=inputs.monitor.part(lambda line: Landscape(line, None)),
-            **options,
-        )
-        stand_ins = {other for split in self.plane_splits for other in self.fallbacks.get(split, ())} - {*self.splits}
-        if line.partial or inputs.split not in {*self.plane_splits, *stand_ins}:
-            return Landscape(line, None)
-        first, second = (
-            filter_normalized(inputs.model, random_direction(inputs.model, seed=2 * self.seed + i)) for i in (0, 1)
-        )
-        side = torch.linspace(-self.plane_reach, self.plane_reach, self.plane_points)
-        plane = loss_landscape(
-            inputs.model,
-            inputs.loss_fn,
-            inputs.batches,
-            direction1=first,
-            direction2=second,
-            alphas=side,
-            betas=side,
-            monitor=inputs.monitor.part(lambda plane: Landscape(line, plane)),
-            **options,
-        )
+        line, failure = None, None
+        try:
+            line = self._line(inputs)
+        except (RuntimeError, ValueError) as error:
+            # the plane needs no second derivative; what the line needs is told when the plane is there
+            failure = error
+        if failure is None:
+            inputs.monitor.keep(lambda reason: Landscape(line, None, reason))
+        is_cut_short = line is not None and line.partial
+        plane = self._plane(inputs, line) if self._wants_plane(inputs.split) and not is_cut_short else None
+        if failure is not None:
+            if plane is not None:
+                inputs.monitor.keep(lambda reason: Landscape(None, plane, reason))
+            raise failure
         return Landscape(line, plane)
 
     @override
     def report(self, result: Landscape) -> Report:
-        cuts = {"line": result.line} | ({} if result.plane is None else {"plane": result.plane})
+        cuts = result.cuts
+        metrics = {f"{cut}_{key}": value for cut, found in cuts.items() for key, value in found.metrics().items()}
+        texts = [f"### {cut.title()}\n\n{found.summary()}" for cut, found in cuts.items()]
+        if result.ended:
+            texts.append(f"**Partial**: {result.ended}.")
         return Report(
-            metrics={f"{cut}_{key}": value for cut, found in cuts.items() for key, value in found.metrics().items()},
-            texts={"summary": "\n\n".join(f"### {cut.title()}\n\n{found.summary()}" for cut, found in cuts.items())},
+            metrics=metrics | ({"partial": 1.0} if result.partial else {}),
+            texts={"summary": "\n\n".join(texts)},
             figures={cut: found.plot()[0] for cut, found in cuts.items()},
             meshes={"surface": Mesh(*result.plane.mesh())} if result.plane and result.plane.has_surface else {},
+        )
+
+    def _line(self, inputs: AnalysisInputs) -> LossLandscapeResult:
+        return self._landscape(
+            inputs,
+            inputs.monitor.part(lambda line: Landscape(line, None)),
+            direction1=self._top_eigenvector(inputs),
+            alphas=torch.linspace(-self.line_reach, self.line_reach, self.line_points),
+        )
+
+    def _wants_plane(self, split: Split) -> bool:
+        stand_ins = {other for wanted in self.plane_splits for other in self.fallbacks.get(wanted, ())}
+        return split in {*self.plane_splits, *(stand_ins - {*self.splits})}
+
+    def _plane(self, inputs: AnalysisInputs, line: LossLandscapeResult | None) -> LossLandscapeResult:
+        first, second = (
+            filter_normalized(inputs.model, random_direction(inputs.model, seed=2 * self.seed + i)) for i in (0, 1)
+        )
+        side = torch.linspace(-self.plane_reach, self.plane_reach, self.plane_points)
+        return self._landscape(
+            inputs,
+            inputs.monitor.part(lambda plane: Landscape(line, plane)),
+            direction1=first,
+            direction2=second,
+            alphas=side,
+            betas=side,
+        )
+
+    def _landscape(self, inputs: AnalysisInputs, monitor: Monitor, **grid: Any) -> LossLandscapeResult:
+        assert inputs.loss_fn is not None
+        return loss_landscape(
+            inputs.model,
+            inputs.loss_fn,
+            inputs.batches,
+            accuracy_fn=_accuracy_of(inputs.model),
+            seed=self.seed,
+            monitor=monitor,
+            ranks=inputs.ranks,
+            **grid,
         )
 
     def _top_eigenvector(self, inputs: AnalysisInputs) -> Tensor:

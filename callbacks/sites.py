@@ -10,6 +10,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
+from torch.utils.data import DataLoader
 from typing_extensions import override
 
 from moe_heads.callbacks.functional.batches import Batch, to_device
@@ -155,7 +156,7 @@ class TrainerlessSite(Site):
     """
 
     def __init__(self, loaders: Mapping[Split, Any], device: torch.device | str | None) -> None:
-        self._loaders = dict(loaders)
+        self._loaders = {split: _Batches(given) if _is_batches(given) else given for split, given in loaders.items()}
         self._device = None if device is None else torch.device(device)
 
     @override
@@ -191,3 +192,17 @@ class TrainerlessSite(Site):
     @override
     def log(self, prefix: str, report: Report, *, is_known: bool) -> None:
         """There is no logger: the result says it all."""
+
+
+class _Batches:
+    """A list of batches, which could be taken for a list of loaders."""
+
+    def __init__(self, batches: Sequence[Batch]) -> None:
+        self._batches = batches
+
+    def __iter__(self) -> Iterator[Batch]:
+        return iter(self._batches)
+
+
+def _is_batches(given: Any) -> bool:
+    return isinstance(given, (list, tuple)) and not any(isinstance(part, DataLoader) for part in given)

@@ -94,8 +94,8 @@ def expert_utilization(
             for size, (routings, labels) in data.evaluate(route):
                 sums.add(size, routings, labels, num_classes)
                 monitor.step(sums.num_samples, data.num_samples)
-        except TimeUp as error:
-            sums.partial = str(error)
+        except TimeUp:
+            sums.partial = monitor.end
     return _result(ranks.gather(sums), names, dead_below)
 
 
@@ -122,7 +122,7 @@ def _result(found: Sequence[_Sums], names: tuple[str, ...], dead_below: float) -
     partial = "; ".join(dict.fromkeys(sums.partial for sums in found if sums.partial))
     num_samples = sum(sums.num_samples for sums in found)
     if num_samples == 0:
-        raise TimeUp(partial)
+        raise TimeUp(f"{partial} before there was a result")
     heads: dict[str, UtilizationSums] = {}
     for sums in found:
         for name, head in sums.heads.items():

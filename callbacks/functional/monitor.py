@@ -47,6 +47,11 @@ class Monitor:
         self._build: Callable[[str], Any] | None = None
         self._forward: Callable[[Callable[[str], Any]], None] | None = None
 
+    @property
+    def end(self) -> str:
+        """Why an analysis ends when its time is over, for its ``partial``."""
+        return f"max_time = {self.max_time} s was over"
+
     def step(self, done: int, total: int | None = None, **quantities: float) -> None:
         """Say that ``done`` of ``total`` steps are done, and which values the quantities that converge have.
 
@@ -65,7 +70,7 @@ class Monitor:
             TimeUp: If the time is over.
         """
         if time.monotonic() > self._deadline:
-            raise TimeUp(f"max_time = {self.max_time:g} s was over before there was a result")
+            raise TimeUp(f"{self.end} before there was a result")
 
     def keep(self, build: Callable[[str], Any]) -> None:
         """Hold ``build(reason)``, which makes a result of what there is so far, marked by the reason it ends with."""
@@ -89,7 +94,7 @@ class Monitor:
         Raises:
             TimeUp: If there is nothing.
         """
-        result = self.partial(f"max_time = {self.max_time:g} s was over")
+        result = self.partial(self.end)
         if result is None:
             raise error
         return result

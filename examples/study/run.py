@@ -109,7 +109,11 @@ def run(options: Options, head: str, seed: int, data: ImageDataModule, show_prog
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
     metrics |= trainer.test(model, datamodule=data, verbose=False)[0]
     logger.finalize("success")
-    missing = [analysis.name for analysis in analyses if set(analysis.results) != set(analysis.splits)]
+    missing = [
+        analysis.name
+        for analysis in analyses
+        if set(analysis.results) != set(analysis.splits) or any(r.partial for r in analysis.results.values())
+    ]
     if missing:
         raise RuntimeError(f"{folder}: not finished, for want of {', '.join(missing)}; start again with --resume")
     size = capacity(model.head)
@@ -138,6 +142,7 @@ def _lines(analyses: list[FitEndAnalysis]) -> dict[str, dict[str, list[float]]]:
     return {
         split: {"alphas": result.line.alphas.tolist(), "losses": result.line.losses.tolist()}
         for split, result in landscape.results.items()
+        if result.line is not None
     }
 
 

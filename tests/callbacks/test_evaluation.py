@@ -5,10 +5,10 @@ from typing import Any
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import LightningModule
-from torch import Tensor
+from lightning.pytorch import Callback, LightningModule
+from torch import Tensor, nn
 
-from moe_heads.callbacks.evaluation import loss_of
+from moe_heads.callbacks.evaluation import check_forward, check_initialised, loss_of, warn_unless_repeatable
 
 
 class Module(LightningModule):
@@ -63,3 +63,75 @@ def test_manual_optimisation_needs_a_loss() -> None:
     with pytest.raises(MisconfigurationException, match="Module optimises by hand"):
         loss_of(module, None)
     assert loss_of(own, None)(own, None) == 2
+
+
+def test_a_training_step_that_reads_an_iterator_is_refused() -> None:
+    class Reading(LightningModule):
+        def training_step(self, dataloader_iter: Any) -> Tensor:
+            raise AssertionError
+
+    with pytest.raises(MisconfigurationException, match=r"Reading\.training_step takes its batches from dataloader_iter"):
+        loss_of(Reading(), None)
+
+
+def test_a_module_without_a_training_step_needs_a_loss() -> None:
+    with pytest.raises(MisconfigurationException, match="Linear has no training_step"):
+        loss_of(nn.Linear(1, 1), None)
+    with pytest.raises(MisconfigurationException, match="LightningModule has no training_step"):
+        loss_of(LightningModule(), None)
+
+
+def test_lazy_layers_are_refused_until_a_batch_has_gone_through() -> None:
+    model = nn.Sequential(nn.Linear(2, 3), nn.LazyBatchNorm1d())
+    with pytest.raises(MisconfigurationException, match=r"Sequential: 1\.weight is lazy and has no values yet"):
+        check_initialised(model)
+    model(torch.zeros(4, 2))
+    check_initialised(model)
+
+
+def test_a_module_without_forward_needs_a_forward_fn() -> None:
+    class Silent(LightningModule):
+        pass
+
+    with pytest.raises(MisconfigurationException, match="calls the module, and Silent has no forward"):
+        check_forward(Callback(), Silent(), None)
+    check_forward(Callback(), Silent(), lambda module, batch: batch)
+
+
+class Drifting(nn.Module):
+    """Carries a number from one call to the next, as a recurrent net carries its hidden state."""
+
+    def __init__(self, step: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(()))
+        self.step, self.state = step, 0.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.state += self.step
+        return self.weight * (x.mean() + self.state)
+
+
+def test_a_loss_that_differs_on_a_repeat_is_told_and_changes_nothing() -> None:
+    model = Drifting(0.5)
+    with pytest.warns(UserWarning, match=r"sharpness/train: the loss of one batch was 1\.5, and 2 on a repeat"):
+        warn_unless_repeatable(model, lambda m, batch: m(batch), torch.ones(4), "sharpness/train")
+    assert model.state == 0
+
+
+@pytest.mark.parametrize(
+    "loss_fn",
+    [
+        lambda m, batch: m(batch),
+        lambda m, batch: m(batch) + torch.randn(()),  # torch's random numbers are the same each time
+        lambda m, batch: m(batch) * float("nan"),  # told by the analysis, as not finite
+        lambda m, batch: "no loss",  # told by the analysis, as no scalar
+    ],
+)
+def test_a_repeatable_loss_is_not_remarked_upon(loss_fn: Any) -> None:
+    warn_unless_repeatable(Drifting(0.0), loss_fn, torch.ones(4), "sharpness/train")
+
+
+def test_numbers_from_outside_torch_are_noticed() -> None:
+    numbers = iter([1.0, 2.0])
+    with pytest.warns(UserWarning, match="draws numbers outside torch"):
+        warn_unless_repeatable(Drifting(0.0), lambda m, batch: m(batch) * next(numbers), torch.ones(4), "x")

@@ -73,9 +73,10 @@ def second_order_errors() -> Iterator[None]:
         if not any(part in str(error) for part in _NO_SECOND_DERIVATIVE):
             raise
         raise RuntimeError(
-            f"a layer of the model has no second derivative ({error}). For the analysis use its plain form: attention "
-            "inside analysis_mode (mathematical kernel), the module before torch.compile, torch operations in place of "
-            "a custom autograd function; on a GPU, torch.backends.cudnn.flags(enabled=False) for recurrent layers."
+            f"a layer of the model has no second derivative ({error}). For the analysis use its plain form: torch "
+            "operations in place of a custom autograd function or a fused activation (relu6(x + 3) / 6 for "
+            "hardsigmoid), attention inside analysis_mode (mathematical kernel); on a GPU, "
+            "torch.backends.cudnn.flags(enabled=False) for recurrent layers."
         ) from error
 
 

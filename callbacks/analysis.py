@@ -1,0 +1,197 @@
+"""How one split is analysed: sample, computation, what is kept of an error, and the record of the result."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from typing import Any, ClassVar
+
+import torch
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import nn
+
+from moe_heads.callbacks.functional.batches import LossFn
+from moe_heads.callbacks.functional.monitor import Monitor
+from moe_heads.callbacks.functional.ranks import Ranks
+from moe_heads.callbacks.inputs import AnalysisInputs, prepare
+from moe_heads.callbacks.options import OnError, OverRanks, Stage, Weights, check_options
+from moe_heads.callbacks.reporting import Report
+from moe_heads.callbacks.sample import Sample
+from moe_heads.callbacks.sites import Site, TrainerlessSite
+from moe_heads.callbacks.trainer_access import Split
+
+__all__ = ["Analysis", "described"]
+
+
+class Analysis(ABC):
+    """An analysis of a model on samples of its splits; `FitEndAnalysis` says when it runs, and what its options are.
+
+    Attributes:
+        results: Result by split.
+    """
+
+    name: str
+    needs_loss: ClassVar[bool] = True
+    fallbacks: ClassVar[Mapping[Split, Sequence[Split]]] = {"test": ("val",)}
+    over_ranks: ClassVar[OverRanks] = "same"
+    default_splits: ClassVar[Sequence[Split]] = ("train", "test")
+    default_num_samples: ClassVar[int] = 1000
+
+    def __init__(
+        self,
+        splits: Sequence[Split] | None = None,
+        num_samples: int | None = None,
+        batch_size: int | None = None,
+        seed: int = 0,
+        loss_fn: LossFn | None = None,
+        stages: Sequence[Stage] = ("fit", "validate", "test"),
+        every_n_epochs: int | None = None,
+        weights: Weights = "last",
+        max_time: float | None = None,
+        on_error: OnError = "warn",
+        name: str | None = None,
+    ) -> None:
+        self.splits: Sequence[Split] = self.default_splits if splits is None else splits
+        self.num_samples = self.default_num_samples if num_samples is None else num_samples
+        self.batch_size = 250 if batch_size is None else batch_size
+        self.seed, self.loss_fn, self.max_time, self.on_error = seed, loss_fn, max_time, on_error
+        self.stages, self.every_n_epochs, self.weights = stages, every_n_epochs, weights
+        self.name = type(self).name if name is None else name
+        check_options(self, needs_loss=self.needs_loss)
+        self.results: dict[Split, Any] = {}
+        self._known: dict[Split, tuple[bytes, Any]] = {}
+
+    @abstractmethod
+    def compute(self, inputs: AnalysisInputs) -> Any:
+        """Run the analysis and return its result."""
+
+    @abstractmethod
+    def report(self, result: Any) -> Report:
+        """What the result says, for the loggers."""
+
+    def analyse(
+        self,
+        model: nn.Module,
+        *,
+        train: Any | None = None,
+        val: Any | None = None,
+        test: Any | None = None,
+        device: torch.device | str | None = None,
+    ) -> dict[Split, Any]:
+        """Analyse a model without a Trainer: a checkpoint that was loaded, or a module that is trained elsewhere.
+
+        Errors and Ctrl-C are raised. The model is left bit for bit as it was, and where it was.
+
+        Args:
+            model: A LightningModule, or any module with a ``loss_fn`` for this callback.
+            train: Loader of the training data, or anything that gives batches when iterated; likewise the others.
+            val: Validation data.
+            test: Test data.
+            device: Where to analyse; by default where the model is.
+
+        Returns:
+            ``results``: result by split, of those that data were given for.
+
+        Raises:
+            ValueError: If no data are given.
+            MisconfigurationException: If the loss cannot be had.
+
+        Example:
+            >>> import torch
+            >>> from moe_heads.callbacks import SharpnessCallback
+            >>> batches = [(torch.randn(32, 4), torch.randint(3, (32,)))]
+            >>> sharpness = SharpnessCallback(loss_fn=lambda m, b: torch.nn.functional.cross_entropy(m(b[0]), b[1]))
+            >>> sharpness.analyse(torch.nn.Linear(4, 3), train=batches)["train"].num_samples
+            32
+        """
+        given: dict[Split, Any] = {"train": train, "val": val, "test": test}
+        given = {split: loaders for split, loaders in given.items() if loaders is not None}
+        if not given:
+            raise ValueError("train, val, test: expected data for at least one split; got none")
+        self.results, self._known = {}, {}
+        site = TrainerlessSite(given, device)
+        for split in given:
+            self.analyse_split(site, model, split, self.weights)
+        return self.results
+
+    def result_for(self, inputs: AnalysisInputs) -> Any | None:
+        """The whole result that is there for the same split, weights and samples, or None."""
+        key, result = self._known.get(inputs.split, (b"", None))
+        return result if key == inputs.key else None
+
+    def analyse_split(self, site: Site, model: nn.Module, split: Split, weights: Weights) -> Split | None:
+        """Analyse one split and record the result, also a partial one, before its error goes on.
+
+        Args:
+            site: Where.
+            model: The model.
+            split: The split asked for.
+            weights: Which weights.
+
+        Returns:
+            The split that was analysed, this one or the one that takes its place; None without data.
+        """
+        ranks = site.ranks(f"{self.name}/{split}")
+        error: BaseException | None = None
+        with site.progress(ranks.name) as show, ExitStack() as stack:
+            monitor = Monitor(self._max_time(site), show)
+            with ranks.together():
+                stack.enter_context(site.occupied(model, weights))
+            prepared = prepare(site, model, split, self, monitor, ranks)
+            if prepared is None:
+                return None
+            inputs, sample = prepared
+            result = self.result_for(inputs)
+            is_known = result is not None
+            try:
+                result = result if is_known else self._computed(inputs, ranks)
+            except (Exception, KeyboardInterrupt) as raised:
+                error = raised
+                reason = described(raised)
+                result = ranks.first(lambda: monitor.partial(reason))
+        # from here on the model is as it was, and the loggers are those of the run
+        if result is not None:
+            self._record(site, inputs, sample, result, is_known, is_told=error is not None)
+        if error is not None:
+            if result is not None:
+                error.add_note("(what was found before is kept, marked as partial)")
+            raise error
+        return inputs.split
+
+    def _computed(self, inputs: AnalysisInputs, ranks: Ranks) -> Any:
+        match self.over_ranks:
+            case "share":
+                return self.compute(inputs)
+            case "first":
+                return ranks.first(lambda: self.compute(inputs))
+            case "same":
+                with ranks.together():
+                    return self.compute(inputs)
+
+    def _record(
+        self, site: Site, inputs: AnalysisInputs, sample: Sample, result: Any, is_known: bool, is_told: bool
+    ) -> None:
+        prefix, partial = f"{self.name}/{inputs.split}", getattr(result, "partial", "")
+        self.results[inputs.split] = result
+        if not partial:
+            self._known[inputs.split] = inputs.key, result
+        elif not is_told:
+            rank_zero_warn(f"{prefix}: the result is partial: {partial}.")
+        site.log(prefix, _with_origin(self.report(result), sample), is_known=is_known)
+
+    def _max_time(self, site: Site) -> float | None:
+        # the other ranks wait for rank zero, and torch.distributed waits only so long
+        limits = [self.max_time, site.time_limit() if self.over_ranks == "first" else None]
+        return min((limit for limit in limits if limit is not None), default=None)
+
+
+def described(error: BaseException) -> str:
+    """Kind and message of an error, and the notes that were added to it."""
+    kind = "interrupted" if isinstance(error, KeyboardInterrupt) else f"failed with {type(error).__name__}: {error}"
+    return " ".join([kind, *getattr(error, "__notes__", [])])
+
+
+def _with_origin(report: Report, sample: Sample) -> Report:
+    """The report with a line below each text that says which samples it is about."""
+    line = f"\n\nSamples: {sample.description} ({sample.split} split)."
+    return replace(report, texts={name: text + line for name, text in report.texts.items()})

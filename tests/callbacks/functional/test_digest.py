@@ -1,0 +1,33 @@
+"""Fingerprints of tensors."""
+
+import torch
+
+from moe_heads.callbacks.functional.digest import digest_of
+
+
+def test_equal_bits_have_equal_digests_and_others_have_others() -> None:
+    x = torch.randn(3, 4)
+    assert digest_of([x]) == digest_of([x.clone()])
+    assert digest_of([x.t()]) == digest_of([x.t().contiguous()])
+    different = [
+        x + 1e-7,
+        x.view(4, 3),
+        x.double(),
+        x.to(torch.bfloat16),
+        x.sign().bool(),
+        torch.zeros(0),
+        torch.tensor(1.0),
+        torch.tensor(1),
+        torch.eye(3).to_sparse(),
+        torch.zeros(2),
+        -torch.zeros(2),
+    ]
+    digests = [digest_of([tensor]) for tensor in (x, *different)]
+    assert len(set(digests)) == len(digests)
+
+
+def test_order_and_borders_count() -> None:
+    x, y = torch.zeros(2), torch.ones(2)
+    assert digest_of([x, y]) != digest_of([y, x])
+    assert digest_of([torch.zeros(4)]) != digest_of([x, x])
+    assert digest_of([torch.nn.Parameter(x)]) == digest_of([x])
