@@ -1,13 +1,16 @@
-"""From a result to every logger of the trainer: numbers to all, figures, tables and meshes to TensorBoard."""
+"""From a result to every logger of the trainer: numbers to all, texts, figures and meshes where there is a place."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import singledispatch
 from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch import Trainer
-from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.loggers import Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
+from markdown import markdown
 
 from moe_heads.callbacks.trainer_access import write_hparams
 
@@ -15,6 +18,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 __all__ = ["Mesh", "Report", "log_hparams", "log_report"]
+
+# W&B shows HTML without any style: without these the columns of a table run into each other.
+_HTML_STYLE = "<style>body {font-family: sans-serif} td, th {padding: 2px 8px; text-align: left}</style>"
 
 
 @dataclass(frozen=True)
@@ -43,31 +49,81 @@ class Report:
     meshes: Mapping[str, Mesh] = field(default_factory=dict)
 
 
-def log_report(trainer: Trainer, prefix: str, report: Report) -> None:
-    """Write a report: numbers into ``trainer.callback_metrics`` and all loggers, the rest into TensorBoard.
+def log_report(trainer: Trainer, prefix: str, report: Report, *, to_loggers: bool = True) -> None:
+    """Write a report: numbers into ``trainer.callback_metrics`` and every logger, the rest where a logger shows it.
+
+    - TensorBoard: texts, figures and meshes under their keys.
+    - W&B: figures as images, texts as HTML panels; no meshes.
+    - MLflow: figures and texts as the artifacts ``<key>.png`` and ``<key>.md``, those of the last step; no meshes.
+    - Any other logger: numbers only.
+
+    A logger that raises is reported by a warning and left out of this report; the others get theirs.
 
     Args:
-        trainer: The trainer.
+        trainer: The trainer; its ``global_step`` is the step of everything.
         prefix: ``<analysis>/<split>``.
         report: The report.
+        to_loggers: False for a report that the loggers have already: the trainer forgets it from one call to the next.
     """
     metrics = {f"{prefix}/{name}": float(value) for name, value in report.metrics.items()}
     trainer.callback_metrics.update({name: torch.tensor(value) for name, value in metrics.items()})
-    if not trainer.is_global_zero:
+    if not trainer.is_global_zero or not to_loggers:
         return
     for logger in trainer.loggers:
-        logger.log_metrics(metrics, step=trainer.global_step)
-        if isinstance(logger, TensorBoardLogger):
-            _log_to_tensorboard(logger.experiment, prefix, report, trainer.global_step)
+        with _errors_as_warning(logger, prefix):
+            logger.log_metrics(metrics, step=trainer.global_step)
+            # on disk now: the next analysis may take long, and a killed run never finalizes its loggers
+            logger.save()
+            _log_media(logger, prefix, report, trainer.global_step)
 
 
-def _log_to_tensorboard(writer: Any, prefix: str, report: Report, step: int) -> None:
+@contextmanager
+def _errors_as_warning(logger: Logger, what: str) -> Iterator[None]:
+    """A disk that is full or a network that is down costs neither the other loggers nor the results."""
+    try:
+        yield
+    except Exception as error:
+        rank_zero_warn(
+            f"{what}: {type(logger).__name__} failed with {type(error).__name__}: {error}\nIt may lack a part of this"
+            " report; the other loggers get theirs, and the callback keeps its results."
+        )
+
+
+@singledispatch
+def _log_media(logger: Logger, prefix: str, report: Report, step: int) -> None:
+    """Write texts, figures and meshes; a kind of logger that is not registered below gets none."""
+
+
+@_log_media.register(TensorBoardLogger)
+def _(logger: TensorBoardLogger, prefix: str, report: Report, step: int) -> None:
+    writer = logger.experiment
     for name, text in report.texts.items():
         writer.add_text(f"{prefix}/{name}", text, step)
     for name, figure in report.figures.items():
         writer.add_figure(f"{prefix}/{name}", figure, step)
     for name, mesh in report.meshes.items():
         writer.add_mesh(f"{prefix}/{name}", mesh.vertices, colors=mesh.colors, faces=mesh.faces, global_step=step)
+
+
+@_log_media.register(WandbLogger)
+def _(logger: WandbLogger, prefix: str, report: Report, step: int) -> None:
+    # all through the logger, which gives the step as a metric: W&B drops what comes with a step below its own counter
+    from wandb import Html
+
+    for name, text in report.texts.items():
+        panel: Any = Html(_HTML_STYLE + markdown(text, extensions=["tables"]))
+        logger.log_metrics({f"{prefix}/{name}": panel}, step)
+    for name, figure in report.figures.items():
+        logger.log_image(f"{prefix}/{name}", [figure], step)
+
+
+@_log_media.register(MLFlowLogger)
+def _(logger: MLFlowLogger, prefix: str, report: Report, step: int) -> None:
+    client, run_id = logger.experiment, logger.run_id
+    for name, text in report.texts.items():
+        client.log_text(run_id, text, f"{prefix}/{name}.md")
+    for name, figure in report.figures.items():
+        client.log_figure(run_id, figure, f"{prefix}/{name}.png")
 
 
 @rank_zero_only
@@ -82,7 +138,8 @@ def log_hparams(trainer: Trainer) -> None:
                 " analyses of this run. Pass TensorBoardLogger(..., default_hp_metric=False)."
             )
         else:
-            write_hparams(logger, _scalars(dict(logger.hparams)))
+            with _errors_as_warning(logger, "HPARAMS"):
+                write_hparams(logger, _scalars(dict(logger.hparams)))
 
 
 def _scalars(hparams: Mapping[str, Any]) -> dict[str, Any]:
