@@ -11,7 +11,7 @@ import pytest
 from tests.support.sources import ROOT, sources
 
 MODULES = [name for name in sources() if not name.startswith("examples")]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 @pytest.mark.parametrize("name", MODULES)
