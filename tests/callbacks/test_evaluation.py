@@ -70,7 +70,9 @@ def test_a_training_step_that_reads_an_iterator_is_refused() -> None:
         def training_step(self, dataloader_iter: Any) -> Tensor:
             raise AssertionError
 
-    with pytest.raises(MisconfigurationException, match=r"Reading\.training_step takes its batches from dataloader_iter"):
+    with pytest.raises(
+        MisconfigurationException, match=r"Reading\.training_step takes its batches from dataloader_iter"
+    ):
         loss_of(Reading(), None)
 
 
