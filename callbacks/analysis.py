@@ -10,9 +10,9 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
-from moe_heads.callbacks.functional.batches import LossFn
-from moe_heads.callbacks.functional.monitor import Monitor
-from moe_heads.callbacks.functional.ranks import Ranks
+from moe_heads.callbacks.functional.common.batches import LossFn
+from moe_heads.callbacks.functional.common.monitor import Monitor
+from moe_heads.callbacks.functional.common.ranks import Ranks
 from moe_heads.callbacks.inputs import AnalysisInputs, prepare
 from moe_heads.callbacks.options import OnError, OverRanks, Stage, Weights, check_options
 from moe_heads.callbacks.reporting import Report

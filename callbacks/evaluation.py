@@ -11,11 +11,11 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor, nn
 
-from moe_heads.callbacks.functional.batches import Batch, ForwardFn, LossFn, cut, is_divisible
-from moe_heads.callbacks.functional.environment import device_of
-from moe_heads.callbacks.functional.microbatches import Microbatches
-from moe_heads.callbacks.functional.monitor import Monitor
-from moe_heads.callbacks.functional.preserve import analysis_mode
+from moe_heads.callbacks.functional.common.batches import Batch, ForwardFn, LossFn, cut, is_divisible
+from moe_heads.callbacks.functional.common.environment import device_of
+from moe_heads.callbacks.functional.common.microbatches import Microbatches
+from moe_heads.callbacks.functional.common.monitor import Monitor
+from moe_heads.callbacks.functional.common.preserve import analysis_mode
 
 __all__ = ["check_forward", "check_initialised", "loss_of", "warn_unless_repeatable"]
 

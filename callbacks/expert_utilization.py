@@ -11,7 +11,7 @@ from typing_extensions import Unpack, override
 from moe_heads.callbacks.evaluation import check_forward
 from moe_heads.callbacks.fit_end import FitEndAnalysis
 from moe_heads.callbacks.functional import ExpertUtilizationResult, expert_utilization
-from moe_heads.callbacks.functional.batches import ForwardFn, call_model
+from moe_heads.callbacks.functional.common.batches import ForwardFn, call_model
 from moe_heads.callbacks.functional.utilization.history import plot_load_history
 from moe_heads.callbacks.inputs import AnalysisInputs
 from moe_heads.callbacks.options import AnalysisOptions, OverRanks

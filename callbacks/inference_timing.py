@@ -10,7 +10,7 @@ from typing_extensions import Unpack, override
 from moe_heads.callbacks.evaluation import check_forward
 from moe_heads.callbacks.fit_end import FitEndAnalysis
 from moe_heads.callbacks.functional import InferenceTimingResult, inference_timing
-from moe_heads.callbacks.functional.batches import ForwardFn, call_model
+from moe_heads.callbacks.functional.common.batches import ForwardFn, call_model
 from moe_heads.callbacks.functional.inference_timing import check_timing_options
 from moe_heads.callbacks.inputs import AnalysisInputs
 from moe_heads.callbacks.options import AnalysisOptions, OverRanks

@@ -8,11 +8,11 @@ from lightning.pytorch import Trainer
 from torch import Tensor, nn
 
 from moe_heads.callbacks.evaluation import check_initialised, loss_of, warn_unless_repeatable
-from moe_heads.callbacks.functional.batches import Batch, LossFn, cut, is_divisible, leaves_of
-from moe_heads.callbacks.functional.digest import digest_of
-from moe_heads.callbacks.functional.monitor import Monitor
-from moe_heads.callbacks.functional.preserve import seed_generators
-from moe_heads.callbacks.functional.ranks import Ranks
+from moe_heads.callbacks.functional.common.batches import Batch, LossFn, cut, is_divisible, leaves_of
+from moe_heads.callbacks.functional.common.digest import digest_of
+from moe_heads.callbacks.functional.common.monitor import Monitor
+from moe_heads.callbacks.functional.common.preserve import seed_generators
+from moe_heads.callbacks.functional.common.ranks import Ranks
 from moe_heads.callbacks.options import Options, OverRanks
 from moe_heads.callbacks.sample import Sample, draw_sample
 from moe_heads.callbacks.sites import Site

@@ -16,9 +16,9 @@ from moe_heads.callbacks.functional import (
     loss_landscape,
     random_direction,
 )
-from moe_heads.callbacks.functional.batches import Batch
+from moe_heads.callbacks.functional.common.batches import Batch
+from moe_heads.callbacks.functional.common.monitor import Monitor
 from moe_heads.callbacks.functional.curvature import top_eigenvector
-from moe_heads.callbacks.functional.monitor import Monitor
 from moe_heads.callbacks.inputs import AnalysisInputs
 from moe_heads.callbacks.options import AnalysisOptions, OverRanks
 from moe_heads.callbacks.reporting import Mesh, Report

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from typing import Any, Literal, Protocol, TypedDict, get_args
 
-from moe_heads.callbacks.functional.batches import LossFn
-from moe_heads.callbacks.functional.monitor import check_max_time
+from moe_heads.callbacks.functional.common.batches import LossFn
+from moe_heads.callbacks.functional.common.monitor import check_max_time
 from moe_heads.callbacks.trainer_access import Split
 
 __all__ = ["AnalysisOptions", "OnError", "Options", "OverRanks", "Stage", "Weights", "check_options"]

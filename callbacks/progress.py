@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 from lightning.pytorch.utilities import rank_zero_warn
 
-from moe_heads.callbacks.functional.monitor import Show
+from moe_heads.callbacks.functional.common.monitor import Show
 
 __all__ = ["progress_bar"]
 

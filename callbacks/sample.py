@@ -11,8 +11,8 @@ from lightning.pytorch.utilities import CombinedLoader
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
-from moe_heads.callbacks.functional.batches import batch_size
-from moe_heads.callbacks.functional.monitor import Monitor
+from moe_heads.callbacks.functional.common.batches import batch_size
+from moe_heads.callbacks.functional.common.monitor import Monitor
 from moe_heads.callbacks.trainer_access import Split
 
 __all__ = ["Sample", "draw_sample"]

@@ -13,10 +13,10 @@ from torch import nn
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
-from moe_heads.callbacks.functional.batches import Batch, to_device
-from moe_heads.callbacks.functional.monitor import Show
-from moe_heads.callbacks.functional.preserve import preserved
-from moe_heads.callbacks.functional.ranks import Ranks
+from moe_heads.callbacks.functional.common.batches import Batch, to_device
+from moe_heads.callbacks.functional.common.monitor import Show
+from moe_heads.callbacks.functional.common.preserve import preserved
+from moe_heads.callbacks.functional.common.ranks import Ranks
 from moe_heads.callbacks.options import Weights
 from moe_heads.callbacks.progress import progress_bar
 from moe_heads.callbacks.reporting import Report, log_report

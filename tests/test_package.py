@@ -18,17 +18,25 @@ from tests.support.sources import ROOT, sources
 ALLOWED = {
     "moe_heads": {"moe_heads"},
     "moe_heads.lightning_modules": {"moe_heads", "moe_heads.lightning_modules"},
-    "moe_heads.callbacks.functional": {"moe_heads.callbacks.functional", "moe_heads.routing", "moe_heads.capacity"},
+    "moe_heads.callbacks.functional.common": {"moe_heads.callbacks.functional.common"},
+    "moe_heads.callbacks.functional": {
+        "moe_heads.callbacks.functional",
+        "moe_heads.callbacks.functional.common",
+        "moe_heads.routing",
+        "moe_heads.capacity",
+    },
     "moe_heads.callbacks": {
         "moe_heads.callbacks",
         "moe_heads.callbacks.functional",
+        "moe_heads.callbacks.functional.common",
         "moe_heads.routing",
         "moe_heads.capacity",
     },
 }
 FOREIGN = {
     "moe_heads": {"torch"},
-    "moe_heads.callbacks.functional": {"torch", "torchmetrics", "numpy", "scipy", "matplotlib"},
+    "moe_heads.callbacks.functional.common": {"torch", "numpy", "matplotlib", "typing_extensions"},
+    "moe_heads.callbacks.functional": {"torch", "numpy", "matplotlib"},
 }
 
 

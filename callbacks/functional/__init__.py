@@ -1,13 +1,13 @@
 """The analyses as plain functions of a model, a loss and batches: no Lightning in here."""
 
+from moe_heads.callbacks.functional.common.monitor import Monitor
+from moe_heads.callbacks.functional.common.preserve import analysis_mode, preserved
+from moe_heads.callbacks.functional.common.ranks import Ranks
 from moe_heads.callbacks.functional.expert_utilization import expert_utilization
 from moe_heads.callbacks.functional.inference_timing import inference_timing
 from moe_heads.callbacks.functional.landscape.directions import filter_normalized, random_direction
 from moe_heads.callbacks.functional.landscape.result import LossLandscapeResult
 from moe_heads.callbacks.functional.loss_landscape import loss_landscape
-from moe_heads.callbacks.functional.monitor import Monitor
-from moe_heads.callbacks.functional.preserve import analysis_mode, preserved
-from moe_heads.callbacks.functional.ranks import Ranks
 from moe_heads.callbacks.functional.sharpness import sharpness
 from moe_heads.callbacks.functional.sharpness_result import SharpnessResult
 from moe_heads.callbacks.functional.timing.result import InferenceTimingResult

@@ -6,12 +6,19 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
-from moe_heads.callbacks.functional.batches import Batch, ForwardFn, as_batches, batch_size, call_model, labels_of
-from moe_heads.callbacks.functional.environment import device_of
-from moe_heads.callbacks.functional.microbatches import Microbatches
-from moe_heads.callbacks.functional.monitor import Monitor, TimeUp
-from moe_heads.callbacks.functional.preserve import analysis_mode
-from moe_heads.callbacks.functional.ranks import Ranks
+from moe_heads.callbacks.functional.common.batches import (
+    Batch,
+    ForwardFn,
+    as_batches,
+    batch_size,
+    call_model,
+    labels_of,
+)
+from moe_heads.callbacks.functional.common.environment import device_of
+from moe_heads.callbacks.functional.common.microbatches import Microbatches
+from moe_heads.callbacks.functional.common.monitor import Monitor, TimeUp
+from moe_heads.callbacks.functional.common.preserve import analysis_mode
+from moe_heads.callbacks.functional.common.ranks import Ranks
 from moe_heads.callbacks.functional.utilization.result import ExpertUtilizationResult
 from moe_heads.callbacks.functional.utilization.sums import UtilizationSums
 from moe_heads.routing import Router, Routing, collect_routing

@@ -11,10 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moe_heads.callbacks.functional.batches import Batch, ForwardFn, batch_size, call_model, map_leaves, to_device
-from moe_heads.callbacks.functional.environment import device_of, environment_of, synchronize
-from moe_heads.callbacks.functional.monitor import Monitor, TimeUp
-from moe_heads.callbacks.functional.preserve import preserved
+from moe_heads.callbacks.functional.common.batches import (
+    Batch,
+    ForwardFn,
+    batch_size,
+    call_model,
+    map_leaves,
+    to_device,
+)
+from moe_heads.callbacks.functional.common.environment import device_of, environment_of, synchronize
+from moe_heads.callbacks.functional.common.monitor import Monitor, TimeUp
+from moe_heads.callbacks.functional.common.preserve import preserved
 from moe_heads.callbacks.functional.timing.result import InferenceTimingResult
 from moe_heads.callbacks.functional.timing.row import TimingRow
 from moe_heads.routing import Router

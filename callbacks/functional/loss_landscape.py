@@ -7,16 +7,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from moe_heads.callbacks.functional.batches import Batch, LossFn
-from moe_heads.callbacks.functional.environment import device_of
+from moe_heads.callbacks.functional.common.batches import Batch, LossFn
+from moe_heads.callbacks.functional.common.environment import device_of
+from moe_heads.callbacks.functional.common.microbatches import Microbatches
+from moe_heads.callbacks.functional.common.monitor import Monitor, TimeUp
+from moe_heads.callbacks.functional.common.parameters import trainable_parameters
+from moe_heads.callbacks.functional.common.preserve import analysis_mode
+from moe_heads.callbacks.functional.common.ranks import Ranks
 from moe_heads.callbacks.functional.landscape.directions import split_direction
 from moe_heads.callbacks.functional.landscape.result import LossLandscapeResult
 from moe_heads.callbacks.functional.landscape.routing_flips import Choices, choices_of, flip_share
-from moe_heads.callbacks.functional.microbatches import Microbatches
-from moe_heads.callbacks.functional.monitor import Monitor, TimeUp
-from moe_heads.callbacks.functional.parameters import trainable_parameters
-from moe_heads.callbacks.functional.preserve import analysis_mode
-from moe_heads.callbacks.functional.ranks import Ranks
 from moe_heads.routing import collect_routing
 
 __all__ = ["loss_landscape"]

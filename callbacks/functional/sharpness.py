@@ -7,16 +7,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from moe_heads.callbacks.functional.batches import Batch, LossFn
+from moe_heads.callbacks.functional.common.batches import Batch, LossFn
+from moe_heads.callbacks.functional.common.monitor import Monitor, TimeUp
+from moe_heads.callbacks.functional.common.parameters import trainable_parameters
+from moe_heads.callbacks.functional.common.preserve import analysis_mode
+from moe_heads.callbacks.functional.common.ranks import Ranks
 from moe_heads.callbacks.functional.curvature.density import spectral_density
 from moe_heads.callbacks.functional.curvature.lanczos import LanczosResult, lanczos
 from moe_heads.callbacks.functional.curvature.operator import HessianOperator
 from moe_heads.callbacks.functional.curvature.shared import shared_hessian
 from moe_heads.callbacks.functional.curvature.trace import MIN_PROBES, TraceResult, deflated_trace
-from moe_heads.callbacks.functional.monitor import Monitor, TimeUp
-from moe_heads.callbacks.functional.parameters import trainable_parameters
-from moe_heads.callbacks.functional.preserve import analysis_mode
-from moe_heads.callbacks.functional.ranks import Ranks
 from moe_heads.callbacks.functional.sharpness_result import SharpnessResult
 
 __all__ = ["check_sharpness_options", "sharpness"]

@@ -4,8 +4,8 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from moe_heads.callbacks.functional.common.figures import axes_of
 from moe_heads.callbacks.functional.curvature.density import SpectralDensity
-from moe_heads.callbacks.functional.figures import axes_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

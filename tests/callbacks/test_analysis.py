@@ -164,7 +164,7 @@ class SlowLoss:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 0.0
-        monkeypatch.setattr("moe_heads.callbacks.functional.monitor.time.monotonic", lambda: self.now)
+        monkeypatch.setattr("moe_heads.callbacks.functional.common.monitor.time.monotonic", lambda: self.now)
 
     def __call__(self, model: nn.Module, batch: Any) -> Tensor:
         self.now += 1.0

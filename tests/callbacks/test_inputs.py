@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from moe_heads.callbacks.functional.ranks import Ranks
+from moe_heads.callbacks.functional.common.ranks import Ranks
 from moe_heads.callbacks.inputs import _share
 
 

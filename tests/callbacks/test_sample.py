@@ -8,7 +8,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
-from moe_heads.callbacks.functional.monitor import Monitor
+from moe_heads.callbacks.functional.common.monitor import Monitor
 from moe_heads.callbacks.sample import Sample, draw_sample
 from tests.support.lightning_models import NUM_FEATURES, loader
 

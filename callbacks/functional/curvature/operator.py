@@ -8,7 +8,9 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from moe_heads.callbacks.functional.batches import Batch, LossFn, batch_size, leaves_of
+from moe_heads.callbacks.functional.common.batches import Batch, LossFn, batch_size, leaves_of
+from moe_heads.callbacks.functional.common.microbatches import Microbatches, free_memory, unless_out_of_memory
+from moe_heads.callbacks.functional.common.monitor import Monitor
 from moe_heads.callbacks.functional.curvature.loss_graph import (
     checked_loss,
     gradient_with_graph,
@@ -16,8 +18,6 @@ from moe_heads.callbacks.functional.curvature.loss_graph import (
     second_order_errors,
 )
 from moe_heads.callbacks.functional.curvature.parameters import selected_parameters
-from moe_heads.callbacks.functional.microbatches import Microbatches, free_memory, unless_out_of_memory
-from moe_heads.callbacks.functional.monitor import Monitor
 
 __all__ = ["CPU_GRAPH_MEMORY", "HessianOperator", "SymmetricOperator"]
 

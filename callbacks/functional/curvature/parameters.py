@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from moe_heads.callbacks.functional.parameters import trainable_parameters
+from moe_heads.callbacks.functional.common.parameters import trainable_parameters
 
 __all__ = ["selected_parameters"]
 

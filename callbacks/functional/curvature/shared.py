@@ -6,10 +6,10 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from moe_heads.callbacks.functional.batches import Batch, LossFn
+from moe_heads.callbacks.functional.common.batches import Batch, LossFn
+from moe_heads.callbacks.functional.common.monitor import Monitor
+from moe_heads.callbacks.functional.common.ranks import Ranks
 from moe_heads.callbacks.functional.curvature.operator import HessianOperator
-from moe_heads.callbacks.functional.monitor import Monitor
-from moe_heads.callbacks.functional.ranks import Ranks
 
 __all__ = ["shared_hessian"]
 

@@ -6,13 +6,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moe_heads.callbacks.functional.batches import Batch, LossFn
+from moe_heads.callbacks.functional.common.batches import Batch, LossFn
+from moe_heads.callbacks.functional.common.monitor import Monitor
+from moe_heads.callbacks.functional.common.preserve import analysis_mode
+from moe_heads.callbacks.functional.common.ranks import Ranks
 from moe_heads.callbacks.functional.curvature.lanczos import LanczosResult, lanczos
 from moe_heads.callbacks.functional.curvature.operator import HessianOperator
 from moe_heads.callbacks.functional.curvature.shared import shared_hessian
-from moe_heads.callbacks.functional.monitor import Monitor
-from moe_heads.callbacks.functional.preserve import analysis_mode
-from moe_heads.callbacks.functional.ranks import Ranks
 
 __all__ = ["top_eigenvector"]
 

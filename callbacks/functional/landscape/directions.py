@@ -7,7 +7,7 @@ A direction is a flat vector (P,) over the parameters that require a gradient, i
 import torch
 from torch import Tensor, nn
 
-from moe_heads.callbacks.functional.parameters import trainable_parameters
+from moe_heads.callbacks.functional.common.parameters import trainable_parameters
 
 __all__ = ["filter_normalized", "random_direction", "split_direction"]
 

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from moe_heads.callbacks.functional.figures import axes_of
+from moe_heads.callbacks.functional.common.figures import axes_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

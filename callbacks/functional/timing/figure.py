@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from moe_heads.callbacks.functional.figures import axes_of
+from moe_heads.callbacks.functional.common.figures import axes_of
 from moe_heads.callbacks.functional.timing.row import TimingRow
 
 if TYPE_CHECKING:

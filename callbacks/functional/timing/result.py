@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from moe_heads.callbacks.functional.environment import Environment
+from moe_heads.callbacks.functional.common.environment import Environment
 from moe_heads.callbacks.functional.timing.row import TimingRow
 
 if TYPE_CHECKING:

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from moe_heads.callbacks.functional.figures import axes_of
+from moe_heads.callbacks.functional.common.figures import axes_of
 from moe_heads.routing import RoutingStats
 
 if TYPE_CHECKING:

@@ -6,8 +6,8 @@ from sklearn.metrics import mutual_info_score
 from torch import Tensor, nn
 
 from moe_heads import Dense, SoftMoE, SparseMoE, collect_routing
+from moe_heads.callbacks.functional.common.monitor import Monitor
 from moe_heads.callbacks.functional.expert_utilization import expert_utilization
-from moe_heads.callbacks.functional.monitor import Monitor
 from moe_heads.callbacks.functional.utilization.head import HeadUtilization
 from moe_heads.callbacks.functional.utilization.result import ExpertUtilizationResult
 from tests.support.hand_routers import HandHead, HandModel

@@ -5,8 +5,8 @@ import torch
 from torch import Tensor, nn
 
 from moe_heads import Dense, SoftMoE
+from moe_heads.callbacks.functional.common.monitor import Monitor
 from moe_heads.callbacks.functional.inference_timing import inference_timing
-from moe_heads.callbacks.functional.monitor import Monitor
 from tests.support.hand_routers import HandHead
 from tests.support.untouched import untouched
 

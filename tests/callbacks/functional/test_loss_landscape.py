@@ -6,9 +6,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from moe_heads import SoftMoE, SparseMoE
+from moe_heads.callbacks.functional.common.monitor import Monitor
 from moe_heads.callbacks.functional.landscape.directions import filter_normalized, random_direction, split_direction
 from moe_heads.callbacks.functional.loss_landscape import loss_landscape
-from moe_heads.callbacks.functional.monitor import Monitor
 from tests.support.hand_routers import HandModel
 from tests.support.untouched import untouched
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from moe_heads.callbacks.functional.monitor import Monitor
+from moe_heads.callbacks.functional.common.monitor import Monitor
 from moe_heads.callbacks.functional.sharpness import sharpness
 from tests.support.hessians import classification, cross_entropy, dense_hessian, small_cnn, small_mlp
 

@@ -9,8 +9,8 @@ from scipy.sparse.linalg import LinearOperator, eigsh
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from moe_heads.callbacks.functional.common.preserve import analysis_mode
 from moe_heads.callbacks.functional.curvature.operator import HessianOperator
-from moe_heads.callbacks.functional.preserve import analysis_mode
 from tests.support.hessians import classification, cross_entropy, dense_hessian, small_cnn, small_mlp
 
 MODES = pytest.mark.parametrize("graph_memory", [None, 0], ids=["kept", "rebuilt"])

@@ -3,7 +3,7 @@ import warnings
 import torch
 from torch import nn
 
-from moe_heads.callbacks.functional.environment import environment_of
+from moe_heads.callbacks.functional.common.environment import environment_of
 from moe_heads.callbacks.functional.timing.result import InferenceTimingResult
 from moe_heads.callbacks.functional.timing.row import TimingRow
 

@@ -6,8 +6,8 @@ from typing import TypeVar
 
 import torch
 
-from moe_heads.callbacks.functional.batches import Batch, as_batches, batch_size, cut, is_divisible, to_device
-from moe_heads.callbacks.functional.monitor import Monitor
+from moe_heads.callbacks.functional.common.batches import Batch, as_batches, batch_size, cut, is_divisible, to_device
+from moe_heads.callbacks.functional.common.monitor import Monitor
 
 __all__ = ["Microbatches", "free_memory", "is_out_of_memory", "unless_out_of_memory"]
 

@@ -15,9 +15,9 @@ from moe_heads.callbacks.functional import (
     random_direction,
     sharpness,
 )
+from moe_heads.callbacks.functional.common.microbatches import Microbatches, is_out_of_memory, unless_out_of_memory
+from moe_heads.callbacks.functional.common.monitor import Monitor
 from moe_heads.callbacks.functional.curvature import HessianOperator
-from moe_heads.callbacks.functional.microbatches import Microbatches, is_out_of_memory, unless_out_of_memory
-from moe_heads.callbacks.functional.monitor import Monitor
 
 CPU = torch.device("cpu")
 

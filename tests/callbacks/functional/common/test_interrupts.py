@@ -8,9 +8,9 @@ import time
 import pytest
 import torch
 
-from moe_heads.callbacks.functional import preserve
-from moe_heads.callbacks.functional.interrupts import HeldInterrupts
-from moe_heads.callbacks.functional.preserve import preserved
+from moe_heads.callbacks.functional.common import preserve
+from moe_heads.callbacks.functional.common.interrupts import HeldInterrupts
+from moe_heads.callbacks.functional.common.preserve import preserved
 
 
 def press_ctrl_c() -> None:

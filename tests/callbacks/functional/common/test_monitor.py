@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from moe_heads.callbacks.functional.monitor import Monitor, TimeUp
+from moe_heads.callbacks.functional.common.monitor import Monitor, TimeUp
 
 
 @pytest.fixture

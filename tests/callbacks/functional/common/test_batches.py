@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from moe_heads.callbacks.functional.batches import (
+from moe_heads.callbacks.functional.common.batches import (
     as_batches,
     batch_size,
     call_model,

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from moe_heads import SparseMoE
 from moe_heads.callbacks.functional import expert_utilization, loss_landscape, random_direction, sharpness
-from moe_heads.callbacks.functional import ranks as ranks_module
-from moe_heads.callbacks.functional.monitor import Monitor, TimeUp
-from moe_heads.callbacks.functional.ranks import RankError, Ranks
+from moe_heads.callbacks.functional.common import ranks as ranks_module
+from moe_heads.callbacks.functional.common.monitor import Monitor, TimeUp
+from moe_heads.callbacks.functional.common.ranks import RankError, Ranks
 from tests.support.processes import NUM_RANKS, run_on_ranks
 
 

@@ -3,7 +3,7 @@
 import pytest
 from torch import nn
 
-from moe_heads.callbacks.functional.parameters import trainable_parameters
+from moe_heads.callbacks.functional.common.parameters import trainable_parameters
 
 
 def test_frozen_ones_are_left_out_and_shared_ones_come_once() -> None:

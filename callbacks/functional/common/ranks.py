@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moe_heads.callbacks.functional.interrupts import HeldInterrupts
+from moe_heads.callbacks.functional.common.interrupts import HeldInterrupts
 
 __all__ = ["RankError", "Ranks"]
 

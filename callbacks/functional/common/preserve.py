@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from moe_heads.callbacks.functional.contents import remember, write_back
-from moe_heads.callbacks.functional.interrupts import HeldInterrupts
+from moe_heads.callbacks.functional.common.contents import remember, write_back
+from moe_heads.callbacks.functional.common.interrupts import HeldInterrupts
 
 __all__ = ["analysis_mode", "preserved", "seed_generators"]
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from moe_heads.callbacks.functional.digest import digest_of
+from moe_heads.callbacks.functional.common.digest import digest_of
 
 
 def test_equal_bits_have_equal_digests_and_others_have_others() -> None:

@@ -1,7 +1,7 @@
 import torch
 from torch import nn
 
-from moe_heads.callbacks.functional.environment import device_of, environment_of, synchronize
+from moe_heads.callbacks.functional.common.environment import device_of, environment_of, synchronize
 
 
 def test_device_of_parameters_of_buffers_and_of_nothing() -> None:

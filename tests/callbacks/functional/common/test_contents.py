@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from moe_heads.callbacks.functional.contents import remember, write_back
+from moe_heads.callbacks.functional.common.contents import remember, write_back
 
 
 @pytest.mark.parametrize(

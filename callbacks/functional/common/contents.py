@@ -23,7 +23,7 @@ def remember(value: Any, known: Collection[int] = ()) -> Callable[[], Any]:
         known: Identities (``id``) of objects that are taken care of elsewhere.
 
     Example:
-        >>> from moe_heads.callbacks.functional.contents import remember
+        >>> from moe_heads.callbacks.functional.common.contents import remember
         >>> seen = [1, {"a": [2]}]
         >>> put_back = remember(seen)
         >>> seen[1]["a"].append(3)

@@ -3,7 +3,7 @@
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
-from moe_heads.callbacks.functional.figures import axes_of
+from moe_heads.callbacks.functional.common.figures import axes_of
 
 
 def test_a_new_figure_is_unknown_to_pyplot() -> None:
