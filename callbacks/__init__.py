@@ -5,11 +5,13 @@ from moe_heads.callbacks.fit_end import FitEndAnalysis
 from moe_heads.callbacks.inference_timing import InferenceTimingCallback
 from moe_heads.callbacks.inputs import AnalysisInputs
 from moe_heads.callbacks.loss_landscape import Landscape, LossLandscapeCallback
+from moe_heads.callbacks.options import AnalysisOptions
 from moe_heads.callbacks.reporting import Mesh, Report
 from moe_heads.callbacks.sharpness import SharpnessCallback
 
 __all__ = [
     "AnalysisInputs",
+    "AnalysisOptions",
     "ExpertUtilizationCallback",
     "FitEndAnalysis",
     "InferenceTimingCallback",

@@ -151,7 +151,8 @@ class Analysis(ABC):
                 result = ranks.first(lambda: monitor.partial(reason))
         # from here on the model is as it was, and the loggers are those of the run
         if result is not None:
-            self._record(site, inputs, sample, result, is_known, is_told=error is not None)
+            with ranks.together():
+                self._record(site, inputs, sample, result, is_known, is_told=error is not None)
         if error is not None:
             if result is not None:
                 error.add_note("(what was found before is kept, marked as partial)")

@@ -40,8 +40,8 @@ class ExpertUtilizationCallback(FitEndAnalysis):
     Args:
         class_names: Names of the classes; by default those of the data module, else numbers.
         forward_fn: ``forward_fn(pl_module, batch)``; by default the module is called with a batch's first entry.
-        options: What all analyses share, without a loss; see `FitEndAnalysis`. 10,000 samples by default: the class map
-            needs some of each class for each expert.
+        options: What all analyses share, without a loss; see `AnalysisOptions`. 10,000 samples by default: the class
+            map needs some of each class for each expert.
 
     Attributes:
         history: Statistics of each finished training epoch by name of the head.

@@ -35,23 +35,7 @@ class FitEndAnalysis(Analysis, Callback):
     and gives ``inputs.ranks`` to a function that adds up; "first", rank zero computes and the others wait.
 
     Args:
-        splits: Splits to analyse, of "train", "val" and "test"; by default train and test. A missing test loader falls
-            back to the validation data, and says so; a split without data is skipped, and says so.
-        num_samples: Samples drawn of each split; by default 1,000 as in arXiv 2601.15021.
-        batch_size: Samples a batch and process, by default 250; it decides memory and speed, not results.
-        seed: Seed of the draw and of the analysis.
-        loss_fn: ``loss_fn(pl_module, batch) -> scalar``; by default the module's ``analysis_loss(batch)``, else what
-            its ``training_step`` returns.
-        stages: Calls of the Trainer at whose end to run: "fit", "validate", "test".
-        every_n_epochs: Run also at the end of every n-th training epoch, on the weights as they are then; see
-            ``tracked``. None for never.
-        weights: "last": the weights at the end of fit; "best": those of the best checkpoint, loaded for the analysis
-            and put back afterwards.
-        max_time: Seconds for one split after which the best result so far is taken, marked as partial; None for any
-            time.
-        on_error: "warn": an analysis that fails is reported and the others go on; "raise": its error ends the run.
-        name: First part of the keys; by default the name of the analysis. Two analyses of one kind in one Trainer need
-            two names.
+        options: What all analyses share; see `AnalysisOptions`.
 
     Attributes:
         results: Result by split.

@@ -34,7 +34,7 @@ class InferenceTimingCallback(FitEndAnalysis):
         warmup_runs: Runs before them that do not count.
         modules: Dotted names of the parts to time; by default the model's backbone, head and heads with a router.
         forward_fn: ``forward_fn(pl_module, batch)``; by default the module is called with a batch's first entry.
-        options: What all analyses share, without a loss; see `FitEndAnalysis`. Only the test split by default, as the
+        options: What all analyses share, without a loss; see `AnalysisOptions`. Only the test split by default, as the
             time does not depend on the data; validation and then training data take its place. The number of samples
             follows from ``batch_sizes``.
 

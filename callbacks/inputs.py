@@ -83,7 +83,9 @@ def prepare(
         # samples that the data set augments are the same in every analysis of one seed
         seed_generators(analysis.seed)
         found = site.loader(split, analysis.fallbacks.get(split, ()))
-    if found is None:
+    # asked of all before any of them may go its own way
+    everybody_has_data = all(ranks.gather(found is not None))
+    if found is None or not everybody_has_data:
         return None
     split, loaders = found
 

@@ -74,7 +74,7 @@ class LossLandscapeCallback(FitEndAnalysis):
         plane_splits: Splits whose plane is computed; by default the first of ``splits``, since it costs most, and since
             a browser shows no more than 16 surfaces at once: TensorBoard shows each surface of each run twice. An empty
             list for no plane.
-        options: What all analyses share; see `FitEndAnalysis`.
+        options: What all analyses share; see `AnalysisOptions`.
 
     Example:
         >>> from moe_heads.callbacks import LossLandscapeCallback

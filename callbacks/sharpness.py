@@ -43,7 +43,7 @@ class SharpnessCallback(FitEndAnalysis):
         max_probes: Most random probes for the trace.
         blocks: Names of parameters by block; by default one block a child of the module.
         options: What all analyses share: splits, num_samples, batch_size, seed, loss_fn, stages, every_n_epochs,
-            weights, max_time, on_error, name; see `FitEndAnalysis`.
+            weights, max_time, on_error, name; see `AnalysisOptions`.
 
     Example:
         >>> from lightning.pytorch import Trainer
