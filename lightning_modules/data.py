@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from lightning.pytorch import LightningDataModule
@@ -190,8 +190,15 @@ class ImageDataModule(LightningDataModule, ABC):
         return LabelledImages(*self._splits[split], self.transform(augment))
 
     def _loader(self, dataset: LabelledImages, shuffle: bool = False) -> DataLoader[tuple[Tensor, Tensor]]:
-        options: dict[str, Any] = {"persistent_workers": self.num_workers > 0, "pin_memory": torch.cuda.is_available()}
-        return DataLoader(dataset, self.batch_size, shuffle, num_workers=self.num_workers, **options)
+        # by name: Lightning builds the loader anew with a distributed sampler and shuffle=False
+        return DataLoader(
+            dataset,
+            batch_size=self.batch_size,
+            shuffle=shuffle,
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+            pin_memory=torch.cuda.is_available(),
+        )
 
 
 def _select(images: Tensor | ImageFiles, labels: Tensor, mask: Tensor) -> RawSplit:

@@ -18,6 +18,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
+from moe_heads import SparseMoE
 from moe_heads.callbacks import (
     AnalysisInputs,
     ExpertUtilizationCallback,
@@ -27,6 +28,7 @@ from moe_heads.callbacks import (
     Report,
     SharpnessCallback,
 )
+from moe_heads.lightning_modules import DigitsCNN, DigitsDataModule, MoEClassifier
 from tests.support.lightning_models import PlainModule, assert_same, loader, snapshot
 
 SHARED = ("sharpness", "loss_landscape", "expert_utilization", "every_rank", "stream")
@@ -168,6 +170,28 @@ def test_spawned_processes_find_what_one_finds(alone: dict[str, float], tmp_path
     found = run(tmp_path, strategy=strategy, devices=2)
     assert_equal(found, alone)
     assert set(written(tmp_path)) >= set(alone) - {"nothing_lost"}
+
+
+def test_our_own_classifier_and_data_train_on_two_processes() -> None:
+    """Lightning builds the loaders anew with a distributed sampler; it could not when one was built by position."""
+    usage = ExpertUtilizationCallback(splits=["train"], num_samples=100)
+    model = MoEClassifier(DigitsCNN(), SparseMoE(64, 10, num_experts=4, expert_width=8), learning_rate=0.01)
+    options: dict[str, Any] = {"enable_progress_bar": False, "enable_model_summary": False, "logger": False}
+    strategy = DDPStrategy(process_group_backend="gloo", start_method="fork")
+    trainer = Trainer(
+        accelerator="cpu",
+        devices=2,
+        strategy=strategy,
+        max_epochs=1,
+        limit_train_batches=2,
+        limit_val_batches=1,
+        enable_checkpointing=False,
+        log_every_n_steps=1,
+        callbacks=[usage],
+        **options,
+    )
+    trainer.fit(model, datamodule=DigitsDataModule())
+    assert trainer.callback_metrics["expert_utilization/train/head/num_rows"] == 100
 
 
 SCRIPT = """

@@ -109,6 +109,7 @@ class LossLandscapeResult:
             ax: Axes to draw into; by default those of a new figure that pyplot does not know.
         """
         lost = f", {self.num_nonfinite} points not finite" if self.num_nonfinite else ""
+        lost += f", {self.num_unmeasured} points not measured" if self.num_unmeasured else ""
         title = f"loss {self.center_loss:.4g} at the centre ({self.num_samples} samples{lost})"
         alphas, losses = self.alphas.numpy(), self.losses.numpy()
         if self.betas is not None:
