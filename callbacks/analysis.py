@@ -4,6 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -11,7 +12,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
 from moe_heads.callbacks.functional.common.batches import LossFn
-from moe_heads.callbacks.functional.common.monitor import Monitor
+from moe_heads.callbacks.functional.common.monitor import Monitor, Show, TimeUp
 from moe_heads.callbacks.functional.common.ranks import Ranks
 from moe_heads.callbacks.inputs import AnalysisInputs, prepare
 from moe_heads.callbacks.options import OnError, OverRanks, Stage, Weights, check_options
@@ -44,7 +45,7 @@ class Analysis(ABC):
         batch_size: int | None = None,
         seed: int = 0,
         loss_fn: LossFn | None = None,
-        stages: Sequence[Stage] = ("fit", "validate", "test"),
+        stages: Sequence[Stage] | None = None,
         every_n_epochs: int | None = None,
         weights: Weights = "last",
         max_time: float | None = None,
@@ -108,6 +109,9 @@ class Analysis(ABC):
         given = {split: loaders for split, loaders in given.items() if loaders is not None}
         if not given:
             raise ValueError("train, val, test: expected data for at least one split; got none")
+        for split, loaders in given.items():
+            if isinstance(loaders, torch.Tensor):
+                raise ValueError(f"{split}: expected a loader or a list of batches; got one tensor: pass [tensor]")
         self.results, self._known = {}, {}
         site = TrainerlessSite(given, device)
         for split in given:
@@ -119,7 +123,9 @@ class Analysis(ABC):
         key, result = self._known.get(inputs.split, (b"", None))
         return result if key == inputs.key else None
 
-    def analyse_split(self, site: Site, model: nn.Module, split: Split, weights: Weights) -> Split | None:
+    def analyse_split(
+        self, site: Site, model: nn.Module, split: Split, weights: Weights
+    ) -> tuple[Split, Mapping[str, float]] | None:
         """Analyse one split and record the result, also a partial one, before its error goes on.
 
         Args:
@@ -129,61 +135,88 @@ class Analysis(ABC):
             weights: Which weights.
 
         Returns:
-            The split that was analysed, this one or the one that takes its place; None without data.
+            The split that was analysed, this one or the one that takes its place, and the numbers that were logged;
+            None without data.
         """
         ranks = site.ranks(f"{self.name}/{split}")
+        with ranks.working():
+            return self._analyse_split(site, model, split, weights, ranks)
+
+    def _analyse_split(
+        self, site: Site, model: nn.Module, split: Split, weights: Weights, ranks: Ranks
+    ) -> tuple[Split, Mapping[str, float]] | None:
         error: BaseException | None = None
         with site.progress(ranks.name) as show, ExitStack() as stack:
-            monitor = Monitor(self._max_time(site), show)
+            monitor = self._monitor(site, show, ranks)
+            stack.callback(monitor.forget)
             with ranks.together():
                 stack.enter_context(site.occupied(model, weights))
             prepared = prepare(site, model, split, self, monitor, ranks)
             if prepared is None:
                 return None
             inputs, sample = prepared
-            result = self.result_for(inputs)
-            is_known = result is not None
+            is_known = all(ranks.gather(self.result_for(inputs) is not None))
+            result = None
             try:
-                result = result if is_known else self._computed(inputs, ranks)
+                result = self.result_for(inputs) if is_known else self._computed(inputs, ranks)
             except (Exception, KeyboardInterrupt) as raised:
                 error = raised
-                reason = described(raised)
-                result = ranks.first(lambda: monitor.partial(reason))
+            if error is not None:
+                result = ranks.first(partial(_partial, monitor, error))
+        if isinstance(error, TimeUp) and result is not None:
+            error = None  # the time was over, and there is a result
         # from here on the model is as it was, and the loggers are those of the run
+        metrics: Mapping[str, float] = {}
         if result is not None:
             with ranks.together():
-                self._record(site, inputs, sample, result, is_known, is_told=error is not None)
+                metrics = self._record(site, inputs, sample, result, is_known, is_told=error is not None)
         if error is not None:
             if result is not None:
                 error.add_note("(what was found before is kept, marked as partial)")
+            if inputs.split != split:
+                error.add_note(f"({inputs.split} data took the place of {split} data)")
             raise error
-        return inputs.split
+        return inputs.split, metrics
 
     def _computed(self, inputs: AnalysisInputs, ranks: Ranks) -> Any:
-        match self.over_ranks:
-            case "share":
+        if self.over_ranks == "same":
+            with ranks.together():
                 return self.compute(inputs)
-            case "first":
-                return ranks.first(lambda: self.compute(inputs))
-            case "same":
-                with ranks.together():
-                    return self.compute(inputs)
+        if self.over_ranks == "share" and inputs.ranks.size == ranks.size:
+            return self.compute(inputs)
+        # also where the sample could not be shared
+        return ranks.first(lambda: self.compute(inputs))
 
     def _record(
         self, site: Site, inputs: AnalysisInputs, sample: Sample, result: Any, is_known: bool, is_told: bool
-    ) -> None:
-        prefix, partial = f"{self.name}/{inputs.split}", getattr(result, "partial", "")
+    ) -> Mapping[str, float]:
+        prefix, ended = f"{self.name}/{inputs.split}", getattr(result, "partial", "")
         self.results[inputs.split] = result
-        if not partial:
+        if ended and not is_told:
+            rank_zero_warn(f"{prefix}: the result is partial: {ended}.")
+        report = self.report(result)
+        site.log(prefix, _with_origin(report, sample), is_known=is_known)
+        if not ended:
             self._known[inputs.split] = inputs.key, result
-        elif not is_told:
-            rank_zero_warn(f"{prefix}: the result is partial: {partial}.")
-        site.log(prefix, _with_origin(self.report(result), sample), is_known=is_known)
+        return report.metrics
 
-    def _max_time(self, site: Site) -> float | None:
+    def _monitor(self, site: Site, show: Show, ranks: Ranks) -> Monitor:
+        check = ranks.interrupts.check
+        limit = site.time_limit() if self.over_ranks == "first" else None
+        if limit is None or (self.max_time is not None and self.max_time <= limit):
+            return Monitor(self.max_time, show, on_tick=check)
         # the other ranks wait for rank zero, and torch.distributed waits only so long
-        limits = [self.max_time, site.time_limit() if self.over_ranks == "first" else None]
-        return min((limit for limit in limits if limit is not None), default=None)
+        end = f"half of the time for which the other ranks wait ({limit:g} s) was over"
+        return Monitor(limit, show, end=end, on_tick=check)
+
+
+def _partial(monitor: Monitor, error: BaseException) -> Any | None:
+    """What there is when an error ends an analysis; the error is what matters, whatever becomes of this."""
+    try:
+        return monitor.partial(monitor.end if isinstance(error, TimeUp) else described(error))
+    except (ValueError, RuntimeError) as failure:
+        error.add_note(f"(what was found before could not be kept: {failure})")
+        return None
 
 
 def described(error: BaseException) -> str:

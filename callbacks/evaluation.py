@@ -17,7 +17,7 @@ from moe_heads.callbacks.functional.common.microbatches import Microbatches
 from moe_heads.callbacks.functional.common.monitor import Monitor
 from moe_heads.callbacks.functional.common.preserve import analysis_mode
 
-__all__ = ["check_forward", "check_initialised", "loss_of", "warn_unless_repeatable"]
+__all__ = ["check_forward", "check_initialised", "draws_random_numbers", "loss_of"]
 
 # What the order of a sum on several threads or on a GPU may change in single precision.
 _ROUNDING = 1e-5
@@ -79,28 +79,32 @@ def check_initialised(model: nn.Module) -> None:
         )
 
 
-def warn_unless_repeatable(model: nn.Module, loss_fn: LossFn, batch: Batch, name: str) -> None:
-    """Evaluate the loss of a batch twice, from the same random numbers, and say so when the two differ.
+def draws_random_numbers(model: nn.Module, loss_fn: LossFn, batch: Batch, name: str) -> bool:
+    """Evaluate the loss of a batch twice from the same random numbers, and once from others.
 
-    A hidden state that is carried on, or random numbers that do not come from torch, make them differ: then there is
-    no function of the weights whose curvature or landscape could be known.
+    It is said when the first two differ, as by a hidden state that is carried on, or by random numbers that do not come
+    from torch: then there is no function of the weights whose curvature or landscape could be known.
+
+    Returns:
+        Whether the loss depends on torch's random numbers.
     """
     few = cut(batch, 0, _FEW_SAMPLES) if is_divisible(batch) else batch
     data = Microbatches([few], device_of(model), Monitor())
-    with analysis_mode(model), torch.no_grad():
+    with analysis_mode(model):  # with gradients: a loss may take some itself
         losses = []
-        for _ in range(2):
-            torch.manual_seed(0)
+        for seed in (0, 0, 1):
+            torch.manual_seed(seed)
             losses.append(next(loss for _, loss in data.evaluate(lambda index, part: loss_fn(model, part))))
     if not all(isinstance(loss, Tensor) and loss.numel() == 1 for loss in losses):
-        return  # told by the analysis itself, with the same words as without a Trainer
-    first, second = map(float, losses)
-    if abs(first - second) > _ROUNDING * max(abs(first), abs(second)):
+        return False  # told by the analysis itself, with the same words as without a Trainer
+    first, second, third = (float(loss.detach()) for loss in losses)
+    if _differ(first, second):
         rank_zero_warn(
             f"{name}: the loss of one batch was {first:.8g}, and {second:.8g} on a repeat with the same weights and"
             " random numbers. The module carries a state from one batch to the next, or draws numbers outside torch:"
             f" the result is a mixture. {_REMEDY}"
         )
+    return not _differ(first, second) and _differ(second, third)
 
 
 def check_forward(callback: Callback, pl_module: nn.Module, forward_fn: ForwardFn | None) -> None:
@@ -114,6 +118,10 @@ def check_forward(callback: Callback, pl_module: nn.Module, forward_fn: ForwardF
             f"{type(callback).__name__} calls the module, and {type(pl_module).__name__} has no forward. Define it, or"
             " pass forward_fn=lambda module, batch: ... to the callback."
         )
+
+
+def _differ(first: float, second: float) -> bool:
+    return abs(first - second) > _ROUNDING * max(abs(first), abs(second))
 
 
 def _training_loss(model: nn.Module, batch: Batch) -> Tensor:

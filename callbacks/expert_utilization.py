@@ -115,6 +115,7 @@ class ExpertUtilizationCallback(FitEndAnalysis):
             # equal on every rank already; without sync_dist Lightning warns
             pl_module.log_dict(named, sync_dist=True)
         self._epoch = {}
+        super().on_train_epoch_end(trainer, pl_module)
 
     @override
     def compute(self, inputs: AnalysisInputs) -> ExpertUtilizationResult:

@@ -1,6 +1,6 @@
 """The base of the callbacks: when an analysis runs, and what an error or Ctrl-C in it costs."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -9,7 +9,7 @@ from typing_extensions import Unpack, override
 
 from moe_heads.callbacks.analysis import Analysis, described
 from moe_heads.callbacks.evaluation import loss_of
-from moe_heads.callbacks.options import AnalysisOptions, Weights
+from moe_heads.callbacks.options import AnalysisOptions, Stage, Weights
 from moe_heads.callbacks.reporting import log_hparams
 from moe_heads.callbacks.sites import TrainerSite
 from moe_heads.callbacks.trainer_access import Split, is_sharded
@@ -21,9 +21,9 @@ class FitEndAnalysis(Analysis, Callback):
     """A callback that analyses the trained model when fit ends.
 
     It runs in ``on_fit_end``: checkpoints are written and averaged weights are in place by then, so an analysis that
-    fails costs nothing. It also runs at the end of ``trainer.validate`` and ``trainer.test``, on the split evaluated
-    there, every n epochs while training if asked to, and by a plain call of `analyse` without any Trainer. The same
-    weights on the same samples are not analysed twice: the result that is there stands.
+    fails costs nothing. Where there was no fit, it runs at the end of ``trainer.validate`` and ``trainer.test``, on the
+    split evaluated there. It also runs every n epochs while training if asked to, and by a plain call of `analyse`
+    without any Trainer. Within one fit the same weights on the same samples are not analysed twice.
 
     Each split is analysed by itself. The results are kept in ``results``, the numbers go to
     ``trainer.callback_metrics`` and every logger under ``<name>/<split>/<quantity>``, and figures, tables and meshes to
@@ -48,6 +48,7 @@ class FitEndAnalysis(Analysis, Callback):
     def __init__(self, **options: Unpack[AnalysisOptions]) -> None:
         super().__init__(**options)
         self.tracked: dict[Split, dict[int, Mapping[str, float]]] = {}
+        self._has_fitted = False
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -64,12 +65,14 @@ class FitEndAnalysis(Analysis, Callback):
             )
         if stage != "fit":
             return
-        if self.weights == "best" and trainer.checkpoint_callback is None:
+        at_the_end = "fit" in self._stages
+        is_dry = bool(trainer.fast_dev_run)  # type: ignore[attr-defined]
+        if at_the_end and self.weights == "best" and trainer.checkpoint_callback is None and not is_dry:
             raise MisconfigurationException(
                 f"{owner}(weights='best') needs a checkpoint, and the Trainer writes none. Give it a"
                 " ModelCheckpoint(monitor=...), or analyse weights='last'."
             )
-        if self.needs_loss:
+        if self.needs_loss and (at_the_end or self.every_n_epochs is not None):
             # a loss that cannot be had is told before training, not after it
             loss_of(pl_module, self.loss_fn)
 
@@ -77,6 +80,12 @@ class FitEndAnalysis(Analysis, Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # before any analysis of this fit: another one may ask for these results
         self.results, self.tracked, self._known = {}, {}, {}
+        self._has_fitted = True
+
+    @override
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        # what is known of weights and samples holds within one run: between two, anything may change
+        self._known = {}
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -84,12 +93,12 @@ class FitEndAnalysis(Analysis, Callback):
         if self.every_n_epochs is None or (epoch + 1) % self.every_n_epochs:
             return
         self.results = {}  # those of an earlier epoch are not those of this one
-        for split in self._analyse_all(trainer, pl_module, self.splits, "last"):
-            self.tracked.setdefault(split, {})[epoch] = self.report(self.results[split]).metrics
+        for split, metrics in self._analyse_all(trainer, pl_module, self.splits, "last").items():
+            self.tracked.setdefault(split, {})[epoch] = metrics
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if "fit" in self.stages:
+        if "fit" in self._stages:
             self.results = {}
             self._analyse_all(trainer, pl_module, self.splits, self.weights)
         if self is _analyses_of(trainer)[-1]:
@@ -97,31 +106,37 @@ class FitEndAnalysis(Analysis, Callback):
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if "validate" in self.stages and trainer.state.fn == "validate":
+        if "validate" in self._stages and trainer.state.fn == "validate":
             self.results.pop("val", None)
             self._analyse_all(trainer, pl_module, ["val"], "last")
 
     @override
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if "test" in self.stages:
+        if "test" in self._stages:
             self.results.pop("test", None)
             self._analyse_all(trainer, pl_module, ["test"], "last")
 
+    @property
+    def _stages(self) -> Sequence[Stage]:
+        if self.stages is not None:
+            return self.stages
+        return ("fit",) if self._has_fitted else ("fit", "validate", "test")
+
     def _analyse_all(
         self, trainer: Trainer, pl_module: LightningModule, splits: Iterable[Split], weights: Weights
-    ) -> list[Split]:
+    ) -> dict[Split, Mapping[str, float]]:
         """Analyse splits one by one; an error or Ctrl-C ends the analysis of a split, not the run.
 
         Returns:
-            The splits that were analysed.
+            The numbers of the splits that were analysed.
         """
         site = TrainerSite(trainer, type(self).__name__)
-        done: list[Split] = []
+        done: dict[Split, Mapping[str, float]] = {}
         for split in splits:
             name = f"{self.name}/{split}"
             try:
                 analysed = self.analyse_split(site, pl_module, split, weights)
-                done += [] if analysed is None else [analysed]
+                done.update([] if analysed is None else [analysed])
             except KeyboardInterrupt as error:
                 rank_zero_warn(f"{name}: {described(error)}. The trained model is as it was.")
             except Exception as error:

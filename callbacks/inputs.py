@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
 from lightning.pytorch import Trainer
-from torch import Tensor, nn
+from torch import nn
 
-from moe_heads.callbacks.evaluation import check_initialised, loss_of, warn_unless_repeatable
+from moe_heads.callbacks.evaluation import check_initialised, draws_random_numbers, loss_of
 from moe_heads.callbacks.functional.common.batches import Batch, LossFn, cut, is_divisible, leaves_of
 from moe_heads.callbacks.functional.common.digest import digest_of
 from moe_heads.callbacks.functional.common.monitor import Monitor
@@ -83,17 +83,18 @@ def prepare(
         # samples that the data set augments are the same in every analysis of one seed
         seed_generators(analysis.seed)
         found = site.loader(split, analysis.fallbacks.get(split, ()))
-    # asked of all before any of them may go its own way
-    everybody_has_data = all(ranks.gather(found is not None))
-    if found is None or not everybody_has_data:
+    # rank zero draws, so its data count
+    there = ranks.first(lambda: None if found is None else found[0])
+    if there is None:
         return None
-    split, loaders = found
+    split = there
 
     def draw() -> Sample:
         num_samples, num_batches = site.limits(split, analysis.num_samples)
+        assert found is not None
         return draw_sample(
             split,
-            loaders,
+            found[1],
             num_samples,
             analysis.batch_size * (ranks.size if shares else 1),
             analysis.seed,
@@ -104,18 +105,20 @@ def prepare(
 
     sample = ranks.first(draw)
     key = ranks.first(lambda: _key(model, sample))
-    share = _share(sample.batches, ranks) if shares else None
+    with ranks.together():
+        first = site.transfer(sample.batches[0])
+        is_random = loss_fn is not None and draws_random_numbers(model, loss_fn, first, ranks.name)
+    # random numbers drawn for a part of a batch are not those drawn for the whole
+    share = _share(sample.batches, ranks) if shares and not any(ranks.gather(is_random)) else None
     with ranks.together():
         batches = [site.transfer(batch) for batch in share or sample.batches]
-        if loss_fn is not None:
-            warn_unless_repeatable(model, loss_fn, batches[0], ranks.name)
     alone = Ranks(name=ranks.name)
     return AnalysisInputs(model, loss_fn, batches, split, key, monitor, ranks if share else alone, site.trainer), sample
 
 
 def _key(model: nn.Module, sample: Sample) -> bytes:
-    inside = [leaf for batch in sample.batches for leaf in leaves_of(batch) if isinstance(leaf, Tensor)]
-    return digest_of([*model.parameters(), *model.buffers(), *inside])
+    inside = [leaf for batch in sample.batches for leaf in leaves_of(batch)]
+    return digest_of([*model.parameters(), *model.buffers(), [p.requires_grad for p in model.parameters()], *inside])
 
 
 def _share(batches: Sequence[Batch], ranks: Ranks) -> list[Batch] | None:

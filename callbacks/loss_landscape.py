@@ -17,7 +17,7 @@ from moe_heads.callbacks.functional import (
     random_direction,
 )
 from moe_heads.callbacks.functional.common.batches import Batch
-from moe_heads.callbacks.functional.common.monitor import Monitor
+from moe_heads.callbacks.functional.common.monitor import Monitor, TimeUp
 from moe_heads.callbacks.functional.curvature import top_eigenvector
 from moe_heads.callbacks.inputs import AnalysisInputs
 from moe_heads.callbacks.options import AnalysisOptions, OverRanks
@@ -29,6 +29,9 @@ __all__ = ["Landscape", "LossLandscapeCallback"]
 
 # TensorBoard's mesh viewer addresses 65,536 vertices.
 _MAX_PLANE_POINTS = 256
+
+# Relative residual above which an eigenvector of a sharpness run is not taken over.
+_EIGENVECTOR_TOLERANCE = 1e-3
 
 
 @dataclass(frozen=True)
@@ -115,13 +118,23 @@ class LossLandscapeCallback(FitEndAnalysis):
         line, failure = None, None
         try:
             line = self._line(inputs)
-        except (RuntimeError, ValueError) as error:
-            # the plane needs no second derivative; what the line needs is told when the plane is there
+        except TimeUp:
+            raise
+        except Exception as error:
+            # The plane needs no second derivative; what the line needs is told when the plane is there. Of any kind,
+            # since on another rank it is of another kind.
             failure = error
         if failure is None:
             inputs.monitor.keep(lambda reason: Landscape(line, None, reason))
         is_cut_short = line is not None and line.partial
-        plane = self._plane(inputs, line) if self._wants_plane(inputs.split) and not is_cut_short else None
+        plane = None
+        if self._wants_plane(inputs.split) and not is_cut_short:
+            try:
+                plane = self._plane(inputs, line)
+            except TimeUp:
+                raise
+            except Exception as error:
+                failure = failure or error
         if failure is not None:
             if plane is not None:
                 inputs.monitor.keep(lambda reason: Landscape(None, plane, reason))
@@ -187,13 +200,15 @@ class LossLandscapeCallback(FitEndAnalysis):
         for callback in callbacks:
             if isinstance(callback, SharpnessCallback) and callback.loss_fn == self.loss_fn:
                 found: SharpnessResult | None = callback.result_for(inputs)
-                if found is not None and found.eigenvectors is not None:
-                    return found.eigenvectors[0]
+                vectors = None if found is None else found.eigenvectors
+                if found is not None and vectors is not None and found.residuals[0] <= _EIGENVECTOR_TOLERANCE:
+                    return vectors[0]
         assert inputs.loss_fn is not None
         return top_eigenvector(
             inputs.model,
             inputs.loss_fn,
             inputs.batches,
+            tolerance=_EIGENVECTOR_TOLERANCE,
             seed=self.seed,
             monitor=inputs.monitor,
             ranks=inputs.ranks,

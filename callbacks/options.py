@@ -31,7 +31,9 @@ class AnalysisOptions(TypedDict, total=False):
         seed: Seed of the draw and of the analysis, by default 0.
         loss_fn: ``loss_fn(pl_module, batch) -> scalar``; by default the module's ``analysis_loss(batch)``, else what
             its ``training_step`` returns.
-        stages: Calls of the Trainer at whose end to run; by default all of "fit", "validate" and "test".
+        stages: Calls of the Trainer at whose end to run, of "fit", "validate" and "test"; by default None: "fit", and
+            the other two where this callback has seen no fit, so that ``trainer.test`` after a fit analyses nothing
+            once more.
         every_n_epochs: Run also at the end of every n-th training epoch, on the weights as they are then; see
             ``FitEndAnalysis.tracked``. By default None, never.
         weights: "last", the default: the weights at the end of fit; "best": those of the best checkpoint, loaded for
@@ -49,7 +51,7 @@ class AnalysisOptions(TypedDict, total=False):
     batch_size: int | None
     seed: int
     loss_fn: LossFn | None
-    stages: Sequence[Stage]
+    stages: Sequence[Stage] | None
     every_n_epochs: int | None
     weights: Weights
     max_time: float | None
@@ -65,7 +67,7 @@ class Options(Protocol):
     batch_size: int
     seed: int
     loss_fn: LossFn | None
-    stages: Sequence[Stage]
+    stages: Sequence[Stage] | None
     every_n_epochs: int | None
     weights: Weights
     max_time: float | None
@@ -84,10 +86,13 @@ def check_options(options: Options, *, needs_loss: bool) -> None:
         ValueError: If one of them is out of range; names it, what was expected and what came.
     """
     _check_choices("splits", options.splits, get_args(Split))
-    _check_choices("stages", options.stages, get_args(Stage))
+    if options.stages is not None:
+        _check_choices("stages", options.stages, get_args(Stage))
     _check_count("num_samples", options.num_samples, 1)
     _check_count("batch_size", options.batch_size, 1)
     _check_count("seed", options.seed, 0)
+    if options.seed >= 2**63:
+        raise ValueError(f"seed: expected an integer below 2**63; got {options.seed}")
     if options.every_n_epochs is not None:
         _check_count("every_n_epochs", options.every_n_epochs, 1)
     _check_choice("weights", options.weights, get_args(Weights))

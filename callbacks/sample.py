@@ -8,6 +8,7 @@ from typing import Any, cast
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import CombinedLoader
+from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
@@ -101,8 +102,13 @@ class _Draw:
 
     def of_loader(self, loader: Any) -> Sample:
         origin = "data set of the loader, as it is"
-        if isinstance(loader, DataLoader) and loader.batch_size is not None:
-            return self.of_dataset(loader.dataset, loader, origin)
+        if isinstance(loader, DataLoader):
+            if loader.batch_sampler is not None:
+                return self.of_dataset(loader.dataset, loader, origin)
+            # one that gives whole batches: without its sampler, which may draw from a generator of the user's
+            loader = DataLoader(
+                loader.dataset, batch_size=None, collate_fn=loader.collate_fn, generator=self._generator()
+            )
         if not isinstance(loader, Iterable):
             raise MisconfigurationException(f"{self.split} loader: expected an iterable; got {type(loader).__name__}")
         if isinstance(loader, Iterator):
@@ -120,20 +126,33 @@ class _Draw:
         options: dict[str, Any] = {
             "batch_size": self.size,
             "collate_fn": loader.collate_fn,
-            "generator": torch.Generator().manual_seed(self.seed),
+            "generator": self._generator(),
         }
         if isinstance(dataset, IterableDataset):
-            first = self._first_of(DataLoader(dataset, **options))
-            return self._sample(first, None, f"first batches; {origin}")
-        available = len(cast(Any, dataset))
+            return self._sample(self._read(dataset, loader, options), None, f"first batches; {origin}")
+        population = range(len(cast(Any, dataset))) if dataset is not loader.dataset else _population(loader)
         if self.num_batches is not None:
-            available = min(available, self.num_batches * (loader.batch_size or 1))
+            population = population[: self.num_batches * (loader.batch_size or 1)]
             origin = f"the {self.num_batches} batches of overfit_batches; {origin}"
+        available = len(population)
         drawn = min(self.num_samples, available)
-        order = torch.randperm(available, generator=torch.Generator().manual_seed(self.seed))[:drawn]
-        chosen: Dataset[Any] = Subset(dataset, order.sort().values.tolist())
-        batches = self._first_of(DataLoader(chosen, **options)) if drawn else []
+        order = torch.randperm(available, generator=self._generator())[:drawn]
+        chosen: Dataset[Any] = Subset(dataset, [population[place] for place in order.sort().values.tolist()])
+        batches = self._read(chosen, loader, options) if drawn else []
         return self._sample(batches, available, f"{drawn:,} of {available:,}, drawn with seed {self.seed}; {origin}")
+
+    def _read(self, dataset: Dataset[Any], loader: DataLoader[Any], options: dict[str, Any]) -> list[Any]:
+        try:
+            return self._first_of(DataLoader(dataset, **options))
+        except (TypeError, AttributeError):
+            if loader.num_workers == 0:
+                raise
+            # a data set that asks which worker it is in, or that workers open, can be read by workers only
+            workers: dict[str, Any] = {"num_workers": loader.num_workers, "worker_init_fn": loader.worker_init_fn}
+            return self._first_of(DataLoader(dataset, **options, **workers))
+
+    def _generator(self) -> torch.Generator:
+        return torch.Generator().manual_seed(self.seed)
 
     def _first_of(self, batches: Iterable[Any]) -> list[Any]:
         """Whole batches until there are enough samples."""
@@ -151,3 +170,14 @@ class _Draw:
         if not batches:
             raise ValueError(f"{self.split}: expected a data set with at least one sample; got an empty loader")
         return Sample(self.split, batches, sum(map(batch_size, batches)), available, description)
+
+
+def _population(loader: DataLoader[Any]) -> Sequence[Any]:
+    """Indices of the samples that a loader can give: a sampler over a subset keeps training and validation apart."""
+    sampler = getattr(loader.batch_sampler, "sampler", loader.sampler)
+    # under DDP Lightning wraps a sampler into a distributed one
+    sampler = getattr(getattr(sampler, "dataset", None), "_sampler", sampler)
+    indices = getattr(sampler, "indices", None)
+    if isinstance(indices, Tensor):
+        return indices.tolist()
+    return list(indices) if isinstance(indices, Iterable) else range(len(cast(Any, loader.dataset)))

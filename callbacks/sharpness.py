@@ -7,6 +7,7 @@ from typing_extensions import Unpack, override
 
 from moe_heads.callbacks.fit_end import FitEndAnalysis
 from moe_heads.callbacks.functional import SharpnessResult, sharpness
+from moe_heads.callbacks.functional.common.parameters import trainable_parameters
 from moe_heads.callbacks.functional.sharpness import check_sharpness_options
 from moe_heads.callbacks.inputs import AnalysisInputs
 from moe_heads.callbacks.options import AnalysisOptions, OverRanks
@@ -36,7 +37,7 @@ class SharpnessCallback(FitEndAnalysis):
     ========================  ==============================================================================
 
     Args:
-        num_eigenvalues: Number of largest eigenvalues.
+        num_eigenvalues: Number of largest eigenvalues; as many as there are where the model has fewer parameters.
         tolerance: Largest relative residual of an eigenvalue.
         trace_tolerance: Standard error of the trace over the larger of its size and the Frobenius norm.
         max_steps: Most Lanczos steps.
@@ -75,11 +76,12 @@ class SharpnessCallback(FitEndAnalysis):
     @override
     def compute(self, inputs: AnalysisInputs) -> SharpnessResult:
         assert inputs.loss_fn is not None
+        num_parameters = sum(p.numel() for p in trainable_parameters(inputs.model).values())
         return sharpness(
             inputs.model,
             inputs.loss_fn,
             inputs.batches,
-            num_eigenvalues=self.num_eigenvalues,
+            num_eigenvalues=min(self.num_eigenvalues, num_parameters),
             tolerance=self.tolerance,
             trace_tolerance=self.trace_tolerance,
             max_steps=self.max_steps,

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 from typing_extensions import override
 
 from moe_heads.callbacks.functional.common.batches import Batch, to_device
+from moe_heads.callbacks.functional.common.interrupts import HeldInterrupts
 from moe_heads.callbacks.functional.common.monitor import Show
 from moe_heads.callbacks.functional.common.preserve import preserved
 from moe_heads.callbacks.functional.common.ranks import Ranks
@@ -106,7 +107,8 @@ class TrainerSite(Site):
     def occupied(self, model: nn.Module, weights: Weights) -> Iterator[None]:
         assert isinstance(model, LightningModule)
         with torch.inference_mode(False), torch.enable_grad(), analysing(self.trainer, model), preserved(model):
-            if weights == "best":
+            # a dry run writes no checkpoint
+            if weights == "best" and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
                 best_weights(self.trainer, model)
             model.eval()
             yield
@@ -158,6 +160,7 @@ class TrainerlessSite(Site):
     def __init__(self, loaders: Mapping[Split, Any], device: torch.device | str | None) -> None:
         self._loaders = {split: _Batches(given) if _is_batches(given) else given for split, given in loaders.items()}
         self._device = None if device is None else torch.device(device)
+        self._model: nn.Module | None = None
 
     @override
     def ranks(self, name: str) -> Ranks:
@@ -172,13 +175,14 @@ class TrainerlessSite(Site):
                 " checkpoint into the model first."
             )
         home = next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
-        self._device = self._device or home
+        self._device, self._model = self._device or home, model
         with torch.inference_mode(False), torch.enable_grad(), preserved(model), muted(model):
             try:
                 model.to(self._device).eval()
                 yield
             finally:
-                model.to(home)
+                with HeldInterrupts():
+                    model.to(home)
 
     @override
     def loader(self, split: Split, fallbacks: Sequence[Split]) -> tuple[Split, Any] | None:
@@ -187,7 +191,11 @@ class TrainerlessSite(Site):
     @override
     def transfer(self, batch: Batch) -> Batch:
         assert self._device is not None
-        return to_device(batch, self._device)
+        if not isinstance(self._model, LightningModule):
+            return to_device(batch, self._device)
+        batch = self._model.on_before_batch_transfer(batch, 0)
+        batch = self._model.transfer_batch_to_device(batch, self._device, 0)
+        return self._model.on_after_batch_transfer(batch, 0)
 
     @override
     def log(self, prefix: str, report: Report, *, is_known: bool) -> None:

@@ -2,20 +2,24 @@
 
 import math
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from typing import Any, Literal
 
 import torch.distributed as dist
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.loggers.logger import DummyLogger
+from lightning.pytorch.plugins.precision import DoublePrecision, HalfPrecision
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.trainer.states import RunningStage
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 from torch.utils.tensorboard.summary import hparams as hparams_summaries
+
+from moe_heads.callbacks.functional.common.interrupts import HeldInterrupts
 
 __all__ = [
     "Split",
@@ -45,9 +49,14 @@ def loader_of(trainer: Trainer, split: Split) -> Any | None:
     """The trainer's data loader (or collection of loaders) of a split, None where there is none.
 
     At the end of fit the loaders of training and validation are in place, unless their loops were skipped. That of the
-    test split is asked of the data module, after the ``setup("test")`` that the Trainer itself would call, or of the
-    module, whose ``setup`` is not called again: it may build the network.
+    test split is asked of the data module, or of the module, whose ``setup`` is not called again: it may build the
+    network.
     """
+    found = _any_loader_of(trainer, split)
+    return None if isinstance(found, (list, tuple, dict)) and not found else found
+
+
+def _any_loader_of(trainer: Trainer, split: Split) -> Any | None:
     if split == "train":
         return _set_up(trainer.train_dataloader, trainer.fit_loop._data_source)
     if split == "val":
@@ -58,10 +67,21 @@ def loader_of(trainer: Trainer, split: Split) -> Any | None:
     if datamodule is not None:
         if not is_overridden("test_dataloader", datamodule):
             return None
-        datamodule.setup("test")
-        return datamodule.test_dataloader()
+        return _test_loader(datamodule)
     module = trainer.lightning_module
     return module.test_dataloader() if is_overridden("test_dataloader", module) else None
+
+
+def _test_loader(datamodule: LightningDataModule) -> Any:
+    """The test loader; after ``setup("test")`` only where there is none without, since it may split the data anew."""
+    try:
+        loader = datamodule.test_dataloader()
+    except Exception:  # of any kind: the data are not there yet
+        loader = None
+    if loader is not None and getattr(loader, "dataset", loader) is not None:
+        return loader
+    datamodule.setup("test")
+    return datamodule.test_dataloader()
 
 
 def datamodule_of(trainer: Trainer) -> LightningDataModule | None:
@@ -91,33 +111,45 @@ def analysing(trainer: Trainer, pl_module: LightningModule) -> Iterator[None]:
     ``on_after_batch_transfer`` from firing. What the module writes to ``self.logger`` goes nowhere. Everything is put
     back on leaving.
     """
-    home, stage, loggers = pl_module.device, trainer.state.stage, trainer.loggers
+    home, stage, should_stop = pl_module.device, trainer.state.stage, trainer.should_stop
     try:
         trainer.state.stage = RunningStage.VALIDATING
-        trainer.loggers = [DummyLogger() for _ in loggers]
-        with muted(pl_module):
+        # autocast is left out, but in a model of doubles new tensors have to be doubles
+        plugin = trainer.precision_plugin
+        dtype = plugin.forward_context() if isinstance(plugin, (DoublePrecision, HalfPrecision)) else nullcontext()
+        with muted(pl_module), dtype:
             pl_module.to(trainer.strategy.root_device)
             yield
     finally:
-        pl_module.to(home)
-        trainer.state.stage, trainer.loggers = stage, loggers
+        with HeldInterrupts():
+            trainer.state.stage, trainer.should_stop = stage, should_stop
+            pl_module.to(home)
 
 
 @contextmanager
 def muted(module: nn.Module) -> Iterator[None]:
-    """``log``, ``log_dict`` and ``print`` of the module and of modules of its kind inside it do nothing."""
+    """``log``, ``log_dict``, ``print`` and the loggers do nothing, of the module and of modules of its kind inside."""
     silent = [child for child in module.modules() if isinstance(child, LightningModule)]
+    trainers = {id(child._trainer): child._trainer for child in silent if isinstance(child._trainer, Trainer)}
+    loggers = {key: (trainer.loggers, dict(trainer.callback_metrics)) for key, trainer in trainers.items()}
     names = ("log", "log_dict", "print")
     own = [{name: vars(child)[name] for name in names if name in vars(child)} for child in silent]
     try:
         for child in silent:
             vars(child).update(dict.fromkeys(names, _ignore))
+        for trainer in trainers.values():
+            trainer.loggers = [DummyLogger() for _ in trainer.loggers]
         yield
     finally:
-        for child, before in zip(silent, own, strict=True):
-            for name in names:
-                vars(child).pop(name, None)
-            vars(child).update(before)
+        with HeldInterrupts():
+            for child, before in zip(silent, own, strict=True):
+                for name in names:
+                    vars(child).pop(name, None)
+                vars(child).update(before)
+            for key, trainer in trainers.items():
+                trainer.loggers, metrics = loggers[key]
+                trainer.callback_metrics.clear()
+                trainer.callback_metrics.update(metrics)
 
 
 def _ignore(*args: Any, **kwargs: Any) -> None:
@@ -130,7 +162,9 @@ def best_weights(trainer: Trainer, pl_module: LightningModule) -> None:
     Raises:
         MisconfigurationException: If the run has none.
     """
-    path = getattr(trainer.checkpoint_callback, "best_model_path", "")
+    checkpoints = [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, ModelCheckpoint)]
+    checkpoints.sort(key=lambda checkpoint: checkpoint.monitor is None)  # the first that monitors something
+    path = next((checkpoint.best_model_path for checkpoint in checkpoints if checkpoint.best_model_path), "")
     if not path:
         raise MisconfigurationException(
             "weights='best': the run has written no best checkpoint. Give the Trainer a ModelCheckpoint(monitor=...)"

@@ -88,7 +88,6 @@ def expert_utilization(
         num_classes = _num_classes([label_fn(batch) for batch in listed], num_classes, class_names)
     num_classes = max((known for known in ranks.gather(num_classes) if known is not None), default=None)
     names = _names(num_classes, class_names)
-    monitor.keep(lambda partial: _result([replace(sums, partial=partial)], names, dead_below))
     with ranks.together(), analysis_mode(model, seed), torch.no_grad():
         data = Microbatches(listed, device_of(model), monitor)
 
@@ -100,6 +99,7 @@ def expert_utilization(
         try:
             for size, (routings, labels) in data.evaluate(route):
                 sums.add(size, routings, labels, num_classes)
+                monitor.keep(lambda partial: _result([replace(sums, partial=partial)], names, dead_below))
                 monitor.step(sums.num_samples, data.num_samples)
         except TimeUp:
             sums.partial = monitor.end

@@ -146,7 +146,7 @@ def loss_landscape(
             return in_time
         return result()
 
-    with analysis_mode(model, seed), torch.no_grad():
+    with analysis_mode(model, seed):
         with ranks.together():
             walk = _Walk(model, directions)
             data = Microbatches(batches, device_of(model), monitor if ranks.leads else Monitor())
@@ -208,6 +208,7 @@ class _Survey:
         self._model, self._walk, self._loss_fn, self._accuracy_fn = model, walk, loss_fn, accuracy_fn
         self._data, self._seed = data, seed
         self._reference: list[Choices] = []
+        self._needs_grad = False
 
     def measure(self, point: list[float]) -> Tensor:
         """Sums over the samples: of loss, accuracy, flips, of the samples that were routed, and of all; float64."""
@@ -234,6 +235,17 @@ class _Survey:
         return rows, [choices for _, (_, _, choices) in found]
 
     def _evaluate_batch(self, index: int, batch: Batch) -> tuple[float, float, Choices]:
+        try:
+            with torch.set_grad_enabled(self._needs_grad):
+                return self._values(batch)
+        except RuntimeError as error:
+            if self._needs_grad or "does not require grad" not in str(error):
+                raise
+            # the loss takes a gradient itself, a penalty on it say
+            self._needs_grad = True
+            return self._evaluate_batch(index, batch)
+
+    def _values(self, batch: Batch) -> tuple[float, float, Choices]:
         with collect_routing(self._model) as routing:
             loss = _scalar("loss_fn", self._loss_fn(self._model, batch))
         accuracy = (
@@ -244,7 +256,7 @@ class _Survey:
 
 def _scalar(name: str, value: object) -> float:
     if isinstance(value, Tensor) and value.numel() == 1:
-        return float(value)
+        return float(value.detach())
     got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
     raise ValueError(f"{name}: expected a scalar tensor, the mean over the samples of the batch; got {got}")
 

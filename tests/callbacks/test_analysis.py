@@ -1,7 +1,9 @@
 """How one split is analysed: plain calls, results that end early, errors, and what is known already."""
 
+import gc
 import os
 import signal
+import weakref
 from typing import Any
 
 import pytest
@@ -9,6 +11,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from moe_heads import SparseMoE
 from moe_heads.callbacks import (
@@ -21,6 +24,7 @@ from moe_heads.callbacks import (
     SharpnessCallback,
 )
 from moe_heads.callbacks.functional import sharpness
+from moe_heads.callbacks.functional.curvature import HessianOperator
 from tests.support.lightning_models import NUM_FEATURES, PlainModule, assert_same, loader, snapshot, trainer
 from tests.support.untouched import untouched
 
@@ -143,7 +147,7 @@ def test_what_was_found_before_an_end_is_kept_and_marked(
     result = broken.results["train"]
     assert result.partial == reason
     assert not result.converged
-    assert result.num_products == 17  # an evaluation each, and two before the first
+    assert result.num_products == 16  # an evaluation each, and three before the first
     assert f"**Partial**: {reason}." in result.summary()
     assert run.callback_metrics["sharpness/train/partial"] == 1
     assert run.callback_metrics["sharpness/train/lambda_max"] == pytest.approx(result.eigenvalues[0])
@@ -153,7 +157,7 @@ def test_what_was_found_before_an_end_is_kept_and_marked(
 
 
 def test_an_end_before_anything_was_found_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    broken, run, told = partial_after(monkeypatch, 3, None, "sharpness/train: interrupted. The trained model is as it")
+    broken, run, told = partial_after(monkeypatch, 4, None, "sharpness/train: interrupted. The trained model is as it")
     assert broken.results == {}
     assert not any(name.startswith("sharpness/") for name in run.callback_metrics)
     assert len(told) == 1
@@ -277,6 +281,63 @@ def test_a_model_without_a_second_derivative_gets_its_plane_and_no_line() -> Non
     assert "**Partial**" in landscape.report(result).texts["summary"]
 
 
+def test_a_loss_with_a_gradient_inside_is_analysed() -> None:
+    class Penalised(PlainModule):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            x = batch[0].clone().requires_grad_()
+            (slope,) = torch.autograd.grad(self(x).square().sum(), x, create_graph=True)
+            return slope.square().mean()
+
+    options: dict[str, Any] = {"splits": ["train"], "on_error": "raise"}
+    sharpness, landscape = SharpnessCallback(num_eigenvalues=1, **options), LossLandscapeCallback(**options)
+    landscape.line_points = landscape.plane_points = 3
+    trainer(sharpness, landscape).fit(Penalised(), loader())
+    line = landscape.results["train"].line
+    assert line.curvatures[0] == pytest.approx(sharpness.results["train"].eigenvalues[0], rel=0.5)
+
+
+def test_ctrl_c_before_a_sample_is_counted_is_ctrl_c() -> None:
+    def interrupted(module: nn.Module, batch: Any) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        ExpertUtilizationCallback(forward_fn=interrupted).analyse(PlainModule(), train=loader())
+
+
+def test_a_result_that_cannot_be_made_partial_leaves_the_error_as_it_was() -> None:
+    class Broken(FitEndAnalysis):
+        name = "broken"
+
+        def compute(self, inputs: AnalysisInputs) -> None:
+            inputs.monitor.keep(lambda reason: 1 / 0 if reason == "never" else (_ for _ in ()).throw(ValueError("no")))
+            raise KeyError("mine")
+
+        def report(self, result: Any) -> Report:
+            return Report()
+
+    with pytest.raises(KeyError, match="mine"):
+        Broken().analyse(PlainModule(), train=loader())
+
+
+def test_graphs_of_an_analysis_are_gone_when_it_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    operators: list[weakref.ref[HessianOperator]] = []
+    initialise = HessianOperator.__init__
+
+    def watched(self: HessianOperator, *args: Any, **options: Any) -> None:
+        initialise(self, *args, **options)
+        operators.append(weakref.ref(self))
+
+    monkeypatch.setattr(HessianOperator, "__init__", watched)
+    gc.collect()
+    gc.disable()
+    try:
+        SharpnessCallback(num_eigenvalues=1).analyse(PlainModule(), train=loader())
+        assert len(operators) == 1
+        assert operators[0]() is None
+    finally:
+        gc.enable()
+
+
 # ---- what is known ----
 
 
@@ -296,25 +357,49 @@ class Counted(FitEndAnalysis):
         return Report({"value": float(result)})
 
 
-def test_the_same_weights_and_samples_are_analysed_once() -> None:
-    class Tested(PlainModule):
-        def test_step(self, batch: Any, batch_idx: int) -> None:
-            self(batch[0])
-
-    counted = Counted(splits=["train", "test"])
-    run, module = trainer(counted, max_epochs=2), Tested()
+def test_the_same_weights_and_samples_are_analysed_once_in_a_fit() -> None:
+    counted = Counted(splits=["val", "test"], every_n_epochs=2)
+    run, module = trainer(counted, max_epochs=4), PlainModule()
     with pytest.warns(UserWarning, match="no test data; val takes its place"):
         run.fit(module, loader(), loader(seed=1))
-    assert counted.results == {"train": 1, "val": 2}
+    # the test split is the validation split, and the end of fit the fourth epoch
+    assert counted.results == {"val": 2}
+    assert counted.tracked == {"val": {1: {"value": 1.0}, 3: {"value": 2.0}}}
+    assert run.callback_metrics["counted/val/value"] == 2
     run.validate(module, loader(seed=1), verbose=False)
-    assert counted.results == {"train": 1, "val": 2}
-    assert run.callback_metrics["counted/val/value"] == 2  # the trainer had forgotten it
-    run.test(module, loader(seed=2), verbose=False)
-    assert counted.results == {"train": 1, "val": 2, "test": 3}
-    with torch.no_grad():
-        module.head.experts.weight1[0, 0, 0] += 1
-    run.test(module, loader(seed=2), verbose=False)
-    assert counted.results["test"] == 4
+    assert counted.results == {"val": 2}  # nothing is analysed once more after a fit
+
+
+def test_between_two_runs_nothing_is_known() -> None:
+    class Text(PlainModule):
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            """Nothing to do."""
+
+    counted, module = Counted(stages=["validate"]), Text()
+    run = trainer(counted)
+    for number in (1, 2):
+        run.validate(module, DataLoader([(torch.zeros(5), "a")] * 4), verbose=False)
+        assert counted.results == {"val": number}
+
+
+@pytest.mark.parametrize("changed", ["weights", "requires_grad", "text"])
+def test_what_decides_a_result_decides_whether_it_is_known(changed: str) -> None:
+    class Changing(PlainModule):
+        def on_train_end(self) -> None:
+            if changed == "weights":
+                self.body[0].bias.data += 1
+            if changed == "requires_grad":
+                self.body[0].bias.requires_grad_(False)
+            if changed == "text":
+                data[0] = (data[0][0], "another")
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return self(batch[0]).square().mean()
+
+    data: list[Any] = [(torch.zeros(5), "a")] * 4
+    counted = Counted(splits=["train"], every_n_epochs=1)
+    trainer(counted).fit(Changing(), DataLoader(data, batch_size=2))
+    assert counted.results == {"train": 2}
 
 
 def test_a_plain_call_after_another_starts_anew() -> None:

@@ -8,7 +8,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule
 from torch import Tensor, nn
 
-from moe_heads.callbacks.evaluation import check_forward, check_initialised, loss_of, warn_unless_repeatable
+from moe_heads.callbacks.evaluation import check_forward, check_initialised, draws_random_numbers, loss_of
 
 
 class Module(LightningModule):
@@ -116,24 +116,25 @@ class Drifting(nn.Module):
 def test_a_loss_that_differs_on_a_repeat_is_told_and_changes_nothing() -> None:
     model = Drifting(0.5)
     with pytest.warns(UserWarning, match=r"sharpness/train: the loss of one batch was 1\.5, and 2 on a repeat"):
-        warn_unless_repeatable(model, lambda m, batch: m(batch), torch.ones(4), "sharpness/train")
+        assert not draws_random_numbers(model, lambda m, batch: m(batch), torch.ones(4), "sharpness/train")
     assert model.state == 0
 
 
 @pytest.mark.parametrize(
-    "loss_fn",
+    ("loss_fn", "is_random"),
     [
-        lambda m, batch: m(batch),
-        lambda m, batch: m(batch) + torch.randn(()),  # torch's random numbers are the same each time
-        lambda m, batch: m(batch) * float("nan"),  # told by the analysis, as not finite
-        lambda m, batch: "no loss",  # told by the analysis, as no scalar
+        (lambda m, batch: m(batch), False),
+        (lambda m, batch: m(batch) + torch.randn(()), True),  # torch's random numbers are the same each time
+        (lambda m, batch: m(batch) * float("nan"), False),  # told by the analysis, as not finite
+        (lambda m, batch: "no loss", False),  # told by the analysis, as no scalar
+        (lambda m, batch: torch.autograd.grad(m(batch), m.weight, create_graph=True)[0].square(), False),
     ],
 )
-def test_a_repeatable_loss_is_not_remarked_upon(loss_fn: Any) -> None:
-    warn_unless_repeatable(Drifting(0.0), loss_fn, torch.ones(4), "sharpness/train")
+def test_a_repeatable_loss_is_not_remarked_upon(loss_fn: Any, is_random: bool) -> None:
+    assert draws_random_numbers(Drifting(0.0), loss_fn, torch.ones(4), "sharpness/train") is is_random
 
 
 def test_numbers_from_outside_torch_are_noticed() -> None:
-    numbers = iter([1.0, 2.0])
+    numbers = iter([1.0, 2.0, 3.0])
     with pytest.warns(UserWarning, match="draws numbers outside torch"):
-        warn_unless_repeatable(Drifting(0.0), lambda m, batch: m(batch) * next(numbers), torch.ones(4), "x")
+        draws_random_numbers(Drifting(0.0), lambda m, batch: m(batch) * next(numbers), torch.ones(4), "x")

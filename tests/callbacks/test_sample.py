@@ -6,7 +6,15 @@ from typing import Any
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    IterableDataset,
+    RandomSampler,
+    SubsetRandomSampler,
+    TensorDataset,
+    get_worker_info,
+)
 
 from moe_heads.callbacks.functional.common.monitor import Monitor
 from moe_heads.callbacks.sample import Sample, draw_sample
@@ -125,3 +133,34 @@ def test_empty_loader_is_refused() -> None:
 def test_something_else_than_a_loader_is_refused() -> None:
     with pytest.raises(MisconfigurationException, match=r"train loader: expected an iterable; got int"):
         draw(3, 10, 4, seed=0)
+
+
+def test_a_sampler_over_a_subset_keeps_the_splits_apart() -> None:
+    data = TensorDataset(torch.arange(10.0).unsqueeze(1), torch.zeros(10))
+    for indices in ([1, 3, 5], torch.tensor([1, 3, 5]), range(1, 6, 2)):
+        sample = draw(DataLoader(data, batch_size=2, sampler=SubsetRandomSampler(indices)), 100, 4)
+        assert first_features(sample).flatten().tolist() == [1, 3, 5]
+        assert sample.num_available == 3
+    batched = BatchSampler(SubsetRandomSampler([2, 4]), 2, drop_last=False)
+    assert first_features(draw(DataLoader(data, batch_sampler=batched), 100, 4)).flatten().tolist() == [2, 4]
+
+
+def test_a_loaders_own_generator_is_left_alone() -> None:
+    data, generator = TensorDataset(torch.zeros(10, NUM_FEATURES), torch.zeros(10)), torch.Generator().manual_seed(3)
+    sampler = RandomSampler(data, generator=generator)
+    state = generator.get_state()
+    draw(DataLoader(data, batch_sampler=BatchSampler(sampler, 4, drop_last=False)), 5, 4)
+    draw(DataLoader(data, batch_size=None, sampler=sampler), 5, 4)
+    assert torch.equal(generator.get_state(), state)
+
+
+class NeedsWorkers(IterableDataset[Any]):
+    def __iter__(self) -> Iterator[Any]:
+        worker = get_worker_info().id
+        return iter([torch.full((NUM_FEATURES,), float(worker))] * 9)
+
+
+def test_data_that_only_workers_can_read_are_read_by_workers() -> None:
+    assert draw(DataLoader(NeedsWorkers(), batch_size=3, num_workers=1), 6, 3).num_samples == 6
+    with pytest.raises(AttributeError, match="id"):
+        draw(DataLoader(NeedsWorkers(), batch_size=3), 6, 3)

@@ -1,12 +1,17 @@
 """What is read of Lightning's private parts, against a real Trainer."""
 
+import os
+import signal
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
 
-from moe_heads.callbacks.trainer_access import analysing, loader_of, to_analysis_device
+from moe_heads.callbacks.trainer_access import analysing, best_weights, loader_of, to_analysis_device
 from tests.support.lightning_models import PlainModule, loader, trainer
 
 
@@ -104,3 +109,104 @@ def test_batches_pass_the_modules_own_transfer_hooks_outside_training() -> None:
             return to_analysis_device(t, [torch.ones(2, 5), torch.zeros(2)])
 
     assert (at_fit_end(look, Augmenting(), loader())[0] == 20).all()
+
+
+def test_a_data_module_is_set_up_for_the_test_only_where_it_has_no_loader_yet() -> None:
+    class Splitting(LightningDataModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.num_setups, self.test = 0, None
+
+        def setup(self, stage: str) -> None:
+            self.num_setups += 1
+            self.train, self.test = loader(), loader(seed=1)
+
+        def train_dataloader(self) -> Any:
+            return self.train
+
+        def test_dataloader(self) -> Any:
+            return self.test
+
+    data = Splitting()
+    found = at_fit_end(lambda t, m: loader_of(t, "test"), PlainModule(), data)
+    assert found is data.test
+    assert data.num_setups == 1
+
+
+@pytest.mark.filterwarnings("ignore:Total length of `list` across ranks is zero")
+def test_an_empty_list_of_loaders_is_no_data() -> None:
+    class Empty(PlainModule):
+        def val_dataloader(self) -> Any:
+            return []
+
+        def test_dataloader(self) -> Any:
+            return []
+
+    found = at_fit_end(lambda t, m: [loader_of(t, split) for split in ("val", "test")], Empty(), loader())
+    assert found == [None, None]
+
+
+def test_what_a_step_tells_the_trainer_is_taken_back() -> None:
+    module = PlainModule()
+
+    def look(t: Trainer, m: LightningModule) -> Any:
+        loggers, metrics = t.loggers, dict(t.callback_metrics)
+        with analysing(t, m):
+            t.should_stop = True
+            t.callback_metrics["mine"] = torch.tensor(1.0)
+            m.logger.log_metrics({"x": 1.0})
+        assert t.loggers is loggers
+        assert dict(t.callback_metrics) == metrics
+        return t.should_stop
+
+    logger = CSVLogger("unused")
+    logger.log_metrics = lambda metrics, step=None: pytest.fail("written")  # type: ignore[method-assign]
+    logger.save = logger.finalize = lambda *args: None  # type: ignore[method-assign]
+    logger.log_hyperparams = lambda *args: None  # type: ignore[method-assign]
+    module.training_step = lambda batch, batch_idx: module(batch[0]).sum()  # type: ignore[method-assign]
+    assert at_fit_end(look, module, loader(), logger=logger) is False
+
+
+def test_ctrl_c_while_the_module_moves_back_loses_nothing() -> None:
+    class Moving(PlainModule):
+        moves = 0
+
+        def to(self, *args: Any, **kwargs: Any) -> Any:
+            self.moves += 1
+            if self.moves == 2:
+                os.kill(os.getpid(), signal.SIGINT)
+            return super().to(*args, **kwargs)
+
+    module = Moving()
+
+    def look(t: Trainer, m: LightningModule) -> Any:
+        stage, loggers = t.state.stage, t.loggers
+        module.moves = 0
+        with pytest.raises(KeyboardInterrupt), analysing(t, m):
+            pass
+        assert t.state.stage == stage
+        assert t.loggers == loggers
+        return module.moves
+
+    assert at_fit_end(look, module, loader()) == 2
+
+
+@pytest.mark.parametrize("monitored_second", [False, True])
+def test_the_best_weights_are_those_of_the_checkpoint_that_monitors(tmp_path: Path, monitored_second: bool) -> None:
+    class Rising(PlainModule):
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            self.log("val", float(self.current_epoch))
+
+    plain, best = ModelCheckpoint(tmp_path / "plain"), ModelCheckpoint(tmp_path / "best", monitor="val")
+
+    def look(t: Trainer, m: LightningModule) -> Any:
+        before = m.state_dict()["body.0.weight"].clone()
+        best_weights(t, m)
+        expected = torch.load(best.best_model_path)["state_dict"]["body.0.weight"]
+        assert torch.equal(m.state_dict()["body.0.weight"], expected)
+        return torch.equal(expected, before)
+
+    callback = AtFitEnd(look)
+    checkpoints = [plain, best] if monitored_second else [best, plain]
+    trainer(callback, *checkpoints, enable_checkpointing=True, max_epochs=2).fit(Rising(), loader(), loader())
+    assert callback.seen is False

@@ -1,9 +1,12 @@
 """Remember what plain Python containers and tensors hold, to put it back later into the same objects."""
 
+import random
 from collections import deque
 from collections.abc import Callable, Collection
+from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -15,8 +18,9 @@ _ATOMS = (bool, int, float, complex, str, bytes, type(None))
 def remember(value: Any, known: Collection[int] = ()) -> Callable[[], Any]:
     """A function that puts back what ``value`` holds now and returns it, the same object as before.
 
-    Lists, deques, dicts, sets and tuples are followed to any depth, tensors copied; of anything else only the reference
-    is kept. A list of a million numbers costs one copy, not a million steps.
+    Lists, deques, dicts, sets, tuples and modules are followed to any depth; tensors, arrays and the states of random
+    number generators are copied; of anything else only the reference is kept. A list of a million numbers costs one
+    copy, not a million steps.
 
     Args:
         value: Any object.
@@ -43,6 +47,12 @@ class _Memory:
         self._known.add(id(value))  # containers may contain themselves
         if isinstance(value, Tensor):
             return _tensor(value)
+        if isinstance(value, nn.Module):
+            return self._module(value)
+        if isinstance(value, np.ndarray):
+            return _array(value)
+        if isinstance(value, (torch.Generator, np.random.Generator, random.Random)):
+            return _generator(value)
         if isinstance(value, dict):
             return self._dict(value)
         if isinstance(value, (list, deque)):
@@ -52,6 +62,16 @@ class _Memory:
         if isinstance(value, tuple):
             return self._tuple(value)
         return lambda: value
+
+    def _module(self, value: nn.Module) -> Callable[[], Any]:
+        """A module outside the tree of modules: a metric in a plain list, say."""
+        attributes = self.of(vars(value))
+
+        def restore() -> Any:
+            attributes()
+            return value
+
+        return restore
 
     def _parts(self, values: Collection[Any]) -> Callable[[], list[Any]]:
         held = list(values)
@@ -68,7 +88,8 @@ class _Memory:
             same = len(value) == len(keys) and all(a is b for a, b in zip(value, keys, strict=True))
             if not same or any(value[key] is not part for key, part in zip(keys, held, strict=True)):
                 value.clear()
-                value.update(zip(keys, held, strict=True))
+                # as a dict: a Counter would count the pairs
+                value.update(dict(zip(keys, held, strict=True)))
             return value
 
         return restore
@@ -102,6 +123,35 @@ def _set(value: set[Any]) -> Callable[[], Any]:
         if value != held:
             value.clear()
             value.update(held)
+        return value
+
+    return restore
+
+
+def _array(value: "np.ndarray[Any, Any]") -> Callable[[], Any]:
+    held = value.copy()
+
+    def restore() -> Any:
+        if value.flags.writeable:
+            value[...] = held
+        return value
+
+    return restore
+
+
+def _generator(value: Any) -> Callable[[], Any]:
+    """A generator of random numbers that the module keeps for itself."""
+    state: Any
+    put_back: Callable[[Any], Any]
+    if isinstance(value, torch.Generator):
+        state, put_back = value.get_state(), value.set_state
+    elif isinstance(value, random.Random):
+        state, put_back = value.getstate(), value.setstate
+    else:
+        state, put_back = value.bit_generator.state, partial(setattr, value.bit_generator, "state")
+
+    def restore() -> Any:
+        put_back(state)
         return value
 
     return restore

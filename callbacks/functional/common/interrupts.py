@@ -11,29 +11,40 @@ __all__ = ["HeldInterrupts"]
 class HeldInterrupts:
     """Holds Ctrl-C back inside the block and raises it at the end, unless the block ends with an error anyway.
 
+    A block inside the block of the same object changes nothing. Where Ctrl-C is ignored, it stays ignored.
+
     Attributes:
         pending: Whether it was pressed.
     """
 
     def __init__(self) -> None:
         self.pending = False
+        self._depth = 0
         self._previous: Any = None
 
     def __enter__(self) -> Self:
-        if threading.current_thread() is threading.main_thread():
+        self._depth += 1
+        is_main = threading.current_thread() is threading.main_thread()
+        if self._depth == 1 and is_main and callable(signal.getsignal(signal.SIGINT)):
             self._previous = signal.signal(signal.SIGINT, self._hold)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if self._previous is not None:
-            signal.signal(signal.SIGINT, self._previous)
-        if error is None:
-            self.check()
+        self._depth -= 1
+        if self._depth:
+            return
+        previous, self._previous = self._previous, None
+        if previous is not None:
+            signal.signal(signal.SIGINT, previous)
+            if self.pending and error is None:
+                self.pending = False
+                previous(signal.SIGINT, None)
+        self.pending = False
 
     def check(self) -> None:
-        """Raise what was held back."""
+        """Raise what was held back, here and now."""
         if self.pending:
             self.pending = False
             raise KeyboardInterrupt

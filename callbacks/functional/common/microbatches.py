@@ -104,7 +104,7 @@ def unless_out_of_memory(compute: Callable[[], T]) -> T | None:
 
 
 def free_memory() -> None:
-    """Give back what an attempt that failed has left."""
-    gc.collect()
+    """Give back what an attempt that failed has left on the GPU; the CPU's memory is free when its error is gone."""
     if torch.cuda.is_available():
+        gc.collect()
         torch.cuda.empty_cache()

@@ -26,6 +26,8 @@ class Monitor:
     Args:
         max_time: Seconds from now after which the analysis is to end; None for no limit.
         show: Called at each step; see `Show`.
+        end: Why an analysis ends when its time is over, for its ``partial``; by default it names ``max_time``.
+        on_tick: Called at each look at the clock; may raise.
 
     Raises:
         ValueError: If ``max_time`` is not a positive number.
@@ -39,18 +41,22 @@ class Monitor:
         ''
     """
 
-    def __init__(self, max_time: float | None = None, show: Show | None = None) -> None:
+    def __init__(
+        self,
+        max_time: float | None = None,
+        show: Show | None = None,
+        *,
+        end: str = "",
+        on_tick: Callable[[], None] | None = None,
+    ) -> None:
         check_max_time(max_time)
         self.max_time = max_time
+        self.end = end or f"max_time = {max_time} s was over"
+        self._on_tick = on_tick
         self._deadline = math.inf if max_time is None else time.monotonic() + max_time
         self._show = show
         self._build: Callable[[str], Any] | None = None
         self._forward: Callable[[Callable[[str], Any]], None] | None = None
-
-    @property
-    def end(self) -> str:
-        """Why an analysis ends when its time is over, for its ``partial``."""
-        return f"max_time = {self.max_time} s was over"
 
     def step(self, done: int, total: int | None = None, **quantities: float) -> None:
         """Say that ``done`` of ``total`` steps are done, and which values the quantities that converge have.
@@ -69,6 +75,8 @@ class Monitor:
         Raises:
             TimeUp: If the time is over.
         """
+        if self._on_tick is not None:
+            self._on_tick()
         if time.monotonic() > self._deadline:
             raise TimeUp(f"{self.end} before there was a result")
 
@@ -77,6 +85,10 @@ class Monitor:
         self._build = build
         if self._forward is not None:
             self._forward(build)
+
+    def forget(self) -> None:
+        """Let go of what was kept, and of the memory behind it."""
+        self._build = self._forward = None
 
     def part(self, wrap: Callable[[Any], Any]) -> "Monitor":
         """A monitor for a part of the analysis; ``wrap`` makes a result of the whole of a result of the part."""

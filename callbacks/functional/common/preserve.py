@@ -38,7 +38,8 @@ def preserved(model: nn.Module) -> Iterator[None]:
     # a lazy tensor has no values yet, and each analysis refuses it
     known = [t for t in dict.fromkeys([*model.parameters(), *model.buffers()]) if not _is_lazy(t)]
     tensors = [_TensorState(tensor) for tensor in known]
-    attributes = [remember(vars(module), known={id(t) for t in known}) for module in model.modules()]
+    taken_care_of = {id(value) for value in (*known, *model.modules())}
+    attributes = [remember(vars(module), known=taken_care_of) for module in model.modules()]
     generators = _generator_states()
     try:
         yield

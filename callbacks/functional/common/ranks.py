@@ -1,5 +1,6 @@
 """Several processes that share the samples of one analysis: rank zero leads, the others add their part."""
 
+import pickle
 import threading
 import warnings
 from collections.abc import Callable, Iterator
@@ -11,12 +12,16 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moe_heads.callbacks.functional.common.interrupts import HeldInterrupts
+from moe_heads.callbacks.functional.common.monitor import TimeUp
 
 __all__ = ["RankError", "Ranks"]
 
 T = TypeVar("T")
 
 _STOP, _GO = 0.0, 1.0
+
+# What ends the work of all ranks in the same way, so that none goes on where another stops.
+_RAISED_ON_ALL: tuple[type[BaseException], ...] = (KeyboardInterrupt, TimeUp)
 
 # Well below the half hour after which torch's collectives give up, well above a Hessian-vector product.
 _SECONDS_BEFORE_WARNING = 60.0
@@ -30,8 +35,8 @@ class Ranks:
     """The processes that work on an analysis: this one alone, or all of a process group.
 
     Rank zero runs the algorithm and decides; the others evaluate what it asks for on their samples. So no rounding
-    error, clock or Ctrl-C on one of them can part their ways. Each wait is watched: after a minute it is said who waits
-    for what.
+    error, clock or Ctrl-C on one of them can part their ways: between two ranks there are only votes, in which each
+    says whether it failed or was interrupted. Each wait is watched: after a minute it is said who waits for what.
 
     Args:
         group: The process group, or None for this process alone.
@@ -42,6 +47,7 @@ class Ranks:
         rank: Number of this process, from 0.
         size: Number of processes.
         device: Where tensors have to be that travel between them.
+        interrupts: Ctrl-C of this process, held back until the next vote while several processes work together.
     """
 
     def __init__(self, group: dist.ProcessGroup | None = None, name: str = "analysis") -> None:
@@ -51,11 +57,21 @@ class Ranks:
         # NCCL moves nothing but GPU memory
         on_gpu = group is not None and dist.get_backend(group) == "nccl"
         self.device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
+        self.interrupts = HeldInterrupts()
 
     @property
     def leads(self) -> bool:
         """Whether this is rank zero, which decides, shows and writes."""
         return self.rank == 0
+
+    @contextmanager
+    def working(self) -> Iterator[None]:
+        """Everything inside belongs together: Ctrl-C waits for the next vote. Nothing changes for a process alone."""
+        if self.size == 1:
+            yield
+            return
+        with self.interrupts:
+            yield
 
     def led(
         self,
@@ -78,27 +94,24 @@ class Ranks:
             What ``lead`` returned, on every rank.
 
         Raises:
-            RankError: If another rank failed. An error of this rank is raised as it is, Ctrl-C on all of them.
+            RankError: If another rank failed. An error of this rank is raised as it is; Ctrl-C and the end of the time
+                are raised on all of them.
         """
         if self.size == 1:
             return lead(evaluate)
-        if not self.leads:
-            self._follow(evaluate, argument, value)
-            return cast(T, self.broadcast(None))
-
-        def total(x: Tensor) -> Tensor:
-            with HeldInterrupts() as interrupts:
-                self._send(x, argument)
-                return self._sum(evaluate, x, value, interrupts)
-
-        result, error = None, None
-        try:
-            result = lead(total)
-        except BaseException as raised:
-            error = raised
-        self._send(None, argument)
-        self._agree(error)
-        return cast(T, self.broadcast(result))
+        with self.working():
+            result, error = None, None
+            try:
+                if self.leads:
+                    result = lead(lambda x: self._asked(evaluate, x, argument, value))
+                else:
+                    self._follow(evaluate, argument, value)
+            except BaseException as raised:
+                error = raised
+            if self.leads:
+                self._send(None, argument)
+            self._vote(error)
+            return cast(T, self.broadcast(result))
 
     def first(self, function: Callable[[], T]) -> T:
         """What rank zero's ``function()`` returns, on every rank; the others wait and do nothing."""
@@ -112,54 +125,48 @@ class Ranks:
         Raises:
             RankError: If another rank failed.
         """
-        error = None
-        try:
+        if self.size == 1:
             yield
-        except BaseException as raised:
-            if self.size == 1:
-                raise
-            error = raised
-        self._agree(error)
+            return
+        with self.working():
+            error = None
+            try:
+                yield
+            except BaseException as raised:
+                error = raised
+            self._vote(error)
 
     def broadcast(self, value: T) -> T:
         """Rank zero's value, anything that can be pickled, on every rank."""
-        if self.size == 1:
-            return value
-        box: list[Any] = [value]
-        with self._watched():
-            dist.broadcast_object_list(box, self._global(0), self._group, self.device)
-        return cast(T, box[0])
+        return self.gather(value if self.leads else None)[0] if self.size > 1 else value  # type: ignore[return-value]
 
     def gather(self, value: T) -> list[T]:
         """The values of all ranks, anything that can be pickled, on every rank."""
-        gathered: list[Any] = [value] * self.size
-        if self.size > 1:
-            with self._watched():
-                dist.all_gather_object(gathered, value, group=self._group)
-        return gathered
+        if self.size == 1:
+            return [value]
+        with self.working():
+            with self.together():
+                pickled = pickle.dumps(value)  # what cannot be pickled is told before the others wait for it
+            return [pickle.loads(found) for found in self._gathered(pickled)]
 
     def sum(self, number: int) -> int:
         """Sum of a number over the ranks."""
-        if self.size == 1:
-            return number
-        total = torch.tensor(number, device=self.device)
-        with self._watched():
-            dist.all_reduce(total, group=self._group)
-            return int(total)
+        return sum(self.gather(number))
+
+    def _asked(self, evaluate: Callable[[Tensor], Tensor], x: Tensor, argument: Tensor, value: Tensor) -> Tensor:
+        self._send(x, argument)
+        return self._sum(evaluate, x, value)
 
     def _follow(self, evaluate: Callable[[Tensor], Tensor], argument: Tensor, value: Tensor) -> None:
         """Serve rank zero until it stops."""
         error: BaseException | None = None
-        with HeldInterrupts() as interrupts:
-            while (x := self._receive(argument)) is not None:
-                try:
-                    self._sum(evaluate, x, value, interrupts)
-                except BaseException as raised:
-                    error = raised  # rank zero knows of it, and stops
-            if error is None and interrupts.pending:
-                error = KeyboardInterrupt()
-            interrupts.pending = False
-        self._agree(error)
+        while (x := self._receive(argument)) is not None:
+            try:
+                self._sum(evaluate, x, value)
+            except BaseException as raised:
+                error = raised  # rank zero knows of it, and stops
+        if error is not None:
+            raise error
 
     def _send(self, x: Tensor | None, argument: Tensor) -> None:
         message = torch.cat([argument if x is None else x.detach(), argument.new_tensor([_STOP if x is None else _GO])])
@@ -172,15 +179,13 @@ class Ranks:
             dist.broadcast(message, self._global(0), self._group)
             return message[:-1] if float(message[-1]) == _GO else None
 
-    def _sum(
-        self, evaluate: Callable[[Tensor], Tensor], x: Tensor, value: Tensor, interrupts: HeldInterrupts
-    ) -> Tensor:
+    def _sum(self, evaluate: Callable[[Tensor], Tensor], x: Tensor, value: Tensor) -> Tensor:
         """Sum over the ranks, with one more number that counts those that failed."""
         error: BaseException | None = None
         mine = torch.zeros_like(value)
         try:
             mine = evaluate(x).detach()
-            interrupts.check()
+            self.interrupts.check()
         except BaseException as raised:
             error = raised
         message = torch.cat([mine, mine.new_tensor([0.0 if error is None else 1.0])])
@@ -191,24 +196,34 @@ class Ranks:
             self._raise(error)
         return message[:-1]
 
-    def _agree(self, error: BaseException | None) -> None:
-        if self.size == 1:
-            return
-        with HeldInterrupts():
-            some_failed = self.sum(0 if error is None else 1) > 0
-            if some_failed:
-                self._raise(error)
+    def _vote(self, error: BaseException | None) -> None:
+        if error is None and self.interrupts.pending:
+            self.interrupts.pending = False
+            error = KeyboardInterrupt()
+        votes = torch.tensor(0.0 if error is None else 1.0, device=self.device)
+        with self._watched():
+            dist.all_reduce(votes, group=self._group)
+            some_failed = float(votes) > 0
+        if some_failed:
+            self._raise(error)
 
     def _raise(self, error: BaseException | None) -> None:
         """Raise this rank's own error, or say whose it was."""
-        is_interrupt = isinstance(error, KeyboardInterrupt)
-        mine = None if error is None else (is_interrupt, f"rank {self.rank}: {type(error).__name__}: {error}")
-        failures = [failure for failure in self.gather(mine) if failure is not None]
-        if error is not None:
-            raise error
-        if any(interrupted for interrupted, _ in failures):
-            raise KeyboardInterrupt
-        raise RankError("; ".join(message for _, message in failures))
+        kind = next((kind for kind in _RAISED_ON_ALL if isinstance(error, kind)), RankError)
+        told = str(error) if kind in _RAISED_ON_ALL else f"rank {self.rank}: {type(error).__name__}: {error}"
+        mine = None if error is None else (kind.__name__, told)
+        failures = [failure for failure in map(pickle.loads, self._gathered(pickle.dumps(mine))) if failure is not None]
+        for everybodys in _RAISED_ON_ALL:
+            for name, message in failures:
+                if name == everybodys.__name__:
+                    raise error if isinstance(error, everybodys) else everybodys(message) from error
+        raise error if error is not None else RankError("; ".join(message for _, message in failures))
+
+    def _gathered(self, value: bytes) -> list[bytes]:
+        gathered: list[Any] = [b""] * self.size
+        with self._watched():
+            dist.all_gather_object(gathered, value, group=self._group)
+        return gathered
 
     def _global(self, rank: int) -> int:
         assert self._group is not None
@@ -221,6 +236,8 @@ class Ranks:
         timer.start()
         try:
             yield
+        except RuntimeError as error:
+            raise RankError(f"another rank is gone, or did not answer in time: {error}") from error
         finally:
             timer.cancel()
 

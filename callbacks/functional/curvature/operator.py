@@ -116,7 +116,7 @@ class HessianOperator:
         self._model, self._loss_fn = model, loss_fn
         self._monitor = monitor or Monitor()
         self._data = Microbatches(batches, self.device, self._monitor)
-        self._total: Callable[[Tensor], Tensor] = self.sample_sum
+        self._total: Callable[[Tensor], Tensor] | None = None  # this process alone
         self.num_samples = self._data.num_samples
         self.num_products = 0
         self._kept = unless_out_of_memory(lambda: self._graphs(graph_memory))
@@ -136,6 +136,10 @@ class HessianOperator:
         """
         self._total, self.num_samples = total, num_samples
 
+    def release(self) -> None:
+        """Let go of the graphs that were kept and of the other ranks; a further product would build the graphs anew."""
+        self._kept = self._total = None
+
     def matvec(self, vector: Tensor) -> Tensor:
         """Product :math:`Hv`.
 
@@ -151,7 +155,8 @@ class HessianOperator:
         """
         if vector.shape != (self.num_parameters,):
             raise ValueError(f"vector: expected shape ({self.num_parameters},); got {tuple(vector.shape)}")
-        product = self._total(vector.to(self.device, self.dtype)) / self.num_samples
+        total = self._total or self.sample_sum
+        product = total(vector.to(self.device, self.dtype)) / self.num_samples
         if not bool(product.isfinite().all()):
             raise ValueError("loss_fn: expected a loss with finite second derivatives; got nan or inf in a product Hv")
         self.num_products += 1

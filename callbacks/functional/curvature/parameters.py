@@ -28,5 +28,8 @@ def selected_parameters(model: nn.Module, params: Sequence[Tensor] | None) -> di
     kinds = {(p.dtype, p.device) for p in chosen.values()}
     if len(kinds) > 1 or next(iter(kinds))[0] not in {torch.float32, torch.float64}:
         found = sorted(f"{dtype} on {device}" for dtype, device in kinds)
-        raise ValueError(f"model: expected parameters all float32 or all float64, on one device; got {found}")
+        raise ValueError(
+            f"model: expected parameters all float32 or all float64, on one device; got {found}; "
+            "analyse a copy, callback.analyse(copy.deepcopy(model).float(), ...)"
+        )
     return chosen

@@ -51,4 +51,7 @@ def shared_hessian(
         return lead(operator)
 
     vector = torch.zeros(operator.num_parameters, dtype=operator.dtype, device=operator.device)
-    return ranks.led(operator.sample_sum, with_total, vector, vector)
+    try:
+        return ranks.led(operator.sample_sum, with_total, vector, vector)
+    finally:
+        operator.release()  # whoever still holds what was found must not hold the graphs

@@ -1,10 +1,13 @@
 """Containers and tensors come back as the same objects with the same contents."""
 
-from collections import OrderedDict, defaultdict, deque
+import random
+from collections import Counter, OrderedDict, defaultdict, deque
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from torchmetrics import MeanMetric
 
 from moe_heads.callbacks.functional.common.contents import remember, write_back
 
@@ -18,6 +21,7 @@ from moe_heads.callbacks.functional.common.contents import remember, write_back
         ({"a": 1}, lambda v: v.update(b=2)),
         (OrderedDict(a=1, b=2), lambda v: v.move_to_end("a")),
         (defaultdict(list, a=[1]), lambda v: v["b"].append(1)),
+        (Counter(a=2), lambda v: v.update("ab")),
         (deque([1, 2], maxlen=2), lambda v: v.append(3)),
         ({1, 2}, lambda v: v.discard(1)),
         (([1],), lambda v: v[0].append(2)),
@@ -62,6 +66,31 @@ def test_other_objects_and_known_ones_keep_their_reference_only() -> None:
     parameter.add_(1)
     assert put_back()[0].count == 5
     assert parameter.item() == 1
+
+
+def test_arrays_generators_and_modules_outside_the_tree_come_back() -> None:
+    metric = MeanMetric()
+    metric.update(1.0)
+    held: dict[str, Any] = {
+        "array": np.arange(3.0),
+        "torch": torch.Generator().manual_seed(1),
+        "numpy": np.random.default_rng(1),
+        "python": random.Random(1),
+        "metrics": [metric],
+    }
+    put_back = remember(held)
+    draws = {
+        "torch": lambda: torch.rand(1, generator=held["torch"]).item(),
+        "numpy": lambda: held["numpy"].random(),
+        "python": lambda: held["python"].random(),
+    }
+    first = {name: draw() for name, draw in draws.items()}
+    held["array"] += 1
+    metric.update(5.0)
+    put_back()
+    assert held["array"].tolist() == [0, 1, 2]
+    assert metric.compute() == 1
+    assert {name: draw() for name, draw in draws.items()} == first
 
 
 def test_tensors_of_inference_mode_and_expanded_ones_can_be_written_back() -> None:

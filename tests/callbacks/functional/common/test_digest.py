@@ -31,3 +31,19 @@ def test_order_and_borders_count() -> None:
     assert digest_of([x, y]) != digest_of([y, x])
     assert digest_of([torch.zeros(4)]) != digest_of([x, x])
     assert digest_of([torch.nn.Parameter(x)]) == digest_of([x])
+
+
+def test_sparse_tensors_and_other_values_count() -> None:
+    indices, values = torch.arange(2000).unsqueeze(0), torch.ones(2000)
+    one, other = (
+        torch.sparse_coo_tensor(indices, v, check_invariants=True)
+        for v in (values, values.index_fill(0, torch.tensor(999), 2.0))
+    )
+    assert digest_of([one]) == digest_of([one.clone()])
+    assert digest_of([one]) != digest_of([other])
+    assert digest_of(["a", 1, None]) == digest_of(["a", 1, None])
+    assert digest_of(["a"]) != digest_of(["b"])
+    packed = [torch.nn.utils.rnn.pack_sequence([torch.full((2,), value)]) for value in (1.0, 2.0)]
+    assert digest_of(packed[:1]) != digest_of(packed[1:])
+    unpicklable = [lambda: 0]
+    assert digest_of(unpicklable) != digest_of(unpicklable)

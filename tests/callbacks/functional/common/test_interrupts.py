@@ -37,6 +37,29 @@ def test_it_can_be_asked_for_within_and_then_comes_once() -> None:
         interrupts.check()
 
 
+def test_blocks_of_one_object_nest() -> None:
+    interrupts = HeldInterrupts()
+    with pytest.raises(KeyboardInterrupt), interrupts:
+        with interrupts:
+            press_ctrl_c()
+        assert interrupts.pending
+
+
+def test_ctrl_c_that_is_ignored_stays_ignored_and_a_handler_of_the_users_is_called() -> None:
+    previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    called: list[int] = []
+    try:
+        with HeldInterrupts():
+            press_ctrl_c()
+        signal.signal(signal.SIGINT, lambda number, frame: called.append(number))
+        with HeldInterrupts():
+            press_ctrl_c()
+            assert called == []
+        assert called == [signal.SIGINT]
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
 def test_an_error_of_the_block_passes() -> None:
     with pytest.raises(ZeroDivisionError), HeldInterrupts():
         press_ctrl_c()

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import threading
 import time
 import warnings
 from collections.abc import Callable
@@ -102,8 +103,18 @@ def failures(ranks: Ranks) -> dict[str, str]:
         "led, Ctrl-C": raised_by(lambda: ranks.led(interrupted, lead, zeros, zeros)),
         "led, time": raised_by(lambda: ranks.led(lambda x: x, out_of_time, zeros, zeros)),
         "first": raised_by(lambda: ranks.first(lambda: 1 / 0)),
+        "unpicklable": raised_by(lambda: ranks.first(lambda: lambda: 0)),
+        "Ctrl-C while waiting": raised_by(lambda: interrupted_while_waiting(ranks)),
         "fine": str(ranks.led(lambda x: x, lead, zeros, zeros)),
     }
+
+
+def interrupted_while_waiting(ranks: Ranks) -> int:
+    """Ctrl-C reaches rank one alone, while it waits for rank zero."""
+    timer = threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT))
+    if ranks.rank == 1:
+        timer.start()
+    return ranks.first(lambda: time.sleep(0.6) or 0)
 
 
 def on_rank(rank: int) -> dict[str, Any]:
@@ -149,14 +160,19 @@ def test_two_ranks_find_what_one_finds(found: list[dict[str, Any]], analysis: st
         (
             "led, time",
             "TimeUp: max_time = 1e-09 s was over before there was a result",
-            "RankError: rank 0: TimeUp: max_time = 1e-09 s was over before there was a result",
+            "TimeUp: max_time = 1e-09 s was over before there was a result",
         ),
         ("first", "ZeroDivisionError: division by zero", "RankError: rank 0: ZeroDivisionError: division by zero"),
+        ("unpicklable", "AttributeError: Can't", "RankError: rank 0: AttributeError: Can't"),
+        ("Ctrl-C while waiting", "KeyboardInterrupt: ", "KeyboardInterrupt: "),
         ("fine", "40.0", "40.0"),
     ],
 )
 def test_an_error_on_one_rank_reaches_the_others(found: list[dict[str, Any]], case: str, zero: str, one: str) -> None:
-    assert [rank["failures"][case] for rank in found] == [zero, one]
+    said = [rank["failures"][case] for rank in found]
+    if case == "unpicklable":
+        said = [message.partition(" pickle")[0].partition(" get")[0] for message in said]
+    assert said == [zero, one]
 
 
 def test_what_rank_zero_finds_everybody_gets(found: list[dict[str, Any]]) -> None:
