@@ -30,8 +30,8 @@ __all__ = ["Landscape", "LossLandscapeCallback"]
 # TensorBoard's mesh viewer addresses 65,536 vertices.
 _MAX_PLANE_POINTS = 256
 
-# Relative residual above which an eigenvector of a sharpness run is not taken over.
-_EIGENVECTOR_TOLERANCE = 1e-3
+# Relative residual at which an eigenvector is good enough to be drawn along, and steps after which it is taken anyway.
+_EIGENVECTOR_TOLERANCE, _EIGENVECTOR_STEPS = 1e-3, 200
 
 
 @dataclass(frozen=True)
@@ -201,7 +201,10 @@ class LossLandscapeCallback(FitEndAnalysis):
             if isinstance(callback, SharpnessCallback) and callback.loss_fn == self.loss_fn:
                 found: SharpnessResult | None = callback.result_for(inputs)
                 vectors = None if found is None else found.eigenvectors
-                if found is not None and vectors is not None and found.residuals[0] <= _EIGENVECTOR_TOLERANCE:
+                if found is None or vectors is None:
+                    continue
+                # more steps than that would not be taken here either
+                if found.residuals[0] <= _EIGENVECTOR_TOLERANCE or found.num_steps >= _EIGENVECTOR_STEPS:
                     return vectors[0]
         assert inputs.loss_fn is not None
         return top_eigenvector(
@@ -209,6 +212,7 @@ class LossLandscapeCallback(FitEndAnalysis):
             inputs.loss_fn,
             inputs.batches,
             tolerance=_EIGENVECTOR_TOLERANCE,
+            max_steps=_EIGENVECTOR_STEPS,
             seed=self.seed,
             monitor=inputs.monitor,
             ranks=inputs.ranks,

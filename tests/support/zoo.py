@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 from torchvision.models import VisionTransformer, resnet18, shufflenet_v2_x0_5
 from torchvision.models._utils import IntermediateLayerGetter
+from torchvision.models.resnet import BasicBlock, ResNet
 from torchvision.models.segmentation import DeepLabV3, deeplabv3_mobilenet_v3_large
 from torchvision.models.segmentation.deeplabv3 import DeepLabHead
 
@@ -100,6 +101,10 @@ def small_vit() -> LightningModule:
     return Wrapped(VisionTransformer(image_size=16, patch_size=8, num_classes=NUM_CLASSES, **sizes))
 
 
+def small_resnet() -> LightningModule:
+    return Wrapped(ResNet(BasicBlock, [1, 1, 1, 1], num_classes=NUM_CLASSES))
+
+
 def resnet_deeplab() -> LightningModule:
     backbone = IntermediateLayerGetter(resnet18(), {"layer1": "out"})
     return Wrapped(DeepLabV3(backbone, DeepLabHead(64, NUM_CLASSES, atrous_rates=(1, 2))), of_pixels)
@@ -156,7 +161,7 @@ ZOO = [
         forward_fn=OfflineLSTM.from_rest,
     ),
     Entry("lightning_net", "Lightning's demo ConvNet `Net`", lambda: Wrapped(Net(), F.nll_loss), classified(1, 28, 28)),
-    Entry("resnet", "torchvision `resnet18`", lambda: Wrapped(resnet18()), classified(3, 16, 16)),
+    Entry("resnet", "torchvision `ResNet` of basic blocks, 4.9 M parameters", small_resnet, classified(3, 16, 16)),
     Entry("vit", "torchvision `VisionTransformer`", small_vit, classified(3, 16, 16), classified(3, 16, 16, seed=1)),
     Entry(
         "deeplab_mobilenet",
