@@ -1,11 +1,13 @@
 """How one split is analysed: plain calls, and what is known already."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule
+from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -63,6 +65,48 @@ def test_a_plain_call_raises() -> None:
 
     with pytest.raises(KeyboardInterrupt):
         SharpnessCallback(loss_fn=interrupted).analyse(nn.Linear(NUM_FEATURES, 3), train=loader())
+
+
+def test_a_plain_call_passes_the_modules_own_transfer_hooks() -> None:
+    class Scaling(PlainModule):
+        def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+            return [batch["x"], batch["y"]]
+
+        def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+            return [10 * batch[0], batch[1]]
+
+    module = Scaling()
+    named = [{"x": x, "y": y} for x, y in loader()]
+    found = SharpnessCallback(num_eigenvalues=1).analyse(module, train=named)["train"]
+    expected = sharpness(module, cross_entropy, [(10 * x, y) for x, y in loader()], num_eigenvalues=1)
+    assert found.eigenvalues[0] == pytest.approx(expected.eigenvalues[0], rel=1e-4)
+
+
+def test_a_plain_call_writes_nothing_for_a_module_that_is_still_attached(tmp_path: Path) -> None:
+    class Writing(PlainModule):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            self.logger.log_metrics({"by_hand": 1.0}, step=0)
+            return super().training_step(batch, batch_idx)
+
+    module, logger = Writing(), CSVLogger(tmp_path)
+    run = trainer(logger=logger)
+    run.fit(module, loader())
+    before = len(logger.experiment.metrics)
+    SharpnessCallback(num_eigenvalues=1).analyse(module, train=loader())
+    assert len(logger.experiment.metrics) == before
+    assert run.loggers == [logger]
+
+
+def test_a_model_with_fewer_parameters_than_eigenvalues_gives_those_there_are() -> None:
+    result = SharpnessCallback(loss_fn=lambda m, b: m(b).square().mean()).analyse(
+        nn.Linear(1, 1), train=[torch.ones(3, 1)]
+    )
+    assert len(result["train"].eigenvalues) == 2
+
+
+def test_one_tensor_in_place_of_a_loader_is_refused() -> None:
+    with pytest.raises(ValueError, match="train: expected a loader or a list of batches; got one tensor"):
+        SharpnessCallback(loss_fn=cross_entropy).analyse(nn.Linear(1, 1), train=torch.ones(3, 1))
 
 
 def test_the_module_may_log_in_a_plain_call() -> None:

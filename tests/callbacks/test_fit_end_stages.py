@@ -13,7 +13,13 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 
-from moe_heads.callbacks import AnalysisInputs, SharpnessCallback
+from moe_heads.callbacks import (
+    AnalysisInputs,
+    ExpertUtilizationCallback,
+    InferenceTimingCallback,
+    LossLandscapeCallback,
+    SharpnessCallback,
+)
 from tests.support.analyses import MeanLoss, Weight, Witness
 from tests.support.lightning_models import PlainModule, assert_same, loader, snapshot, trainer
 
@@ -204,3 +210,59 @@ def test_a_compiled_module_is_analysed_as_it_was_written() -> None:
         trainer(sharpness, max_epochs=0).fit(torch.compile(module) if compiled else module, loader())
         found.append(sharpness.results["train"].eigenvalues[0])
     assert found[0] == found[1]
+
+
+def test_every_callback_runs_every_n_epochs() -> None:
+    options: dict[str, Any] = {"splits": ["train"], "every_n_epochs": 1}
+    analyses = [
+        SharpnessCallback(num_eigenvalues=1, **options),
+        LossLandscapeCallback(line_points=3, plane_splits=[], **options),
+        ExpertUtilizationCallback(**options),
+        InferenceTimingCallback(batch_sizes=(1,), num_runs=1, warmup_runs=0, **options),
+    ]
+    trainer(*analyses, max_epochs=2).fit(PlainModule(), loader())
+    assert [list(analysis.tracked["train"]) for analysis in analyses] == [[0, 1]] * 4
+
+
+def test_a_dry_run_of_the_best_weights_takes_the_last() -> None:
+    best = Weight(splits=["train"], weights="best", on_error="raise")
+    trainer(best, fast_dev_run=True).fit(PlainModule(), loader())
+    assert set(best.results) == {"train"}
+
+
+def test_a_fit_is_not_refused_for_what_it_does_not_do() -> None:
+    class ByHand(Evaluated):
+        def __init__(self) -> None:
+            super().__init__()
+            self.automatic_optimization = False
+
+    later = SharpnessCallback(stages=["test"], weights="best", loss_fn=None)
+    trainer(later).fit(ByHand(), loader())
+    assert later.results == {}
+    with pytest.raises(MisconfigurationException, match="optimises by hand"):
+        trainer(SharpnessCallback(stages=["test"], every_n_epochs=1)).fit(ByHand(), loader())
+
+
+def test_new_tensors_of_a_training_step_have_the_precision_of_the_trainer() -> None:
+    class Noisy(PlainModule):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            return self(torch.ones(len(batch[0]), 5)).square().mean()
+
+    sharpness = SharpnessCallback(splits=["train"], num_eigenvalues=1, on_error="raise")
+    trainer(sharpness, precision="64-true").fit(Noisy(), loader())
+    assert sharpness.results["train"].eigenvectors.dtype == torch.float64
+
+
+def test_after_a_fit_validate_and_test_run_on_request() -> None:
+    class Counting(Weight):
+        def compute(self, inputs: AnalysisInputs) -> float:
+            counts.append(inputs.split)
+            return super().compute(inputs)
+
+    counts: list[str] = []
+    for stages, expected in ((None, ["train"]), (["fit", "test"], ["train", "test"])):
+        counts.clear()
+        run, module = trainer(Counting(splits=["train"], stages=stages)), Evaluated()
+        run.fit(module, loader(), loader())
+        run.test(module, loader(), verbose=False)
+        assert counts == expected
