@@ -145,24 +145,23 @@ class Analysis(ABC):
     def _analyse_split(
         self, site: Site, model: nn.Module, split: Split, weights: Weights, ranks: Ranks
     ) -> tuple[Split, Mapping[str, float]] | None:
-        error: BaseException | None = None
-        with site.progress(ranks.name) as show, ExitStack() as stack:
-            monitor = self._monitor(site, show, ranks)
-            stack.callback(monitor.forget)
-            with ranks.together():
-                stack.enter_context(site.occupied(model, weights))
-            prepared = prepare(site, model, split, self, monitor, ranks)
-            if prepared is None:
-                return None
-            inputs, sample = prepared
-            is_known = all(ranks.gather(self.result_for(inputs) is not None))
-            result = None
-            try:
-                result = self.result_for(inputs) if is_known else self._computed(inputs, ranks)
-            except (Exception, KeyboardInterrupt) as raised:
-                error = raised
-            if error is not None:
-                result = ranks.first(partial(_partial, monitor, error))
+        result, error = None, None
+        try:
+            with site.progress(ranks.name) as show, ExitStack() as stack:
+                monitor = self._monitor(site, show, ranks)
+                stack.callback(monitor.forget)
+                with ranks.together():
+                    stack.enter_context(site.occupied(model, weights))
+                prepared = prepare(site, model, split, self, monitor, ranks)
+                if prepared is None:
+                    return None
+                inputs, sample = prepared
+                is_known = all(ranks.gather(self.result_for(inputs) is not None))
+                result, error = self._found(inputs, ranks, monitor, is_known)
+        except KeyboardInterrupt as raised:
+            if result is None:
+                raise
+            error = raised  # pressed while all was put back: what was found is whole
         if isinstance(error, TimeUp) and result is not None:
             error = None  # the time was over, and there is a result
         # from here on the model is as it was, and the loggers are those of the run
@@ -172,11 +171,24 @@ class Analysis(ABC):
                 metrics = self._record(site, inputs, sample, result, is_known, is_told=error is not None)
         if error is not None:
             if result is not None:
-                error.add_note("(what was found before is kept, marked as partial)")
+                how = "marked as partial" if getattr(result, "partial", "") else "and whole"
+                error.add_note(f"(what was found before is kept, {how})")
             if inputs.split != split:
                 error.add_note(f"({inputs.split} data took the place of {split} data)")
             raise error
         return inputs.split, metrics
+
+    def _found(
+        self, inputs: AnalysisInputs, ranks: Ranks, monitor: Monitor, is_known: bool
+    ) -> tuple[Any | None, BaseException | None]:
+        """The result, which may be partial or missing, and the error that ended the analysis."""
+        if is_known:
+            return self.result_for(inputs), None
+        try:
+            return self._computed(inputs, ranks), None
+        except (Exception, KeyboardInterrupt) as raised:
+            error = raised
+        return ranks.first(partial(_partial, monitor, error)), error
 
     def _computed(self, inputs: AnalysisInputs, ranks: Ranks) -> Any:
         if self.over_ranks == "same":

@@ -265,3 +265,27 @@ def test_graphs_of_an_analysis_are_gone_when_it_is_over(monkeypatch: pytest.Monk
         assert operators[0]() is None
     finally:
         gc.enable()
+
+
+def test_ctrl_c_while_all_is_put_back_costs_no_result() -> None:
+    class Moving(PlainModule):
+        moves = -1
+
+        def on_train_end(self) -> None:
+            object.__setattr__(self, "moves", 0)
+
+        def to(self, *args: Any, **kwargs: Any) -> Any:
+            if self.moves >= 0:
+                object.__setattr__(self, "moves", self.moves + 1)
+            if self.moves == 2:  # to the device, and back
+                os.kill(os.getpid(), signal.SIGINT)
+            return super().to(*args, **kwargs)
+
+    sharpness = SharpnessCallback(splits=["train"], num_eigenvalues=1)
+    run = trainer(sharpness)
+    with pytest.warns(UserWarning, match=r"interrupted \(what was found before is kept, and whole\)"):
+        run.fit(Moving(), loader())
+    assert sharpness.results["train"].converged
+    assert run.callback_metrics["sharpness/train/lambda_max"] == pytest.approx(
+        sharpness.results["train"].eigenvalues[0]
+    )
