@@ -50,7 +50,6 @@ class Monitor:
         on_tick: Callable[[], None] | None = None,
     ) -> None:
         check_max_time(max_time)
-        self.max_time = max_time
         self.end = end or f"max_time = {max_time} s was over"
         self._on_tick = on_tick
         self._deadline = math.inf if max_time is None else time.monotonic() + max_time

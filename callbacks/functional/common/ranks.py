@@ -138,7 +138,16 @@ class Ranks:
 
     def broadcast(self, value: T) -> T:
         """Rank zero's value, anything that can be pickled, on every rank."""
-        return self.gather(value if self.leads else None)[0] if self.size > 1 else value  # type: ignore[return-value]
+        if self.size == 1:
+            return value
+        with self.working():
+            with self.together():
+                pickled = pickle.dumps(value) if self.leads else b""
+            # one copy for each rank: gathering would pad those of all ranks to the size of this one
+            box = [pickled]
+            with self._watched():
+                dist.broadcast_object_list(box, self._global(0), self._group, self.device)
+            return cast(T, pickle.loads(box[0]))
 
     def gather(self, value: T) -> list[T]:
         """The values of all ranks, anything that can be pickled, on every rank."""
