@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import fields
 from typing import Any, ClassVar
 
 from lightning.pytorch import LightningModule, Trainer
@@ -106,7 +105,7 @@ class ExpertUtilizationCallback(FitEndAnalysis):
         # a module may end its epoch in on_train_batch_start: the batch then has no end
         self._forget_batch()
         for name, stats in self._epoch.items():
-            total = _over_ranks(trainer, stats)
+            total = stats.all_reduce()
             self.history.setdefault(name, []).append(total)
             shares = {"load": total.load.tolist(), "importance": total.importance.tolist()}
             metrics = {f"{kind}_{e}": share for kind, values in shares.items() for e, share in enumerate(values)}
@@ -140,8 +139,3 @@ class ExpertUtilizationCallback(FitEndAnalysis):
     def _forget_batch(self) -> None:
         self._hooks.close()
         self._batch = RoutingCollection()
-
-
-def _over_ranks(trainer: Trainer, stats: RoutingStats) -> RoutingStats:
-    """Sums over all ranks."""
-    return RoutingStats(*(trainer.strategy.reduce(getattr(stats, f.name), reduce_op="sum") for f in fields(stats)))

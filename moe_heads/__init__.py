@@ -5,14 +5,17 @@ from pathlib import Path
 from moe_heads._source_tree import find_packages_beside
 from moe_heads.capacity import Capacity, capacity, match_capacity
 from moe_heads.dense import Dense
+from moe_heads.flops import Flops
 from moe_heads.head import Head, HeadOutput
 from moe_heads.routing import Router, Routing, RoutingStats, collect_routing
 from moe_heads.soft_moe import SoftMoE
 from moe_heads.sparse_moe import SparseMoE
+from moe_heads.surgery import ablate, upcycle
 
 __all__ = [
     "Capacity",
     "Dense",
+    "Flops",
     "Head",
     "HeadOutput",
     "Router",
@@ -20,9 +23,11 @@ __all__ = [
     "RoutingStats",
     "SoftMoE",
     "SparseMoE",
+    "ablate",
     "capacity",
     "collect_routing",
     "match_capacity",
+    "upcycle",
 ]
 
 find_packages_beside(Path(__file__).resolve().parent)

@@ -3,6 +3,7 @@
 from torch import Tensor, nn
 
 from moe_heads.checks import check_at_least_one, check_dropout
+from moe_heads.flops import Flops
 from moe_heads.head import Head
 from moe_heads.routing import Routing
 
@@ -43,3 +44,8 @@ class Dense(Head):
         """Logits (B, C); a dense head has no routing."""
         logits = self.layers(x)
         return (logits.mean(1) if x.dim() == 3 else logits), None
+
+    def count_flops(self, batch: int, tokens: int) -> Flops:
+        """Two matrix products, all of them active."""
+        flops = 2 * batch * tokens * self.width * (self.in_features + self.num_classes)
+        return Flops(flops, flops)

@@ -1,9 +1,11 @@
-"""Experts as stacked parameters, and the ways to run them.
+"""Experts as stacked parameters.
 
-Shapes: N rows, D features, E experts, H expert width, C classes, K chosen experts a row.
+Shapes: N rows, D features, E experts, H expert width, C classes.
 """
 
 import math
+from collections.abc import Sequence
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +20,8 @@ class Experts(nn.Module):
     """E two-layer perceptrons D → H → ReLU → dropout → C with their parameters stacked along the first dimension.
 
     Stacked parameters get a dense gradient, zero for an expert that no row reached, so that DistributedDataParallel
-    sees every parameter in every step. Each expert starts like a pair of `torch.nn.Linear`.
+    sees every parameter in every step. Each expert starts like a pair of `torch.nn.Linear`. Which of them run on
+    which rows is the matter of `moe_heads.dispatch`.
 
     Args:
         num_experts: E.
@@ -37,12 +40,8 @@ class Experts(nn.Module):
             num_experts=num_experts, in_features=in_features, expert_width=width, num_classes=out_features
         )
         check_dropout(dropout)
-        self.num_experts, self.in_features, self.width, self.out_features = (
-            num_experts,
-            in_features,
-            width,
-            out_features,
-        )
+        self.num_experts = num_experts
+        self.in_features, self.width, self.out_features = in_features, width, out_features
         self.dropout = dropout
         self.weight1 = nn.Parameter(torch.empty(num_experts, width, in_features))
         self.bias1 = nn.Parameter(torch.empty(num_experts, width))
@@ -65,56 +64,15 @@ class Experts(nn.Module):
         """Parameters of one expert."""
         return sum(parameter[0].numel() for parameter in self.parameters())
 
-    def mix_all(self, x: Tensor, gates: Tensor) -> Tensor:
-        """Weighted sum of all experts as two matrix products: static shapes, no branch, no host synchronisation.
+    @property
+    def flops_per_row(self) -> int:
+        """Floating point operations of one expert on one row: two for each multiply-add of its matrices."""
+        return 2 * self.width * (self.in_features + self.out_features)
 
-        The gates scale the hidden units, so that the second product sums over experts and units at once.
-
-        Args:
-            x: Rows, (N, D).
-            gates: Mixing weights, (N, E).
-
-        Returns:
-            Logits, (N, C).
-        """
-        hidden = F.linear(x, self.weight1.flatten(0, 1), self.bias1.flatten())
-        hidden = F.dropout(F.relu(hidden), self.dropout, self.training)
-        gates = gates.to(hidden.dtype)
-        weighted = hidden.unflatten(-1, (self.num_experts, self.width)) * gates.unsqueeze(-1)
-        second = self.weight2.transpose(1, 2).flatten(0, 1)
-        logits: Tensor = weighted.flatten(-2) @ second + gates @ self.bias2.to(gates.dtype)
-        return logits
-
-    def mix_selected(self, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
-        """Weighted sum of the chosen experts, computed for the rows that chose them only.
-
-        Rows are sorted by expert, each expert runs once on its segment, and the inverse permutation brings the results
-        back. The segment lengths are read by the host: one synchronisation on a GPU.
-
-        Args:
-            x: Rows, (N, D).
-            indices: Chosen experts, (N, K).
-            weights: Their mixing weights, (N, K).
-
-        Returns:
-            Logits, (N, C).
-        """
-        flat = indices.flatten()
-        order = flat.argsort(stable=True)
-        lengths = torch.bincount(flat, minlength=self.num_experts).tolist()
-        segments = x[order // indices.shape[-1]].split(lengths)
-        # unbound once: indexing the stacked weights in a loop costs O(E²) in backward
-        stacked = zip(
-            *(parameter.unbind() for parameter in (self.weight1, self.bias1, self.weight2, self.bias2)), strict=True
-        )
-        outputs = torch.cat(
-            [self._expert(rows, *expert) for rows, expert in zip(segments, stacked, strict=True) if len(rows)]
-            or [x.new_zeros(0, self.out_features)]
-        )
-        inverse = torch.empty_like(order).scatter(0, order, torch.arange(len(order), device=order.device))
-        chosen = outputs[inverse].unflatten(0, indices.shape)
-        logits: Tensor = (chosen * weights.to(chosen.dtype).unsqueeze(-1)).sum(-2)
-        return logits
+    def activate(self, hidden: Tensor) -> Tensor:
+        """ReLU, and dropout in training, between the two layers; ``hidden`` may be overwritten."""
+        hidden = hidden.relu_()
+        return F.dropout(hidden, self.dropout) if self.training and self.dropout else hidden
 
     def each(self, slots: Tensor) -> Tensor:
         """Every expert on its own slots.
@@ -125,13 +83,17 @@ class Experts(nn.Module):
         Returns:
             (B, E, S, C).
         """
-        hidden = torch.einsum("besd,ehd->besh", slots, self.weight1) + self.bias1.unsqueeze(-2)
-        hidden = F.dropout(F.relu(hidden), self.dropout, self.training)
+        hidden = self.activate(torch.einsum("besd,ehd->besh", slots, self.weight1) + self.bias1.unsqueeze(-2))
         return torch.einsum("besh,ech->besc", hidden, self.weight2) + self.bias2.unsqueeze(-2)
 
-    def _expert(self, x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor) -> Tensor:
-        hidden = F.dropout(F.relu(F.linear(x, weight1, bias1)), self.dropout, self.training)
-        return F.linear(hidden, weight2, bias2)
+    def keep(self, experts: Sequence[int]) -> Self:
+        """A copy with these experts only, for `moe_heads.ablate`."""
+        # on the meta device nothing is drawn from the random number generator
+        with torch.device("meta"):
+            kept = type(self)(len(experts), self.in_features, self.width, self.out_features, self.dropout)
+        for name, parameter in self.named_parameters():
+            setattr(kept, name, nn.Parameter(parameter.detach()[list(experts)].clone()))
+        return kept.train(self.training)
 
     def extra_repr(self) -> str:
         """Sizes of the stacked experts."""

@@ -1,11 +1,12 @@
 """What all classifier heads share: the call, its two forms of output, and the check of the input."""
 
 from abc import ABC, abstractmethod
-from typing import Literal, NamedTuple, overload
+from typing import Any, Literal, NamedTuple, overload
 
 from torch import Tensor, nn
 
 from moe_heads.checks import check_at_least_one
+from moe_heads.flops import Flops
 from moe_heads.routing import Routing
 
 __all__ = ["Head", "HeadOutput"]
@@ -32,6 +33,9 @@ class Head(nn.Module, ABC):
         in_features: D, the size of the last dimension of the input.
         num_classes: C.
     """
+
+    _version = 1
+    """Format of the state dict; `torch.nn.Module` saves it as metadata."""
 
     def __init__(self, in_features: int, num_classes: int) -> None:
         super().__init__()
@@ -70,10 +74,54 @@ class Head(nn.Module, ABC):
     def classify(self, x: Tensor) -> tuple[Tensor, Routing | None]:
         """Logits (B, C) and routing for an input of checked shape."""
 
+    @abstractmethod
+    def count_flops(self, batch: int, tokens: int) -> Flops:
+        """Arithmetic for checked sizes, tokens being 1 for pooled features."""
+
+    def flops(self, batch: int = 1, tokens: int = 1) -> Flops:
+        """Theoretical floating point operations of a forward pass, total and active; see `Flops` for what counts.
+
+        Args:
+            batch: B.
+            tokens: T; 1 for pooled features.
+
+        Raises:
+            ValueError: If a size is below 1.
+
+        Example:
+            >>> from moe_heads import Dense, SparseMoE
+            >>> Dense(512, 10).flops(batch=32)
+            Flops(total=17104896, active=17104896)
+            >>> SparseMoE(512, 10).flops(batch=32)
+            Flops(total=17367040, active=4538368)
+        """
+        check_at_least_one(batch=batch, tokens=tokens)
+        return self.count_flops(batch, tokens)
+
     @property
     def num_active_parameters(self) -> int:
         """Parameters that take part in the evaluation of one row."""
         return sum(parameter.numel() for parameter in self.parameters())
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        version = local_metadata.get("version")
+        if version is not None and version > self._version:
+            error_msgs.append(
+                f"{prefix or 'head'}: expected a state dict of format {self._version} or older; got format {version},"
+                " which a newer moe_heads wrote"
+            )
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
 
     def extra_repr(self) -> str:
         """Sizes."""

@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 
 from moe_heads.checks import check_at_least_one
+from moe_heads.dispatch import sum_all
 from moe_heads.experts import Experts
+from moe_heads.flops import Flops
 from moe_heads.head import Head
 from moe_heads.routers import SoftmaxRouter
 from moe_heads.routing import Routing
@@ -71,7 +73,7 @@ class SoftMoE(Head):
         """Logits (B, C) and the routing of the rows or tokens."""
         if x.dim() == 2:
             routing = self.router(x)
-            return self.experts.mix_all(x, routing.gates), routing
+            return sum_all(self.experts, x, routing.gates), routing
         batch, tokens, _ = x.shape
         routing = self.router(x.flatten(0, 1), rows_per_sample=tokens)
         slot_logits = routing.slot_logits.unflatten(0, (batch, tokens))
@@ -81,3 +83,14 @@ class SoftMoE(Head):
         # the mean over the tokens is linear: it is taken of the weights, before the product
         outputs = self.experts.each(slots)
         return torch.einsum("bes,besc->bc", combine.mean(1).to(outputs.dtype), outputs), routing
+
+    def count_flops(self, batch: int, tokens: int) -> Flops:
+        """The gate, every expert, and for tokens the two mixtures; all of it active."""
+        slots = self.num_experts * self.slots_per_expert
+        gate = 2 * batch * tokens * self.in_features * slots
+        if tokens == 1:
+            flops = gate + batch * self.num_experts * self.experts.flops_per_row
+        else:
+            mixtures = 2 * batch * slots * (tokens * self.in_features + self.num_classes)
+            flops = gate + mixtures + batch * slots * self.experts.flops_per_row
+        return Flops(flops, flops)

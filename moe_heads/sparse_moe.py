@@ -1,31 +1,29 @@
-"""The sparse head: a noisy gate chooses k experts a row."""
+"""The sparse head: a router chooses few experts a row."""
 
 from collections.abc import Mapping
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 from torch import Tensor
 
 from moe_heads.checks import check_at_least_one, check_option
+from moe_heads.dispatch import Dispatch, mix, sum_all
 from moe_heads.experts import Experts
+from moe_heads.flops import Flops
 from moe_heads.head import Head
 from moe_heads.routers import NoisyTopKRouter
-from moe_heads.routing import Routing
+from moe_heads.routing import Router, Routing
 
-__all__ = ["Dispatch", "SparseMoE"]
+__all__ = ["SparseMoE"]
 
-Dispatch = Literal["auto", "all", "selected"]
-
-# What the bookkeeping of the "selected" dispatch costs, in multiply-adds that the CPU does in the same time. Fitted to
-# examples/benchmarks/dispatch.py, where "auto" took the faster path in all 30 cells.
-_MACS_PER_SEGMENT = 750_000
-_MACS_PER_COPIED_FEATURE = 32
+_ROUTER_DEFAULTS = {"k": 2, "noisy": True, "temperature": 1.0, "balance": {"importance": 0.2, "load": 0.2}}
 
 
 class SparseMoE(Head):
-    r"""Top-k mixture of experts, :math:`y = \sum_{e \in \mathrm{top}_k} g_e(x) f_e(x)`.
+    r"""Mixture of few experts a row, :math:`y = \sum_{s} f_s(x) + \sum_{e \in \mathrm{chosen}} g_e(x) f_e(x)`.
 
-    The gate g is that of `moe_heads.routers.NoisyTopKRouter`. Tokens (B, T, D) are routed one by one and their logits
+    The gate g is that of `moe_heads.routers.NoisyTopKRouter`, or of another router; the shared experts s run on every
+    row (DeepSeekMoE, arXiv 2401.06066; none by default). Tokens (B, T, D) are routed one by one and their logits
     averaged over T. The loss is piecewise smooth: its derivatives are those at fixed choice of the experts.
 
     The defaults are those of the study (arXiv 2601.15021): 276,064 parameters for 512 features and 10 classes, 71,068
@@ -42,14 +40,19 @@ class SparseMoE(Head):
         dropout: Probability after an expert's ReLU.
         balance: Coefficients of the balance losses "importance", "load", "switch", "z" and "kl"; 0.2 for the first
             two as in the study; see `moe_heads.balance`.
-        dispatch: How the experts run; the result is the same. "all": every expert on every row, masked by the
-            weights, static shapes, what torch.compile, torch.export, vmap and CUDA graphs need. "selected": an expert
-            runs on the rows that chose it. "auto": "selected" in eager mode on a CPU when it saves more arithmetic
-            than its bookkeeping costs, else "all".
+        dispatch: How the experts run; the result is the same. "ragged": each expert that is hit, on the rows that
+            chose it (eager mode). "all": every expert on every row, masked by the weights; serves every mode
+            (torch.export, vmap, CUDA graphs). "gathered": the weights of the chosen experts are gathered for each row;
+            for few rows under torch.compile. "grouped": one grouped matrix product; for many rows under
+            torch.compile. "auto": on a CPU the fastest of these by the number of rows and the mode, else "all".
+        router: One of `moe_heads.routers`, or a `Router` of your own, in the place of the noisy top-k gate; it brings
+            its own ``k``, ``noisy``, ``temperature`` and ``balance``.
+        num_shared_experts: S, of the width of the others.
 
     Raises:
         ValueError: If k > num_experts, a size is below 1, the temperature not positive, the dropout outside [0, 1), a
-            balance term or dispatch unknown, or the load loss asked for without noise.
+            balance term or dispatch unknown, the load loss asked for without noise, or the router does not fit. In a
+            call: if the path that ``dispatch`` names cannot serve the dtype, device, shape or mode.
 
     Example:
         >>> import torch
@@ -72,47 +75,73 @@ class SparseMoE(Head):
         dropout: float = 0.1,
         balance: Mapping[str, float] | None = {"importance": 0.2, "load": 0.2},
         dispatch: Dispatch = "auto",
+        router: Router | None = None,
+        num_shared_experts: int = 0,
     ) -> None:
         super().__init__(in_features, num_classes)
         check_at_least_one(num_experts=num_experts)
         check_option("dispatch", dispatch, get_args(Dispatch))
-        self.num_experts, self.expert_width, self.k = num_experts, expert_width, k
+        if num_shared_experts != 0:
+            check_at_least_one(num_shared_experts=num_shared_experts)
+        if router is None:
+            router = NoisyTopKRouter(in_features, num_experts, k, noisy, temperature, balance)
+        else:
+            own = {"k": k, "noisy": noisy, "temperature": temperature, "balance": balance}
+            _check_router(router, num_experts, own)
+        self.num_experts, self.expert_width = num_experts, expert_width
         self.dispatch: Dispatch = dispatch
-        self.router = NoisyTopKRouter(in_features, num_experts, k, noisy, temperature, balance)
+        self.router = router
         self.experts = Experts(num_experts, in_features, expert_width, num_classes, dropout)
+        self.shared: Experts | None = None
+        if num_shared_experts:
+            self.shared = Experts(num_shared_experts, in_features, expert_width, num_classes, dropout)
+
+    @property
+    def k(self) -> float:
+        """Experts chosen a row; where the experts choose, their mean number."""
+        return self.num_experts if self.router.k is None else self.router.k
 
     def classify(self, x: Tensor) -> tuple[Tensor, Routing | None]:
         """Logits (B, C) and the routing of the rows or tokens."""
-        rows = x.flatten(0, -2)
-        routing = self.router(rows, rows_per_sample=1 if x.dim() == 2 else x.shape[1])
-        if self._runs_selected(rows):
-            logits = self.experts.mix_selected(rows, routing.indices, routing.weights)
-        else:
-            logits = self.experts.mix_all(rows, routing.gates)
-        return (logits.unflatten(0, x.shape[:-1]).mean(1) if x.dim() == 3 else logits), routing
+        if x.dim() == 2:
+            return self._mix(x, 1)
+        logits, routing = self._mix(x.flatten(0, 1), x.shape[1])
+        return logits.unflatten(0, x.shape[:2]).mean(1), routing
 
-    def _runs_selected(self, rows: Tensor) -> bool:
-        if self.dispatch != "auto":
-            return self.dispatch == "selected"
-        if rows.device.type != "cpu" or _needs_static_shapes():
-            return False
-        num_rows = rows.shape[0]
-        num_chosen = num_rows * self.k
-        saved = num_rows * (self.num_experts - self.k) * self.expert_width * (self.in_features + self.num_classes)
-        sorting = num_chosen * self.in_features * _MACS_PER_COPIED_FEATURE
-        return saved > min(self.num_experts, num_chosen) * _MACS_PER_SEGMENT + sorting
+    def _mix(self, rows: Tensor, rows_per_sample: int) -> tuple[Tensor, Routing]:
+        routing = self.router(rows, rows_per_sample)
+        logits = mix(self.experts, rows, routing, self.dispatch)
+        if self.shared is not None:
+            logits = logits + sum_all(self.shared, rows)
+        return logits, routing
+
+    def count_flops(self, batch: int, tokens: int) -> Flops:
+        """The gate, the shared experts, and all or the chosen ones of the others; noise is drawn in training only."""
+        rows = batch * tokens
+        gate = 2 * sum(parameter.numel() for parameter in self.router.active_parameters() if parameter.dim() > 1)
+        always = gate + self._num_shared * self.experts.flops_per_row
+        return Flops(
+            rows * (always + self.num_experts * self.experts.flops_per_row),
+            round(rows * (always + self.k * self.experts.flops_per_row)),
+        )
 
     @property
     def num_active_parameters(self) -> int:
-        """Parameters of k experts and of the gate; the noise takes part in training only."""
-        gate = sum(parameter.numel() for parameter in self.router.gate.parameters())
-        return gate + self.k * self.experts.parameters_per_expert
+        """Parameters of the gate, of k experts and of the shared ones; the noise takes part in training only."""
+        gate = sum(parameter.numel() for parameter in self.router.active_parameters())
+        return gate + round((self.k + self._num_shared) * self.experts.parameters_per_expert)
+
+    @property
+    def _num_shared(self) -> int:
+        return 0 if self.shared is None else self.shared.num_experts
 
 
-def _needs_static_shapes() -> bool:
-    """Whether the call is compiled, exported, traced, or inside a torch.func transform such as vmap."""
-    return (
-        torch.compiler.is_compiling()
-        or torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
-        or torch._C._functorch.maybe_current_level() is not None
-    )
+def _check_router(router: Router, num_experts: int, options: Mapping[str, object]) -> None:
+    if not isinstance(router, Router):
+        raise ValueError(f"router: expected a moe_heads.Router; got {router!r}")
+    known = getattr(router, "num_experts", None)
+    if known != num_experts:
+        raise ValueError(f"router: expected one for num_experts = {num_experts}; got one for {known}")
+    for name, value in options.items():
+        if value != _ROUTER_DEFAULTS[name]:
+            raise ValueError(f"{name}: belongs to the router that was given; expected it absent here, got {value!r}")

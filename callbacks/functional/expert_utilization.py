@@ -171,5 +171,8 @@ def _in_float64(routing: Routing) -> Routing:
         logits=routing.logits.cpu().double(),
         probs=routing.probs.cpu().double(),
         indices=None if routing.indices is None else routing.indices.cpu(),
+        rows=None if routing.rows is None else routing.rows.cpu(),
+        scores=None if routing.scores is None else routing.scores.cpu().double(),
+        noisy_logits=None,
         weights=None if routing.weights is None else routing.weights.cpu().double(),
     )

@@ -4,6 +4,8 @@ import pytest
 import torch
 from torch import nn
 
+from moe_heads import Routing
+from moe_heads.dispatch import mix, sum_all
 from moe_heads.experts import Experts
 
 
@@ -27,18 +29,20 @@ def test_dropout_acts_in_training_only_and_keeps_the_mean() -> None:
         experts.bias2.zero_()
     x, gates = torch.randn(1, 8), torch.tensor([[0.5, 0.5]])
     experts.eval()
-    expected = experts.mix_all(x, gates)
-    assert torch.equal(experts.mix_all(x, gates), expected)
+    expected = sum_all(experts, x, gates)
+    assert torch.equal(sum_all(experts, x, gates), expected)
     experts.train()
-    samples = torch.stack([experts.mix_all(x, gates) for _ in range(200)])
+    samples = torch.stack([sum_all(experts, x, gates) for _ in range(200)])
     assert samples.std() > 0
     assert (samples.mean() - expected).abs() < 5 * samples.std() / 200**0.5
 
 
 def test_selected_applies_dropout_in_training() -> None:
     experts = Experts(2, 8, 16, 3, dropout=0.5).train()
-    x, indices, weights = torch.randn(4, 8), torch.zeros(4, 1, dtype=torch.int64), torch.ones(4, 1)
-    assert not torch.equal(experts.mix_selected(x, indices, weights), experts.mix_selected(x, indices, weights))
+    x, logits = torch.randn(4, 8), torch.randn(4, 2)
+    choice = {"indices": torch.zeros(4, 1, dtype=torch.int64), "weights": torch.ones(4, 1)}
+    routing = Routing(logits=logits, probs=logits.softmax(-1), **choice)
+    assert not torch.equal(mix(experts, x, routing, 'ragged'), mix(experts, x, routing, 'ragged'))
 
 
 @pytest.mark.parametrize("name", ["num_experts", "in_features", "width", "out_features"])

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from moe_heads import Dense, SparseMoE, collect_routing
 from tests.support.reference_heads import expert_logits, sparse_loop
 
-PATHS = ("all", "selected", "auto")
+PATHS = ("all", "ragged", "auto")
 
 
 def small_head(**options: object) -> SparseMoE:
@@ -44,7 +44,7 @@ def test_value_gradient_and_hvp_equal_the_per_sample_loop(dispatch: str, k: int)
     )
 
 
-@pytest.mark.parametrize("dispatch", ["all", "selected"])
+@pytest.mark.parametrize("dispatch", ["all", "ragged"])
 def test_forward_mode_over_reverse_equals_double_backward(dispatch: str) -> None:
     head = small_head(dispatch=dispatch)
     x, y = torch.randn(6, 7).double(), torch.randint(3, (6,))
@@ -96,14 +96,14 @@ def test_one_expert_equals_a_perceptron() -> None:
     torch.testing.assert_close(head(x), dense(x))
 
 
-@pytest.mark.parametrize("dispatch", ["all", "selected"])
+@pytest.mark.parametrize("dispatch", ["all", "ragged"])
 def test_a_row_does_not_depend_on_its_batch(dispatch: str) -> None:
     head = small_head(dispatch=dispatch)
     x = torch.randn(9, 7).double()
     torch.testing.assert_close(head(x), torch.cat([head(row.unsqueeze(0)) for row in x]))
 
 
-@pytest.mark.parametrize("dispatch", ["all", "selected"])
+@pytest.mark.parametrize("dispatch", ["all", "ragged"])
 def test_permuting_the_experts_changes_nothing(dispatch: str) -> None:
     head = small_head(dispatch=dispatch)
     permuted = copy.deepcopy(head)
@@ -115,7 +115,7 @@ def test_permuting_the_experts_changes_nothing(dispatch: str) -> None:
     torch.testing.assert_close(permuted(x), head(x))
 
 
-@pytest.mark.parametrize("dispatch", ["all", "selected"])
+@pytest.mark.parametrize("dispatch", ["all", "ragged"])
 def test_tokens_are_routed_one_by_one_and_averaged(dispatch: str) -> None:
     head = small_head(dispatch=dispatch)
     x = torch.randn(3, 4, 7).double()
@@ -125,14 +125,14 @@ def test_tokens_are_routed_one_by_one_and_averaged(dispatch: str) -> None:
     assert output.routing.rows_per_sample == 4
 
 
-@pytest.mark.parametrize("dispatch", ["all", "selected"])
+@pytest.mark.parametrize("dispatch", ["all", "ragged"])
 def test_an_empty_batch_gives_no_logits(dispatch: str) -> None:
     output = small_head(dispatch=dispatch)(torch.randn(0, 7).double(), return_routing=True)
     assert output.logits.shape == (0, 3)
     assert output.aux_loss == 0
 
 
-@pytest.mark.parametrize("dispatch", ["all", "selected"])
+@pytest.mark.parametrize("dispatch", ["all", "ragged"])
 def test_nan_row_poisons_only_its_own_logits(dispatch: str) -> None:
     head = small_head(dispatch=dispatch).train()
     x = torch.randn(8, 7).double()
@@ -145,7 +145,7 @@ def test_nan_row_poisons_only_its_own_logits(dispatch: str) -> None:
 
 
 def test_unreached_expert_gets_a_zero_gradient_not_none() -> None:
-    head = small_head(dispatch="selected", k=1)
+    head = small_head(dispatch="ragged", k=1)
     with torch.no_grad():
         head.router.gate.weight.zero_()
         head.router.gate.bias.copy_(torch.tensor([9.0, 0, 0, 0, 0]))

@@ -10,7 +10,7 @@ from moe_heads.routing import Routing, RoutingCollection
 __all__ = ["Choices", "choices_of", "flip_share"]
 
 Choices = list[Tensor]
-"""For each pass of a router over a batch the sets of experts that the samples chose, (samples, rows of one · K)."""
+"""For each pass of a router over a batch whether a row of a sample chose an expert, (samples, rows of one · E), bool."""
 
 
 def choices_of(collection: RoutingCollection) -> Choices:
@@ -46,6 +46,6 @@ def flip_share(choices: Choices, reference: Choices) -> float:
 
 
 def _choice(routing: Routing) -> Tensor:
-    # a row without finite logits chooses nothing: no expert has the index -1
-    chosen = routing.chosen.sort(-1).values.masked_fill(~routing.valid.unsqueeze(-1), -1)
-    return chosen.reshape(-1, routing.rows_per_sample * chosen.shape[-1])
+    # a row without finite logits chooses nothing
+    selected = routing.selected & routing.valid.unsqueeze(-1)
+    return selected.reshape(-1, routing.rows_per_sample * routing.num_experts)

@@ -27,10 +27,9 @@ class UtilizationSums:
 
     def __init__(self, name: str, routing: Routing, num_classes: int | None) -> None:
         self.name = name
-        self._soft = routing.indices is None
+        self._soft = routing.soft
         self._stats: RoutingStats | None = None
         num_experts = routing.num_experts
-        self._prob_sum = torch.zeros(num_experts, dtype=torch.float64)
         self._num_samples = 0
         shape = None if num_classes is None else (num_classes, num_experts)
         self._class_gates = None if shape is None else torch.zeros(shape, dtype=torch.float64)
@@ -39,7 +38,7 @@ class UtilizationSums:
     def __add__(self, other: "UtilizationSums") -> "UtilizationSums":
         """The sums of both: of one head on two ranks."""
         total = copy.copy(self)
-        for name in ("_stats", "_prob_sum", "_num_samples", "_class_gates", "_class_counts"):
+        for name in ("_stats", "_num_samples", "_class_gates", "_class_counts"):
             mine, others = getattr(self, name), getattr(other, name)
             setattr(total, name, None if mine is None else mine + others)
         return total
@@ -57,7 +56,6 @@ class UtilizationSums:
         stats = routing.stats()
         self._stats = stats if self._stats is None else self._stats + stats
         valid = routing.valid
-        self._prob_sum += routing.probs[valid].sum(0)
         self._num_samples += len(valid) // routing.rows_per_sample
         if labels is None or self._class_gates is None or self._class_counts is None:
             return
@@ -68,9 +66,10 @@ class UtilizationSums:
             )
         rows = labels.long().repeat_interleave(routing.rows_per_sample)[valid]
         self._class_gates.index_add_(0, rows, routing.gates[valid])
-        # chosen experts stand in descending order
-        top = routing.chosen[valid, 0]
-        self._class_counts.index_put_((rows, top), torch.ones_like(rows), accumulate=True)
+        # a row that no expert took has no top expert
+        taken = ~routing.dropped[valid]
+        top = routing.top[valid][taken]
+        self._class_counts.index_put_((rows[taken], top), torch.ones_like(top), accumulate=True)
 
     def result(self, dead_below: float) -> HeadUtilization:
         """The utilisation of all rows so far.
@@ -98,7 +97,7 @@ class UtilizationSums:
             load=load,
             importance=importance,
             entropy=float(stats.entropy),
-            entropy_of_mean=_entropy(self._prob_sum / num_rows),
+            entropy_of_mean=_entropy(stats.mean_probs),
             effective_experts=math.exp(_entropy(importance)),
             dead_experts=tuple(
                 index for index, s in enumerate(share.tolist()) if s == 0 or s * len(share) < dead_below

@@ -96,7 +96,7 @@ def test_mutual_information_equals_scikit_learns() -> None:
     result = expert_utilization(model, [(x, labels)])
     with collect_routing(model) as routing:
         model(x)
-    top = routing.routings["1"][0].chosen[:, 0]
+    top = routing.routings["1"][0].top
     expected = mutual_info_score(labels, top)
     assert result.mutual_information["1"] == pytest.approx(expected, rel=1e-9)
 

@@ -1,0 +1,100 @@
+"""Which path runs: the one that was asked for, if it can, or the one that shape, device and mode make the fastest."""
+
+from collections.abc import Callable, Mapping
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from moe_heads.dispatch.all_experts import mix_all
+from moe_heads.dispatch.gathered import mix_gathered
+from moe_heads.dispatch.grouped import mix_grouped, why_not_grouped
+from moe_heads.dispatch.ragged import mix_ragged
+from moe_heads.experts import Experts
+from moe_heads.routing import Routing
+
+__all__ = ["Dispatch", "mix"]
+
+Dispatch = Literal["auto", "all", "gathered", "grouped", "ragged"]
+
+_PATHS: Mapping[str, Callable[[Experts, Tensor, Routing], Tensor]] = {
+    "all": mix_all,
+    "gathered": mix_gathered,
+    "grouped": mix_grouped,
+    "ragged": mix_ragged,
+}
+
+# What the bookkeeping of "ragged" costs, in multiply-adds that the CPU does in the same time. Fitted to
+# examples/benchmarks/heads.py.
+_MACS_PER_SEGMENT = 300_000
+_MACS_PER_COPIED_FEATURE = 32
+# Up to this many rows a compiled loop over gathered weights beats the grouped product: same benchmark.
+_FEW_ROWS = 32
+
+
+def mix(experts: Experts, x: Tensor, routing: Routing, dispatch: Dispatch) -> Tensor:
+    """Weighted sum of the experts that a routing chose.
+
+    Args:
+        experts: The experts.
+        x: Rows, (N, D).
+        routing: Their routing.
+        dispatch: Name of a path, or "auto".
+
+    Returns:
+        Logits, (N, C).
+
+    Raises:
+        ValueError: If the path that was named cannot serve the routing, dtype, shape or mode.
+    """
+    if dispatch == "auto":
+        dispatch = _fastest(experts, x, routing)
+    else:
+        _check(experts, x, routing, dispatch)
+    return _PATHS[dispatch](experts, x, routing)
+
+
+def _fastest(experts: Experts, x: Tensor, routing: Routing) -> Dispatch:
+    if routing.weights is None or x.device.type != "cpu" or _is_exporting() or _is_vmapped():
+        return "all"
+    compiling = torch.compiler.is_compiling()
+    num_rows, num_choices = x.shape[0], routing.weights.numel()
+    if compiling and routing.indices is not None and num_rows <= _FEW_ROWS:
+        return "gathered"
+    if compiling and why_not_grouped(experts, x) is not None:
+        return "all"
+    saved = (num_rows * experts.num_experts - num_choices) * experts.flops_per_row // 2
+    segments = min(experts.num_experts, num_choices) * _MACS_PER_SEGMENT
+    copied = num_choices * experts.in_features * _MACS_PER_COPIED_FEATURE
+    if num_rows > 1 and saved <= segments + copied:
+        return "all"
+    return "grouped" if compiling else "ragged"
+
+
+def _check(experts: Experts, x: Tensor, routing: Routing, dispatch: Dispatch) -> None:
+    if dispatch == "all":
+        return
+    reason = None
+    if routing.weights is None:
+        reason, instead = "expected a router that chooses; got one that mixes all experts", "all"
+    elif dispatch == "gathered" and routing.indices is None:
+        reason, instead = "expected rows that choose their experts; got experts that choose their rows", "ragged"
+    elif dispatch == "grouped":
+        reason, instead = why_not_grouped(experts, x), "ragged"
+    elif dispatch == "ragged" and (_is_exporting() or _is_vmapped()):
+        reason, instead = "expected eager mode, since it reads the segment lengths; got an export or vmap", "all"
+    if reason is not None:
+        raise ValueError(f"dispatch={dispatch!r}: {reason}. Use dispatch={instead!r}")
+
+
+def _is_exporting() -> bool:
+    """Whether the graph is recorded for any batch size: nothing may depend on the number of rows."""
+    return torch.compiler.is_exporting() or torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
+
+
+def _is_vmapped() -> bool:
+    """Whether the call is inside `torch.vmap`, where the host cannot read values."""
+    if torch._C._functorch.maybe_current_level() is None:
+        return False
+    stack = torch._C._functorch.get_interpreter_stack() or []
+    return any(interpreter.key() == torch._C._functorch.TransformType.Vmap for interpreter in stack)

@@ -1,0 +1,21 @@
+"""Routers: modules that decide which experts a row goes to, and with which weight.
+
+Each takes rows (N, D) and returns a `moe_heads.Routing`; each stands as ``SparseMoE(..., router=...)``.
+"""
+
+from moe_heads.routers.bias_balanced import BiasBalancedRouter
+from moe_heads.routers.expert_choice import ExpertChoiceRouter
+from moe_heads.routers.linear import LinearRouter, linear_fp32
+from moe_heads.routers.noisy_top_k import NoisyTopKRouter
+from moe_heads.routers.softmax import SoftmaxRouter
+from moe_heads.routers.switch import SwitchRouter
+
+__all__ = [
+    "BiasBalancedRouter",
+    "ExpertChoiceRouter",
+    "LinearRouter",
+    "NoisyTopKRouter",
+    "SoftmaxRouter",
+    "SwitchRouter",
+    "linear_fp32",
+]

@@ -1,0 +1,88 @@
+"""Expert choice: every expert takes the rows that suit it best, Zhou et al., arXiv 2202.09368."""
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from moe_heads.checks import check_positive
+from moe_heads.routers.linear import LinearRouter
+from moe_heads.routing import Routing
+
+__all__ = ["ExpertChoiceRouter"]
+
+
+class ExpertChoiceRouter(LinearRouter):
+    r"""Every expert takes the rows with the highest probability for it, Zhou et al., arXiv 2202.09368, section 3.2.
+
+    .. math::
+        S = \mathrm{softmax}(z) \in R^{n \times E}, \qquad
+        (G, I) = \mathrm{TopK}\big(S^\top, M\big), \qquad M = \min(n, \lceil n k / E \rceil)
+
+    The load is balanced by construction; a row may get several experts or none (`Routing.dropped`), in which case its
+    logits come from the shared experts alone, or are zero. The tokens of a sample compete with each other, so a
+    sample does not depend on its batch. Pooled features compete within the batch: **the logits of a row then depend on
+    the other rows**, in evaluation too, and a single row is taken by every expert. Prefer it for tokens.
+
+    Args:
+        in_features: D.
+        num_experts: E.
+        k: Experts a row gets on average, the paper's capacity factor c.
+        temperature: Divides the logits.
+        balance: Coefficients of "z" and "kl"; the load needs no loss.
+
+    Raises:
+        ValueError: If a size is below 1, k not in (0, num_experts], the temperature not positive, or a balance term
+            unknown.
+
+    Example:
+        >>> import torch
+        >>> from moe_heads.routers import ExpertChoiceRouter
+        >>> routing = ExpertChoiceRouter(16, 4, k=2)(torch.randn(10, 16))
+        >>> routing.rows.shape, routing.stats().counts
+        (torch.Size([4, 5]), tensor([5, 5, 5, 5]))
+    """
+
+    balance_terms = ("z", "kl")
+
+    def __init__(
+        self,
+        in_features: int,
+        num_experts: int,
+        k: float = 2.0,
+        temperature: float = 1.0,
+        balance: Mapping[str, float] | None = None,
+    ) -> None:
+        super().__init__(in_features, num_experts, temperature, balance)
+        check_positive(k=k)
+        if k > num_experts:
+            raise ValueError(f"k: expected at most num_experts = {num_experts}; got {k}")
+        self.k = k
+
+    def forward(self, x: Tensor, rows_per_sample: int = 1) -> Routing:
+        """Route the rows x, (N, D), in fp32 or wider."""
+        logits = self.gate_logits(x)
+        probs = logits.softmax(-1)
+        num_rows = x.shape[0]
+        size = rows_per_sample if rows_per_sample > 1 else num_rows
+        groups = probs.unflatten(0, (-1, size)) if num_rows else probs.unsqueeze(0)
+        # a row that is not a number would be the first choice of every expert
+        ranked = groups.detach().nan_to_num(nan=-1.0)
+        chosen = ranked.topk(min(size, math.ceil(size * self.k / self.num_experts)), dim=1).indices
+        weights = groups.gather(1, chosen)
+        first = torch.arange(groups.shape[0], device=x.device).mul(size).view(-1, 1, 1)
+        return Routing(
+            logits=logits,
+            probs=probs,
+            rows=(chosen + first).permute(2, 0, 1).flatten(1),
+            weights=weights.permute(2, 0, 1).flatten(1),
+            scores=probs,
+            balance=self.balance,
+            rows_per_sample=rows_per_sample,
+            sync=self.training,
+        )
+
+    def extra_repr(self) -> str:
+        """Settings that the children's lines do not show."""
+        return f"k={self.k}, {super().extra_repr()}"

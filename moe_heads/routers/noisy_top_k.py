@@ -1,0 +1,96 @@
+"""The noisy top-k gate of Shazeer et al., arXiv 1701.06538."""
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from moe_heads.routers.linear import LinearRouter, check_chosen, linear_fp32
+from moe_heads.routing import Routing
+
+__all__ = ["NoisyTopKRouter"]
+
+
+class NoisyTopKRouter(LinearRouter):
+    r"""Noisy top-k gate of Shazeer et al., arXiv 1701.06538.
+
+    .. math:: z = (x W_g + b_g) / \tau, \qquad \tilde z = z + \epsilon \, \mathrm{softplus}(x W_n + b_n)
+
+    with standard normal :math:`\epsilon`, in training only. The k largest :math:`\tilde z` are selected by index, so
+    ties never select more than k; their softmax gives the weights. For k = 1 that softmax is constant and would leave
+    the router without a gradient: the weight is then the full-softmax probability, as in Switch (arXiv 2101.03961).
+
+    Args:
+        in_features: D.
+        num_experts: E.
+        k: Experts chosen a row.
+        noisy: Draw noise in training; without it the second projection does not exist.
+        temperature: :math:`\tau`.
+        balance: Coefficients of "importance", "load", "switch", "z" and "kl"; see `moe_heads.balance`.
+
+    Raises:
+        ValueError: If k > num_experts, a size is below 1, the temperature not positive, a balance term unknown, or the
+            load loss asked for without noise.
+
+    Example:
+        >>> import torch
+        >>> from moe_heads.routers import NoisyTopKRouter
+        >>> NoisyTopKRouter(16, 4, k=2)(torch.randn(5, 16)).indices.shape
+        torch.Size([5, 2])
+    """
+
+    k: int
+
+    def __init__(
+        self,
+        in_features: int,
+        num_experts: int,
+        k: int,
+        noisy: bool = True,
+        temperature: float = 1.0,
+        balance: Mapping[str, float] | None = None,
+    ) -> None:
+        check_chosen(k, num_experts)
+        super().__init__(in_features, num_experts, temperature, balance)
+        if not noisy and self.balance.get("load"):
+            raise ValueError(
+                "balance['load']: the smooth load differentiates through the noise, so it needs noisy=True; with"
+                " noisy=False use balance={'importance': 0.2} or {'switch': 0.01}"
+            )
+        self.k = k
+        self.noise = nn.Linear(in_features, num_experts) if noisy else None
+        if self.noise is not None:
+            # every expert starts with the same noise, softplus(0) = 0.69: at first the choice is close to random
+            nn.init.zeros_(self.noise.weight)
+            nn.init.zeros_(self.noise.bias)
+
+    def forward(self, x: Tensor, rows_per_sample: int = 1) -> Routing:
+        """Route the rows x, (N, D), in fp32 or wider."""
+        logits = self.gate_logits(x)
+        noise_std = noisy_logits = None
+        if self.noise is not None and self.training:
+            noise_std = F.softplus(linear_fp32(self.noise, x))
+            noisy_logits = logits + torch.randn_like(logits) * noise_std
+        deciding = logits if noisy_logits is None else noisy_logits
+        probs = deciding.softmax(-1)
+        values, indices = deciding.topk(self.k, dim=-1)
+        return Routing(
+            logits=logits,
+            probs=probs,
+            indices=indices,
+            weights=probs.gather(-1, indices) if self.k == 1 else values.softmax(-1),
+            noisy_logits=noisy_logits,
+            noise_std=noise_std,
+            balance=self.balance,
+            rows_per_sample=rows_per_sample,
+            sync=self.training,
+        )
+
+    def active_parameters(self) -> Iterable[nn.Parameter]:
+        """Those of the gate: the noise takes part in training only."""
+        return self.gate.parameters()
+
+    def extra_repr(self) -> str:
+        """Settings that the children's lines do not show."""
+        return f"k={self.k}, {super().extra_repr()}"

@@ -1,0 +1,60 @@
+"""The soft gate: every expert runs, weighted."""
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from moe_heads.checks import check_at_least_one
+from moe_heads.routers.linear import LinearRouter
+from moe_heads.routing import Routing
+
+__all__ = ["SoftmaxRouter"]
+
+
+class SoftmaxRouter(LinearRouter):
+    r"""Soft gate :math:`p = \mathrm{softmax}(z)`, :math:`z = (x W_g + b_g) / \tau`: every expert, weighted.
+
+    Args:
+        in_features: D.
+        num_experts: E.
+        temperature: :math:`\tau`; above 1 the gate is flatter.
+        balance: Coefficients of "kl", "importance" and "z"; see `moe_heads.balance`.
+        slots_per_expert: S logits an expert; the expert's gate is the sum over its slots, so its logit in the `Routing`
+            is their logsumexp.
+
+    Raises:
+        ValueError: If a size is below 1, the temperature not positive, or a balance term unknown.
+
+    Example:
+        >>> import torch
+        >>> from moe_heads.routers import SoftmaxRouter
+        >>> SoftmaxRouter(16, 4)(torch.randn(5, 16)).gates.shape
+        torch.Size([5, 4])
+    """
+
+    balance_terms = ("kl", "importance", "z")
+
+    def __init__(
+        self,
+        in_features: int,
+        num_experts: int,
+        temperature: float = 1.0,
+        balance: Mapping[str, float] | None = None,
+        slots_per_expert: int = 1,
+    ) -> None:
+        check_at_least_one(in_features=in_features, num_experts=num_experts, slots_per_expert=slots_per_expert)
+        super().__init__(in_features, num_experts, temperature, balance, slots_per_expert)
+        self.slots_per_expert = slots_per_expert
+
+    def forward(self, x: Tensor, rows_per_sample: int = 1) -> Routing:
+        """Route the rows x, (N, D), in fp32 or wider."""
+        slot_logits = self.gate_logits(x).unflatten(-1, (-1, self.slots_per_expert))
+        logits = slot_logits.squeeze(-1) if self.slots_per_expert == 1 else slot_logits.logsumexp(-1)
+        return Routing(
+            logits=logits,
+            probs=logits.softmax(-1),
+            slot_logits=slot_logits,
+            balance=self.balance,
+            rows_per_sample=rows_per_sample,
+            sync=self.training,
+        )

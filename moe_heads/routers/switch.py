@@ -1,0 +1,80 @@
+"""The top-1 gate of the Switch Transformer, Fedus et al., arXiv 2101.03961."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from moe_heads.routers.linear import LinearRouter
+from moe_heads.routing import Routing
+
+__all__ = ["SwitchRouter"]
+
+
+class SwitchRouter(LinearRouter):
+    r"""Top-1 gate of the Switch Transformer, Fedus et al., arXiv 2101.03961, section 2.
+
+    .. math:: p = \mathrm{softmax}\big((x \odot u) W_g + b_g\big), \qquad y = p_i f_i(x), \quad i = \arg\max_e p_e
+
+    with :math:`u \sim U(1 - \epsilon, 1 + \epsilon)` in training only: the paper's input jitter, which explores near the
+    boundaries. No row is dropped: the paper's capacity factor serves fixed buffers, which the dispatch here does not need.
+
+    Args:
+        in_features: D.
+        num_experts: E.
+        jitter: :math:`\epsilon`, in [0, 1); 0.01 as in the paper.
+        temperature: Divides the logits.
+        balance: Coefficients of the balance losses; the Switch loss with 0.01, as in the paper.
+
+    Raises:
+        ValueError: If a size is below 1, the jitter outside [0, 1), the temperature not positive, or a balance term
+            unknown.
+
+    Example:
+        >>> import torch
+        >>> from moe_heads import SparseMoE
+        >>> from moe_heads.routers import SwitchRouter
+        >>> head = SparseMoE(16, 3, num_experts=4, router=SwitchRouter(16, 4))
+        >>> head(torch.randn(5, 16), return_routing=True).routing.indices.shape
+        torch.Size([5, 1])
+    """
+
+    balance_terms = ("switch", "importance", "z", "kl")
+    k = 1
+
+    def __init__(
+        self,
+        in_features: int,
+        num_experts: int,
+        jitter: float = 0.01,
+        temperature: float = 1.0,
+        balance: Mapping[str, float] | None = {"switch": 0.01},
+    ) -> None:
+        super().__init__(in_features, num_experts, temperature, balance)
+        if isinstance(jitter, bool) or not isinstance(jitter, (int, float)) or not 0 <= jitter < 1:
+            raise ValueError(f"jitter: expected a number in [0, 1); got {jitter!r}")
+        self.jitter = jitter
+
+    def forward(self, x: Tensor, rows_per_sample: int = 1) -> Routing:
+        """Route the rows x, (N, D), in fp32 or wider."""
+        logits = self.gate_logits(x)
+        noisy_logits = None
+        if self.training and self.jitter:
+            wide = x.to(logits.dtype)
+            noisy_logits = self.gate_logits(wide * torch.empty_like(wide).uniform_(1 - self.jitter, 1 + self.jitter))
+        probs = (logits if noisy_logits is None else noisy_logits).softmax(-1)
+        weights, indices = probs.max(-1, keepdim=True)
+        return Routing(
+            logits=logits,
+            probs=probs,
+            indices=indices,
+            weights=weights,
+            noisy_logits=noisy_logits,
+            balance=self.balance,
+            rows_per_sample=rows_per_sample,
+            sync=self.training,
+        )
+
+    def extra_repr(self) -> str:
+        """Settings that the children's lines do not show."""
+        return f"jitter={self.jitter}, {super().extra_repr()}"

@@ -1,0 +1,43 @@
+"""The protocol of all routers."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+
+from torch import Tensor, nn
+
+from moe_heads.routing.routing import Routing
+
+__all__ = ["Router"]
+
+
+class Router(nn.Module, ABC):
+    """Base of all routers: a module from rows (N, D) to a `Routing`. `collect_routing` finds them by this class.
+
+    A router of your own needs `forward`; with ``num_experts`` it serves in a `SparseMoE`.
+
+    Attributes:
+        num_experts: E.
+        k: Experts that run for a row, on average; None when all of them do.
+    """
+
+    num_experts: int
+    k: float | None = None
+
+    @abstractmethod
+    def forward(self, x: Tensor, rows_per_sample: int = 1) -> Routing:
+        """Route the rows x, (N, D)."""
+
+    def active_parameters(self) -> Iterable[nn.Parameter]:
+        """Parameters that take part in evaluation."""
+        return self.parameters()
+
+    def keep(self, experts: Sequence[int]) -> "Router":
+        """A copy of the router that knows these experts only, for `moe_heads.ablate`.
+
+        Args:
+            experts: Indices to keep, ascending.
+
+        Raises:
+            ValueError: If the router does not say how.
+        """
+        raise ValueError(f"head: expected a router that defines keep(experts); {type(self).__name__} does not")

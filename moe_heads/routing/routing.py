@@ -1,0 +1,179 @@
+"""A router's decisions for one batch, with their gradient.
+
+Shapes: B batch, T tokens, N = B·T rows, E experts, K chosen experts a row, M chosen rows an expert.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from moe_heads import balance
+from moe_heads.routing.stats import RoutingStats
+
+__all__ = ["BALANCE_TERMS", "Routing"]
+
+
+@dataclass(frozen=True)
+class Routing:
+    """A router's decisions for one batch, with their gradient.
+
+    There are three kinds: rows choose experts (``indices``), experts choose rows (``rows``), or every expert runs on
+    every row (neither, a soft router).
+
+    Attributes:
+        logits: Clean logits z, (N, E), fp32 or wider.
+        probs: Softmax over all experts of the logits that decided (noisy ones in training), (N, E).
+        indices: Experts that each row chose, (N, K), by descending score.
+        rows: Rows that each expert chose, (E, M).
+        weights: Mixing weights of the choices, of the shape of ``indices`` or ``rows``; None for a soft router.
+        scores: What was compared to choose, (N, E); None: the noisy logits, or the clean ones without noise.
+        noisy_logits: Logits with noise, (N, E); None when no noise was drawn.
+        noise_std: Standard deviation of the noise, (N, E); None when no noise was drawn.
+        slot_logits: Logits of the slots of a soft router, (N, E, S); None for a sparse router.
+        balance: Coefficient of each term of `aux_loss`.
+        rows_per_sample: T for tokens, 1 for pooled features: rows n·T … n·T + T - 1 belong to sample n.
+        sync: Whether `aux_loss` sums its statistics over the ranks first (in training).
+    """
+
+    logits: Tensor
+    probs: Tensor
+    indices: Tensor | None = None
+    weights: Tensor | None = None
+    rows: Tensor | None = None
+    scores: Tensor | None = None
+    noisy_logits: Tensor | None = None
+    noise_std: Tensor | None = None
+    slot_logits: Tensor | None = None
+    balance: Mapping[str, float] = field(default_factory=dict)
+    rows_per_sample: int = 1
+    sync: bool = False
+
+    @property
+    def num_experts(self) -> int:
+        """E."""
+        return self.logits.shape[-1]
+
+    @property
+    def soft(self) -> bool:
+        """Whether every expert runs on every row."""
+        return self.weights is None
+
+    @property
+    def gates(self) -> Tensor:
+        """Mixing weights of all experts, (N, E), zero where an expert was not chosen."""
+        if self.weights is None:
+            return self.probs
+        return self._spread(self.weights)
+
+    @property
+    def selected(self) -> Tensor:
+        """Whether a row chose an expert (or the expert the row), (N, E), bool; a soft router selects the largest gate."""
+        if self.weights is None:
+            best = self.probs.argmax(-1, keepdim=True)
+            return torch.zeros_like(self.probs, dtype=torch.bool).scatter(-1, best, True)
+        return self._spread(torch.ones_like(self.weights, dtype=torch.bool))
+
+    @property
+    def top(self) -> Tensor:
+        """Expert with the largest gate of each row, (N,), int64; 0 for a dropped row."""
+        return self.gates.argmax(-1)
+
+    @property
+    def dropped(self) -> Tensor:
+        """Rows that no expert took, (N,), bool: possible where experts choose rows."""
+        return ~self.selected.any(-1)
+
+    @property
+    def valid(self) -> Tensor:
+        """Rows whose logits are finite, (N,)."""
+        return self.logits.isfinite().all(-1)
+
+    @property
+    def margin(self) -> Tensor:
+        """How far the choice of each row is from another one, (N,), in the unit of the scores that were compared.
+
+        Where rows choose, the lowest score that was chosen less the highest that was not. Where experts choose, the
+        smallest change of one score of the row that would bring it into an expert's choice or out of it. Infinite where
+        no other choice exists, as for k = E.
+        """
+        scores, selected = self._scores, self.selected
+        if self.rows is None:
+            return _lowest(scores, selected, -1).squeeze(-1) - _highest(scores, ~selected, -1).squeeze(-1)
+        # the rows that compete for a place: those of a sample of tokens, else those of the batch
+        shape = (-1, self.rows_per_sample if self.rows_per_sample > 1 else max(len(scores), 1), self.num_experts)
+        scores, selected = scores.reshape(shape), selected.reshape(shape)
+        leaving = scores - _highest(scores, ~selected, 1)
+        entering = _lowest(scores, selected, 1) - scores
+        return torch.where(selected, leaving, entering).amin(-1).flatten()
+
+    @property
+    def aux_loss(self) -> Tensor:
+        """Sum of the balance terms times their coefficients, scalar; see `moe_heads.balance`."""
+        terms = [coefficient * BALANCE_TERMS[name](self) for name, coefficient in self.balance.items() if coefficient]
+        return torch.stack(terms).sum() if terms else self.logits.new_zeros(())
+
+    @torch.no_grad()
+    def stats(self) -> RoutingStats:
+        """Statistics of this batch; no synchronisation with the host."""
+        valid = self.valid
+        invalid_row = ~valid.unsqueeze(-1)
+        wide = torch.float32 if self.logits.device.type == "mps" else torch.float64
+        selected = self.selected
+
+        def total(values: Tensor) -> Tensor:
+            mask = invalid_row if values.dim() == 2 else ~valid
+            return values.masked_fill(mask, 0).sum(0, dtype=wide)
+
+        return RoutingStats(
+            counts=selected.masked_fill(invalid_row, False).sum(0),
+            gate_sum=total(self.gates),
+            prob_sum=total(self.probs),
+            entropy_sum=total(torch.special.entr(self.probs).sum(-1)),
+            margin_sum=total(self.margin),
+            num_dropped=(~selected.any(-1) & valid).sum(),
+            num_rows=valid.sum(),
+            num_nonfinite=(~valid).sum(),
+        )
+
+    @property
+    def _scores(self) -> Tensor:
+        if self.scores is not None:
+            return self.scores
+        return self.logits if self.noisy_logits is None else self.noisy_logits
+
+    def _spread(self, values: Tensor) -> Tensor:
+        """Values of the choices at their places among all rows and experts, (N, E), zero elsewhere."""
+        zeros = torch.zeros(self.probs.shape, dtype=values.dtype, device=values.device)
+        if self.rows is not None:
+            return zeros.t().scatter(-1, self.rows, values).t()
+        assert self.indices is not None
+        return zeros.scatter(-1, self.indices, values)
+
+
+def _lowest(scores: Tensor, among: Tensor, dim: int) -> Tensor:
+    return scores.masked_fill(~among, torch.inf).amin(dim, keepdim=True)
+
+
+def _highest(scores: Tensor, among: Tensor, dim: int) -> Tensor:
+    return scores.masked_fill(~among, -torch.inf).amax(dim, keepdim=True)
+
+
+def _load(routing: Routing) -> Tensor:
+    counts = routing.selected.to(routing.probs.dtype)
+    if routing.noisy_logits is None or routing.noise_std is None or routing.indices is None:
+        # the limit of vanishing noise: the counts themselves, which have no gradient
+        return balance.importance_loss(counts, routing.valid, routing.sync)
+    k = routing.indices.shape[-1]
+    return balance.load_loss(routing.logits, routing.noisy_logits, routing.noise_std, k, routing.valid, routing.sync)
+
+
+BALANCE_TERMS: Mapping[str, Callable[[Routing], Tensor]] = {
+    "importance": lambda r: balance.importance_loss(r.gates, r.valid, r.sync),
+    "load": _load,
+    "switch": lambda r: balance.switch_loss(r.probs, r.selected, r.valid, r.sync),
+    "z": lambda r: balance.z_loss(r.logits, r.valid, r.sync),
+    "kl": lambda r: balance.kl_uniform_loss(r.probs, r.valid, r.sync),
+}
+"""Names under which a head's ``balance`` argument selects its losses."""

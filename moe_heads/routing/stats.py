@@ -1,0 +1,95 @@
+"""Statistics of a router: sums over rows, so that batches and ranks add up exactly."""
+
+from dataclasses import dataclass, fields
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+__all__ = ["RoutingStats"]
+
+
+@dataclass(frozen=True)
+class RoutingStats:
+    """Sums over rows of what a router did; detached, on the router's device.
+
+    Add the statistics of several batches with ``+``, those of all ranks with `all_reduce`; the properties are ratios of
+    the sums. Counts are int64 and exact; the other sums are float64 (fp32 on a device without it), so that the
+    order of the batches shows in the last digits at most. E experts.
+
+    Attributes:
+        counts: Rows that chose the expert (or that it chose), (E,), int64. A soft router chooses the expert with the
+            largest gate.
+        gate_sum: Sum of the mixing weights, (E,): Shazeer's importance.
+        prob_sum: Sum of the full softmax, (E,): the probability mass of an expert, chosen or not.
+        entropy_sum: Sum over rows of the entropy of the full softmax, scalar, nats.
+        margin_sum: Sum over rows of `Routing.margin`, scalar, in the unit of the scores that are compared.
+        num_dropped: Rows that no expert took, scalar, int64.
+        num_rows: Rows routed, scalar, int64, dropped ones included.
+        num_nonfinite: Rows with NaN or infinite logits, scalar, int64; they count in none of the other sums.
+    """
+
+    counts: Tensor
+    gate_sum: Tensor
+    prob_sum: Tensor
+    entropy_sum: Tensor
+    margin_sum: Tensor
+    num_dropped: Tensor
+    num_rows: Tensor
+    num_nonfinite: Tensor
+
+    def __add__(self, other: "RoutingStats") -> "RoutingStats":
+        return RoutingStats(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+
+    def all_reduce(self, group: dist.ProcessGroup | None = None) -> "RoutingStats":
+        """The sums over all ranks, by one collective for the counts and one for the other sums.
+
+        Every rank of the group has to call it, with the statistics of the same router.
+
+        Args:
+            group: Process group; None is the default one.
+
+        Returns:
+            The sums over the ranks; the statistics themselves where `torch.distributed` is not in use.
+        """
+        if not (dist.is_available() and dist.is_initialized()):
+            return self
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        total: dict[str, Tensor] = {}
+        for floating in (False, True):
+            chosen = {name: value for name, value in values.items() if value.is_floating_point() == floating}
+            packed = torch.cat([value.flatten() for value in chosen.values()])
+            dist.all_reduce(packed, group=group)
+            parts = packed.split([value.numel() for value in chosen.values()])
+            total |= {name: part.view(value.shape) for (name, value), part in zip(chosen.items(), parts, strict=True)}
+        return RoutingStats(**total)
+
+    @property
+    def load(self) -> Tensor:
+        """Share of the choices that went to each expert, (E,); sums to 1."""
+        return self.counts / self.counts.sum().clamp_min(1)
+
+    @property
+    def importance(self) -> Tensor:
+        """Share of the mixing weight that went to each expert, (E,); sums to 1."""
+        return self.gate_sum / self.gate_sum.sum().clamp_min(torch.finfo(self.gate_sum.dtype).tiny)
+
+    @property
+    def mean_probs(self) -> Tensor:
+        """Mean of the full softmax, (E,); sums to 1."""
+        return self.prob_sum / self.num_rows.clamp_min(1)
+
+    @property
+    def entropy(self) -> Tensor:
+        """Mean entropy of a row's full softmax, scalar, nats."""
+        return self.entropy_sum / self.num_rows.clamp_min(1)
+
+    @property
+    def margin(self) -> Tensor:
+        """Mean margin to the next expert, scalar; infinite where there is no next one."""
+        return self.margin_sum / self.num_rows.clamp_min(1)
+
+    @property
+    def dropped(self) -> Tensor:
+        """Share of the rows that no expert took, scalar."""
+        return self.num_dropped / self.num_rows.clamp_min(1)

@@ -1,0 +1,99 @@
+"""New heads made from trained ones: a dense head becomes experts, experts are taken out."""
+
+import copy
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+import torch
+
+from moe_heads.checks import check_at_least_one
+from moe_heads.dense import Dense
+from moe_heads.soft_moe import SoftMoE
+from moe_heads.sparse_moe import SparseMoE
+
+__all__ = ["ablate", "upcycle"]
+
+MoEHead = TypeVar("MoEHead", SoftMoE, SparseMoE)
+
+
+def upcycle(dense_head: Dense, num_experts: int, **options: Any) -> SparseMoE:
+    """A sparse head whose experts all start as copies of a trained dense head, the router being new.
+
+    Sparse upcycling, Komatsuzaki et al., arXiv 2212.05055. The weights of a row's experts sum to one for k > 1, so the
+    new head starts with the logits of the dense one (dropout aside); with k = 1 the weight is a probability, which
+    scales them. The experts part in training because they see different rows.
+
+    Args:
+        dense_head: The head to copy; it is not changed.
+        num_experts: E.
+        **options: Further arguments of `SparseMoE`, such as ``k`` or ``router``; ``expert_width`` is the width of the
+            dense head, and its dropout is the default.
+
+    Returns:
+        The head, with the device, dtype and mode of the dense one.
+
+    Raises:
+        ValueError: If the head is not a `Dense`, a shared expert is asked for, or an option is bad.
+
+    Example:
+        >>> import torch
+        >>> from moe_heads import Dense, upcycle
+        >>> dense = Dense(16, 3, width=8).eval()
+        >>> sparse = upcycle(dense, num_experts=4, k=2)
+        >>> x = torch.randn(5, 16)
+        >>> torch.allclose(sparse(x), dense(x), atol=1e-6)
+        True
+    """
+    if not isinstance(dense_head, Dense):
+        raise ValueError(f"dense_head: expected a moe_heads.Dense; got {type(dense_head).__name__}")
+    check_at_least_one(num_experts=num_experts)
+    for name, reason in (("expert_width", "is the dense head's"), ("num_shared_experts", "would add to its logits")):
+        if options.get(name):
+            raise ValueError(f"{name}: {reason}; expected it absent, got {options[name]!r}")
+    first, _, dropout, second = dense_head.layers
+    settings = {"dropout": dropout.p, **options, "expert_width": dense_head.width}
+    head = SparseMoE(dense_head.in_features, dense_head.num_classes, num_experts, **settings)
+    sources = (first.weight, first.bias, second.weight, second.bias)
+    targets = (head.experts.weight1, head.experts.bias1, head.experts.weight2, head.experts.bias2)
+    with torch.no_grad():
+        for target, source in zip(targets, sources, strict=True):
+            target.copy_(source.expand_as(target))
+    return head.to(first.weight.device, first.weight.dtype).train(dense_head.training)
+
+
+def ablate(head: MoEHead, experts: Sequence[int]) -> MoEHead:
+    """A copy of a head without some of its experts, as if their gates had never been open.
+
+    The router chooses among the others and its weights sum to one over them. What the head loses by it is what the
+    experts contribute.
+
+    Args:
+        head: `SoftMoE` or `SparseMoE`; it is not changed.
+        experts: Indices of the experts to take out.
+
+    Returns:
+        The smaller head.
+
+    Raises:
+        ValueError: If the head has no experts, an index is out of range or twice there, or fewer experts than a row
+            needs would be left.
+
+    Example:
+        >>> from moe_heads import SparseMoE, ablate
+        >>> ablate(SparseMoE(16, 3, num_experts=4), [1]).num_experts
+        3
+    """
+    if not isinstance(head, (SoftMoE, SparseMoE)):
+        raise ValueError(f"head: expected a SoftMoE or SparseMoE; got {type(head).__name__}")
+    out = list(experts)
+    if len(set(out)) != len(out) or not all(type(e) is int and 0 <= e < head.num_experts for e in out):
+        raise ValueError(f"experts: expected different integers from 0 to {head.num_experts - 1}; got {experts!r}")
+    kept = [expert for expert in range(head.num_experts) if expert not in out]
+    needed = max(1, head.k) if isinstance(head, SparseMoE) and head.router.k is not None else 1
+    if len(kept) < needed:
+        raise ValueError(f"experts: expected at least {needed} experts to be left; {len(kept)} would be of {experts!r}")
+    smaller = copy.deepcopy(head)
+    smaller.num_experts = len(kept)
+    smaller.router = head.router.keep(kept)
+    smaller.experts = head.experts.keep(kept)
+    return smaller
