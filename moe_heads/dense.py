@@ -35,7 +35,7 @@ class Dense(Head):
         super().__init__(in_features, num_classes)
         check_at_least_one(width=width)
         check_dropout(dropout)
-        self.width = width
+        self.width, self.dropout = width, dropout
         self.layers = nn.Sequential(
             nn.Linear(in_features, width), nn.ReLU(), nn.Dropout(dropout), nn.Linear(width, num_classes)
         )

@@ -59,6 +59,10 @@ class Experts(nn.Module):
         ):
             nn.init.uniform_(parameter, -1 / math.sqrt(fan_in), 1 / math.sqrt(fan_in))
 
+    def stacks(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Weights and biases: (E, H, D), (E, H), (E, C, H), (E, C)."""
+        return self.weight1, self.bias1, self.weight2, self.bias2
+
     @property
     def parameters_per_expert(self) -> int:
         """Parameters of one expert."""

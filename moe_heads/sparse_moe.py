@@ -111,6 +111,9 @@ class SparseMoE(Head):
     def _mix(self, rows: Tensor, rows_per_sample: int) -> tuple[Tensor, Routing]:
         routing = self.router(rows, rows_per_sample)
         logits = mix(self.experts, rows, routing, self.dispatch)
+        if routing.rows is not None:
+            # no expert takes a row that is not a number: its logits would be zero, as if nothing were wrong
+            logits = logits.masked_fill(~routing.valid.unsqueeze(-1), torch.nan)
         if self.shared is not None:
             logits = logits + sum_all(self.shared, rows)
         return logits, routing

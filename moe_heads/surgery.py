@@ -50,15 +50,14 @@ def upcycle(dense_head: Dense, num_experts: int, **options: Any) -> SparseMoE:
     for name, reason in (("expert_width", "is the dense head's"), ("num_shared_experts", "would add to its logits")):
         if options.get(name):
             raise ValueError(f"{name}: {reason}; expected it absent, got {options[name]!r}")
-    first, _, dropout, second = dense_head.layers
-    settings = {"dropout": dropout.p, **options, "expert_width": dense_head.width}
+    settings = {"dropout": dense_head.dropout, **options, "expert_width": dense_head.width}
     head = SparseMoE(dense_head.in_features, dense_head.num_classes, num_experts, **settings)
-    sources = (first.weight, first.bias, second.weight, second.bias)
-    targets = (head.experts.weight1, head.experts.bias1, head.experts.weight2, head.experts.bias2)
+    sources = list(dense_head.layers.parameters())
+    head.to(sources[0].device, sources[0].dtype)
     with torch.no_grad():
-        for target, source in zip(targets, sources, strict=True):
+        for target, source in zip(head.experts.stacks(), sources, strict=True):
             target.copy_(source.expand_as(target))
-    return head.to(first.weight.device, first.weight.dtype).train(dense_head.training)
+    return head.train(dense_head.training)
 
 
 def ablate(head: MoEHead, experts: Sequence[int]) -> MoEHead:

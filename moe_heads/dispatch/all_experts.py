@@ -20,10 +20,12 @@ def sum_all(experts: Experts, x: Tensor, gates: Tensor | None = None) -> Tensor:
 
     The gates scale the hidden units, so that the second product sums over experts and units at once.
     """
-    hidden = experts.activate(F.linear(x, experts.weight1.flatten(0, 1), experts.bias1.flatten()))
-    second = experts.weight2.transpose(1, 2).flatten(0, 1).to(hidden.dtype)
+    weight1, bias1, weight2, bias2 = experts.stacks()
+    num_experts, width, _ = weight1.shape
+    hidden = experts.activate(F.linear(x, weight1.flatten(0, 1), bias1.flatten()))
+    second = weight2.transpose(1, 2).flatten(0, 1).to(hidden.dtype)
     if gates is None:
-        return torch.addmm(experts.bias2.sum(0).to(hidden.dtype), hidden, second)
+        return torch.addmm(bias2.sum(0).to(hidden.dtype), hidden, second)
     gates = gates.to(hidden.dtype)
-    weighted = hidden.unflatten(-1, (experts.num_experts, experts.width)) * gates.unsqueeze(-1)
-    return torch.addmm(gates @ experts.bias2.to(gates.dtype), weighted.flatten(-2), second)
+    weighted = (hidden.view(-1, num_experts, width) * gates.unsqueeze(-1)).view(hidden.shape)
+    return torch.addmm(gates @ bias2.to(hidden.dtype), weighted, second)

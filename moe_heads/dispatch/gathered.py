@@ -3,10 +3,10 @@
 For few rows under torch.compile, which fuses the gathering into the products and copies nothing.
 """
 
-import torch
 from torch import Tensor
 
 from moe_heads.experts import Experts
+from moe_heads.precision import compute_dtype
 from moe_heads.routing import Routing
 
 __all__ = ["mix_gathered"]
@@ -16,13 +16,9 @@ def mix_gathered(experts: Experts, x: Tensor, routing: Routing) -> Tensor:
     """Weighted sum of the chosen experts (N, C) for the rows x (N, D)."""
     indices, weights = routing.indices, routing.weights
     assert indices is not None and weights is not None
-    autocast = torch.is_autocast_enabled(x.device.type)
-    dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
+    dtype = compute_dtype(x)
     x = x.to(dtype)
-    weight1, bias1, weight2, bias2 = (
-        parameter[indices].to(dtype)
-        for parameter in (experts.weight1, experts.bias1, experts.weight2, experts.bias2)
-    )
+    weight1, bias1, weight2, bias2 = (stack[indices].to(dtype) for stack in experts.stacks())
     # products and sums instead of batched matrix products: the compiler makes one loop of them and of the gathering
     hidden = experts.activate((x[:, None, None, :] * weight1).sum(-1) + bias1)
     logits = (hidden.unsqueeze(-2) * weight2).sum(-1) + bias2

@@ -21,33 +21,36 @@ _FEW_ROWS = range(2, 8)
 
 def mix_ragged(experts: Experts, x: Tensor, routing: Routing) -> Tensor:
     """Weighted sum of the chosen experts (N, C) for the rows x (N, D)."""
+    stacks = _by_expert(experts)
     if len(x) == 1 and routing.indices is not None and routing.weights is not None:
         # one row: nothing to sort and to bring back
-        outputs = [_run(experts, _stacks(experts), expert, x) for expert in routing.indices[0].tolist()]
-        outputs_of_row = torch.cat(outputs)
-        return (routing.weights @ outputs_of_row.to(routing.weights.dtype)).to(outputs_of_row.dtype)
+        outputs = torch.cat([_run(experts, stacks, expert, x) for expert in routing.indices.tolist()[0]])
+        return (routing.weights @ outputs.to(routing.weights.dtype)).to(outputs.dtype)
     chosen = assignments(routing)
     lengths = torch.bincount(chosen.experts, minlength=experts.num_experts).tolist()
-    segments = x.index_select(0, chosen.rows).split([length for length in lengths if length])
     hit = [expert for expert, length in enumerate(lengths) if length]
-    stacks = _stacks(experts)
-    outputs = [_run(experts, stacks, expert, rows) for expert, rows in zip(hit, segments, strict=True)]
-    return combine(torch.cat(outputs or [x.new_zeros(0, experts.out_features)]), chosen, len(x))
+    segments = x.index_select(0, chosen.rows).split([lengths[expert] for expert in hit])
+    each = [_run(experts, stacks, expert, rows) for expert, rows in zip(hit, segments, strict=True)]
+    return combine(torch.cat(each or [x.new_zeros(0, experts.out_features)]), chosen, len(x))
 
 
-def _stacks(experts: Experts) -> tuple[tuple[Tensor, ...] | Tensor, ...]:
-    """The parameters, to be indexed by expert."""
-    stacked = (experts.weight1, experts.bias1, experts.weight2, experts.bias2)
-    if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in stacked):
-        # indexing the stacked weights in a loop would cost O(E²) in backward
-        return tuple(parameter.unbind() for parameter in stacked)
-    return stacked
+Stack = Tensor | tuple[Tensor, ...]
 
 
-def _run(experts: Experts, stacks: tuple[tuple[Tensor, ...] | Tensor, ...], expert: int, rows: Tensor) -> Tensor:
-    weight1, bias1, weight2, bias2 = (stack[expert] for stack in stacks)
+def _by_expert(experts: Experts) -> tuple[Stack, Stack, Stack, Stack]:
+    """The stacked parameters, to be indexed by expert."""
+    stacks = experts.stacks()
+    if not torch.is_grad_enabled():
+        return stacks
+    # indexing the stacked weights in a loop would cost O(E²) in backward
+    weight1, bias1, weight2, bias2 = (stack.unbind() if stack.requires_grad else stack for stack in stacks)
+    return weight1, bias1, weight2, bias2
+
+
+def _run(experts: Experts, stacks: tuple[Stack, Stack, Stack, Stack], expert: int, rows: Tensor) -> Tensor:
+    weight1, bias1, weight2, bias2 = stacks
     if len(rows) in _FEW_ROWS and experts.weight1.nbytes > _CACHE_BYTES:
-        hidden = experts.activate(torch.addmm(bias1.unsqueeze(-1), weight1, rows.t())).t()
+        hidden = experts.activate(torch.addmm(bias1[expert].unsqueeze(-1), weight1[expert], rows.t())).t()
     else:
-        hidden = experts.activate(F.linear(rows, weight1, bias1))
-    return F.linear(hidden, weight2, bias2)
+        hidden = experts.activate(F.linear(rows, weight1[expert], bias1[expert]))
+    return F.linear(hidden, weight2[expert], bias2[expert])

@@ -34,7 +34,7 @@ class ExpertChoiceRouter(LinearRouter):
 
     Raises:
         ValueError: If a size is below 1, k not in (0, num_experts], the temperature not positive, or a balance term
-            unknown.
+            unknown. In an export: if the number of competing rows is dynamic.
 
     Example:
         >>> import torch
@@ -45,6 +45,7 @@ class ExpertChoiceRouter(LinearRouter):
     """
 
     balance_terms = ("z", "kl")
+    k: float
 
     def __init__(
         self,
@@ -66,6 +67,11 @@ class ExpertChoiceRouter(LinearRouter):
         probs = logits.softmax(-1)
         num_rows = x.shape[0]
         size = rows_per_sample if rows_per_sample > 1 else num_rows
+        if torch.compiler.is_exporting() and not isinstance(size, int):
+            raise ValueError(
+                "dynamic_shapes: expected a fixed number of rows that compete for the experts (the batch of pooled"
+                " features, the tokens of a sample), since it decides how many an expert takes; got a dynamic one"
+            )
         groups = probs.unflatten(0, (-1, size)) if num_rows else probs.unsqueeze(0)
         # a row that is not a number would be the first choice of every expert
         ranked = groups.detach().nan_to_num(nan=-1.0)
@@ -77,7 +83,7 @@ class ExpertChoiceRouter(LinearRouter):
             probs=probs,
             rows=(chosen + first).permute(2, 0, 1).flatten(1),
             weights=weights.permute(2, 0, 1).flatten(1),
-            scores=probs,
+            scores=ranked.flatten(0, 1),
             balance=self.balance,
             rows_per_sample=rows_per_sample,
             sync=self.training,

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import Self
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from moe_heads.checks import check_at_least_one, check_balance, check_positive
+from moe_heads.precision import is_autocasting
 from moe_heads.routing import Router
 
 __all__ = ["LinearRouter", "check_chosen", "linear_fp32"]
@@ -76,10 +78,11 @@ class LinearRouter(Router):
 def linear_fp32(layer: nn.Linear, x: Tensor) -> Tensor:
     """``layer(x)`` in fp32 (or wider, if x is), also under autocast: in bf16 near ties would flip the choice."""
     dtype = torch.promote_types(x.dtype, torch.float32)
-    if x.dtype == layer.weight.dtype == dtype and not torch.is_autocast_enabled(x.device.type):
-        return F.linear(x, layer.weight, layer.bias)
-    with torch.autocast(x.device.type, enabled=False):
-        return F.linear(x.to(dtype), layer.weight.to(dtype), layer.bias.to(dtype))
+    weight, bias = layer.weight, layer.bias
+    if x.dtype == weight.dtype == dtype and not is_autocasting(x):
+        return F.linear(x, weight, bias)
+    with torch.autocast(x.device.type, enabled=False) if is_autocasting(x) else nullcontext():
+        return F.linear(x.to(dtype), weight.to(dtype), bias.to(dtype))
 
 
 def check_chosen(k: int, num_experts: int) -> None:
@@ -91,4 +94,6 @@ def check_chosen(k: int, num_experts: int) -> None:
 
 def _rows(values: Tensor, experts: Sequence[int], num_experts: int) -> Tensor:
     """The rows of the experts, of which each may have several in a block."""
-    return values.detach().unflatten(0, (num_experts, -1))[list(experts)].flatten(0, 1)
+    blocks = values.detach().unflatten(0, (num_experts, -1))
+    kept: Tensor = blocks[list(experts)]
+    return kept.flatten(0, 1)

@@ -16,8 +16,9 @@ class SwitchRouter(LinearRouter):
 
     .. math:: p = \mathrm{softmax}\big((x \odot u) W_g + b_g\big), \qquad y = p_i f_i(x), \quad i = \arg\max_e p_e
 
-    with :math:`u \sim U(1 - \epsilon, 1 + \epsilon)` in training only: the paper's input jitter, which explores near the
-    boundaries. No row is dropped: the paper's capacity factor serves fixed buffers, which the dispatch here does not need.
+    with :math:`u \sim U(1 - \epsilon, 1 + \epsilon)` in training only: the paper's input jitter, which explores near
+    the boundaries. No row is dropped: the paper's capacity factor serves fixed buffers, which the dispatch here does
+    not need.
 
     Args:
         in_features: D.

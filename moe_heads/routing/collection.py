@@ -13,6 +13,7 @@ from moe_heads.routing.stats import RoutingStats
 
 __all__ = ["RoutingCollection", "collect_routing"]
 
+
 class RoutingCollection:
     """What the routers of a model did while `collect_routing` was active.
 

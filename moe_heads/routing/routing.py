@@ -69,7 +69,7 @@ class Routing:
 
     @property
     def selected(self) -> Tensor:
-        """Whether a row chose an expert (or the expert the row), (N, E), bool; a soft router selects the largest gate."""
+        """Whether a row chose an expert, or the expert the row, (N, E), bool; a soft router's is the largest gate."""
         if self.weights is None:
             best = self.probs.argmax(-1, keepdim=True)
             return torch.zeros_like(self.probs, dtype=torch.bool).scatter(-1, best, True)

@@ -67,7 +67,8 @@ class RoutingStats:
     @property
     def load(self) -> Tensor:
         """Share of the choices that went to each expert, (E,); sums to 1."""
-        return self.counts / self.counts.sum().clamp_min(1)
+        counts = self.counts.to(self.gate_sum.dtype)
+        return counts / counts.sum().clamp_min(1)
 
     @property
     def importance(self) -> Tensor:

@@ -4,10 +4,10 @@ import torch
 from torch import Tensor
 
 from moe_heads import SoftMoE, SparseMoE
+from moe_heads.experts import Experts
 
 
-def expert_logits(head: SoftMoE | SparseMoE, expert: int, row: Tensor) -> Tensor:
-    experts = head.experts
+def expert_logits(experts: Experts, expert: int, row: Tensor) -> Tensor:
     hidden = (experts.weight1[expert] @ row + experts.bias1[expert]).relu()
     return experts.weight2[expert] @ hidden + experts.bias2[expert]
 
@@ -18,11 +18,26 @@ def sparse_row(head: SparseMoE, row: Tensor) -> Tensor:
     chosen = sorted(range(head.num_experts), key=lambda e: -z[e].item())[: head.k]
     scores = torch.stack([z[e] for e in chosen]).exp()
     weights = scores / (z.exp().sum() if head.k == 1 else scores.sum())
-    return sum(weight * expert_logits(head, e, row) for weight, e in zip(weights, chosen, strict=True))
+    return sum(weight * expert_logits(head.experts, e, row) for weight, e in zip(weights, chosen, strict=True))
 
 
 def sparse_loop(head: SparseMoE, x: Tensor) -> Tensor:
     return torch.stack([sparse_row(head, row) for row in x])
+
+
+def gated_loop(head: SoftMoE | SparseMoE, x: Tensor, gates: Tensor) -> Tensor:
+    """Sum of the experts weighted by given gates, row by row and expert by expert, and of the shared experts."""
+    logits = []
+    for row, weights in zip(x, gates, strict=True):
+        total = x.new_zeros(head.num_classes)
+        for expert, weight in enumerate(weights):
+            if weight != 0:
+                total = total + weight * expert_logits(head.experts, expert, row)
+        if getattr(head, "shared", None) is not None:
+            for expert in range(head.shared.num_experts):
+                total = total + expert_logits(head.shared, expert, row)
+        logits.append(total)
+    return torch.stack(logits)
 
 
 def soft_loop(head: SoftMoE, x: Tensor) -> Tensor:
@@ -31,7 +46,7 @@ def soft_loop(head: SoftMoE, x: Tensor) -> Tensor:
     for row in x:
         gate = head.router.gate.weight @ row + head.router.gate.bias
         scores = (gate / head.router.temperature).exp()
-        mixed = sum(scores[e] / scores.sum() * expert_logits(head, e, row) for e in range(head.num_experts))
+        mixed = sum(scores[e] / scores.sum() * expert_logits(head.experts, e, row) for e in range(head.num_experts))
         logits.append(mixed)
     return torch.stack(logits)
 
@@ -46,7 +61,7 @@ def soft_token_loop(head: SoftMoE, x: Tensor) -> Tensor:
         for slot in range(num_slots):
             weights = scores[:, slot] / scores[:, slot].sum()
             slot_input = sum(w * t for w, t in zip(weights, tokens, strict=True))
-            slot_outputs.append(expert_logits(head, slot // head.slots_per_expert, slot_input))
+            slot_outputs.append(expert_logits(head.experts, slot // head.slots_per_expert, slot_input))
         per_token = []
         for token_scores in scores:
             weights = token_scores / token_scores.sum()

@@ -10,7 +10,7 @@ from moe_heads.routing import Routing, RoutingCollection
 __all__ = ["Choices", "choices_of", "flip_share"]
 
 Choices = list[Tensor]
-"""For each pass of a router over a batch whether a row of a sample chose an expert, (samples, rows of one · E), bool."""
+"""For each pass of a router over a batch: whether a sample's rows chose an expert, (samples, rows of one · E), bool."""
 
 
 def choices_of(collection: RoutingCollection) -> Choices:

@@ -1,44 +1,16 @@
-"""Routing, its statistics, and their collection from any model."""
-
-import math
+"""Collection of what the routers of any model do."""
 
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
-from moe_heads import Dense, Routing, SoftMoE, SparseMoE, collect_routing
+from moe_heads import Dense, SoftMoE, SparseMoE, collect_routing
 from moe_heads.routers import SoftmaxRouter
 
 
 def two_heads() -> nn.ModuleDict:
     return nn.ModuleDict({"soft": SoftMoE(4, 2, num_experts=3), "sparse": SparseMoE(4, 2, num_experts=4)})
-
-
-def test_counts_sum_to_k_times_rows() -> None:
-    stats = SparseMoE(4, 2, num_experts=5, k=3)(torch.randn(7, 4), return_routing=True).routing.stats()
-    assert stats.counts.sum() == 21
-    assert stats.num_rows == 7
-    torch.testing.assert_close(stats.gate_sum.sum().item(), 7.0)
-
-
-def test_statistics_add_up_exactly_over_batches() -> None:
-    head = SparseMoE(4, 2, num_experts=5).double().eval()
-    x = torch.randn(10, 4).double()
-    whole = head(x, return_routing=True).routing.stats()
-    parts = head(x[:3], return_routing=True).routing.stats() + head(x[3:], return_routing=True).routing.stats()
-    assert torch.equal(parts.counts, whole.counts)
-    torch.testing.assert_close(parts.gate_sum, whole.gate_sum)
-    torch.testing.assert_close(parts.entropy, whole.entropy)
-
-
-def test_statistics_are_detached_and_hold_known_values() -> None:
-    probs = torch.tensor([[0.5, 0.5, 0.0], [1.0, 0.0, 0.0]], requires_grad=True)
-    stats = Routing(logits=probs, probs=probs).stats()
-    assert stats.counts.tolist() == [2, 0, 0]
-    assert stats.load.tolist() == [1, 0, 0]
-    torch.testing.assert_close(stats.importance, torch.tensor([0.75, 0.25, 0.0], dtype=torch.float64))
-    torch.testing.assert_close(stats.entropy.item(), math.log(2) / 2)
-    assert not stats.gate_sum.requires_grad
 
 
 def test_collects_every_head_by_name_at_any_depth() -> None:
@@ -115,3 +87,25 @@ def test_load_term_in_evaluation_is_the_cv_of_the_counts() -> None:
     counts = routing.stats().counts.double()
     expected = counts.var(correction=0) / counts.mean() ** 2
     torch.testing.assert_close(routing.aux_loss.double(), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_gradient_checkpointing_counts_a_pass_once(use_reentrant: bool) -> None:
+    head = SparseMoE(4, 2, num_experts=4)
+    x = torch.randn(6, 4, requires_grad=True)
+    with collect_routing(head) as routing:
+        checkpoint(head, x, use_reentrant=use_reentrant).sum().backward()
+    assert routing.stats["head"].num_rows == 6
+
+
+def test_balance_loss_collected_through_a_checkpoint_has_its_gradient() -> None:
+    head = SparseMoE(4, 2, num_experts=4, noisy=False, dropout=0.0, balance={"importance": 1.0})
+    x = torch.randn(6, 4)
+    gradients = []
+    for run in (head, lambda x: checkpoint(head, x, use_reentrant=False)):
+        head.zero_grad()
+        with collect_routing(head) as routing:
+            logits = run(x)
+        (logits.sum() + routing.aux_loss).backward()
+        gradients.append(head.router.gate.weight.grad)
+    torch.testing.assert_close(*gradients)

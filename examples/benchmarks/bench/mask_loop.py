@@ -1,0 +1,43 @@
+"""The usual way to write a sparse head: one module an expert, and a boolean mask for each.
+
+With it conditional routing is said to bring no speed-up.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from moe_heads import SparseMoE
+
+__all__ = ["MaskLoop"]
+
+
+class MaskLoop(nn.Module):
+    """The same function as a trained `SparseMoE` in evaluation mode, by a loop over masks."""
+
+    def __init__(self, head: SparseMoE) -> None:
+        super().__init__()
+        self.gate, self.k = head.router.gate, int(head.k)
+        experts = head.experts
+        self.experts = nn.ModuleList(
+            nn.Sequential(nn.Linear(experts.in_features, experts.width), nn.ReLU(), nn.Dropout(experts.dropout))
+            for _ in range(experts.num_experts)
+        )
+        with torch.no_grad():
+            for index, expert in enumerate(self.experts):
+                expert.append(nn.Linear(experts.width, experts.out_features))
+                expert[0].weight.copy_(experts.weight1[index])
+                expert[0].bias.copy_(experts.bias1[index])
+                expert[3].weight.copy_(experts.weight2[index])
+                expert[3].bias.copy_(experts.bias2[index])
+        self.num_classes = experts.out_features
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits (B, C)."""
+        values, indices = self.gate(x).topk(self.k, dim=-1)
+        gates = torch.zeros(len(x), len(self.experts), device=x.device).scatter(-1, indices, values.softmax(-1))
+        output = x.new_zeros(len(x), self.num_classes)
+        for index, expert in enumerate(self.experts):
+            mask = gates[:, index] > 0
+            if mask.any():
+                output[mask] += gates[mask, index].unsqueeze(-1) * expert(x[mask])
+        return output

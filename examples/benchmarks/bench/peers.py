@@ -1,0 +1,102 @@
+"""Layers of other libraries, built at the sizes of ours; each that is not there is left out and named.
+
+A folder for ``--peers`` is made by
+
+    uv pip install --target FOLDER --no-deps st-moe-pytorch soft-moe-pytorch colt5-attention beartype einops
+    git clone https://github.com/davidmrau/mixture-of-experts FOLDER/davidmrau
+
+and `transformers` comes with ``pip install .[dev]``.
+"""
+
+import importlib.util
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import torch
+from torch import Tensor, nn
+
+from moe_heads import SoftMoE, SparseMoE
+
+__all__ = ["davidmrau", "feature_layers", "token_layers"]
+
+Layers = dict[str, Callable[[Tensor], object]]
+
+
+def davidmrau(
+    folder: Path, in_features: int, num_classes: int, num_experts: int, width: int, k: int
+) -> Callable[[Tensor], object]:
+    """``MoE`` of davidmrau/mixture-of-experts; its experts end in a softmax, its gate has no bias."""
+    if str(folder) not in sys.path:
+        sys.path.append(str(folder))
+    layer: nn.Module = _load(folder / "davidmrau" / "moe.py").MoE(in_features, num_classes, num_experts, width, k=k)
+    nn.init.normal_(layer.w_gate, std=in_features**-0.5)  # zeros would send every row to the same experts
+    return layer.eval()
+
+
+def feature_layers(in_features: int, num_experts: int, width: int, k: int) -> Layers:
+    """Features (B, D) to (B, D): ours, and the experts of transformers behind our router's choice."""
+    from transformers.integrations.moe import batched_mm_experts_forward, grouped_mm_experts_forward
+
+    head = SparseMoE(in_features, in_features, num_experts, width, k).eval()
+    adapter = _TransformersExperts(head)
+
+    def behind(forward: Callable[..., Tensor]) -> Callable[[Tensor], Tensor]:
+        def call(x: Tensor) -> Tensor:
+            routing = head.router(x)
+            return forward(adapter, x, routing.indices, routing.weights)
+
+        return call
+
+    layers: Layers = {
+        "ours": head,
+        "transformers_batched_mm": behind(batched_mm_experts_forward),
+        "transformers_grouped_mm": behind(grouped_mm_experts_forward),
+    }
+    x = torch.randn(16, in_features)
+    with torch.inference_mode():
+        for layer in layers.values():
+            torch.testing.assert_close(layer(x), head(x), rtol=1e-3, atol=1e-4)
+    return layers
+
+
+def token_layers(in_features: int, num_experts: int, width: int, k: int) -> Layers:
+    """Tokens (B, T, D): lucidrains' st-moe (with dropped tokens) and soft-moe beside ours."""
+    from soft_moe_pytorch import SoftMoE as LucidrainsSoftMoE
+    from st_moe_pytorch import MoE
+
+    def expert() -> nn.Module:
+        return nn.Sequential(nn.Linear(in_features, width), nn.ReLU(), nn.Linear(width, in_features))
+
+    st_moe = MoE(in_features, num_experts, gating_top_n=k, experts=nn.ModuleList(expert() for _ in range(num_experts)))
+    soft_moe = LucidrainsSoftMoE(in_features, num_experts=num_experts, num_slots=1, expert_mult=width / in_features)
+    return {
+        "ours_sparse": SparseMoE(in_features, in_features, num_experts, width, k).eval(),
+        "st_moe": st_moe.eval(),
+        "ours_soft": SoftMoE(in_features, in_features, num_experts, width).eval(),
+        "soft_moe": soft_moe.eval(),
+    }
+
+
+class _TransformersExperts(nn.Module):
+    """The attributes that the expert functions of transformers read, with the weights of a head."""
+
+    has_gate, has_bias, is_transposed, has_post_expert_norm, _is_expert_parallel = False, True, False, False, False
+
+    def __init__(self, head: SparseMoE) -> None:
+        super().__init__()
+        experts = head.experts
+        self.num_experts = head.num_experts
+        self.up_proj, self.up_proj_bias = experts.weight1, experts.bias1
+        self.down_proj, self.down_proj_bias = experts.weight2, experts.bias2
+        self.act_fn = nn.ReLU()
+
+
+def _load(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location("davidmrau_moe", path)
+    if spec is None or spec.loader is None:
+        raise FileNotFoundError(f"peers: expected {path}")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

@@ -1,0 +1,70 @@
+"""Interleaved timing, and what the machine is."""
+
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+
+__all__ = ["machine", "time_interleaved"]
+
+_FLUSH = torch.zeros(2**26)  # 256 MiB, more than any cache
+
+
+def time_interleaved(
+    contenders: Mapping[str, Callable[[], object]], rounds: int = 11, block_ms: float = 2.0, cold: bool = False
+) -> dict[str, float]:
+    """Median milliseconds a call of each contender.
+
+    In every round each contender runs in a block of calls that lasts about ``block_ms`` (one call if it takes longer),
+    so that a slow phase of the machine meets all of them. One call before the block is not counted: what fits the
+    cache is warm, as in a loop. With ``cold`` the caches are filled with something else before every call.
+    """
+    synchronise = torch.cuda.synchronize if torch.cuda.is_available() else _nothing
+    calls = {}
+    for name, call in contenders.items():
+        for _ in range(2):
+            call()
+        synchronise()
+        start = time.perf_counter()
+        call()
+        synchronise()
+        calls[name] = 1 if cold else max(1, round(block_ms / 1e3 / (time.perf_counter() - start)))
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    for _ in range(rounds):
+        for name, call in contenders.items():
+            if cold:
+                _FLUSH.add_(1)
+            else:
+                call()
+            synchronise()
+            start = time.perf_counter()
+            for _ in range(calls[name]):
+                call()
+            synchronise()
+            times[name].append(1e3 * (time.perf_counter() - start) / calls[name])
+    return {name: statistics.median(samples) for name, samples in times.items()}
+
+
+def machine() -> dict[str, object]:
+    """Processor, device, versions, threads and load."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return {
+        "processor": names[0] if names else platform.processor(),
+        "cores": os.cpu_count(),
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "threads": torch.get_num_threads(),
+        "load_average": round(os.getloadavg()[0], 2),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+
+
+def _nothing() -> None:
+    pass

@@ -1,0 +1,165 @@
+"""Time the sparse head beside the dense head of equal total parameters, the usual mask loop, and other libraries.
+
+One CPU thread, fp32, all contenders in one process, interleaved, medians (see bench/timing.py). D = 512, C = 10, k = 2.
+
+    python examples/benchmarks/heads.py --out heads.json                       # inference and training steps
+    python examples/benchmarks/heads.py --compiled --peers FOLDER --out heads.json   # all of it, half an hour
+
+The second also times the head under torch.compile, which needs a C++ compiler, and other libraries (bench/peers.py says
+what FOLDER holds).
+"""
+
+import argparse
+import copy
+import json
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from bench.mask_loop import MaskLoop
+from bench.peers import davidmrau, feature_layers, token_layers
+from bench.roofline import bound_ms, measured_limits
+from bench.timing import machine, time_interleaved
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from moe_heads import SparseMoE, capacity, match_capacity
+
+FEATURES, CLASSES, K = 512, 10, 2
+SIZES = ((8, 64), (8, 512), (32, 512), (128, 64), (128, 512))
+BATCHES = (1, 8, 32, 256, 4096)
+TRAINING_SIZES, TRAINING_BATCHES = ((8, 64), (32, 512)), (256, 4096)
+
+Row = dict[str, object]
+Contenders = dict[str, Callable[[Tensor], object]]
+
+
+def with_path(head: SparseMoE, path: str) -> SparseMoE:
+    """The same weights with another dispatch."""
+    other = copy.copy(head)
+    other.dispatch = path  # type: ignore[assignment]
+    return other
+
+
+def build(num_experts: int, width: int, dropout: float = 0.1) -> tuple[SparseMoE, nn.Module]:
+    """The sparse head and the dense one of equal total parameters."""
+    head = SparseMoE(FEATURES, CLASSES, num_experts, width, K, dropout=dropout)
+    dense = match_capacity("dense", FEATURES, CLASSES, total=capacity(head).total, dropout=dropout)
+    return head, dense
+
+
+def inference(rounds: int, peers: Path | None, compiled: bool) -> Iterator[Row]:
+    """Forward passes in eager mode, by every path, and under torch.compile (fullgraph, a graph for each shape).
+
+    Yields:
+        A row for each cell.
+    """
+    for num_experts, width in SIZES:
+        head, dense = (module.eval() for module in build(num_experts, width))
+        loop = MaskLoop(head).eval()
+        for batch in BATCHES:
+            torch.compiler.reset()
+            x = torch.randn(batch, FEATURES)
+            contenders: Contenders = {"dense": dense, "mask_loop": loop}
+            contenders |= {path: with_path(head, path) for path in ("auto", "all", "ragged", "grouped")}
+            if compiled:
+                contenders["dense_compiled"] = torch.compile(dense, fullgraph=True, dynamic=False)
+                contenders["auto_compiled"] = torch.compile(head, fullgraph=True, dynamic=False)
+            if peers is not None:
+                contenders["davidmrau"] = davidmrau(peers, FEATURES, CLASSES, num_experts, width, K)
+            repeats = 5 if num_experts * width * batch > 10**7 else rounds
+            with torch.inference_mode():
+                for name, contender in contenders.items():
+                    if name.startswith(("auto", "mask_loop")):
+                        torch.testing.assert_close(contender(x), head(x), rtol=1e-3, atol=1e-4)
+                times = time_interleaved(_bound(contenders, x), repeats)
+                chosen = [name for name in contenders if name.startswith(("dense", "auto", "mask_loop"))]
+                cold = {name: contenders[name] for name in chosen}
+                cold_times = time_interleaved(_bound(cold, x), repeats, cold=True)
+                bound = bound_ms(head, x)
+            row = _row(num_experts, width, batch, times | {f"{name}_cold": ms for name, ms in cold_times.items()})
+            yield row | {"roofline_ms": round(bound, 4)}
+
+
+def training(rounds: int) -> Iterator[Row]:
+    """Forward and backward passes of cross-entropy and balance loss, gradient of the features included.
+
+    Yields:
+        A row for each cell.
+    """
+    for num_experts, width in TRAINING_SIZES:
+        for batch in TRAINING_BATCHES:
+            head, dense = build(num_experts, width)
+            x, y = torch.randn(batch, FEATURES, requires_grad=True), torch.randint(CLASSES, (batch,))
+
+            def step(module: nn.Module, x: Tensor = x, y: Tensor = y) -> None:
+                module.zero_grad()
+                output = module(x, return_routing=True)
+                (F.cross_entropy(output.logits, y) + output.aux_loss).backward()
+
+            modules = {"dense": dense, "auto": head, "all": with_path(head, "all")}
+            contenders = {name: lambda module=module, step=step: step(module) for name, module in modules.items()}
+            slow = num_experts * width * batch > 10**7
+            yield _row(num_experts, width, batch, time_interleaved(contenders, 3 if slow else rounds))
+
+
+def layers(rounds: int) -> Iterator[Row]:
+    """Other libraries' layers map features to features: our heads with C = D beside them, at equal sizes.
+
+    Yields:
+        A row for each cell.
+    """
+    for kind, build_layers, shapes in (
+        ("features", feature_layers, [(batch, FEATURES) for batch in (1, 32, 256, 4096)]),
+        ("tokens", token_layers, [(batch, 16, FEATURES) for batch in (1, 32, 256)]),
+    ):
+        for num_experts, width in ((8, 64), (32, 512)):
+            contenders = build_layers(FEATURES, num_experts, width, K)
+            for shape in shapes:
+                if shape[0] > 32:
+                    contenders.pop("transformers_batched_mm", None)  # it copies weights for every row: minutes
+                with torch.inference_mode():
+                    times = time_interleaved(_bound(contenders, torch.randn(shape)), min(rounds, 7))
+                yield _row(num_experts, width, shape[0], times) | {"input": kind}
+
+
+def main() -> None:
+    """Run the sections that were asked for, print one line a cell, and write the JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=15, help="blocks a contender")
+    parser.add_argument("--compiled", action="store_true", help="time under torch.compile as well")
+    parser.add_argument("--peers", type=Path, default=None, help="folder with the other libraries")
+    parser.add_argument("--out", type=Path, default=None, help="JSON file to write")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    sections = {
+        "inference": inference(options.rounds, options.peers, options.compiled),
+        "training": training(options.rounds),
+    }
+    if options.peers is not None:
+        sections["layers"] = layers(options.rounds)
+    report: dict[str, object] = {"machine": machine(), "limits": measured_limits(), "rounds": options.rounds}
+    start = time.perf_counter()
+    for name, rows in sections.items():
+        done = report[name] = []
+        for row in rows:
+            done.append(row)
+            print(name, "  ".join(f"{key} {value}" for key, value in row.items()), flush=True)
+            if options.out is not None:
+                options.out.write_text(json.dumps(report, indent=1) + "\n")
+    print(f"{time.perf_counter() - start:.0f} s")
+
+
+def _bound(contenders: Contenders, x: Tensor) -> dict[str, Callable[[], object]]:
+    return {name: lambda call=call: call(x) for name, call in contenders.items()}
+
+
+def _row(num_experts: int, width: int, batch: int, times: dict[str, float]) -> Row:
+    sizes = {"num_experts": num_experts, "expert_width": width, "batch": batch}
+    return sizes | {f"{name}_ms": round(ms, 4) for name, ms in times.items()}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,98 @@
+"""Which path runs, and what a path that cannot serve says."""
+
+import pytest
+import torch
+
+from moe_heads import SparseMoE
+from moe_heads.dispatch import choice
+from tests.support.head_zoo import FEATURES, head_with
+
+
+@pytest.fixture
+def taken(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the paths that ran, in their order."""
+    names: list[str] = []
+
+    def recording(name: str) -> object:
+        original = choice._PATHS[name]
+
+        def run(*arguments: object) -> torch.Tensor:
+            names.append(name)
+            return original(*arguments)
+
+        return run
+
+    monkeypatch.setattr(choice, "_PATHS", {name: recording(name) for name in choice._PATHS})
+    return names
+
+
+def large_head() -> SparseMoE:
+    return SparseMoE(64, 3, num_experts=8, expert_width=512, dropout=0.0).eval()
+
+
+def test_auto_runs_every_expert_where_that_is_cheaper_than_sorting(taken: list[str]) -> None:
+    SparseMoE(16, 3, num_experts=8, expert_width=8).eval()(torch.randn(32, 16))
+    SparseMoE(64, 3, num_experts=2, expert_width=512, k=2)(torch.randn(1, 64))
+    assert taken == ["all", "all"]
+
+
+def test_auto_runs_the_experts_that_are_hit_for_one_row_and_for_many(taken: list[str]) -> None:
+    head = large_head()
+    head(torch.randn(1, 64))
+    head(torch.randn(512, 64))
+    with torch.inference_mode():
+        head(torch.randn(128, 64))
+        head.double()(torch.randn(128, 64).double())
+    assert taken == ["ragged", "ragged", "grouped", "ragged"]
+
+
+def test_auto_asks_for_no_value_inside_vmap_but_may_in_other_transforms(taken: list[str]) -> None:
+    head = large_head()
+    x = torch.randn(2, 512, 64)
+    torch.testing.assert_close(torch.vmap(head)(x), torch.stack([head(rows) for rows in x]))
+    torch.func.grad(lambda rows: head(rows).sum())(x[0])
+    torch.vmap(torch.func.grad(lambda rows: head(rows).sum()))(x)
+    assert taken == ["all", "ragged", "ragged", "ragged", "all"]
+
+
+def test_auto_is_static_for_a_router_that_mixes_all(taken: list[str]) -> None:
+    head_with("softmax")(torch.randn(64, FEATURES).double())
+    assert taken == ["all"]
+
+
+@pytest.mark.parametrize(
+    ("router", "dtype", "dispatch", "message"),
+    [
+        ("softmax", torch.float32, "ragged", r"'ragged': expected a router that chooses; .* Use dispatch='all'"),
+        ("expert_choice", torch.float32, "gathered", r"'gathered': .* experts that choose .* Use dispatch='ragged'"),
+        ("switch", torch.float64, "grouped", r"'grouped': expected fp32, bf16 or fp16; got torch.float64. Use"),
+    ],
+)
+def test_a_path_that_cannot_serve_names_one_that_can(
+    router: str, dtype: torch.dtype, dispatch: str, message: str
+) -> None:
+    head = head_with(router, dtype, dispatch=dispatch)
+    with pytest.raises(ValueError, match=message):
+        head(torch.randn(5, FEATURES, dtype=dtype))
+
+
+def test_grouped_names_the_sizes_it_needs() -> None:
+    head = SparseMoE(7, 3, num_experts=4, expert_width=8, dispatch="grouped").eval()
+    with pytest.raises(ValueError, match=r"multiples of 4 in torch.float32; got 7 and 8. Use dispatch='ragged'"):
+        head(torch.randn(5, 7))
+
+
+def test_grouped_refuses_forward_mode_before_it_could_be_wrong() -> None:
+    head = head_with("switch", torch.float32, dispatch="grouped")
+    x = torch.randn(5, FEATURES)
+    with pytest.raises(ValueError, match=r"'grouped': expected no forward-mode derivative"):
+        torch.func.jvp(head, (x,), (x,))
+
+
+def test_ragged_refuses_vmap_and_export() -> None:
+    head = head_with("switch", torch.float32, dispatch="ragged")
+    x = torch.randn(2, 5, FEATURES)
+    with pytest.raises(ValueError, match=r"'ragged': expected eager mode, .* Use dispatch='all'"):
+        torch.vmap(head)(x)
+    with pytest.raises(Exception, match=r"'ragged': expected eager mode, .* Use dispatch='all'"):
+        torch.export.export(head, (x[0],))

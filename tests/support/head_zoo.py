@@ -1,0 +1,24 @@
+"""Sparse heads with every router, small and in float64 unless said otherwise."""
+
+from collections.abc import Callable
+
+import torch
+
+from moe_heads import SparseMoE
+from moe_heads.routers import BiasBalancedRouter, ExpertChoiceRouter, SoftmaxRouter, SwitchRouter
+
+FEATURES, CLASSES, EXPERTS, WIDTH = 8, 3, 4, 16
+
+ROUTERS: dict[str, Callable[[], object]] = {
+    "noisy_top_k": lambda: None,
+    "switch": lambda: SwitchRouter(FEATURES, EXPERTS),
+    "bias_balanced": lambda: BiasBalancedRouter(FEATURES, EXPERTS, k=2),
+    "expert_choice": lambda: ExpertChoiceRouter(FEATURES, EXPERTS, k=2),
+    "softmax": lambda: SoftmaxRouter(FEATURES, EXPERTS),
+}
+
+
+def head_with(router: str, dtype: torch.dtype = torch.float64, **options: object) -> SparseMoE:
+    """A head in evaluation mode, without dropout."""
+    defaults = {"num_experts": EXPERTS, "expert_width": WIDTH, "dropout": 0.0, "router": ROUTERS[router]()}
+    return SparseMoE(FEATURES, CLASSES, **(defaults | options)).to(dtype).eval()
