@@ -241,14 +241,16 @@ def _num_classes(head: nn.Module, num_classes: int | None) -> int:
     return num_classes
 
 
-def _describe(backbone: nn.Module, head: nn.Module) -> dict[str, str | int]:
+def _describe(backbone: nn.Module, head: nn.Module) -> dict[str, str | int | float]:
     """What tells one run's model from another's in a table of hyper-parameters."""
     size = capacity(head)
     shape = {name: getattr(head, name, None) for name in ("num_experts", "k", "expert_width", "width")}
+    router = getattr(head, "router", None)
     return {
         "backbone": type(backbone).__name__,
         "head": type(head).__name__,
-        **{name: value for name, value in shape.items() if isinstance(value, int)},
+        **({"router": type(router).__name__} if isinstance(router, Router) else {}),
+        **{name: value for name, value in shape.items() if isinstance(value, (int, float))},
         "num_head_params": size.total,
         "num_active_head_params": size.active,
     }

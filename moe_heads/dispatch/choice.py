@@ -9,7 +9,7 @@ from torch import Tensor
 from moe_heads.dispatch.all_experts import mix_all
 from moe_heads.dispatch.gathered import mix_gathered
 from moe_heads.dispatch.grouped import mix_grouped, why_not_grouped
-from moe_heads.dispatch.ragged import mix_ragged
+from moe_heads.dispatch.ragged import mix_ragged, reads_memory
 from moe_heads.experts import Experts
 from moe_heads.routing import Routing
 
@@ -31,7 +31,7 @@ _MACS_PER_EXPERT = {"ragged": 350_000, "grouped": 150_000}
 _MACS_PER_COPIED_FEATURE = 32
 # Up to this many rows a compiled loop over gathered weights beats the grouped product: same benchmark.
 _FEW_ROWS = 32
-# While the hidden units of all choices stay in the cache, one grouped product beats one product an expert.
+# While the weights and the hidden units of all choices stay in the cache, one grouped product beats one an expert.
 _HIDDEN_BYTES = 2**20
 
 
@@ -69,7 +69,7 @@ def _fastest(experts: Experts, x: Tensor, routing: Routing) -> Dispatch:
     num_choices = routing.weights.numel()
     if num_rows == 1:
         return "ragged" if num_choices < experts.num_experts else "all"
-    in_cache = num_choices * experts.width * x.itemsize < _HIDDEN_BYTES
+    in_cache = num_choices * experts.width * x.itemsize < _HIDDEN_BYTES and not reads_memory(experts)
     if in_cache and 2 * num_choices >= experts.num_experts and not torch.is_grad_enabled():
         pays = _pays("grouped", experts, num_rows, num_choices)
         if pays and not why_not_grouped(experts, x):

@@ -11,7 +11,7 @@ from moe_heads.dispatch.assignments import assignments, combine
 from moe_heads.experts import Experts
 from moe_heads.routing import Routing
 
-__all__ = ["mix_ragged"]
+__all__ = ["mix_ragged", "reads_memory"]
 
 # Weights of more than this come from memory, not from a cache. There W·xᵀ reads them twice as fast as x·Wᵀ for two to
 # seven rows (55 against 136 µs for 512 × 512 and two rows); from a cache x·Wᵀ is the faster one.
@@ -34,6 +34,11 @@ def mix_ragged(experts: Experts, x: Tensor, routing: Routing) -> Tensor:
     return combine(torch.cat(each or [x.new_zeros(0, experts.out_features)]), chosen, len(x))
 
 
+def reads_memory(experts: Experts) -> bool:
+    """Whether the experts are too many to stay in a processor's cache."""
+    return experts.weight1.nbytes > _CACHE_BYTES
+
+
 Stack = Tensor | tuple[Tensor, ...]
 
 
@@ -49,7 +54,7 @@ def _by_expert(experts: Experts) -> tuple[Stack, Stack, Stack, Stack]:
 
 def _run(experts: Experts, stacks: tuple[Stack, Stack, Stack, Stack], expert: int, rows: Tensor) -> Tensor:
     weight1, bias1, weight2, bias2 = stacks
-    if len(rows) in _FEW_ROWS and experts.weight1.nbytes > _CACHE_BYTES:
+    if len(rows) in _FEW_ROWS and reads_memory(experts):
         hidden = experts.activate(torch.addmm(bias1[expert].unsqueeze(-1), weight1[expert], rows.t())).t()
     else:
         hidden = experts.activate(F.linear(rows, weight1[expert], bias1[expert]))

@@ -289,6 +289,7 @@ def test_hyper_parameters_are_scalars_that_tell_the_runs_apart() -> None:
         "num_classes": None,
         "backbone": "DigitsCNN",
         "head": "SparseMoE",
+        "router": "NoisyTopKRouter",
         "num_experts": 4,
         "k": 2,
         "expert_width": 5,

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from moe_heads import Capacity, Dense, SoftMoE, SparseMoE, capacity, match_capacity
+from moe_heads.routers import ExpertChoiceRouter, SoftmaxRouter, SwitchRouter
 
 
 @pytest.mark.parametrize(
@@ -73,3 +74,23 @@ def test_bad_arguments_are_refused(arguments: dict[str, object], message: str) -
 def test_unknown_kind_is_refused() -> None:
     with pytest.raises(ValueError, match="kind: expected one of 'dense', 'soft', 'sparse'; got 'hard'"):
         match_capacity("hard", 64, 10, total=9)
+
+
+def test_shared_experts_are_active_and_so_are_those_that_experts_choose_on_average() -> None:
+    sizes = {"num_experts": 4, "expert_width": 8}
+    plain = capacity(SparseMoE(16, 3, **sizes))
+    shared = capacity(SparseMoE(16, 3, **sizes, num_shared_experts=2))
+    expert = SparseMoE(16, 3, **sizes).experts.parameters_per_expert
+    assert shared == Capacity(plain.total + 2 * expert, plain.active + 2 * expert)
+    gate = 16 * 4 + 4
+    chosen = capacity(SparseMoE(16, 3, **sizes, router=ExpertChoiceRouter(16, 4, k=1.5)))
+    assert chosen == Capacity(gate + 4 * expert, gate + round(1.5 * expert))
+    soft = capacity(SparseMoE(16, 3, **sizes, router=SoftmaxRouter(16, 4)))
+    assert soft.active == soft.total == gate + 4 * expert
+
+
+def test_matches_a_head_with_a_router_and_shared_experts() -> None:
+    head = match_capacity("sparse", 64, 10, total=40_000, router=SwitchRouter(64, 8), num_shared_experts=1)
+    assert abs(capacity(head).total - 40_000) < 800
+    assert isinstance(head.router, SwitchRouter)
+    assert all(p.device.type == "cpu" for p in head.parameters())

@@ -42,7 +42,7 @@ def test_selected_applies_dropout_in_training() -> None:
     x, logits = torch.randn(4, 8), torch.randn(4, 2)
     choice = {"indices": torch.zeros(4, 1, dtype=torch.int64), "weights": torch.ones(4, 1)}
     routing = Routing(logits=logits, probs=logits.softmax(-1), **choice)
-    assert not torch.equal(mix(experts, x, routing, 'ragged'), mix(experts, x, routing, 'ragged'))
+    assert not torch.equal(mix(experts, x, routing, "ragged"), mix(experts, x, routing, "ragged"))
 
 
 @pytest.mark.parametrize("name", ["num_experts", "in_features", "width", "out_features"])

@@ -11,6 +11,7 @@ from moe_heads.callbacks.functional.expert_utilization import expert_utilization
 from moe_heads.callbacks.functional.utilization.head import HeadUtilization
 from moe_heads.callbacks.functional.utilization.result import ExpertUtilizationResult
 from tests.support.hand_routers import HandHead, HandModel
+from tests.support.head_zoo import FEATURES, ROUTERS, head_with
 from tests.support.untouched import untouched
 
 SHARP = 50.0
@@ -235,3 +236,26 @@ def test_progress() -> None:
 def test_bad_input(batches: list, options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         expert_utilization(HandModel(2, 1), batches, **options)
+
+
+@pytest.mark.parametrize("router", list(ROUTERS))
+def test_every_router_is_understood(router: str) -> None:
+    model = nn.Sequential(head_with(router, torch.float32))
+    x, labels = torch.randn(60, FEATURES), torch.randint(3, (60,))
+    result = expert_utilization(model, [(x, labels)]).heads["0"]
+    routing = model[0].router(x)
+    counts = routing.selected.sum(0).double()
+    torch.testing.assert_close(result.load, counts / counts.sum())
+    assert result.soft == (router == "softmax")
+    # a row that no expert took has no class to tell of
+    assert result.mutual_information is not None
+    assert result.mutual_information >= 0
+
+
+def test_a_row_that_no_expert_took_counts_for_no_expert() -> None:
+    head = head_with("expert_choice", torch.float32)
+    head.router.k = 0.1
+    x, labels = torch.randn(40, FEATURES), torch.zeros(40, dtype=torch.int64)
+    result = expert_utilization(nn.Sequential(head), [(x, labels)], num_classes=2).heads["0"]
+    assert result.mutual_information == 0
+    torch.testing.assert_close(result.load, torch.full((4,), 0.25, dtype=torch.float64))

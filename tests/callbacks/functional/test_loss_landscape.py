@@ -177,7 +177,7 @@ def test_routers_that_see_other_rows_than_at_the_centre() -> None:
         return m(batch[: 1 if m.head.router.shift.any() else 2]).sum()
 
     with pytest.raises(
-        ValueError, match=r"model: expected the same routed rows at every point .* got shapes \[\(1, 1\)"
+        ValueError, match=r"model: expected the same routed rows at every point .* got shapes \[\(1, 2\)"
     ):
         loss_landscape(model, loss, [torch.ones(2, 2)], direction1=torch.ones(2), alphas=[0.0, 1.0])
 

@@ -3,14 +3,13 @@
 import pytest
 import torch
 
-from moe_heads import RoutingStats
+from moe_heads import Routing, RoutingStats
 from moe_heads.callbacks.functional.utilization.history import plot_load_history
 
 
 def epoch(counts: list[int]) -> RoutingStats:
-    whole = torch.tensor(counts)
-    zero = torch.tensor(0)
-    return RoutingStats(whole, whole.float(), zero.float(), whole.sum(), zero)
+    logits = 50 * torch.eye(len(counts))[torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))]
+    return Routing(logits=logits, probs=logits.softmax(-1)).stats()
 
 
 def test_bars_of_an_epoch_stack_up_to_one() -> None:
