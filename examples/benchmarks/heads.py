@@ -14,6 +14,7 @@ import copy
 import json
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -83,7 +84,7 @@ def inference(rounds: int, peers: Path | None, compiled: bool) -> Iterator[Row]:
 
 
 def training(rounds: int) -> Iterator[Row]:
-    """Forward and backward passes of cross-entropy and balance loss, gradient of the features included.
+    """Forward and backward passes of cross-entropy (and of the balance losses), gradient of the features included.
 
     Yields:
         A row for each cell.
@@ -93,13 +94,15 @@ def training(rounds: int) -> Iterator[Row]:
             head, dense = build(num_experts, width)
             x, y = torch.randn(batch, FEATURES, requires_grad=True), torch.randint(CLASSES, (batch,))
 
-            def step(module: nn.Module, x: Tensor = x, y: Tensor = y) -> None:
+            def step(module: nn.Module, balance: bool, x: Tensor = x, y: Tensor = y) -> None:
                 module.zero_grad()
                 output = module(x, return_routing=True)
-                (F.cross_entropy(output.logits, y) + output.aux_loss).backward()
+                loss = F.cross_entropy(output.logits, y)
+                (loss + output.aux_loss if balance else loss).backward()
 
             modules = {"dense": dense, "auto": head, "all": with_path(head, "all")}
-            contenders = {name: lambda module=module, step=step: step(module) for name, module in modules.items()}
+            contenders = {name: partial(step, module, False) for name, module in modules.items()}
+            contenders["auto_with_balance"] = partial(step, head, True)
             slow = num_experts * width * batch > 10**7
             yield _row(num_experts, width, batch, time_interleaved(contenders, 3 if slow else rounds))
 

@@ -70,7 +70,7 @@ def _fastest(experts: Experts, x: Tensor, routing: Routing) -> Dispatch:
     if num_rows == 1:
         return "ragged" if num_choices < experts.num_experts else "all"
     in_cache = num_choices * experts.width * x.itemsize < _HIDDEN_BYTES and not reads_memory(experts)
-    if in_cache and 2 * num_choices >= experts.num_experts and not torch.is_grad_enabled():
+    if in_cache and 2 * num_choices >= experts.num_experts:
         pays = _pays("grouped", experts, num_rows, num_choices)
         if pays and not why_not_grouped(experts, x):
             return "grouped"

@@ -28,6 +28,7 @@ def mix_grouped(experts: Experts, x: Tensor, routing: Routing) -> Tensor:
         x, weight1, bias1, weight2, bias2 = (tensor.to(dtype) for tensor in (x, weight1, bias1, weight2, bias2))
     indices = torch.arange(experts.num_experts, device=x.device)
     ends = torch.searchsorted(chosen.experts, indices, right=True, out_int32=True)
+    weight1, weight2 = _DenseGradient.apply(weight1), _DenseGradient.apply(weight2)
     hidden = F.grouped_mm(x.index_select(0, chosen.rows), weight1.transpose(1, 2), offs=ends)
     hidden = experts.activate(hidden.add_(bias1.index_select(0, chosen.experts)))
     if torch.is_grad_enabled() or x.device.type != "cpu":
@@ -35,6 +36,22 @@ def mix_grouped(experts: Experts, x: Tensor, routing: Routing) -> Tensor:
         weight2 = F.pad(weight2, (0, 0, 0, -experts.out_features % (_ALIGNMENT_BYTES // dtype.itemsize)))
     outputs = F.grouped_mm(hidden, weight2.transpose(1, 2), offs=ends)[:, : experts.out_features]
     return combine(outputs + bias2.index_select(0, chosen.experts), chosen, len(x))
+
+
+class _DenseGradient(torch.autograd.Function):
+    """Identity whose gradient, of every order, has its numbers in memory: grouped_mm refuses strides of zero.
+
+    The gradient of a gradient's plain sum has them.
+    """
+
+    @staticmethod
+    def forward(ctx: object, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: object, gradient: Tensor) -> Tensor:  # type: ignore[override]
+        dense: Tensor = _DenseGradient.apply(gradient.contiguous())
+        return dense
 
 
 def why_not_grouped(experts: Experts, x: Tensor) -> str | None:

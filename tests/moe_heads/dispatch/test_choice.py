@@ -40,10 +40,18 @@ def test_auto_runs_the_experts_that_are_hit_for_one_row_and_for_many(taken: list
     head = large_head()
     head(torch.randn(1, 64))
     head(torch.randn(512, 64))
-    with torch.inference_mode():
-        head(torch.randn(128, 64))
-        head.double()(torch.randn(128, 64).double())
+    head(torch.randn(128, 64))
+    head.double()(torch.randn(128, 64).double())
     assert taken == ["ragged", "ragged", "grouped", "ragged"]
+
+
+def test_auto_takes_a_path_with_forward_mode_derivatives_when_they_are_asked_for(taken: list[str]) -> None:
+    head = large_head()
+    x = torch.randn(128, 64)
+    torch.func.jvp(head, (x,), (x,))
+    with torch.autograd.forward_ad.dual_level():
+        head(torch.autograd.forward_ad.make_dual(x, x))
+    assert taken == ["ragged", "ragged"]
 
 
 def test_auto_asks_for_no_value_inside_vmap_but_may_in_other_transforms(taken: list[str]) -> None:

@@ -89,6 +89,17 @@ def test_grouped_takes_the_gradient_of_a_plain_sum() -> None:
     torch.testing.assert_close(head.experts.bias2.grad.sum(), torch.tensor(18.0))
 
 
+def test_grouped_takes_the_gradient_of_a_gradients_plain_sum() -> None:
+    x = torch.randn(6, FEATURES)
+    second = []
+    head = head_with("noisy_top_k", torch.float32)
+    weights = [head.experts.weight1, head.experts.weight2]
+    for head.dispatch in ("grouped", "all"):
+        first = torch.autograd.grad(head(x).square().sum(), weights, create_graph=True)
+        second.append(torch.autograd.grad(sum(gradient.sum() for gradient in first), weights))
+    torch.testing.assert_close(*second, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("router", "dispatch"), [case for case in CASES if case[1] != "auto"] + [("noisy_top_k", "auto")]
 )
