@@ -43,6 +43,13 @@ def with_path(head: SparseMoE, path: str) -> SparseMoE:
     return other
 
 
+def in_place_compiled(module: nn.Module) -> nn.Module:
+    """The same weights in a module of its own that was told to compile itself."""
+    other = copy.copy(module)
+    other.compile(fullgraph=True, dynamic=False)
+    return other
+
+
 def build(num_experts: int, width: int, dropout: float = 0.1) -> tuple[SparseMoE, nn.Module]:
     """The sparse head and the dense one of equal total parameters."""
     head = SparseMoE(FEATURES, CLASSES, num_experts, width, K, dropout=dropout)
@@ -65,8 +72,7 @@ def inference(rounds: int, peers: Path | None, compiled: bool) -> Iterator[Row]:
             contenders: Contenders = {"dense": dense, "mask_loop": loop}
             contenders |= {path: with_path(head, path) for path in ("auto", "all", "ragged", "grouped")}
             if compiled:
-                contenders["dense_compiled"] = torch.compile(dense, fullgraph=True, dynamic=False)
-                contenders["auto_compiled"] = torch.compile(head, fullgraph=True, dynamic=False)
+                contenders |= {"dense_compiled": in_place_compiled(dense), "auto_compiled": in_place_compiled(head)}
             if peers is not None:
                 contenders["davidmrau"] = davidmrau(peers, FEATURES, CLASSES, num_experts, width, K)
             repeats = 5 if num_experts * width * batch > 10**7 else rounds

@@ -49,7 +49,7 @@ class _DenseGradient(torch.autograd.Function):
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx: object, gradient: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: object, gradient: Tensor) -> Tensor:
         dense: Tensor = _DenseGradient.apply(gradient.contiguous())
         return dense
 

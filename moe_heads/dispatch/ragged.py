@@ -3,11 +3,13 @@
 The lengths of the segments are read by the host, so the path is for eager mode: on a GPU it costs a synchronisation.
 """
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from moe_heads.dispatch.assignments import assignments, combine
+from moe_heads.dispatch.assignments import Assignments, assignments, combine
 from moe_heads.experts import Experts
 from moe_heads.routing import Routing
 
@@ -17,6 +19,7 @@ __all__ = ["mix_ragged", "reads_memory"]
 # seven rows (55 against 136 µs for 512 × 512 and two rows); from a cache x·Wᵀ is the faster one.
 _CACHE_BYTES = 16 * 2**20
 _FEW_ROWS = range(2, 8)
+_MANY_ROWS = 1024
 
 
 def mix_ragged(experts: Experts, x: Tensor, routing: Routing) -> Tensor:
@@ -29,9 +32,20 @@ def mix_ragged(experts: Experts, x: Tensor, routing: Routing) -> Tensor:
     chosen = assignments(routing)
     lengths = torch.bincount(chosen.experts, minlength=experts.num_experts).tolist()
     hit = [expert for expert, length in enumerate(lengths) if length]
-    segments = x.index_select(0, chosen.rows).split([lengths[expert] for expert in hit])
-    each = [_run(experts, stacks, expert, rows) for expert, rows in zip(hit, segments, strict=True)]
+    each = [
+        _run(experts, stacks, expert, rows) for expert, rows in zip(hit, _segments(x, chosen, lengths), strict=True)
+    ]
     return combine(torch.cat(each or [x.new_zeros(0, experts.out_features)]), chosen, len(x))
+
+
+def _segments(x: Tensor, chosen: Assignments, lengths: list[int]) -> Iterable[Tensor]:
+    """The rows of each expert that is hit."""
+    sizes = [length for length in lengths if length]
+    if torch.is_grad_enabled() or len(chosen.rows) < _MANY_ROWS:
+        rows: tuple[Tensor, ...] = x.index_select(0, chosen.rows).split(sizes)
+        return rows
+    # one segment after the other: it is still in the cache when its expert runs
+    return (x.index_select(0, of_expert) for of_expert in chosen.rows.split(sizes))
 
 
 def reads_memory(experts: Experts) -> bool:

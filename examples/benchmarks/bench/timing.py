@@ -20,8 +20,8 @@ def time_interleaved(
     """Median milliseconds a call of each contender.
 
     In every round each contender runs in a block of calls that lasts about ``block_ms`` (one call if it takes longer),
-    so that a slow phase of the machine meets all of them. One call before the block is not counted: what fits the
-    cache is warm, as in a loop. With ``cold`` the caches are filled with something else before every call.
+    so that a slow phase of the machine meets all of them. The first calls before a block are not counted: what fits
+    the cache is warm, as in a loop. With ``cold`` the caches are filled with something else before every call.
     """
     synchronise = torch.cuda.synchronize if torch.cuda.is_available() else _nothing
     calls = {}
@@ -38,7 +38,7 @@ def time_interleaved(
         for name, call in contenders.items():
             if cold:
                 _FLUSH.add_(1)
-            else:
+            for _ in range(0 if cold else 1 + calls[name] // 4):
                 call()
             synchronise()
             start = time.perf_counter()

@@ -161,6 +161,15 @@ def test_weights_from_memory_give_the_same_numbers(monkeypatch: pytest.MonkeyPat
     torch.testing.assert_close(*gradients)
 
 
+@pytest.mark.parametrize("router", ["noisy_top_k", "expert_choice"])
+def test_many_rows_without_a_gradient_give_the_same_numbers(router: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    head = head_with(router, dispatch="ragged")
+    x = torch.randn(9, FEATURES).double()
+    monkeypatch.setattr("moe_heads.dispatch.ragged._MANY_ROWS", 0)
+    with torch.inference_mode():
+        torch.testing.assert_close(head(x), reference(head, x))
+
+
 @pytest.mark.parametrize("router", list(ROUTERS))
 def test_half_precision_and_autocast_are_near_fp32(router: str) -> None:
     head = head_with(router, torch.float32)
