@@ -86,8 +86,8 @@ class SparseMoE(Head):
         if router is None:
             router = NoisyTopKRouter(in_features, num_experts, k, noisy, temperature, balance)
         else:
-            own = {"k": k, "noisy": noisy, "temperature": temperature, "balance": balance}
-            _check_router(router, num_experts, own)
+            _check_router(router, {"in_features": in_features, "num_experts": num_experts})
+            _check_absent({"k": k, "noisy": noisy, "temperature": temperature, "balance": balance})
         self.num_experts, self.expert_width = num_experts, expert_width
         self.dispatch: Dispatch = dispatch
         self.router = router
@@ -139,12 +139,17 @@ class SparseMoE(Head):
         return 0 if self.shared is None else self.shared.num_experts
 
 
-def _check_router(router: Router, num_experts: int, options: Mapping[str, object]) -> None:
+def _check_router(router: Router, sizes: Mapping[str, int]) -> None:
     if not isinstance(router, Router):
         raise ValueError(f"router: expected a moe_heads.Router; got {router!r}")
-    known = getattr(router, "num_experts", None)
-    if known != num_experts:
-        raise ValueError(f"router: expected one for num_experts = {num_experts}; got one for {known}")
+    for name, size in sizes.items():
+        # a router of the user's own need not tell the number of features
+        known = getattr(router, name, size if name == "in_features" else None)
+        if known != size:
+            raise ValueError(f"router: expected one for {name} = {size}; got one for {known}")
+
+
+def _check_absent(options: Mapping[str, object]) -> None:
     for name, value in options.items():
         if value != _ROUTER_DEFAULTS[name]:
             raise ValueError(f"{name}: belongs to the router that was given; expected it absent here, got {value!r}")

@@ -46,7 +46,7 @@ class LinearRouter(Router):
         check_positive(temperature=temperature)
         balance = {} if balance is None else balance
         check_balance(balance, self.balance_terms)
-        self.num_experts = num_experts
+        self.in_features, self.num_experts = in_features, num_experts
         self.temperature = temperature
         self.balance = dict(balance)
         self.gate = nn.Linear(in_features, num_experts * logits_per_expert)

@@ -3,6 +3,7 @@
 import warnings
 from pathlib import Path
 
+import onnxruntime
 import pytest
 import torch
 from torch import nn
@@ -94,7 +95,6 @@ def test_expert_choice_is_exported_where_the_competing_rows_are_fixed(tmp_path: 
 def run_onnx(
     head: nn.Module, example: torch.Tensor, sizes: dict[int, object], x: torch.Tensor, folder: Path
 ) -> torch.Tensor:
-    onnxruntime = pytest.importorskip("onnxruntime")
     path = folder / "head.onnx"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch.onnx uses what torch itself calls deprecated

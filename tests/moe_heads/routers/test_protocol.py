@@ -133,6 +133,7 @@ def test_bad_arguments_are_refused(build: object, message: str) -> None:
     [
         ({"router": "switch"}, "router: expected a moe_heads.Router; got 'switch'"),
         ({"router": SwitchRouter(8, 5)}, "router: expected one for num_experts = 4; got one for 5"),
+        ({"router": SwitchRouter(9, 4)}, "router: expected one for in_features = 8; got one for 9"),
         ({"router": SwitchRouter(8, 4), "k": 1}, "k: belongs to the router that was given; .* got 1"),
         ({"num_shared_experts": -1}, "num_shared_experts: expected an integer of at least 1; got -1"),
     ],
