@@ -8,7 +8,8 @@ __all__ = ["compute_dtype", "is_autocasting"]
 
 def compute_dtype(x: Tensor) -> torch.dtype:
     """The dtype in which `torch.nn.functional.linear` would compute for these rows."""
-    return torch.get_autocast_dtype(x.device.type) if is_autocasting(x) else x.dtype
+    # autocast leaves float64 alone
+    return torch.get_autocast_dtype(x.device.type) if is_autocasting(x) and x.dtype != torch.float64 else x.dtype
 
 
 def is_autocasting(x: Tensor) -> bool:

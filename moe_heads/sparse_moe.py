@@ -125,7 +125,7 @@ class SparseMoE(Head):
         always = gate + self._num_shared * self.experts.flops_per_row
         return Flops(
             rows * (always + self.num_experts * self.experts.flops_per_row),
-            round(rows * (always + self.k * self.experts.flops_per_row)),
+            round(rows * always + self.router.num_choices(batch, tokens) * self.experts.flops_per_row),
         )
 
     @property

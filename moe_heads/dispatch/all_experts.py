@@ -12,13 +12,14 @@ __all__ = ["mix_all", "sum_all"]
 
 def mix_all(experts: Experts, x: Tensor, routing: Routing) -> Tensor:
     """Weighted sum of the experts (N, C) for the rows x (N, D)."""
-    return sum_all(experts, x, routing.gates)
+    return sum_all(experts, x, routing.gates, some_closed=not routing.soft)
 
 
-def sum_all(experts: Experts, x: Tensor, gates: Tensor | None = None) -> Tensor:
+def sum_all(experts: Experts, x: Tensor, gates: Tensor | None = None, some_closed: bool = False) -> Tensor:
     """Sum of all experts (N, C) for the rows x (N, D), weighted by the gates (N, E), as two matrix products.
 
-    The gates scale the hidden units, so that the second product sums over experts and units at once.
+    The gates scale the hidden units, so that the second product sums over experts and units at once. With
+    ``some_closed`` a gate of zero shuts out an expert whose hidden units are not finite, too.
     """
     weight1, bias1, weight2, bias2 = experts.stacks()
     num_experts, width, _ = weight1.shape
@@ -27,5 +28,6 @@ def sum_all(experts: Experts, x: Tensor, gates: Tensor | None = None) -> Tensor:
     if gates is None:
         return torch.addmm(bias2.sum(0).to(hidden.dtype), hidden, second)
     gates = gates.to(hidden.dtype)
-    weighted = (hidden.view(-1, num_experts, width) * gates.unsqueeze(-1)).view(hidden.shape)
-    return torch.addmm(gates @ bias2.to(hidden.dtype), weighted, second)
+    each, gate = hidden.view(-1, num_experts, width), gates.unsqueeze(-1)
+    weighted = torch.where(gate == 0, 0, each * gate) if some_closed else each * gate
+    return torch.addmm(gates @ bias2.to(hidden.dtype), weighted.view(hidden.shape), second)

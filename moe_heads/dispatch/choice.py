@@ -11,6 +11,8 @@ from moe_heads.dispatch.gathered import mix_gathered
 from moe_heads.dispatch.grouped import mix_grouped, why_not_grouped
 from moe_heads.dispatch.ragged import mix_ragged, reads_memory
 from moe_heads.experts import Experts
+from moe_heads.modes import can_read_values, is_recording, is_vmapped
+from moe_heads.precision import is_autocasting
 from moe_heads.routing import Routing
 
 __all__ = ["Dispatch", "mix"]
@@ -23,6 +25,11 @@ _PATHS: Mapping[str, Callable[[Experts, Tensor, Routing], Tensor]] = {
     "grouped": mix_grouped,
     "ragged": mix_ragged,
 }
+
+# It reads values: a compiled graph breaks there, and with fullgraph=True torch quotes the reason.
+_ragged_outside_the_graph = torch.compiler.disable(
+    mix_ragged, reason="dispatch='ragged' reads the segment lengths. Use dispatch='auto'"
+)
 
 # What the bookkeeping of a path costs, in multiply-adds that the CPU does in the same time: once, for each expert that
 # is hit, and for each feature of each choice, which is copied. Fitted to eager forward passes of 124 shapes.
@@ -48,17 +55,22 @@ def mix(experts: Experts, x: Tensor, routing: Routing, dispatch: Dispatch) -> Te
         Logits, (N, C).
 
     Raises:
-        ValueError: If the path that was named cannot serve the routing, dtype, shape or mode.
+        ValueError: If the rows have another dtype than the experts, or the path that was named cannot serve the
+            routing, dtype, device, shape or mode.
     """
+    if x.dtype != experts.weight1.dtype and not is_autocasting(x):
+        raise ValueError(f"x: expected {experts.weight1.dtype}, as the experts have; got {x.dtype}")
     if dispatch == "auto":
         dispatch = _fastest(experts, x, routing)
     else:
         _check(experts, x, routing, dispatch)
+    if dispatch == "ragged" and torch.compiler.is_compiling():
+        return _ragged_outside_the_graph(experts, x, routing)
     return _PATHS[dispatch](experts, x, routing)
 
 
 def _fastest(experts: Experts, x: Tensor, routing: Routing) -> Dispatch:
-    if routing.weights is None or x.device.type != "cpu" or _is_exporting() or _is_vmapped():
+    if routing.weights is None or x.device.type != "cpu" or is_recording() or is_vmapped():
         return "all"
     num_rows = x.shape[0]
     if torch.compiler.is_compiling():
@@ -66,6 +78,8 @@ def _fastest(experts: Experts, x: Tensor, routing: Routing) -> Dispatch:
             return "gathered"
         pays = _pays("grouped", experts, num_rows, routing.weights.numel()) and not why_not_grouped(experts, x)
         return "grouped" if pays else "all"
+    if not can_read_values(x):
+        return "all"
     num_choices = routing.weights.numel()
     if num_rows == 1:
         return "ragged" if num_choices < experts.num_experts else "all"
@@ -94,21 +108,16 @@ def _check(experts: Experts, x: Tensor, routing: Routing, dispatch: Dispatch) ->
     elif dispatch == "gathered" and routing.indices is None:
         reason, instead = "expected rows that choose their experts; got experts that choose their rows", "ragged"
     elif dispatch == "grouped":
-        reason, instead = why_not_grouped(experts, x), "ragged"
-    elif dispatch == "ragged" and (_is_exporting() or _is_vmapped()):
-        reason, instead = "expected eager mode, since it reads the segment lengths; got an export or vmap", "all"
+        reason, instead = why_not_grouped(experts, x), "all" if is_vmapped() else "ragged"
+    elif dispatch == "ragged" and not _serves_ragged(x):
+        reason = "expected eager mode, since it reads the segment lengths; got a recording, vmap or no values"
+        instead = "all"
     if reason is not None:
         raise ValueError(f"dispatch={dispatch!r}: {reason}. Use dispatch={instead!r}")
 
 
-def _is_exporting() -> bool:
-    """Whether the graph is recorded for any batch size: nothing may depend on the number of rows."""
-    return torch.compiler.is_exporting() or torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
-
-
-def _is_vmapped() -> bool:
-    """Whether the call is inside `torch.vmap`, where the host cannot read values."""
-    if torch._C._functorch.maybe_current_level() is None:
-        return False
-    stack = torch._C._functorch.get_interpreter_stack() or []
-    return any(interpreter.key() == torch._C._functorch.TransformType.Vmap for interpreter in stack)
+def _serves_ragged(x: Tensor) -> bool:
+    if torch.compiler.is_compiling():
+        # outside the graph, which an export cannot break
+        return not torch.compiler.is_exporting()
+    return can_read_values(x)

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from moe_heads.dispatch.assignments import assignments, combine
 from moe_heads.experts import Experts
+from moe_heads.modes import is_vmapped
 from moe_heads.precision import compute_dtype
 from moe_heads.routing import Routing
 
@@ -24,7 +25,7 @@ def mix_grouped(experts: Experts, x: Tensor, routing: Routing) -> Tensor:
     chosen = assignments(routing)
     dtype = compute_dtype(x)
     weight1, bias1, weight2, bias2 = experts.stacks()
-    if not x.dtype == weight1.dtype == dtype:
+    if x.dtype != dtype or weight1.dtype != dtype:
         x, weight1, bias1, weight2, bias2 = (tensor.to(dtype) for tensor in (x, weight1, bias1, weight2, bias2))
     indices = torch.arange(experts.num_experts, device=x.device)
     ends = torch.searchsorted(chosen.experts, indices, right=True, out_int32=True)
@@ -35,7 +36,7 @@ def mix_grouped(experts: Experts, x: Tensor, routing: Routing) -> Tensor:
         # zero classes fill up the rows of the result, whose gradient is an operand too
         weight2 = F.pad(weight2, (0, 0, 0, -experts.out_features % (_ALIGNMENT_BYTES // dtype.itemsize)))
     outputs = F.grouped_mm(hidden, weight2.transpose(1, 2), offs=ends)[:, : experts.out_features]
-    return combine(outputs + bias2.index_select(0, chosen.experts), chosen, len(x))
+    return combine(outputs + bias2.index_select(0, chosen.experts), chosen, x.shape[0])
 
 
 class _DenseGradient(torch.autograd.Function):
@@ -45,8 +46,13 @@ class _DenseGradient(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: object, x: Tensor) -> Tensor:
+    def forward(x: Tensor) -> Tensor:
         return x.view_as(x)
+
+    @staticmethod
+    def setup_context(ctx: object, inputs: tuple[Tensor], output: Tensor) -> None:
+        # apart from forward, and empty: without it torch.func refuses the function
+        pass
 
     @staticmethod
     def backward(ctx: object, gradient: Tensor) -> Tensor:
@@ -56,9 +62,16 @@ class _DenseGradient(torch.autograd.Function):
 
 def why_not_grouped(experts: Experts, x: Tensor) -> str | None:
     """What keeps the grouped product from serving these experts and rows; None if nothing does."""
-    dtype = compute_dtype(x)
+    dtype, device = compute_dtype(x), x.device.type
     if dtype not in {torch.float32, torch.bfloat16, torch.float16}:
         return f"expected fp32, bf16 or fp16; got {dtype}"
+    if device not in {"cpu", "cuda", "meta"}:
+        return f"expected a CPU or a CUDA device; got {device}"
+    if device == "cuda" and (dtype != torch.bfloat16 or torch.cuda.get_device_capability(x.device) < (9, 0)):
+        # torch then falls back to a loop whose bounds the host reads
+        return f"expected bf16 and compute capability 9.0 on a CUDA device; got {dtype} on {x.device}"
+    if is_vmapped():
+        return "expected no vmap; got one"
     multiple = _ALIGNMENT_BYTES // dtype.itemsize
     if experts.in_features % multiple or experts.width % multiple:
         return (

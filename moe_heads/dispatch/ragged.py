@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from moe_heads.dispatch.assignments import Assignments, assignments, combine
 from moe_heads.experts import Experts
+from moe_heads.precision import compute_dtype
 from moe_heads.routing import Routing
 
 __all__ = ["mix_ragged", "reads_memory"]
@@ -25,7 +26,7 @@ _MANY_ROWS = 1024
 def mix_ragged(experts: Experts, x: Tensor, routing: Routing) -> Tensor:
     """Weighted sum of the chosen experts (N, C) for the rows x (N, D)."""
     stacks = _by_expert(experts)
-    if len(x) == 1 and routing.indices is not None and routing.weights is not None:
+    if x.shape[0] == 1 and routing.indices is not None and routing.weights is not None:
         # one row: nothing to sort and to bring back
         outputs = torch.cat([_run(experts, stacks, expert, x) for expert in routing.indices.tolist()[0]])
         return (routing.weights @ outputs.to(routing.weights.dtype)).to(outputs.dtype)
@@ -35,7 +36,7 @@ def mix_ragged(experts: Experts, x: Tensor, routing: Routing) -> Tensor:
     each = [
         _run(experts, stacks, expert, rows) for expert, rows in zip(hit, _segments(x, chosen, lengths), strict=True)
     ]
-    return combine(torch.cat(each or [x.new_zeros(0, experts.out_features)]), chosen, len(x))
+    return combine(torch.cat(each or [x.new_zeros(0, experts.out_features, dtype=compute_dtype(x))]), chosen, x.shape[0])
 
 
 def _segments(x: Tensor, chosen: Assignments, lengths: list[int]) -> Iterable[Tensor]:

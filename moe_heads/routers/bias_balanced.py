@@ -1,13 +1,15 @@
 """Balance without a loss: a bias that enters the selection only, Wang et al., arXiv 2408.15664."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Self
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn import functional as F
 
 from moe_heads.checks import check_positive
-from moe_heads.recomputation import in_backward
+from moe_heads.modes import is_transformed
 from moe_heads.routers.linear import LinearRouter, check_chosen
 from moe_heads.routing import Routing
 
@@ -22,12 +24,16 @@ class BiasBalancedRouter(LinearRouter):
         g_i = s_i \Big/ \sum_{j \in I} s_j, \qquad
         b_e \leftarrow b_e + u \, \mathrm{sign}\big(\bar c - c_e\big)
 
-    where :math:`c_e` counts the rows of the last training batch (of all ranks) that chose expert e. The bias has no
-    gradient and does not enter the weights, so it balances without bending the loss. For k = 1 the weight is
-    :math:`s_i` itself, else the gate would have no gradient.
+    where :math:`c_e` counts the rows of the last training pass (of all ranks) that chose expert e. The bias has no
+    gradient and does not enter the weights, so it balances without bending the loss. The weights are normalised over
+    the chosen as in DeepSeek-V3 (arXiv 2412.19437); for k = 1 the weight is :math:`s_i` itself, else the gate would
+    have no gradient.
 
-    A batch's counts move the bias at the start of the next training pass: in between, gradient checkpointing finds the
-    router as it was. Bias and counts are buffers, saved in the state dict.
+    The bias moves once an optimiser step: in the first training pass that finds the gate changed. Between two steps
+    the router is a pure function, so gradient checkpointing, which runs a pass twice, chooses the same experts, with
+    torch.compile too. Accumulating gradients, the last pass before the step counts. With a frozen gate, and under the
+    transforms of torch.func, the bias stays. It is held as a whole number of steps of u, exact in every precision, and
+    saved with the counts in the state dict.
 
     Args:
         in_features: D.
@@ -45,16 +51,19 @@ class BiasBalancedRouter(LinearRouter):
         >>> import torch
         >>> from moe_heads.routers import BiasBalancedRouter
         >>> router = BiasBalancedRouter(16, 4, k=2)
+        >>> optimiser = torch.optim.SGD(router.parameters(), lr=0.1)
         >>> for _ in range(2):
-        ...     routing = router(torch.randn(50, 16))
-        >>> router.bias.abs().max()
+        ...     router(torch.randn(51, 16)).weights[:, 0].sum().backward()
+        ...     optimiser.step()
+        >>> router.selection_bias.abs().max()
         tensor(0.0010)
     """
 
     balance_terms = ("importance", "switch", "z", "kl")
     k: int
-    bias: Tensor
+    bias_steps: Tensor
     pending_counts: Tensor
+    seen_weight: Tensor
 
     def __init__(
         self,
@@ -70,24 +79,30 @@ class BiasBalancedRouter(LinearRouter):
         check_positive(update_rate=update_rate)
         self.k = k
         self.update_rate = update_rate
-        self.register_buffer("bias", torch.zeros(num_experts))
+        self.register_buffer("bias_steps", torch.zeros(num_experts, dtype=torch.int64))
         self.register_buffer("pending_counts", torch.zeros(num_experts, dtype=torch.int64))
+        self.register_buffer("seen_weight", torch.zeros(num_experts, in_features + 1), persistent=False)
+
+    @property
+    def selection_bias(self) -> Tensor:
+        """What is added to an expert's sigmoid to select, b, (E,)."""
+        return self.bias_steps * self.update_rate
 
     def forward(self, x: Tensor, rows_per_sample: int = 1) -> Routing:
         """Route the rows x, (N, D), in fp32 or wider."""
-        learns = self.training and not in_backward()
+        learns = self.training and not is_transformed()
         if learns:
             self._move_bias()
         logits = self.gate_logits(x)
-        affinity = logits.sigmoid()
-        scores = affinity.detach() + self.bias
+        scores = logits.detach().sigmoid() + self.selection_bias
         indices = scores.topk(self.k, dim=-1).indices
-        weights = affinity.gather(-1, indices)
+        chosen = logits.gather(-1, indices)
         routing = Routing(
             logits=logits,
             probs=logits.softmax(-1),
             indices=indices,
-            weights=weights if self.k == 1 else weights / weights.sum(-1, keepdim=True),
+            # the softmax of log-sigmoids is their ratio, without 0 / 0 where all of them vanish
+            weights=chosen.sigmoid() if self.k == 1 else F.logsigmoid(chosen).softmax(-1),
             scores=scores,
             balance=self.balance,
             rows_per_sample=rows_per_sample,
@@ -97,10 +112,21 @@ class BiasBalancedRouter(LinearRouter):
             self._note(routing)
         return routing
 
+    def keep(self, experts: Sequence[int]) -> Self:
+        """A copy that knows these experts only."""
+        kept = super().keep(experts)
+        kept.pending_counts.zero_()  # of choices among all experts
+        return kept
+
     @torch.no_grad()
     def _move_bias(self) -> None:
-        counts = self.pending_counts.to(torch.float64 if self.bias.dtype == torch.float64 else torch.float32)
-        self.bias.add_((counts.mean() - counts).sign().to(self.bias.dtype), alpha=self.update_rate)
+        weight = torch.cat((self.gate.weight, self.gate.bias.unsqueeze(-1)), dim=-1)
+        changed = (weight != self.seen_weight).any()
+        counts = self.pending_counts
+        # c < mean without a division: whole numbers stay exact
+        missing = (counts.sum() - counts * self.num_experts).sign()
+        self.bias_steps.add_(missing * changed)
+        self.seen_weight.copy_(weight)
 
     @torch.no_grad()
     def _note(self, routing: Routing) -> None:

@@ -67,7 +67,9 @@ class ExpertChoiceRouter(LinearRouter):
         probs = logits.softmax(-1)
         num_rows = x.shape[0]
         size = rows_per_sample if rows_per_sample > 1 else num_rows
-        if torch.compiler.is_exporting() and not isinstance(size, int):
+        # a traced graph takes any batch without a word
+        traced = torch.jit.is_tracing() and rows_per_sample == 1  # type: ignore[attr-defined,no-untyped-call]
+        if traced or (torch.compiler.is_exporting() and not isinstance(size, int)):
             raise ValueError(
                 "dynamic_shapes: expected a fixed number of rows that compete for the experts (the batch of pooled"
                 " features, the tokens of a sample), since it decides how many an expert takes; got a dynamic one"
@@ -75,7 +77,7 @@ class ExpertChoiceRouter(LinearRouter):
         groups = probs.unflatten(0, (-1, size)) if num_rows else probs.unsqueeze(0)
         # a row that is not a number would be the first choice of every expert
         ranked = groups.detach().nan_to_num(nan=-1.0)
-        chosen = ranked.topk(min(size, math.ceil(size * self.k / self.num_experts)), dim=1).indices
+        chosen = ranked.topk(self._num_taken(size), dim=1).indices
         weights = groups.gather(1, chosen)
         first = torch.arange(groups.shape[0], device=x.device).mul(size).view(-1, 1, 1)
         return Routing(
@@ -88,6 +90,15 @@ class ExpertChoiceRouter(LinearRouter):
             rows_per_sample=rows_per_sample,
             sync=self.training,
         )
+
+    def num_choices(self, batch: int, tokens: int) -> float:
+        """Rows that all experts together take."""
+        competing = batch if tokens == 1 else tokens
+        return batch * tokens / competing * self.num_experts * self._num_taken(competing)
+
+    def _num_taken(self, competing: int) -> int:
+        # less a rounding error: 3 · 1.1 is 3.3000000000000003
+        return min(competing, math.ceil(competing * self.k / self.num_experts - 1e-9))
 
     def extra_repr(self) -> str:
         """Settings that the children's lines do not show."""

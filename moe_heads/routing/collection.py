@@ -1,12 +1,13 @@
 """Collect what the routers inside any model do."""
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor, nn
 
-from moe_heads.recomputation import in_backward
+from moe_heads.modes import in_backward
 from moe_heads.routing.router import Router
 from moe_heads.routing.routing import Routing
 from moe_heads.routing.stats import RoutingStats
@@ -25,15 +26,29 @@ class RoutingCollection:
     def __init__(self) -> None:
         self.routings: dict[str, list[Routing]] = {}
 
+    def _warn_if_nothing_was_seen(self) -> None:
+        if self.routings and not any(self.routings.values()):
+            warnings.warn(
+                f"collect_routing: none of the routers {list(self.routings)} ran inside the block. A model that was"
+                " compiled before does not call forward hooks: use head(x, return_routing=True) inside it instead",
+                stacklevel=3,
+            )
+
     @property
     def aux_loss(self) -> Tensor:
-        """Sum of the balance losses of all heads and passes, scalar; zero for a model without a router."""
+        """Sum of the balance losses of all heads and passes, scalar; zero for a model without a router.
+
+        Under DDP a training pass sums over the ranks here: every rank has to read it. Through a checkpoint with
+        ``use_reentrant=True`` it has no gradient; use ``use_reentrant=False``.
+        """
+        self._warn_if_nothing_was_seen()
         losses = [routing.aux_loss for routings in self.routings.values() for routing in routings]
         return torch.stack(losses).sum() if losses else torch.zeros(())
 
     @property
     def stats(self) -> dict[str, RoutingStats]:
         """Statistics of each head, summed over the passes."""
+        self._warn_if_nothing_was_seen()
         return {name: _total([r.stats() for r in routings]) for name, routings in self.routings.items() if routings}
 
 

@@ -27,6 +27,10 @@ class Router(nn.Module, ABC):
     def forward(self, x: Tensor, rows_per_sample: int = 1) -> Routing:
         """Route the rows x, (N, D)."""
 
+    def num_choices(self, batch: int, tokens: int) -> float:
+        """Pairs of a row and an expert that runs for it, in a batch of so many samples of so many tokens."""
+        return batch * tokens * (self.num_experts if self.k is None else self.k)
+
     def active_parameters(self) -> Iterable[nn.Parameter]:
         """Parameters that take part in evaluation."""
         return self.parameters()

@@ -147,7 +147,7 @@ class Routing:
         """Values of the choices at their places among all rows and experts, (N, E), zero elsewhere."""
         zeros = torch.zeros(self.probs.shape, dtype=values.dtype, device=values.device)
         if self.rows is not None:
-            return zeros.t().scatter(-1, self.rows, values).t()
+            return zeros.t().scatter(-1, self.rows, values).t().contiguous()
         assert self.indices is not None
         return zeros.scatter(-1, self.indices, values)
 
@@ -161,9 +161,9 @@ def _highest(scores: Tensor, among: Tensor, dim: int) -> Tensor:
 
 
 def _load(routing: Routing) -> Tensor:
-    counts = routing.selected.to(routing.probs.dtype)
     if routing.noisy_logits is None or routing.noise_std is None or routing.indices is None:
         # the limit of vanishing noise: the counts themselves, which have no gradient
+        counts = routing.selected.to(routing.probs.dtype)
         return balance.importance_loss(counts, routing.valid, routing.sync)
     k = routing.indices.shape[-1]
     return balance.load_loss(routing.logits, routing.noisy_logits, routing.noise_std, k, routing.valid, routing.sync)

@@ -57,6 +57,17 @@ def test_compiled_training_step_equals_the_eager_one(dispatch: str) -> None:
     torch.testing.assert_close(*gradients)
 
 
+@pytest.mark.parametrize("num_rows", [1, 50])
+def test_ragged_runs_beside_a_compiled_graph_and_says_why_it_is_not_part_of_it(num_rows: int) -> None:
+    head = head_with("noisy_top_k", torch.float32, dispatch="ragged")
+    x = torch.randn(num_rows, FEATURES)
+    with torch.no_grad():
+        torch.testing.assert_close(torch.compile(head, backend="eager")(x), head(x))
+    torch.compiler.reset()
+    with pytest.raises(Exception, match="dispatch='ragged' reads the segment lengths. Use dispatch='auto'"):
+        torch.compile(head, backend="eager", fullgraph=True)(x)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("num_rows", [1, 8, 200])
 @pytest.mark.parametrize("autocast", [False, True])

@@ -1,0 +1,50 @@
+"""In which mode of torch the code runs: recorded, transformed, inside backward.
+
+Most of these questions have no public function; torch asks them itself in the same way.
+"""
+
+import torch
+from torch import Tensor
+
+__all__ = ["can_read_values", "in_backward", "is_recording", "is_transformed", "is_vmapped"]
+
+
+def is_recording() -> bool:
+    """Whether the graph is recorded for any batch size, by torch.export, torch.jit.trace or make_fx."""
+    if torch.compiler.is_compiling():
+        return torch.compiler.is_exporting()
+    return (
+        torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
+        or torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
+    )
+
+
+def is_transformed() -> bool:
+    """Whether a transform of torch.func is active."""
+    return torch._C._functorch.maybe_current_level() is not None
+
+
+def is_vmapped() -> bool:
+    """Whether the call is inside `torch.vmap`, at any depth."""
+    if not is_transformed():
+        return False
+    stack = torch._C._functorch.get_interpreter_stack() or []
+    return any(interpreter.key() == torch._C._functorch.TransformType.Vmap for interpreter in stack)
+
+
+def can_read_values(x: Tensor) -> bool:
+    """Whether the host may look at the numbers that follow from x."""
+    if torch.compiler.is_compiling():
+        return False
+    return not (
+        is_recording()
+        or is_vmapped()
+        or x.device.type == "meta"
+        or torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
+        or (x.device.type == "cuda" and torch.cuda.is_current_stream_capturing())
+    )
+
+
+def in_backward() -> bool:
+    """Whether the autograd engine runs this code, as gradient checkpointing's second pass does."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
