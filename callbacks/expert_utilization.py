@@ -30,7 +30,7 @@ class ExpertUtilizationCallback(FitEndAnalysis):
     ==========================  =======================================================================
     load_<e>                    share of the choices that went to expert e; sums to 1
     importance_<e>              share of the mixing weight that went to expert e; sums to 1
-    entropy                     mean entropy of a row's gate, nats
+    entropy                     mean entropy of a row's full softmax, nats
     ==========================  =======================================================================
 
     At the end of fit, below ``expert_utilization/<split>/``: the numbers of `functional.ExpertUtilizationResult` for

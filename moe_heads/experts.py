@@ -96,7 +96,7 @@ class Experts(nn.Module):
         with torch.device("meta"):
             kept = type(self)(len(experts), self.in_features, self.width, self.out_features, self.dropout)
         for name, parameter in self.named_parameters():
-            setattr(kept, name, nn.Parameter(parameter.detach()[list(experts)].clone()))
+            setattr(kept, name, nn.Parameter(parameter.detach()[list(experts)], parameter.requires_grad))
         return kept.train(self.training)
 
     def extra_repr(self) -> str:

@@ -34,8 +34,8 @@ class Head(nn.Module, ABC):
         num_classes: C.
     """
 
-    _version = 1
-    """Format of the state dict; `torch.nn.Module` saves it as metadata."""
+    _version = 2
+    """Format of the state dict, saved as metadata; 1 is what `torch.nn.Module` writes, a head without a format."""
 
     def __init__(self, in_features: int, num_classes: int) -> None:
         super().__init__()

@@ -1,5 +1,6 @@
 """The sparse head: a router chooses few experts a row."""
 
+import inspect
 from collections.abc import Mapping
 from typing import get_args
 
@@ -15,8 +16,6 @@ from moe_heads.routers import NoisyTopKRouter
 from moe_heads.routing import Router, Routing
 
 __all__ = ["SparseMoE"]
-
-_ROUTER_DEFAULTS = {"k": 2, "noisy": True, "temperature": 1.0, "balance": {"importance": 0.2, "load": 0.2}}
 
 
 class SparseMoE(Head):
@@ -150,6 +149,7 @@ def _check_router(router: Router, sizes: Mapping[str, int]) -> None:
 
 
 def _check_absent(options: Mapping[str, object]) -> None:
+    defaults = inspect.signature(SparseMoE.__init__).parameters
     for name, value in options.items():
-        if value != _ROUTER_DEFAULTS[name]:
+        if value != defaults[name].default:
             raise ValueError(f"{name}: belongs to the router that was given; expected it absent here, got {value!r}")

@@ -1,6 +1,7 @@
 """New heads made from trained ones: a dense head becomes experts, experts are taken out."""
 
 import copy
+import operator
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
@@ -15,13 +16,21 @@ __all__ = ["ablate", "upcycle"]
 
 MoEHead = TypeVar("MoEHead", SoftMoE, SparseMoE)
 
+_NOT_FOR_UPCYCLING = {
+    "in_features": "is the dense head's",
+    "num_classes": "is the dense head's",
+    "expert_width": "is the dense head's",
+    "num_shared_experts": "would add to the dense head's logits",
+}
+
 
 def upcycle(dense_head: Dense, num_experts: int, **options: Any) -> SparseMoE:
     """A sparse head whose experts all start as copies of a trained dense head, the router being new.
 
-    Sparse upcycling, Komatsuzaki et al., arXiv 2212.05055. The weights of a row's experts sum to one for k > 1, so the
-    new head starts with the logits of the dense one (dropout aside); with k = 1 the weight is a probability, which
-    scales them. The experts part in training because they see different rows.
+    Sparse upcycling, Komatsuzaki et al., arXiv 2212.05055. With the noisy top-k and the bias-balanced router and k > 1
+    the weights of a row's experts sum to one, so the new head starts with the logits of the dense one (dropout aside).
+    Where the weight is a probability (k = 1, Switch, expert choice) it scales them, and the head has to learn its scale
+    anew. The experts part in training because they see different rows.
 
     Args:
         dense_head: The head to copy; it is not changed.
@@ -47,8 +56,8 @@ def upcycle(dense_head: Dense, num_experts: int, **options: Any) -> SparseMoE:
     if not isinstance(dense_head, Dense):
         raise ValueError(f"dense_head: expected a moe_heads.Dense; got {type(dense_head).__name__}")
     check_at_least_one(num_experts=num_experts)
-    for name, reason in (("expert_width", "is the dense head's"), ("num_shared_experts", "would add to its logits")):
-        if options.get(name):
+    for name, reason in _NOT_FOR_UPCYCLING.items():
+        if name in options:
             raise ValueError(f"{name}: {reason}; expected it absent, got {options[name]!r}")
     settings = {"dropout": dense_head.dropout, **options, "expert_width": dense_head.width}
     head = SparseMoE(dense_head.in_features, dense_head.num_classes, num_experts, **settings)
@@ -61,10 +70,11 @@ def upcycle(dense_head: Dense, num_experts: int, **options: Any) -> SparseMoE:
 
 
 def ablate(head: MoEHead, experts: Sequence[int]) -> MoEHead:
-    """A copy of a head without some of its experts, as if their gates had never been open.
+    """A copy of a head without some of its experts, as if they had never been there.
 
-    The router chooses among the others and its weights sum to one over them. What the head loses by it is what the
-    experts contribute.
+    The router chooses among the others: softmax and normalisation run over those that are left, and where experts
+    choose, each takes its share of the rows anew. What the head loses by it is what the experts contribute. Hooks stay
+    behind.
 
     Args:
         head: `SoftMoE` or `SparseMoE`; it is not changed.
@@ -84,8 +94,11 @@ def ablate(head: MoEHead, experts: Sequence[int]) -> MoEHead:
     """
     if not isinstance(head, (SoftMoE, SparseMoE)):
         raise ValueError(f"head: expected a SoftMoE or SparseMoE; got {type(head).__name__}")
-    out = list(experts)
-    if len(set(out)) != len(out) or not all(type(e) is int and 0 <= e < head.num_experts for e in out):
+    try:
+        out = [operator.index(expert) for expert in experts]
+    except TypeError:
+        out = [-1]
+    if len(set(out)) != len(out) or not all(0 <= expert < head.num_experts for expert in out):
         raise ValueError(f"experts: expected different integers from 0 to {head.num_experts - 1}; got {experts!r}")
     kept = [expert for expert in range(head.num_experts) if expert not in out]
     needed = max(1, head.k) if isinstance(head, SparseMoE) and head.router.k is not None else 1

@@ -32,11 +32,12 @@ _ragged_outside_the_graph = torch.compiler.disable(
 )
 
 # What the bookkeeping of a path costs, in multiply-adds that the CPU does in the same time: once, for each expert that
-# is hit, and for each feature of each choice, which is copied. Fitted to eager forward passes of 124 shapes.
+# is hit, and for each feature of each choice, which is copied. Fitted on one thread of a server processor with AVX-512, in
+# fp32, by examples/benchmarks/dispatch.py.
 _MACS_ONCE = {"ragged": 0, "grouped": 1_500_000}
 _MACS_PER_EXPERT = {"ragged": 350_000, "grouped": 150_000}
 _MACS_PER_COPIED_FEATURE = 32
-# Up to this many rows a compiled loop over gathered weights beats the grouped product: same benchmark.
+# Up to this many rows a compiled loop over gathered weights beats the grouped product in inference.
 _FEW_ROWS = 32
 # While the weights and the hidden units of all choices stay in the cache, one grouped product beats one an expert.
 _HIDDEN_BYTES = 2**20

@@ -36,7 +36,9 @@ def mix_ragged(experts: Experts, x: Tensor, routing: Routing) -> Tensor:
     each = [
         _run(experts, stacks, expert, rows) for expert, rows in zip(hit, _segments(x, chosen, lengths), strict=True)
     ]
-    return combine(torch.cat(each or [x.new_zeros(0, experts.out_features, dtype=compute_dtype(x))]), chosen, x.shape[0])
+    return combine(
+        torch.cat(each or [x.new_zeros(0, experts.out_features, dtype=compute_dtype(x))]), chosen, x.shape[0]
+    )
 
 
 def _segments(x: Tensor, chosen: Assignments, lengths: list[int]) -> Iterable[Tensor]:

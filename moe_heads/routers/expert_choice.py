@@ -21,9 +21,10 @@ class ExpertChoiceRouter(LinearRouter):
         (G, I) = \mathrm{TopK}\big(S^\top, M\big), \qquad M = \min(n, \lceil n k / E \rceil)
 
     The load is balanced by construction; a row may get several experts or none (`Routing.dropped`), in which case its
-    logits come from the shared experts alone, or are zero. The tokens of a sample compete with each other, so a
-    sample does not depend on its batch. Pooled features compete within the batch: **the logits of a row then depend on
-    the other rows**, in evaluation too, and a single row is taken by every expert. Prefer it for tokens.
+    logits come from the shared experts alone, or are zero. Two and more tokens of a sample compete with each other,
+    so a sample does not depend on its batch. Pooled features (and single tokens) compete within the batch: **the logits
+    of a row then depend on the other rows**, in evaluation too, on how an analysis batches them and on the ranks they
+    are shared among; a single row is taken by every expert. Prefer it for tokens.
 
     Args:
         in_features: D.

@@ -63,8 +63,9 @@ class LinearRouter(Router):
         with torch.no_grad():
             for layer in kept.children():
                 if isinstance(layer, nn.Linear):
-                    layer.weight = nn.Parameter(_rows(layer.weight, experts, self.num_experts))
-                    layer.bias = nn.Parameter(_rows(layer.bias, experts, self.num_experts))
+                    for name, parameter in list(layer.named_parameters(recurse=False)):
+                        rows = _rows(parameter, experts, self.num_experts)
+                        setattr(layer, name, nn.Parameter(rows, parameter.requires_grad))
                     layer.out_features = len(layer.weight)
             for name, buffer in kept.named_buffers(recurse=False):
                 setattr(kept, name, _rows(buffer, experts, self.num_experts))

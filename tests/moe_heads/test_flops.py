@@ -39,6 +39,13 @@ def test_sparse_heads_equal_torchs_count(router: str) -> None:
         assert flops.active == flops.total
 
 
+@pytest.mark.parametrize(("batch", "tokens"), [(1, 1), (5, 1), (3, 7)])
+def test_where_experts_choose_what_they_take_is_counted(batch: int, tokens: int) -> None:
+    head = head_with("expert_choice", torch.float32, dispatch="ragged")
+    x = torch.randn(batch, FEATURES) if tokens == 1 else torch.randn(batch, tokens, FEATURES)
+    assert head.flops(batch, tokens).active == counted(head, x)
+
+
 def test_it_grows_with_the_batch_and_the_tokens() -> None:
     head = SparseMoE(8, 3)
     assert head.flops(6, 5).active == 30 * head.flops().active

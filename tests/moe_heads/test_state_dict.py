@@ -18,7 +18,7 @@ EXPERTS = {
 GATE = {"router.gate.weight": (4, 6), "router.gate.bias": (4,)}
 NOISE = {"router.noise.weight": (4, 6), "router.noise.bias": (4,)}
 # A name or a shape in here is what people's checkpoints hold: it changes with Head._version and a conversion only.
-FORMAT_1 = {
+FORMAT_2 = {
     "dense": {
         "layers.0.weight": (8, 6),
         "layers.0.bias": (8,),
@@ -32,7 +32,7 @@ FORMAT_1 = {
     | {f"experts.{name}": shape for name, shape in EXPERTS.items()}
     | {f"shared.{name}": (2, *shape[1:]) for name, shape in EXPERTS.items()},
     "bias_balanced": GATE
-    | {"router.bias": (4,), "router.pending_counts": (4,)}
+    | {"router.bias_steps": (4,), "router.pending_counts": (4,)}
     | {f"experts.{name}": shape for name, shape in EXPERTS.items()},
 }
 
@@ -48,20 +48,20 @@ def build(name: str) -> Head:
     }[name]()
 
 
-@pytest.mark.parametrize("name", list(FORMAT_1))
-def test_names_and_shapes_are_those_of_format_1(name: str) -> None:
-    assert {key: tuple(value.shape) for key, value in build(name).state_dict().items()} == FORMAT_1[name]
-    assert Head._version == 1
+@pytest.mark.parametrize("name", list(FORMAT_2))
+def test_names_and_shapes_are_those_of_format_2(name: str) -> None:
+    assert {key: tuple(value.shape) for key, value in build(name).state_dict().items()} == FORMAT_2[name]
+    assert Head._version == 2
 
 
-@pytest.mark.parametrize("name", list(FORMAT_1))
+@pytest.mark.parametrize("name", list(FORMAT_2))
 def test_round_trip_through_a_file(name: str, tmp_path: Path) -> None:
     head, other = build(name).eval(), build(name).eval()
     x = torch.randn(4, 6)
     assert not torch.equal(head(x), other(x))
     torch.save(head.state_dict(), tmp_path / "head.pt")
     state = torch.load(tmp_path / "head.pt", weights_only=True)
-    assert state._metadata[""]["version"] == 1
+    assert state._metadata[""]["version"] == 2
     other.load_state_dict(state)
     assert torch.equal(head(x), other(x))
 
@@ -69,8 +69,8 @@ def test_round_trip_through_a_file(name: str, tmp_path: Path) -> None:
 def test_a_newer_format_is_named() -> None:
     model = torch.nn.Sequential(build("sparse"))
     state = model.state_dict()
-    state._metadata["0"]["version"] = 2
-    with pytest.raises(RuntimeError, match=r"0\.: expected a state dict of format 1 or older; got format 2, which"):
+    state._metadata["0"]["version"] = 3
+    with pytest.raises(RuntimeError, match=r"0\.: expected a state dict of format 2 or older; got format 3, which"):
         model.load_state_dict(state)
 
 
@@ -79,7 +79,7 @@ def test_a_state_dict_without_metadata_loads() -> None:
     build("sparse").load_state_dict(dict(head.state_dict()))
 
 
-@pytest.mark.parametrize("name", list(FORMAT_1))
+@pytest.mark.parametrize("name", list(FORMAT_2))
 def test_repr_tells_the_sizes(name: str) -> None:
     text = repr(build(name))
     total = sum(p.numel() for p in build(name).parameters())
@@ -88,7 +88,7 @@ def test_repr_tells_the_sizes(name: str) -> None:
         assert "num_experts=4, in_features=6, width=8, out_features=3" in text
 
 
-@pytest.mark.parametrize("name", list(FORMAT_1))
+@pytest.mark.parametrize("name", list(FORMAT_2))
 def test_deepcopy_is_independent(name: str) -> None:
     head = build(name).eval()
     twin = copy.deepcopy(head)

@@ -24,7 +24,6 @@ def test_an_upcycled_head_starts_with_the_logits_of_the_dense_one(k: int) -> Non
 def test_upcycled_with_one_expert_a_row_scales_the_logits_by_the_gate() -> None:
     dense = Dense(8, 3, width=5).eval()
     head = upcycle(dense, num_experts=4, k=1)
-    output = head(torch.randn(6, 8), return_routing=True)
     x = torch.randn(6, 8)
     output = head(x, return_routing=True)
     torch.testing.assert_close(output.logits, output.routing.weights * dense(x))
@@ -69,6 +68,27 @@ def test_ablated_top_k_is_the_gate_with_an_infinite_penalty() -> None:
     torch.testing.assert_close(smaller(x), head(x))
 
 
+@pytest.mark.parametrize("router", ["switch", "softmax"])
+def test_other_ablated_routers_are_the_gate_with_an_infinite_penalty(router: str) -> None:
+    head = head_with(router)
+    x = torch.randn(9, FEATURES).double()
+    smaller = ablate(head, [0, 3])
+    with torch.no_grad():
+        head.router.gate.bias[[0, 3]] = -1e9
+    torch.testing.assert_close(smaller(x), head(x))
+
+
+def test_an_ablated_bias_balanced_router_keeps_the_bias_of_the_others() -> None:
+    head = head_with("bias_balanced")
+    head.router.bias_steps.copy_(torch.tensor([1, 2000, 3, -4]))
+    assert ablate(head, [0]).router.bias_steps.tolist() == [2000, 3, -4]
+
+
+def test_frozen_parameters_stay_frozen() -> None:
+    head = head_with("noisy_top_k").requires_grad_(False)
+    assert not any(p.requires_grad for p in ablate(head, [0]).parameters())
+
+
 def test_an_ablated_soft_head_keeps_the_slots_of_the_others() -> None:
     head = SoftMoE(8, 3, num_experts=3, expert_width=4, slots_per_expert=2, dropout=0.0).double()
     x = torch.randn(2, 5, 8).double()
@@ -95,9 +115,14 @@ def test_ablation_of_nothing_is_an_independent_copy() -> None:
         (lambda: upcycle(Dense(8, 3), 0), "num_experts: expected an integer of at least 1; got 0"),
         (lambda: upcycle(Dense(8, 3), 4, k=5), "k: expected at most num_experts = 4; got 5"),
         (lambda: upcycle(Dense(8, 3), 4, expert_width=5), "expert_width: is the dense head's; .* got 5"),
-        (lambda: upcycle(Dense(8, 3), 4, num_shared_experts=1), "num_shared_experts: would add to its logits"),
+        (
+            lambda: upcycle(Dense(8, 3), 4, num_shared_experts=1),
+            "num_shared_experts: would add to the dense head's logits",
+        ),
         (lambda: ablate(Dense(8, 3), [0]), "head: expected a SoftMoE or SparseMoE; got Dense"),
         (lambda: ablate(head_with("switch"), [4]), r"experts: expected different integers from 0 to 3; got \[4\]"),
+        (lambda: ablate(head_with("switch"), 1), r"experts: expected different integers from 0 to 3; got 1"),
+        (lambda: upcycle(Dense(8, 3), 4, in_features=9), "in_features: is the dense head's; .* got 9"),
         (lambda: ablate(head_with("switch"), [1, 1]), r"experts: expected different integers .* got \[1, 1\]"),
         (lambda: ablate(head_with("noisy_top_k"), [0, 1, 2]), "experts: expected at least 2 experts to be left"),
     ],

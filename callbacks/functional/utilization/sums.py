@@ -88,7 +88,7 @@ class UtilizationSums:
                 f"model: expected finite router logits; all {int(stats.num_nonfinite)} rows of head {self.name!r} "
                 "have nan or inf"
             )
-        load, importance = stats.counts.double() / stats.counts.sum(), stats.importance
+        load, importance = stats.load, stats.importance
         share = importance if self._soft else load
         information = None if self._class_counts is None else mutual_information(self._class_counts)
         # the tokens of a sample are not independent: only the samples are counted for the standard error

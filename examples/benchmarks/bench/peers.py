@@ -1,15 +1,14 @@
-"""Layers of other libraries, built at the sizes of ours; each that is not there is left out and named.
+"""Layers of other libraries, built at the sizes of ours.
 
 A folder for ``--peers`` is made by
 
-    uv pip install --target FOLDER --no-deps st-moe-pytorch soft-moe-pytorch colt5-attention beartype einops
+    uv pip install --target FOLDER --no-deps st-moe-pytorch soft-moe-pytorch colt5-attention beartype einops local-attention hyper-connections
     git clone https://github.com/davidmrau/mixture-of-experts FOLDER/davidmrau
 
 and `transformers` comes with ``pip install .[dev]``.
 """
 
 import importlib.util
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -28,8 +27,6 @@ def davidmrau(
     folder: Path, in_features: int, num_classes: int, num_experts: int, width: int, k: int
 ) -> Callable[[Tensor], object]:
     """``MoE`` of davidmrau/mixture-of-experts; its experts end in a softmax, its gate has no bias."""
-    if str(folder) not in sys.path:
-        sys.path.append(str(folder))
     layer: nn.Module = _load(folder / "davidmrau" / "moe.py").MoE(in_features, num_classes, num_experts, width, k=k)
     nn.init.normal_(layer.w_gate, std=in_features**-0.5)  # zeros would send every row to the same experts
     return layer.eval()
@@ -62,7 +59,10 @@ def feature_layers(in_features: int, num_experts: int, width: int, k: int) -> La
 
 
 def token_layers(in_features: int, num_experts: int, width: int, k: int) -> Layers:
-    """Tokens (B, T, D): lucidrains' st-moe (with dropped tokens) and soft-moe beside ours."""
+    """Tokens (B, T, D): lucidrains' st-moe (with dropped tokens) and soft-moe beside ours.
+
+    Theirs return tokens, after norms (soft-moe); ours average the tokens' logits, soft ours before the product.
+    """
     from soft_moe_pytorch import SoftMoE as LucidrainsSoftMoE
     from st_moe_pytorch import MoE
 
@@ -95,8 +95,8 @@ class _TransformersExperts(nn.Module):
 
 def _load(path: Path) -> ModuleType:
     spec = importlib.util.spec_from_file_location("davidmrau_moe", path)
-    if spec is None or spec.loader is None:
-        raise FileNotFoundError(f"peers: expected {path}")
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

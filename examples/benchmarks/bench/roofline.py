@@ -1,4 +1,8 @@
-"""The least time a sparse head can take: max(arithmetic / peak, bytes of the experts hit / bandwidth, launches)."""
+"""What bounds an eager forward pass: max(arithmetic / peak, bytes of the experts that are hit / bandwidth, launches).
+
+Peak and bandwidth are what this machine does in a matrix product and in a sum over as many warm bytes; a launch is what
+the smallest linear layer takes. A compiled head fuses launches and may be below the last of the three.
+"""
 
 import time
 from collections.abc import Callable

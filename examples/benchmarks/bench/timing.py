@@ -2,7 +2,9 @@
 
 import os
 import platform
+import random
 import statistics
+import subprocess
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -11,7 +13,7 @@ import torch
 
 __all__ = ["machine", "time_interleaved"]
 
-_FLUSH = torch.zeros(2**26)  # 256 MiB, more than any cache
+_FLUSH = torch.zeros(2**26)  # 256 MiB
 
 
 def time_interleaved(
@@ -19,33 +21,29 @@ def time_interleaved(
 ) -> dict[str, float]:
     """Median milliseconds a call of each contender.
 
-    In every round each contender runs in a block of calls that lasts about ``block_ms`` (one call if it takes longer),
+    In every round each contender, in random order, runs in a block of calls that lasts about ``block_ms`` (one call if it takes longer),
     so that a slow phase of the machine meets all of them. The first calls before a block are not counted: what fits
     the cache is warm, as in a loop. With ``cold`` the caches are filled with something else before every call.
     """
-    synchronise = torch.cuda.synchronize if torch.cuda.is_available() else _nothing
     calls = {}
     for name, call in contenders.items():
         for _ in range(2):
             call()
-        synchronise()
         start = time.perf_counter()
         call()
-        synchronise()
         calls[name] = 1 if cold else max(1, round(block_ms / 1e3 / (time.perf_counter() - start)))
     times: dict[str, list[float]] = {name: [] for name in contenders}
+    order = random.Random(0)
     for _ in range(rounds):
-        for name, call in contenders.items():
+        for name, call in order.sample(list(contenders.items()), len(contenders)):
             if cold:
                 _FLUSH.add_(1)
             for _ in range(0 if cold else 1 + calls[name] // 4):
                 call()
-            synchronise()
-            start = time.perf_counter()
+                start = time.perf_counter()
             for _ in range(calls[name]):
                 call()
-            synchronise()
-            times[name].append(1e3 * (time.perf_counter() - start) / calls[name])
+                times[name].append(1e3 * (time.perf_counter() - start) / calls[name])
     return {name: statistics.median(samples) for name, samples in times.items()}
 
 
@@ -58,13 +56,16 @@ def machine() -> dict[str, object]:
         "processor": names[0] if names else platform.processor(),
         "cores": os.cpu_count(),
         "capability": torch.backends.cpu.get_cpu_capability(),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "device": "cpu",
         "threads": torch.get_num_threads(),
         "load_average": round(os.getloadavg()[0], 2),
         "python": platform.python_version(),
         "torch": torch.__version__,
+        "commit": subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            check=False,
+        ).stdout.strip(),
     }
-
-
-def _nothing() -> None:
-    pass

@@ -63,6 +63,54 @@ def test_auto_asks_for_no_value_inside_vmap_but_may_in_other_transforms(taken: l
     assert taken == ["all", "ragged", "ragged", "ragged", "all"]
 
 
+@pytest.mark.parametrize(
+    ("num_rows", "expected"), [(1, "gathered"), (32, "gathered"), (33, "grouped"), (500, "grouped")]
+)
+def test_auto_in_a_compiled_graph(num_rows: int, expected: str, taken: list[str]) -> None:
+    torch.compiler.reset()
+    torch.compile(large_head(), backend="eager", dynamic=False)(torch.randn(num_rows, 64))
+    assert taken[-1] == expected
+    torch.compiler.reset()
+    torch.compile(large_head().double(), backend="eager", dynamic=False)(torch.randn(num_rows, 64).double())
+    assert taken[-1] == ("gathered" if expected == "gathered" else "all")
+
+
+def test_auto_reads_no_values_where_there_are_none_or_where_they_would_be_recorded(taken: list[str]) -> None:
+    head = large_head()
+    head.to("meta")(torch.randn(512, 64, device="meta"))
+    with torch._subclasses.fake_tensor.FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        large_head()(mode.from_tensor(torch.randn(512, 64)))
+    head = large_head()
+    x = torch.randn(512, 64)
+    graph = torch.fx.experimental.proxy_tensor.make_fx(head)(x)
+    assert set(taken) == {"all"}
+    other = torch.randn(512, 64)
+    torch.testing.assert_close(graph(other), head(other))
+
+
+@pytest.mark.parametrize("num_rows", [5, 128, 512])
+@pytest.mark.parametrize("dispatch", ["auto", "all", "gathered", "grouped", "ragged"])
+def test_every_path_under_the_transforms_it_serves(num_rows: int, dispatch: str) -> None:
+    head = SparseMoE(8, 3, num_experts=8, expert_width=512, dropout=0.0, dispatch=dispatch).eval()
+    x = torch.randn(num_rows, 8)
+    expected = torch.autograd.grad(head(x.requires_grad_()).square().sum(), x)[0]
+    x = x.detach()
+
+    def loss(rows: torch.Tensor) -> torch.Tensor:
+        return head(rows).square().sum()
+
+    tolerance = {"rtol": 1e-4, "atol": 1e-5}
+    torch.testing.assert_close(torch.func.grad(loss)(x), expected, **tolerance)
+    torch.testing.assert_close(torch.func.vjp(loss, x)[1](torch.tensor(1.0))[0], expected, **tolerance)
+    if dispatch in {"auto", "all", "gathered"}:
+        each = torch.vmap(torch.func.grad(loss))(x.unsqueeze(1)).squeeze(1)
+        torch.testing.assert_close(each, expected, **tolerance)
+        torch.testing.assert_close(torch.func.jacrev(head)(x[:2]), torch.func.jacfwd(head)(x[:2]), **tolerance)
+    else:
+        with pytest.raises(ValueError, match=f"dispatch='{dispatch}': expected .* Use dispatch='all'"):
+            torch.vmap(torch.func.grad(loss))(x.unsqueeze(1))
+
+
 def test_auto_is_static_for_a_router_that_mixes_all(taken: list[str]) -> None:
     head_with("softmax")(torch.randn(64, FEATURES).double())
     assert taken == ["all"]
@@ -82,6 +130,19 @@ def test_a_path_that_cannot_serve_names_one_that_can(
     head = head_with(router, dtype, dispatch=dispatch)
     with pytest.raises(ValueError, match=message):
         head(torch.randn(5, FEATURES, dtype=dtype))
+
+
+@pytest.mark.parametrize("dispatch", ["auto", "all", "gathered", "grouped", "ragged"])
+def test_rows_of_another_dtype_than_the_experts_are_refused_on_every_path(dispatch: str) -> None:
+    head = head_with("switch", torch.bfloat16, dispatch=dispatch)
+    with pytest.raises(ValueError, match=r"x: expected torch.bfloat16, as the experts have; got torch.float32"):
+        head(torch.randn(5, FEATURES))
+
+
+def test_ragged_refuses_what_has_no_values() -> None:
+    head = head_with("switch", torch.float32, dispatch="ragged").to("meta")
+    with pytest.raises(ValueError, match="'ragged': expected eager mode"):
+        head(torch.randn(5, FEATURES, device="meta"))
 
 
 def test_grouped_names_the_sizes_it_needs() -> None:

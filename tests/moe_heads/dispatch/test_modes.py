@@ -64,7 +64,7 @@ def test_ragged_runs_beside_a_compiled_graph_and_says_why_it_is_not_part_of_it(n
     with torch.no_grad():
         torch.testing.assert_close(torch.compile(head, backend="eager")(x), head(x))
     torch.compiler.reset()
-    with pytest.raises(Exception, match="dispatch='ragged' reads the segment lengths. Use dispatch='auto'"):
+    with pytest.raises(Exception, match=r"dispatch='ragged' reads the segment lengths. Use dispatch='auto'"):
         torch.compile(head, backend="eager", fullgraph=True)(x)
 
 
@@ -90,6 +90,25 @@ def test_export_and_onnx_with_dynamic_sizes(name: str, num_tokens: int | None, t
     program = torch.export.export(head, (example,), dynamic_shapes={"x": sizes})
     torch.testing.assert_close(program.module()(x), head(x))
     torch.testing.assert_close(run_onnx(head, example, sizes, x, tmp_path), head(x))
+
+
+@pytest.mark.parametrize("dispatch", ["all", "gathered", "grouped"])
+def test_every_static_path_is_exported_with_a_dynamic_batch_and_read_back(dispatch: str, tmp_path: Path) -> None:
+    head = head_with("noisy_top_k", torch.float32, dispatch=dispatch)
+    example = (torch.randn(5, FEATURES),)
+    program = torch.export.export(head, example, dynamic_shapes={"x": {0: torch.export.Dim("batch")}})
+    torch.export.save(program, tmp_path / "head.pt2")
+    x = torch.randn(33, FEATURES)
+    torch.testing.assert_close(torch.export.load(tmp_path / "head.pt2").module()(x), head(x))
+
+
+@pytest.mark.filterwarnings("ignore")  # of the tracer, which is deprecated
+def test_a_traced_head_serves_other_batches_or_is_refused() -> None:
+    head = head_with("noisy_top_k", torch.float32)
+    x = torch.randn(40, FEATURES)
+    torch.testing.assert_close(torch.jit.trace(head, (x[:5],))(x), head(x))
+    with pytest.raises(ValueError, match="dynamic_shapes: expected a fixed number of rows that compete"):
+        torch.jit.trace(head_with("expert_choice", torch.float32), (x,))
 
 
 def test_expert_choice_is_exported_where_the_competing_rows_are_fixed(tmp_path: Path) -> None:

@@ -192,6 +192,44 @@ def test_bf16_module(dispatch: str) -> None:
     torch.testing.assert_close(logits.double(), reference(head.double(), x.double()), rtol=0.05, atol=0.05)
 
 
+@pytest.mark.parametrize("dispatch", EAGER)
+def test_float64_stays_so_under_autocast(dispatch: str) -> None:
+    head = head_with("noisy_top_k", dispatch=dispatch)
+    x = torch.randn(11, FEATURES).double()
+    expected = head(x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        torch.testing.assert_close(head(x), expected)
+
+
+@pytest.mark.parametrize("dispatch", ["all", "gathered", "grouped", "ragged"])
+@pytest.mark.parametrize("num_rows", [0, 1, 9])
+def test_autocast_gives_its_dtype_for_any_number_of_rows(dispatch: str, num_rows: int) -> None:
+    head = head_with("noisy_top_k", torch.float32, dispatch=dispatch)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert head(torch.randn(num_rows, FEATURES)).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("dispatch", ["all", "gathered", "grouped", "ragged"])
+def test_an_expert_that_overflows_touches_only_the_rows_that_chose_it(dispatch: str) -> None:
+    head = head_with("noisy_top_k", torch.float32, dispatch=dispatch)
+    with torch.no_grad():
+        head.experts.bias1[2] = torch.inf
+    x = torch.randn(20, FEATURES)
+    chose = (head.router(x).indices == 2).any(-1)
+    assert 0 < chose.sum() < 20
+    assert torch.equal(head(x).isfinite().all(-1), ~chose)
+
+
+@pytest.mark.parametrize("dispatch", ["all", "gathered", "grouped", "ragged"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_modules_train(dispatch: str, dtype: torch.dtype) -> None:
+    head = head_with("noisy_top_k", dtype, dispatch=dispatch).train()
+    logits = head(torch.randn(9, FEATURES).to(dtype))
+    logits.float().square().sum().backward()
+    assert logits.dtype == dtype
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in head.experts.parameters())
+
+
 def test_dropout_in_training_on_every_path() -> None:
     head = head_with("noisy_top_k", torch.float32, dropout=0.5, noisy=False, balance=None).train()
     x = torch.randn(6, FEATURES)

@@ -1,6 +1,7 @@
 """The bias that balances without a loss."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -98,8 +99,8 @@ RUNS: dict[str, Callable[[nn.Module], Callable[[torch.Tensor], torch.Tensor]]] =
     "checkpoint": lambda head: lambda x: checkpoint(head, x, use_reentrant=False),
     "reentrant": lambda head: lambda x: checkpoint(head, x, use_reentrant=True),
     "compile": lambda head: torch.compile(head, backend="aot_eager", fullgraph=True),
-    "checkpoint of compile": lambda head: (
-        lambda x, compiled=torch.compile(head, backend="aot_eager"): checkpoint(compiled, x, use_reentrant=False)
+    "checkpoint of compile": lambda head: partial(
+        checkpoint, torch.compile(head, backend="aot_eager"), use_reentrant=False
     ),
     "compile of checkpoint": lambda head: torch.compile(
         lambda x: checkpoint(head, x, use_reentrant=False), backend="aot_eager"

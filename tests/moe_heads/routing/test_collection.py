@@ -89,6 +89,18 @@ def test_load_term_in_evaluation_is_the_cv_of_the_counts() -> None:
     torch.testing.assert_close(routing.aux_loss.double(), expected, rtol=1e-5, atol=1e-6)
 
 
+def test_a_model_that_was_compiled_before_is_told() -> None:
+    head = SparseMoE(4, 2, num_experts=4).eval()
+    compiled = torch.compile(head, backend="eager")
+    x = torch.randn(6, 4)
+    compiled(x)
+    with collect_routing(compiled) as routing:
+        compiled(x)
+    for read in (lambda: routing.stats, lambda: routing.aux_loss):
+        with pytest.warns(UserWarning, match="none of the routers .* ran inside the block. A model that was compiled"):
+            read()
+
+
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_gradient_checkpointing_counts_a_pass_once(use_reentrant: bool) -> None:
     head = SparseMoE(4, 2, num_experts=4)
