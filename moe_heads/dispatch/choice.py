@@ -32,8 +32,8 @@ _ragged_outside_the_graph = torch.compiler.disable(
 )
 
 # What the bookkeeping of a path costs, in multiply-adds that the CPU does in the same time: once, for each expert that
-# is hit, and for each feature of each choice, which is copied. Fitted on one thread of a server processor with AVX-512, in
-# fp32, by examples/benchmarks/dispatch.py.
+# is hit, and for each feature of each choice, which is copied. Fitted by examples/benchmarks/dispatch.py on one thread
+# of a server processor with AVX-512, in fp32.
 _MACS_ONCE = {"ragged": 0, "grouped": 1_500_000}
 _MACS_PER_EXPERT = {"ragged": 350_000, "grouped": 150_000}
 _MACS_PER_COPIED_FEATURE = 32
@@ -66,7 +66,8 @@ def mix(experts: Experts, x: Tensor, routing: Routing, dispatch: Dispatch) -> Te
     else:
         _check(experts, x, routing, dispatch)
     if dispatch == "ragged" and torch.compiler.is_compiling():
-        return _ragged_outside_the_graph(experts, x, routing)
+        logits: Tensor = _ragged_outside_the_graph(experts, x, routing)
+        return logits
     return _PATHS[dispatch](experts, x, routing)
 
 

@@ -2,7 +2,8 @@
 
 A folder for ``--peers`` is made by
 
-    uv pip install --target FOLDER --no-deps st-moe-pytorch soft-moe-pytorch colt5-attention beartype einops local-attention hyper-connections
+    uv pip install --target FOLDER --no-deps st-moe-pytorch soft-moe-pytorch colt5-attention beartype einops \
+        local-attention hyper-connections
     git clone https://github.com/davidmrau/mixture-of-experts FOLDER/davidmrau
 
 and `transformers` comes with ``pip install .[dev]``.

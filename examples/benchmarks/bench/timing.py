@@ -21,9 +21,10 @@ def time_interleaved(
 ) -> dict[str, float]:
     """Median milliseconds a call of each contender.
 
-    In every round each contender, in random order, runs in a block of calls that lasts about ``block_ms`` (one call if it takes longer),
-    so that a slow phase of the machine meets all of them. The first calls before a block are not counted: what fits
-    the cache is warm, as in a loop. With ``cold`` the caches are filled with something else before every call.
+    In every round each contender, in random order, runs in a block of calls that lasts about ``block_ms`` (one call if
+    it takes longer), so that a slow phase of the machine meets all of them. The first calls before a block are not
+    counted: what fits the cache is warm, as in a loop. With ``cold`` the caches are filled with something else before
+    every call.
     """
     calls = {}
     for name, call in contenders.items():
