@@ -29,7 +29,8 @@ def mix_grouped(experts: Experts, x: Tensor, routing: Routing) -> Tensor:
         x, weight1, bias1, weight2, bias2 = (tensor.to(dtype) for tensor in (x, weight1, bias1, weight2, bias2))
     indices = torch.arange(experts.num_experts, device=x.device)
     ends = torch.searchsorted(chosen.experts, indices, right=True, out_int32=True)
-    weight1, weight2 = _DenseGradient.apply(weight1), _DenseGradient.apply(weight2)
+    if torch.is_grad_enabled():
+        weight1, weight2 = _DenseGradient.apply(weight1), _DenseGradient.apply(weight2)
     hidden = F.grouped_mm(x.index_select(0, chosen.rows), weight1.transpose(1, 2), offs=ends)
     hidden = experts.activate(hidden.add_(bias1.index_select(0, chosen.experts)))
     if torch.is_grad_enabled() or x.device.type != "cpu":

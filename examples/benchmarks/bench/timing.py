@@ -41,10 +41,10 @@ def time_interleaved(
                 _FLUSH.add_(1)
             for _ in range(0 if cold else 1 + calls[name] // 4):
                 call()
-                start = time.perf_counter()
+            start = time.perf_counter()
             for _ in range(calls[name]):
                 call()
-                times[name].append(1e3 * (time.perf_counter() - start) / calls[name])
+            times[name].append(1e3 * (time.perf_counter() - start) / calls[name])
     return {name: statistics.median(samples) for name, samples in times.items()}
 
 
