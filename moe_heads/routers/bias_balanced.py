@@ -83,6 +83,12 @@ class BiasBalancedRouter(LinearRouter):
         self.register_buffer("pending_counts", torch.zeros(num_experts, dtype=torch.int64))
         self.register_buffer("seen_weight", torch.zeros(num_experts, in_features + 1), persistent=False)
 
+    def reset_parameters(self) -> None:
+        """Forget the bias, as after `torch.nn.Module.to_empty`."""
+        self.bias_steps.zero_()
+        self.pending_counts.zero_()
+        self.seen_weight.zero_()
+
     @property
     def selection_bias(self) -> Tensor:
         """What is added to an expert's sigmoid to select, b, (E,)."""

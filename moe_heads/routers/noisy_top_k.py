@@ -59,11 +59,7 @@ class NoisyTopKRouter(LinearRouter):
                 " noisy=False use balance={'importance': 0.2} or {'switch': 0.01}"
             )
         self.k = k
-        self.noise = nn.Linear(in_features, num_experts) if noisy else None
-        if self.noise is not None:
-            # every expert starts with the same noise, softplus(0) = 0.69: at first the choice is close to random
-            nn.init.zeros_(self.noise.weight)
-            nn.init.zeros_(self.noise.bias)
+        self.noise = _ZeroLinear(in_features, num_experts) if noisy else None
 
     def forward(self, x: Tensor, rows_per_sample: int = 1) -> Routing:
         """Route the rows x, (N, D), in fp32 or wider."""
@@ -94,3 +90,11 @@ class NoisyTopKRouter(LinearRouter):
     def extra_repr(self) -> str:
         """Settings that the children's lines do not show."""
         return f"k={self.k}, {super().extra_repr()}"
+
+
+class _ZeroLinear(nn.Linear):
+    """Every expert starts with the same noise, softplus(0) = 0.69: at first the choice is close to random."""
+
+    def reset_parameters(self) -> None:
+        nn.init.zeros_(self.weight)
+        nn.init.zeros_(self.bias)

@@ -89,6 +89,23 @@ def test_repr_tells_the_sizes(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", list(FORMAT_2))
+def test_a_head_that_was_built_without_memory_starts_like_any_other(name: str) -> None:
+    with torch.device("meta"):
+        empty = build(name)
+    head = empty.to_empty(device="cpu")
+    with torch.no_grad():
+        for tensor in head.state_dict().values():
+            tensor.fill_(7)
+    torch.manual_seed(3)
+    for module in head.modules():
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+    state = head.state_dict()
+    assert all(value.abs().max() < 1 for value in state.values())
+    assert all(not state[name].any() for name in state if "noise" in name or "bias_steps" in name)
+
+
+@pytest.mark.parametrize("name", list(FORMAT_2))
 def test_deepcopy_is_independent(name: str) -> None:
     head = build(name).eval()
     twin = copy.deepcopy(head)
