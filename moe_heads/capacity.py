@@ -106,7 +106,8 @@ def match_capacity(
 
     # the number of parameters is affine in the width
     smallest = size(1)
-    width = max(1, 1 + round((target - smallest) / (size(2) - smallest)))
+    # (over many units: a mean number of active experts is rounded)
+    width = max(1, 1 + round((target - smallest) / ((size(1001) - smallest) / 1000)))
     nearest = size(width)
     if abs(nearest - target) > tolerance * target:
         raise ValueError(

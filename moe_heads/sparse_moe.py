@@ -127,6 +127,10 @@ class SparseMoE(Head):
             round(rows * always + self.router.num_choices(batch, tokens) * self.experts.flops_per_row),
         )
 
+    def extra_repr(self) -> str:
+        """Sizes, and how the experts run."""
+        return f"{super().extra_repr()}, dispatch={self.dispatch!r}"
+
     @property
     def num_active_parameters(self) -> int:
         """Parameters of the gate, of k experts and of the shared ones; the noise takes part in training only."""

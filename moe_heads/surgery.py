@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import torch
+from torch.nn.utils import parametrize
 
 from moe_heads.checks import check_at_least_one
 from moe_heads.dense import Dense
@@ -61,7 +62,8 @@ def upcycle(dense_head: Dense, num_experts: int, **options: Any) -> SparseMoE:
             raise ValueError(f"{name}: {reason}; expected it absent, got {options[name]!r}")
     settings = {"dropout": dense_head.dropout, **options, "expert_width": dense_head.width}
     head = SparseMoE(dense_head.in_features, dense_head.num_classes, num_experts, **settings)
-    sources = list(dense_head.layers.parameters())
+    # by name: a pruned or parametrised layer has other parameters than its weight
+    sources = [getattr(dense_head.layers[index], name) for index in (0, 3) for name in ("weight", "bias")]
     head.to(sources[0].device, sources[0].dtype)
     with torch.no_grad():
         for target, source in zip(head.experts.stacks(), sources, strict=True):
@@ -104,6 +106,8 @@ def ablate(head: MoEHead, experts: Sequence[int]) -> MoEHead:
     needed = max(1, head.k) if isinstance(head, SparseMoE) and head.router.k is not None else 1
     if len(kept) < needed:
         raise ValueError(f"experts: expected at least {needed} experts to be left; {len(kept)} would be of {experts!r}")
+    if any(parametrize.is_parametrized(module) for module in head.modules()):
+        raise ValueError("head: expected one without parametrizations; remove them first (torch.nn.utils.parametrize)")
     smaller = copy.deepcopy(head)
     smaller.num_experts = len(kept)
     smaller.router = head.router.keep(kept)

@@ -66,8 +66,7 @@ class ExpertChoiceRouter(LinearRouter):
         """Route the rows x, (N, D), in fp32 or wider."""
         logits = self.gate_logits(x)
         probs = logits.softmax(-1)
-        num_rows = x.shape[0]
-        size = rows_per_sample if rows_per_sample > 1 else num_rows
+        size = rows_per_sample if rows_per_sample > 1 else x.shape[0]
         # a traced graph takes any batch without a word
         traced = torch.jit.is_tracing() and rows_per_sample == 1  # type: ignore[attr-defined,no-untyped-call]
         if traced or (torch.compiler.is_exporting() and not isinstance(size, int)):
@@ -75,7 +74,7 @@ class ExpertChoiceRouter(LinearRouter):
                 "dynamic_shapes: expected a fixed number of rows that compete for the experts (the batch of pooled"
                 " features, the tokens of a sample), since it decides how many an expert takes; got a dynamic one"
             )
-        groups = probs.unflatten(0, (-1, size)) if num_rows else probs.unsqueeze(0)
+        groups = probs.unflatten(0, (-1, size)) if x.shape[0] else probs.new_zeros(0, max(size, 1), self.num_experts)
         # a row that is not a number would be the first choice of every expert
         ranked = groups.detach().nan_to_num(nan=-1.0)
         chosen = ranked.topk(self._num_taken(size), dim=1).indices

@@ -77,13 +77,20 @@ class LinearRouter(Router):
 
 
 def linear_fp32(layer: nn.Linear, x: Tensor) -> Tensor:
-    """``layer(x)`` in fp32 (or wider, if x is), also under autocast: in bf16 near ties would flip the choice."""
+    """``layer(x)`` in fp32 (or wider, if x is), also under autocast: in bf16 near ties would flip the choice.
+
+    The layer is called, so that hooks and what stands in its place (an adapter, say) are part of it; but for one in
+    half precision, whose weights are cast.
+    """
     dtype = torch.promote_types(x.dtype, torch.float32)
-    weight, bias = layer.weight, layer.bias
-    if x.dtype == weight.dtype == dtype and not is_autocasting(x):
-        return F.linear(x, weight, bias)
+    weight = getattr(layer, "weight", None)
+    half = weight is not None and weight.dtype in {torch.bfloat16, torch.float16}
     with torch.autocast(x.device.type, enabled=False) if is_autocasting(x) else nullcontext():
-        return F.linear(x.to(dtype), weight.to(dtype), bias.to(dtype))
+        if half:
+            bias = None if layer.bias is None else layer.bias.to(dtype)
+            return F.linear(x.to(dtype), layer.weight.to(dtype), bias)
+        logits: Tensor = layer(x if x.dtype == dtype else x.to(dtype))
+        return logits
 
 
 def check_chosen(k: int, num_experts: int) -> None:

@@ -96,5 +96,6 @@ class _ZeroLinear(nn.Linear):
     """Every expert starts with the same noise, softplus(0) = 0.69: at first the choice is close to random."""
 
     def reset_parameters(self) -> None:
+        super().reset_parameters()  # what is drawn after it stays what a seed gave before
         nn.init.zeros_(self.weight)
         nn.init.zeros_(self.bias)

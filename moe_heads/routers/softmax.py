@@ -58,3 +58,7 @@ class SoftmaxRouter(LinearRouter):
             rows_per_sample=rows_per_sample,
             sync=self.training,
         )
+
+    def extra_repr(self) -> str:
+        """Settings that the children's lines do not show."""
+        return f"slots_per_expert={self.slots_per_expert}, {super().extra_repr()}"

@@ -13,7 +13,7 @@ __all__ = ["Router"]
 class Router(nn.Module, ABC):
     """Base of all routers: a module from rows (N, D) to a `Routing`. `collect_routing` finds them by this class.
 
-    A router of your own needs `forward`; with ``num_experts`` it serves in a `SparseMoE`.
+    A router of your own needs `forward`; with ``num_experts`` and ``k`` it serves in a `SparseMoE`.
 
     Attributes:
         num_experts: E.

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from moe_heads import balance
+from moe_heads.checks import check_balance
 from moe_heads.routing.stats import RoutingStats
 
 __all__ = ["BALANCE_TERMS", "Routing"]
@@ -49,6 +50,10 @@ class Routing:
     balance: Mapping[str, float] = field(default_factory=dict)
     rows_per_sample: int = 1
     sync: bool = False
+
+    def __post_init__(self) -> None:
+        if self.weights is None and (self.indices is not None or self.rows is not None):
+            raise ValueError("weights: expected those of the choices in indices or rows; got None")
 
     @property
     def num_experts(self) -> int:
@@ -110,7 +115,11 @@ class Routing:
 
     @property
     def aux_loss(self) -> Tensor:
-        """Sum of the balance terms times their coefficients, scalar; see `moe_heads.balance`."""
+        """Sum of the balance terms times their coefficients, scalar; see `moe_heads.balance`.
+
+        In training under DDP it is summed over the ranks every time it is read: every rank has to read it as often.
+        """
+        check_balance(self.balance, tuple(BALANCE_TERMS))
         terms = [coefficient * BALANCE_TERMS[name](self) for name, coefficient in self.balance.items() if coefficient]
         return torch.stack(terms).sum() if terms else self.logits.new_zeros(())
 

@@ -89,6 +89,11 @@ def test_shared_experts_are_active_and_so_are_those_that_experts_choose_on_avera
     assert soft.active == soft.total == gate + 4 * expert
 
 
+def test_a_fractional_number_of_active_experts_is_matched_too() -> None:
+    head = match_capacity("sparse", 64, 10, active=20_000, router=ExpertChoiceRouter(64, 8, k=0.05))
+    assert abs(capacity(head).active - 20_000) <= 4
+
+
 def test_matches_a_head_with_a_router_and_shared_experts() -> None:
     head = match_capacity("sparse", 64, 10, total=40_000, router=SwitchRouter(64, 8), num_shared_experts=1)
     assert abs(capacity(head).total - 40_000) < 800

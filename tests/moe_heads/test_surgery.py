@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 from moe_heads import Dense, SoftMoE, ablate, capacity, upcycle
 from moe_heads.routers import ExpertChoiceRouter
@@ -39,6 +40,20 @@ def test_upcycled_experts_are_copies_that_part_in_training() -> None:
     optimiser.step()
     assert not torch.equal(head.experts.weight1[0], head.experts.weight1[1])
     assert all(torch.equal(p, q) for p, q in zip(dense.parameters(), before, strict=True))
+
+
+def test_upcycling_a_pruned_head_copies_its_weights_by_name() -> None:
+    dense = Dense(8, 3, width=8).eval()
+    prune.l1_unstructured(dense.layers[0], "weight", 0.5)
+    x = torch.randn(6, 8)
+    torch.testing.assert_close(upcycle(dense, num_experts=8, k=2)(x), dense(x))
+
+
+def test_ablating_a_parametrised_head_is_refused() -> None:
+    head = head_with("switch")
+    torch.nn.utils.parametrizations.weight_norm(head.router.gate)
+    with pytest.raises(ValueError, match="head: expected one without parametrizations"):
+        ablate(head, [0])
 
 
 def test_an_upcycled_head_takes_a_router() -> None:

@@ -50,7 +50,8 @@ def test_margin_is_the_smallest_change_of_a_probability_that_changes_the_choice(
         torch.testing.assert_close(routing.margin[row], torch.stack(distances).min())
 
 
-def test_an_empty_batch() -> None:
-    routing = ExpertChoiceRouter(5, 4)(torch.randn(0, 5))
+@pytest.mark.parametrize("rows_per_sample", [1, 4])
+def test_an_empty_batch(rows_per_sample: int) -> None:
+    routing = ExpertChoiceRouter(5, 4)(torch.randn(0, 5), rows_per_sample)
     assert routing.gates.shape == (0, 4)
     assert routing.stats().num_rows == 0

@@ -82,6 +82,31 @@ def test_keep_chooses_as_the_whole_router_would_among_the_kept(name: str) -> Non
     torch.testing.assert_close(kept(x).logits, router(x).logits[:, [0, 2, 3]])
 
 
+class Adapted(torch.nn.Module):
+    """What adapters such as LoRA put in the place of a layer: it has a forward, and no weight of its own."""
+
+    def __init__(self, base: torch.nn.Linear) -> None:
+        super().__init__()
+        self.base, self.scale = base, torch.nn.Parameter(torch.tensor(3.0))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.base(x) * self.scale
+
+
+@pytest.mark.parametrize("name", [name for name in ROUTERS if name != "bias_balanced"])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_what_stands_in_the_place_of_the_gate_and_its_hooks_are_called(name: str, autocast: bool) -> None:
+    router = head_with(name, torch.float32).router
+    x = torch.randn(6, FEATURES)
+    expected = router(x).logits
+    router.gate = Adapted(router.gate)
+    seen = []
+    router.gate.register_forward_hook(lambda *arguments: seen.append(arguments))
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        torch.testing.assert_close(router(x).logits, 3 * expected)
+    assert len(seen) == 1
+
+
 def test_linear_fp32_keeps_float64() -> None:
     layer = torch.nn.Linear(4, 3).double()
     x = torch.randn(2, 4).double()
