@@ -142,8 +142,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15, help="blocks a contender")
     parser.add_argument("--compiled", action="store_true", help="time under torch.compile as well")
     parser.add_argument("--peers", type=Path, default=None, help="folder with the other libraries")
+    parser.add_argument("--only", choices=["inference", "training", "layers"], help="one section instead of all")
     parser.add_argument("--out", type=Path, default=None, help="JSON file to write")
     options = parser.parse_args()
+    if options.only == "layers" and options.peers is None:
+        parser.error("--only layers: expected --peers; got none")
     if options.peers is not None:
         if not (options.peers / "davidmrau" / "moe.py").is_file():
             parser.error(f"--peers: expected a folder as bench/peers.py describes it; got {options.peers}")
@@ -156,6 +159,8 @@ def main() -> None:
     }
     if options.peers is not None:
         sections["layers"] = layers(options.rounds)
+    if options.only is not None:
+        sections = {options.only: sections[options.only]}
     report: dict[str, object] = {"machine": machine(), "limits": measured_limits(), "rounds": options.rounds, "seed": 0}
     start = time.perf_counter()
     for name, rows in sections.items():

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from moe_heads.dispatch.assignments import assignments, combine
 from moe_heads.experts import Experts
-from moe_heads.modes import is_vmapped
+from moe_heads.modes import is_transformed
 from moe_heads.precision import compute_dtype
 from moe_heads.routing import Routing
 
@@ -47,13 +47,8 @@ class _DenseGradient(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(x: Tensor) -> Tensor:
+    def forward(ctx: object, x: Tensor) -> Tensor:
         return x.view_as(x)
-
-    @staticmethod
-    def setup_context(ctx: object, inputs: tuple[Tensor], output: Tensor) -> None:
-        # apart from forward, and empty: without it torch.func refuses the function
-        pass
 
     @staticmethod
     def backward(ctx: object, gradient: Tensor) -> Tensor:
@@ -71,8 +66,9 @@ def why_not_grouped(experts: Experts, x: Tensor) -> str | None:
     if device == "cuda" and (dtype != torch.bfloat16 or torch.cuda.get_device_capability(x.device) < (9, 0)):
         # torch then falls back to a loop whose bounds the host reads
         return f"expected bf16 and compute capability 9.0 on a CUDA device; got {dtype} on {x.device}"
-    if is_vmapped():
-        return "expected no vmap; got one"
+    if is_transformed():
+        # a setup_context would let torch.func in, and cost every other pass an inspection of signatures
+        return "expected no transform of torch.func; got one"
     multiple = _ALIGNMENT_BYTES // dtype.itemsize
     if experts.in_features % multiple or experts.width % multiple:
         return (
