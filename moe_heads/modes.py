@@ -6,17 +6,7 @@ Most of these questions have no public function; torch asks them itself in the s
 import torch
 from torch import Tensor
 
-__all__ = ["can_read_values", "in_backward", "is_recording", "is_transformed", "is_vmapped"]
-
-
-def is_recording() -> bool:
-    """Whether the graph is recorded for any batch size, by torch.export, torch.jit.trace or make_fx."""
-    if torch.compiler.is_compiling():
-        return torch.compiler.is_exporting()
-    return (
-        torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
-        or torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
-    )
+__all__ = ["can_read_values", "in_backward", "is_transformed", "is_vmapped"]
 
 
 def is_transformed() -> bool:
@@ -33,11 +23,12 @@ def is_vmapped() -> bool:
 
 
 def can_read_values(x: Tensor) -> bool:
-    """Whether the host may look at the numbers that follow from x."""
+    """Whether the host may look at the numbers that follow from x: in eager mode, where nothing records them."""
     if torch.compiler.is_compiling():
         return False
     return not (
-        is_recording()
+        torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
+        or torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None  # make_fx
         or is_vmapped()
         or x.device.type == "meta"
         or torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None

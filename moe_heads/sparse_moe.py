@@ -43,7 +43,8 @@ class SparseMoE(Head):
             chose it (eager mode). "all": every expert on every row, masked by the weights; serves every mode
             (torch.export, vmap, CUDA graphs). "gathered": the weights of the chosen experts are gathered for each row;
             for few rows under torch.compile. "grouped": one grouped matrix product; for many rows under
-            torch.compile. "auto": on a CPU the fastest of these by the number of rows and the mode, else "all".
+            torch.compile. "auto": on a CPU the one that a model of the costs, fitted on one machine in fp32, finds the
+            fastest for the number of rows and the mode; elsewhere "all".
         router: One of `moe_heads.routers`, or a `Router` of your own, in the place of the noisy top-k gate; it brings
             its own ``k``, ``noisy``, ``temperature`` and ``balance``.
         num_shared_experts: S, of the width of the others.

@@ -11,7 +11,7 @@ from moe_heads.dispatch.gathered import mix_gathered
 from moe_heads.dispatch.grouped import mix_grouped, why_not_grouped
 from moe_heads.dispatch.ragged import mix_ragged, reads_memory
 from moe_heads.experts import Experts
-from moe_heads.modes import can_read_values, is_recording, is_vmapped
+from moe_heads.modes import can_read_values, is_vmapped
 from moe_heads.precision import is_autocasting
 from moe_heads.routing import Routing
 
@@ -72,10 +72,12 @@ def mix(experts: Experts, x: Tensor, routing: Routing, dispatch: Dispatch) -> Te
 
 
 def _fastest(experts: Experts, x: Tensor, routing: Routing) -> Dispatch:
-    if routing.weights is None or x.device.type != "cpu" or is_recording() or is_vmapped():
+    if routing.weights is None or x.device.type != "cpu":
         return "all"
     num_rows = x.shape[0]
     if torch.compiler.is_compiling():
+        if torch.compiler.is_exporting() or is_vmapped():
+            return "all"
         if num_rows <= _FEW_ROWS and routing.indices is not None and routing.indices.shape[1] < experts.num_experts:
             return "gathered"
         pays = _pays("grouped", experts, num_rows, routing.weights.numel()) and not why_not_grouped(experts, x)

@@ -42,7 +42,7 @@ class SoftmaxRouter(LinearRouter):
         balance: Mapping[str, float] | None = None,
         slots_per_expert: int = 1,
     ) -> None:
-        check_at_least_one(in_features=in_features, num_experts=num_experts, slots_per_expert=slots_per_expert)
+        check_at_least_one(slots_per_expert=slots_per_expert)
         super().__init__(in_features, num_experts, temperature, balance, slots_per_expert)
         self.slots_per_expert = slots_per_expert
 
