@@ -7,7 +7,7 @@ from moe_heads.capacity import Capacity, capacity, match_capacity
 from moe_heads.dense import Dense
 from moe_heads.flops import Flops
 from moe_heads.head import Head, HeadOutput
-from moe_heads.routing import Router, Routing, RoutingStats, collect_routing
+from moe_heads.routing import Router, Routing, RoutingStats, collect_routing, fixed_routing
 from moe_heads.soft_moe import SoftMoE
 from moe_heads.sparse_moe import SparseMoE
 from moe_heads.surgery import ablate, upcycle
@@ -26,6 +26,7 @@ __all__ = [
     "ablate",
     "capacity",
     "collect_routing",
+    "fixed_routing",
     "match_capacity",
     "upcycle",
 ]

@@ -1,6 +1,7 @@
 """Balance without a loss: a bias that enters the selection only, Wang et al., arXiv 2408.15664."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Self
 
 import torch
@@ -102,13 +103,11 @@ class BiasBalancedRouter(LinearRouter):
         logits = self.gate_logits(x)
         scores = logits.detach().sigmoid() + self.selection_bias
         indices = scores.topk(self.k, dim=-1).indices
-        chosen = logits.gather(-1, indices)
         routing = Routing(
             logits=logits,
             probs=logits.softmax(-1),
             indices=indices,
-            # the softmax of log-sigmoids is their ratio, without 0 / 0 where all of them vanish
-            weights=chosen.sigmoid() if self.k == 1 else F.logsigmoid(chosen).softmax(-1),
+            weights=self._weights(logits, indices),
             scores=scores,
             balance=self.balance,
             rows_per_sample=rows_per_sample,
@@ -117,6 +116,16 @@ class BiasBalancedRouter(LinearRouter):
         if learns:
             self._note(routing)
         return routing
+
+    def rechosen(self, routing: Routing, reference: Routing) -> Routing:
+        """The experts of ``reference`` with the weights of their sigmoids in ``routing``."""
+        assert reference.indices is not None
+        return replace(routing, indices=reference.indices, weights=self._weights(routing.logits, reference.indices))
+
+    def _weights(self, logits: Tensor, indices: Tensor) -> Tensor:
+        chosen = logits.gather(-1, indices)
+        # the softmax of log-sigmoids is their ratio, without 0 / 0 where all of them vanish
+        return chosen.sigmoid() if self.k == 1 else F.logsigmoid(chosen).softmax(-1)
 
     def keep(self, experts: Sequence[int]) -> Self:
         """A copy that knows these experts only."""

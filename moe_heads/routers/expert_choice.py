@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -78,18 +79,27 @@ class ExpertChoiceRouter(LinearRouter):
         # a row that is not a number would be the first choice of every expert
         ranked = groups.detach().nan_to_num(nan=-1.0)
         chosen = ranked.topk(self._num_taken(size), dim=1).indices
-        weights = groups.gather(1, chosen)
         first = torch.arange(groups.shape[0], device=x.device).mul(size).view(-1, 1, 1)
+        rows = (chosen + first).permute(2, 0, 1).flatten(1)
         return Routing(
             logits=logits,
             probs=probs,
-            rows=(chosen + first).permute(2, 0, 1).flatten(1),
-            weights=weights.permute(2, 0, 1).flatten(1),
+            rows=rows,
+            weights=self._weights(probs, rows),
             scores=ranked.flatten(0, 1),
             balance=self.balance,
             rows_per_sample=rows_per_sample,
             sync=self.training,
         )
+
+    def rechosen(self, routing: Routing, reference: Routing) -> Routing:
+        """The rows of ``reference`` with their probabilities in ``routing``."""
+        assert reference.rows is not None
+        return replace(routing, rows=reference.rows, weights=self._weights(routing.probs, reference.rows))
+
+    @staticmethod
+    def _weights(probs: Tensor, rows: Tensor) -> Tensor:
+        return probs.t().gather(-1, rows)
 
     def num_choices(self, batch: int, tokens: int) -> float:
         """Rows that all experts together take."""

@@ -1,6 +1,7 @@
 """The noisy top-k gate of Shazeer et al., arXiv 1701.06538."""
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -75,13 +76,24 @@ class NoisyTopKRouter(LinearRouter):
             logits=logits,
             probs=probs,
             indices=indices,
-            weights=probs.gather(-1, indices) if self.k == 1 else values.softmax(-1),
+            weights=self._weights(values, probs, indices),
             noisy_logits=noisy_logits,
             noise_std=noise_std,
             balance=self.balance,
             rows_per_sample=rows_per_sample,
             sync=self.training,
         )
+
+    def rechosen(self, routing: Routing, reference: Routing) -> Routing:
+        """The experts of ``reference`` with the weights of the logits in ``routing``."""
+        indices = reference.indices
+        assert indices is not None
+        values = routing.deciding_logits.gather(-1, indices)
+        return replace(routing, indices=indices, weights=self._weights(values, routing.probs, indices))
+
+    def _weights(self, values: Tensor, probs: Tensor, indices: Tensor) -> Tensor:
+        """Weights of the chosen experts by their logits, (N, K), and the full softmax."""
+        return probs.gather(-1, indices) if self.k == 1 else values.softmax(-1)
 
     def active_parameters(self) -> Iterable[nn.Parameter]:
         """Those of the gate: the noise takes part in training only."""

@@ -1,6 +1,7 @@
 """The top-1 gate of the Switch Transformer, Fedus et al., arXiv 2101.03961."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -64,17 +65,26 @@ class SwitchRouter(LinearRouter):
             wide = x.to(logits.dtype)
             noisy_logits = self.gate_logits(wide * torch.empty_like(wide).uniform_(1 - self.jitter, 1 + self.jitter))
         probs = (logits if noisy_logits is None else noisy_logits).softmax(-1)
-        weights, indices = probs.max(-1, keepdim=True)
+        indices = probs.argmax(-1, keepdim=True)
         return Routing(
             logits=logits,
             probs=probs,
             indices=indices,
-            weights=weights,
+            weights=self._weights(probs, indices),
             noisy_logits=noisy_logits,
             balance=self.balance,
             rows_per_sample=rows_per_sample,
             sync=self.training,
         )
+
+    def rechosen(self, routing: Routing, reference: Routing) -> Routing:
+        """The expert of ``reference`` with its probability in ``routing``."""
+        assert reference.indices is not None
+        return replace(routing, indices=reference.indices, weights=self._weights(routing.probs, reference.indices))
+
+    @staticmethod
+    def _weights(probs: Tensor, indices: Tensor) -> Tensor:
+        return probs.gather(-1, indices)
 
     def extra_repr(self) -> str:
         """Settings that the children's lines do not show."""

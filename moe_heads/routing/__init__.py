@@ -1,8 +1,17 @@
-"""What a router did: its decisions for a batch, their statistics, and how to collect both from any model."""
+"""What a router did: its decisions for a batch, their statistics, and how to collect and replay them in any model."""
 
 from moe_heads.routing.collection import RoutingCollection, collect_routing
+from moe_heads.routing.fixed import fixed_routing
 from moe_heads.routing.router import Router
 from moe_heads.routing.routing import BALANCE_TERMS, Routing
 from moe_heads.routing.stats import RoutingStats
 
-__all__ = ["BALANCE_TERMS", "Router", "Routing", "RoutingCollection", "RoutingStats", "collect_routing"]
+__all__ = [
+    "BALANCE_TERMS",
+    "Router",
+    "Routing",
+    "RoutingCollection",
+    "RoutingStats",
+    "collect_routing",
+    "fixed_routing",
+]

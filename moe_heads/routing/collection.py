@@ -12,7 +12,7 @@ from moe_heads.routing.router import Router
 from moe_heads.routing.routing import Routing
 from moe_heads.routing.stats import RoutingStats
 
-__all__ = ["RoutingCollection", "collect_routing"]
+__all__ = ["RoutingCollection", "collect_routing", "named_routers"]
 
 
 class RoutingCollection:
@@ -78,14 +78,21 @@ def collect_routing(model: nn.Module) -> Iterator[RoutingCollection]:
     """
     collection = RoutingCollection()
     with ExitStack() as stack:
-        for path, module in model.named_modules():
-            if isinstance(module, Router):
-                owner = path.rpartition(".")[0] or "head"
-                # a module with two routers: the second goes by its own name
-                name = path if owner in collection.routings else owner
-                recorded = collection.routings[name] = []
-                stack.callback(module.register_forward_hook(_recorder(recorded)).remove)
+        for name, router in named_routers(model).items():
+            recorded = collection.routings[name] = []
+            stack.callback(router.register_forward_hook(_recorder(recorded)).remove)
         yield collection
+
+
+def named_routers(model: nn.Module) -> dict[str, Router]:
+    """The routers inside a model, each by the name under which `RoutingCollection` has its passes."""
+    named: dict[str, Router] = {}
+    for path, module in model.named_modules():
+        if isinstance(module, Router):
+            owner = path.rpartition(".")[0] or "head"
+            # a module with two routers: the second goes by its own name
+            named[path if owner in named else owner] = module
+    return named
 
 
 def _recorder(recorded: list[Routing]) -> Callable[[nn.Module, object, Routing], None]:

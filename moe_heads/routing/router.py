@@ -13,7 +13,8 @@ __all__ = ["Router"]
 class Router(nn.Module, ABC):
     """Base of all routers: a module from rows (N, D) to a `Routing`. `collect_routing` finds them by this class.
 
-    A router of your own needs `forward`; with ``num_experts`` and ``k`` it serves in a `SparseMoE`.
+    A router of your own needs `forward`; with ``num_experts`` and ``k`` it serves in a `SparseMoE`, with `rechosen` in
+    `fixed_routing`.
 
     Attributes:
         num_experts: E.
@@ -45,3 +46,23 @@ class Router(nn.Module, ABC):
             ValueError: If the router does not say how.
         """
         raise ValueError(f"head: expected a router that defines keep(experts); {type(self).__name__} does not")
+
+    def rechosen(self, routing: Routing, reference: Routing) -> Routing:
+        """The choices of ``reference`` with the mixing weights that this router gives them now.
+
+        As if the comparison of the scores had come out as in ``reference``: logits, probabilities and scores are those
+        of ``routing``, and the weights follow from them with their gradient. ``rechosen(routing, routing)`` is
+        ``routing``, to the bit. A soft routing chooses nothing and stays as it is.
+
+        Args:
+            routing: What the router has just decided.
+            reference: Gives the choices, of as many rows and experts.
+
+        Raises:
+            ValueError: If the router chooses and does not say how it weights.
+        """
+        if routing.soft:
+            return routing
+        raise ValueError(
+            f"model: expected routers that define rechosen(routing, reference); {type(self).__name__} does not"
+        )

@@ -4,7 +4,8 @@ Shapes: B batch, T tokens, N = B·T rows, E experts, K chosen experts a row, M c
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,7 +27,7 @@ class Routing:
     Attributes:
         logits: Clean logits z, (N, E), fp32 or wider.
         probs: Softmax over all experts of the logits that decided (noisy ones in training), (N, E).
-        indices: Experts that each row chose, (N, K), by descending score.
+        indices: Experts that each row chose, (N, K), by descending score (in `fixed_routing`, that of the record).
         rows: Rows that each expert chose, (E, M).
         weights: Mixing weights of the choices, of the shape of ``indices`` or ``rows``; None for a soft router.
         scores: What was compared to choose, (N, E); None: the noisy logits, or the clean ones without noise.
@@ -59,6 +60,11 @@ class Routing:
     def num_experts(self) -> int:
         """E."""
         return self.logits.shape[-1]
+
+    @property
+    def deciding_logits(self) -> Tensor:
+        """The noisy logits, or the clean ones without noise, (N, E)."""
+        return self.logits if self.noisy_logits is None else self.noisy_logits
 
     @property
     def soft(self) -> bool:
@@ -123,6 +129,16 @@ class Routing:
         terms = [coefficient * BALANCE_TERMS[name](self) for name, coefficient in self.balance.items() if coefficient]
         return torch.stack(terms).sum() if terms else self.logits.new_zeros(())
 
+    def detach(self) -> "Routing":
+        """The same decisions without their gradient and the graph behind it.
+
+        They may enter a graph, also when they were made in inference mode.
+        """
+        tensors = {f.name: value for f in fields(self) if isinstance(value := getattr(self, f.name), Tensor)}
+        # autograd does not save an inference tensor; its copy it does
+        detached: dict[str, Any] = {name: t.clone() if t.is_inference() else t.detach() for name, t in tensors.items()}
+        return replace(self, **detached)
+
     @torch.no_grad()
     def stats(self) -> RoutingStats:
         """Statistics of this batch; no synchronisation with the host."""
@@ -148,9 +164,7 @@ class Routing:
 
     @property
     def _scores(self) -> Tensor:
-        if self.scores is not None:
-            return self.scores
-        return self.logits if self.noisy_logits is None else self.noisy_logits
+        return self.deciding_logits if self.scores is None else self.scores
 
     def _spread(self, values: Tensor) -> Tensor:
         """Values of the choices at their places among all rows and experts, (N, E), zero elsewhere."""
