@@ -2,22 +2,31 @@
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from moe_heads.callbacks.functional.common.batches import Batch, LossFn
 from moe_heads.callbacks.functional.common.monitor import Monitor, TimeUp
-from moe_heads.callbacks.functional.common.parameters import trainable_parameters
 from moe_heads.callbacks.functional.common.preserve import analysis_mode
 from moe_heads.callbacks.functional.common.ranks import Ranks
+from moe_heads.callbacks.functional.curvature.blocks import default_blocks, expert_places, places_of
 from moe_heads.callbacks.functional.curvature.density import spectral_density
 from moe_heads.callbacks.functional.curvature.lanczos import LanczosResult, lanczos
 from moe_heads.callbacks.functional.curvature.operator import HessianOperator
+from moe_heads.callbacks.functional.curvature.parameters import Selection, selected_parameters, slices_of
 from moe_heads.callbacks.functional.curvature.shared import shared_hessian
-from moe_heads.callbacks.functional.curvature.trace import MIN_PROBES, TraceResult, deflated_trace
-from moe_heads.callbacks.functional.sharpness_result import SharpnessResult
+from moe_heads.callbacks.functional.curvature.submatrix import DiagonalBlock
+from moe_heads.callbacks.functional.curvature.trace import (
+    MIN_PROBES,
+    BlockTrace,
+    Places,
+    TraceResult,
+    deflated_trace,
+)
+from moe_heads.callbacks.functional.spectrum.block import BlockCurvature
+from moe_heads.callbacks.functional.spectrum.result import SharpnessResult
 
 __all__ = ["check_sharpness_options", "sharpness"]
 
@@ -30,49 +39,61 @@ def sharpness(
     loss_fn: LossFn,
     batches: Iterable[Batch],
     *,
+    params: Selection | None = None,
     num_eigenvalues: int = 5,
     tolerance: float = 1e-3,
-    trace_tolerance: float = 0.05,
+    trace_tolerance: float = 0.02,
     max_steps: int = 200,
     max_probes: int = 100,
     density: bool = True,
     blocks: Mapping[str, Sequence[str]] | None = None,
+    block_eigenvalues: bool = False,
     keep_eigenvectors: bool = False,
+    start: Tensor | None = None,
     seed: int = 0,
     graph_memory: int | None = None,
+    basis_memory: int | None = None,
     monitor: Monitor | None = None,
     ranks: Ranks | None = None,
 ) -> SharpnessResult:
     r"""Top eigenvalues, trace and spectral density of the Hessian of a model's mean loss.
 
-    :math:`H = \nabla^2_\theta L`, :math:`L = \frac{1}{N} \sum_i \ell_i`, over all samples of ``batches`` and all
-    parameters that require a gradient, in evaluation mode. One Lanczos run with full reorthogonalisation gives the
-    eigenvalues with their residuals, the density by Gauss quadrature, and the space on which the trace is exact; a few
-    random probes add the rest of the trace with its standard error.
+    :math:`H = \nabla^2_\theta L`, :math:`L = \frac{1}{N} \sum_i \ell_i`, over all samples of ``batches``, in
+    evaluation mode. One Lanczos run with full reorthogonalisation gives the eigenvalues with their residuals, the
+    density by Gauss quadrature, and the space on which the trace is exact; a few random probes add the rest of the
+    trace with its standard error. The same numbers say where the curvature is: the share of each eigenvector and the
+    trace of each block of parameters, and of each expert.
 
     With hard routing (top-k experts) the loss is smooth only as long as no sample changes its experts: H is the Hessian
-    at fixed routing. The same holds for the kinks of ReLU and max-pooling.
+    at fixed routing; `routing_response` says how far that holds. The same is true of the kinks of ReLU and max-pooling.
 
     The model is evaluated inside `analysis_mode` and left bit for bit as it was, also after an error.
 
     Args:
         model: The model.
         loss_fn: ``loss_fn(model, batch) -> scalar``, the mean over the samples of the batch, a deterministic function.
-        batches: The data; all of it is held in memory. Batches of different sizes are weighted by their samples.
+        batches: The data; all of it is held in memory. Batches of different sizes are weighted by their samples. The
+            trace needs the fewer probes the more batches there are, up to 16: each gets random vectors of its own.
+        params: The parameters :math:`\theta`: tensors, or names of parameters or modules such as ``["head"]``; by
+            default all that require a gradient. What lies before them is computed once.
         num_eigenvalues: Number of algebraically largest eigenvalues; five are what papers on sharpness report.
         tolerance: Largest relative residual :math:`\|Hv - \lambda v\| / |\lambda|` of these. 1e-3 makes the error of a
             separated eigenvalue about 1e-6, well below what the choice of samples changes.
         trace_tolerance: Standard error of the trace, as a fraction of the larger of :math:`|\operatorname{tr} H|` and
-            :math:`\|H\|_F`. The probes needed grow as its inverse square: for 5 %, after deflation, 8 (the fewest)
-            on a fitted network, which then reach 1 to 2 %, and up to 50 on a badly fitted one.
-        max_steps: Most Lanczos steps. Each keeps one vector of the size of the parameters.
-        max_probes: Most probes for the trace.
+            :math:`\|H\|_F`. The probes needed grow as its inverse square; 2 % is below what the choice of samples
+            changes.
+        max_steps: Most Lanczos steps.
+        max_probes: Most rounds of probes for the trace, each the cost of one product.
         density: Also give the density; takes at least 40 Lanczos steps.
-        blocks: Names of parameters by block, for the share of each eigenvector that lies in the block. By default one
-            block for each child of the model.
+        blocks: Names of parameters or modules by block. By default backbone, router and experts of a model with one of
+            our routers, else one block for each child.
+        block_eigenvalues: Also give the largest eigenvalue of each block's diagonal block; about ten products each.
         keep_eigenvectors: Keep the eigenvectors (``num_eigenvalues`` times the memory of the parameters).
+        start: Vector (P,) to start from, such as the sum of the eigenvectors of the epoch before: saves products, and
+            leaves no density.
         seed: Seed of all random vectors; equal seeds give equal results.
-        graph_memory: Bytes that autograd graphs kept between products may take; see `HessianOperator`.
+        graph_memory: Bytes that may be kept between products; see `HessianOperator`.
+        basis_memory: Bytes that the Krylov basis may take; see `lanczos`.
         monitor: Shows the progress and ends the analysis when its time is over; see `Monitor`.
         ranks: The processes that share the work, each with its part of the samples in ``batches``; all of them call
             this function and get the result. By default this process has all samples.
@@ -99,18 +120,22 @@ def sharpness(
         >>> [round(value, 4) for value in result.eigenvalues], round(result.trace, 4)
         ([4.0, 1.0], 5.0)
     """
-    trainable = trainable_parameters(model)
     check_sharpness_options(num_eigenvalues, tolerance, trace_tolerance, max_steps, max_probes)
-    num_parameters = sum(p.numel() for p in trainable.values())
+    selected = selected_parameters(model, params)
+    num_parameters = sum(p.numel() for p in selected.values())
     if num_eigenvalues > num_parameters:
         raise ValueError(
             f"num_eigenvalues: expected 1 to {num_parameters}, the number of parameters; got {num_eigenvalues}"
         )
-    groups = _groups(list(trainable), blocks)
+    if start is not None and density:
+        raise ValueError("start: expected None with density=True, whose start has to be random; pass density=False")
+    slices = slices_of(selected)
+    places = places_of(default_blocks(model, slices) if blocks is None else blocks, slices)
+    experts = expert_places(model, slices)
     monitor, ranks = monitor or Monitor(), ranks or Ranks()
 
     def lead(operator: HessianOperator) -> SharpnessResult:
-        findings = _Findings(operator, groups, density, keep_eigenvectors, seed, monitor)
+        findings = _Findings(operator, places, experts, density, keep_eigenvectors, seed, monitor)
         # One stream for all random vectors: the probes of the trace must not repeat the start of the Krylov space.
         generator = torch.Generator().manual_seed(seed)
         try:
@@ -121,6 +146,8 @@ def sharpness(
                 tolerance=tolerance,
                 min_steps=min(_DENSITY_STEPS, max_steps) if density else 0,
                 max_steps=max_steps,
+                start=start,
+                basis_memory=basis_memory,
                 on_step=findings.add_krylov,
             )
             findings.trace = deflated_trace(
@@ -129,15 +156,31 @@ def sharpness(
                 generator=generator,
                 tolerance=trace_tolerance,
                 max_probes=max_probes,
+                blocks={**places, **experts},
                 on_step=findings.add_trace,
             )
+            for name in places if block_eigenvalues else ():
+                findings.add_block(name, _largest(operator, places[name], generator, tolerance, max_steps))
         except TimeUp as error:
             result: SharpnessResult = monitor.result_in_time(error)
             return result
         return findings.result()
 
     with analysis_mode(model, seed):
-        return shared_hessian(ranks, lead, model, loss_fn, batches, graph_memory=graph_memory, monitor=monitor)
+        return shared_hessian(
+            ranks, lead, model, loss_fn, batches, params=params, graph_memory=graph_memory, monitor=monitor
+        )
+
+
+def _largest(
+    operator: HessianOperator, places: Sequence[slice], generator: torch.Generator, tolerance: float, max_steps: int
+) -> tuple[float, float]:
+    """Largest eigenvalue of a diagonal block, and its relative residual."""
+    if not places:
+        return 0.0, 0.0
+    block = DiagonalBlock(operator, places)
+    found = lanczos(block, generator=generator, num_eigenvalues=1, tolerance=tolerance, max_steps=max_steps)
+    return found.eigenvalues[0], found.residuals[0]
 
 
 @dataclass
@@ -145,13 +188,15 @@ class _Findings:
     """What a run has found so far."""
 
     operator: HessianOperator
-    groups: Mapping[str, list[str]]
+    places: Places
+    experts: Places
     density: bool
     keep_eigenvectors: bool
     seed: int
     monitor: Monitor
     krylov: LanczosResult | None = None
     trace: TraceResult | None = None
+    largest: dict[str, tuple[float, float]] = field(default_factory=dict)
 
     def add_krylov(self, krylov: LanczosResult) -> None:
         self.krylov = krylov
@@ -162,11 +207,14 @@ class _Findings:
         self.trace = trace
         self.monitor.step(self.operator.num_products, trace=trace.estimate, stderr=trace.stderr)
 
+    def add_block(self, name: str, largest: tuple[float, float]) -> None:
+        self.largest[name] = largest
+        self.monitor.step(self.operator.num_products, largest=largest[0])
+
     def result(self, partial: str = "") -> SharpnessResult:
         krylov = self.krylov
         assert krylov is not None
-        trace = self.trace or TraceResult(math.nan, math.inf, math.nan, 0, converged=False)
-        vectors = krylov.vectors()
+        trace = self.trace or TraceResult(math.nan, math.inf, math.nan, 0, converged=False, blocks={})
         return SharpnessResult(
             eigenvalues=krylov.eigenvalues,
             residuals=krylov.residuals,
@@ -176,7 +224,8 @@ class _Findings:
             trace_stderr=trace.stderr,
             frobenius_norm=trace.frobenius_norm,
             density=spectral_density([krylov]) if self.density else None,
-            blocks=_shares(vectors, self.operator.slices, self.groups),
+            blocks=self._curvatures(self.places, trace),
+            experts=self._curvatures(self.experts, trace),
             num_steps=krylov.num_steps,
             num_probes=trace.num_probes,
             num_products=self.operator.num_products,
@@ -187,9 +236,26 @@ class _Findings:
             graph_mode=self.operator.mode,
             seed=self.seed,
             parameter_names=self.operator.names,
-            eigenvectors=vectors.cpu() if self.keep_eigenvectors else None,
+            eigenvectors=krylov.vectors().cpu() if self.keep_eigenvectors else None,
             partial=partial,
         )
+
+    def _curvatures(self, places: Places, trace: TraceResult) -> dict[str, BlockCurvature]:
+        assert self.krylov is not None
+        coefficients, found = self.krylov.coefficients, {}
+        for name, slices in places.items():
+            gram, _ = self.krylov.gram(slices)
+            shares = ((coefficients @ gram) * coefficients).sum(1)
+            block = trace.blocks.get(name, BlockTrace(math.nan, math.inf))
+            found[name] = BlockCurvature(
+                num_parameters=sum(place.stop - place.start for place in slices),
+                shares=tuple(shares.clamp(0, 1).tolist()),
+                trace=block.estimate,
+                trace_stderr=block.stderr,
+                lambda_max=self.largest.get(name, (None, None))[0],
+                lambda_max_residual=self.largest.get(name, (None, None))[1],
+            )
+        return found
 
 
 def check_sharpness_options(
@@ -207,29 +273,3 @@ def check_sharpness_options(
         raise ValueError(f"max_steps: expected at least num_eigenvalues = {num_eigenvalues}; got {max_steps}")
     if max_probes < MIN_PROBES:
         raise ValueError(f"max_probes: expected at least {MIN_PROBES}; got {max_probes}")
-
-
-def _groups(names: list[str], blocks: Mapping[str, Sequence[str]] | None) -> dict[str, list[str]]:
-    """Parameter names by block."""
-    if blocks is not None:
-        unknown = sorted({name for block in blocks.values() for name in block} - set(names))
-        if unknown:
-            raise ValueError(f"blocks: expected names of trainable parameters, such as {names[0]!r}; got {unknown}")
-        return {block: list(members) for block, members in blocks.items()}
-    groups: dict[str, list[str]] = {}
-    for name in names:
-        groups.setdefault(name.partition(".")[0], []).append(name)
-    return groups
-
-
-def _shares(
-    vectors: Tensor, slices: Mapping[str, slice], groups: Mapping[str, list[str]]
-) -> dict[str, tuple[float, ...]]:
-    """Share of the squared norm of each vector in each block."""
-    squares = vectors.square()
-    totals = squares.sum(dim=1, dtype=torch.float64)
-    shares = {}
-    for block, names in groups.items():
-        inside = sum((squares[:, slices[name]].sum(dim=1, dtype=torch.float64) for name in names), 0 * totals)
-        shares[block] = tuple((inside / totals).tolist())
-    return shares

@@ -11,18 +11,20 @@ Batch = tuple[Tensor, Tensor]
 
 
 class DenseOperator:
-    """A symmetric matrix as an operator; counts its products."""
+    """A symmetric matrix, or the sum of several, as an operator; counts its products, those with a part as a part."""
 
-    def __init__(self, matrix: Tensor) -> None:
-        self.matrix = matrix
+    def __init__(self, *parts: Tensor) -> None:
+        matrix = torch.stack(parts).sum(0)
+        self.matrix, self._parts = matrix, parts
+        self.num_strata = len(parts)
         self.shape = (len(matrix), len(matrix))
         self.dtype = matrix.dtype
         self.device = matrix.device
-        self.num_products = 0
+        self.num_products = 0.0
 
-    def matvec(self, vector: Tensor) -> Tensor:
-        self.num_products += 1
-        return self.matrix @ vector
+    def matvec(self, vector: Tensor, stratum: int | None = None) -> Tensor:
+        self.num_products += 1 if stratum is None else 1 / self.num_strata
+        return (self.matrix if stratum is None else self._parts[stratum]) @ vector
 
 
 def symmetric(eigenvalues: Sequence[float] | Tensor, dtype: torch.dtype = torch.float64) -> Tensor:

@@ -27,6 +27,7 @@ class Microbatches:
 
     Attributes:
         num_samples: Samples in all.
+        origins: For each batch or piece of one, the place of the batch among those that were given.
 
     Raises:
         ValueError: If the data is empty.
@@ -35,6 +36,7 @@ class Microbatches:
     def __init__(self, batches: Iterable[Batch], device: torch.device, monitor: Monitor) -> None:
         self._batches = [to_device(batch, device) for batch in as_batches(batches)]
         self._monitor = monitor
+        self.origins = list(range(len(self._batches)))
         self.num_samples = sum(map(batch_size, self._batches))
 
     def __iter__(self) -> Iterator[Batch]:
@@ -43,8 +45,14 @@ class Microbatches:
     def __len__(self) -> int:
         return len(self._batches)
 
-    def evaluate(self, function: Callable[[int, Batch], T]) -> Iterator[tuple[int, T]]:
+    def evaluate(
+        self, function: Callable[[int, Batch], T], *, wanted: Callable[[int], bool] = lambda origin: True
+    ) -> Iterator[tuple[int, T]]:
         """Call ``function(index, batch)`` for each batch.
+
+        Args:
+            function: Called with the place of the batch, or piece of one, and the batch.
+            wanted: Whether to call it for the pieces of the batch that was given at a place; by default all.
 
         Yields:
             The number of samples of the batch, and what the function returned.
@@ -54,6 +62,9 @@ class Microbatches:
         """
         index = 0
         while index < len(self._batches):
+            if not wanted(self.origins[index]):
+                index += 1
+                continue
             self._monitor.tick()
             try:
                 value = function(index, self._batches[index])
@@ -82,6 +93,7 @@ class Microbatches:
         batch = self._batches[index]
         size = batch_size(batch)
         self._batches[index : index + 1] = [cut(batch, 0, size // 2), cut(batch, size // 2, size)]
+        self.origins.insert(index, self.origins[index])
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -1,6 +1,7 @@
 """Orthonormal vectors of a Krylov space, and the random vectors that Krylov and trace methods start from."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -9,6 +10,12 @@ __all__ = ["Basis", "dot", "norm", "rademacher"]
 
 # Rows allocated at a time: the basis grows without copying, and without memory for steps that are never taken.
 _ROWS = 16
+
+# Numbers that are summed in their own precision before float64 takes over.
+_CHUNK = 2**16
+
+# Columns of the basis that are combined at a time: what is written over has to be read before.
+_COLUMNS = 2**18
 
 
 class Basis:
@@ -28,35 +35,80 @@ class Basis:
     def __len__(self) -> int:
         return self._length
 
-    @property
-    def last(self) -> Tensor:
-        """The vector added last, shape (P,)."""
-        return self._filled()[-1][-1]
+    def __getitem__(self, index: int) -> Tensor:
+        """The vector at a place, shape (P,); negative places count from the end."""
+        index = index % self._length
+        return self._blocks[index // _ROWS][index % _ROWS]
+
+    def reserve(self) -> bool:
+        """Make room for one more vector; True."""
+        if self._length == _ROWS * len(self._blocks):
+            self._blocks.append(torch.empty(_ROWS, self._dim, dtype=self._dtype, device=self._device))
+        return True
 
     def append(self, vector: Tensor) -> None:
         """Add a vector that is orthonormal to the others."""
-        if self._length == _ROWS * len(self._blocks):
-            self._blocks.append(torch.empty(_ROWS, self._dim, dtype=self._dtype, device=self._device))
-        self._blocks[-1][self._length % _ROWS] = vector
+        self.reserve()
+        self._blocks[self._length // _ROWS][self._length % _ROWS] = vector
         self._length += 1
 
-    def complement(self, vector: Tensor) -> Tensor:
-        """:math:`(I - QQ^T)v`, by two passes of Gram-Schmidt (one leaves rounding errors of the size of ``v``)."""
-        for _ in range(2):
-            for block in self._filled():
-                vector = vector - block.T @ (block @ vector)
-        return vector
+    def complement(self, vectors: Tensor) -> Tensor:
+        r""":math:`(I - QQ^T)v` for one vector (P,) or several (n, P).
+
+        One pass of Gram-Schmidt leaves rounding errors of the size of ``v``. A second follows where these matter, since
+        the first took away more than a third of a vector (Daniel, Gragg, Kaufman and Stewart 1976).
+        """
+        rows = vectors.reshape(-1, self._dim)
+        lengths = torch.linalg.vector_norm(rows, dim=1)
+        rows = self._one_pass(rows)
+        if bool((torch.linalg.vector_norm(rows, dim=1) < 0.7 * lengths).any()):
+            rows = self._one_pass(rows)
+        return rows.view_as(vectors)
 
     def combined(self, coefficients: Tensor) -> Tensor:
-        """Linear combinations :math:`CQ` of the first m vectors, shape (k, P), for ``coefficients`` (k, m)."""
+        """Linear combinations :math:`CQ`, shape (k, P), for ``coefficients`` (k, m)."""
         weights = coefficients.to(self._device, self._dtype)
         total = torch.zeros(len(weights), self._dim, dtype=self._dtype, device=self._device)
         for block, part in zip(self._filled(), weights.split(_ROWS, dim=1), strict=False):
             total += part @ block[: part.shape[1]]
         return total
 
+    def replace(self, coefficients: Tensor) -> None:
+        """Put the combinations :math:`CQ`, for C (k, m) with orthonormal rows, in the place of Q; needs no memory."""
+        weights = coefficients.to(self._device, self._dtype)
+        for start in range(0, self._dim, _COLUMNS):
+            columns = torch.cat([block[:, start : start + _COLUMNS] for block in self._filled()])
+            for block, part in zip(self._blocks, (weights @ columns).split(_ROWS), strict=False):
+                block[: len(part), start : start + _COLUMNS] = part
+        self._length = len(weights)
+        del self._blocks[-(-self._length // _ROWS) :]
+
+    def gram(self, places: Sequence[slice], other: Tensor | None = None) -> Tensor:
+        r""":math:`Q P Q^T` for the projection P on some places of the vectors, (m, m), float64 on the CPU.
+
+        Args:
+            places: Slices of the vectors.
+            other: A further vector (P,), which makes one more row and column.
+        """
+        size = self._length + (other is not None)
+        total = torch.zeros(size, size, dtype=torch.float64)
+        for place in places:
+            for start in range(place.start, place.stop, _COLUMNS):
+                columns = slice(start, min(start + _COLUMNS, place.stop))
+                parts = [block[:, columns] for block in self._filled()]
+                parts += [] if other is None else [other[None, columns]]
+                rows = torch.cat(parts)
+                total += (rows @ rows.T).to("cpu", torch.float64)
+        return total
+
+    def _one_pass(self, rows: Tensor) -> Tensor:
+        for block in self._filled():
+            rows = torch.addmm(rows, rows @ block.T, block, alpha=-1)
+        return rows
+
     def _filled(self) -> list[Tensor]:
-        return [block[: self._length - index * _ROWS] for index, block in enumerate(self._blocks)]
+        blocks = [block[: self._length - index * _ROWS] for index, block in enumerate(self._blocks)]
+        return [block for block in blocks if len(block)]
 
 
 def rademacher(dim: int, dtype: torch.dtype, device: torch.device, generator: torch.Generator) -> Tensor:
@@ -66,10 +118,19 @@ def rademacher(dim: int, dtype: torch.dtype, device: torch.device, generator: to
 
 
 def dot(left: Tensor, right: Tensor) -> float:
-    """Inner product, summed in float64."""
-    return float(torch.sum(left * right, dtype=torch.float64))
+    """Inner product; pieces in the precision of the vectors, their sum in float64."""
+    pieces = [torch.dot(a, b) for a, b in zip(left.split(_CHUNK), right.split(_CHUNK), strict=True)]
+    return float(torch.stack(pieces).sum(dtype=torch.float64))
 
 
 def norm(vector: Tensor) -> float:
-    """Euclidean norm, summed in float64."""
-    return math.sqrt(dot(vector, vector))
+    """Euclidean norm, summed as in `dot`, of vectors of any scale."""
+    square = dot(vector, vector)
+    if 1e-20 < square < 1e30:
+        return math.sqrt(square)
+    # the squares of the entries may be too small or too large for their data type
+    largest = float(vector.abs().max())
+    if largest == 0 or not math.isfinite(largest):
+        return largest
+    scaled = vector / largest
+    return math.sqrt(dot(scaled, scaled)) * largest

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from moe_heads.callbacks.functional.curvature.lanczos import LanczosResult
 
-__all__ = ["SpectralDensity", "spectral_density"]
+__all__ = ["SpectralDensity", "density_of", "spectral_density"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -20,6 +20,9 @@ class SpectralDensity:
     Attributes:
         grid: Eigenvalues :math:`\lambda` at which the density is given, ascending and equally spaced.
         values: :math:`\rho` there, per unit of eigenvalue; integrates to 1.
+        stderr: Standard error of ``values`` from the random start, at most: :math:`\sqrt{2 \rho_2 / (P n)}` for n runs,
+            with :math:`\rho_2 = \sum_j w_j \mathcal N(\lambda; \theta_j, \sigma^2)^2` (the variance of Hutchinson's
+            estimator of :math:`\operatorname{tr} f(H) / P` is below :math:`2 \operatorname{tr} f(H)^2 / P^2`).
         nodes: Gauss nodes :math:`\theta_j`, the Ritz values.
         weights: Their weights, which sum to 1: :math:`\sum_j w_j f(\theta_j)` estimates
             :math:`\operatorname{tr} f(H) / P` for any function f.
@@ -28,6 +31,7 @@ class SpectralDensity:
 
     grid: Tensor
     values: Tensor
+    stderr: Tensor
     nodes: Tensor
     weights: Tensor
     sigma: float
@@ -50,8 +54,27 @@ def spectral_density(
     """
     if not runs:
         raise ValueError("runs: expected at least one Lanczos run; got none")
-    nodes = torch.cat([run.ritz[0] for run in runs])
-    weights = torch.cat([run.ritz[1][0].square() for run in runs]) / len(runs)
+    nodes = torch.cat([run.nodes for run in runs])
+    weights = torch.cat([run.weights for run in runs]) / len(runs)
+    num_signs = len(runs) * len(runs[0].remainder)
+    return density_of(nodes, weights, num_signs, sigma=sigma, num_points=num_points)
+
+
+def density_of(
+    nodes: Tensor, weights: Tensor, num_signs: int, *, sigma: float | None = None, num_points: int = 1024
+) -> SpectralDensity:
+    """Density from the nodes and weights of a Gauss quadrature.
+
+    Args:
+        nodes: Nodes, float64.
+        weights: Their weights, which sum to 1.
+        num_signs: Random signs that the starts were made of, for the standard error.
+        sigma: See `spectral_density`.
+        num_points: See `spectral_density`.
+
+    Raises:
+        ValueError: If ``sigma`` is not positive, or the grid is too coarse for it.
+    """
     low, high = float(nodes.min()), float(nodes.max())
     if sigma is None:
         # A spectrum of one point, up to rounding, has no range: take its position, or one.
@@ -64,5 +87,6 @@ def spectral_density(
         raise ValueError(f"num_points: expected at least {needed}, one per sigma = {sigma:.3g}; got {num_points}")
     grid = torch.linspace(low - 5 * sigma, high + 5 * sigma, num_points, dtype=torch.float64)
     # Normalised on the grid, so that the sum over it is one although the tails are cut at five sigma.
-    bumps = torch.softmax(-((grid[:, None] - nodes) ** 2) / (2 * sigma**2), dim=0)
-    return SpectralDensity(grid, bumps @ weights / (grid[1] - grid[0]), nodes, weights, sigma)
+    bumps = torch.softmax(-((grid[:, None] - nodes) ** 2) / (2 * sigma**2), dim=0) / (grid[1] - grid[0])
+    stderr = (2 * (bumps.square() @ weights) / num_signs).sqrt()
+    return SpectralDensity(grid, bumps @ weights, stderr, nodes, weights, sigma)

@@ -1,32 +1,29 @@
-"""The Hessian of a mean loss as a linear operator: exact products by double backward (Pearlmutter 1994)."""
+"""The Hessian of a mean loss as a linear operator, exact up to rounding (Pearlmutter 1994)."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from functools import partial
-from typing import Literal, Protocol
+from collections.abc import Callable, Iterable, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
-from moe_heads.callbacks.functional.common.batches import Batch, LossFn, batch_size, leaves_of
-from moe_heads.callbacks.functional.common.microbatches import Microbatches, free_memory, unless_out_of_memory
+from moe_heads.callbacks.functional.common.batches import Batch, LossFn, batch_size
+from moe_heads.callbacks.functional.common.microbatches import Microbatches, unless_out_of_memory
 from moe_heads.callbacks.functional.common.monitor import Monitor
-from moe_heads.callbacks.functional.curvature.loss_graph import (
-    checked_loss,
-    gradient_with_graph,
-    saved_bytes,
-    second_order_errors,
-)
-from moe_heads.callbacks.functional.curvature.parameters import selected_parameters
+from moe_heads.callbacks.functional.curvature.parameters import Selection, selected_parameters, slices_of
+from moe_heads.callbacks.functional.curvature.products import BatchProducts, GraphMode
 
-__all__ = ["CPU_GRAPH_MEMORY", "HessianOperator", "SymmetricOperator"]
+__all__ = ["HessianOperator", "SymmetricOperator"]
 
-CPU_GRAPH_MEMORY = 2 * 2**30
-"""Bytes of first-order graph kept between products on a CPU unless the caller says otherwise."""
+# With sixteen strata the variance of a trace is within a tenth of what it falls to with one for each sample.
+_MOST_STRATA = 16
 
 
 class SymmetricOperator(Protocol):
-    """A real symmetric matrix, known only by its products with vectors of ``dtype`` on ``device``."""
+    """A real symmetric matrix, known only by its products with vectors of ``dtype`` on ``device``.
+
+    It may be a sum over ``num_strata`` parts of the data, each of which can be multiplied with by itself at its share
+    of the cost.
+    """
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -43,8 +40,13 @@ class SymmetricOperator(Protocol):
         """Device of the vectors."""
         ...
 
-    def matvec(self, vector: Tensor) -> Tensor:
-        """Product with a vector of shape (P,)."""
+    @property
+    def num_strata(self) -> int:
+        """Number of parts whose sum is the matrix; 1 for one that has no parts."""
+        ...
+
+    def matvec(self, vector: Tensor, stratum: int | None = None) -> Tensor:
+        """Product with a vector of shape (P,), of the whole matrix or of one part."""
         ...
 
 
@@ -52,11 +54,13 @@ class HessianOperator:
     r"""The Hessian :math:`H = \nabla^2_\theta \frac{1}{N} \sum_i \ell_i(\theta)` of a loss, as products with vectors.
 
     The batches are weighted by their number of samples, so uneven batches give the Hessian of one large batch. The
-    products are exact up to rounding. A parameter that no sample reaches (an idle expert) has a zero row.
+    products are exact up to rounding. A parameter that no sample reaches (an idle expert) has a zero row. What the
+    parameters do not touch, the backbone below a head, say, is computed once and kept with the rest.
 
-    A product costs about four gradients when the first-order graph is rebuilt, 2.4 when it is kept in memory. It is
-    kept when a measurement on the first batch says that the graphs of all batches fit into ``graph_memory``. Where
-    memory runs out all the same, the graphs are given up, then the batches halved: the product stays the same.
+    A product costs about 1.5 gradients where the derivative of the gradient can be traced, 1.8 to 2.4 where the
+    first-order graph is kept, and 3 to 4 where it is rebuilt; `BatchProducts` finds the best way and checks it. As many
+    batches are kept as fit into ``graph_memory``. Where memory runs out all the same, what is kept is given up, then the
+    batches are halved: the product stays the same.
 
     The model is used as it is found: call inside `analysis_mode`, and do not change the model between products. Layers
     that draw random numbers draw the same ones in every product.
@@ -65,17 +69,18 @@ class HessianOperator:
         model: The model; its parameters are neither changed nor given a ``.grad``.
         loss_fn: ``loss_fn(model, batch) -> scalar``, the mean over the samples of the batch.
         batches: The data. All of it is held on the device of the parameters.
-        params: The parameters :math:`\theta`; by default all that require a gradient, in the order of
-            ``model.named_parameters()``.
-        graph_memory: Bytes that kept graphs may take; by default 2 GiB on a CPU and half of the free memory on a GPU.
+        params: The parameters :math:`\theta`: tensors, or names of parameters and modules such as "head"; by default
+            all that require a gradient, in the order of ``model.named_parameters()``.
+        graph_memory: Bytes that may be kept between products; by default 4 GiB on a CPU, if that is not more than half
+            of what is free, and half of the free memory on a GPU.
+        mode: "linearized", "kept" or "rebuilt": the fastest way that is tried; by default the one that pays.
         monitor: Looked at before each batch.
 
     Attributes:
         names: Names of the parameters, in the order of the flat vector.
         slices: Place of each parameter in the flat vector, by name.
         num_samples: N.
-        num_products: Products so far.
-        mode: "kept" or "rebuilt", what happens to the first-order graph between two products.
+        num_strata: Parts of the data that can be multiplied with alone: the batches, or groups of them, at most 16.
 
     Raises:
         ValueError: If there is nothing to differentiate, the parameters are not all float32 or all float64 on one
@@ -93,58 +98,88 @@ class HessianOperator:
         tensor([1., 4.])
     """
 
-    mode: Literal["kept", "rebuilt"]
-
     def __init__(
         self,
         model: nn.Module,
         loss_fn: LossFn,
         batches: Iterable[Batch],
-        params: Sequence[Tensor] | None = None,
+        params: Selection | None = None,
         *,
         graph_memory: int | None = None,
+        mode: GraphMode | None = None,
         monitor: Monitor | None = None,
     ) -> None:
         named = selected_parameters(model, params)
         self.names = tuple(named)
-        self.params = tuple(named.values())
-        self.dtype = self.params[0].dtype
-        self.device = self.params[0].device
-        ends = torch.tensor([p.numel() for p in self.params]).cumsum(0).tolist()
-        self.slices = {name: slice(end - named[name].numel(), end) for name, end in zip(named, ends, strict=True)}
-        self.num_parameters: int = ends[-1]
-        self._model, self._loss_fn = model, loss_fn
-        self._monitor = monitor or Monitor()
-        self._data = Microbatches(batches, self.device, self._monitor)
-        self._total: Callable[[Tensor], Tensor] | None = None  # this process alone
+        first, *_ = named.values()
+        self.dtype, self.device = first.dtype, first.device
+        self.slices = slices_of(named)
+        self._shapes = [p.shape for p in named.values()]
+        self._sizes = [p.numel() for p in named.values()]
+        self.num_parameters = sum(self._sizes)
+        self._data = Microbatches(batches, self.device, monitor or Monitor())
+        self.num_strata = min(len(self._data), _MOST_STRATA)
         self.num_samples = self._data.num_samples
-        self.num_products = 0
-        self._kept = unless_out_of_memory(lambda: self._graphs(graph_memory))
-        self.mode = "rebuilt" if self._kept is None else "kept"
+        self._num_differentiated = 0
+        self._total: Callable[[Tensor, int | None], Tensor] | None = None  # this process alone
+        self._products = BatchProducts(
+            model, loss_fn, named, self._data, monitor or Monitor(), memory=graph_memory, mode=mode
+        )
 
     @property
     def shape(self) -> tuple[int, int]:
         """(P, P)."""
         return self.num_parameters, self.num_parameters
 
-    def over_ranks(self, total: Callable[[Tensor], Tensor], num_samples: int) -> None:
+    @property
+    def mode(self) -> GraphMode:
+        """How a product is computed: "linearized", "kept" or "rebuilt"."""
+        return self._products.mode
+
+    @property
+    def num_folded(self) -> int:
+        """Batch norms that are folded into the layer before them."""
+        return self._products.num_folded
+
+    @property
+    def reason(self) -> str:
+        """Why a faster way was not taken; "" where there is none."""
+        return self._products.reason
+
+    @property
+    def num_kept(self) -> int:
+        """Batches for which something is kept between products."""
+        return self._products.num_kept
+
+    @property
+    def num_products(self) -> int:
+        """Products so far; those with single strata count by their samples."""
+        return -(-self._num_differentiated // self._num_here(None))
+
+    def over_ranks(
+        self, total: Callable[[Tensor, int | None], Tensor] | None, num_samples: int, num_strata: int
+    ) -> None:
         """From now on multiply with the Hessian of all ranks' samples.
 
         Args:
-            total: The sum of ``sample_sum(v)`` over the ranks; see `Ranks.led`.
+            total: The sum of ``sample_sum(v, stratum)`` over the ranks; None on a rank that only adds its part.
             num_samples: Samples of all ranks.
+            num_strata: The fewest strata of a rank; all of them have to be given this number.
         """
         self._total, self.num_samples = total, num_samples
+        self.num_strata = num_strata
 
     def release(self) -> None:
-        """Let go of the graphs that were kept and of the other ranks; a further product would build the graphs anew."""
-        self._kept = self._total = None
+        """Let go of what was kept and of the other ranks; a further product would compute everything anew."""
+        self._total = None
+        self._products.release()
 
-    def matvec(self, vector: Tensor) -> Tensor:
-        """Product :math:`Hv`.
+    def matvec(self, vector: Tensor, stratum: int | None = None) -> Tensor:
+        """Product :math:`Hv`, or a stratum's part of it: the parts of all strata sum up to it.
 
         Args:
             vector: v, shape (P,), in the order of ``names``.
+            stratum: Number of the stratum; None for all of the data.
 
         Returns:
             Hv, shape (P,), dtype of the parameters.
@@ -156,93 +191,53 @@ class HessianOperator:
         if vector.shape != (self.num_parameters,):
             raise ValueError(f"vector: expected shape ({self.num_parameters},); got {tuple(vector.shape)}")
         total = self._total or self.sample_sum
-        product = total(vector.to(self.device, self.dtype)) / self.num_samples
-        if not bool(product.isfinite().all()):
-            raise ValueError("loss_fn: expected a loss with finite second derivatives; got nan or inf in a product Hv")
-        self.num_products += 1
+        product = total(vector.to(self.device, self.dtype), stratum).div_(self.num_samples)
+        self._num_differentiated += self._num_here(stratum)
         return product
 
-    def sample_sum(self, vector: Tensor) -> Tensor:
-        r""":math:`\sum_i \nabla^2 \ell_i v` over the samples of this process, shape (P,)."""
-        parts = [vector[self.slices[name]].view_as(p) for name, p in zip(self.names, self.params, strict=True)]
-        kept = self._kept
-        if kept is not None:
-            product = unless_out_of_memory(partial(self._sum_of_kept, parts, kept))
-            if product is not None:
-                return product
-            del kept
-            self._kept, self.mode = None, "rebuilt"
-            free_memory()
-        return self._summed(
-            self._data.evaluate(lambda index, batch: self._differentiated(self._gradient(index, batch), parts))
-        )
+    def sample_sum(self, vector: Tensor, stratum: int | None = None) -> Tensor:
+        r""":math:`\sum_i \nabla^2 \ell_i v` over the samples of this process, or of one stratum, shape (P,).
 
-    def _sum_of_kept(self, parts: list[Tensor], kept: list[tuple[int, tuple[Tensor, ...]]]) -> Tensor:
-        def products() -> Iterator[tuple[int, Tensor]]:
-            for size, gradient in kept:
-                self._monitor.tick()
-                yield size, self._differentiated(gradient, parts)
-
-        return self._summed(products())
-
-    def _summed(self, products: Iterable[tuple[int, Tensor]]) -> Tensor:
-        total = torch.zeros(self.num_parameters, dtype=self.dtype, device=self.device)
-        for size, product in products:
-            total.add_(product, alpha=size)
+        Raises:
+            ValueError: If it is not finite; names the batch whose loss is not.
+            RuntimeError: If a layer has no second derivative.
+        """
+        parts = [part.view(shape) for part, shape in zip(vector.split(self._sizes), self._shapes, strict=True)]
+        wanted = (lambda origin: True) if stratum is None else lambda origin: origin % self.num_strata == stratum
+        try:
+            total = self._sum(parts, wanted)
+        except _NoRoomForKept:
+            self._products.release("memory ran out")
+            total = self._sum(parts, wanted)
+        # the sum is nan or inf if one of the entries is
+        if not (bool(total.sum().isfinite()) or bool(total.isfinite().all())):
+            for index, batch in enumerate(self._data):
+                self._products.check_loss(index, batch)
+            raise ValueError("loss_fn: expected a loss with finite second derivatives; got nan or inf in a product Hv")
         return total
 
-    def _gradient(self, index: int, batch: Batch) -> tuple[Tensor, ...]:
-        """Gradient of a batch's mean loss, with its graph."""
-        with _replayed(self.device, seed=index):
-            loss = checked_loss(self._loss_fn(self._model, batch), index)
-        return gradient_with_graph(loss, self.params)
+    def _sum(self, parts: Sequence[Tensor], wanted: Callable[[int], bool]) -> Tensor:
+        total = torch.zeros(self.num_parameters, dtype=self.dtype, device=self.device)
+        places = [place.view(shape) for place, shape in zip(total.split(self._sizes), self._shapes, strict=True)]
 
-    def _differentiated(self, gradient: tuple[Tensor, ...], parts: list[Tensor]) -> Tensor:
-        # A gradient without a graph is constant (an unused or a linear parameter): its derivative is zero.
-        curved = [(g, part) for g, part in zip(gradient, parts, strict=True) if g.requires_grad]
-        if not curved:
-            return torch.zeros(self.num_parameters, dtype=self.dtype, device=self.device)
-        outputs, tangents = zip(*curved, strict=True)
-        with second_order_errors():
-            rows = torch.autograd.grad(
-                outputs,
-                self.params,
-                tangents,
-                retain_graph=self._kept is not None,
-                allow_unused=True,
-                materialize_grads=True,
-            )
-        return torch.cat([row.reshape(-1) for row in rows])
+        def product(index: int, batch: Batch) -> Sequence[Tensor]:
+            if index >= self._products.num_kept:
+                return self._products.product(index, batch, parts)
+            rows = unless_out_of_memory(lambda: self._products.product(index, batch, parts))
+            if rows is None:
+                raise _NoRoomForKept
+            return rows
 
-    def _graphs(self, graph_memory: int | None) -> list[tuple[int, tuple[Tensor, ...]]] | None:
-        """Sizes and gradients of all batches with their graphs; None when they would not fit."""
-        if not self._graphs_fit(graph_memory):
-            return None
-        return [(batch_size(batch), self._gradient(index, batch)) for index, batch in enumerate(self._data)]
+        for size, rows in self._data.evaluate(product, wanted=wanted):
+            for place, row in zip(places, rows, strict=True):
+                place.add_(row, alpha=size)
+        return total
 
-    def _graphs_fit(self, graph_memory: int | None) -> bool:
-        """Whether the graphs of all batches fit, judged by the first batch and the sizes of the others."""
-        if graph_memory is None:
-            on_gpu = self.device.type == "cuda"
-            graph_memory = torch.cuda.mem_get_info(self.device)[0] // 2 if on_gpu else CPU_GRAPH_MEMORY
-        # Each batch's gradient is held as well. Most of the time this alone tells for a large model.
-        gradients = len(self._data) * sum(p.numel() * p.element_size() for p in self.params)
-        if gradients > graph_memory:
-            return False
-        first, *_ = self._data
-        # The graph measured is thrown away: under the measuring hooks autograd does not notice in-place changes.
-        held = saved_bytes(lambda: self._gradient(0, first), besides=self._model.parameters())
-        elements = [_num_elements(batch) for batch in self._data]
-        return gradients + held * sum(elements) / max(elements[0], 1) <= graph_memory
+    def _num_here(self, stratum: int | None) -> int:
+        """Samples of this process, or of one of its strata."""
+        sizes = zip(self._data.origins, map(batch_size, self._data), strict=True)
+        return sum(size for origin, size in sizes if stratum is None or origin % self.num_strata == stratum)
 
 
-def _num_elements(batch: Batch) -> int:
-    return sum(leaf.numel() for leaf in leaves_of(batch) if isinstance(leaf, Tensor))
-
-
-@contextmanager
-def _replayed(device: torch.device, seed: int) -> Iterator[None]:
-    """The same torch random numbers each time, and the generators as they were afterwards."""
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        yield
+class _NoRoomForKept(Exception):
+    """There is no memory for a product beside what is kept."""

@@ -4,12 +4,14 @@ from collections.abc import Callable, Iterable
 from typing import TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from moe_heads.callbacks.functional.common.batches import Batch, LossFn
 from moe_heads.callbacks.functional.common.monitor import Monitor
 from moe_heads.callbacks.functional.common.ranks import Ranks
 from moe_heads.callbacks.functional.curvature.operator import HessianOperator
+from moe_heads.callbacks.functional.curvature.parameters import Selection
+from moe_heads.callbacks.functional.curvature.products import GraphMode
 
 __all__ = ["shared_hessian"]
 
@@ -23,7 +25,9 @@ def shared_hessian(
     loss_fn: LossFn,
     batches: Iterable[Batch],
     *,
+    params: Selection | None = None,
     graph_memory: int | None = None,
+    mode: GraphMode | None = None,
     monitor: Monitor | None = None,
 ) -> T:
     """Run ``lead(operator)`` on rank zero, with the Hessian of the mean loss over the samples of all ranks.
@@ -34,7 +38,9 @@ def shared_hessian(
         model: The model, the same on all ranks.
         loss_fn: ``loss_fn(model, batch) -> scalar``.
         batches: The samples of this rank.
+        params: See `HessianOperator`.
         graph_memory: See `HessianOperator`.
+        mode: See `HessianOperator`.
         monitor: See `HessianOperator`.
 
     Returns:
@@ -43,15 +49,32 @@ def shared_hessian(
     with ranks.together():
         # only rank zero looks at the clock
         watched = monitor if ranks.leads else None
-        operator = HessianOperator(model, loss_fn, batches, graph_memory=graph_memory, monitor=watched)
-    num_samples = ranks.sum(operator.num_samples)
+        operator = HessianOperator(
+            model, loss_fn, batches, params, graph_memory=graph_memory, mode=mode, monitor=watched
+        )
+    try:
+        if ranks.size == 1:
+            return lead(operator)
+        return _led(ranks, lead, operator)
+    finally:
+        operator.release()  # whoever still holds what was found must not hold the graphs
 
-    def with_total(total: Callable[[torch.Tensor], torch.Tensor]) -> T:
-        operator.over_ranks(total, num_samples)
+
+def _led(ranks: Ranks, lead: Callable[[HessianOperator], T], operator: HessianOperator) -> T:
+    num_samples = ranks.sum(operator.num_samples)
+    num_strata = min(ranks.gather(operator.num_strata))
+    operator.over_ranks(None, operator.num_samples, num_strata)
+
+    def evaluate(message: Tensor) -> Tensor:
+        stratum = int(message[-1])
+        return operator.sample_sum(message[:-1], None if stratum < 0 else stratum)
+
+    def with_total(total: Callable[[Tensor], Tensor]) -> T:
+        def of_all(vector: Tensor, stratum: int | None) -> Tensor:
+            return total(torch.cat([vector, vector.new_tensor([-1.0 if stratum is None else stratum])]))
+
+        operator.over_ranks(of_all, num_samples, num_strata)
         return lead(operator)
 
     vector = torch.zeros(operator.num_parameters, dtype=operator.dtype, device=operator.device)
-    try:
-        return ranks.led(operator.sample_sum, with_total, vector, vector)
-    finally:
-        operator.release()  # whoever still holds what was found must not hold the graphs
+    return ranks.led(evaluate, with_total, torch.cat([vector, vector[:1]]), vector)

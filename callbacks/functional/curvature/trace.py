@@ -1,7 +1,7 @@
 """Trace of a symmetric operator: exact on a Krylov space, sampled on its complement (Hutchinson 1990, Meyer 2021)."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,10 +11,24 @@ from moe_heads.callbacks.functional.curvature.basis import dot, rademacher
 from moe_heads.callbacks.functional.curvature.lanczos import LanczosResult
 from moe_heads.callbacks.functional.curvature.operator import SymmetricOperator
 
-__all__ = ["MIN_PROBES", "TraceResult", "deflated_trace"]
+__all__ = ["MIN_PROBES", "BlockTrace", "Places", "TraceResult", "deflated_trace"]
 
 MIN_PROBES = 8
-"""Probes before the standard error is trusted: at eight it is itself known to 25 %."""
+"""Degrees of freedom before the standard error is trusted: at eight it is itself known to 25 %."""
+
+Places = Mapping[str, Sequence[slice]]
+"""Slices of the flat vector that belong to each block of parameters."""
+
+# Bytes of random vectors that are held at a time.
+_PROBE_MEMORY = 2**28
+
+
+@dataclass(frozen=True)
+class BlockTrace:
+    """Trace of the diagonal block of H that belongs to some parameters, with its standard error."""
+
+    estimate: float
+    stderr: float
 
 
 @dataclass(frozen=True)
@@ -25,8 +39,10 @@ class TraceResult:
         estimate: The trace.
         stderr: Its standard error; 0 when the Krylov space is the whole space.
         frobenius_norm: Estimate of :math:`\|H\|_F`, from the same products.
-        num_probes: Random vectors used, one product each.
+        num_probes: Rounds of random vectors, the cost of one product each; the first counts for the Frobenius norm
+            alone where there are strata.
         converged: Whether ``stderr`` met the tolerance.
+        blocks: The same for each block of parameters.
     """
 
     estimate: float
@@ -34,6 +50,7 @@ class TraceResult:
     frobenius_norm: float
     num_probes: int
     converged: bool
+    blocks: Mapping[str, BlockTrace]
 
 
 def deflated_trace(
@@ -43,18 +60,25 @@ def deflated_trace(
     generator: torch.Generator,
     tolerance: float = 0.05,
     max_probes: int = 100,
+    blocks: Places | None = None,
     on_step: Callable[[TraceResult], None] | None = None,
 ) -> TraceResult:
     r"""Trace by Hutchinson's estimator on the complement of a Krylov space that is already there.
 
-    With Q the m Krylov vectors and :math:`\Pi = I - QQ^T`,
+    With Q the m Krylov vectors, :math:`\Pi = I - QQ^T`, and H the sum of :math:`H_s` over the strata of the data,
 
-    .. math:: \operatorname{tr} H = \operatorname{tr} T + E[z^T \Pi H \Pi z],
-        \qquad \|H\|_F^2 = \|T\|_F^2 + \beta_m^2 + E\|H \Pi z\|^2
+    .. math:: \operatorname{tr} H = \operatorname{tr} T + \sum_s E[z_s^T \Pi H_s \Pi z_s],
+        \qquad \|H\|_F^2 = \|T\|_F^2 + \|r\|^2 + E\|H \Pi z\|^2
 
-    for Rademacher z, unbiased given Q. Q carries the large eigenvalues, so little variance is left. Probes are added
-    until the standard error is at most ``tolerance`` times the larger of :math:`|\operatorname{tr} H|` and
-    :math:`\|H\|_F` (a trace near zero, as at a random initialisation, has no meaningful relative error).
+    for independent Rademacher z, unbiased given Q. Q carries the large eigenvalues, so little variance is left. A
+    vector of its own for each stratum costs no more than one for all, and averages out what the strata share: the
+    variance falls by up to their number. One round with the same vector for all gives the Frobenius norm. Of a block
+    of parameters, with P the projection on them, the same vectors give :math:`\operatorname{tr} PHP =
+    \operatorname{tr} Q^T P H Q + \sum_s E[z_s^T \Pi P H_s \Pi z_s]`.
+
+    Rounds are added until the standard error is at most ``tolerance`` times the larger of
+    :math:`|\operatorname{tr} H|` and :math:`\|H\|_F` (a trace near zero, as at a random initialisation, has no
+    meaningful relative error).
 
     Args:
         operator: The matrix H.
@@ -62,8 +86,9 @@ def deflated_trace(
         generator: Source of the probes, a CPU generator; not in the state from which ``krylov`` was started, or the
             first probe lies in the Krylov space.
         tolerance: Standard error wanted, as a fraction.
-        max_probes: Most probes.
-        on_step: Called after each probe with the result so far.
+        max_probes: Most rounds.
+        blocks: Places of blocks of parameters whose traces are wanted as well.
+        on_step: Called after each round with the result so far.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -72,30 +97,94 @@ def deflated_trace(
         raise ValueError(f"tolerance: expected a positive number; got {tolerance}")
     if max_probes < MIN_PROBES:
         raise ValueError(f"max_probes: expected at least {MIN_PROBES}; got {max_probes}")
-    alphas, betas = krylov.alphas, krylov.betas
-    known_trace = float(alphas.sum())
-    known_squares = float(alphas.square().sum() + 2 * betas[:-1].square().sum() + betas[-1].square())
-    if krylov.num_steps == operator.shape[0]:
-        return TraceResult(known_trace, 0.0, known_squares**0.5, 0, True)
-    forms: list[float] = []
-    squares: list[float] = []
+    sampling = _Sampling(operator, krylov, blocks or {}, generator)
+    if len(krylov.basis) == operator.shape[0]:
+        return sampling.result(tolerance)
+    sampling.draw(stratified=False)
     while True:
-        probe = krylov.basis.complement(rademacher(operator.shape[0], operator.dtype, operator.device, generator))
-        product = operator.matvec(probe)
-        forms.append(dot(probe, product))
-        squares.append(dot(product, product))
-        samples = torch.tensor(forms, dtype=torch.float64)
-        estimate, stderr = known_trace + float(samples.mean()), _standard_error(samples)
-        frobenius_norm = (known_squares + sum(squares) / len(squares)) ** 0.5
+        result = sampling.result(tolerance)
+        if on_step is not None and result.num_probes:
+            on_step(result)
+        if result.converged or result.num_probes == max_probes:
+            return result
+        sampling.draw(stratified=operator.num_strata > 1)
+
+
+class _Sampling:
+    """The samples so far: for each stratum and round the form of all parameters and of each block."""
+
+    def __init__(
+        self, operator: SymmetricOperator, krylov: LanczosResult, blocks: Places, generator: torch.Generator
+    ) -> None:
+        self._operator, self._krylov, self._blocks, self._generator = operator, krylov, blocks, generator
+        known = [float(krylov.projected.trace()), *_known_of_blocks(krylov, blocks)]
+        self._known = torch.tensor(known, dtype=torch.float64)
+        self._rounds: list[Tensor] = []  # (strata, 1 + blocks) each
+        self._squares: list[float] = []
+        self._num_probes = 0
+
+    def draw(self, stratified: bool) -> None:
+        """One more round, with a vector for each stratum or the same for all."""
+        strata: Sequence[int | None] = range(self._operator.num_strata) if stratified else [None]
+        dim, dtype, device = self._operator.shape[0], self._operator.dtype, self._operator.device
+        at_once = max(1, _PROBE_MEMORY // (dim * torch.finfo(dtype).bits // 8))
+        forms: list[Tensor] = []
+        for start in range(0, len(strata), at_once):
+            signs = [rademacher(dim, dtype, device, self._generator) for _ in strata[start : start + at_once]]
+            probes = self._krylov.basis.complement(torch.stack(signs))
+            for stratum, probe in zip(strata[start:], probes, strict=False):
+                product = self._operator.matvec(probe, stratum)
+                forms.append(self._forms(probe, product))
+                if stratum is None:
+                    self._squares.append(dot(product, product))
+        self._num_probes += 1
+        if stratified or self._operator.num_strata == 1:
+            self._rounds.append(torch.stack(forms))
+
+    def result(self, tolerance: float) -> TraceResult:
+        """The estimates from what was drawn."""
+        squares = self._krylov.projected.square().sum() + self._krylov.beta**2
+        if self._squares:
+            squares = squares + sum(self._squares) / len(self._squares)
+        frobenius_norm = math.sqrt(float(squares))
+        if self._num_probes == 0:
+            estimates, stderrs, freedom = self._known, torch.zeros_like(self._known), MIN_PROBES
+        else:
+            estimates, stderrs, freedom = self._estimates()
+        estimate, stderr = float(estimates[0]), float(stderrs[0])
         # an overflow must not pass for a wide tolerance
         is_accurate = math.isfinite(frobenius_norm) and stderr <= tolerance * max(abs(estimate), frobenius_norm)
-        converged = is_accurate and len(forms) >= MIN_PROBES
-        result = TraceResult(estimate, stderr, frobenius_norm, len(forms), converged)
-        if on_step is not None:
-            on_step(result)
-        if converged or len(forms) == max_probes:
-            return result
+        pairs = zip(self._blocks, estimates[1:].tolist(), stderrs[1:].tolist(), strict=True)
+        return TraceResult(
+            estimate,
+            stderr,
+            frobenius_norm,
+            self._num_probes,
+            is_accurate and freedom >= MIN_PROBES - 1,
+            {name: BlockTrace(*found) for name, *found in pairs},
+        )
+
+    def _estimates(self) -> tuple[Tensor, Tensor, int]:
+        """Estimates, their standard errors and the degrees of freedom of these."""
+        num_rounds = len(self._rounds)
+        if num_rounds == 0:
+            unknown = torch.full_like(self._known, math.nan)
+            return unknown, torch.full_like(self._known, math.inf), 0
+        samples = torch.stack(self._rounds)  # (rounds, strata, 1 + blocks)
+        estimates = self._known + samples.mean(0).sum(0)
+        if num_rounds == 1:
+            return estimates, torch.full_like(estimates, math.inf), 0
+        return estimates, (samples.var(0).sum(0) / num_rounds).sqrt(), (num_rounds - 1) * samples.shape[1]
+
+    def _forms(self, probe: Tensor, product: Tensor) -> Tensor:
+        blocks = [sum(dot(probe[s], product[s]) for s in places) for places in self._blocks.values()]
+        return torch.tensor([dot(probe, product), *blocks], dtype=torch.float64)
 
 
-def _standard_error(samples: Tensor) -> float:
-    return float(samples.std() / len(samples) ** 0.5) if len(samples) > 1 else math.inf
+def _known_of_blocks(krylov: LanczosResult, blocks: Places) -> list[float]:
+    r""":math:`\operatorname{tr} Q^T P H Q` by block, from the Krylov relation: no product is needed."""
+    known = []
+    for places in blocks.values():
+        gram, rest = krylov.gram(places)
+        known.append(float((gram * krylov.projected).sum() + krylov.tail @ rest))
+    return known

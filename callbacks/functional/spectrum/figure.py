@@ -1,17 +1,18 @@
 """Figure of the spectrum of a Hessian."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from moe_heads.callbacks.functional.common.figures import axes_of
 from moe_heads.callbacks.functional.curvature.density import SpectralDensity
+from moe_heads.callbacks.functional.spectrum.block import BlockCurvature
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["plot_spectrum"]
+__all__ = ["plot_blocks", "plot_spectrum", "plot_tracking"]
 
 
 def plot_spectrum(
@@ -29,7 +30,9 @@ def plot_spectrum(
     """
     figure, ax = axes_of(ax)
     if density is not None:
-        ax.plot(density.grid.numpy(), density.values.numpy(), label=f"density (sigma = {density.sigma:.2g})")
+        grid, values, error = density.grid.numpy(), density.values.numpy(), 2 * density.stderr.numpy()
+        ax.fill_between(grid, values - error, values + error, alpha=0.3, linewidth=0)
+        ax.plot(grid, values, label=f"density (sigma = {density.sigma:.2g})")
         ax.set_yscale("log")
         # Down to where the faintest single eigenvalue still shows; below are only the tails of the Gaussians.
         faintest = float(density.weights[density.weights > 1e-12].min()) / (density.sigma * math.sqrt(2 * math.pi))
@@ -53,3 +56,61 @@ def plot_spectrum(
     ax.set_title(f"largest eigenvalue {eigenvalues[0]:.4g}")
     ax.legend()
     return figure, ax
+
+
+def plot_blocks(blocks: Mapping[str, BlockCurvature], experts: Mapping[str, BlockCurvature]) -> "Figure":
+    """Bars of the trace of each block and expert with two standard errors, beside the shares of the eigenvectors.
+
+    Args:
+        blocks: Curvature by block.
+        experts: Curvature by expert; may be empty.
+    """
+    from matplotlib.figure import Figure
+
+    num_bars = len(blocks) + len(experts)
+    figure = Figure(figsize=(10, max(3.2, 0.32 * num_bars + 1.4)), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    # from top to bottom, the experts below the blocks that they are part of
+    entries = list({**blocks, **experts}.items())[::-1]
+    colors = ["tab:orange" if name in experts else "tab:blue" for name, _ in entries]
+    traces = [block.trace if math.isfinite(block.trace) else 0.0 for _, block in entries]
+    errors = [2 * block.trace_stderr if math.isfinite(block.trace_stderr) else 0.0 for _, block in entries]
+    left.barh([name for name, _ in entries], traces, xerr=errors, color=colors, capsize=3)
+    left.set_xlabel("trace of the block, ± 2 standard errors")
+    left.set_title("where the curvature is")
+    num_shares = max(len(block.shares) for block in blocks.values())
+    ranks, heights = range(1, num_shares + 1), [0.0] * num_shares
+    for name, block in blocks.items():
+        right.bar(ranks, block.shares, bottom=heights, label=name)
+        heights = [height + share for height, share in zip(heights, block.shares, strict=True)]
+    right.set_xticks(list(ranks), [f"v{rank}" for rank in ranks])
+    right.set_ylabel("share of the squared norm")
+    right.set_ylim(0, 1.02)
+    right.set_title("where the top eigenvectors point")
+    figure.legend(*right.get_legend_handles_labels(), loc="outside lower right", ncols=min(len(blocks), 4))
+    return figure
+
+
+def plot_tracking(
+    epochs: Sequence[int], lambda_max: Sequence[float], thresholds: Sequence[float | None]
+) -> "Figure":
+    """Largest eigenvalue over the epochs, beside the value above which the optimiser's steps are unstable.
+
+    Args:
+        epochs: Epochs, ascending.
+        lambda_max: Largest eigenvalue at the end of each.
+        thresholds: Stability threshold then; None where it is not known.
+    """
+    figure, ax = axes_of(None)
+    ax.plot(epochs, lambda_max, marker=".", label="largest eigenvalue")
+    known = [(epoch, threshold) for epoch, threshold in zip(epochs, thresholds, strict=True) if threshold is not None]
+    if known:
+        ax.plot(*zip(*known, strict=True), linestyle="--", color="tab:red", label="stability threshold")
+    if min(lambda_max) > 0:
+        ax.set_yscale("log")
+    ax.xaxis.get_major_locator().set_params(integer=True)
+    ax.set_xlabel("epoch")
+    ax.set_ylabel("eigenvalue of the Hessian")
+    ax.set_title("sharpness while training")
+    ax.legend()
+    return figure

@@ -1,18 +1,27 @@
 """What a sharpness analysis found, and how it is reported."""
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 from torch import Tensor
 
 from moe_heads.callbacks.functional.curvature.density import SpectralDensity
+from moe_heads.callbacks.functional.curvature.products import GraphMode
+from moe_heads.callbacks.functional.perturbation.result import PerturbationSharpnessResult
+from moe_heads.callbacks.functional.routing_response_result import RoutingResponse
+from moe_heads.callbacks.functional.spectrum.block import BlockCurvature
+from moe_heads.callbacks.functional.spectrum.tables import blocks_table, markdown_table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["SharpnessResult"]
+__all__ = ["Engine", "SharpnessResult"]
+
+Engine = Literal["lanczos", "pyhessian"]
+"""Who computes: this package, or PyHessian as arXiv 2601.15021 used it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -20,29 +29,38 @@ class SharpnessResult:
     r"""Spectrum of the Hessian H of a mean loss, with its uncertainty.
 
     Attributes:
-        eigenvalues: The algebraically largest eigenvalues, descending; units of the loss per squared parameter.
+        eigenvalues: The algebraically largest eigenvalues, descending; units of the loss per squared parameter. With
+            PyHessian in the order in which it gives them.
         residuals: :math:`\|Hv - \lambda v\| / |\lambda|` of each; a symmetric H has an eigenvalue within
             ``residual`` · :math:`|\lambda|` of the one given.
-        lambda_min: Estimate of the smallest eigenvalue, from above.
+        lambda_min: Estimate of the smallest eigenvalue, from above; nan with PyHessian.
         lambda_min_residual: Its relative residual; the analysis does not wait for it to become small.
         trace: Trace of H.
         trace_stderr: Its standard error.
-        frobenius_norm: Estimate of :math:`\|H\|_F`, the root of the sum of squared eigenvalues.
-        density: Density of all eigenvalues (``grid``, ``values``, ``sigma``, ...), or None when not asked for.
-        blocks: By block of parameters, the share (0 to 1) of the squared norm of each eigenvector that lies in it.
-        num_steps: Lanczos steps.
-        num_probes: Random vectors for the trace.
+        frobenius_norm: Estimate of :math:`\|H\|_F`, the root of the sum of squared eigenvalues; nan with PyHessian.
+        density: Density of all eigenvalues (``grid``, ``values``, ``stderr``, ``sigma``, ...), or None.
+        blocks: Curvature by block of parameters.
+        experts: Curvature by single expert, "expert 0" and on, of heads with stacked experts.
+        num_steps: Lanczos steps; power iterations with PyHessian.
+        num_probes: Random vectors for the trace, in units of one product.
         num_products: Hessian-vector products in all.
         num_samples: Samples of the loss.
         num_parameters: Order of H.
         eigenvalues_converged: Whether all of ``eigenvalues`` met their tolerance.
         trace_converged: Whether ``trace_stderr`` met its tolerance.
-        graph_mode: "kept" or "rebuilt", how the products were computed.
+        graph_mode: How the products were computed; see `HessianOperator`.
         seed: Seed of the random vectors.
         parameter_names: The parameters in the order of the flat vectors, that of ``model.named_parameters()``.
         eigenvectors: Unit eigenvectors, shape (number of eigenvalues, num_parameters), on the CPU; None unless kept.
         partial: Why the analysis ended before its time; "" for one that is whole. There may be fewer eigenvalues than
             were asked for, and the trace is nan, with an infinite standard error, when it was not begun.
+        engine: Who computed.
+        failures: What PyHessian got wrong here, a sentence each.
+        overlaps: By name of another result, the overlap of its top eigenvectors with these; see `subspace_overlap`.
+        perturbation: Adaptive and SAM sharpness, where the callback was asked for it.
+        routing: How the routing of a sparse head answers to steps along the first eigenvector, likewise.
+        stability_threshold: :math:`\lambda_{\max}` above which the optimiser's steps are unstable on a quadratic; None
+            where it is not known.
     """
 
     eigenvalues: tuple[float, ...]
@@ -53,7 +71,8 @@ class SharpnessResult:
     trace_stderr: float
     frobenius_norm: float
     density: SpectralDensity | None
-    blocks: dict[str, tuple[float, ...]]
+    blocks: Mapping[str, BlockCurvature]
+    experts: Mapping[str, BlockCurvature]
     num_steps: int
     num_probes: int
     num_products: int
@@ -61,11 +80,17 @@ class SharpnessResult:
     num_parameters: int
     eigenvalues_converged: bool
     trace_converged: bool
-    graph_mode: Literal["kept", "rebuilt"]
+    graph_mode: GraphMode
     seed: int
     parameter_names: tuple[str, ...]
     eigenvectors: Tensor | None
     partial: str = ""
+    engine: Engine = "lanczos"
+    failures: tuple[str, ...] = ()
+    overlaps: Mapping[str, float] = field(default_factory=dict)
+    perturbation: PerturbationSharpnessResult | None = None
+    routing: RoutingResponse | None = None
+    stability_threshold: float | None = None
 
     @property
     def converged(self) -> bool:
@@ -83,6 +108,18 @@ class SharpnessResult:
             "trace": self.trace,
             "trace_stderr": self.trace_stderr,
             "frobenius_norm": self.frobenius_norm,
+            **{f"trace_{_key(name)}": block.trace for name, block in self.blocks.items()},
+            **{f"trace_stderr_{_key(name)}": block.trace_stderr for name, block in self.blocks.items()},
+            **{f"share_{_key(name)}": block.shares[0] for name, block in self.blocks.items() if block.shares},
+            **{
+                f"lambda_max_{_key(name)}": block.lambda_max
+                for name, block in self.blocks.items()
+                if block.lambda_max is not None
+            },
+            **{f"overlap_{name}": overlap for name, overlap in self.overlaps.items()},
+            **({} if self.perturbation is None else self.perturbation.metrics()),
+            **({} if self.routing is None else self.routing.metrics()),
+            **({} if self.stability_threshold is None else {"stability_threshold": self.stability_threshold}),
             "num_products": float(self.num_products),
             "num_samples": float(self.num_samples),
             "converged": float(self.converged),
@@ -97,43 +134,70 @@ class SharpnessResult:
         Args:
             ax: Axes to draw into; by default those of a new figure that pyplot does not know.
         """
-        from moe_heads.callbacks.functional.sharpness_figure import plot_spectrum
+        from moe_heads.callbacks.functional.spectrum.figure import plot_spectrum
 
         return plot_spectrum(self.eigenvalues, self.density, ax)
 
+    def plot_blocks(self) -> "Figure | None":
+        """Where the curvature is: trace of each block and expert with its standard error, and shares of eigenvectors.
+
+        None where there is no more than one block.
+        """
+        from moe_heads.callbacks.functional.spectrum.figure import plot_blocks
+
+        return plot_blocks(self.blocks, self.experts) if len(self.blocks) > 1 else None
+
     def summary(self) -> str:
-        """Markdown table of the numbers, and a sentence for each that did not converge or is not there."""
+        """Markdown tables of the numbers, and a sentence for each that did not converge or is not there."""
+        parts = [
+            markdown_table(("quantity", "value", "relative residual"), self._rows()),
+            blocks_table("block", self.blocks),
+            blocks_table("expert", self.experts),
+            "" if self.perturbation is None else self.perturbation.summary(),
+            "" if self.routing is None else self.routing.summary(),
+            *self._shortfalls(),
+        ]
+        return "\n\n".join(part for part in parts if part)
+
+    def _rows(self) -> list[tuple[str, ...]]:
         rows = [
-            *(
-                (f"λ{rank}", f"{value:.5g}", f"{residual:.1e}")
-                for rank, (value, residual) in enumerate(zip(self.eigenvalues, self.residuals, strict=True), start=1)
-            ),
-            ("λmin", f"{self.lambda_min:.5g}", f"{self.lambda_min_residual:.1e}"),
-            ("trace", f"{self.trace:.5g} ± {self.trace_stderr:.2g}", ""),
-            ("Frobenius norm", f"{self.frobenius_norm:.5g}", ""),
-            ("Hessian-vector products", f"{self.num_products} ({self.num_steps} Lanczos, {self.num_probes} trace)", ""),
+            (f"λ{rank}", f"{value:.5g}", f"{residual:.1e}")
+            for rank, (value, residual) in enumerate(zip(self.eigenvalues, self.residuals, strict=True), start=1)
+        ]
+        if math.isfinite(self.lambda_min):
+            rows.append(("λmin", f"{self.lambda_min:.5g}", f"{self.lambda_min_residual:.1e}"))
+        if self.stability_threshold is not None:
+            rows.append(("stability threshold", f"{self.stability_threshold:.5g}", ""))
+        rows.append(("trace", f"{self.trace:.5g} ± {self.trace_stderr:.2g}", ""))
+        if math.isfinite(self.frobenius_norm):
+            rows.append(("Frobenius norm", f"{self.frobenius_norm:.5g}", ""))
+        rows += [(f"overlap with {name}", f"{overlap:.3f}", "") for name, overlap in self.overlaps.items()]
+        steps = "Lanczos" if self.engine == "lanczos" else "power iteration"
+        spent = f"{self.num_products} ({self.num_steps} {steps}, {self.num_probes} trace)"
+        return [
+            *rows,
+            ("Hessian-vector products", spent, ""),
             ("samples", f"{self.num_samples}", ""),
             ("parameters", f"{self.num_parameters}", ""),
         ]
-        table = [
-            "| quantity | value | relative residual |",
-            "|---|---|---|",
-            *(f"| {' | '.join(row)} |" for row in rows),
-        ]
-        return "\n".join(table + [f"\n{sentence}" for sentence in self._shortfalls()])
 
     def _shortfalls(self) -> list[str]:
         shortfalls = [f"**Partial**: {self.partial}."] if self.partial else []
+        shortfalls += [f"**PyHessian**: {failure}" for failure in self.failures]
         if not self.eigenvalues_converged:
             shortfalls.append(
-                f"The eigenvalues did not converge in {self.num_steps} steps: trust each only within its residual, "
-                "or raise max_steps."
+                f"The eigenvalues did not converge in {self.num_steps} steps: trust each only within its residual"
+                + (", or raise max_steps." if self.engine == "lanczos" else ".")
             )
         if math.isnan(self.trace):
             shortfalls.append("The trace was not begun.")
         elif not self.trace_converged:
             shortfalls.append(
-                f"The trace did not reach its tolerance with {self.num_probes} probes: its standard error holds, "
-                "or raise max_probes."
+                f"The trace did not reach its tolerance with {self.num_probes} probes: its standard error holds"
+                + (", or raise max_probes." if self.engine == "lanczos" else ".")
             )
         return shortfalls
+
+
+def _key(name: str) -> str:
+    return name.replace(" ", "_").replace(".", "_")

@@ -1,3 +1,6 @@
+import math
+
+import pytest
 import torch
 
 from moe_heads.callbacks.functional.curvature.basis import Basis, dot, norm, rademacher
@@ -14,7 +17,7 @@ def filled(num_vectors: int, dim: int) -> tuple[Basis, torch.Tensor]:
 def test_combines_over_blocks_of_rows() -> None:
     basis, rows = filled(37, 50)
     coefficients = torch.randn(3, 37, dtype=torch.float64)
-    assert len(basis) == 37 and torch.equal(basis.last, rows[-1])
+    assert len(basis) == 37 and torch.equal(basis[-1], rows[-1]) and torch.equal(basis[20], rows[20])
     torch.testing.assert_close(basis.combined(coefficients), coefficients @ rows)
 
 
@@ -35,9 +38,37 @@ def test_signs_repeat_with_the_generator_and_are_balanced() -> None:
     assert abs(first.mean()) < 0.04 and abs((first * other).mean()) < 0.04  # four standard errors
 
 
+def test_replaced_by_combinations_of_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("moe_heads.callbacks.functional.curvature.basis._COLUMNS", 7)
+    basis, rows = filled(37, 50)
+    rotation = torch.linalg.qr(torch.randn(37, 37, dtype=torch.float64))[0][:20]
+    basis.replace(rotation)
+    assert len(basis) == 20
+    torch.testing.assert_close(basis.combined(torch.eye(20)), rotation @ rows)
+    basis.append(torch.ones(50, dtype=torch.float64))
+    assert len(basis) == 21 and torch.equal(basis[-1], torch.ones(50, dtype=torch.float64))
+
+
+def test_gram_on_some_places(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("moe_heads.callbacks.functional.curvature.basis._COLUMNS", 7)
+    basis, rows = filled(18, 50)
+    other = torch.randn(50, dtype=torch.float64)
+    inside = torch.cat([rows, other[None]])[:, [*range(3, 20), *range(30, 31)]]
+    torch.testing.assert_close(basis.gram([slice(3, 20), slice(30, 31)], other), inside @ inside.T)
+    torch.testing.assert_close(basis.gram([slice(0, 50)]), torch.eye(18, dtype=torch.float64))
+
+
 def test_dot_sums_in_float64() -> None:
-    # In float32 the small terms vanish next to 2^24 if they are added one by one.
-    left = torch.ones(2**16 + 1)
-    left[0] = 2.0**24
-    assert dot(left, torch.ones_like(left)) == 2.0**24 + 2.0**16
+    # In float32 the pieces of the sum vanish next to 2^41.
+    left = torch.ones(4 * 2**16)
+    left[0] = 2.0**41
+    assert dot(left, torch.ones_like(left)) == pytest.approx(2.0**41 + 3 * 2.0**16, rel=1e-12)
     assert norm(torch.tensor([3.0, 4.0])) == 5.0
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-30, 1e-15, 1.0, 1e30])
+def test_norm_of_any_scale(scale: float) -> None:
+    vector = torch.tensor([3.0, 0.0, 4.0]) * scale
+    assert norm(vector) == pytest.approx(5 * scale, rel=1e-6)
+    assert norm(torch.tensor([1.0, float("inf")])) == float("inf")
+    assert math.isnan(norm(torch.tensor([1.0, float("nan")])))

@@ -79,3 +79,19 @@ def test_bad_arguments() -> None:
         spectral_density(one, sigma=-1)
     with pytest.raises(ValueError, match=r"num_points: expected at least \d+, .*got 50"):
         spectral_density(one, num_points=50)
+
+
+def test_standard_error_bounds_the_spread_over_starts() -> None:
+    operator = random_operator(200)
+    found = [spectral_density([run], sigma=0.4) for run in runs(operator, 60, steps=40)]
+    # the grids differ by their ends, a little
+    grid = np.linspace(-2, 9, 23)
+    values = np.stack([np.interp(grid, f.grid.numpy(), f.values.numpy()) for f in found])
+    eigenvalues = torch.linalg.eigvalsh(operator.matrix).numpy()
+    exact = np.exp(-((grid[:, None] - eigenvalues) ** 2) / (2 * 0.4**2)).mean(1) / (0.4 * (2 * np.pi) ** 0.5)
+    bound = np.mean([np.interp(grid, f.grid.numpy(), f.stderr.numpy()) ** 2 for f in found], axis=0) ** 0.5
+    spread = values.std(0, ddof=1)
+    assert (spread < 1.3 * bound).all() and (spread > 0.5 * bound).any()
+    np.testing.assert_array_less(np.abs(values.mean(0) - exact), 4 * bound / np.sqrt(60) + 1e-6)
+    several = spectral_density(runs(operator, 4, steps=40), sigma=0.4)
+    assert float(several.stderr.max()) == pytest.approx(float(found[0].stderr.max()) / 2, rel=0.3)

@@ -3,7 +3,8 @@ import pytest
 import torch
 from scipy.sparse.linalg import eigsh
 
-from moe_heads.callbacks.functional.curvature.lanczos import lanczos
+from moe_heads.callbacks.functional.curvature.basis import Basis
+from moe_heads.callbacks.functional.curvature.lanczos import LanczosResult, lanczos
 from moe_heads.callbacks.functional.curvature.operator import HessianOperator
 from tests.support.hessians import DenseOperator, classification, cross_entropy, dense_hessian, small_mlp, symmetric
 
@@ -57,11 +58,12 @@ def test_krylov_relation() -> None:
     operator = decaying()
     result = lanczos(operator, generator=seeded(), max_steps=10, tolerance=1e-12)
     q = result.basis.combined(torch.eye(10, dtype=torch.float64))
-    t = torch.diag(result.alphas) + torch.diag(result.betas[:-1], 1) + torch.diag(result.betas[:-1], -1)
+    t = result.projected
+    assert torch.equal(t, t.T) and float(t.triu(2).abs().max()) == 0
     left = q @ operator.matrix - t @ q
     torch.testing.assert_close(q @ q.T, torch.eye(10, dtype=torch.float64), atol=1e-13, rtol=0)
     assert left[:-1].abs().max() < 1e-12
-    assert float(left[-1].norm()) == pytest.approx(float(result.betas[-1]), rel=1e-9)
+    assert float(left[-1].norm()) == pytest.approx(result.beta, rel=1e-9)
 
 
 def test_not_converged_is_said_and_values_are_lower_bounds() -> None:
@@ -124,7 +126,72 @@ def test_min_steps_and_seed() -> None:
     assert result.num_steps == 40 and result.converged
     again = lanczos(operator, generator=seeded(), min_steps=40)
     other = lanczos(operator, generator=seeded(1), min_steps=40)
-    assert torch.equal(result.alphas, again.alphas) and not torch.equal(result.alphas, other.alphas)
+    assert torch.equal(result.projected, again.projected) and not torch.equal(result.projected, other.projected)
+
+
+def test_a_small_basis_is_restarted_and_finds_the_same() -> None:
+    operator = DenseOperator(symmetric(torch.cat([torch.tensor([12.0, 11.8, 11.5, 11.3, 11.0]), 3 * torch.randn(395)])))
+    seen: list[LanczosResult] = []
+
+    def check(result: LanczosResult) -> None:
+        seen.append(result)
+        # the relation holds at every moment, with the basis as it is then
+        m = len(result.projected)
+        q = result.basis.combined(torch.eye(m, dtype=torch.float64))
+        left = q @ operator.matrix - result.projected @ q - result.tail[:, None] * result.remainder
+        assert float(left.abs().max()) < 1e-10
+
+    whole = lanczos(operator, generator=seeded(), tolerance=1e-6)
+    result = lanczos(operator, generator=seeded(), tolerance=1e-6, basis_memory=20 * 400 * 8, on_step=check)
+    assert whole.converged and result.converged
+    assert whole.num_steps == len(whole.basis) > 20 >= len(result.basis)
+    assert whole.num_steps < result.num_steps < 3 * whole.num_steps
+    np.testing.assert_allclose(result.eigenvalues, whole.eigenvalues, rtol=1e-9)
+    assert max(len(found.projected) for found in seen) == 20
+    # the density is that of the start vector, from before the first restart
+    assert len(result.nodes) == 20 and float(result.weights.sum()) == pytest.approx(1)
+
+
+def test_restarts_where_memory_runs_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    operator = decaying()
+    expected = lanczos(operator, generator=seeded(), tolerance=1e-8).eigenvalues
+    real = Basis.reserve
+
+    def reserve(basis: Basis, most: int = 18) -> bool:
+        if len(basis) == most:
+            raise torch.OutOfMemoryError("full")
+        return real(basis)
+
+    monkeypatch.setattr(Basis, "reserve", reserve)
+    result = lanczos(operator, generator=seeded(), tolerance=1e-8)
+    np.testing.assert_allclose(result.eigenvalues, expected, rtol=1e-9)
+    assert result.converged and len(result.basis) <= 18
+    monkeypatch.setattr(Basis, "reserve", lambda basis: reserve(basis, 4))
+    with pytest.raises(MemoryError, match=r"no memory for more than 4 vectors of 200 numbers; analyse fewer parameters"):
+        lanczos(operator, generator=seeded())
+
+
+def test_start_near_the_eigenvectors_saves_steps() -> None:
+    operator = decaying()
+    cold = lanczos(operator, generator=seeded())
+    moved = DenseOperator(operator.matrix + 1e-3 * symmetric(torch.randn(200)))
+    warm = lanczos(moved, generator=seeded(), start=cold.vectors().sum(0))
+    again = lanczos(moved, generator=seeded())
+    assert warm.converged and warm.num_steps < again.num_steps
+    np.testing.assert_allclose(warm.eigenvalues, again.eigenvalues, rtol=1e-5)
+
+
+def test_every_certificate_holds() -> None:
+    """Over 200 seeds and whatever number of steps: an exact eigenvalue lies within each residual."""
+    for seed in range(200):
+        torch.manual_seed(seed)
+        exact = torch.cat([10 * torch.rand(4).double(), torch.randn(56).double()])
+        operator = DenseOperator(symmetric(exact))
+        result = lanczos(operator, generator=seeded(seed), tolerance=10 ** -(1 + seed % 4), max_steps=5 + seed % 30)
+        for value, residual in zip(result.eigenvalues, result.residuals, strict=True):
+            assert float((exact - value).abs().min()) <= residual * abs(value) + 1e-12
+        if result.converged:
+            assert max(result.residuals) <= 10 ** -(1 + seed % 4)
 
 
 def test_bad_arguments() -> None:
@@ -136,4 +203,7 @@ def test_bad_arguments() -> None:
         lanczos(operator, generator=seeded(), num_eigenvalues=2, tolerance=0)
     with pytest.raises(ValueError, match="max_steps: expected at least num_eigenvalues = 2; got 1"):
         lanczos(operator, generator=seeded(), num_eigenvalues=2, max_steps=1)
+    for start in (torch.zeros(4), torch.ones(3), torch.full((4,), torch.nan)):
+        with pytest.raises(ValueError, match=r"start: expected a finite vector of shape \(4,\) that is not zero; got"):
+            lanczos(operator, generator=seeded(), num_eigenvalues=2, start=start)
     assert operator.num_products == 0

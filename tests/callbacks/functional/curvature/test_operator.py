@@ -1,5 +1,6 @@
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,9 +12,10 @@ from torch.utils.checkpoint import checkpoint
 
 from moe_heads.callbacks.functional.common.preserve import analysis_mode
 from moe_heads.callbacks.functional.curvature.operator import HessianOperator
+from moe_heads.callbacks.functional.curvature.products import GraphMode
 from tests.support.hessians import classification, cross_entropy, dense_hessian, small_cnn, small_mlp
 
-MODES = pytest.mark.parametrize("graph_memory", [None, 0], ids=["kept", "rebuilt"])
+MODES = pytest.mark.parametrize("mode", ["linearized", "kept", "rebuilt"])
 
 
 def dense(operator: HessianOperator) -> Tensor:
@@ -22,9 +24,10 @@ def dense(operator: HessianOperator) -> Tensor:
 
 
 @MODES
-def test_equals_dense_hessian(graph_memory: int | None) -> None:
+def test_equals_dense_hessian(mode: GraphMode) -> None:
     model, batch = small_mlp(), classification(20, 5)
-    operator = HessianOperator(model, cross_entropy, [batch], graph_memory=graph_memory)
+    operator = HessianOperator(model, cross_entropy, [batch], mode=mode)
+    assert operator.mode == mode
     torch.testing.assert_close(dense(operator), dense_hessian(model, cross_entropy, batch), rtol=1e-9, atol=1e-12)
 
 
@@ -39,12 +42,12 @@ def test_softmax_regression_closed_form() -> None:
 
 
 @MODES
-def test_uneven_batches_equal_one_batch(graph_memory: int | None) -> None:
+def test_uneven_batches_equal_one_batch(mode: GraphMode) -> None:
     model = small_mlp()
     x, y = classification(25, 5)
     parts = list(zip(x.split([12, 12, 1]), y.split([12, 12, 1]), strict=True))
     whole = HessianOperator(model, cross_entropy, [(x, y)])
-    split = HessianOperator(model, cross_entropy, iter(parts), graph_memory=graph_memory)
+    split = HessianOperator(model, cross_entropy, iter(parts), mode=mode)
     assert split.num_samples == whole.num_samples == 25
     torch.testing.assert_close(dense(split), dense(whole), rtol=1e-9, atol=1e-12)
 
@@ -93,20 +96,68 @@ def test_graph_memory_decides_by_the_size_of_all_batches() -> None:
     model = nn.Sequential(nn.Linear(5, 64), nn.Tanh(), nn.Linear(64, 3))
     batch = classification(256, 5, dtype=torch.float32)
 
-    def mode(batches: list[tuple[Tensor, Tensor]], graph_memory: int) -> str:
-        return HessianOperator(model, cross_entropy, batches, graph_memory=graph_memory).mode
+    def num_kept(batches: list[tuple[Tensor, Tensor]], graph_memory: int) -> int:
+        operator = HessianOperator(model, cross_entropy, batches, graph_memory=graph_memory)
+        assert operator.mode == ("kept" if operator.num_kept else "rebuilt")
+        return operator.num_kept
 
     # 256 samples hold at least the 64 float32 activations each.
-    assert mode([batch], 256 * 64 * 4) == "rebuilt"
-    assert mode([batch], 2**20) == "kept"
-    assert mode([batch] * 10, 2**20) == "rebuilt"
-    assert mode([(batch[0][:8], batch[1][:8]), *[batch] * 10], 2**20) == "rebuilt"
+    assert num_kept([batch], 256 * 64 * 4) == 0
+    assert num_kept([batch], 2**20) == 1
+    few = num_kept([batch] * 20, 2**20)
+    assert 1 < few < 20 and num_kept([batch] * 20, 2**21) >= 2 * few
+    assert 1 <= num_kept([(batch[0][:8], batch[1][:8]), *[batch] * 20], 2**20) <= few + 1
+
+
+def test_batches_that_do_not_fit_are_rebuilt_beside_the_others() -> None:
+    model = nn.Sequential(nn.Linear(5, 64), nn.Tanh(), nn.Linear(64, 3)).double()
+    batches = [classification(size, 5) for size in (200, 256, 256, 30)]
+    operator = HessianOperator(model, cross_entropy, batches, graph_memory=2**19)
+    assert 0 < operator.num_kept < 4
+    v = torch.randn(operator.num_parameters, dtype=torch.float64)
+    whole = HessianOperator(model, cross_entropy, [(torch.cat(x), torch.cat(y)) for x, y in [zip(*batches, strict=True)]])
+    torch.testing.assert_close(operator.matvec(v), whole.matvec(v), rtol=1e-9, atol=1e-12)
+
+
+@MODES
+def test_strata_sum_up_to_the_whole(mode: GraphMode) -> None:
+    model, batches = small_mlp(), [classification(size, 5) for size in (5, 4, 4, 7)]
+    operator = HessianOperator(model, cross_entropy, batches, mode=mode)
+    v = torch.randn(57, dtype=torch.float64)
+    assert operator.num_strata == 4
+    parts = torch.stack([operator.matvec(v, stratum) for stratum in range(4)])
+    assert operator.num_products == 1
+    torch.testing.assert_close(parts.sum(0), operator.matvec(v))
+    first = HessianOperator(model, cross_entropy, batches[:1]).matvec(v)
+    torch.testing.assert_close(parts[0], 5 / 20 * first)
+    many = HessianOperator(model, cross_entropy, [classification(2, 5) for _ in range(40)])
+    assert many.num_strata == 16
+    torch.testing.assert_close(sum(many.matvec(v, s) for s in range(16)), many.matvec(v))
+
+
+def test_strata_stay_the_same_when_memory_halves_their_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, batches = small_mlp(), [classification(size, 5) for size in (8, 6, 10)]
+    expected = HessianOperator(model, cross_entropy, batches)
+    v = torch.randn(57, dtype=torch.float64)
+
+    def tight(m: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        if len(batch[0]) > 3:
+            raise torch.OutOfMemoryError("too many")
+        return cross_entropy(m, batch)
+
+    operator = HessianOperator(model, tight, batches)
+    assert operator.mode == "rebuilt" and operator.num_strata == 3
+    for stratum in (1, 0, 2):
+        torch.testing.assert_close(operator.matvec(v, stratum), expected.matvec(v, stratum))
 
 
 def test_some_parameters_only() -> None:
     model, batch = small_mlp(), classification(20, 5)
     full = dense_hessian(model, cross_entropy, batch)
     last = HessianOperator(model, cross_entropy, [batch], params=list(model[2].parameters()))
+    by_name = HessianOperator(model, cross_entropy, [batch], params=["2"])
+    assert by_name.names == last.names == ("2.weight", "2.bias")
+    assert torch.equal(dense(by_name), dense(last))
     torch.testing.assert_close(dense(last), full[36:, 36:], rtol=1e-9, atol=1e-12)
     model[2].requires_grad_(False)
     first = HessianOperator(model, cross_entropy, [batch])
@@ -127,21 +178,21 @@ class Branches(nn.Module):
 
 
 @MODES
-def test_unused_and_linear_parameters_have_zero_rows(graph_memory: int | None) -> None:
+def test_unused_and_linear_parameters_have_zero_rows(mode: GraphMode) -> None:
     model = Branches().double()
 
     def loss(m: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
         return cross_entropy(m, batch) + m.shift
 
-    matrix = dense(HessianOperator(model, loss, [classification(20, 5)], graph_memory=graph_memory))
+    matrix = dense(HessianOperator(model, loss, [classification(20, 5)], mode=mode))
     assert matrix[:37].any() and matrix[0].count_nonzero() == 0  # the shift comes first
     assert matrix[1:37, 1:37].any() and not matrix[37:].any() and not matrix[:, 37:].any()
 
 
 @MODES
-def test_linear_loss_has_zero_hessian(graph_memory: int | None) -> None:
+def test_linear_loss_has_zero_hessian(mode: GraphMode) -> None:
     model = nn.Linear(3, 1)
-    operator = HessianOperator(model, lambda m, x: m(x).mean(), [torch.randn(4, 3)], graph_memory=graph_memory)
+    operator = HessianOperator(model, lambda m, x: m(x).mean(), [torch.randn(4, 3)], mode=mode)
     assert not operator.matvec(torch.ones(4)).any()
 
 
@@ -167,9 +218,8 @@ def test_attention_in_analysis_mode() -> None:
 
 def test_fused_attention_error_names_cause_and_remedy() -> None:
     model, batch = Attention(), classification(6, 4, 8, dtype=torch.float32)
-    operator = HessianOperator(model, cross_entropy, [batch])
     with pytest.raises(RuntimeError, match=r"no second derivative .*analysis_mode") as caught:
-        operator.matvec(torch.ones(operator.num_parameters))
+        HessianOperator(model, cross_entropy, [batch])
     assert isinstance(caught.value.__cause__, RuntimeError)
 
 
@@ -275,6 +325,39 @@ def test_bad_data_and_vectors() -> None:
         HessianOperator(small_mlp(), cross_entropy, [])
     with pytest.raises(ValueError, match=r"vector: expected shape \(57,\); got \(3,\)"):
         HessianOperator(small_mlp(), cross_entropy, [batch]).matvec(torch.ones(3))
+
+
+@pytest.mark.parametrize("mode", ["linearized", "kept"])
+def test_what_lies_before_the_parameters_is_computed_once(mode: GraphMode) -> None:
+    calls = 0
+
+    class Counted(nn.Tanh):
+        def forward(self, x: Tensor) -> Tensor:
+            nonlocal calls
+            calls += 1
+            return super().forward(x)
+
+    model = nn.Sequential(nn.Linear(5, 40), Counted(), nn.Linear(40, 3)).double()
+    batch = classification(20, 5)
+    expected = dense_hessian(model, cross_entropy, batch)[-123:, -123:]
+    operator = HessianOperator(model, cross_entropy, [batch], params=["2"], mode=mode)
+    before = calls
+    torch.testing.assert_close(dense(operator), expected, rtol=1e-9, atol=1e-12)
+    assert calls == before and all(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("params", "message"),
+    [
+        ("head", "params: expected a list of parameters or of their names; got 'head'"),
+        (["head"], "or names of parameters or modules such as '0.weight'; 'head' is none"),
+        ([torch.ones(2)], r"a tensor of shape \(2,\) is none"),
+        ([], "params: expected at least one parameter; got none"),
+    ],
+)
+def test_bad_selections(params: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        HessianOperator(small_mlp(), cross_entropy, [classification(4, 5)], params=params)
 
 
 @pytest.mark.gpu

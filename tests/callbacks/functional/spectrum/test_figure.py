@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 
 from moe_heads.callbacks.functional.curvature.density import SpectralDensity, spectral_density
 from moe_heads.callbacks.functional.curvature.lanczos import lanczos
-from moe_heads.callbacks.functional.sharpness_figure import plot_spectrum
+from moe_heads.callbacks.functional.spectrum.figure import plot_spectrum
 from tests.support.hessians import DenseOperator, symmetric
 
 

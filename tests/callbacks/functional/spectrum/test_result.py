@@ -3,7 +3,7 @@ from dataclasses import FrozenInstanceError, replace
 import pytest
 
 from moe_heads.callbacks.functional.sharpness import sharpness
-from moe_heads.callbacks.functional.sharpness_result import SharpnessResult
+from moe_heads.callbacks.functional.spectrum.result import SharpnessResult
 from tests.support.hessians import classification, cross_entropy, small_mlp
 
 
@@ -23,6 +23,12 @@ def test_metrics(result: SharpnessResult) -> None:
         "trace",
         "trace_stderr",
         "frobenius_norm",
+        "trace_0",
+        "trace_2",
+        "trace_stderr_0",
+        "trace_stderr_2",
+        "share_0",
+        "share_2",
         "num_products",
         "num_samples",
         "converged",
@@ -35,7 +41,10 @@ def test_metrics(result: SharpnessResult) -> None:
 def test_summary_is_a_table(result: SharpnessResult) -> None:
     lines = result.summary().splitlines()
     assert lines[0] == "| quantity | value | relative residual |"
-    assert all(line.count("|") == 4 for line in lines)
+    table, blocks = result.summary().split("\n\n")
+    assert all(line.count("|") == 4 for line in table.splitlines())
+    assert blocks.splitlines()[0] == "| block | parameters | trace | share of v1 | share of v2 | share of v3 |"
+    assert blocks.splitlines()[2].startswith("| 0 | 36 | ") and len(blocks.splitlines()) == 4
     assert f"| λ1 | {result.eigenvalues[0]:.5g} |" in lines[2]
     assert f"| trace | {result.trace:.5g} ± {result.trace_stderr:.2g} |" in result.summary()
     assert f"| Hessian-vector products | {result.num_products} (" in result.summary()

@@ -1,0 +1,1 @@
+"""What a sharpness analysis found: the result, its tables and its figures."""
