@@ -34,9 +34,10 @@ class Analysis(ABC):
     name: str
     needs_loss: ClassVar[bool] = True
     fallbacks: ClassVar[Mapping[Split, Sequence[Split]]] = {"test": ("val",)}
-    over_ranks: ClassVar[OverRanks] = "same"
+    over_ranks: OverRanks = "same"
     default_splits: ClassVar[Sequence[Split]] = ("train", "test")
     default_num_samples: ClassVar[int] = 1000
+    default_batch_size: ClassVar[int] = 250
 
     def __init__(
         self,
@@ -54,7 +55,7 @@ class Analysis(ABC):
     ) -> None:
         self.splits: Sequence[Split] = self.default_splits if splits is None else splits
         self.num_samples = self.default_num_samples if num_samples is None else num_samples
-        self.batch_size = 250 if batch_size is None else batch_size
+        self.batch_size = self.default_batch_size if batch_size is None else batch_size
         self.seed, self.loss_fn, self.max_time, self.on_error = seed, loss_fn, max_time, on_error
         self.stages, self.every_n_epochs, self.weights = stages, every_n_epochs, weights
         self.name = type(self).name if name is None else name
@@ -123,6 +124,10 @@ class Analysis(ABC):
         key, result = self._known.get(inputs.split, (b"", None))
         return result if key == inputs.key else None
 
+    def is_enough(self, result: Any) -> bool:
+        """Whether a result that is known says all that is wanted now."""
+        return True
+
     def analyse_split(
         self, site: Site, model: nn.Module, split: Split, weights: Weights
     ) -> tuple[Split, Mapping[str, float]] | None:
@@ -156,7 +161,8 @@ class Analysis(ABC):
                 if prepared is None:
                     return None
                 inputs, sample = prepared
-                is_known = all(ranks.gather(self.result_for(inputs) is not None))
+                known = self.result_for(inputs)
+                is_known = all(ranks.gather(known is not None and self.is_enough(known)))
                 result, error = self._found(inputs, ranks, monitor, is_known)
         except KeyboardInterrupt as raised:
             if result is None:

@@ -53,7 +53,7 @@ class ExpertUtilizationCallback(FitEndAnalysis):
 
     name = "expert_utilization"
     needs_loss: ClassVar[bool] = False
-    over_ranks: ClassVar[OverRanks] = "share"
+    over_ranks: OverRanks = "share"
     default_num_samples: ClassVar[int] = 10_000
     results: dict[Split, ExpertUtilizationResult]
 

@@ -40,6 +40,7 @@ class FitEndAnalysis(Analysis, Callback):
     Attributes:
         results: Result by split.
         tracked: Metrics by split and epoch, of ``every_n_epochs``.
+        is_tracking: Whether what runs at the moment is one of these.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -48,6 +49,7 @@ class FitEndAnalysis(Analysis, Callback):
     def __init__(self, **options: Unpack[AnalysisOptions]) -> None:
         super().__init__(**options)
         self.tracked: dict[Split, dict[int, Mapping[str, float]]] = {}
+        self.is_tracking = False
         self._has_fitted = False
 
     @override
@@ -93,7 +95,12 @@ class FitEndAnalysis(Analysis, Callback):
         if self.every_n_epochs is None or (epoch + 1) % self.every_n_epochs:
             return
         self.results = {}  # those of an earlier epoch are not those of this one
-        for split, metrics in self._analyse_all(trainer, pl_module, self.splits, "last").items():
+        self.is_tracking = True
+        try:
+            done = self._analyse_all(trainer, pl_module, self.splits, "last")
+        finally:
+            self.is_tracking = False
+        for split, metrics in done.items():
             self.tracked.setdefault(split, {})[epoch] = metrics
 
     @override

@@ -46,7 +46,7 @@ class InferenceTimingCallback(FitEndAnalysis):
 
     name = "inference_timing"
     needs_loss: ClassVar[bool] = False
-    over_ranks: ClassVar[OverRanks] = "first"
+    over_ranks: OverRanks = "first"
     default_splits: ClassVar[Sequence[Split]] = ("test",)
     fallbacks: ClassVar[Mapping[Split, Sequence[Split]]] = {"test": ("val", "train")}
     results: dict[Split, InferenceTimingResult]

@@ -51,7 +51,7 @@ class AnalysisTraits(Options, Protocol):
 
     needs_loss: ClassVar[bool]
     fallbacks: ClassVar[Mapping[Split, Sequence[Split]]]
-    over_ranks: ClassVar[OverRanks]
+    over_ranks: OverRanks
 
 
 def prepare(
@@ -89,28 +89,27 @@ def prepare(
         return None
     split = there
 
-    def draw(batch_size: int) -> Sample:
+    def draw() -> Sample:
         num_samples, num_batches = site.limits(split, analysis.num_samples)
         assert found is not None
         return draw_sample(
             split,
             found[1],
             num_samples,
-            batch_size,
+            analysis.batch_size,
             analysis.seed,
             dataset=site.dataset(split) if num_batches is None else None,
             num_batches=num_batches,
             monitor=monitor,
         )
 
-    sample = ranks.first(lambda: draw(analysis.batch_size * (ranks.size if shares else 1)))
+    sample = ranks.first(draw)
     with ranks.together():
         first = site.transfer(sample.batches[0])
         is_random = loss_fn is not None and draws_random_numbers(model, loss_fn, first, ranks.name)
     if shares and ranks.size > 1 and any(ranks.gather(is_random)):
-        # random numbers drawn for a part of a batch, or for a larger one, are not those that one process draws
+        # random numbers drawn for a part of a batch are not those that one process draws
         shares = False
-        sample = ranks.first(lambda: draw(analysis.batch_size))
     key = ranks.first(lambda: _key(model, sample))
     share = _share(sample.batches, ranks) if shares else None
     with ranks.together():

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from moe_heads.callbacks.functional import (
 )
 from moe_heads.callbacks.functional.common.batches import Batch
 from moe_heads.callbacks.functional.common.monitor import Monitor, TimeUp
+from moe_heads.callbacks.functional.common.parameters import trainable_parameters
 from moe_heads.callbacks.functional.curvature import top_eigenvector
 from moe_heads.callbacks.inputs import AnalysisInputs
 from moe_heads.callbacks.options import AnalysisOptions, OverRanks
@@ -86,7 +87,7 @@ class LossLandscapeCallback(FitEndAnalysis):
     """
 
     name = "loss_landscape"
-    over_ranks: ClassVar[OverRanks] = "share"
+    over_ranks: OverRanks = "share"
     results: dict[Split, Landscape]
 
     def __init__(
@@ -201,10 +202,12 @@ class LossLandscapeCallback(FitEndAnalysis):
             if isinstance(callback, SharpnessCallback) and callback.loss_fn == self.loss_fn:
                 found: SharpnessResult | None = callback.result_for(inputs)
                 vectors = None if found is None else found.eigenvectors
-                if found is None or vectors is None:
+                if found is None or vectors is None or found.parameter_names != (*trainable_parameters(inputs.model),):
                     continue
                 # more steps than that would not be taken here either
-                if found.residuals[0] <= _EIGENVECTOR_TOLERANCE or found.num_steps >= _EIGENVECTOR_STEPS:
+                if found.residuals[0] <= _EIGENVECTOR_TOLERANCE or (
+                    found.engine == "lanczos" and found.num_steps >= _EIGENVECTOR_STEPS
+                ):
                     return vectors[0]
         assert inputs.loss_fn is not None
         return top_eigenvector(

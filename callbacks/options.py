@@ -27,7 +27,9 @@ class AnalysisOptions(TypedDict, total=False):
         splits: Splits to analyse, of "train", "val" and "test"; by default train and test. A missing test loader falls
             back to the validation data, and says so; a split without data is skipped, and says so.
         num_samples: Samples drawn of each split; by default 1,000 as in arXiv 2601.15021.
-        batch_size: Samples a batch and process, by default 250; it decides memory and speed, not results.
+        batch_size: Samples a batch, cut among the processes that share the work; by default 250, and 50 for the
+            sharpness, whose trace needs fewer probes with more batches. It decides memory and speed, not what is
+            estimated.
         seed: Seed of the draw and of the analysis, by default 0.
         loss_fn: ``loss_fn(pl_module, batch) -> scalar``; by default the module's ``analysis_loss(batch)``, else what
             its ``training_step`` returns.

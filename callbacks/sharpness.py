@@ -1,48 +1,91 @@
 """Callback: spectrum, trace and density of the Hessian at the end of fit."""
 
 from collections.abc import Mapping, Sequence
-from typing import ClassVar
+from dataclasses import replace
+from functools import partial
+from typing import Any, ClassVar, get_args
 
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor
 from typing_extensions import Unpack, override
 
 from moe_heads.callbacks.fit_end import FitEndAnalysis
-from moe_heads.callbacks.functional import SharpnessResult, sharpness
-from moe_heads.callbacks.functional.common.parameters import trainable_parameters
+from moe_heads.callbacks.functional import (
+    SharpnessResult,
+    perturbation_sharpness,
+    published_sharpness,
+    routing_response,
+    sharpness,
+)
+from moe_heads.callbacks.functional.common.digest import digest_of
+from moe_heads.callbacks.functional.curvature import subspace_overlap
+from moe_heads.callbacks.functional.curvature.parameters import selected_parameters
+from moe_heads.callbacks.functional.published.conversion import as_sharpness_result
+from moe_heads.callbacks.functional.routing_response import has_sparse_router
 from moe_heads.callbacks.functional.sharpness import check_sharpness_options
+from moe_heads.callbacks.functional.spectrum.result import Engine
 from moe_heads.callbacks.inputs import AnalysisInputs
 from moe_heads.callbacks.options import AnalysisOptions, OverRanks
 from moe_heads.callbacks.reporting import Report
+from moe_heads.callbacks.stability import stability_threshold
 from moe_heads.callbacks.trainer_access import Split
 
 __all__ = ["SharpnessCallback"]
 
 
 class SharpnessCallback(FitEndAnalysis):
-    """Largest Hessian eigenvalues with residuals, trace with standard error, and spectral density, at the end of fit.
+    r"""Largest Hessian eigenvalues with residuals, trace with standard error, and spectral density, at the end of fit.
 
     Works on any Trainer without an argument; `functional.sharpness` says what is computed and how. Logged at the end of
     fit, below ``sharpness/<split>/``:
 
-    ========================  ==============================================================================
-    lambda_max, lambda_2, …   largest eigenvalues, in units of the loss over squared parameter
-    lambda_min                smallest eigenvalue
-    residual_max              largest relative residual of the eigenvalues above
-    trace, trace_stderr       trace and its standard error
-    frobenius_norm            estimate of the Frobenius norm
-    num_products              Hessian-vector products that were spent
-    num_samples, converged    samples of the draw; 1 when every tolerance was met
-    spectrum                  figure: log density with the eigenvalues marked (TensorBoard)
-    summary                   table with residuals and standard errors (TensorBoard)
-    partial                   1 when max_time, an error or Ctrl-C ended it early; else absent
-    ========================  ==============================================================================
+    =============================  =================================================================================
+    lambda_max, lambda_2, …        largest eigenvalues, in units of the loss over squared parameter
+    lambda_min                     smallest eigenvalue
+    residual_max                   largest relative residual of the eigenvalues above
+    trace, trace_stderr            trace and its standard error
+    frobenius_norm                 estimate of the Frobenius norm
+    trace_<block>, …               trace of the block of parameters (backbone, router, experts, …), and
+                                   trace_stderr_<block>
+    share_<block>                  share of the first eigenvector that lies in the block
+    lambda_max_<block>             largest eigenvalue of the block (``block_eigenvalues``)
+    overlap_<split>                overlap of the top eigenvectors with those of the split analysed before
+    stability_threshold            :math:`2/\eta`, above which the steps of SGD are unstable (split "train")
+    routing_flips_<s>, …           share of samples that choose other experts at the step s along the first
+                                   eigenvector; losses and curvatures with routing free and fixed (sparse heads)
+    perturbation_average, …        rise of the loss under adaptive perturbations (``perturbation``)
+    num_products                   Hessian-vector products that were spent
+    num_samples, converged         samples of the draw; 1 when every tolerance was met
+    spectrum                       figure: log density with its error and the eigenvalues marked (TensorBoard)
+    blocks                         figure: traces by block and expert, shares of the eigenvectors (TensorBoard)
+    tracking                       figure: lambda_max over the epochs beside the threshold (``every_n_epochs``)
+    summary                        tables with residuals and standard errors (TensorBoard)
+    partial                        1 when max_time, an error or Ctrl-C ended it early; else absent
+    =============================  =================================================================================
+
+    With ``every_n_epochs`` each analysis starts from the eigenvectors of the one before and leaves out the density,
+    which takes random starts and most products.
 
     Args:
         num_eigenvalues: Number of largest eigenvalues; as many as there are where the model has fewer parameters.
         tolerance: Largest relative residual of an eigenvalue.
         trace_tolerance: Standard error of the trace over the larger of its size and the Frobenius norm.
         max_steps: Most Lanczos steps.
-        max_probes: Most random probes for the trace.
-        blocks: Names of parameters by block; by default one block a child of the module.
+        max_probes: Most rounds of random probes.
+        density: Also give the spectral density; without it a trained network takes a third of the products.
+        params: Names of parameters or modules to restrict the Hessian to, such as ``["head"]``; by default all that
+            require a gradient. What lies before them is computed once.
+        blocks: Names of parameters or modules by block; by default backbone, router and experts of a model with one of
+            our routers, else one block for each child of the module.
+        block_eigenvalues: Also give the largest eigenvalue of each block; about ten products each.
+        routing_steps: Lengths of the steps along the first eigenvector at which routing is looked at, in both
+            directions, for models with a sparse router; 0.5 is the reach of the slice of arXiv 2601.15021. Empty for
+            none.
+        perturbation: Also give the adaptive and SAM-type sharpness of `functional.perturbation_sharpness`, which do not
+            change when layers are rescaled; about forty gradients.
+        engine: "lanczos", the default, or "pyhessian" for the procedure with which arXiv 2601.15021 was measured:
+            PyHessian with its own settings, its failures caught and named. It gives eigenvalues, trace and density.
         options: What all analyses share: splits, num_samples, batch_size, seed, loss_fn, stages, every_n_epochs,
             weights, max_time, on_error, name; see `AnalysisOptions`.
 
@@ -54,45 +97,163 @@ class SharpnessCallback(FitEndAnalysis):
     """
 
     name = "sharpness"
-    over_ranks: ClassVar[OverRanks] = "share"
+    over_ranks: OverRanks = "share"
+    default_batch_size: ClassVar[int] = 50
     results: dict[Split, SharpnessResult]
 
     def __init__(
         self,
         num_eigenvalues: int = 5,
         tolerance: float = 1e-3,
-        trace_tolerance: float = 0.05,
+        trace_tolerance: float = 0.02,
         max_steps: int = 200,
         max_probes: int = 100,
+        density: bool = True,
+        params: Sequence[str] | None = None,
         blocks: Mapping[str, Sequence[str]] | None = None,
+        block_eigenvalues: bool = False,
+        routing_steps: Sequence[float] = (0.01, 0.1, 0.5),
+        perturbation: bool = False,
+        engine: Engine = "lanczos",
         **options: Unpack[AnalysisOptions],
     ) -> None:
         check_sharpness_options(num_eigenvalues, tolerance, trace_tolerance, max_steps, max_probes)
+        if engine not in get_args(Engine):
+            raise ValueError(f"engine: expected one of {get_args(Engine)}; got {engine!r}")
+        if any(isinstance(s, bool) or not isinstance(s, (int, float)) or not 0 < s < torch.inf for s in routing_steps):
+            raise ValueError(f"routing_steps: expected finite numbers above 0; got {routing_steps!r}")
         super().__init__(**options)
-        self.num_eigenvalues, self.blocks = num_eigenvalues, blocks
+        self.num_eigenvalues, self.density = num_eigenvalues, density
+        self.params, self.blocks, self.block_eigenvalues = params, blocks, block_eigenvalues
         self.tolerance, self.trace_tolerance = tolerance, trace_tolerance
         self.max_steps, self.max_probes = max_steps, max_probes
+        self.routing_steps, self.perturbation, self.engine = tuple(routing_steps), perturbation, engine
+        if engine == "pyhessian":
+            self.over_ranks = "first"
+        self._starts: dict[Split, Tensor] = {}
+        self._weights: dict[Split, bytes] = {}
+
+    @override
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_fit_start(trainer, pl_module)
+        self._starts = {}
+
+    @override
+    def is_enough(self, result: SharpnessResult) -> bool:
+        return self.is_tracking or result.density is not None or not self.density
 
     @override
     def compute(self, inputs: AnalysisInputs) -> SharpnessResult:
         assert inputs.loss_fn is not None
-        num_parameters = sum(p.numel() for p in trainable_parameters(inputs.model).values())
+        weights = digest_of(inputs.model.parameters())
+        result = self._besides(inputs, self._spectrum(inputs), weights)
+        for part in (self._routing, self._perturbation):
+            if result.partial:
+                break
+            inputs.monitor.keep(partial(_ended, result))
+            result = part(inputs, result)
+        self._weights[inputs.split] = weights
+        if result.eigenvectors is not None:
+            self._starts[inputs.split] = result.eigenvectors.sum(0)
+        return result
+
+    @override
+    def report(self, result: SharpnessResult) -> Report:
+        figures = {"spectrum": result.plot()[0], "blocks": result.plot_blocks(), "tracking": result.plot_history()}
+        there = {name: figure for name, figure in figures.items() if figure is not None}
+        return Report(result.metrics(), {"summary": result.summary()}, there)
+
+    def _spectrum(self, inputs: AnalysisInputs) -> SharpnessResult:
+        assert inputs.loss_fn is not None
+        selected = selected_parameters(inputs.model, self.params)
+        num_parameters = sum(p.numel() for p in selected.values())
+        shared: dict[str, Any] = {
+            "params": self.params,
+            "num_eigenvalues": min(self.num_eigenvalues, num_parameters),
+            "density": self.density and not self.is_tracking,
+            "seed": self.seed,
+            "monitor": inputs.monitor,
+        }
+        if self.engine == "pyhessian":
+            found = published_sharpness(inputs.model, inputs.loss_fn, inputs.batches, **shared)
+            return as_sharpness_result(found, inputs.model, self.seed)
+        start = self._starts.get(inputs.split) if self.is_tracking else None
         return sharpness(
             inputs.model,
             inputs.loss_fn,
             inputs.batches,
-            num_eigenvalues=min(self.num_eigenvalues, num_parameters),
             tolerance=self.tolerance,
             trace_tolerance=self.trace_tolerance,
             max_steps=self.max_steps,
             max_probes=self.max_probes,
             blocks=self.blocks,
+            block_eigenvalues=self.block_eigenvalues,
             keep_eigenvectors=True,
-            seed=self.seed,
-            monitor=inputs.monitor,
+            start=start if start is not None and len(start) == num_parameters else None,
             ranks=inputs.ranks,
+            **shared,
         )
 
-    @override
-    def report(self, result: SharpnessResult) -> Report:
-        return Report(result.metrics(), {"summary": result.summary()}, {"spectrum": result.plot()[0]})
+    def _besides(self, inputs: AnalysisInputs, result: SharpnessResult, weights: bytes) -> SharpnessResult:
+        """What needs no further product: overlaps with other splits, the stability threshold, the epochs before."""
+        overlaps: dict[str, float] = {
+            split: subspace_overlap(other.eigenvectors, result.eigenvectors)
+            for split, other in self.results.items()
+            if split != inputs.split
+            and self._weights.get(split) == weights
+            and other.eigenvectors is not None
+            and result.eigenvectors is not None
+            and other.eigenvectors.shape == result.eigenvectors.shape
+        }
+        is_trained_on = inputs.trainer is not None and inputs.split == "train"
+        threshold = stability_threshold(inputs.trainer.optimizers) if is_trained_on and inputs.trainer else None
+        tracked = {} if self.is_tracking else self.tracked.get(inputs.split, {})
+        history = {
+            epoch: (metrics["lambda_max"], metrics.get("stability_threshold"))
+            for epoch, metrics in tracked.items()
+            if "lambda_max" in metrics
+        }
+        return replace(result, overlaps=overlaps, stability_threshold=threshold, history=history)
+
+    def _routing(self, inputs: AnalysisInputs, result: SharpnessResult) -> SharpnessResult:
+        is_wanted = self.routing_steps and self.engine == "lanczos" and has_sparse_router(inputs.model)
+        if not is_wanted or result.eigenvectors is None:
+            return result
+        assert inputs.loss_fn is not None
+        found = routing_response(
+            inputs.model,
+            inputs.loss_fn,
+            inputs.batches,
+            self._whole_direction(inputs, result.eigenvectors[0]),
+            [sign * step for step in self.routing_steps for sign in (1, -1)],
+            seed=self.seed,
+            monitor=inputs.monitor.part(lambda part: replace(result, routing=part, partial=part.partial)),
+            ranks=inputs.ranks,
+        )
+        return replace(result, routing=found, partial=found.partial)
+
+    def _perturbation(self, inputs: AnalysisInputs, result: SharpnessResult) -> SharpnessResult:
+        if not self.perturbation or self.is_tracking or self.engine != "lanczos":
+            return result
+        assert inputs.loss_fn is not None
+        found = perturbation_sharpness(
+            inputs.model,
+            inputs.loss_fn,
+            inputs.batches,
+            params=self.params,
+            seed=self.seed,
+            monitor=inputs.monitor.part(lambda part: replace(result, perturbation=part, partial=part.partial)),
+            ranks=inputs.ranks,
+        )
+        return replace(result, perturbation=found, partial=found.partial)
+
+    def _whole_direction(self, inputs: AnalysisInputs, vector: Tensor) -> Tensor:
+        """A vector over the selected parameters as one over all that require a gradient."""
+        selected = selected_parameters(inputs.model, self.params)
+        parts = dict(zip(selected, vector.split([p.numel() for p in selected.values()]), strict=True))
+        every = selected_parameters(inputs.model, None)
+        return torch.cat([parts.get(name, vector.new_zeros(p.numel())) for name, p in every.items()])
+
+
+def _ended(result: SharpnessResult, reason: str) -> SharpnessResult:
+    return replace(result, partial=reason)

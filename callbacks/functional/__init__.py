@@ -8,18 +8,29 @@ from moe_heads.callbacks.functional.inference_timing import inference_timing
 from moe_heads.callbacks.functional.landscape.directions import filter_normalized, random_direction
 from moe_heads.callbacks.functional.landscape.result import LossLandscapeResult
 from moe_heads.callbacks.functional.loss_landscape import loss_landscape
+from moe_heads.callbacks.functional.perturbation.result import PerturbationSharpnessResult
+from moe_heads.callbacks.functional.perturbation_sharpness import perturbation_sharpness
+from moe_heads.callbacks.functional.published.findings import PublishedFindings
+from moe_heads.callbacks.functional.published_sharpness import published_sharpness
+from moe_heads.callbacks.functional.routing_response import routing_response
+from moe_heads.callbacks.functional.routing_response_result import RoutingResponse
 from moe_heads.callbacks.functional.sharpness import sharpness
-from moe_heads.callbacks.functional.sharpness_result import SharpnessResult
+from moe_heads.callbacks.functional.spectrum.block import BlockCurvature
+from moe_heads.callbacks.functional.spectrum.result import SharpnessResult
 from moe_heads.callbacks.functional.timing.result import InferenceTimingResult
 from moe_heads.callbacks.functional.timing.row import TimingRow
 from moe_heads.callbacks.functional.utilization.result import ExpertUtilizationResult
 
 __all__ = [
+    "BlockCurvature",
     "ExpertUtilizationResult",
     "InferenceTimingResult",
     "LossLandscapeResult",
     "Monitor",
+    "PerturbationSharpnessResult",
+    "PublishedFindings",
     "Ranks",
+    "RoutingResponse",
     "SharpnessResult",
     "TimingRow",
     "analysis_mode",
@@ -27,7 +38,10 @@ __all__ = [
     "filter_normalized",
     "inference_timing",
     "loss_landscape",
+    "perturbation_sharpness",
     "preserved",
+    "published_sharpness",
     "random_direction",
+    "routing_response",
     "sharpness",
 ]

@@ -35,7 +35,9 @@ def test_a_plain_call_finds_what_the_function_finds() -> None:
     assert set(results) == {"train", "val"}
     assert results is callback.results
     expected = sharpness(module, cross_entropy, list(loader()))
-    assert results["train"].metrics() == pytest.approx(expected.metrics(), rel=1e-5)
+    found = results["train"].metrics()
+    assert {name: found[name] for name in expected.metrics()} == pytest.approx(expected.metrics(), rel=1e-5)
+    assert 0 < results["val"].overlaps["train"] <= 1 and not results["train"].overlaps
 
 
 def test_a_plain_call_takes_any_module_with_a_loss_and_batches() -> None:

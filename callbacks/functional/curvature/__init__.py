@@ -4,6 +4,7 @@ from moe_heads.callbacks.functional.curvature.basis import Basis
 from moe_heads.callbacks.functional.curvature.density import SpectralDensity, spectral_density
 from moe_heads.callbacks.functional.curvature.lanczos import LanczosResult, lanczos
 from moe_heads.callbacks.functional.curvature.operator import HessianOperator, SymmetricOperator
+from moe_heads.callbacks.functional.curvature.overlap import subspace_overlap
 from moe_heads.callbacks.functional.curvature.top_eigenvector import top_eigenvector
 from moe_heads.callbacks.functional.curvature.trace import TraceResult, deflated_trace
 
@@ -17,5 +18,6 @@ __all__ = [
     "deflated_trace",
     "lanczos",
     "spectral_density",
+    "subspace_overlap",
     "top_eigenvector",
 ]

@@ -350,4 +350,6 @@ def _check(dim: int, num_eigenvalues: int, tolerance: float, max_steps: int, sta
     if max_steps < num_eigenvalues:
         raise ValueError(f"max_steps: expected at least num_eigenvalues = {num_eigenvalues}; got {max_steps}")
     if start is not None and (start.shape != (dim,) or not bool(start.isfinite().all()) or not bool(start.any())):
-        raise ValueError(f"start: expected a finite vector of shape ({dim},) that is not zero; got {tuple(start.shape)}")
+        raise ValueError(
+            f"start: expected a finite vector of shape ({dim},) that is not zero; got {tuple(start.shape)}"
+        )

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from moe_heads.callbacks.functional.common.batches import Batch, LossFn, leaves_of, map_leaves
@@ -43,13 +43,13 @@ class LinearizedGradient:
             def value(values: dict[str, Tensor]) -> Tensor:
                 return cast(Tensor, torch.func.functional_call(loss, values, (batch,))).reshape(())
 
-            return torch.func.grad(value)(values)
+            return cast(dict[str, Tensor], torch.func.grad(value)(values))
 
         def derivative(*inputs: Tensor) -> list[Tensor]:
             tangents = dict(zip(values, inputs, strict=False))
             leaves = iter(inputs[len(values) :])
             traced = map_leaves(batch, lambda leaf: next(leaves) if isinstance(leaf, Tensor) else leaf)
-            _, product = torch.func.jvp(lambda values: gradient(values, traced), (values,), (tangents,))
+            product = torch.func.jvp(lambda values: gradient(values, traced), (values,), (tangents,))[1]
             return list(product.values())
 
         leaves = _tensors_of(batch)

@@ -59,8 +59,8 @@ class HessianOperator:
 
     A product costs about 1.5 gradients where the derivative of the gradient can be traced, 1.8 to 2.4 where the
     first-order graph is kept, and 3 to 4 where it is rebuilt; `BatchProducts` finds the best way and checks it. As many
-    batches are kept as fit into ``graph_memory``. Where memory runs out all the same, what is kept is given up, then the
-    batches are halved: the product stays the same.
+    batches are kept as fit into ``graph_memory``. Where memory runs out all the same, what is kept is given up, then
+    the batches are halved: the product stays the same.
 
     The model is used as it is found: call inside `analysis_mode`, and do not change the model between products. Layers
     that draw random numbers draw the same ones in every product.

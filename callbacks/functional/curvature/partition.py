@@ -1,6 +1,6 @@
 """Cut a traced graph into what is constant and what depends on some of its inputs, and let the latter reuse memory."""
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import torch
@@ -48,7 +48,8 @@ def split_by_inputs(graph: fx.GraphModule, inputs: Collection[int]) -> tuple[fx.
             if source not in dependent
         )
     )
-    before, copies = fx.Graph(), {}
+    before = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
     for node in nodes:
         if node not in dependent and node is not output:
             copies[node] = before.node_copy(node, copies.__getitem__)

@@ -87,7 +87,7 @@ class BatchProducts:
         self._programs: dict[object, LinearizedGradient] = {}
         self._kept: list[Product] = []
         self.mode, self.reason = "rebuilt", ""
-        if unless_out_of_memory(lambda: self._settle(data, memory, mode) or True) is None:
+        if unless_out_of_memory(partial(self._settle, data, memory, mode)) is None:
             self.release("memory ran out")
 
     @property
@@ -117,7 +117,8 @@ class BatchProducts:
         self.mode, self.reason = "rebuilt", reason or self.reason
         free_memory()
 
-    def _settle(self, data: Microbatches, memory: int | None, mode: GraphMode | None) -> None:
+    def _settle(self, data: Microbatches, memory: int | None, mode: GraphMode | None) -> bool:
+        """Find the way; True."""
         first, *_ = data
         check = _Check(self, first)
         self._folds = check.folds
@@ -127,17 +128,16 @@ class BatchProducts:
         sizes = self._sizes(data, memory)
         num_fitting = sum(total <= memory for total in torch.tensor(sizes, dtype=torch.float64).cumsum(0).tolist())
         if num_fitting == 0 or mode == "rebuilt":
-            return
+            return True
         if mode in (None, "linearized") and self._traced(data, sizes, memory, check, forced=mode is not None):
             self.mode = "linearized"
         else:
             self.mode = "kept"
         batches = list(data)[:num_fitting]
         self._kept = [self._prepared(index, batch) for index, batch in enumerate(batches)]
+        return True
 
-    def _traced(
-        self, data: Microbatches, sizes: Sequence[float], memory: int, check: "_Check", forced: bool
-    ) -> bool:
+    def _traced(self, data: Microbatches, sizes: Sequence[float], memory: int, check: "_Check", forced: bool) -> bool:
         """Whether there is a program for the shape of the first batch, and it is right."""
         first, *_ = data
         alike = [can_be_traced(batch) and _shape(batch) == _shape(first) for batch in data]

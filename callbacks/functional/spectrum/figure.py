@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["plot_blocks", "plot_spectrum", "plot_tracking"]
+__all__ = ["plot_blocks", "plot_history", "plot_spectrum"]
 
 
 def plot_spectrum(
@@ -91,24 +91,23 @@ def plot_blocks(blocks: Mapping[str, BlockCurvature], experts: Mapping[str, Bloc
     return figure
 
 
-def plot_tracking(
-    epochs: Sequence[int], lambda_max: Sequence[float], thresholds: Sequence[float | None]
-) -> "Figure":
+def plot_history(history: Mapping[int, tuple[float, float | None]]) -> "Figure":
     """Largest eigenvalue over the epochs, beside the value above which the optimiser's steps are unstable.
 
     Args:
-        epochs: Epochs, ascending.
-        lambda_max: Largest eigenvalue at the end of each.
-        thresholds: Stability threshold then; None where it is not known.
+        history: By epoch, the largest eigenvalue and the stability threshold; None where that is not known.
     """
+    from matplotlib.ticker import MaxNLocator
+
     figure, ax = axes_of(None)
-    ax.plot(epochs, lambda_max, marker=".", label="largest eigenvalue")
-    known = [(epoch, threshold) for epoch, threshold in zip(epochs, thresholds, strict=True) if threshold is not None]
-    if known:
-        ax.plot(*zip(*known, strict=True), linestyle="--", color="tab:red", label="stability threshold")
-    if min(lambda_max) > 0:
+    epochs, values = list(history), [value for value, _ in history.values()]
+    ax.plot(epochs, values, marker=".", label="largest eigenvalue")
+    thresholds = [math.nan if threshold is None else threshold for _, threshold in history.values()]
+    if any(map(math.isfinite, thresholds)):
+        ax.plot(epochs, thresholds, linestyle="--", color="tab:red", label="stability threshold")
+    if min(values) > 0:
         ax.set_yscale("log")
-    ax.xaxis.get_major_locator().set_params(integer=True)
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.set_xlabel("epoch")
     ax.set_ylabel("eigenvalue of the Hessian")
     ax.set_title("sharpness while training")

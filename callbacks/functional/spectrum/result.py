@@ -61,6 +61,7 @@ class SharpnessResult:
         routing: How the routing of a sparse head answers to steps along the first eigenvector, likewise.
         stability_threshold: :math:`\lambda_{\max}` above which the optimiser's steps are unstable on a quadratic; None
             where it is not known.
+        history: By epoch, the largest eigenvalue and the stability threshold, where it was tracked.
     """
 
     eigenvalues: tuple[float, ...]
@@ -91,6 +92,7 @@ class SharpnessResult:
     perturbation: PerturbationSharpnessResult | None = None
     routing: RoutingResponse | None = None
     stability_threshold: float | None = None
+    history: Mapping[int, tuple[float, float | None]] = field(default_factory=dict)
 
     @property
     def converged(self) -> bool:
@@ -117,8 +119,8 @@ class SharpnessResult:
                 if block.lambda_max is not None
             },
             **{f"overlap_{name}": overlap for name, overlap in self.overlaps.items()},
-            **({} if self.perturbation is None else self.perturbation.metrics()),
-            **({} if self.routing is None else self.routing.metrics()),
+            **({} if self.perturbation is None else _of_part("perturbation", self.perturbation.metrics())),
+            **({} if self.routing is None else _of_part("routing", self.routing.metrics())),
             **({} if self.stability_threshold is None else {"stability_threshold": self.stability_threshold}),
             "num_products": float(self.num_products),
             "num_samples": float(self.num_samples),
@@ -147,14 +149,20 @@ class SharpnessResult:
 
         return plot_blocks(self.blocks, self.experts) if len(self.blocks) > 1 else None
 
+    def plot_history(self) -> "Figure | None":
+        """Largest eigenvalue over the epochs beside the stability threshold; None where it was not tracked."""
+        from moe_heads.callbacks.functional.spectrum.figure import plot_history
+
+        return plot_history(self.history) if self.history else None
+
     def summary(self) -> str:
         """Markdown tables of the numbers, and a sentence for each that did not converge or is not there."""
         parts = [
             markdown_table(("quantity", "value", "relative residual"), self._rows()),
             blocks_table("block", self.blocks),
             blocks_table("expert", self.experts),
-            "" if self.perturbation is None else self.perturbation.summary(),
-            "" if self.routing is None else self.routing.summary(),
+            "" if self.perturbation is None else f"**Perturbations**\n\n{self.perturbation.summary()}",
+            "" if self.routing is None else f"**Along the first eigenvector**\n\n{self.routing.summary()}",
             *self._shortfalls(),
         ]
         return "\n\n".join(part for part in parts if part)
@@ -197,6 +205,11 @@ class SharpnessResult:
                 + (", or raise max_probes." if self.engine == "lanczos" else ".")
             )
         return shortfalls
+
+
+def _of_part(part: str, metrics: Mapping[str, float]) -> dict[str, float]:
+    """The metrics of a part, without what the whole says already."""
+    return {f"{part}_{name}": value for name, value in metrics.items() if name not in {"num_samples", "partial"}}
 
 
 def _key(name: str) -> str:

@@ -167,7 +167,9 @@ def test_restarts_where_memory_runs_out(monkeypatch: pytest.MonkeyPatch) -> None
     np.testing.assert_allclose(result.eigenvalues, expected, rtol=1e-9)
     assert result.converged and len(result.basis) <= 18
     monkeypatch.setattr(Basis, "reserve", lambda basis: reserve(basis, 4))
-    with pytest.raises(MemoryError, match=r"no memory for more than 4 vectors of 200 numbers; analyse fewer parameters"):
+    with pytest.raises(
+        MemoryError, match=r"no memory for more than 4 vectors of 200 numbers; analyse fewer parameters"
+    ):
         lanczos(operator, generator=seeded())
 
 

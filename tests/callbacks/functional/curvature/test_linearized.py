@@ -12,8 +12,8 @@ from moe_heads.callbacks.functional.common.preserve import analysis_mode
 from moe_heads.callbacks.functional.curvature.linearized import BoundGradient
 from moe_heads.callbacks.functional.curvature.operator import HessianOperator
 from moe_heads.callbacks.functional.curvature.partition import reuse_memory, split_by_inputs
-from tests.support.hessians import classification, cross_entropy, small_cnn, small_mlp
 from tests.support.head_zoo import ROUTERS, head_with
+from tests.support.hessians import classification, cross_entropy, small_cnn, small_mlp
 
 HEADS: dict[str, Callable[[], nn.Module]] = {
     "dense": lambda: Dense(64, 3, width=8),
@@ -83,7 +83,9 @@ def test_what_cannot_be_traced_is_differentiated_by_autograd() -> None:
     operator = HessianOperator(model, cross_entropy, batches, mode="linearized")
     assert operator.mode == "kept" and operator.reason
     v = torch.randn(57, dtype=torch.float64)
-    torch.testing.assert_close(operator.matvec(v), HessianOperator(model, cross_entropy, batches, mode="rebuilt").matvec(v))
+    torch.testing.assert_close(
+        operator.matvec(v), HessianOperator(model, cross_entropy, batches, mode="rebuilt").matvec(v)
+    )
     # a list beside the tensors cannot be given to a program
     labelled = [(*positive, ["a"] * 6)]
     assert HessianOperator(model, lambda m, b: cross_entropy(m, b[:2]), labelled, mode="linearized").mode == "kept"

@@ -115,7 +115,8 @@ def test_batches_that_do_not_fit_are_rebuilt_beside_the_others() -> None:
     operator = HessianOperator(model, cross_entropy, batches, graph_memory=2**19)
     assert 0 < operator.num_kept < 4
     v = torch.randn(operator.num_parameters, dtype=torch.float64)
-    whole = HessianOperator(model, cross_entropy, [(torch.cat(x), torch.cat(y)) for x, y in [zip(*batches, strict=True)]])
+    x, y = zip(*batches, strict=True)
+    whole = HessianOperator(model, cross_entropy, [(torch.cat(x), torch.cat(y))])
     torch.testing.assert_close(operator.matvec(v), whole.matvec(v), rtol=1e-9, atol=1e-12)
 
 

@@ -149,7 +149,8 @@ def test_blocks_sum_up_and_are_exact_on_the_whole_space() -> None:
 
 
 def test_blocks_after_a_restart() -> None:
-    operator = DenseOperator(symmetric(torch.cat([torch.tensor([9.0, 8.6, 8.3]).double(), 2 * torch.randn(97).double()])))
+    top, bulk = torch.tensor([9.0, 8.6, 8.3]), 2 * torch.randn(97)
+    operator = DenseOperator(symmetric(torch.cat([top, bulk])))
     generator = torch.Generator().manual_seed(0)
     krylov = lanczos(operator, generator=generator, num_eigenvalues=3, basis_memory=14 * 100 * 8, tolerance=1e-9)
     assert krylov.num_steps > 14

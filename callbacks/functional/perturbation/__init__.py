@@ -1,0 +1,1 @@
+"""Sharpness under perturbations that follow the scale of the weights: its parts."""

@@ -1,0 +1,79 @@
+"""Loss and gradient of a model at perturbed weights."""
+
+import torch
+from torch import Tensor, nn
+
+from moe_heads.callbacks.functional.common.batches import Batch, LossFn
+from moe_heads.callbacks.functional.common.microbatches import Microbatches
+from moe_heads.callbacks.functional.perturbation.weights import PerturbedWeights
+
+__all__ = ["PerturbedLosses"]
+
+
+class PerturbedLosses:
+    """This rank's part of the loss and of its gradient at perturbed weights."""
+
+    def __init__(
+        self, model: nn.Module, loss_fn: LossFn, data: Microbatches, weights: PerturbedWeights, seed: int
+    ) -> None:
+        self._model, self._loss_fn, self._data = model, loss_fn, data
+        self._weights, self._seed = weights, seed
+        self._needs_grad = False
+
+    def at_draw(self, message: Tensor) -> Tensor:
+        """Sum of the losses and number of samples, (2,), at a draw given by its seed and its factor."""
+        draw, scale = message.tolist()
+        self._weights.go(self._weights.normal(int(draw)), scale)
+        torch.manual_seed(self._seed)
+        total = torch.zeros(2, dtype=torch.float64)
+        for size, loss in self._data.evaluate(lambda index, batch: self._loss(index, batch, at_centre=scale == 0)):
+            total += torch.tensor([size * loss, size], dtype=torch.float64)
+        return total.to(message.device)
+
+    def at_point(self, u: Tensor) -> Tensor:
+        """Sum of the gradients by u, of the losses, and number of samples, (P + 2,), float64."""
+        at_centre = not bool(u.any())
+        self._weights.go(self._weights.parts(u))
+        torch.manual_seed(self._seed)
+        total = torch.zeros(len(u) + 2, dtype=torch.float64, device=u.device)
+        parts = self._weights.parts(total[:-2])
+        for size, (loss, gradient) in self._data.evaluate(lambda index, batch: self._both(index, batch, at_centre)):
+            for part, by_parameter in zip(parts, gradient, strict=True):
+                part.add_(by_parameter.reshape(-1), alpha=size)
+            total[-2:] += torch.tensor([size * loss, size], dtype=torch.float64, device=u.device)
+        self._weights.scale_(parts)
+        return total
+
+    def _loss(self, index: int, batch: Batch, at_centre: bool) -> float:
+        try:
+            with torch.set_grad_enabled(self._needs_grad):
+                return float(_checked(self._loss_fn(self._model, batch), index, at_centre).detach())
+        except RuntimeError as error:
+            if self._needs_grad or "does not require grad" not in str(error):
+                raise
+        # the loss takes a gradient itself, a penalty on it say
+        self._needs_grad = True
+        return self._loss(index, batch, at_centre)
+
+    def _both(self, index: int, batch: Batch, at_centre: bool) -> tuple[float, tuple[Tensor, ...]]:
+        loss = _checked(self._loss_fn(self._model, batch), index, at_centre)
+        if not loss.requires_grad:
+            raise ValueError(
+                f"loss_fn: expected a loss that depends on the model's parameters; that of batch {index} does not"
+            )
+        gradient = torch.autograd.grad(loss, self._weights.params, allow_unused=True, materialize_grads=True)
+        if at_centre and not all(bool(part.isfinite().all()) for part in gradient):
+            raise ValueError(f"loss_fn: expected a finite gradient; got nan or inf in that of batch {index}")
+        return float(loss.detach()), gradient
+
+
+def _checked(loss: object, index: int, at_centre: bool) -> Tensor:
+    """The loss of batch ``index``; away from the centre it may be nan or inf."""
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        got = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+        raise ValueError(f"loss_fn: expected a scalar tensor, the mean loss of batch {index}; got {got}")
+    if at_centre and not bool(loss.isfinite().all()):
+        raise ValueError(
+            f"loss_fn: expected a finite loss of the model as it is; got {loss.item()} as the loss of batch {index}"
+        )
+    return loss.reshape(())

@@ -1,0 +1,196 @@
+"""All that is measured of one network with one head: unit costs, ours, the budget of the peers' traces, the peers."""
+
+import random
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+
+from bench.hessian_peers import PEERS, pyhessian_equal, unit_products
+from bench.hessian_problem import Problem, Row, cpu_seconds, interleaved_cpu_seconds
+from bench.hessian_report import asides, extrapolated, scale_of, verdicts
+from bench.trace_budget import trace_budget
+from moe_heads.callbacks.functional import analysis_mode, sharpness
+from moe_heads.callbacks.functional.curvature import HessianOperator
+
+__all__ = ["SECTIONS", "Cell"]
+
+SECTIONS = ("costs", "ours", "budget", *PEERS, "equal")
+
+Measurement = Callable[[], Row]
+
+
+class Cell:
+    """The measurements of one network with one head.
+
+    Args:
+        problem: Its Hessian.
+        cell: Where the findings go, by section.
+        peers: Those that can be imported.
+        graph_memory: Bytes that our operator may keep; None for its default.
+        write: Called after every measurement.
+    """
+
+    def __init__(
+        self, problem: Problem, cell: Row, peers: list[str], graph_memory: int | None, write: Callable[[], None]
+    ) -> None:
+        self.problem, self.cell, self.peers, self.graph_memory, self.write = problem, cell, peers, graph_memory, write
+
+    def measure(self, sections: Sequence[str], rounds: int) -> None:
+        """Run the sections; those of contenders ``rounds`` times, in random order after the first round."""
+        self.cell["net"] = self._facts()
+        if "costs" in sections:
+            self.cell["costs"] = self._costs(rounds)
+            self.write()
+        contenders = self._contenders(sections)
+        if "ours" in contenders:
+            self.cell.pop("ours", None)
+        runs: dict[str, list[Row]] = {name: [] for name in contenders}
+        for number in range(rounds):
+            names = list(contenders)
+            if number:
+                random.Random(number).shuffle(names)
+            for name in names:
+                gradient = cpu_seconds(self.problem.gradient)
+                runs[name].append(contenders[name]() | {"gradient_cpu_s": gradient})
+                self.cell[name] = _median(runs[name])
+                self.write()
+                print(f"{name} {self.cell[name]['cpu_s']:.1f} s", end="  ", flush=True)
+                if name == "ours" and number == 0 and "budget" in sections:
+                    self.cell["budget"] = self._budget()
+        if "budget" in sections and "ours" not in sections:
+            self.cell["budget"] = self._budget()
+        if "equal" in sections and "pyhessian" in self.peers:
+            gradient = cpu_seconds(self.problem.gradient)
+            self.cell["equal"] = pyhessian_equal(self.problem, self._known()) | {"gradient_cpu_s": gradient}
+        if "ours" in self.cell:
+            self.cell["extrapolated"] = extrapolated(self.cell, self.problem.trace_tolerance)
+        self.cell |= {"verdicts": verdicts(self.cell), "asides": asides(self.cell)}
+        self.write()
+
+    def _contenders(self, sections: Sequence[str]) -> dict[str, Measurement]:
+        chosen: dict[str, Measurement] = {"ours": self._ours} if "ours" in sections else {}
+        for name, peer in PEERS.items():
+            if name in sections and name in self.peers:
+                chosen[name] = lambda peer=peer: peer(self.problem, self._known())  # type: ignore[misc]
+        return chosen
+
+    def _facts(self) -> Row:
+        with torch.no_grad():
+            logits = [(self.problem.model(x), y) for x, y in self.problem.batches]
+        accuracy = statistics.mean(float((z.argmax(-1) == y).float().mean()) for z, y in logits)
+        loss = statistics.mean(float(self.problem.criterion(z, y)) for z, y in logits)
+        return {"num_parameters": self.problem.num_parameters, "loss": loss, "accuracy": accuracy}
+
+    def _known(self) -> Row:
+        """What the peers are told, and compared with.
+
+        Raises:
+            SystemExit: If it was not measured yet.
+        """
+        if "ours" not in self.cell or "budget" not in self.cell:
+            raise SystemExit("a peer alone needs the sections ours and budget in the file of --out: run those first")
+        ours: Row = self.cell["ours"]
+        return ours | {"trace_vectors": self.cell["budget"]["trace_vectors"]}
+
+    def _operator(self, problem: Problem) -> HessianOperator:
+        return HessianOperator(problem.model, problem.loss, problem.batches, graph_memory=self.graph_memory)
+
+    def _costs(self, rounds: int) -> Row:
+        """One product by everybody, in plain gradients of the same round."""
+        own = self.problem.apart()
+        vector = torch.randn(own.num_parameters, generator=torch.Generator().manual_seed(own.seed))
+        with analysis_mode(own.model, own.seed):
+            operator = self._operator(own)
+            calls, errors = unit_products(self.problem, self.peers)
+            contenders: dict[str, Callable[[], object]] = {
+                "gradient": self.problem.gradient,
+                "ours": partial(operator.matvec, vector),
+                **calls,
+            }
+            times = interleaved_cpu_seconds(contenders, max(rounds, 3))
+            exact = self.problem.product(vector)
+            difference = float((operator.matvec(vector) - exact).norm() / exact.norm())
+        medians = {name: statistics.median(seconds) for name, seconds in times.items()}
+        found: Row = {"cpu_s": times, "median_cpu_s": medians, "our_mode": operator.mode, "errors": errors}
+        ratios = {
+            name: statistics.median(s / g for s, g in zip(seconds, times["gradient"], strict=True))
+            for name, seconds in times.items()
+        }
+        found |= {"gradients": ratios, "our_difference_from_double_backward": difference}
+        unused = [p for p in self.problem.model.parameters() if not p.requires_grad]
+        if unused:
+            found["errors_with_unused_parameters"] = self._with_unused_parameters()
+        return found
+
+    def _with_unused_parameters(self) -> dict[str, str]:
+        """Who stops when the parameters that the loss does not reach are left trainable, as they are in training."""
+        own = self.problem.apart()
+        own.model.requires_grad_(True)
+        return unit_products(own, self.peers)[1]
+
+    def _ours(self) -> Row:
+        """Everything, timed; and the top five alone, counted."""
+        own = self.problem.apart()
+        options: dict[str, Any] = {
+            "num_eigenvalues": own.num_eigenvalues,
+            "tolerance": own.tolerance,
+            "graph_memory": self.graph_memory,
+            "seed": own.seed,
+        }
+        start = time.process_time()
+        result = sharpness(
+            own.model,
+            own.loss,
+            own.batches,
+            trace_tolerance=own.trace_tolerance,
+            density=True,
+            keep_eigenvectors=True,
+            **options,
+        )
+        seconds = time.process_time() - start
+        row: Row = {"cpu_s": seconds, "products": result.num_products, "num_probes": result.num_probes}
+        if "top_products" in self.cell.get("ours", {}):
+            row |= {key: self.cell["ours"][key] for key in ("num_steps", "top_products")}
+        else:
+            top = sharpness(own.model, own.loss, own.batches, trace_tolerance=1e6, density=False, **options)
+            row |= {"num_steps": top.num_steps, "top_products": top.num_steps}
+        assert result.eigenvectors is not None
+        row |= {
+            "lanczos_steps": result.num_steps,
+            "eigenvalues": list(result.eigenvalues),
+            "reported_residuals": list(result.residuals),
+            "residuals": self.problem.residuals(list(result.eigenvalues), list(result.eigenvectors)),
+            "trace": result.trace,
+            "trace_stderr": result.trace_stderr,
+            "frobenius_norm": result.frobenius_norm,
+            "graph_mode": result.graph_mode,
+        }
+        return row
+
+    def _budget(self) -> Row:
+        """How many test vectors the trace estimators of the peers need; charged to nobody."""
+        own = self.problem.apart()
+        wanted = own.trace_tolerance * scale_of(self.cell["ours"])
+        with analysis_mode(own.model, own.seed):
+            operator = self._operator(own)
+            budget = trace_budget(operator.matvec, own.num_parameters, wanted, seed=own.seed)
+        trace, stderr = budget.estimate()
+        return {
+            "trace_vectors": budget.count,
+            "reached": stderr <= wanted,
+            "xtrace": trace,
+            "xtrace_stderr": stderr,
+            "hutchinson": budget.hutchinson,
+        }
+
+
+def _median(runs: list[Row]) -> Row:
+    """The first run, with the median of each time and all of them beside it."""
+    row = dict(runs[0])
+    for key in [key for key in row if key.endswith("cpu_s")]:
+        row[key] = statistics.median(run[key] for run in runs)
+    return row | {"cpu_s_rounds": [run["cpu_s"] for run in runs]}

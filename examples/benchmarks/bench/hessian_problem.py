@@ -1,0 +1,159 @@
+"""The Hessian that all contenders analyse, its exact product, and the account of what each of them did."""
+
+import copy
+import gc
+import random
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["Account", "Counted", "Problem", "Row", "cpu_seconds", "described", "interleaved_cpu_seconds"]
+
+T = TypeVar("T")
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """The Hessian of the mean cross-entropy of a model over batches of equal size.
+
+    Attributes:
+        model: In evaluation mode.
+        batches: Pairs of images and labels.
+        num_eigenvalues: Largest eigenvalues wanted.
+        tolerance: Largest relative residual of these.
+        trace_tolerance: Standard error of the trace as a fraction of the larger of |tr H| and the Frobenius norm.
+        density_steps: Lanczos steps of the spectral density.
+        seed: Seed of every contender's random vectors.
+    """
+
+    model: nn.Module
+    batches: list[tuple[Tensor, Tensor]]
+    num_eigenvalues: int = 5
+    tolerance: float = 1e-3
+    trace_tolerance: float = 0.01
+    density_steps: int = 40
+    seed: int = 0
+
+    @property
+    def criterion(self) -> nn.CrossEntropyLoss:
+        """The loss as a module."""
+        return nn.CrossEntropyLoss()
+
+    @property
+    def params(self) -> list[nn.Parameter]:
+        """The trainable parameters."""
+        return [p for p in self.model.parameters() if p.requires_grad]
+
+    @property
+    def num_parameters(self) -> int:
+        """P."""
+        return sum(p.numel() for p in self.params)
+
+    def loss(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        """Mean loss of a batch."""
+        loss: Tensor = self.criterion(model(batch[0]), batch[1])
+        return loss
+
+    def apart(self) -> "Problem":
+        """The same with a model of its own: contenders leave gradients and graphs behind, some of them buffers."""
+        return Problem(copy.deepcopy(self.model), **{k: v for k, v in vars(self).items() if k != "model"})
+
+    def gradient(self) -> None:
+        """The plain gradient over all batches: the unit of the costs."""
+        for batch in self.batches:
+            torch.autograd.grad(self.loss(self.model, batch), self.params)
+
+    def product(self, vector: Tensor) -> Tensor:
+        """Hv (P,) by double backward, rebuilt each time: slow, and nobody's code."""
+        total = torch.zeros_like(vector)
+        parts = [
+            part.view_as(p) for part, p in zip(vector.split([p.numel() for p in self.params]), self.params, strict=True)
+        ]
+        for batch in self.batches:
+            gradient = torch.autograd.grad(self.loss(self.model, batch), self.params, create_graph=True)
+            rows = torch.autograd.grad(gradient, self.params, parts, materialize_grads=True)
+            total += torch.cat([row.reshape(-1) for row in rows])
+        return total / len(self.batches)
+
+    def residuals(self, eigenvalues: list[float], vectors: list[Tensor]) -> list[float]:
+        """True relative residuals ‖Hv - λv‖ / |λ| of the pairs as they were returned, in their order."""
+        pairs = [(value, vector / vector.norm()) for value, vector in zip(eigenvalues, vectors, strict=True)]
+        return [float((self.product(v) - value * v).norm() / abs(value)) for value, v in pairs]
+
+
+class Counted:
+    """A function that counts its calls."""
+
+    def __init__(self, call: Callable[..., Any]) -> None:
+        self._call = call
+        self.calls = 0
+
+    def __call__(self, *arguments: Any) -> Any:
+        """The function."""
+        self.calls += 1
+        return self._call(*arguments)
+
+
+class Account:
+    """CPU seconds and products of each part of a measurement, and what failed.
+
+    Args:
+        counted: The product of the contender.
+
+    Attributes:
+        row: What goes into the JSON.
+    """
+
+    def __init__(self, counted: Counted) -> None:
+        self._counted = counted
+        self.row: Row = {}
+
+    def part(self, name: str, call: Callable[[], T]) -> T | None:
+        """The result of the call; None where it raised, which is noted as a finding."""
+        products, start = self._counted.calls, time.process_time()
+        value = None
+        try:
+            value = call()
+        except Exception as error:  # a library under test may raise anything
+            self.row[f"{name}_error"] = described(error)
+        self.row[f"{name}_cpu_s"] = time.process_time() - start
+        self.row[f"{name}_products"] = self._counted.calls - products
+        return value
+
+    def total(self, *parts: str) -> Row:
+        """The row with the sums over the parts."""
+        for unit in ("cpu_s", "products"):
+            self.row[unit] = sum(self.row[f"{part}_{unit}"] for part in parts if f"{part}_{unit}" in self.row)
+        return self.row
+
+
+def described(error: BaseException) -> str:
+    """Type and first line of an error."""
+    return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')[:200]}"
+
+
+def cpu_seconds(call: Callable[[], object]) -> float:
+    """CPU seconds of this process in the call."""
+    gc.collect()  # graphs that a contender before it left in reference cycles
+    start = time.process_time()
+    call()
+    return time.process_time() - start
+
+
+def interleaved_cpu_seconds(
+    contenders: Mapping[str, Callable[[], object]], rounds: int, seed: int = 0
+) -> dict[str, list[float]]:
+    """CPU seconds of each contender in each round, in random order within a round, after one call to warm up."""
+    for call in contenders.values():
+        call()
+    order = random.Random(seed)
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    for _ in range(rounds):
+        for name, call in order.sample(list(contenders.items()), len(contenders)):
+            times[name].append(cpu_seconds(call))
+    return times

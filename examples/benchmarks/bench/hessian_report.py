@@ -1,0 +1,164 @@
+"""What the numbers of the sharpness benchmark amount to: extrapolations, verdicts on the targets, and the table."""
+
+from collections.abc import Iterator
+
+from bench.hessian_problem import Row
+from bench.trace_budget import hutchinson_samples_needed
+
+__all__ = ["asides", "extrapolated", "scale_of", "table", "verdicts"]
+
+# What is compared, the key of its value, the bound, and whether the value must be at least that.
+_BOUNDS = (
+    ("largest true residual of our top 5", "residual", 1e-3, False),
+    ("standard error of our trace, share of its scale", "stderr", 0.01, False),
+    ("products for the top 5", "top_products", 15, False),
+    ("products for all", "products", 64, False),
+    ("one product, plain gradients", "unit", 1.75, False),
+    ("CPU time of PyHessian as shipped, times ours", "pyhessian", 6.5, True),
+    ("CPU time of PyHessian at equal accuracy, times ours", "equal", 40.0, True),
+    ("CPU time of curvlinops and scipy, same results, times ours", "curvlinops", 4.0, True),
+    ("CPU time of hessian-eigenthings, same results, times ours", "eigenthings", 1.0, True),
+    ("CPU time of Landscaper as shipped, times ours", "landscaper", 1.0, True),
+)
+
+_ROWS = ("ours", "pyhessian", "equal", "curvlinops", "eigenthings", "landscaper")
+
+
+def scale_of(ours: Row) -> float:
+    """What standard errors of the trace are fractions of."""
+    return max(abs(float(ours["trace"])), float(ours["frobenius_norm"]))
+
+
+def extrapolated(cell: Row, trace_tolerance: float) -> Row:
+    """What PyHessian would take for our accuracy: its eigenvalues run on (where measured), and enough trace samples.
+
+    The number of samples follows from the variance of Hutchinson's samples, PyHessian's and those of the budget's test
+    vectors, which are drawn alike. Where its eigenvalues were not run on, or got nowhere, their cost as shipped stands
+    in: too little.
+    """
+    shipped, budget = cell.get("pyhessian", {}), cell.get("budget", {})
+    if "trace_samples" not in shipped or "hutchinson" not in budget:
+        return {}
+    samples = [*shipped["trace_samples"], *budget["hutchinson"]]
+    needed = hutchinson_samples_needed(samples, trace_tolerance * scale_of(cell["ours"]))
+    eigen = cell["equal"] if cell.get("equal", {}).get("reached") else shipped
+    per_product = shipped["trace_cpu_s"] / shipped["trace_products"]
+    found: Row = {
+        "basis": "extrapolated: variance of the samples times the measured CPU time of a product",
+        "eigenvalues": "as shipped, less accurate: a lower bound" if eigen is shipped else "measured",
+        "variance_from_samples": len(samples),
+        "trace_products": needed,
+        "trace_cpu_s": needed * per_product,
+        "products": needed + eigen["eigen_products"],
+        "cpu_s": needed * per_product + eigen["eigen_cpu_s"],
+    }
+    units = cell.get("costs", {}).get("gradients", {})
+    if "pyhessian_one_batch" in units:  # a kept graph, which PyHessian has when all samples fit into one batch
+        ratio = units["pyhessian_one_batch"] / units["pyhessian"]
+        found["cpu_s_in_one_batch"] = ratio * found["cpu_s"]
+        found["as_shipped_cpu_s_in_one_batch"] = ratio * shipped["cpu_s"]
+    return found
+
+
+def verdicts(cell: Row) -> list[Row]:
+    """Each target with the value found, whether it is met, and whether the value is an extrapolation."""
+    values = _values(cell)
+    found: list[Row] = []
+    for what, key, bound, at_least in _BOUNDS:
+        if key not in values:
+            continue
+        value = values[key]
+        row: Row = {"what": what, "value": value, "target": f"{'at least' if at_least else 'at most'} {bound:g}"}
+        if isinstance(value, str):
+            row["met"] = None
+        else:
+            row["met"] = bool(value >= bound if at_least else value <= bound)
+        found.append(row | ({"extrapolated": True} if key == "equal" else {}))
+    return found
+
+
+def asides(cell: Row) -> dict[str, float]:
+    """Ratios of CPU time to ours that no target asks for, each kinder to a peer than the verdict on it."""
+    if "ours" not in cell:
+        return {}
+    seconds = {}
+    for peer in ("curvlinops", "eigenthings"):
+        row = cell.get(peer, {})
+        if row and not _failed(row):
+            seconds[f"{peer} without its density"] = row["eigen_cpu_s"] + row["trace_cpu_s"]
+    for key, what in (("as_shipped_cpu_s", "as shipped"), ("cpu_s", "at equal accuracy")):
+        if f"{key}_in_one_batch" in cell.get("extrapolated", {}):
+            name = f"PyHessian {what}, extrapolated to all samples in one batch whose graph it keeps"
+            seconds[name] = cell["extrapolated"][f"{key}_in_one_batch"]
+    return {f"CPU time of {name}, times ours": value / cell["ours"]["cpu_s"] for name, value in seconds.items()}
+
+
+def table(name: str, cell: Row) -> Iterator[str]:
+    """What the terminal shows of a cell.
+
+    Yields:
+        Its lines.
+    """
+    facts = cell["net"]
+    yield (
+        f"\n{name}: {facts['num_parameters']:,} parameters, loss {facts['loss']:.3f}, accuracy {facts['accuracy']:.3f}"
+    )
+    if "costs" in cell:
+        units = "  ".join(f"{key} {value:.2f}" for key, value in cell["costs"]["gradients"].items())
+        yield f"one product, in gradients of {cell['costs']['median_cpu_s']['gradient']:.3f} s: {units}"
+        for kind in ("errors", "errors_with_unused_parameters"):
+            for peer, error in cell["costs"].get(kind, {}).items():
+                yield f"  {kind.replace('_', ' ')}: {peer}: {error}"
+    present = [key for key in _ROWS if key in cell]
+    if present:
+        names = f"{'residual':>10}{'missed':>7}{'trace off':>10}  failed"
+        yield f"{'':22}{'products':>9}{'CPU s':>10}{'gradients':>10}{names}"
+    for key in present:
+        yield _line(key, cell[key])
+    if cell.get("extrapolated"):
+        row = cell["extrapolated"]
+        remark = f"trace extrapolated, eigenvalues {row['eigenvalues']}"
+        yield f"{'PyHessian, as good':22}{row['products']:>9}{row['cpu_s']:>10.1f}  {remark}"
+    if "budget" in cell:
+        reached = "" if cell["budget"]["reached"] else ": not enough, their traces are less accurate than ours may be"
+        yield f"test vectors for the traces of curvlinops and eigenthings: {cell['budget']['trace_vectors']}{reached}"
+    for row in cell.get("verdicts", []):
+        value = row["value"] if isinstance(row["value"], str) else f"{row['value']:.3g}"
+        mark = {True: "met", False: "MISSED", None: "no comparison"}[row["met"]]
+        yield f"  {mark:14}{row['what']}: {value} ({row['target']}{', extrapolated' if 'extrapolated' in row else ''})"
+    for what, number in cell.get("asides", {}).items():
+        yield f"  {'no target':14}{what}: {number:.3g}"
+
+
+def _values(cell: Row) -> dict[str, float | str]:
+    values: dict[str, float | str] = {}
+    ours = cell.get("ours")
+    if "costs" in cell:
+        values["unit"] = cell["costs"]["gradients"]["ours"]
+    if ours is None:
+        return values
+    values["residual"], values["stderr"] = max(ours["residuals"]), ours["trace_stderr"] / scale_of(ours)
+    values["top_products"], values["products"] = ours["top_products"], ours["products"]
+    for peer in ("pyhessian", "curvlinops", "eigenthings", "landscaper"):
+        if peer in cell:
+            values[peer] = _failed(cell[peer]) or cell[peer]["cpu_s"] / ours["cpu_s"]
+    if cell.get("extrapolated"):
+        values["equal"] = cell["extrapolated"]["cpu_s"] / ours["cpu_s"]
+    return values
+
+
+def _failed(row: Row) -> str:
+    """Parts of the comparison that failed, if any; PyHessian's density always does, and is not charged."""
+    failed = [part for part in ("setup", "eigen", "trace", "density") if f"{part}_error" in row]
+    return f"{', '.join(failed)} failed" if set(failed) - {"density"} else ""
+
+
+def _line(key: str, row: Row) -> str:
+    residual = f"{max(row['residuals']):.1e}" if "residuals" in row else "-"
+    off = f"{row['trace_off_ours']:+.1%}" if "trace_off_ours" in row else "-"
+    failed = "; ".join(f"{part}: {value}"[:90] for part, value in row.items() if part.endswith("_error"))
+    missed = row.get("missed", "-")
+    gradients = row["cpu_s"] / row["gradient_cpu_s"]
+    name = {"equal": "PyHessian, run on"}.get(key, key)
+    costs = f"{row['products']:>9}{row['cpu_s']:>10.1f}{gradients:>10.0f}"
+    return f"{name:22}{costs}{residual:>10}{missed:>7}{off:>10}  {failed}"
