@@ -105,7 +105,7 @@ class SharpnessCallback(FitEndAnalysis):
         self,
         num_eigenvalues: int = 5,
         tolerance: float = 1e-3,
-        trace_tolerance: float = 0.02,
+        trace_tolerance: float = 0.05,
         max_steps: int = 200,
         max_probes: int = 100,
         density: bool = True,

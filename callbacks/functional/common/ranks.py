@@ -100,17 +100,20 @@ class Ranks:
         if self.size == 1:
             return lead(evaluate)
         with self.working():
-            result, error = None, None
+            result, error, told = None, None, None
             try:
                 if self.leads:
                     result = lead(lambda x: self._asked(evaluate, x, argument, value))
                 else:
-                    self._follow(evaluate, argument, value)
+                    told = self._follow(evaluate, argument, value)
             except BaseException as raised:
                 error = raised
             if self.leads:
                 self._send(None, argument)
-            self._vote(error)
+            try:
+                self._vote(error)
+            except RankError as failure:
+                raise told or failure from None
             return cast(T, self.broadcast(result))
 
     def first(self, function: Callable[[], T]) -> T:
@@ -166,16 +169,20 @@ class Ranks:
         self._send(x, argument)
         return self._sum(evaluate, x, value)
 
-    def _follow(self, evaluate: Callable[[Tensor], Tensor], argument: Tensor, value: Tensor) -> None:
-        """Serve rank zero until it stops."""
+    def _follow(self, evaluate: Callable[[Tensor], Tensor], argument: Tensor, value: Tensor) -> BaseException | None:
+        """Serve rank zero until it stops.
+
+        Returns:
+            The last error of this rank. Rank zero was told of it and decides what becomes of it: it may well have a
+            result to give, when the time was over, say.
+        """
         error: BaseException | None = None
         while (x := self._receive(argument)) is not None:
             try:
                 self._sum(evaluate, x, value)
             except BaseException as raised:
-                error = raised  # rank zero knows of it, and stops
-        if error is not None:
-            raise error
+                error = raised
+        return error
 
     def _send(self, x: Tensor | None, argument: Tensor) -> None:
         message = torch.cat([argument if x is None else x.detach(), argument.new_tensor([_STOP if x is None else _GO])])

@@ -1,0 +1,139 @@
+"""What the sharpness callback adds to the function: splits, epochs, engines, and what goes with the spectrum."""
+
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import nn
+
+from moe_heads import SparseMoE
+from moe_heads.callbacks import LossLandscapeCallback, SharpnessCallback
+from tests.support.hessians import cross_entropy
+from tests.support.lightning_models import NUM_FEATURES, PlainModule, loader, trainer
+
+
+def sparse_model() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(NUM_FEATURES, 6), nn.Tanh(), SparseMoE(6, 3, num_experts=3, expert_width=4, k=1))
+
+
+def test_what_goes_with_the_spectrum_of_a_sparse_head() -> None:
+    callback = SharpnessCallback(loss_fn=cross_entropy, perturbation=True, block_eigenvalues=True, batch_size=8)
+    results = callback.analyse(sparse_model(), train=loader(), test=loader(seed=1))
+    train, test = results["train"], results["test"]
+    assert list(train.blocks) == ["backbone", "router", "experts"] and len(train.experts) == 3
+    assert set(test.overlaps) == {"train"} and not train.overlaps
+    assert train.routing is not None and train.routing.steps == (0.01, -0.01, 0.1, -0.1, 0.5, -0.5)
+    # the second difference with the routing held fixed is the quadratic form of the Hessian
+    assert train.routing.curvature_fixed(0.01) == pytest.approx(train.eigenvalues[0], rel=0.02)
+    assert train.perturbation is not None and train.perturbation.worst >= train.perturbation.sam
+    metrics = train.metrics()
+    assert {"routing_flips_0.1", "perturbation_worst", "trace_router", "lambda_max_experts"} <= set(metrics)
+    assert all(
+        name in train.summary() for name in ("**Along the first eigenvector**", "**Perturbations**", "| expert |")
+    )
+    assert {"spectrum", "blocks"} == set(callback.report(train).figures)
+
+
+def test_restricted_to_the_head() -> None:
+    callback = SharpnessCallback(loss_fn=cross_entropy, params=["2"], splits=["train"], batch_size=8)
+    result = callback.analyse(sparse_model(), train=loader())["train"]
+    assert all(name.startswith("2.") for name in result.parameter_names)
+    # the direction of the routing response is zero outside of the head
+    assert result.routing is not None and result.routing.flips is not None
+    assert list(result.blocks) == ["router", "experts"]
+
+
+def test_a_landscape_does_not_take_the_eigenvector_of_a_part() -> None:
+    part = SharpnessCallback(params=["layers.0"], splits=["train"])
+    whole = LossLandscapeCallback(splits=["train"], plane_splits=[], line_points=3)
+    module = PlainModule()
+    names = [name for name, _ in module.named_parameters()]
+    part.params = [names[0]]
+    run = trainer(part, whole)
+    run.fit(module, loader())
+    assert part.results["train"].parameter_names == (names[0],)
+    assert whole.results["train"].line is not None
+
+
+class Momentum(PlainModule):
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.5)
+
+
+def test_tracked_epochs_start_from_the_last_and_draw_the_threshold(tmp_path: Any) -> None:
+    callback = SharpnessCallback(every_n_epochs=1, splits=["train"], num_eigenvalues=2)
+    logger = TensorBoardLogger(tmp_path, default_hp_metric=False)
+    run = Trainer(
+        max_epochs=3,
+        logger=logger,
+        accelerator="cpu",
+        callbacks=[callback],
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+        log_every_n_steps=1,
+    )
+    run.fit(Momentum(), loader())
+    tracked = callback.tracked["train"]
+    assert list(tracked) == [0, 1, 2]
+    assert all(metrics["stability_threshold"] == pytest.approx(2 * 1.5 / 0.1) for metrics in tracked.values())
+    assert tracked[2]["num_products"] < tracked[0]["num_products"]
+    final = callback.results["train"]
+    # the last epoch and the end of fit are about the same weights, but the first of them left out the density
+    assert final.density is not None
+    assert final.eigenvalues[0] == pytest.approx(tracked[2]["lambda_max"], rel=1e-4)
+    assert {epoch: value for epoch, (value, _) in final.history.items()} == {
+        epoch: metrics["lambda_max"] for epoch, metrics in tracked.items()
+    }
+    events = EventAccumulator(str(logger.log_dir), size_guidance={"images": 0, "scalars": 0})
+    events.Reload()
+    assert "sharpness/train/tracking" in events.Tags()["images"]
+    assert len(events.Scalars("sharpness/train/stability_threshold")) >= 3
+
+
+def test_without_density_the_last_tracked_epoch_is_the_end_of_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = 0
+    real = SharpnessCallback.compute
+
+    def counted(self: SharpnessCallback, inputs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        return real(self, inputs)
+
+    monkeypatch.setattr(SharpnessCallback, "compute", counted)
+    callback = SharpnessCallback(every_n_epochs=1, splits=["train"], num_eigenvalues=2, density=False)
+    trainer(callback).fit(PlainModule(), loader())
+    assert calls == 1 and callback.results["train"].density is None
+
+
+def test_the_published_engine_says_what_is_wrong_with_it() -> None:
+    callback = SharpnessCallback(loss_fn=cross_entropy, engine="pyhessian", splits=["train"], batch_size=8)
+    model = sparse_model()
+    result = callback.analyse(model, train=loader())["train"]
+    ours = SharpnessCallback(loss_fn=cross_entropy, splits=["train"], batch_size=8).analyse(model, train=loader())[
+        "train"
+    ]
+    assert result.engine == "pyhessian" and callback.over_ranks == "first"
+    assert result.eigenvalues[0] == pytest.approx(ours.eigenvalues[0], rel=0.05)
+    assert result.routing is None and result.perturbation is None
+    assert any(failure.startswith("density") for failure in result.failures)
+    assert "**PyHessian**: density" in result.summary() and "power iteration" in result.summary()
+    assert sum(block.shares[0] for block in result.blocks.values()) == pytest.approx(1, abs=1e-5)
+    assert "lambda_min" not in result.metrics()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"engine": "scipy"}, r"engine: expected one of \('lanczos', 'pyhessian'\); got 'scipy'"),
+        ({"routing_steps": [0.1, -1]}, r"routing_steps: expected finite numbers above 0; got \[0.1, -1\]"),
+        ({"trace_tolerance": 0}, "trace_tolerance: expected a positive number; got 0"),
+    ],
+)
+def test_bad_options(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        SharpnessCallback(**options)
