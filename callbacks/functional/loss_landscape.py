@@ -9,11 +9,12 @@ from torch import Tensor, nn
 
 from moe_heads.callbacks.functional.common.batches import Batch, LossFn
 from moe_heads.callbacks.functional.common.environment import device_of
+from moe_heads.callbacks.functional.common.graph_on_demand import GraphOnDemand
 from moe_heads.callbacks.functional.common.microbatches import Microbatches
 from moe_heads.callbacks.functional.common.monitor import Monitor, TimeUp
-from moe_heads.callbacks.functional.common.parameters import trainable_parameters
 from moe_heads.callbacks.functional.common.preserve import analysis_mode
 from moe_heads.callbacks.functional.common.ranks import Ranks
+from moe_heads.callbacks.functional.common.walk import Walk
 from moe_heads.callbacks.functional.landscape.directions import split_direction
 from moe_heads.callbacks.functional.landscape.result import LossLandscapeResult
 from moe_heads.callbacks.functional.landscape.routing_flips import Choices, choices_of, flip_share
@@ -148,7 +149,7 @@ def loss_landscape(
 
     with analysis_mode(model, seed):
         with ranks.together():
-            walk = _Walk(model, directions)
+            walk = Walk(model, directions)
             data = Microbatches(batches, device_of(model), monitor if ranks.leads else Monitor())
             survey = _Survey(model, walk, loss_fn, accuracy_fn, data, seed)
         coordinates = torch.zeros(len(axes), dtype=torch.float64, device=ranks.device)
@@ -177,29 +178,13 @@ class _Point:
         )
 
 
-class _Walk:
-    """Moves the parameters in place; `analysis_mode` brings them back. Shared parameters move once."""
-
-    def __init__(self, model: nn.Module, directions: list[dict[str, Tensor]]) -> None:
-        named = trainable_parameters(model)
-        self._moves = [(p, p.detach().clone(), [d[name] for d in directions]) for name, p in named.items()]
-
-    def go(self, point: list[float]) -> None:
-        # always from the start, never from the last point: rounding errors do not add up
-        for parameter, start, steps in self._moves:
-            place = start.clone()
-            for coordinate, step in zip(point, steps, strict=True):
-                place.add_(step, alpha=coordinate)
-            parameter.data.copy_(place)
-
-
 class _Survey:
     """Measures loss, accuracy and routing flips of the model at a point."""
 
     def __init__(
         self,
         model: nn.Module,
-        walk: _Walk,
+        walk: Walk,
         loss_fn: LossFn,
         accuracy_fn: Callable[[nn.Module, Batch], Tensor] | None,
         data: Microbatches,
@@ -208,7 +193,7 @@ class _Survey:
         self._model, self._walk, self._loss_fn, self._accuracy_fn = model, walk, loss_fn, accuracy_fn
         self._data, self._seed = data, seed
         self._reference: list[Choices] = []
-        self._needs_grad = False
+        self._graph = GraphOnDemand()
 
     def measure(self, point: list[float]) -> Tensor:
         """Sums over the samples: of loss, accuracy, flips, of the samples that were routed, and of all; float64."""
@@ -235,15 +220,7 @@ class _Survey:
         return rows, [choices for _, (_, _, choices) in found]
 
     def _evaluate_batch(self, index: int, batch: Batch) -> tuple[float, float, Choices]:
-        try:
-            with torch.set_grad_enabled(self._needs_grad):
-                return self._values(batch)
-        except RuntimeError as error:
-            if self._needs_grad or "does not require grad" not in str(error):
-                raise
-            # the loss takes a gradient itself, a penalty on it say
-            self._needs_grad = True
-            return self._evaluate_batch(index, batch)
+        return self._graph(lambda: self._values(batch))
 
     def _values(self, batch: Batch) -> tuple[float, float, Choices]:
         with collect_routing(self._model) as routing:

@@ -10,11 +10,12 @@ from torch import Tensor, nn
 
 from moe_heads.callbacks.functional.common.batches import Batch, LossFn
 from moe_heads.callbacks.functional.common.environment import device_of
+from moe_heads.callbacks.functional.common.graph_on_demand import GraphOnDemand
 from moe_heads.callbacks.functional.common.microbatches import Microbatches
 from moe_heads.callbacks.functional.common.monitor import Monitor, TimeUp
-from moe_heads.callbacks.functional.common.parameters import trainable_parameters
 from moe_heads.callbacks.functional.common.preserve import analysis_mode
 from moe_heads.callbacks.functional.common.ranks import Ranks
+from moe_heads.callbacks.functional.common.walk import Walk
 from moe_heads.callbacks.functional.landscape.directions import split_direction
 from moe_heads.callbacks.functional.landscape.routing_flips import Choices, choices_of, flip_share
 from moe_heads.callbacks.functional.routing_response_result import RoutingResponse
@@ -108,7 +109,7 @@ def routing_response(
         with ranks.together():
             # with several processes a clock inside an evaluation would part their ways: rank zero looks between them
             data = Microbatches(batches, device_of(model), monitor if ranks.size == 1 else Monitor())
-            survey = _Survey(model, _Walk(model, parts), loss_fn, data, seed)
+            survey = _Survey(model, Walk(model, [parts]), loss_fn, data, seed)
         step = torch.zeros(1, dtype=torch.float64, device=ranks.device)
         return ranks.led(
             lambda s: survey.measure(s.item()).to(ranks.device),
@@ -182,27 +183,14 @@ class _Point:
         return not math.isnan(self.flips)
 
 
-class _Walk:
-    """Moves the parameters in place; `analysis_mode` brings them back. Shared parameters move once."""
-
-    def __init__(self, model: nn.Module, direction: dict[str, Tensor]) -> None:
-        named = trainable_parameters(model)
-        self._moves = [(p, p.detach().clone(), direction[name]) for name, p in named.items()]
-
-    def go(self, step: float) -> None:
-        # always from the start, never from the last point: rounding errors do not add up
-        for parameter, start, part in self._moves:
-            parameter.data.copy_(start.add(part, alpha=step))
-
-
 class _Survey:
     """This rank's part of the losses and flips at a step."""
 
-    def __init__(self, model: nn.Module, walk: _Walk, loss_fn: LossFn, data: Microbatches, seed: int) -> None:
+    def __init__(self, model: nn.Module, walk: Walk, loss_fn: LossFn, data: Microbatches, seed: int) -> None:
         self._model, self._walk, self._loss_fn, self._data = model, walk, loss_fn, data
         self._seed = seed
         self._references: list[RoutingCollection] = []
-        self._needs_grad = False
+        self._graph = GraphOnDemand()
 
     def measure(self, step: float) -> Tensor:
         """Sums over the samples: of free and fixed loss, flips, samples that were routed, and of all; (5,), float64."""
@@ -211,7 +199,7 @@ class _Survey:
         while True:
             if self._is_outdated:
                 self._record()
-            self._walk.go(step)
+            self._walk.go([step])
             total = torch.zeros(5, dtype=torch.float64)
             for size, means in self._evaluated(self._compare):
                 total += size * means
@@ -225,7 +213,7 @@ class _Survey:
 
     def _record(self) -> Tensor:
         """The sums for the model as it is, whose routing is kept."""
-        self._walk.go(0.0)
+        self._walk.go([0.0])
         self._references, total = [], torch.zeros(5, dtype=torch.float64)
         for size, (loss, reference) in self._evaluated(self._at_centre):
             self._references.append(reference)
@@ -233,20 +221,8 @@ class _Survey:
         return total
 
     def _evaluated(self, function: Callable[[int, Batch], T]) -> Iterator[tuple[int, T]]:
-        """``function(index, batch)`` for each batch, with a graph only where the loss asks for one."""
-
-        def evaluate(index: int, batch: Batch) -> T:
-            try:
-                with torch.set_grad_enabled(self._needs_grad):
-                    return function(index, batch)
-            except RuntimeError as error:
-                if self._needs_grad or "does not require grad" not in str(error):
-                    raise
-            # the loss takes a gradient itself, a penalty on it say
-            self._needs_grad = True
-            return evaluate(index, batch)
-
-        return self._data.evaluate(evaluate)
+        """``function(index, batch)`` for each batch."""
+        return self._data.evaluate(lambda index, batch: self._graph(lambda: function(index, batch)))
 
     def _at_centre(self, index: int, batch: Batch) -> tuple[float, RoutingCollection]:
         loss, collection = self._free(index, batch)

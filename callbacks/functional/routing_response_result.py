@@ -4,6 +4,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from moe_heads.callbacks.functional.spectrum.tables import markdown_table
+
 __all__ = ["RoutingResponse"]
 
 
@@ -87,7 +89,7 @@ class RoutingResponse:
             for row, loss, flips in zip(rows, self.losses_fixed, self.flips, strict=True):
                 row += [f"{loss:.6g}", self._rise(loss), f"{flips:.2%}"]
         order = sorted(range(len(rows)), key=lambda index: self.steps[index])
-        table = _table(header, [rows[index] for index in order])
+        table = markdown_table(header, [rows[index] for index in order])
         return "\n".join([table, *self._curvature_table(sparse), *(f"\n{note}" for note in self._notes())])
 
     def _rise(self, loss: float) -> str:
@@ -99,7 +101,7 @@ class RoutingResponse:
         header = ["step s", "(L(s) + L(-s) - 2 L(0)) / s²", *(["the same, routing of s = 0"] if sparse else [])]
         found = [(s, self.curvature_free(s), self.curvature_fixed(s)) for s in self._two_sided]
         rows = [[f"{s:g}", *(f"{value:.5g}" for value in values if value is not None)] for s, *values in found]
-        return ["", _table(header, rows)]
+        return ["", markdown_table(header, rows)]
 
     def _notes(self) -> list[str]:
         notes = [f"{self.num_samples} samples; loss of the model as it is {self.center_loss:.6g}."]
@@ -125,7 +127,3 @@ class RoutingResponse:
     def _at(self, losses: Sequence[float], step: float) -> float | None:
         # 1e-12: a grid's two ends may differ by a rounding error
         return next((y for x, y in zip(self.steps, losses, strict=True) if math.isclose(x, step, rel_tol=1e-12)), None)
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    return "\n".join(f"| {' | '.join(row)} |" for row in [header, ["---"] * len(header), *rows])

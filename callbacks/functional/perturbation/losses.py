@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_heads.callbacks.functional.common.batches import Batch, LossFn
+from moe_heads.callbacks.functional.common.graph_on_demand import GraphOnDemand
 from moe_heads.callbacks.functional.common.microbatches import Microbatches
 from moe_heads.callbacks.functional.perturbation.weights import PerturbedWeights
 
@@ -18,7 +19,7 @@ class PerturbedLosses:
     ) -> None:
         self._model, self._loss_fn, self._data = model, loss_fn, data
         self._weights, self._seed = weights, seed
-        self._needs_grad = False
+        self._graph = GraphOnDemand()
 
     def at_draw(self, message: Tensor) -> Tensor:
         """Sum of the losses and number of samples, (2,), at a draw given by its seed and its factor."""
@@ -45,15 +46,7 @@ class PerturbedLosses:
         return total
 
     def _loss(self, index: int, batch: Batch, at_centre: bool) -> float:
-        try:
-            with torch.set_grad_enabled(self._needs_grad):
-                return float(_checked(self._loss_fn(self._model, batch), index, at_centre).detach())
-        except RuntimeError as error:
-            if self._needs_grad or "does not require grad" not in str(error):
-                raise
-        # the loss takes a gradient itself, a penalty on it say
-        self._needs_grad = True
-        return self._loss(index, batch, at_centre)
+        return self._graph(lambda: float(_checked(self._loss_fn(self._model, batch), index, at_centre).detach()))
 
     def _both(self, index: int, batch: Batch, at_centre: bool) -> tuple[float, tuple[Tensor, ...]]:
         loss = _checked(self._loss_fn(self._model, batch), index, at_centre)
