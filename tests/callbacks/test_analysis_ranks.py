@@ -163,7 +163,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     [
         ("landscape, no time for a line", ["TimeUp", "TimeUp"]),
         ("landscape, KeyError on one", ["RankError", "KeyError"]),
-        ("landscape, no second derivative", ["RuntimeError", "RuntimeError"]),
+        ("landscape, no second derivative", ["NoSecondDerivative", "NoSecondDerivative"]),
         ("one sample", ["fine", "fine"]),
         ("one sample, one fails", ["fine", "fine"]),  # rank zero alone computes
         ("cannot be cut", ["fine", "fine"]),

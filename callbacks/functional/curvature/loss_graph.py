@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-__all__ = ["checked_loss", "gradient_with_graph", "saved_bytes", "second_order_errors"]
+__all__ = ["NoSecondDerivative", "checked_loss", "gradient_with_graph", "saved_bytes", "second_order_errors"]
 
 # Parts of the messages with which torch refuses a second derivative: missing formulas, custom functions, torch.compile.
 _NO_SECOND_DERIVATIVE = (
@@ -16,6 +16,10 @@ _NO_SECOND_DERIVATIVE = (
     "differentiate twice",
     "donated buffers",
 )
+
+
+class NoSecondDerivative(RuntimeError):
+    """A layer cannot be differentiated twice."""
 
 
 def checked_loss(loss: object, index: int) -> Tensor:
@@ -47,7 +51,7 @@ def gradient_with_graph(loss: Tensor, params: Sequence[Tensor]) -> tuple[Tensor,
     """Gradient that can be differentiated again; zeros for parameters that the loss does not reach.
 
     Raises:
-        RuntimeError: If a layer has no second derivative and torch can tell already.
+        NoSecondDerivative: If a layer has none and torch can tell already.
     """
     # A function with a once-differentiable backward leaves its error node only when the gradient that enters it
     # requires a gradient, so the first of them does. And torch never runs that node, since it leads to no parameter:
@@ -56,7 +60,7 @@ def gradient_with_graph(loss: Tensor, params: Sequence[Tensor]) -> tuple[Tensor,
     with second_order_errors():
         gradient = torch.autograd.grad(loss, params, one, create_graph=True, allow_unused=True, materialize_grads=True)
         if any(node.name() == "torch::autograd::Error" for node in _nodes(gradient)):
-            raise RuntimeError("a custom autograd function is marked once_differentiable")
+            raise NoSecondDerivative("a custom autograd function is marked once_differentiable")
     return gradient
 
 
@@ -65,14 +69,14 @@ def second_order_errors() -> Iterator[None]:
     """Add cause and remedy to the error of a layer that has no second derivative.
 
     Raises:
-        RuntimeError: In place of torch's own.
+        NoSecondDerivative: In place of torch's own error.
     """
     try:
         yield
     except RuntimeError as error:
         if not any(part in str(error) for part in _NO_SECOND_DERIVATIVE):
             raise
-        raise RuntimeError(
+        raise NoSecondDerivative(
             f"a layer of the model has no second derivative ({error}). For the analysis use its plain form: torch "
             "operations in place of a custom autograd function or a fused activation (relu6(x + 3) / 6 for "
             "hardsigmoid), attention inside analysis_mode (mathematical kernel); on a GPU, "

@@ -16,9 +16,11 @@ from moe_heads.callbacks.functional.common.batches import Batch, LossFn, leaves_
 from moe_heads.callbacks.functional.common.memory import available_memory
 from moe_heads.callbacks.functional.common.microbatches import Microbatches, free_memory, unless_out_of_memory
 from moe_heads.callbacks.functional.common.monitor import Monitor
+from moe_heads.callbacks.functional.curvature.culprit import layer_of
 from moe_heads.callbacks.functional.curvature.folding import Fold, find_folds, folded
 from moe_heads.callbacks.functional.curvature.linearized import LinearizedGradient, can_be_traced
 from moe_heads.callbacks.functional.curvature.loss_graph import (
+    NoSecondDerivative,
     checked_loss,
     gradient_with_graph,
     saved_bytes,
@@ -120,7 +122,13 @@ class BatchProducts:
     def _settle(self, data: Microbatches, memory: int | None, mode: GraphMode | None) -> bool:
         """Find the way; True."""
         first, *_ = data
-        check = _Check(self, first)
+        try:
+            check = _Check(self, first)
+        except NoSecondDerivative as error:
+            layer = layer_of(self._model, lambda: self._loss_fn(self._model, first), str(error))
+            if not layer:
+                raise
+            raise NoSecondDerivative(f"{layer}: {error}") from error.__cause__
         self._folds = check.folds
         if self._folds and not check.passes(self._prepared(0, first)):
             self._folds, self.reason = [], "folded batch norms gave another product"
