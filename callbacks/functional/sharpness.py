@@ -156,7 +156,7 @@ def sharpness(
                 generator=generator,
                 tolerance=trace_tolerance,
                 max_probes=max_probes,
-                blocks={**places, **experts},
+                blocks=_both(places, experts),
                 on_step=findings.add_trace,
             )
             for name in places if block_eigenvalues else ():
@@ -170,6 +170,12 @@ def sharpness(
         return shared_hessian(
             ranks, lead, model, loss_fn, batches, params=params, graph_memory=graph_memory, monitor=monitor
         )
+
+
+def _both(places: Places, experts: Places) -> Places:
+    """Blocks and experts in one, under names that cannot be the same."""
+    blocks = {f"block {name}": place for name, place in places.items()}
+    return blocks | {f"expert {name}": place for name, place in experts.items()}
 
 
 def _largest(
@@ -224,8 +230,8 @@ class _Findings:
             trace_stderr=trace.stderr,
             frobenius_norm=trace.frobenius_norm,
             density=spectral_density([krylov]) if self.density else None,
-            blocks=self._curvatures(self.places, trace),
-            experts=self._curvatures(self.experts, trace),
+            blocks=self._curvatures(self.places, "block", trace),
+            experts=self._curvatures(self.experts, "expert", trace),
             num_steps=krylov.num_steps,
             num_probes=trace.num_probes,
             num_products=self.operator.num_products,
@@ -240,13 +246,13 @@ class _Findings:
             partial=partial,
         )
 
-    def _curvatures(self, places: Places, trace: TraceResult) -> dict[str, BlockCurvature]:
+    def _curvatures(self, places: Places, kind: str, trace: TraceResult) -> dict[str, BlockCurvature]:
         assert self.krylov is not None
         coefficients, found = self.krylov.coefficients, {}
         for name, slices in places.items():
             gram, _ = self.krylov.gram(slices)
             shares = ((coefficients @ gram) * coefficients).sum(1)
-            block = trace.blocks.get(name, BlockTrace(math.nan, math.inf))
+            block = trace.blocks.get(f"{kind} {name}", BlockTrace(math.nan, math.inf))
             found[name] = BlockCurvature(
                 num_parameters=sum(place.stop - place.start for place in slices),
                 shares=tuple(shares.clamp(0, 1).tolist()),

@@ -1,13 +1,17 @@
 """How much memory of the machine is free."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 __all__ = ["available_memory"]
 
 
 def available_memory() -> int | None:
-    """Bytes that this process can still get, by the kernel and by the limit of its container; None where not told."""
-    known = [bytes_ for bytes_ in (_of_the_machine(), _of_the_container()) if bytes_ is not None]
+    """Bytes that this process can still get, by the kernel and by the limits of its control groups (containers, jobs).
+
+    None where the system does not tell.
+    """
+    known = [bytes_ for bytes_ in (_of_the_machine(), *_of_the_groups()) if bytes_ is not None]
     return min(known, default=None)
 
 
@@ -18,8 +22,41 @@ def _of_the_machine(path: Path = Path("/proc/meminfo")) -> int | None:
     return int(fields["MemAvailable"].split()[0]) * 1024 if "MemAvailable" in fields else None
 
 
-def _of_the_container(folder: Path = Path("/sys/fs/cgroup")) -> int | None:
-    limit, used = folder / "memory.max", folder / "memory.current"
-    if not limit.exists() or not used.exists() or limit.read_text().strip() == "max":
+def _of_the_groups(
+    groups: Path = Path("/proc/self/cgroup"), mount: Path = Path("/sys/fs/cgroup")
+) -> Iterator[int | None]:
+    """What each control group leaves, this process's own and those around it.
+
+    Yields:
+        Bytes; None for a group without a limit.
+    """
+    if not groups.exists():
+        return
+    for line in groups.read_text(encoding="utf-8").splitlines():
+        number, controllers, path = line.split(":", 2)
+        if number == "0":  # version 2: one tree for all
+            names, root = ("memory.max", "memory.current", "inactive_file"), mount
+        elif "memory" in controllers.split(","):
+            names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+            root = mount / "memory"
+        else:
+            continue
+        inside = root / path.lstrip("/")
+        # a container may not see its own path, but the root that it is mounted at
+        for folder in dict.fromkeys([inside, *inside.parents, root]):
+            if folder == root or root in folder.parents:
+                yield _left(folder, *names)
+
+
+def _left(folder: Path, limit_name: str, used_name: str, reclaimable: str) -> int | None:
+    try:
+        limit = (folder / limit_name).read_text(encoding="ascii").strip()
+        used = int((folder / used_name).read_text(encoding="ascii"))
+        statistics = (folder / "memory.stat").read_text(encoding="ascii")
+    except (OSError, ValueError):
         return None
-    return max(int(limit.read_text()) - int(used.read_text()), 0)
+    if limit == "max":
+        return None
+    # files that were read and can be forgotten count as used
+    cached = dict(line.split() for line in statistics.splitlines()).get(reclaimable, "0")
+    return max(int(limit) - used + int(cached), 0)

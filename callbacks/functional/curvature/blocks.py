@@ -52,7 +52,7 @@ def places_of(blocks: Mapping[str, Sequence[str]], slices: Mapping[str, slice]) 
         twice = sorted({name for name in found if found.count(name) > 1})
         if twice:
             raise ValueError(f"blocks: expected each parameter once in a block; {block!r} has {twice} twice")
-        places[block] = [slices[name] for name in found]
+        places[block] = _merged([slices[name] for name in found])
     return places
 
 
@@ -62,11 +62,27 @@ def expert_places(model: nn.Module, slices: Mapping[str, slice]) -> Places:
     places: dict[str, list[slice]] = {}
     for path, num_experts in heads.items():
         prefix = f"{path}." if path else ""
-        stacked = [name for name in slices if name.startswith(f"{prefix}experts.")]
+        parameters = dict(model.named_parameters())
+        stacked = [
+            name
+            for name in slices
+            if name.startswith(f"{prefix}experts.") and parameters[name].shape[:1] == (num_experts,)
+        ]
         for expert in range(num_experts if stacked else 0):
             name = f"{path} expert {expert}" if len(heads) > 1 else f"expert {expert}"
             places[name] = [_part(slices[parameter], expert, num_experts) for parameter in stacked]
     return places
+
+
+def _merged(places: list[slice]) -> list[slice]:
+    """The same places, neighbours as one."""
+    merged: list[slice] = []
+    for place in sorted(places, key=lambda place: place.start):
+        if merged and merged[-1].stop == place.start:
+            merged[-1] = slice(merged[-1].start, place.stop)
+        else:
+            merged.append(place)
+    return merged
 
 
 def _heads(model: nn.Module) -> dict[str, int]:

@@ -10,6 +10,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from moe_heads.callbacks.functional.common.interrupts import HeldInterrupts
 from moe_heads.callbacks.functional.common.memory import available_memory
 from moe_heads.callbacks.functional.common.microbatches import unless_out_of_memory
 from moe_heads.callbacks.functional.curvature.basis import Basis, dot, norm, rademacher
@@ -19,6 +20,10 @@ __all__ = ["CPU_BASIS_MEMORY", "LanczosResult", "lanczos"]
 
 CPU_BASIS_MEMORY = 4 * 2**30
 """Bytes that the basis may take on a CPU unless the caller says otherwise, or half of what is free."""
+
+# Rounding errors over the norm of the matrix. What is left of a Krylov space that is complete grows with each step from
+# the error of a product: some ten thousandfold in a dozen, which float64 can afford to call nothing.
+_ROUNDING = {torch.float32: 1e-5, torch.float64: 1e-10}
 
 # Vectors beyond the wanted ones that a restart keeps at least, and those that it needs for new steps.
 _KEPT_BESIDES, _NEW_AFTER_RESTART = 3, 8
@@ -37,12 +42,10 @@ class LanczosResult:
         beta: :math:`\|r\|`.
         tail: c, (m,), float64: the last unit vector, unless a restart came just before.
         basis: Q, m orthonormal vectors or more, of which the first m count.
-        nodes: Gauss nodes of the quadrature of the start vector, ascending, float64: all Ritz values before the first
-            restart.
-        weights: Their weights, which sum to 1.
+        first_cycle: Nodes and weights from before the first restart; None where there was none.
         num_steps: Products with H.
-        rounding: Size of the rounding errors of a product, ten units of the dtype's precision times the norm of T. No
-            residual is reported below it.
+        rounding: Size of the rounding errors, 1e-5 (float32) or 1e-10 (float64) times the norm of T. No residual is
+            reported below it.
         num_eigenvalues: Number k of eigenvalues asked for.
         converged: Whether the k largest have met the tolerance.
     """
@@ -52,8 +55,7 @@ class LanczosResult:
     beta: float
     tail: Tensor
     basis: Basis
-    nodes: Tensor
-    weights: Tensor
+    first_cycle: tuple[Tensor, Tensor] | None
     num_steps: int
     rounding: float
     num_eigenvalues: int
@@ -64,6 +66,16 @@ class LanczosResult:
         """All m Ritz values, ascending, and the eigenvectors of T in columns; float64."""
         values, vectors = torch.linalg.eigh(self.projected)
         return values, vectors
+
+    @property
+    def nodes(self) -> Tensor:
+        """Gauss nodes of the quadrature of the start vector, ascending, float64: the Ritz values of the first cycle."""
+        return self.ritz[0] if self.first_cycle is None else self.first_cycle[0]
+
+    @property
+    def weights(self) -> Tensor:
+        """Weights of the nodes, which sum to 1."""
+        return self.ritz[1][0].square() if self.first_cycle is None else self.first_cycle[1]
 
     @cached_property
     def residual_norms(self) -> Tensor:
@@ -173,9 +185,10 @@ def lanczos(
             return iteration.result(converged=True)
         if iteration.num_steps == max_steps:
             return iteration.result(converged=is_settled)
-        if iteration.advance() and on_step is not None:
-            # the basis is another one: what was told before does not fit it any more
-            on_step(iteration.result(converged=False))
+        with HeldInterrupts():
+            if iteration.advance() and on_step is not None:
+                # the basis is another one: what was told before does not fit it any more
+                on_step(iteration.result(converged=False))
 
 
 class _Iteration:
@@ -202,7 +215,7 @@ class _Iteration:
         self._remainder = torch.zeros(operator.shape[0], dtype=operator.dtype, device=operator.device)
         self._beta = self._rounding = self._scale = 0.0
         self._tail = torch.zeros(0, dtype=torch.float64)
-        self._quadrature: tuple[Tensor, Tensor] | None = None
+        self._first_cycle: tuple[Tensor, Tensor] | None = None
         self.num_steps = self.first = 0
         self._following = self._fresh(start)
 
@@ -232,7 +245,7 @@ class _Iteration:
         self._tail = torch.eye(size + 1, dtype=torch.float64)[-1]
         # The largest entry of T is its norm up to a factor of three.
         self._scale = max(self._scale, abs(alpha), self._beta)
-        self._rounding = 10 * torch.finfo(self._operator.dtype).eps * self._scale
+        self._rounding = _ROUNDING[self._operator.dtype] * self._scale
         if self.is_complete:
             self._beta = 0.0
 
@@ -267,15 +280,13 @@ class _Iteration:
 
     def result(self, converged: bool) -> LanczosResult:
         """What is known now."""
-        nodes, weights = self._quadrature or _gauss(self._projected)
         return LanczosResult(
             projected=self._projected,
             remainder=self._remainder,
             beta=self._beta,
             tail=self._tail,
             basis=self._basis,
-            nodes=nodes,
-            weights=weights,
+            first_cycle=self._first_cycle,
             num_steps=self.num_steps,
             rounding=self._rounding,
             num_eigenvalues=self._num_eigenvalues,
@@ -293,19 +304,25 @@ class _Iteration:
         return values, torch.le(self._beta * vectors[-1].abs(), limits)
 
     def _fresh(self, start: Tensor | None) -> Tensor:
-        """A unit vector orthogonal to the basis: the start vector, or random signs."""
+        """A unit vector orthogonal to the basis: of the start vector, or of random signs."""
         dim, dtype, device = self._operator.shape[0], self._operator.dtype, self._operator.device
         vector = rademacher(dim, dtype, device, self._generator) if start is None else start.to(device, dtype)
+        length = norm(vector)
         vector = self._basis.complement(vector)
+        while norm(vector) < 1e-4 * length:
+            # in a small space signs may lie in the basis; normal numbers do not
+            vector = torch.randn(dim, generator=self._generator, dtype=dtype).to(device)
+            length, vector = norm(vector), self._basis.complement(vector)
         # Normalise, then once more: next to a nearly complete basis little is left of the vector, and that is inexact.
         for _ in range(2):
             vector = self._basis.complement(vector / norm(vector))
         return vector / norm(vector)
 
     def _restart(self) -> None:
-        """Keep the Ritz vectors that matter most: the wanted ones, and of the others those of the largest size."""
-        if self._quadrature is None:
-            self._quadrature = _gauss(self._projected)
+        """Keep the Ritz vectors that matter most, of what is complete and of what grows from the last start vector."""
+        if self._first_cycle is None:
+            nodes, vectors = torch.linalg.eigh(self._projected)
+            self._first_cycle = nodes, vectors[0].square()
         # where memory ran out before, this is all there is
         self._most_vectors = len(self._basis)
         if self._most_vectors < _fewest_vectors(self._num_eigenvalues):
@@ -313,22 +330,28 @@ class _Iteration:
                 f"there is no memory for more than {self._most_vectors} vectors of {self._operator.shape[0]} numbers;"
                 " analyse fewer parameters (params), or on another device"
             )
-        values, vectors = torch.linalg.eigh(self._projected)
-        order = values.abs()
-        order[-self._num_eigenvalues :] = torch.inf
-        kept = order.topk(max(self._num_eigenvalues + _KEPT_BESIDES, self._most_vectors // 2)).indices.sort().values
-        self._basis.replace(vectors[:, kept].T)
-        self._projected, self._tail = torch.diag(values[kept]), vectors[-1, kept]
-        self.first = 0
+        k = self._num_eigenvalues
+        complete, growing = self._projected[: self.first, : self.first], self._projected[self.first :, self.first :]
+        old_values, old_vectors = _kept(complete, min(k, self.first), k)
+        num_kept = max(k + _KEPT_BESIDES, (self._most_vectors - len(old_values)) // 2)
+        values, vectors = _kept(growing, min(num_kept, len(growing)), k)
+        self._basis.replace(torch.block_diag(old_vectors.T, vectors.T))
+        self._projected = torch.diag(torch.cat([old_values, values]))
+        self._tail = torch.cat([torch.zeros_like(old_values), vectors[-1]])
+        self.first = len(old_values)
 
 
-def _gauss(projected: Tensor) -> tuple[Tensor, Tensor]:
-    nodes, vectors = torch.linalg.eigh(projected)
-    return nodes, vectors[0].square()
+def _kept(projected: Tensor, count: int, num_wanted: int) -> tuple[Tensor, Tensor]:
+    """Ritz pairs to keep, ascending: the wanted ones, and of the others those of the largest size."""
+    values, vectors = torch.linalg.eigh(projected)
+    order = values.abs()
+    order[-num_wanted:] = torch.inf
+    kept = order.topk(count).indices.sort().values
+    return values[kept], vectors[:, kept]
 
 
 def _fewest_vectors(num_eigenvalues: int) -> int:
-    return num_eigenvalues + _KEPT_BESIDES + _NEW_AFTER_RESTART
+    return 2 * num_eigenvalues + _KEPT_BESIDES + _NEW_AFTER_RESTART
 
 
 def _most_vectors(operator: SymmetricOperator, num_eigenvalues: int, basis_memory: int | None) -> int:

@@ -15,40 +15,51 @@ from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from moe_heads.callbacks.functional.common.batches import Batch, LossFn, leaves_of, map_leaves
-from moe_heads.callbacks.functional.curvature.partition import reuse_memory, split_by_inputs
+from moe_heads.callbacks.functional.curvature.partition import (
+    merge_equal,
+    refuse_dynamic_sizes,
+    reuse_memory,
+    split_by_inputs,
+)
 
-__all__ = ["BoundGradient", "LinearizedGradient", "can_be_traced"]
+__all__ = ["BoundGradient", "LinearizedGradient", "form_of"]
 
 
 class LinearizedGradient:
-    """The directional derivative of the gradient of a loss, as a program that holds for all batches of one shape.
+    """The directional derivative of the gradient of a loss, as a program that holds for all batches of one form.
 
     Args:
         model: The model.
         loss_fn: The loss.
         params: The parameters to differentiate by, by name.
-        batch: A batch of the shape.
+        batch: A batch of the form.
+
+    Attributes:
+        form: The form; see `form_of`.
 
     Raises:
-        Exception: Whatever torch says of an operation that it cannot trace or has no forward derivative for, or of a
-            model whose operations depend on the values in the batch.
+        ValueError: If the loss reaches the parameters other than through the model's modules, or an operation has a
+            result whose size depends on the values in the batch.
+        Exception: Whatever torch says of an operation that it cannot trace or has no forward derivative for.
     """
 
     def __init__(self, model: nn.Module, loss_fn: LossFn, params: dict[str, Tensor], batch: Batch) -> None:
-        self.shape = _shape_of(batch)
+        self.form = form_of(batch)
         loss = _Loss(model, loss_fn)
         values = {f"model.{name}": p.detach() for name, p in params.items()}
 
-        def gradient(values: dict[str, Tensor], batch: Batch) -> dict[str, Tensor]:
-            def value(values: dict[str, Tensor]) -> Tensor:
-                return cast(Tensor, torch.func.functional_call(loss, values, (batch,))).reshape(())
+        def value(values: dict[str, Tensor], batch: Batch) -> Tensor:
+            return cast(Tensor, torch.func.functional_call(loss, values, (batch,))).reshape(())
 
-            return cast(dict[str, Tensor], torch.func.grad(value)(values))
+        if value(values, batch).requires_grad:
+            # a loss that holds the parameters itself, for a penalty say: the program would take them for constants
+            raise ValueError("the loss reaches parameters other than through the modules of the model")
 
         def derivative(*inputs: Tensor) -> list[Tensor]:
             tangents = dict(zip(values, inputs, strict=False))
             leaves = iter(inputs[len(values) :])
             traced = map_leaves(batch, lambda leaf: next(leaves) if isinstance(leaf, Tensor) else leaf)
+            gradient = torch.func.grad(value)
             product = torch.func.jvp(lambda values: gradient(values, traced), (values,), (tangents,))[1]
             return list(product.values())
 
@@ -57,31 +68,56 @@ class LinearizedGradient:
             # torch's own formulas of forward derivatives use torch.jit.script, which torch deprecates
             warnings.simplefilter("ignore")
             graph = make_fx(derivative)(*map(torch.zeros_like, values.values()), *leaves)
+        refuse_dynamic_sizes(graph)
+        merge_equal(graph)
         per_batch, self._product = split_by_inputs(graph, range(len(values)))
         shared, self._per_batch = split_by_inputs(per_batch, range(len(leaves)))
         reuse_memory(self._product)
-        self._shared: Sequence[Tensor] = shared()
+        with torch.no_grad():
+            self._shared: Sequence[Tensor] = shared()
 
+    @torch.no_grad()
     def bind(self, batch: Batch) -> "BoundGradient":
         """Compute what depends on the batch alone."""
-        return BoundGradient(self._product, self._per_batch(*self._shared, *_tensors_of(batch)))
+        constants = self._per_batch(*self._shared, *_tensors_of(batch))
+        shared = {_storage(tensor) for tensor in self._shared}
+        own = {_storage(c): c.untyped_storage().nbytes() for c in constants if _storage(c) not in shared}
+        return BoundGradient(self._product, constants, sum(own.values()))
 
 
 @dataclass(frozen=True, eq=False)
 class BoundGradient:
-    """The derivative of the gradient at one batch."""
+    """The derivative of the gradient at one batch.
+
+    Attributes:
+        program: Computes it from the constants and the direction.
+        constants: What depends on the batch and the weights alone.
+        num_bytes: Memory of those of them that are this batch's own.
+    """
 
     program: Callable[..., Sequence[Tensor]]
     constants: Sequence[Tensor]
+    num_bytes: int
 
+    @torch.no_grad()
     def __call__(self, tangents: Sequence[Tensor]) -> Sequence[Tensor]:
         """The derivative in the direction of ``tangents``, one tensor a parameter."""
         return self.program(*self.constants, *tangents)
 
 
-def can_be_traced(batch: Batch) -> bool:
-    """Whether a batch holds nothing but tensors, which a traced program can be given anew."""
-    return all(leaf is None or isinstance(leaf, Tensor) for leaf in leaves_of(batch))
+def form_of(batch: Batch) -> Any | None:
+    """What batches have in common that a program can be given: containers, keys, and shapes and strides of tensors.
+
+    None for a batch that holds something else than tensors, which a program would take for a constant. Equal forms
+    compare as equal.
+    """
+    if not all(leaf is None or isinstance(leaf, Tensor) for leaf in leaves_of(batch)):
+        return None
+    return map_leaves(batch, lambda leaf: None if leaf is None else (tuple(leaf.shape), leaf.dtype, leaf.stride()))
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
 
 
 class _Loss(nn.Module):
@@ -97,7 +133,3 @@ class _Loss(nn.Module):
 
 def _tensors_of(batch: Batch) -> list[Tensor]:
     return [leaf for leaf in leaves_of(batch) if isinstance(leaf, Tensor)]
-
-
-def _shape_of(batch: Batch) -> tuple[Any, ...]:
-    return tuple((leaf.shape, leaf.dtype, leaf.stride()) for leaf in _tensors_of(batch))

@@ -118,6 +118,7 @@ class HessianOperator:
         self._sizes = [p.numel() for p in named.values()]
         self.num_parameters = sum(self._sizes)
         self._data = Microbatches(batches, self.device, monitor or Monitor())
+        self._batch_sizes = list(map(batch_size, self._data))
         self.num_strata = min(len(self._data), _MOST_STRATA)
         self.num_samples = self._data.num_samples
         self._num_differentiated = 0
@@ -221,9 +222,11 @@ class HessianOperator:
         places = [place.view(shape) for place, shape in zip(total.split(self._sizes), self._shapes, strict=True)]
 
         def product(index: int, batch: Batch) -> Sequence[Tensor]:
-            if index >= self._products.num_kept:
-                return self._products.product(index, batch, parts)
-            rows = unless_out_of_memory(lambda: self._products.product(index, batch, parts))
+            # by the batch it comes from: pieces of one that was cut draw the same numbers in every product
+            origin = self._data.origins[index]
+            if origin >= self._products.num_kept:
+                return self._products.product(origin, batch, parts)
+            rows = unless_out_of_memory(lambda: self._products.product(origin, batch, parts))
             if rows is None:
                 raise _NoRoomForKept
             return rows
@@ -235,8 +238,7 @@ class HessianOperator:
 
     def _num_here(self, stratum: int | None) -> int:
         """Samples of this process, or of one of its strata."""
-        sizes = zip(self._data.origins, map(batch_size, self._data), strict=True)
-        return sum(size for origin, size in sizes if stratum is None or origin % self.num_strata == stratum)
+        return sum(self._batch_sizes if stratum is None else self._batch_sizes[stratum :: self.num_strata])
 
 
 class _NoRoomForKept(Exception):

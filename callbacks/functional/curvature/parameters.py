@@ -22,7 +22,7 @@ def selected_parameters(model: nn.Module, params: Selection | None) -> dict[str,
             one vector of float32 or float64.
     """
     trainable: dict[str, Tensor] = {**trainable_parameters(model)}
-    chosen = trainable if params is None else _chosen(trainable, params)
+    chosen = trainable if params is None else _chosen(model, trainable, params)
     kinds = {(p.dtype, p.device) for p in chosen.values()}
     if len(kinds) > 1 or next(iter(kinds))[0] not in {torch.float32, torch.float64}:
         found = sorted(f"{dtype} on {device}" for dtype, device in kinds)
@@ -39,13 +39,15 @@ def slices_of(named: Mapping[str, Tensor]) -> dict[str, slice]:
     return {name: slice(end - p.numel(), end) for (name, p), end in zip(named.items(), ends, strict=True)}
 
 
-def _chosen(trainable: dict[str, Tensor], params: Selection) -> dict[str, Tensor]:
+def _chosen(model: nn.Module, trainable: dict[str, Tensor], params: Selection) -> dict[str, Tensor]:
     if isinstance(params, (str, Tensor)) or not isinstance(params, Iterable):
         raise ValueError(f"params: expected a list of parameters or of their names; got {_described(params)}")
-    listed = list(params)
+    first_names = {id(p): name for name, p in trainable.items()}
+    # a shared parameter may be meant by any of its names
+    known = [(name, p) for name, p in model.named_parameters(remove_duplicate=False) if id(p) in first_names]
     names: set[str] = set()
-    for entry in listed:
-        found = {name for name, p in trainable.items() if _is_meant(entry, name, p)}
+    for entry in params:
+        found = {first_names[id(p)] for name, p in known if _is_meant(entry, name, p)}
         if not found:
             raise ValueError(
                 "params: expected parameters of the model that require a gradient, or names of parameters or modules "

@@ -6,12 +6,14 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-__all__ = ["reuse_memory", "split_by_inputs"]
+__all__ = ["merge_equal", "refuse_dynamic_sizes", "reuse_memory", "split_by_inputs"]
 
 # Operations that may hand on their argument although their schema does not say so.
 _HIDDEN_VIEWS = {torch.ops.aten._unsafe_view.default, torch.ops.aten._reshape_alias.default}
 
 _aten = torch.ops.aten
+
+_DYNAMIC = {torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output}
 
 # Element by element, and their forms that overwrite the first argument.
 _IN_PLACE = {
@@ -22,6 +24,35 @@ _IN_PLACE = {
     _aten.neg.default: _aten.neg_.default,
 }
 _COMMUTATIVE = {_aten.add.Tensor, _aten.mul.Tensor}
+
+
+def refuse_dynamic_sizes(graph: fx.GraphModule) -> None:
+    """Refuse operations whose result has a size that depends on values: the program has fixed those of one batch.
+
+    Raises:
+        ValueError: If there is one.
+    """
+    for node in graph.graph.nodes:
+        if isinstance(node.target, torch._ops.OpOverload) and not _DYNAMIC.isdisjoint(node.target.tags):
+            raise ValueError(f"the size of what {node.target} gives depends on the values in the batch")
+
+
+def merge_equal(graph: fx.GraphModule) -> None:
+    """Compute once what a program computes twice: nested transformations trace the same primal again and again."""
+    aliases = _Aliases(graph.graph.nodes)
+    written = {member for node in graph.graph.nodes if _is_mutation(node) for member in aliases.of(node)}
+    first: dict[object, fx.Node] = {}
+    for node in list(graph.graph.nodes):
+        if node.op not in {"call_function", "get_attr"} or node in written or _is_random(node):
+            continue
+        # slices and lists among the arguments cannot be hashed: their text names the nodes in them
+        key = (node.target, repr(node.args), repr(node.kwargs))
+        if key in first:
+            node.replace_all_uses_with(first[key])
+            graph.graph.erase_node(node)
+        else:
+            first[key] = node
+    graph.recompile()
 
 
 def split_by_inputs(graph: fx.GraphModule, inputs: Collection[int]) -> tuple[fx.GraphModule, fx.GraphModule]:
@@ -135,6 +166,10 @@ def _viewed(node: fx.Node) -> list[fx.Node]:
 
 def _is_mutation(node: fx.Node) -> bool:
     return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+
+
+def _is_random(node: fx.Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in node.target.tags
 
 
 def _overwritable(node: fx.Node) -> list[fx.Node]:

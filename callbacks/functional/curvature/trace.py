@@ -37,7 +37,8 @@ class TraceResult:
 
     Attributes:
         estimate: The trace.
-        stderr: Its standard error; 0 when the Krylov space is the whole space.
+        stderr: Its standard error, widened for the few samples that it is known from, so that twice of it covers 95 %
+            (Student's t); 0 when the Krylov space is the whole space.
         frobenius_norm: Estimate of :math:`\|H\|_F`, from the same products.
         num_probes: Rounds of random vectors, the cost of one product each; the first counts for the Frobenius norm
             alone where there are strata.
@@ -148,7 +149,7 @@ class _Sampling:
             squares = squares + sum(self._squares) / len(self._squares)
         frobenius_norm = math.sqrt(float(squares))
         if self._num_probes == 0:
-            estimates, stderrs, freedom = self._known, torch.zeros_like(self._known), MIN_PROBES
+            estimates, stderrs, freedom = self._known, torch.zeros_like(self._known), math.inf
         else:
             estimates, stderrs, freedom = self._estimates()
         estimate, stderr = float(estimates[0]), float(stderrs[0])
@@ -164,21 +165,36 @@ class _Sampling:
             {name: BlockTrace(*found) for name, *found in pairs},
         )
 
-    def _estimates(self) -> tuple[Tensor, Tensor, int]:
-        """Estimates, their standard errors and the degrees of freedom of these."""
+    def _estimates(self) -> tuple[Tensor, Tensor, float]:
+        """Estimates, their standard errors, and the degrees of freedom of the first."""
         num_rounds = len(self._rounds)
         if num_rounds == 0:
             unknown = torch.full_like(self._known, math.nan)
-            return unknown, torch.full_like(self._known, math.inf), 0
+            return unknown, torch.full_like(self._known, math.inf), 0.0
         samples = torch.stack(self._rounds)  # (rounds, strata, 1 + blocks)
         estimates = self._known + samples.mean(0).sum(0)
         if num_rounds == 1:
-            return estimates, torch.full_like(estimates, math.inf), 0
-        return estimates, (samples.var(0).sum(0) / num_rounds).sqrt(), (num_rounds - 1) * samples.shape[1]
+            return estimates, torch.full_like(estimates, math.inf), 0.0
+        variances = samples.var(0)
+        total = variances.sum(0)
+        # Welch and Satterthwaite: one stratum that outweighs the others has its own degrees of freedom, not theirs.
+        tiny = torch.finfo(torch.float64).tiny
+        freedom = (num_rounds - 1) * total.square() / variances.square().sum(0).clamp_min(tiny)
+        freedom = torch.where(total > 0, freedom, math.inf)
+        return estimates, (total / num_rounds).sqrt() * _widening(freedom), float(freedom[0])
 
     def _forms(self, probe: Tensor, product: Tensor) -> Tensor:
-        blocks = [sum(dot(probe[s], product[s]) for s in places) for places in self._blocks.values()]
-        return torch.tensor([dot(probe, product), *blocks], dtype=torch.float64)
+        values = probe * product
+        places = [[slice(None)], *self._blocks.values()]
+        # one number a place, all of them fetched from the device at once
+        sums = [values[place].sum(dtype=torch.float64) for inside in places for place in inside]
+        fetched = iter(torch.stack(sums).tolist())
+        return torch.tensor([sum(next(fetched) for _ in inside) for inside in places], dtype=torch.float64)
+
+
+def _widening(freedom: Tensor) -> Tensor:
+    """The 97.5 % quantile of Student's t over that of the normal distribution, to a percent above four degrees."""
+    return 1 + 1.21 / freedom + 1.43 / freedom.square()
 
 
 def _known_of_blocks(krylov: LanczosResult, blocks: Places) -> list[float]:

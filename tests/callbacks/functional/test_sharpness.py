@@ -78,6 +78,23 @@ def test_blocks_and_experts_of_a_sparse_head() -> None:
     np.testing.assert_allclose(shares, result.blocks["experts"].shares, atol=1e-9)
 
 
+def test_a_block_may_have_the_name_of_an_expert() -> None:
+    model = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), SparseMoE(6, 3, num_experts=2, expert_width=4)).double()
+    batch = classification(30, 5)
+    result = sharpness(model, cross_entropy, [batch], blocks={"expert 0": ["0"]}, density=False)
+    other = sharpness(model, cross_entropy, [batch], blocks={"body": ["0"]}, density=False)
+    assert result.blocks["expert 0"] == other.blocks["body"]
+    assert result.experts["expert 0"] == other.experts["expert 0"]
+
+
+def test_parameters_beside_the_stacked_ones_belong_to_no_expert() -> None:
+    model = SparseMoE(5, 3, num_experts=4, expert_width=4).double()
+    model.experts.register_parameter("scale", nn.Parameter(torch.ones((), dtype=torch.float64)))
+    model.experts.register_parameter("table", nn.Parameter(torch.ones(3, 16, dtype=torch.float64)))
+    result = sharpness(model, cross_entropy, [classification(20, 5)], density=False)
+    assert {found.num_parameters for found in result.experts.values()} == {5 * 4 + 4 + 4 * 3 + 3}
+
+
 def test_two_heads_have_blocks_of_their_own() -> None:
     class Two(nn.Module):
         def __init__(self) -> None:

@@ -8,7 +8,7 @@ from moe_heads.callbacks.functional.common import memory
 def test_the_smaller_of_what_machine_and_container_leave(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     known = {"machine": 5000, "container": None}
     monkeypatch.setattr(memory, "_of_the_machine", lambda: known["machine"])
-    monkeypatch.setattr(memory, "_of_the_container", lambda: known["container"])
+    monkeypatch.setattr(memory, "_of_the_groups", lambda: iter([None, known["container"]]))
     assert memory.available_memory() == 5000
     known["container"] = 300
     assert memory.available_memory() == 300
@@ -25,12 +25,34 @@ def test_what_the_kernel_says(tmp_path: Path) -> None:
     assert memory._of_the_machine(told) is None
 
 
-@pytest.mark.parametrize(
-    ("limit", "used", "left"),
-    [("max\n", "10\n", None), ("100\n", "30\n", 70), ("100\n", "130\n", 0), (None, None, None)],
-)
-def test_what_the_container_leaves(tmp_path: Path, limit: str | None, used: str | None, left: int | None) -> None:
-    if limit is not None and used is not None:
-        (tmp_path / "memory.max").write_text(limit)
-        (tmp_path / "memory.current").write_text(used)
-    assert memory._of_the_container(tmp_path) == left
+def group(folder: Path, limit: str, used: int, cached: int, *, version: int = 2) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    names = ("memory.max", "memory.current", "inactive_file")
+    if version == 1:
+        names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+    (folder / names[0]).write_text(f"{limit}\n")
+    (folder / names[1]).write_text(f"{used}\n")
+    (folder / "memory.stat").write_text(f"anon 5\n{names[2]} {cached}\nactive_file 7\n")
+
+
+def left(tmp_path: Path, line: str) -> list[int]:
+    (tmp_path / "cgroup").write_text(line)
+    return [number for number in memory._of_the_groups(tmp_path / "cgroup", tmp_path / "fs") if number is not None]
+
+
+def test_the_groups_around_a_process_bound_it(tmp_path: Path) -> None:
+    group(tmp_path / "fs" / "job", "1000", 900, 300)  # files that were read can be forgotten
+    group(tmp_path / "fs" / "job" / "step", "max", 900, 300)
+    assert left(tmp_path, "0::/job/step\n") == [400]
+    group(tmp_path / "fs", "200", 500, 0)  # a container sees its limit at the root
+    assert left(tmp_path, "0::/unknown/here\n") == [0]
+
+
+def test_first_version_of_control_groups(tmp_path: Path) -> None:
+    group(tmp_path / "fs" / "memory" / "docker" / "a", "1000", 900, 50, version=1)
+    lines = "7:cpu,cpuacct:/docker/a\n5:memory:/docker/a\n"
+    assert left(tmp_path, lines) == [150]
+
+
+def test_no_groups(tmp_path: Path) -> None:
+    assert list(memory._of_the_groups(tmp_path / "nothing", tmp_path)) == []

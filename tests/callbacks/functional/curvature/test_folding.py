@@ -6,6 +6,8 @@ from torch import Tensor, nn
 
 from moe_heads.callbacks.functional.curvature.folding import find_folds, folded
 from moe_heads.callbacks.functional.curvature.operator import HessianOperator
+from moe_heads.callbacks.functional.curvature.product_check import ProductCheck
+from moe_heads.callbacks.functional.curvature.products import GraphMode
 from tests.support.hessians import classification, cross_entropy, small_cnn
 
 
@@ -138,3 +140,42 @@ def test_a_fold_that_changes_the_function_is_found_out() -> None:
     v = torch.randn(operator.num_parameters, dtype=torch.float64)
     assert (operator.num_folded, operator.reason) == (0, "folded batch norms gave another product")
     torch.testing.assert_close(operator.matvec(v), HessianOperator(plain, cross_entropy, [batch]).matvec(v))
+
+
+class _FoldsSometimes(nn.Module):
+    """Its batch norm runs for some batches only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = small_cnn()
+
+    def forward(self, x: Tensor) -> Tensor:
+        between = self.body[0](x)
+        return self.body[2:](self.body[1](between) if float(x.mean()) > 0 else between)
+
+
+@pytest.mark.parametrize("mode", ["linearized", "kept", "rebuilt", None])
+def test_a_fold_is_held_against_every_batch(mode: GraphMode | None) -> None:
+    model = _FoldsSometimes().eval().double()
+    x, y = classification(6, 1, 8, 8)
+    batches = [(x.abs(), y), (-x.abs(), y)]
+    operator = HessianOperator(model, cross_entropy, batches, mode=mode)
+    plain = copy.deepcopy(model)
+    plain.body[1].register_forward_hook(lambda module, args, output: None)
+    v = torch.randn(operator.num_parameters, dtype=torch.float64)
+    assert operator.num_folded == 0
+    expected = HessianOperator(plain, cross_entropy, batches, mode="rebuilt").matvec(v)
+    torch.testing.assert_close(operator.matvec(v), expected)
+
+
+def test_a_fold_that_could_not_be_checked_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(check: ProductCheck, product: object) -> bool:
+        raise torch.OutOfMemoryError("full")
+
+    model, batch = _UsedTwice().eval().double(), classification(6, 1, 8, 8)
+    expected = HessianOperator(model, cross_entropy, [batch], mode="rebuilt")
+    monkeypatch.setattr(ProductCheck, "passes", full)
+    operator = HessianOperator(model, cross_entropy, [batch])
+    v = torch.randn(operator.num_parameters, dtype=torch.float64)
+    assert (operator.num_folded, operator.reason) == (0, "memory ran out")
+    torch.testing.assert_close(operator.matvec(v), expected.matvec(v))

@@ -1,5 +1,7 @@
 import copy
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -9,9 +11,9 @@ from torch.nn import functional as F
 
 from moe_heads import Dense, SoftMoE, SparseMoE
 from moe_heads.callbacks.functional.common.preserve import analysis_mode
-from moe_heads.callbacks.functional.curvature.linearized import BoundGradient
+from moe_heads.callbacks.functional.curvature.linearized import BoundGradient, LinearizedGradient
 from moe_heads.callbacks.functional.curvature.operator import HessianOperator
-from moe_heads.callbacks.functional.curvature.partition import reuse_memory, split_by_inputs
+from moe_heads.callbacks.functional.curvature.partition import merge_equal, reuse_memory, split_by_inputs
 from tests.support.head_zoo import ROUTERS, head_with
 from tests.support.hessians import classification, cross_entropy, small_cnn, small_mlp
 
@@ -141,3 +143,121 @@ def test_overwrites_only_what_nobody_needs() -> None:
     for _ in range(2):
         torch.testing.assert_close(program(a), expected)
     assert torch.equal(a, untouched) and len(in_place) >= 1
+
+
+@dataclass
+class Boxed:
+    x: Tensor
+    y: Tensor
+
+
+def test_batches_of_another_structure_are_not_given_to_the_program() -> None:
+    model = small_mlp()
+    x, y = classification(6, 5)
+
+    def loss(m: nn.Module, batch: Any) -> Tensor:
+        if isinstance(batch, dict):
+            return cross_entropy(m, (batch["x"], batch["y"])) * (3 if "w" in batch else 1)
+        if isinstance(batch, Boxed):
+            return cross_entropy(m, (batch.x, batch.y)) * 5
+        scale = 1.0 if batch[2] is None and batch[3] is not None else 2.0
+        return cross_entropy(m, batch) * scale * (batch[4] if len(batch) > 4 else 1.0)
+
+    extra = torch.ones(1).double()
+    for batches in (
+        [(x, y, None, extra), (x, y, extra, None)],
+        [{"x": x, "y": y, "reg": extra}, {"x": x, "y": y, "w": extra}],
+        [(x, y, None, extra), (x, y, None, extra, 7.0)],
+        [(x, y, None, extra), [x, y, None, extra], Boxed(x, y)],
+    ):
+        traced = HessianOperator(model, loss, batches, mode="linearized")
+        rebuilt = HessianOperator(model, loss, batches, mode="rebuilt")
+        v = torch.randn(57, dtype=torch.float64)
+        assert traced.mode == "linearized" and traced.num_kept == len(batches)
+        torch.testing.assert_close(traced.matvec(v), rebuilt.matvec(v), rtol=1e-8, atol=1e-11)
+
+
+def test_a_penalty_on_captured_parameters_is_not_lost() -> None:
+    model = small_mlp()
+    captured = list(model.parameters())
+
+    def loss(m: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        return cross_entropy(m, batch) + 1e-9 * sum(p.square().sum() for p in captured)
+
+    operator = HessianOperator(model, loss, [classification(6, 5)], mode="linearized")
+    assert operator.mode == "kept" and "other than through the modules" in operator.reason
+
+
+def test_sizes_that_depend_on_values_are_not_traced() -> None:
+    model = small_mlp()
+
+    def masked(m: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        known = batch[0][:, 0] > 0
+        return F.cross_entropy(m(batch[0])[known], batch[1][known])
+
+    batches = [classification(20, 5) for _ in range(4)]
+    operator = HessianOperator(model, masked, batches, mode="linearized")
+    assert operator.mode == "kept" and "depends on the values in the batch" in operator.reason
+    v = torch.randn(57, dtype=torch.float64)
+    rebuilt = HessianOperator(model, masked, batches, mode="rebuilt")
+    torch.testing.assert_close(operator.matvec(v), rebuilt.matvec(v))
+
+
+@pytest.mark.parametrize("params", [["0"], ["2"], ["0", "4"]])
+def test_some_parameters_also_below_frozen_ones(params: list[str]) -> None:
+    model = nn.Sequential(nn.Linear(5, 6), nn.GELU(), nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 3)).double()
+    batches = [classification(9, 5) for _ in range(2)]
+    traced = HessianOperator(model, cross_entropy, batches, params=params, mode="linearized")
+    rebuilt = HessianOperator(model, cross_entropy, batches, params=params, mode="rebuilt")
+    assert traced.mode == "linearized" and traced.reason == ""
+    for _ in range(2):
+        v = torch.randn(traced.num_parameters, dtype=torch.float64)
+        torch.testing.assert_close(traced.matvec(v), rebuilt.matvec(v), rtol=1e-8, atol=1e-11)
+
+
+def test_what_a_program_keeps_is_counted() -> None:
+    model = nn.Sequential(nn.Linear(5, 64), nn.GELU(), nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 3)).double()
+    batches = [classification(64, 5) for _ in range(12)]
+    whole = HessianOperator(model, cross_entropy, batches, mode="linearized")
+    assert whole.num_kept == 12
+    each = whole._products._kept[0].num_bytes
+    some = HessianOperator(model, cross_entropy, batches, mode="linearized", graph_memory=5 * each)
+    assert some.mode == "linearized" and some.num_kept == 5
+    v = torch.randn(whole.num_parameters, dtype=torch.float64)
+    torch.testing.assert_close(some.matvec(v), whole.matvec(v))
+
+
+def test_a_batch_that_the_program_does_not_fit_goes_by_autograd(monkeypatch: pytest.MonkeyPatch) -> None:
+    real, calls = LinearizedGradient.bind, 0
+
+    def bind(self: LinearizedGradient, batch: Any) -> BoundGradient:
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            raise RuntimeError("does not fit")
+        return real(self, batch)
+
+    monkeypatch.setattr(LinearizedGradient, "bind", bind)
+    model, batches = small_mlp(), [classification(6, 5) for _ in range(4)]
+    operator = HessianOperator(model, cross_entropy, batches, mode="linearized")
+    assert operator.num_kept == 4 and operator.reason == "batch 2: does not fit"
+    v = torch.randn(57, dtype=torch.float64)
+    rebuilt = HessianOperator(model, cross_entropy, batches, mode="rebuilt")
+    torch.testing.assert_close(operator.matvec(v), rebuilt.matvec(v))
+
+
+def test_equal_nodes_are_computed_once_unless_written_to_or_random() -> None:
+    def function(a: Tensor) -> list[Tensor]:
+        first, second = a.sin(), a.sin()
+        third, fourth = a.cos(), a.cos()
+        third.add_(1)
+        return [first + second, third + fourth, torch.rand_like(a) - torch.rand_like(a)]
+
+    a = torch.randn(3)
+    program = make_fx(function)(a)
+    merge_equal(program)
+    targets = [str(node.target) for node in program.graph.nodes]
+    assert targets.count("aten.sin.default") == 1 and targets.count("aten.cos.default") == 2
+    found, expected = program(a), function(a)
+    torch.testing.assert_close(found[:2], expected[:2])
+    assert found[2].abs().min() > 0

@@ -37,3 +37,9 @@ def test_bad_parameters() -> None:
     model = small_mlp()
     with pytest.raises(ValueError, match=r"params: .*a tensor of shape \(3,\) is none"):
         selected_parameters(model, [model[0].weight, torch.zeros(3)])
+
+
+def test_a_shared_parameter_may_be_meant_by_any_of_its_names() -> None:
+    model = nn.ModuleDict({"embed": nn.Embedding(7, 4), "head": nn.Linear(4, 7, bias=False)})
+    model["head"].weight = model["embed"].weight
+    assert list(selected_parameters(model, ["head"])) == ["embed.weight"]
