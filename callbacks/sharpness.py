@@ -3,11 +3,13 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, ClassVar, get_args
+from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
+from torch.optim import Optimizer
 from typing_extensions import Unpack, override
 
 from moe_heads.callbacks.fit_end import FitEndAnalysis
@@ -28,10 +30,14 @@ from moe_heads.callbacks.functional.spectrum.result import Engine
 from moe_heads.callbacks.inputs import AnalysisInputs
 from moe_heads.callbacks.options import AnalysisOptions, OverRanks
 from moe_heads.callbacks.reporting import Report
+from moe_heads.callbacks.sharpness_options import check_names, check_report_options
 from moe_heads.callbacks.stability import stability_threshold
 from moe_heads.callbacks.trainer_access import Split
 
 __all__ = ["SharpnessCallback"]
+
+# Rounds of probes for the trace of an epoch on the way: it comes with a standard error, whatever that is.
+_TRACKING_PROBES = 10
 
 
 class SharpnessCallback(FitEndAnalysis):
@@ -56,7 +62,8 @@ class SharpnessCallback(FitEndAnalysis):
                                    eigenvector; losses and curvatures with routing free and fixed (sparse heads)
     perturbation_average, …        rise of the loss under adaptive perturbations (``perturbation``)
     num_products                   Hessian-vector products that were spent
-    num_samples, converged         samples of the draw; 1 when every tolerance was met
+    num_samples, converged         samples of the draw; 1 when every tolerance was met, with eigenvalues_converged and
+                                   trace_converged
     spectrum                       figure: log density with its error and the eigenvalues marked (TensorBoard)
     blocks                         figure: traces by block and expert, shares of the eigenvectors (TensorBoard)
     tracking                       figure: lambda_max over the epochs beside the threshold (``every_n_epochs``)
@@ -64,8 +71,8 @@ class SharpnessCallback(FitEndAnalysis):
     partial                        1 when max_time, an error or Ctrl-C ended it early; else absent
     =============================  =================================================================================
 
-    With ``every_n_epochs`` each analysis starts from the eigenvectors of the one before and leaves out the density,
-    which takes random starts and most products.
+    With ``every_n_epochs`` each analysis starts from the eigenvectors of the one before, leaves out the density, and
+    spends at most ten rounds of probes on the trace.
 
     Args:
         num_eigenvalues: Number of largest eigenvalues; as many as there are where the model has fewer parameters.
@@ -118,10 +125,8 @@ class SharpnessCallback(FitEndAnalysis):
         **options: Unpack[AnalysisOptions],
     ) -> None:
         check_sharpness_options(num_eigenvalues, tolerance, trace_tolerance, max_steps, max_probes)
-        if engine not in get_args(Engine):
-            raise ValueError(f"engine: expected one of {get_args(Engine)}; got {engine!r}")
-        if any(isinstance(s, bool) or not isinstance(s, (int, float)) or not 0 < s < torch.inf for s in routing_steps):
-            raise ValueError(f"routing_steps: expected finite numbers above 0; got {routing_steps!r}")
+        flags = {"density": density, "block_eigenvalues": block_eigenvalues, "perturbation": perturbation}
+        check_report_options(flags, params, blocks, routing_steps, engine)
         super().__init__(**options)
         self.num_eigenvalues, self.density = num_eigenvalues, density
         self.params, self.blocks, self.block_eigenvalues = params, blocks, block_eigenvalues
@@ -130,13 +135,26 @@ class SharpnessCallback(FitEndAnalysis):
         self.routing_steps, self.perturbation, self.engine = tuple(routing_steps), perturbation, engine
         if engine == "pyhessian":
             self.over_ranks = "first"
+        self._threshold: float | None = None
         self._starts: dict[Split, Tensor] = {}
         self._weights: dict[Split, bytes] = {}
 
     @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        if stage == "fit" and not is_overridden("configure_model", pl_module):
+            # a name that is wrong is told before training, not after it
+            check_names(pl_module, self.params, self.blocks)
+
+    @override
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        # of the step that is taken: at the end of an epoch a scheduler has moved on already
+        self._threshold = stability_threshold(trainer.optimizers)
+
+    @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_fit_start(trainer, pl_module)
-        self._starts = {}
+        self._starts, self._threshold = {}, None
 
     @override
     def is_enough(self, result: SharpnessResult) -> bool:
@@ -185,7 +203,7 @@ class SharpnessCallback(FitEndAnalysis):
             tolerance=self.tolerance,
             trace_tolerance=self.trace_tolerance,
             max_steps=self.max_steps,
-            max_probes=self.max_probes,
+            max_probes=min(self.max_probes, _TRACKING_PROBES) if self.is_tracking else self.max_probes,
             blocks=self.blocks,
             block_eigenvalues=self.block_eigenvalues,
             keep_eigenvectors=True,
@@ -206,7 +224,7 @@ class SharpnessCallback(FitEndAnalysis):
             and other.eigenvectors.shape == result.eigenvectors.shape
         }
         is_trained_on = inputs.trainer is not None and inputs.split == "train"
-        threshold = stability_threshold(inputs.trainer.optimizers) if is_trained_on and inputs.trainer else None
+        threshold = self._threshold if is_trained_on else None
         tracked = {} if self.is_tracking else self.tracked.get(inputs.split, {})
         history = {
             epoch: (metrics["lambda_max"], metrics.get("stability_threshold"))

@@ -28,8 +28,8 @@ def stability_threshold(optimizers: Iterable[Optimizer]) -> float | None:
     Example:
         >>> import torch
         >>> from moe_heads.callbacks.stability import stability_threshold
-        >>> stability_threshold([torch.optim.SGD(torch.nn.Linear(2, 1).parameters(), lr=0.1, momentum=0.9)])
-        38.0
+        >>> stability_threshold([torch.optim.SGD(torch.nn.Linear(2, 1).parameters(), lr=0.125, momentum=0.5)])
+        24.0
     """
     listed = list(optimizers)
     if len(listed) != 1 or type(listed[0]) is not torch.optim.SGD:

@@ -76,7 +76,7 @@ def test_what_was_found_before_an_end_is_kept_and_marked(
     result = broken.results["train"]
     assert result.partial == reason
     assert not result.converged
-    assert result.num_products == 14  # an evaluation each, and five before the first
+    assert result.num_products == 12  # an evaluation each, and seven before the first
     assert f"**Partial**: {reason}." in result.summary()
     assert run.callback_metrics["sharpness/train/partial"] == 1
     assert run.callback_metrics["sharpness/train/lambda_max"] == pytest.approx(result.eigenvalues[0])

@@ -130,7 +130,7 @@ def test_the_published_engine_says_what_is_wrong_with_it() -> None:
     ("options", "message"),
     [
         ({"engine": "scipy"}, r"engine: expected one of \('lanczos', 'pyhessian'\); got 'scipy'"),
-        ({"routing_steps": [0.1, -1]}, r"routing_steps: expected finite numbers above 0; got \[0.1, -1\]"),
+        ({"routing_steps": [0.1, -1]}, r"routing_steps: expected a list of finite numbers above 0; got \[0.1, -1\]"),
         ({"trace_tolerance": 0}, "trace_tolerance: expected a positive number; got 0"),
     ],
 )

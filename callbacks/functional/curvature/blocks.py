@@ -13,17 +13,19 @@ __all__ = ["default_blocks", "expert_places", "places_of"]
 def default_blocks(model: nn.Module, names: Iterable[str]) -> dict[str, list[str]]:
     """Names of parameters by block: backbone, router and experts of a model with routers, else its children.
 
-    The router and the experts of several heads have the head's name before theirs. What belongs to a head but to
-    neither (shared experts) has the head's name.
+    A model that consists of one child has the blocks of that one, and so on inwards. The router and the experts of
+    several heads have the head's name before theirs. What belongs to a head but to neither (shared experts) has the
+    head's name.
 
     Args:
         model: The model.
         names: Names of the parameters, in their order.
     """
-    heads = _heads(model)
+    heads, listed = _heads(model), list(names)
     blocks: dict[str, list[str]] = {}
-    for name in names:
-        block = _block_in_heads(name, heads) if heads else name.partition(".")[0]
+    depth = _depth_of_branches(listed)
+    for name in listed:
+        block = _block_in_heads(name, heads) if heads else ".".join(name.split(".")[: depth + 1])
         blocks.setdefault(block, []).append(name)
     return blocks
 
@@ -72,6 +74,15 @@ def expert_places(model: nn.Module, slices: Mapping[str, slice]) -> Places:
             name = f"{path} expert {expert}" if len(heads) > 1 else f"expert {expert}"
             places[name] = [_part(slices[parameter], expert, num_experts) for parameter in stacked]
     return places
+
+
+def _depth_of_branches(names: list[str]) -> int:
+    """Number of modules, one inside the other, that hold all parameters: a block for each child means those below."""
+    modules = [name.split(".")[:-1] for name in names]
+    depth = 0
+    while len({tuple(path[: depth + 1]) for path in modules}) == 1 and len(min(modules, key=len)) > depth + 1:
+        depth += 1
+    return depth
 
 
 def _merged(places: list[slice]) -> list[slice]:

@@ -1,5 +1,6 @@
 """Spectral density by stochastic Lanczos quadrature (Golub and Meurant 1994; Lin, Saad and Yang 2016)."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -56,19 +57,20 @@ def spectral_density(
         raise ValueError("runs: expected at least one Lanczos run; got none")
     nodes = torch.cat([run.nodes for run in runs])
     weights = torch.cat([run.weights for run in runs]) / len(runs)
-    num_signs = len(runs) * len(runs[0].remainder)
-    return density_of(nodes, weights, num_signs, sigma=sigma, num_points=num_points)
+    dim = len(runs[0].remainder)
+    is_exact = all(len(run.nodes) == dim for run in runs)
+    return density_of(nodes, weights, math.inf if is_exact else len(runs) * dim, sigma=sigma, num_points=num_points)
 
 
 def density_of(
-    nodes: Tensor, weights: Tensor, num_signs: int, *, sigma: float | None = None, num_points: int = 1024
+    nodes: Tensor, weights: Tensor, num_signs: float, *, sigma: float | None = None, num_points: int = 1024
 ) -> SpectralDensity:
     """Density from the nodes and weights of a Gauss quadrature.
 
     Args:
         nodes: Nodes, float64.
         weights: Their weights, which sum to 1.
-        num_signs: Random signs that the starts were made of, for the standard error.
+        num_signs: Random signs that the starts were made of, for the standard error; infinite where there is no error.
         sigma: See `spectral_density`.
         num_points: See `spectral_density`.
 

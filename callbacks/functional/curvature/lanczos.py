@@ -70,11 +70,14 @@ class LanczosResult:
     @property
     def nodes(self) -> Tensor:
         """Gauss nodes of the quadrature of the start vector, ascending, float64: the Ritz values of the first cycle."""
-        return self.ritz[0] if self.first_cycle is None else self.first_cycle[0]
+        is_whole = len(self.projected) == len(self.remainder)
+        return self.ritz[0] if is_whole or self.first_cycle is None else self.first_cycle[0]
 
     @property
     def weights(self) -> Tensor:
-        """Weights of the nodes, which sum to 1."""
+        """Weights of the nodes, which sum to 1; all the same where the nodes are all eigenvalues."""
+        if len(self.projected) == len(self.remainder):
+            return torch.full_like(self.nodes, 1 / len(self.nodes))
         return self.ritz[1][0].square() if self.first_cycle is None else self.first_cycle[1]
 
     @cached_property

@@ -18,11 +18,14 @@ def selected_parameters(model: nn.Module, params: Selection | None) -> dict[str,
     """``params``, or all parameters that require a gradient, by name and in the order of the model.
 
     Raises:
-        ValueError: If there are none, one of them is not a parameter that requires a gradient, or they do not fit into
-            one vector of float32 or float64.
+        ValueError: If there are none, one of them is not a parameter that requires a gradient or not finite, or they do
+            not fit into one vector of float32 or float64.
     """
     trainable: dict[str, Tensor] = {**trainable_parameters(model)}
     chosen = trainable if params is None else _chosen(model, trainable, params)
+    broken = [name for name, p in chosen.items() if not bool(p.detach().isfinite().all())]
+    if broken:
+        raise ValueError(f"model: expected finite parameters; {broken[0]!r} holds nan or inf: did training diverge?")
     kinds = {(p.dtype, p.device) for p in chosen.values()}
     if len(kinds) > 1 or next(iter(kinds))[0] not in {torch.float32, torch.float64}:
         found = sorted(f"{dtype} on {device}" for dtype, device in kinds)

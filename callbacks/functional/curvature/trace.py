@@ -144,7 +144,7 @@ class _Sampling:
 
     def result(self, tolerance: float) -> TraceResult:
         """The estimates from what was drawn."""
-        squares = self._krylov.projected.square().sum() + self._krylov.beta**2
+        squares = self._krylov.projected.square().sum() + self._krylov.beta * self._krylov.beta
         if self._squares:
             squares = squares + sum(self._squares) / len(self._squares)
         frobenius_norm = math.sqrt(float(squares))

@@ -4,6 +4,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from moe_heads.callbacks.functional.common.figures import axes_of
 from moe_heads.callbacks.functional.curvature.density import SpectralDensity
 from moe_heads.callbacks.functional.spectrum.block import BlockCurvature
@@ -31,12 +33,14 @@ def plot_spectrum(
     figure, ax = axes_of(ax)
     if density is not None:
         grid, values, error = density.grid.numpy(), density.values.numpy(), 2 * density.stderr.numpy()
-        ax.fill_between(grid, values - error, values + error, alpha=0.3, linewidth=0)
-        ax.plot(grid, values, label=f"density (sigma = {density.sigma:.2g})")
-        ax.set_yscale("log")
         # Down to where the faintest single eigenvalue still shows; below are only the tails of the Gaussians.
         faintest = float(density.weights[density.weights > 1e-12].min()) / (density.sigma * math.sqrt(2 * math.pi))
-        ax.set_ylim(bottom=faintest / 3)
+        bottom, top = faintest / 3, 3 * float(values.max())
+        lower, upper = np.clip(values - error, bottom, None), np.clip(values + error, bottom, None)
+        ax.fill_between(grid, lower, upper, alpha=0.3, linewidth=0, label="± 2 standard errors")
+        ax.plot(grid, values, label=f"density, Gaussians of width {density.sigma:.2g}")
+        ax.set_yscale("log")
+        ax.set_ylim(bottom, top)
         ax.set_ylabel("density")
     else:
         ax.set_yticks([])
@@ -68,20 +72,23 @@ def plot_blocks(blocks: Mapping[str, BlockCurvature], experts: Mapping[str, Bloc
     from matplotlib.figure import Figure
 
     num_bars = len(blocks) + len(experts)
-    figure = Figure(figsize=(10, max(3.2, 0.32 * num_bars + 1.4)), layout="constrained")
+    figure = Figure(figsize=(9, max(3.4, 0.36 * num_bars + 1.6)), layout="constrained")
     left, right = figure.subplots(1, 2)
+    colors = {name: f"C{index % 9}" for index, name in enumerate(blocks)}
     # from top to bottom, the experts below the blocks that they are part of
-    entries = list({**blocks, **experts}.items())[::-1]
-    colors = ["tab:orange" if name in experts else "tab:blue" for name, _ in entries]
+    entries = [*blocks.items(), *experts.items()][::-1]
+    shades = [colors[name] for name in blocks] + ["silver"] * len(experts)
     traces = [block.trace if math.isfinite(block.trace) else 0.0 for _, block in entries]
     errors = [2 * block.trace_stderr if math.isfinite(block.trace_stderr) else 0.0 for _, block in entries]
-    left.barh([name for name, _ in entries], traces, xerr=errors, color=colors, capsize=3)
+    places = range(len(entries))
+    left.barh(places, traces, xerr=errors, color=shades[::-1], capsize=3)
+    left.set_yticks(places, [name for name, _ in entries])
     left.set_xlabel("trace of the block, ± 2 standard errors")
     left.set_title("where the curvature is")
     num_shares = max(len(block.shares) for block in blocks.values())
     ranks, heights = range(1, num_shares + 1), [0.0] * num_shares
     for name, block in blocks.items():
-        right.bar(ranks, block.shares, bottom=heights, label=name)
+        right.bar(ranks, block.shares, bottom=heights, label=name, color=colors[name])
         heights = [height + share for height, share in zip(heights, block.shares, strict=True)]
     right.set_xticks(list(ranks), [f"v{rank}" for rank in ranks])
     right.set_ylabel("share of the squared norm")

@@ -125,6 +125,8 @@ class SharpnessResult:
             "num_products": float(self.num_products),
             "num_samples": float(self.num_samples),
             "converged": float(self.converged),
+            "eigenvalues_converged": float(self.eigenvalues_converged),
+            "trace_converged": float(self.trace_converged),
             **({"partial": 1.0} if self.partial else {}),
         }
         # of a partial result, what there is
@@ -181,7 +183,9 @@ class SharpnessResult:
             rows.append(("Frobenius norm", f"{self.frobenius_norm:.5g}", ""))
         rows += [(f"overlap with {name}", f"{overlap:.3f}", "") for name, overlap in self.overlaps.items()]
         steps = "Lanczos" if self.engine == "lanczos" else "power iteration"
-        spent = f"{self.num_products} ({self.num_steps} {steps}, {self.num_probes} trace)"
+        rest = self.num_products - self.num_steps - self.num_probes
+        spent = f"{self.num_products} ({self.num_steps} {steps}, {self.num_probes} trace"
+        spent += f", {rest} blocks)" if rest > 0 and self.engine == "lanczos" else ")"
         return [
             *rows,
             ("Hessian-vector products", spent, ""),

@@ -32,6 +32,8 @@ def test_metrics(result: SharpnessResult) -> None:
         "num_products",
         "num_samples",
         "converged",
+        "eigenvalues_converged",
+        "trace_converged",
     ]
     assert all(type(value) is float for value in metrics.values())
     assert metrics["lambda_max"] == result.eigenvalues[0] and metrics["lambda_3"] == result.eigenvalues[2]

@@ -1,0 +1,78 @@
+"""What is refused of the options of the sharpness callback, before any work starts."""
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any, get_args
+
+from torch import nn
+
+from moe_heads.callbacks.functional.spectrum.result import Engine
+
+__all__ = ["check_names", "check_report_options"]
+
+
+def check_report_options(flags: Mapping[str, Any], params: Any, blocks: Any, routing_steps: Any, engine: Any) -> None:
+    """Refuse options of a wrong kind, and those that the engine would leave out.
+
+    Args:
+        flags: Options that are true or false, by name.
+        params: Option of `SharpnessCallback`, as are the others.
+        blocks: The same.
+        routing_steps: The same.
+        engine: The same.
+
+    Raises:
+        ValueError: Names the option, what was expected and what came.
+    """
+    for name, value in flags.items():
+        if not isinstance(value, bool):
+            raise ValueError(f"{name}: expected True or False; got {value!r}")
+    if params is not None:
+        _check_list("params", params)
+    if blocks is not None:
+        if not isinstance(blocks, Mapping) or not blocks or not all(isinstance(block, str) for block in blocks):
+            raise ValueError(f"blocks: expected lists of names by the name of the block; got {blocks!r}")
+        for block, members in blocks.items():
+            _check_list(f"blocks[{block!r}]", members)
+    if not isinstance(routing_steps, (list, tuple)) or not all(map(_is_length, routing_steps)):
+        raise ValueError(f"routing_steps: expected a list of finite numbers above 0; got {routing_steps!r}")
+    if len(set(routing_steps)) < len(routing_steps):
+        raise ValueError(f"routing_steps: expected different numbers; got {routing_steps!r}")
+    if engine not in get_args(Engine):
+        raise ValueError(f"engine: expected one of {get_args(Engine)}; got {engine!r}")
+    if engine == "pyhessian":
+        asked = {
+            "blocks": blocks,
+            "block_eigenvalues": flags["block_eigenvalues"],
+            "perturbation": flags["perturbation"],
+        }
+        for name, value in asked.items():
+            if value:
+                raise ValueError(
+                    f"{name}: expected its default with engine='pyhessian', which does without; got {value!r}"
+                )
+
+
+def check_names(model: nn.Module, params: Iterable[str] | None, blocks: Mapping[str, Iterable[str]] | None) -> None:
+    """Refuse names that are none of a parameter or a module; whether these can be differentiated is seen later.
+
+    Raises:
+        ValueError: Names the option and what came.
+    """
+    known = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    known |= {name for name, module in model.named_modules() if any(True for _ in module.parameters())}
+    asked = {"params": params or (), **{f"blocks[{block!r}]": members for block, members in (blocks or {}).items()}}
+    for option, names in asked.items():
+        for name in names:
+            if name not in known:
+                some = ", ".join(repr(other) for other in sorted(known - {""}, key=lambda other: other.count("."))[:5])
+                raise ValueError(f"{option}: expected names of parameters or modules, such as {some}; got {name!r}")
+
+
+def _check_list(option: str, names: Any) -> None:
+    if not isinstance(names, (list, tuple)) or not names or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"{option}: expected a list of names of parameters or modules; got {names!r}")
+
+
+def _is_length(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < math.inf
