@@ -6,12 +6,12 @@ every product: two gradients' worth of arithmetic at most, instead of three.
 """
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from moe_heads.callbacks.functional.common.batches import Batch, LossFn, leaves_of, map_leaves
@@ -70,19 +70,34 @@ class LinearizedGradient:
             graph = make_fx(derivative)(*map(torch.zeros_like, values.values()), *leaves)
         refuse_dynamic_sizes(graph)
         merge_equal(graph)
-        per_batch, self._product = split_by_inputs(graph, range(len(values)))
+        per_batch, product = split_by_inputs(graph, range(len(values)))
         shared, self._per_batch = split_by_inputs(per_batch, range(len(leaves)))
-        reuse_memory(self._product)
         with torch.no_grad():
             self._shared: Sequence[Tensor] = shared()
+        # Constants of the weights alone go through the program of the batch as they are.
+        passed = _passed_on(self._per_batch, len(self._shared))
+        self._of_weights = [self._shared[source] for source in passed.values()]
+        self._own = [place for place in range(_num_outputs(self._per_batch)) if place not in passed]
+        self._per_vector, self._product = split_by_inputs(product, self._own)
+        reuse_memory(self._product)
+        self._of_vector: tuple[Sequence[Tensor], Sequence[Tensor]] = [], []
 
     @torch.no_grad()
     def bind(self, batch: Batch) -> "BoundGradient":
         """Compute what depends on the batch alone."""
         constants = self._per_batch(*self._shared, *_tensors_of(batch))
-        shared = {_storage(tensor) for tensor in self._shared}
-        own = {_storage(c): c.untyped_storage().nbytes() for c in constants if _storage(c) not in shared}
-        return BoundGradient(self._product, constants, sum(own.values()))
+        own = [constants[place] for place in self._own]
+        sizes = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in own}
+        return BoundGradient(self, own, sum(sizes.values()))
+
+    @torch.no_grad()
+    def product(self, tangents: Sequence[Tensor], own: Sequence[Tensor]) -> Sequence[Tensor]:
+        """The derivative in the direction of ``tangents``, at the batch with these constants of its own."""
+        if self._of_vector[0] is not tangents:
+            # what depends on the direction and the weights is the same for all batches: the first one computes it
+            self._of_vector = tangents, self._per_vector(*self._of_weights, *tangents)
+        products: Sequence[Tensor] = self._product(*self._of_vector[1], *own)
+        return products
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,19 +105,18 @@ class BoundGradient:
     """The derivative of the gradient at one batch.
 
     Attributes:
-        program: Computes it from the constants and the direction.
-        constants: What depends on the batch and the weights alone.
-        num_bytes: Memory of those of them that are this batch's own.
+        program: Computes it.
+        own: What depends on the weights and the batch alone.
+        num_bytes: Memory of that.
     """
 
-    program: Callable[..., Sequence[Tensor]]
-    constants: Sequence[Tensor]
+    program: LinearizedGradient
+    own: Sequence[Tensor]
     num_bytes: int
 
-    @torch.no_grad()
     def __call__(self, tangents: Sequence[Tensor]) -> Sequence[Tensor]:
-        """The derivative in the direction of ``tangents``, one tensor a parameter."""
-        return self.program(*self.constants, *tangents)
+        """The derivative in the direction of ``tangents``, one tensor a parameter; give all batches the same list."""
+        return self.program.product(tangents, self.own)
 
 
 def form_of(batch: Batch) -> Any | None:
@@ -116,8 +130,20 @@ def form_of(batch: Batch) -> Any | None:
     return map_leaves(batch, lambda leaf: None if leaf is None else (tuple(leaf.shape), leaf.dtype, leaf.stride()))
 
 
-def _storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()
+def _passed_on(program: fx.GraphModule, num_inputs: int) -> dict[int, int]:
+    """By place among the outputs, those of the first inputs that a program returns as they are."""
+    inputs = {node: place for place, node in enumerate(program.graph.find_nodes(op="placeholder"))}
+    places = enumerate(inputs.get(node, num_inputs) for node in _outputs(program))
+    return {place: source for place, source in places if source < num_inputs}
+
+
+def _num_outputs(program: fx.GraphModule) -> int:
+    return len(_outputs(program))
+
+
+def _outputs(program: fx.GraphModule) -> Sequence[fx.Node]:
+    (output,) = program.graph.find_nodes(op="output")
+    return cast(Sequence[fx.Node], output.args[0])
 
 
 class _Loss(nn.Module):
