@@ -71,20 +71,19 @@ def plot_blocks(blocks: Mapping[str, BlockCurvature], experts: Mapping[str, Bloc
     """
     from matplotlib.figure import Figure
 
-    num_bars = len(blocks) + len(experts)
-    figure = Figure(figsize=(9, max(3.4, 0.36 * num_bars + 1.6)), layout="constrained")
-    left, right = figure.subplots(1, 2)
+    rows = [len(blocks), len(experts)] if experts else [len(blocks)]
+    figure = Figure(figsize=(6.4, max(3.4, 0.26 * sum(rows) + 1.8)), layout="constrained")
+    grid = figure.add_gridspec(len(rows), 2, height_ratios=rows)
     colors = {name: f"C{index % 9}" for index, name in enumerate(blocks)}
-    # from top to bottom, the experts below the blocks that they are part of
-    entries = [*blocks.items(), *experts.items()][::-1]
-    shades = [colors[name] for name in blocks] + ["silver"] * len(experts)
-    traces = [block.trace if math.isfinite(block.trace) else 0.0 for _, block in entries]
-    errors = [2 * block.trace_stderr if math.isfinite(block.trace_stderr) else 0.0 for _, block in entries]
-    places = range(len(entries))
-    left.barh(places, traces, xerr=errors, color=shades[::-1], capsize=3)
-    left.set_yticks(places, [name for name, _ in entries])
-    left.set_xlabel("trace of the block, ± 2 standard errors")
-    left.set_title("where the curvature is")
+    left = figure.add_subplot(grid[0, 0])
+    left.set_title("trace of each block")
+    _draw_traces(left, blocks, [colors[name] for name in blocks])
+    if experts:
+        # on an axis of their own: beside a backbone they would be too short to see
+        left = figure.add_subplot(grid[1, 0])
+        _draw_traces(left, experts, ["gray"] * len(experts))
+    left.set_xlabel("± 2 standard errors")
+    right = figure.add_subplot(grid[:, 1])
     num_shares = max(len(block.shares) for block in blocks.values())
     ranks, heights = range(1, num_shares + 1), [0.0] * num_shares
     for name, block in blocks.items():
@@ -93,9 +92,18 @@ def plot_blocks(blocks: Mapping[str, BlockCurvature], experts: Mapping[str, Bloc
     right.set_xticks(list(ranks), [f"v{rank}" for rank in ranks])
     right.set_ylabel("share of the squared norm")
     right.set_ylim(0, 1.02)
-    right.set_title("where the top eigenvectors point")
+    right.set_title("top eigenvectors")
     figure.legend(*right.get_legend_handles_labels(), loc="outside lower right", ncols=min(len(blocks), 4))
     return figure
+
+
+def _draw_traces(ax: "Axes", blocks: Mapping[str, BlockCurvature], colors: Sequence[str]) -> None:
+    traces = [block.trace if math.isfinite(block.trace) else 0.0 for block in blocks.values()]
+    errors = [2 * block.trace_stderr if math.isfinite(block.trace_stderr) else 0.0 for block in blocks.values()]
+    places = range(len(blocks))
+    ax.barh(places, traces, xerr=errors, color=colors, capsize=3)
+    ax.set_yticks(places, list(blocks))
+    ax.invert_yaxis()
 
 
 def plot_history(history: Mapping[int, tuple[float, float | None]]) -> "Figure":
