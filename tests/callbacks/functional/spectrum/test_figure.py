@@ -55,7 +55,7 @@ def test_blocks_and_experts_have_axes_of_their_own() -> None:
     assert [bar.get_width() for bar in lower.patches] == [1, 0]
     assert [label.get_text() for label in lower.get_yticklabels()] == ["expert 0", "expert 1"]
     # the shares of an eigenvector stand on each other
-    assert [bar.get_height() for bar in right.patches] == [0.9, 0.7, 0.1, 0.3]
+    assert [bar.get_height() for bar in right.patches] == pytest.approx([0.9, 0.7, 0.1, 0.3])
     assert [bar.get_y() for bar in right.patches] == [0, 0, 0.9, 0.7]
     assert len(plot_blocks(blocks, {}).axes) == 2
 
