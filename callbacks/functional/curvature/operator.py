@@ -165,7 +165,7 @@ class HessianOperator:
         Args:
             total: The sum of ``sample_sum(v, stratum)`` over the ranks; None on a rank that only adds its part.
             num_samples: Samples of all ranks.
-            num_strata: The fewest strata of a rank; all of them have to be given this number.
+            num_strata: The most strata of a rank; all of them have to be given this number.
         """
         self._total, self.num_samples = total, num_samples
         self.num_strata = num_strata

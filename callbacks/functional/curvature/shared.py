@@ -62,7 +62,8 @@ def shared_hessian(
 
 def _led(ranks: Ranks, lead: Callable[[HessianOperator], T], operator: HessianOperator) -> T:
     num_samples = ranks.sum(operator.num_samples)
-    num_strata = min(ranks.gather(operator.num_strata))
+    # a rank that has nothing of the last batch, too small to be cut, adds nothing to its stratum
+    num_strata = max(ranks.gather(operator.num_strata))
     operator.over_ranks(None, operator.num_samples, num_strata)
 
     def evaluate(message: Tensor) -> Tensor:

@@ -181,6 +181,9 @@ class _Sampling:
         tiny = torch.finfo(torch.float64).tiny
         freedom = (num_rounds - 1) * total.square() / variances.square().sum(0).clamp_min(tiny)
         freedom = torch.where(total > 0, freedom, math.inf)
+        # of a block of zero rows (an expert that no sample reaches) there are rounding errors on the Krylov space alone
+        is_nothing = (total == 0) & (estimates.abs() <= self._krylov.rounding)
+        estimates = torch.where(is_nothing, 0.0, estimates)
         return estimates, (total / num_rounds).sqrt() * _widening(freedom), float(freedom[0])
 
     def _forms(self, probe: Tensor, product: Tensor) -> Tensor:

@@ -95,6 +95,16 @@ def test_parameters_beside_the_stacked_ones_belong_to_no_expert() -> None:
     assert {found.num_parameters for found in result.experts.values()} == {5 * 4 + 4 + 4 * 3 + 3}
 
 
+def test_an_expert_that_no_sample_reaches_has_no_curvature() -> None:
+    head = SparseMoE(20, 3, num_experts=3, expert_width=8, k=1).double()
+    head.router.gate.bias.data[1] = -100.0
+    model = nn.Sequential(nn.Linear(5, 20), nn.Tanh(), head).double()
+    result = sharpness(model, cross_entropy, [classification(40, 5)], max_steps=60)
+    assert result.trace_stderr > 0
+    assert (result.experts["expert 1"].trace, result.experts["expert 1"].trace_stderr) == (0, 0)
+    assert result.experts["expert 0"].trace > 0
+
+
 def test_two_heads_have_blocks_of_their_own() -> None:
     class Two(nn.Module):
         def __init__(self) -> None:

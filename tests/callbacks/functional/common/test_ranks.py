@@ -24,8 +24,9 @@ from tests.support.processes import NUM_RANKS, run_on_ranks
 def model_and_data() -> tuple[nn.Module, list[tuple[Tensor, Tensor]]]:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), SparseMoE(8, 3, num_experts=4, expert_width=4)).double()
-    x = torch.randn(30, 5, dtype=torch.float64)
-    return model, [(x[:17], torch.randint(3, (17,))), (x[17:], torch.randint(2, (13,)))]
+    x = torch.randn(31, 5, dtype=torch.float64)
+    y = torch.randint(3, (31,))
+    return model, list(zip(x.split([17, 13, 1]), y.split([17, 13, 1]), strict=True))
 
 
 def cross_entropy(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
@@ -33,10 +34,10 @@ def cross_entropy(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
 
 
 def analyse(ranks: Ranks) -> dict[str, dict[str, float]]:
-    """All analyses that share; rank 0 has the larger share of each batch."""
+    """All analyses that share; rank 0 has more of each batch, and the whole of the last, a single sample."""
     model, data = model_and_data()
     here = slice(None) if ranks.size == 1 else [slice(0, 9), slice(9, None)][ranks.rank]
-    mine = [(x[here], y[here]) for x, y in data]
+    mine = [(x[here], y[here]) for x, y in data if len(x[here])]
     directions = {"direction1": random_direction(model), "direction2": random_direction(model, 1), "num_points": 3}
     results = {
         "sharpness": sharpness(model, cross_entropy, mine, num_eigenvalues=3, ranks=ranks),
