@@ -161,7 +161,7 @@ class Cell:
             start = time.process_time()
             top = sharpness(own.model, own.loss, own.batches, trace_tolerance=trace_tolerance, density=False, **options)
             row |= {f"{name}_cpu_s": time.process_time() - start, f"{name}_products": top.num_products}
-        row["top_products"] = top.num_steps
+        row |= {"top_products": top.num_steps, "num_steps": top.num_steps}
         assert result.eigenvectors is not None
         row |= {
             "lanczos_steps": result.num_steps,
