@@ -57,7 +57,7 @@ class HessianOperator:
     products are exact up to rounding. A parameter that no sample reaches (an idle expert) has a zero row. What the
     parameters do not touch, the backbone below a head, say, is computed once and kept with the rest.
 
-    A product costs 1.7 to 2.1 gradients where the derivative of the gradient can be traced, 2 to 2.4 where the
+    A product costs about 1.8 gradients where the derivative of the gradient can be traced, 2 to 2.4 where the
     first-order graph is kept, and 3 to 4 where it is rebuilt; `BatchProducts` finds the best way and checks it. As many
     batches are kept as fit into ``graph_memory``. Where memory runs out all the same, what is kept is given up, then
     the batches are halved: the product stays the same.
