@@ -34,6 +34,20 @@ def symmetric(eigenvalues: Sequence[float] | Tensor, dtype: torch.dtype = torch.
     return ((rotation * values) @ rotation.T).to(dtype)
 
 
+class Once(torch.autograd.Function):
+    """The square, without a second derivative."""
+
+    @staticmethod
+    def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.square()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> Tensor:
+        return 2 * ctx.saved_tensors[0] * grad
+
+
 def cross_entropy(model: nn.Module, batch: Batch) -> Tensor:
     return F.cross_entropy(model(batch[0]), batch[1])
 

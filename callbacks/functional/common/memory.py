@@ -3,7 +3,23 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-__all__ = ["available_memory"]
+import torch
+
+__all__ = ["available_memory", "memory_budget"]
+
+
+def memory_budget(device: torch.device, *, on_cpu: int, share_of_gpu: float) -> int:
+    """Bytes that an analysis may keep where its caller does not say.
+
+    Args:
+        device: Where.
+        on_cpu: Bytes on a CPU, if that is not more than half of what is free.
+        share_of_gpu: Share of what is free on a GPU.
+    """
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0] * share_of_gpu)
+    free = available_memory()
+    return on_cpu if free is None else min(on_cpu, free // 2)
 
 
 def available_memory() -> int | None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from moe_heads.callbacks.functional.common.interrupts import HeldInterrupts
-from moe_heads.callbacks.functional.common.memory import available_memory
+from moe_heads.callbacks.functional.common.memory import memory_budget
 from moe_heads.callbacks.functional.common.microbatches import unless_out_of_memory
 from moe_heads.callbacks.functional.curvature.basis import Basis, dot, norm, rademacher
 from moe_heads.callbacks.functional.curvature.operator import SymmetricOperator
@@ -359,11 +359,8 @@ def _fewest_vectors(num_eigenvalues: int) -> int:
 
 def _most_vectors(operator: SymmetricOperator, num_eigenvalues: int, basis_memory: int | None) -> int:
     """Vectors that fit into the memory, at least those that the method needs."""
-    if basis_memory is None and operator.device.type == "cuda":
-        basis_memory = torch.cuda.mem_get_info(operator.device)[0] // 4
-    elif basis_memory is None:
-        free = available_memory()
-        basis_memory = CPU_BASIS_MEMORY if free is None else min(CPU_BASIS_MEMORY, free // 2)
+    if basis_memory is None:
+        basis_memory = memory_budget(operator.device, on_cpu=CPU_BASIS_MEMORY, share_of_gpu=1 / 4)
     fitting = basis_memory // (operator.shape[0] * torch.finfo(operator.dtype).bits // 8)
     return max(fitting, _fewest_vectors(num_eigenvalues))
 

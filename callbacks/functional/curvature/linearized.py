@@ -1,8 +1,8 @@
 """Hessian-vector products by forward over reverse mode, traced once, with all that is constant computed beforehand.
 
 The derivative of the gradient in a direction v is linear in v. Traced as a graph of tensor operations it falls into
-three parts: what depends on the weights alone, what depends on the batch, and what depends on v. Only the last runs for
-every product: two gradients' worth of arithmetic at most, instead of three.
+four parts: what depends on the weights alone, on the batch, on v, and on both. The last two run for every product, the
+last for each batch of it: two gradients' worth of arithmetic, instead of three.
 """
 
 import warnings

@@ -14,7 +14,7 @@ from moe_heads.callbacks.functional.curvature.products import BatchProducts, Gra
 
 __all__ = ["HessianOperator", "SymmetricOperator"]
 
-# With sixteen strata the variance of a trace is within a tenth of what it falls to with one for each sample.
+# On a ResNet-8 sixteen cut the variance of the trace's samples 3 to 9 times; each costs a random vector of its own.
 _MOST_STRATA = 16
 
 

@@ -9,11 +9,10 @@ from functools import partial
 from itertools import accumulate
 from typing import Any, Literal, get_args
 
-import torch
 from torch import Tensor, nn
 
 from moe_heads.callbacks.functional.common.batches import Batch, LossFn
-from moe_heads.callbacks.functional.common.memory import available_memory
+from moe_heads.callbacks.functional.common.memory import memory_budget
 from moe_heads.callbacks.functional.common.microbatches import Microbatches, free_memory, unless_out_of_memory
 from moe_heads.callbacks.functional.common.monitor import Monitor
 from moe_heads.callbacks.functional.curvature.batch_gradients import BatchGradients
@@ -79,10 +78,11 @@ class BatchProducts:
             raise ValueError(f"mode: expected one of {get_args(GraphMode)} or None; got {mode!r}")
         self._gradients = BatchGradients(model, loss_fn, params)
         self._monitor = monitor
-        self._programs: list[LinearizedGradient] = []
+        self._program: LinearizedGradient | None = None
         self._kept: list[Product] = []
         self.mode, self.reason = "rebuilt", ""
-        memory = _default_memory(self._gradients.device) if memory is None else memory
+        if memory is None:
+            memory = memory_budget(self._gradients.device, on_cpu=CPU_GRAPH_MEMORY, share_of_gpu=1 / 2)
         if unless_out_of_memory(partial(self._settle, data, memory, mode)) is None:
             self.release("memory ran out")
 
@@ -110,7 +110,7 @@ class BatchProducts:
 
     def release(self, reason: str = "") -> None:
         """Let go of all that is kept."""
-        self._kept, self._programs = [], []
+        self._kept, self._program = [], None
         self.mode, self.reason = "rebuilt", reason or self.reason
         free_memory()
 
@@ -147,18 +147,15 @@ class BatchProducts:
                 plain, there = self._unfolded(index, batch)
                 folds = [fold for fold in folds if fold in there]
                 self._gradients.folds = folds
-                if index == 0 and not check.passes(self._through_graph(0, batch)):
-                    raise _WrongFold
+                is_right = index > 0 or check.passes(self._through_graph(0, batch))
                 folded = self._gradients.loss(index, batch)
+                if not is_right or abs(folded - plain) > _SAME_LOSS * max(abs(plain), abs(folded)):
+                    self.reason = "folded batch norms gave another product"
+                    return
                 self._gradients.folds = []
-                if abs(folded - plain) > _SAME_LOSS * max(abs(plain), abs(folded)):
-                    raise _WrongFold
-            self._gradients.folds = folds
-        except _WrongFold:
-            self._gradients.folds, self.reason = [], "folded batch norms gave another product"
-        except BaseException:
+        finally:
             self._gradients.folds = []  # what was not seen to be right is not used
-            raise
+        self._gradients.folds = folds
 
     def _unfolded(self, index: int, batch: Batch) -> tuple[float, list[Fold]]:
         """Loss of the plain model at a batch, and the folds that are possible there."""
@@ -193,7 +190,7 @@ class BatchProducts:
             return None
         if not forced and bound.num_bytes * len(alike) > memory >= sum(sizes):
             return None  # all of the graphs fit, and not all of what the program keeps
-        self._programs = [program]
+        self._program = program
         return bound
 
     def _keep(self, data: Microbatches, memory: int, first: BoundGradient) -> None:
@@ -210,16 +207,14 @@ class BatchProducts:
             self._kept.append(product)
 
     def _bound(self, index: int, batch: Batch) -> tuple[Product, int]:
-        form: Any = form_of(batch)
-        for program in self._programs:
-            if form is not None and form == program.form:
-                try:
-                    with self._gradients.evaluation(index):
-                        bound = program.bind(batch)
-                    return bound, bound.num_bytes
-                except RuntimeError as error:
-                    self.reason = f"batch {index}: {error}"
-                    self._programs = []
+        program = self._program
+        if program is not None and form_of(batch) == program.form:
+            try:
+                with self._gradients.evaluation(index):
+                    bound = program.bind(batch)
+                return bound, bound.num_bytes
+            except RuntimeError as error:
+                self.reason, self._program = f"batch {index}: {error}", None
         return self._through_graph(index, batch), self._gradients.gradient_bytes(index, batch)
 
     def _through_graph(self, index: int, batch: Batch) -> Product:
@@ -244,14 +239,3 @@ class BatchProducts:
                 known.append((form, size))
             sizes.append(size)
         return sizes
-
-
-class _WrongFold(Exception):
-    """The model with folded batch norms is another function."""
-
-
-def _default_memory(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0] // 2
-    free = available_memory()
-    return CPU_GRAPH_MEMORY if free is None else min(CPU_GRAPH_MEMORY, free // 2)

@@ -7,14 +7,12 @@ from torch import Tensor, nn
 
 from moe_heads.callbacks.functional.curvature.blocks import default_blocks, places_of
 from moe_heads.callbacks.functional.curvature.parameters import selected_parameters, slices_of
+from moe_heads.callbacks.functional.published.failures import RESIDUAL_LIMIT, TRACE_LIMIT
 from moe_heads.callbacks.functional.published.findings import PublishedFindings
 from moe_heads.callbacks.functional.spectrum.block import BlockCurvature
 from moe_heads.callbacks.functional.spectrum.result import SharpnessResult
 
 __all__ = ["as_sharpness_result"]
-
-# What counts as converged, here and in the failures that are named.
-_RESIDUAL, _TRACE = 1e-3, 0.05
 
 
 def as_sharpness_result(found: PublishedFindings, model: nn.Module, seed: int) -> SharpnessResult:
@@ -46,8 +44,8 @@ def as_sharpness_result(found: PublishedFindings, model: nn.Module, seed: int) -
         num_products=found.num_products,
         num_samples=found.num_samples,
         num_parameters=found.eigenvectors.shape[1],
-        eigenvalues_converged=max(found.residuals) <= _RESIDUAL,
-        trace_converged=found.trace_stderr <= _TRACE * abs(found.trace),
+        eigenvalues_converged=max(found.residuals) <= RESIDUAL_LIMIT,
+        trace_converged=found.trace_stderr <= TRACE_LIMIT * abs(found.trace),
         graph_mode="rebuilt",
         seed=seed,
         parameter_names=found.parameter_names,

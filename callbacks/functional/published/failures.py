@@ -3,14 +3,14 @@
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
-__all__ = ["eigenvalue_failures", "trace_failures"]
+__all__ = ["RESIDUAL_LIMIT", "TRACE_LIMIT", "eigenvalue_failures", "trace_failures"]
 
 # PyHessian's own defaults, for messages: it is called without them.
-_TOLERANCE = 1e-3
+RESIDUAL_LIMIT = 1e-3
 _MAX_PROBES = 100
 
 # Standard error, as a fraction of the trace, from which on it is said to be inaccurate.
-_TRACE_TOLERANCE = 0.05
+TRACE_LIMIT = 0.05
 
 
 def eigenvalue_failures(values: Sequence[float], residuals: Sequence[float]) -> Iterator[str]:
@@ -32,11 +32,11 @@ def eigenvalue_failures(values: Sequence[float], residuals: Sequence[float]) -> 
             f"sign: {', '.join(negative)}: power iteration finds the eigenvalues that are largest in absolute value,"
             " so larger ones, which are positive, may be missing"
         )
-    rough = [f"λ{rank} {size:.1e}" for rank, size in enumerate(residuals, start=1) if size > _TOLERANCE]
+    rough = [f"λ{rank} {size:.1e}" for rank, size in enumerate(residuals, start=1) if size > RESIDUAL_LIMIT]
     if rough:
         yield (
-            f"residual: ‖Hv − λv‖/|λ| is above {_TOLERANCE:g} ({', '.join(rough)}): the power iteration stops when the"
-            " value changes little, not when the vector has converged"
+            f"residual: ‖Hv − λv‖/|λ| is above {RESIDUAL_LIMIT:g} ({', '.join(rough)}): the power iteration stops when"
+            " the value changes little, not when the vector has converged"
         )
 
 
@@ -51,7 +51,7 @@ def trace_failures(samples: Sequence[float], trace: float, stderr: float) -> Ite
             f"trace: PyHessian stopped after {len(samples)} samples because its mean was negative: its stopping rule"
             " divides by the trace without its absolute value"
         )
-    if stderr > _TRACE_TOLERANCE * abs(trace):
+    if stderr > TRACE_LIMIT * abs(trace):
         why = "it takes no more" if len(samples) == _MAX_PROBES else "the mean changed little, accurate or not"
         yield (
             f"trace: {trace:.4g} has a standard error of {stderr:.2g} at sample {len(samples)}, where PyHessian"

@@ -165,6 +165,8 @@ def test_batching_and_graph_mode_do_not_matter() -> None:
     # each batch has random vectors of its own
     assert abs(split.trace - whole.trace) < 4 * (split.trace_stderr + whole.trace_stderr)
     assert split.num_samples == 30
+    kept = sharpness(model, cross_entropy, batches)
+    assert kept.graph_mode == "kept" and split.trace == pytest.approx(kept.trace, rel=1e-9)
 
 
 def test_frozen_parameters_are_left_out() -> None:

@@ -1,6 +1,7 @@
 from pathlib import Path
 
 import pytest
+import torch
 
 from moe_heads.callbacks.functional.common import memory
 
@@ -56,3 +57,10 @@ def test_first_version_of_control_groups(tmp_path: Path) -> None:
 
 def test_no_groups(tmp_path: Path) -> None:
     assert list(memory._of_the_groups(tmp_path / "nothing", tmp_path)) == []
+
+
+def test_budget_is_half_of_what_is_free_at_most(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = torch.device("cpu")
+    for free, expected in ((None, 100), (1000, 100), (120, 60)):
+        monkeypatch.setattr(memory, "available_memory", lambda free=free: free)
+        assert memory.memory_budget(cpu, on_cpu=100, share_of_gpu=0.5) == expected

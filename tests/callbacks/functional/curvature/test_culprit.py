@@ -1,22 +1,10 @@
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from moe_heads.callbacks.functional.curvature.culprit import layer_of
 from moe_heads.callbacks.functional.curvature.operator import HessianOperator
-
-
-class Once(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return x.square()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: torch.autograd.function.FunctionCtx, gradient: Tensor) -> Tensor:
-        return 2 * gradient * ctx.saved_tensors[0]
+from tests.support.hessians import Once
 
 
 class Fused(nn.Module):

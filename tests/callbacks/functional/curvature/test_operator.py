@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from moe_heads.callbacks.functional.common.preserve import analysis_mode
 from moe_heads.callbacks.functional.curvature.operator import HessianOperator
 from moe_heads.callbacks.functional.curvature.products import GraphMode
-from tests.support.hessians import classification, cross_entropy, dense_hessian, small_cnn, small_mlp
+from tests.support.hessians import Once, classification, cross_entropy, dense_hessian, small_cnn, small_mlp
 
 MODES = pytest.mark.parametrize("mode", ["linearized", "kept", "rebuilt"])
 
@@ -224,18 +224,6 @@ def test_fused_attention_error_names_cause_and_remedy() -> None:
     ) as caught:
         HessianOperator(model, cross_entropy, [batch])
     assert isinstance(caught.value.__cause__, RuntimeError)
-
-
-class Once(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return x.square()
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> Tensor:
-        return 2 * ctx.saved_tensors[0] * grad
 
 
 @pytest.mark.parametrize("outer", [Tensor.sum, lambda y: y.square().sum()], ids=["linear", "curved"])
