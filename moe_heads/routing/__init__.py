@@ -1,5 +1,6 @@
 """What a router did: its decisions for a batch, their statistics, and how to collect and replay them in any model."""
 
+from moe_heads.routing.adapters import Adapters, RoutingAdapter, adapted_routers, named_routers
 from moe_heads.routing.collection import RoutingCollection, collect_routing
 from moe_heads.routing.fixed import fixed_routing
 from moe_heads.routing.router import Router
@@ -8,10 +9,14 @@ from moe_heads.routing.stats import RoutingStats
 
 __all__ = [
     "BALANCE_TERMS",
+    "Adapters",
     "Router",
     "Routing",
+    "RoutingAdapter",
     "RoutingCollection",
     "RoutingStats",
+    "adapted_routers",
     "collect_routing",
     "fixed_routing",
+    "named_routers",
 ]

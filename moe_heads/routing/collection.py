@@ -1,18 +1,19 @@
 """Collect what the routers inside any model do."""
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from moe_heads.modes import in_backward
-from moe_heads.routing.router import Router
+from moe_heads.routing.adapters import Adapters, RoutingAdapter, adapted_routers, named_routers
 from moe_heads.routing.routing import Routing
 from moe_heads.routing.stats import RoutingStats
 
-__all__ = ["RoutingCollection", "collect_routing", "named_routers"]
+__all__ = ["RoutingCollection", "collect_routing"]
 
 
 class RoutingCollection:
@@ -53,7 +54,7 @@ class RoutingCollection:
 
 
 @contextmanager
-def collect_routing(model: nn.Module) -> Iterator[RoutingCollection]:
+def collect_routing(model: nn.Module, adapters: Adapters | None = None) -> Iterator[RoutingCollection]:
     """Collect what the routers inside ``model`` do while the block runs.
 
     Works by forward hooks on the routers, removed when the block ends, however it ends: no global state, and the
@@ -61,9 +62,14 @@ def collect_routing(model: nn.Module) -> Iterator[RoutingCollection]:
 
     Args:
         model: Any module; heads may sit at any depth.
+        adapters: For routers that are not of this package: ``adapter(module, args, output) -> Routing`` by the class of
+            the router or by its name in the model ("layers.*.gate"); see `Routing.from_probs`.
 
     Yields:
         The collection, filled by the forward passes inside the block.
+
+    Raises:
+        ValueError: If an adapter fits no module, or gives no `Routing`.
 
     Example:
         >>> import torch
@@ -75,33 +81,54 @@ def collect_routing(model: nn.Module) -> Iterator[RoutingCollection]:
         tensor(10)
         >>> routing.aux_loss.requires_grad
         True
+
+        A router of somebody else, which is a linear layer of the model:
+
+        >>> def adapter(module, args, logits):
+        ...     return Routing.from_probs(logits.softmax(-1), logits.topk(2).indices)
+        >>> gate = torch.nn.Linear(4, 8)
+        >>> with collect_routing(torch.nn.Sequential(gate), {"0": adapter}) as routing:
+        ...     _ = gate(torch.randn(5, 4))
+        >>> routing.stats["head"].counts.sum()
+        tensor(10)
     """
     collection = RoutingCollection()
+    watched: dict[str, tuple[nn.Module, RoutingAdapter | None]] = {
+        n: (r, None) for n, r in named_routers(model).items()
+    }
+    watched |= adapted_routers(model, adapters)
     with ExitStack() as stack:
-        for name, router in named_routers(model).items():
+        for name, (router, adapter) in watched.items():
             recorded = collection.routings[name] = []
-            stack.callback(router.register_forward_hook(_recorder(recorded)).remove)
+            stack.callback(router.register_forward_hook(_Recorder(name, recorded, adapter)).remove)
         yield collection
 
 
-def named_routers(model: nn.Module) -> dict[str, Router]:
-    """The routers inside a model, each by the name under which `RoutingCollection` has its passes."""
-    named: dict[str, Router] = {}
-    for path, module in model.named_modules():
-        if isinstance(module, Router):
-            owner = path.rpartition(".")[0] or "head"
-            # a module with two routers: the second goes by its own name
-            named[path if owner in named else owner] = module
-    return named
+class _Recorder:
+    """Forward hook that records what a router decided.
 
+    A copy of the module (averaged weights, a saved model) records nothing: it is not the model that is watched.
+    """
 
-def _recorder(recorded: list[Routing]) -> Callable[[nn.Module, object, Routing], None]:
-    def record(module: nn.Module, args: object, output: Routing) -> None:
+    def __init__(self, name: str, recorded: list[Routing] | None, adapter: RoutingAdapter | None) -> None:
+        self._name, self._recorded, self._adapter = name, recorded, adapter
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         # gradient checkpointing runs a pass once more in backward: the same rows, not new ones
-        if not in_backward():
-            recorded.append(output)
+        if self._recorded is not None and not in_backward():
+            self._recorded.append(self._routing(module, args, output))
 
-    return record
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Recorder, (self._name, None, None)
+
+    def _routing(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Routing:
+        routing = output if self._adapter is None else self._adapter(module, args, output)
+        if isinstance(routing, Routing):
+            return routing
+        raise ValueError(
+            f"adapters: expected a moe_heads.Routing of router {self._name!r}; got {type(routing).__name__}: build one"
+            " with Routing.from_probs"
+        )
 
 
 def _total(stats: list[RoutingStats]) -> RoutingStats:

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from moe_heads.modes import in_backward
-from moe_heads.routing.collection import RoutingCollection, named_routers
+from moe_heads.routing.adapters import named_routers
+from moe_heads.routing.collection import RoutingCollection
 from moe_heads.routing.router import Router
 from moe_heads.routing.routing import Routing
 

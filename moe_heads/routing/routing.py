@@ -56,6 +56,46 @@ class Routing:
         if self.weights is None and (self.indices is not None or self.rows is not None):
             raise ValueError("weights: expected those of the choices in indices or rows; got None")
 
+    @classmethod
+    def from_probs(cls, probs: Tensor, indices: Tensor | None = None, weights: Tensor | None = None) -> "Routing":
+        """The decisions of a router that is not of this package, for an adapter of `collect_routing`.
+
+        The logits are the logarithms of the probabilities, so that margins are ratios of probabilities, in nats.
+
+        Args:
+            probs: Softmax (or any positive scores) over all experts, (N, E), or (B, T, E) for tokens: then what belongs
+                to a sample is known.
+            indices: Experts that each row chose, of the same shape but for the last dimension, K; None for a soft
+                router, which runs all.
+            weights: Mixing weights of the choices, of the shape of ``indices``; by default their probabilities.
+
+        Raises:
+            ValueError: If the shapes do not fit.
+
+        Example:
+            >>> import torch
+            >>> routing = Routing.from_probs(torch.tensor([[0.7, 0.2, 0.1]]), torch.tensor([[0, 2]]))
+            >>> routing.gates
+            tensor([[0.7000, 0.0000, 0.1000]])
+        """
+        if probs.dim() not in (2, 3) or not probs.is_floating_point():
+            raise ValueError(f"probs: expected (N, E) or (B, T, E), floating; got {tuple(probs.shape)}, {probs.dtype}")
+        if indices is not None and (indices.shape[:-1] != probs.shape[:-1] or indices.is_floating_point()):
+            raise ValueError(
+                f"indices: expected whole numbers, {tuple(probs.shape[:-1])} and one more dimension; got"
+                f" {tuple(indices.shape)}, {indices.dtype}"
+            )
+        if weights is not None and (indices is None or weights.shape != indices.shape):
+            raise ValueError(f"weights: expected the shape of indices; got {tuple(weights.shape)}")
+        rows_per_sample = probs.shape[1] if probs.dim() == 3 else 1
+        probs, indices, weights = (None if t is None else t.flatten(0, -2) for t in (probs, indices, weights))
+        assert probs is not None
+        if indices is not None and weights is None:
+            weights = probs.gather(-1, indices)
+        # a probability that is zero in its precision is no row without finite logits
+        logits = probs.clamp_min(torch.finfo(probs.dtype).tiny).log()
+        return cls(logits, probs, indices, weights, rows_per_sample=rows_per_sample)
+
     @property
     def num_experts(self) -> int:
         """E."""

@@ -1,0 +1,73 @@
+"""Find the routers inside any model: those of this package by their class, anybody else's by an adapter."""
+
+from collections.abc import Callable, Mapping
+from fnmatch import fnmatchcase
+from typing import Any, TypeVar
+
+from torch import nn
+
+from moe_heads.routing.router import Router
+from moe_heads.routing.routing import Routing
+
+__all__ = ["Adapters", "RoutingAdapter", "adapted_routers", "named_routers"]
+
+M = TypeVar("M", bound=nn.Module)
+
+RoutingAdapter = Callable[[nn.Module, tuple[Any, ...], Any], Routing]
+"""``adapter(module, args, output) -> Routing``: what a forward pass of somebody else's router decided.
+
+`Routing.from_probs` builds the `Routing` from probabilities and, for a router that chooses, indices.
+"""
+
+Adapters = Mapping[type[nn.Module] | str, RoutingAdapter]
+"""Adapters by the class of the routers, or by their name in the model; ``*`` in a name stands for anything."""
+
+
+def named_routers(model: nn.Module) -> dict[str, Router]:
+    """The routers of this package inside a model, each by the name under which `RoutingCollection` has its passes."""
+    return _by_owner({path: module for path, module in model.named_modules() if isinstance(module, Router)}, set())
+
+
+def adapted_routers(model: nn.Module, adapters: Adapters | None) -> dict[str, tuple[nn.Module, RoutingAdapter]]:
+    """Somebody else's routers inside a model, likewise by name, each with the first adapter that fits it.
+
+    Args:
+        model: The model.
+        adapters: Adapters by class or name.
+
+    Raises:
+        ValueError: If a key is neither a class of modules nor a name, fits no module, or is a router of this package.
+    """
+    found: dict[str, nn.Module] = {}
+    chosen: dict[nn.Module, RoutingAdapter] = {}
+    for key, adapter in (adapters or {}).items():
+        is_class = isinstance(key, type) and issubclass(key, nn.Module)
+        if not (is_class or isinstance(key, str)) or not callable(adapter):
+            raise ValueError(
+                "adapters: expected adapter(module, args, output) by a class of modules or a name; got"
+                f" {key!r}: {adapter!r}"
+            )
+        fitting = {path: module for path, module in model.named_modules() if _fits(key, path, module)}
+        if not fitting:
+            raise ValueError(f"adapters: expected classes or names of modules inside the model; nothing fits {key!r}")
+        if any(isinstance(module, Router) for module in fitting.values()):
+            raise ValueError(f"adapters: expected modules that are no routers of moe_heads; {key!r} fits some that are")
+        for path, module in fitting.items():
+            if module not in chosen:
+                found[path], chosen[module] = module, adapter
+    named = _by_owner(found, set(named_routers(model)))
+    return {name: (module, chosen[module]) for name, module in named.items()}
+
+
+def _fits(key: type[nn.Module] | str, path: str, module: nn.Module) -> bool:
+    return fnmatchcase(path, key) if isinstance(key, str) else isinstance(module, key)
+
+
+def _by_owner(modules: Mapping[str, M], taken: set[str]) -> dict[str, M]:
+    """The modules by the names of those that own them; "head" stands for the model itself."""
+    named: dict[str, M] = {}
+    for path, module in modules.items():
+        owner = path.rpartition(".")[0] or "head"
+        # a module with two routers: the second goes by its own name
+        named[path if owner in named or owner in taken else owner] = module
+    return named
