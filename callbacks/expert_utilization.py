@@ -1,49 +1,70 @@
 """Callback: who does what among the experts, over training and at the end of fit."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any, ClassVar
 
+import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
 from typing_extensions import Unpack, override
 
 from moe_heads.callbacks.evaluation import check_forward
 from moe_heads.callbacks.fit_end import FitEndAnalysis
 from moe_heads.callbacks.functional import ExpertUtilizationResult, expert_utilization
 from moe_heads.callbacks.functional.common.batches import ForwardFn, call_model
+from moe_heads.callbacks.functional.common.ranks import Ranks
+from moe_heads.callbacks.functional.expert_utilization import checked_options
 from moe_heads.callbacks.functional.utilization.history import plot_load_history
+from moe_heads.callbacks.functional.utilization.training import TrainingRouters
 from moe_heads.callbacks.inputs import AnalysisInputs
 from moe_heads.callbacks.options import AnalysisOptions, OverRanks
 from moe_heads.callbacks.reporting import Report
-from moe_heads.callbacks.trainer_access import Split, datamodule_of
-from moe_heads.routing import Router, RoutingCollection, RoutingStats, collect_routing
+from moe_heads.callbacks.trainer_access import Split, datamodule_of, process_group_of
+from moe_heads.routing import Adapters, RoutingStats, adapted_routers, collect_routing, named_routers
 
 __all__ = ["ExpertUtilizationCallback"]
 
 
 class ExpertUtilizationCallback(FitEndAnalysis):
-    """Load and importance of every expert by epoch, and by class at the end of fit.
+    """Load, importance and classes of every expert, epoch by epoch while training and in full at the end of fit.
 
-    Works for any module with heads of `moe_heads` inside; a module without one is left alone. While training, one point
-    an epoch below ``expert_utilization/epoch/<head>/``, over the training batches as they were routed, noise included:
+    Works for any module with heads of `moe_heads` inside and, by ``adapters``, for anybody's routers; a module without
+    a router is left alone. While training, one point an epoch below ``expert_utilization/epoch/<head>/``, over the
+    training batches as they were routed, noise included: what `functional.ExpertUtilizationMetric` gives, and
 
-    ==========================  =======================================================================
-    load_<e>                    share of the choices that went to expert e; sums to 1
-    importance_<e>              share of the mixing weight that went to expert e; sums to 1
-    entropy                     mean entropy of a row's full softmax, nats
-    ==========================  =======================================================================
+    ======================  ===========================================================================
+    router_gradient_norm    norm of the router's gradient, mean over the optimizer steps
+    routing_flips           share of the validation samples with other experts than one validation before
+    ======================  ===========================================================================
+
+    An expert that dies or starves, and a routing that collapses, are told when the epoch ends in which it happens, once
+    each, with what to change.
 
     At the end of fit, below ``expert_utilization/<split>/``: the numbers of `functional.ExpertUtilizationResult` for
-    each head; to TensorBoard also the class-by-expert map and the load over the epochs as figures, and a table.
+    each head; to TensorBoard also figures of load and classes, of co-activation, of the load over the epochs and of
+    what each expert sees, and two tables.
+
+    A training step pays for a few references to what the router returned: they are counted at the end of the epoch, or
+    before that in large pieces. torch.compile sees no graph break.
 
     Args:
         class_names: Names of the classes; by default those of the data module, else numbers.
         forward_fn: ``forward_fn(pl_module, batch)``; by default the module is called with a batch's first entry.
+        adapters: For routers that are not of this package; see `moe_heads.collect_routing`.
+        dead_below: Fraction of the fair share 1/E of the load (of the weight, for a soft router) under which an expert
+            is dead.
+        starved_below: Fraction under which it is starved; a quarter, as a balanced head keeps well above.
+        num_examples: Images shown of the samples that each expert receives with the highest gate; 0 for none. Ignored
+            where batches hold no images.
+        num_permutations: Permutations of the labels behind the chance level of the mutual information.
+        ablation: Whether to evaluate the accuracy without each expert too.
+        warn: Whether to warn while training.
         options: What all analyses share, without a loss; see `AnalysisOptions`. 10,000 samples by default: the class
             map needs some of each class for each expert.
 
     Attributes:
-        history: Statistics of each finished training epoch by name of the head.
+        history: Statistics of each finished training epoch by name of the head. Checkpoints keep it.
 
     Example:
         >>> from moe_heads.callbacks import ExpertUtilizationCallback
@@ -61,60 +82,123 @@ class ExpertUtilizationCallback(FitEndAnalysis):
         self,
         class_names: Sequence[str] | None = None,
         forward_fn: ForwardFn | None = None,
+        adapters: Adapters | None = None,
+        dead_below: float = 0.01,
+        starved_below: float = 0.25,
+        num_examples: int = 8,
+        num_permutations: int = 200,
+        ablation: bool = False,
+        warn: bool = True,
         **options: Unpack[AnalysisOptions],
     ) -> None:
         super().__init__(**options)
         if class_names is not None and not isinstance(class_names, (list, tuple)):
             raise ValueError(f"class_names: expected a list of names; got {class_names!r}")
-        self.class_names, self.forward_fn = class_names, forward_fn
+        checked_options(dead_below, starved_below, num_permutations, num_examples, self.seed)
+        self.class_names, self.forward_fn, self.adapters = class_names, forward_fn, adapters
+        self.dead_below, self.starved_below, self.warn = dead_below, starved_below, warn
+        self.num_examples, self.num_permutations, self.ablation = num_examples, num_permutations, ablation
         self.history: dict[str, list[RoutingStats]] = {}
-        self._epoch: dict[str, RoutingStats] = {}
-        self._hooks = ExitStack()
-        self._batch = RoutingCollection()
+        self._has_told_order = False
+        self._listening = ExitStack()
+        self._routers: TrainingRouters | None = None
+        self._is_resumed = False
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
-        if any(isinstance(module, Router) for module in pl_module.modules()):
+        if named_routers(pl_module) or adapted_routers(pl_module, self.adapters):
             check_forward(self, pl_module, self.forward_fn)
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_fit_start(trainer, pl_module)
-        self.history, self._epoch = {}, {}
+        if not self._is_resumed:
+            self.history = {}
+        self._is_resumed, self._has_told_order = False, False
+        self._close()
+        # once for the whole fit: a compiled model that loses its hooks and gets others is compiled anew
+        collection = self._listening.enter_context(collect_routing(pl_module, self.adapters))
+        self._routers = TrainingRouters(pl_module, collection, self.adapters, self.dead_below, self.starved_below)
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        self._forget_batch()
-        self._batch = self._hooks.enter_context(collect_routing(pl_module))
+        if self._routers is not None:
+            self._routers.begin_batch()
+
+    @override
+    def on_before_optimizer_step(
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        if self._routers is not None:
+            self._routers.note_gradients()
 
     @override
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        for name, stats in self._batch.stats.items():
-            self._epoch[name] = self._epoch[name] + stats if name in self._epoch else stats
-        self._forget_batch()
+        if self._routers is not None:
+            self._routers.end_training_batch()
+
+    @override
+    def on_validation_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        if self._routers is not None and not trainer.sanity_checking:
+            self._routers.begin_batch()
+
+    @override
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        if self._routers is not None and not trainer.sanity_checking:
+            self._routers.end_validation_batch(batch)
+
+    @override
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._routers is not None and not trainer.sanity_checking:
+            self._routers.end_validation()
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._forget_batch()
+        self._close()
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # a module may end its epoch in on_train_batch_start: the batch then has no end
-        self._forget_batch()
-        for name, stats in self._epoch.items():
-            total = stats.all_reduce()
-            self.history.setdefault(name, []).append(total)
-            shares = {"load": total.load.tolist(), "importance": total.importance.tolist()}
-            metrics = {f"{kind}_{e}": share for kind, values in shares.items() for e, share in enumerate(values)}
-            metrics["entropy"] = total.entropy.item()
-            named = {f"{self.name}/epoch/{name}/{key}": value for key, value in metrics.items()}
-            # equal on every rank already; without sync_dist Lightning warns
-            pl_module.log_dict(named, sync_dist=True)
-        self._epoch = {}
+        if self._routers is not None:
+            self._end_epoch(trainer, pl_module, self._routers)
         super().on_train_epoch_end(trainer, pl_module)
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._close()
+
+    @override
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._close()
+        self._is_resumed = False
+        super().teardown(trainer, pl_module, stage)
+
+    @property
+    @override
+    def state_key(self) -> str:
+        return self._generate_state_key(name=self.name)
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {"history": {name: [vars(stats) for stats in epochs] for name, epochs in self.history.items()}}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        kept: Mapping[str, list[dict[str, Any]]] = state_dict["history"]
+        self.history = {name: [RoutingStats(**stats) for stats in epochs] for name, epochs in kept.items()}
+        self._is_resumed = True
 
     @override
     def compute(self, inputs: AnalysisInputs) -> ExpertUtilizationResult:
@@ -124,6 +208,12 @@ class ExpertUtilizationCallback(FitEndAnalysis):
             inputs.batches,
             class_names=self.class_names or getattr(datamodule, "class_names", None),
             forward_fn=self.forward_fn or call_model,
+            adapters=self.adapters,
+            dead_below=self.dead_below,
+            starved_below=self.starved_below,
+            num_permutations=self.num_permutations,
+            num_examples=self.num_examples,
+            ablation=self.ablation,
             seed=self.seed,
             monitor=inputs.monitor,
             ranks=inputs.ranks,
@@ -131,11 +221,26 @@ class ExpertUtilizationCallback(FitEndAnalysis):
 
     @override
     def report(self, result: ExpertUtilizationResult) -> Report:
-        experts = {f"{head}/experts": result.plot(head=head)[0] for head in result.load}
+        if not result.heads:
+            return Report(result.metrics())
         epochs = {f"{head}/load_over_epochs": plot_load_history(stats)[0] for head, stats in self.history.items()}
-        figures = {**experts, **epochs}
-        return Report(result.metrics(), {"summary": result.summary()}, figures)
+        return Report(result.metrics(), result.texts(), {**result.figures(), **epochs})
 
-    def _forget_batch(self) -> None:
-        self._hooks.close()
-        self._batch = RoutingCollection()
+    def _end_epoch(self, trainer: Trainer, pl_module: LightningModule, routers: TrainingRouters) -> None:
+        if routers.has_reordered_validation and not self._has_told_order:
+            self._has_told_order = True
+            rank_zero_warn(
+                f"{self.name}: the validation data come in another order each time, so routing flips between epochs"
+                " cannot be told. Give the validation loader shuffle=False."
+            )
+        for head, report in routers.end_epoch(Ranks(process_group_of(trainer), f"{self.name}/epoch")).items():
+            self.history.setdefault(head, []).append(report.stats)
+            # equal on every rank already; without sync_dist Lightning warns
+            named = {f"{self.name}/epoch/{head}/{key}": value for key, value in report.scalars.items()}
+            pl_module.log_dict(named, sync_dist=True)
+            for news in report.news if self.warn else ():
+                rank_zero_warn(f"{self.name}: epoch {trainer.current_epoch}, head {head!r}: {news}")
+
+    def _close(self) -> None:
+        self._listening.close()
+        self._routers = None

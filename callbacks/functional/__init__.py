@@ -19,10 +19,12 @@ from moe_heads.callbacks.functional.spectrum.block import BlockCurvature
 from moe_heads.callbacks.functional.spectrum.result import SharpnessResult
 from moe_heads.callbacks.functional.timing.result import InferenceTimingResult
 from moe_heads.callbacks.functional.timing.row import TimingRow
+from moe_heads.callbacks.functional.utilization.metric import ExpertUtilizationMetric
 from moe_heads.callbacks.functional.utilization.result import ExpertUtilizationResult
 
 __all__ = [
     "BlockCurvature",
+    "ExpertUtilizationMetric",
     "ExpertUtilizationResult",
     "InferenceTimingResult",
     "LossLandscapeResult",

@@ -19,11 +19,13 @@ from moe_heads.callbacks.functional.common.microbatches import Microbatches
 from moe_heads.callbacks.functional.common.monitor import Monitor, TimeUp
 from moe_heads.callbacks.functional.common.preserve import analysis_mode
 from moe_heads.callbacks.functional.common.ranks import Ranks
+from moe_heads.callbacks.functional.utilization.ablation import AblationHits, ablated_heads, ablation_hits
+from moe_heads.callbacks.functional.utilization.examples import images_of
 from moe_heads.callbacks.functional.utilization.result import ExpertUtilizationResult
-from moe_heads.callbacks.functional.utilization.sums import UtilizationSums
-from moe_heads.routing import Router, Routing, collect_routing
+from moe_heads.callbacks.functional.utilization.sums import ReportOptions, UtilizationSums
+from moe_heads.routing import Adapters, Routing, adapted_routers, collect_routing, named_routers
 
-__all__ = ["expert_utilization"]
+__all__ = ["checked_options", "expert_utilization"]
 
 
 def expert_utilization(
@@ -34,12 +36,18 @@ def expert_utilization(
     class_names: Sequence[str] | None = None,
     forward_fn: ForwardFn = call_model,
     label_fn: Callable[[Batch], Tensor | None] = labels_of,
+    image_fn: Callable[[Batch], Tensor | None] = images_of,
+    adapters: Adapters | None = None,
     dead_below: float = 0.01,
+    starved_below: float = 0.25,
+    num_permutations: int = 200,
+    num_examples: int = 0,
+    ablation: bool = False,
     seed: int = 0,
     monitor: Monitor | None = None,
     ranks: Ranks | None = None,
 ) -> ExpertUtilizationResult:
-    """Load, importance, entropy, dead experts and class map of every router of this package inside the model.
+    """Who does what among the experts of every router inside the model: load, weight, classes, and what they show.
 
     One pass over the data in evaluation mode (no noise on the router), without gradients; sums are taken in float64.
     Rows whose router logits are not finite count in nothing but ``num_nonfinite``. The model is evaluated inside
@@ -52,9 +60,19 @@ def expert_utilization(
         class_names: Names of the classes for figures and tables.
         forward_fn: ``forward_fn(model, batch)`` runs the model; its output is not used.
         label_fn: ``label_fn(batch) -> labels (B,)``, or None for data without labels: then there is no class map.
+        image_fn: ``image_fn(batch) -> images (B, C, H, W)`` with one channel or three, or None; by default the first
+            entry of a batch, where it has this form.
+        adapters: For routers that are not of this package; see `collect_routing`.
         dead_below: An expert is dead when its load is below this fraction of the fair share 1/E; for a soft router,
             which runs every expert, when its importance is. With 1 %, an expert with a single stray sample in a
             thousand is dead too.
+        starved_below: An expert that is not dead is starved below this fraction of the fair share.
+        num_permutations: Permutations of the labels that give the mutual information's level by chance and its
+            p-value; 200 resolve 0.005 and cost some milliseconds for each thousand samples. 0 for none.
+        num_examples: Images kept of the samples that each expert received with the highest gate.
+        ablation: Whether to evaluate the accuracy without each expert too; see `moe_heads.ablate`. Needs labels and a
+            model that returns logits; costs a pass of the head for each expert where the model returns the head's
+            output, else a pass of the model.
         seed: Seed of the random number generators.
         monitor: Shows the progress and ends the analysis when its time is over; see `Monitor`.
         ranks: The processes that share the work, each with its part of the samples in ``batches``; all of them call
@@ -64,8 +82,9 @@ def expert_utilization(
         The numbers by head; those of the samples so far when the time of the monitor is over, marked by ``partial``.
 
     Raises:
-        ValueError: If the data is empty, labels are out of range, missing in some batches or do not fit the routed
-            rows, or no logit of a router is finite.
+        ValueError: If an option is out of range, the data is empty, labels are out of range, missing in some batches or
+            do not fit the routed rows, no logit of a router is finite, or an ablation is asked for where it cannot be
+            had.
 
     Example:
         >>> import torch
@@ -77,54 +96,87 @@ def expert_utilization(
         >>> result.load["1"].shape, result.class_map["1"].shape
         (torch.Size([4]), torch.Size([3, 4]))
     """
-    if not 0 <= dead_below < 1:
-        raise ValueError(f"dead_below: expected a fraction in [0, 1); got {dead_below}")
+    options = checked_options(dead_below, starved_below, num_permutations, num_examples, seed)
     monitor, ranks, listed = monitor or Monitor(), ranks or Ranks(), as_batches(batches)
-    sums = _Sums()
-    if not any(isinstance(module, Router) for module in model.modules()):
+    sums = _Sums(options)
+    if not named_routers(model) and not adapted_routers(model, adapters):
         sums.num_samples = sum(map(batch_size, listed))
-        return _result(ranks.gather(sums), _names(num_classes, class_names), dead_below)
+        return _result(ranks.gather(sums), _names(num_classes, class_names))
     with ranks.together():
-        num_classes = _num_classes([label_fn(batch) for batch in listed], num_classes, class_names)
+        found_labels = [label_fn(batch) for batch in listed]
+        num_classes = _num_classes(found_labels, num_classes, class_names)
+        if ablation and any(labels is None for labels in found_labels):
+            raise ValueError("ablation: expected labels, to tell the accuracy; got data without")
     num_classes = max((known for known in ranks.gather(num_classes) if known is not None), default=None)
     names = _names(num_classes, class_names)
     with ranks.together(), analysis_mode(model, seed), torch.no_grad():
         data = Microbatches(listed, device_of(model), monitor)
+        smaller = ablated_heads(model, _sizes(model)) if ablation else {}
 
-        def route(index: int, batch: Batch) -> tuple[dict[str, list[Routing]], Tensor | None]:
-            with collect_routing(model) as collection:
+        def route(index: int, batch: Batch) -> _Found:
+            with collect_routing(model, adapters) as collection:
                 forward_fn(model, batch)
-            return collection.routings, label_fn(batch)
+            labels = label_fn(batch)
+            hits = {} if labels is None else ablation_hits(model, forward_fn, batch, labels, smaller)
+            return _Found(collection.routings, labels, image_fn(batch) if num_examples else None, hits)
 
         try:
-            for size, (routings, labels) in data.evaluate(route):
-                sums.add(size, routings, labels, num_classes)
-                monitor.keep(lambda partial: _result([replace(sums, partial=partial)], names, dead_below))
+            for size, found in data.evaluate(route):
+                sums.add(size, found, num_classes)
+                monitor.keep(lambda partial: _result([replace(sums, partial=partial)], names))
                 monitor.step(sums.num_samples, data.num_samples)
         except TimeUp:
             sums.partial = monitor.end
-    return _result(ranks.gather(sums), names, dead_below)
+    return _result(ranks.gather(sums), names)
+
+
+def checked_options(
+    dead_below: float, starved_below: float, num_permutations: int, num_examples: int, seed: int
+) -> ReportOptions:
+    """The options of the report, where they are in range."""
+    for name, value in {"dead_below": dead_below, "starved_below": starved_below}.items():
+        if not 0 <= value < 1:
+            raise ValueError(f"{name}: expected a fraction in [0, 1); got {value}")
+    for name, number in {"num_permutations": num_permutations, "num_examples": num_examples}.items():
+        if not isinstance(number, int) or number < 0:
+            raise ValueError(f"{name}: expected a whole number from 0 on; got {number!r}")
+    return ReportOptions(dead_below, starved_below, num_permutations, num_examples, seed)
+
+
+def _sizes(model: nn.Module) -> dict[str, int]:
+    """Number of experts by head."""
+    return {name: router.num_experts for name, router in named_routers(model).items()}
+
+
+@dataclass
+class _Found:
+    """What one batch shows."""
+
+    routings: dict[str, list[Routing]]
+    labels: Tensor | None
+    images: Tensor | None
+    hits: dict[str, AblationHits]
 
 
 @dataclass
 class _Sums:
     """What one rank has found."""
 
+    options: ReportOptions
     heads: dict[str, UtilizationSums] = field(default_factory=dict)
     num_samples: int = 0
     partial: str = ""
 
-    def add(
-        self, size: int, routings: dict[str, list[Routing]], labels: Tensor | None, num_classes: int | None
-    ) -> None:
-        for name, passes in routings.items():
-            for routing in map(_in_float64, passes):
-                head = self.heads.setdefault(name, UtilizationSums(name, routing, num_classes))
-                head.add(routing, None if labels is None else labels.cpu())
+    def add(self, size: int, found: _Found, num_classes: int | None) -> None:
+        labels = None if found.labels is None else found.labels.cpu()
+        for name, passes in found.routings.items():
+            for number, routing in enumerate(map(_in_float64, passes)):
+                head = self.heads.setdefault(name, UtilizationSums(name, routing, num_classes, self.options))
+                head.add(routing, labels, found.images, None if number else found.hits.get(name))
         self.num_samples += size
 
 
-def _result(found: Sequence[_Sums], names: tuple[str, ...], dead_below: float) -> ExpertUtilizationResult:
+def _result(found: Sequence[_Sums], names: tuple[str, ...]) -> ExpertUtilizationResult:
     """The result of all ranks."""
     partial = "; ".join(dict.fromkeys(sums.partial for sums in found if sums.partial))
     num_samples = sum(sums.num_samples for sums in found)
@@ -134,9 +186,7 @@ def _result(found: Sequence[_Sums], names: tuple[str, ...], dead_below: float) -
     for sums in found:
         for name, head in sums.heads.items():
             heads[name] = heads[name] + head if name in heads else head
-    return ExpertUtilizationResult(
-        {name: head.result(dead_below) for name, head in heads.items()}, names, num_samples, partial
-    )
+    return ExpertUtilizationResult({name: head.result() for name, head in heads.items()}, names, num_samples, partial)
 
 
 def _num_classes(found: list[Tensor | None], num_classes: int | None, class_names: Sequence[str] | None) -> int | None:

@@ -22,10 +22,13 @@ class RoutingCollection:
     Attributes:
         routings: The `Routing` of every forward pass, by the name of the head that owns the router ("head" when the
             model is itself the head).
+        paused: Whether forward passes are let by for now; by default not. Cheaper than to leave the block and enter it
+            again, for which torch.compile would compile the model anew.
     """
 
     def __init__(self) -> None:
         self.routings: dict[str, list[Routing]] = {}
+        self.paused = False
 
     def _warn_if_nothing_was_seen(self) -> None:
         if self.routings and not any(self.routings.values()):
@@ -99,8 +102,8 @@ def collect_routing(model: nn.Module, adapters: Adapters | None = None) -> Itera
     watched |= adapted_routers(model, adapters)
     with ExitStack() as stack:
         for name, (router, adapter) in watched.items():
-            recorded = collection.routings[name] = []
-            stack.callback(router.register_forward_hook(_Recorder(name, recorded, adapter)).remove)
+            collection.routings[name] = []
+            stack.callback(router.register_forward_hook(_Recorder(name, collection, adapter)).remove)
         yield collection
 
 
@@ -110,13 +113,14 @@ class _Recorder:
     A copy of the module (averaged weights, a saved model) records nothing: it is not the model that is watched.
     """
 
-    def __init__(self, name: str, recorded: list[Routing] | None, adapter: RoutingAdapter | None) -> None:
-        self._name, self._recorded, self._adapter = name, recorded, adapter
+    def __init__(self, name: str, collection: RoutingCollection | None, adapter: RoutingAdapter | None) -> None:
+        self._name, self._collection, self._adapter = name, collection, adapter
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        collection = self._collection
         # gradient checkpointing runs a pass once more in backward: the same rows, not new ones
-        if self._recorded is not None and not in_backward():
-            self._recorded.append(self._routing(module, args, output))
+        if collection is not None and not collection.paused and not in_backward():
+            collection.routings[self._name].append(self._routing(module, args, output))
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _Recorder, (self._name, None, None)

@@ -88,10 +88,10 @@ class Routing:
         if weights is not None and (indices is None or weights.shape != indices.shape):
             raise ValueError(f"weights: expected the shape of indices; got {tuple(weights.shape)}")
         rows_per_sample = probs.shape[1] if probs.dim() == 3 else 1
-        probs, indices, weights = (None if t is None else t.flatten(0, -2) for t in (probs, indices, weights))
-        assert probs is not None
-        if indices is not None and weights is None:
-            weights = probs.gather(-1, indices)
+        probs = probs.flatten(0, -2)
+        if indices is not None:
+            indices = indices.flatten(0, -2)
+            weights = probs.gather(-1, indices) if weights is None else weights.flatten(0, -2)
         # a probability that is zero in its precision is no row without finite logits
         logits = probs.clamp_min(torch.finfo(probs.dtype).tiny).log()
         return cls(logits, probs, indices, weights, rows_per_sample=rows_per_sample)

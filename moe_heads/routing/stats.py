@@ -64,6 +64,10 @@ class RoutingStats:
             total |= {name: part.view(value.shape) for (name, value), part in zip(chosen.items(), parts, strict=True)}
         return RoutingStats(**total)
 
+    def cpu(self) -> "RoutingStats":
+        """The same sums on the CPU."""
+        return RoutingStats(*(getattr(self, f.name).cpu() for f in fields(self)))
+
     @property
     def load(self) -> Tensor:
         """Share of the choices that went to each expert, (E,); sums to 1."""

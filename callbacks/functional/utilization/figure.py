@@ -1,4 +1,4 @@
-"""Figure of how one head's experts are used."""
+"""Figures of how one head's experts are used, of a size at which TensorBoard's cards leave their text readable."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -6,17 +6,20 @@ from typing import TYPE_CHECKING
 import numpy as np
 from torch import Tensor
 
+from moe_heads.callbacks.functional.common.figures import axes_of
 from moe_heads.callbacks.functional.utilization.head import HeadUtilization
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["plot_utilization"]
+__all__ = ["plot_coactivation", "plot_utilization"]
 
-# Cells up to which each holds its number, where that is not 0.00.
-_MAX_LABELLED_CELLS = 200
+# Cells up to which each holds its number in per cent, and experts up to which there is room for it.
+_MAX_LABELLED_CELLS, _MAX_LABELLED_EXPERTS = 200, 16
 _LEAST_LABELLED = 0.005
+
+_SMALL = 8
 
 
 def plot_utilization(
@@ -38,10 +41,10 @@ def plot_utilization(
     bars = None
     if ax is None:
         rows = 0 if head.class_map is None else len(head.class_map)
-        height = 2.5 + 0.2 * rows + min(0.2 * rows, 2)
-        figure = Figure(figsize=(1.5 + 0.75 * max(len(head.load), 6), height), layout="constrained")
+        height = 2.2 + min(0.25 * rows, 10)
+        figure = Figure(figsize=(_width(len(head.load)), height), layout="constrained")
         if rows:
-            bars, ax = figure.subplots(2, 1, sharex=True, height_ratios=(4, max(rows, 4)))
+            bars, ax = figure.subplots(2, 1, sharex=True, height_ratios=(4, max(rows * 0.6, 4)))
         else:
             ax = figure.subplots()
     if head.class_map is None:
@@ -50,15 +53,51 @@ def plot_utilization(
         _draw_map(ax, head.class_map, class_names)
     if bars is not None:
         _draw_bars(bars, head)
-    ax.set_xlabel("expert")
-    ax.set_xticks(range(len(head.load)))
-    information = head.mutual_information
-    told = "" if information is None else f", I(class; expert) {information:.2f} nats"
-    title = f"{name}: {head.effective_experts:.1f} of {len(head.load)} experts in effect{told}"
-    (ax if bars is None else bars).set_title(title, fontsize=10)
+    ax.set_xlabel("expert", fontsize=_SMALL)
+    _label_experts(ax, len(head.load))
+    title = f"{name}: {head.effective_experts:.1f} of {len(head.load)} experts in effect"
+    if head.mutual_information is not None:
+        title += f"\nI(class; expert) {head.mutual_information:.2f}"
+        if head.mutual_information_by_chance is not None:
+            title += f" nats, by chance {head.mutual_information_by_chance:.2f}"
+    (ax if bars is None else bars).set_title(title, fontsize=9)
     root = ax.get_figure(root=True)
     assert isinstance(root, Figure)
     return root, ax
+
+
+def plot_coactivation(name: str, coactivation: Tensor, ax: "Axes | None" = None) -> "tuple[Figure, Axes]":
+    """Heat map: of the rows of one expert (down), the share that chose another one too (across).
+
+    Args:
+        name: Name of the head.
+        coactivation: See `HeadUtilization.coactivation`, (E, E).
+        ax: Axes to draw on; a new figure by default.
+
+    Returns:
+        Figure and axes.
+    """
+    side = _width(len(coactivation))
+    figure, ax = axes_of(ax, (side, side * 0.85))
+    shares = coactivation.numpy().copy()
+    np.fill_diagonal(shares, np.nan)
+    _draw_heat(ax, shares, "share of the rows", largest=None)
+    _label_experts(ax, len(coactivation))
+    ax.set_yticks(ax.get_xticks(), [label.get_text() for label in ax.get_xticklabels()], fontsize=_SMALL)
+    ax.set_xlabel("also expert", fontsize=_SMALL)
+    ax.set_ylabel("rows of expert", fontsize=_SMALL)
+    ax.set_title(f"{name}: experts chosen together", fontsize=9)
+    return figure, ax
+
+
+def _width(num_experts: int) -> float:
+    """Inches: 450 pixels in TensorBoard for as many experts as fit there."""
+    return min(max(4.6, 1.6 + 0.28 * num_experts), 16)
+
+
+def _label_experts(ax: "Axes", num_experts: int) -> None:
+    step = 1 + (num_experts - 1) // 24
+    ax.set_xticks(range(0, num_experts, step), [str(expert) for expert in range(0, num_experts, step)], fontsize=_SMALL)
 
 
 def _draw_bars(ax: "Axes", head: HeadUtilization) -> None:
@@ -66,23 +105,35 @@ def _draw_bars(ax: "Axes", head: HeadUtilization) -> None:
     ax.bar(experts - 0.2, head.load.numpy(), 0.4, label="load")
     ax.bar(experts + 0.2, head.importance.numpy(), 0.4, label="importance")
     ax.axhline(1 / len(head.load), color="black", linestyle=":", linewidth=1, label="fair share")
-    ax.set_ylabel("share")
-    ax.legend(fontsize=7, ncols=3)
-    for expert in head.dead_experts:
-        ax.annotate("dead", (expert, 0), ha="center", va="bottom", fontsize=7, color="tab:red")
+    ax.set_ylabel("share", fontsize=_SMALL)
+    ax.tick_params(axis="y", labelsize=_SMALL)
+    ax.legend(fontsize=7, ncols=3, loc="upper center")
+    ax.set_ylim(0, 1.3 * max(float(head.load.max()), float(head.importance.max())))
+    for state, those in (("dead", head.dead_experts), ("starved", head.starved_experts)):
+        for expert in those:
+            ax.annotate(state, (expert, 0), ha="center", va="bottom", fontsize=7, color="tab:red", rotation=90)
 
 
 def _draw_map(ax: "Axes", class_map: Tensor, class_names: Sequence[str]) -> None:
-    shares = np.ma.masked_invalid(class_map.numpy())
+    _draw_heat(ax, class_map.numpy(), "share of the weight (%)", largest=1)
+    step = 1 + (len(class_names) - 1) // 50
+    ax.set_yticks(range(0, len(class_names), step), list(class_names)[::step], fontsize=_SMALL)
+    ax.set_ylabel("class", fontsize=_SMALL)
+
+
+def _draw_heat(ax: "Axes", values: np.ndarray, label: str, largest: float | None) -> None:
+    shares = np.ma.masked_invalid(values)
+    if largest is None:
+        largest = max(float(shares.max()) if shares.count() else 0.0, 1e-3)
     ax.patch.set(hatch="///", facecolor="white", edgecolor="0.7")
-    image = ax.imshow(shares, aspect="auto", cmap="viridis", vmin=0, vmax=1)
+    image = ax.imshow(100 * shares, aspect="auto", cmap="viridis", vmin=0, vmax=100 * largest)
     figure = ax.get_figure(root=True)
     assert figure is not None
-    figure.colorbar(image, ax=ax, label="share of the mixing weight")
-    ax.set_yticks(range(len(class_names)), class_names)
-    ax.set_ylabel("class")
-    if shares.size <= _MAX_LABELLED_CELLS:
+    bar = figure.colorbar(image, ax=ax)
+    bar.set_label(label if "%" in label else f"{label} (%)", fontsize=_SMALL)
+    bar.ax.tick_params(labelsize=_SMALL)
+    if shares.size <= _MAX_LABELLED_CELLS and shares.shape[1] <= _MAX_LABELLED_EXPERTS:
         for (row, column), share in np.ndenumerate(shares):
             if share is not np.ma.masked and share >= _LEAST_LABELLED:
-                colour = "white" if share < 0.6 else "black"
-                ax.text(column, row, f"{share:.2f}", ha="center", va="center", fontsize=7, color=colour)
+                colour = "white" if share < 0.6 * largest else "black"
+                ax.text(column, row, f"{100 * share:.0f}", ha="center", va="center", fontsize=7, color=colour)

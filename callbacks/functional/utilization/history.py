@@ -25,14 +25,15 @@ def plot_load_history(history: Sequence[RoutingStats], ax: "Axes | None" = None)
     Returns:
         Figure and axes.
     """
-    figure, ax = axes_of(ax)
+    figure, ax = axes_of(ax, (4.6, 3.2))
     load = torch.stack([stats.load for stats in history]).double().cpu()
     epochs = range(1, len(history) + 1)
     bottom = torch.zeros(len(history), dtype=torch.float64)
     for expert in range(load.shape[1]):
         ax.bar(epochs, load[:, expert], bottom=bottom, width=1.0, label=f"expert {expert}")
         bottom += load[:, expert]
-    ax.set(xlabel="epoch", ylabel="share of the choices", title="Load of the experts over training", ylim=(0, 1))
+    ax.set(xlabel="epoch", ylabel="share of the choices", ylim=(0, 1))
+    ax.set_title("load of the experts over training", fontsize=9)
     if load.shape[1] <= 16:
         ax.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize="small")
     return figure, ax

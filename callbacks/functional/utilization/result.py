@@ -3,9 +3,11 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
-from moe_heads.callbacks.functional.utilization.head import HeadUtilization
+from moe_heads.callbacks.functional.utilization.head import HeadUtilization, relative_load_percentiles
+from moe_heads.callbacks.functional.utilization.tables import experts_table, quantities_table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -61,9 +63,19 @@ class ExpertUtilizationResult:
         """Dead experts of each head."""
         return {name: head.dead_experts for name, head in self.heads.items()}
 
+    @property
+    def relative_load_percentiles(self) -> dict[str, float]:
+        """Percentiles of the load over the experts of all heads, in units of each head's fair share."""
+        return relative_load_percentiles(torch.cat([head.relative_load for head in self.heads.values()]))
+
     def metrics(self) -> dict[str, float]:
-        """The numbers to log, ``<head>/<quantity>``; empty for a model without a router."""
+        """The numbers to log, ``<head>/<quantity>``; empty for a model without a router.
+
+        Of several heads also ``all_heads/relative_load_p<level>``.
+        """
         values = {f"{name}/{key}": value for name, head in self.heads.items() for key, value in head.metrics().items()}
+        if len(self.heads) > 1:
+            values |= {f"all_heads/{key}": value for key, value in self.relative_load_percentiles.items()}
         return values | ({"partial": 1.0} if self.partial else {})
 
     def plot(self, ax: "Axes | None" = None, head: str | None = None) -> "tuple[Figure, Axes]":
@@ -84,22 +96,37 @@ class ExpertUtilizationResult:
             raise ValueError(f"head: expected one of {list(self.heads)}; got {name!r}")
         return plot_utilization(name, self.heads[name], self.class_names, ax)
 
+    def figures(self) -> "dict[str, Figure]":
+        """All that can be drawn, ``<head>/<figure>``: experts, coactivation, examples."""
+        from moe_heads.callbacks.functional.utilization.figure import plot_coactivation
+        from moe_heads.callbacks.functional.utilization.strip import plot_examples
+
+        drawn: dict[str, Figure] = {}
+        for name, head in self.heads.items():
+            drawn[f"{name}/experts"] = self.plot(head=name)[0]
+            if head.coactivation is not None:
+                drawn[f"{name}/coactivation"] = plot_coactivation(name, head.coactivation)[0]
+            if head.examples is not None:
+                drawn[f"{name}/what_each_expert_sees"] = plot_examples(head.examples, self.class_names)
+        return drawn
+
     def summary(self) -> str:
         """Markdown table with one column a head."""
         if not self.heads:
-            return "No router of moe_heads ran in this model: there are no experts to report on."
+            return "No router ran in this model: there are no experts to report on."
         columns = {name: head.metrics() for name, head in self.heads.items()}
-        names = list(columns)
-        rows = [
-            f"| {quantity.replace('_', ' ')} | {' | '.join(f'{columns[name][quantity]:.4g}' for name in names)} |"
-            for quantity in next(iter(columns.values()))
-        ]
-        dead = [
-            f"\nDead in {name}: {len(head.dead_experts)} of {len(head.load)} experts, number "
-            f"{', '.join(map(str, head.dead_experts))}."
+        told = [
+            f"\n{state.title()} in {name}: {len(experts)} of {len(head.load)} experts, number "
+            f"{', '.join(map(str, experts))}."
             for name, head in self.heads.items()
-            if head.dead_experts
+            for state, experts in (("dead", head.dead_experts), ("starved", head.starved_experts))
+            if experts
         ]
-        table = [f"| quantity | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|", *rows]
         partial = [f"\n**Partial**: {self.partial}."] if self.partial else []
-        return "\n".join([*table, f"\n{self.num_samples} samples; entropies and information in nats.", *dead, *partial])
+        note = f"\n{self.num_samples} samples; entropies and information in nats."
+        return "\n".join([*quantities_table(columns), note, *told, *partial])
+
+    def texts(self) -> dict[str, str]:
+        """The summary, and a table of the experts of each head."""
+        experts = {f"{name}/experts": experts_table(head, self.class_names) for name, head in self.heads.items()}
+        return {"summary": self.summary(), **experts}

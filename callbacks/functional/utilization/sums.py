@@ -1,19 +1,42 @@
 """Sums over the rows of one router, from which its utilisation follows.
 
-Shapes: N rows, E experts, C classes.
+Shapes: B samples, N rows, E experts, C classes.
 """
 
 import copy
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from moe_heads.callbacks.functional.utilization.ablation import AblationHits
+from moe_heads.callbacks.functional.utilization.examples import ExpertExamples
 from moe_heads.callbacks.functional.utilization.head import HeadUtilization
 from moe_heads.callbacks.functional.utilization.mutual_information import mutual_information
+from moe_heads.callbacks.functional.utilization.permutation import permutation_baseline
 from moe_heads.routing import Routing, RoutingStats
 
-__all__ = ["UtilizationSums"]
+__all__ = ["ReportOptions", "UtilizationSums"]
+
+
+@dataclass(frozen=True)
+class ReportOptions:
+    """What turns sums into a report.
+
+    Attributes:
+        dead_below: Fraction of the fair share under which an expert is dead.
+        starved_below: Fraction under which it is starved.
+        num_permutations: Permutations of the labels behind the chance level of the mutual information.
+        num_examples: Images kept for each expert.
+        seed: Seed of the permutations.
+    """
+
+    dead_below: float
+    starved_below: float
+    num_permutations: int
+    num_examples: int
+    seed: int
 
 
 class UtilizationSums:
@@ -23,32 +46,45 @@ class UtilizationSums:
         name: Name of the head, for messages.
         routing: A routing of the head, for its sizes.
         num_classes: C; None for data without labels.
+        options: What the report wants.
     """
 
-    def __init__(self, name: str, routing: Routing, num_classes: int | None) -> None:
+    def __init__(self, name: str, routing: Routing, num_classes: int | None, options: ReportOptions) -> None:
         self.name = name
         self._soft = routing.soft
+        self._options = options
+        self._num_experts = routing.num_experts
         self._stats: RoutingStats | None = None
-        num_experts = routing.num_experts
         self._num_samples = 0
-        shape = None if num_classes is None else (num_classes, num_experts)
-        self._class_gates = None if shape is None else torch.zeros(shape, dtype=torch.float64)
-        self._class_counts = None if shape is None else torch.zeros(shape, dtype=torch.int64)
+        self._gate_entropy = 0.0
+        self._pairs = torch.zeros(self._num_experts, self._num_experts, dtype=torch.float64)
+        self._num_classes = num_classes
+        self._class_gates = torch.zeros(num_classes or 0, self._num_experts, dtype=torch.float64)
+        # of each sample: its class and how many of its rows went to each expert first
+        self._labels: list[Tensor] = []
+        self._tops: list[Tensor] = []
+        self._hits: AblationHits | None = None
+        self._examples: ExpertExamples | None = None
 
     def __add__(self, other: "UtilizationSums") -> "UtilizationSums":
         """The sums of both: of one head on two ranks."""
         total = copy.copy(self)
-        for name in ("_stats", "_num_samples", "_class_gates", "_class_counts"):
+        for name in ("_stats", "_num_samples", "_gate_entropy", "_pairs", "_class_gates", "_labels", "_tops", "_hits"):
             mine, others = getattr(self, name), getattr(other, name)
-            setattr(total, name, None if mine is None else mine + others)
+            setattr(total, name, others if mine is None else mine if others is None else mine + others)
+        total._show(other._examples)
         return total
 
-    def add(self, routing: Routing, labels: Tensor | None) -> None:
+    def add(
+        self, routing: Routing, labels: Tensor | None, images: Tensor | None = None, hits: AblationHits | None = None
+    ) -> None:
         """Add the rows of a batch.
 
         Args:
             routing: Its routing, on the CPU.
-            labels: Class of each sample, (B,).
+            labels: Class of each sample, (B,), on the CPU.
+            images: What the samples look like, (B, C, H, W).
+            hits: What the accuracy of the batch loses without each expert.
 
         Raises:
             ValueError: If the rows are not those of B samples.
@@ -56,31 +92,47 @@ class UtilizationSums:
         stats = routing.stats()
         self._stats = stats if self._stats is None else self._stats + stats
         valid = routing.valid
-        self._num_samples += len(valid) // routing.rows_per_sample
-        if labels is None or self._class_gates is None or self._class_counts is None:
-            return
-        if len(valid) != len(labels) * routing.rows_per_sample:
+        num_samples = len(valid) // routing.rows_per_sample
+        self._num_samples += num_samples
+        gates = routing.gates[valid]
+        shares = gates / gates.sum(-1, keepdim=True).clamp_min(torch.finfo(gates.dtype).tiny)
+        self._gate_entropy += float(torch.special.entr(shares).sum())
+        chosen = routing.selected[valid].double()
+        self._pairs += chosen.t() @ chosen
+        if hits is not None:
+            self._hits = hits if self._hits is None else self._hits + hits
+        if images is not None and len(images) == num_samples:
+            self._show(ExpertExamples.of(routing, images, labels, self._options.num_examples))
+        if labels is not None and self._num_classes is not None:
+            self._add_classes(routing, labels, gates, num_samples)
+
+    def _add_classes(self, routing: Routing, labels: Tensor, gates: Tensor, num_samples: int) -> None:
+        if len(labels) != num_samples:
             raise ValueError(
-                f"label_fn: expected a label for each of the {len(valid) // routing.rows_per_sample} samples that head "
-                f"{self.name!r} routed; got {len(labels)} labels"
+                f"label_fn: expected a label for each of the {num_samples} samples that head {self.name!r} routed; got"
+                f" {len(labels)} labels"
             )
-        rows = labels.long().repeat_interleave(routing.rows_per_sample)[valid]
-        self._class_gates.index_add_(0, rows, routing.gates[valid])
+        labels = labels.long()
+        self._class_gates.index_add_(0, labels.repeat_interleave(routing.rows_per_sample)[routing.valid], gates)
         # a row that no expert took has no top expert
-        taken = ~routing.dropped[valid]
-        top = routing.top[valid][taken]
-        self._class_counts.index_put_((rows[taken], top), torch.ones_like(top), accumulate=True)
+        taken = (routing.valid & ~routing.dropped).unsqueeze(-1)
+        tops = torch.zeros(taken.shape[0], self._num_experts, dtype=torch.int32)
+        tops.scatter_(-1, routing.top.unsqueeze(-1), taken.int())
+        self._labels.append(labels)
+        self._tops.append(tops.view(num_samples, routing.rows_per_sample, -1).sum(1, dtype=torch.int32))
 
-    def result(self, dead_below: float) -> HeadUtilization:
+    def _show(self, more: ExpertExamples | None) -> None:
+        if more is not None:
+            there = self._examples
+            self._examples = more if there is None else there.merged(more, self._options.num_examples)
+
+    def result(self) -> HeadUtilization:
         """The utilisation of all rows so far.
-
-        Args:
-            dead_below: Fraction of the fair share under which an expert is dead.
 
         Raises:
             ValueError: If no row had finite logits.
         """
-        stats = self._stats
+        stats, options = self._stats, self._options
         assert stats is not None
         num_rows = int(stats.num_rows)
         if num_rows == 0:
@@ -89,27 +141,60 @@ class UtilizationSums:
                 "have nan or inf"
             )
         load, importance = stats.load, stats.importance
-        share = importance if self._soft else load
-        information = None if self._class_counts is None else mutual_information(self._class_counts)
-        # the tokens of a sample are not independent: only the samples are counted for the standard error
-        widening = math.sqrt((num_rows + int(stats.num_nonfinite)) / self._num_samples)
+        relative = ((importance if self._soft else load) * self._num_experts).tolist()
+        dead = [expert for expert, share in enumerate(relative) if share == 0 or share < options.dead_below]
+        starved = [expert for expert, share in enumerate(relative) if share < options.starved_below]
+        information = {
+            f"mutual_information{name}": value
+            for name, value in self._information(num_rows + int(stats.num_nonfinite)).items()
+        }
         return HeadUtilization(
             load=load,
             importance=importance,
             entropy=float(stats.entropy),
             entropy_of_mean=_entropy(stats.mean_probs),
             effective_experts=math.exp(_entropy(importance)),
-            dead_experts=tuple(
-                index for index, s in enumerate(share.tolist()) if s == 0 or s * len(share) < dead_below
-            ),
-            class_map=None if self._class_gates is None else self._class_gates / self._class_gates.sum(1, keepdim=True),
-            mutual_information=None if information is None else information.plugin,
-            mutual_information_corrected=None if information is None else information.corrected,
-            mutual_information_stderr=None if information is None else information.stderr * widening,
+            effective_experts_per_row=math.exp(self._gate_entropy / num_rows),
+            margin=float(stats.margin),
+            dropped=float(stats.dropped),
+            dead_experts=tuple(dead),
+            starved_experts=tuple(expert for expert in starved if expert not in dead),
+            coactivation=self._coactivation(),
+            class_map=self._class_gates / self._class_gates.sum(1, keepdim=True) if self._labels else None,
+            class_counts=self._class_counts() if self._labels else None,
+            **information,
             soft=self._soft,
             num_rows=num_rows,
             num_nonfinite=int(stats.num_nonfinite),
+            ablation=None if self._hits is None else self._hits.result(),
+            examples=self._examples,
         )
+
+    def _coactivation(self) -> Tensor | None:
+        rows = self._pairs.diagonal()
+        is_single = bool((self._pairs == torch.diag(rows)).all())
+        return None if self._soft or is_single else self._pairs / rows.unsqueeze(1)
+
+    def _class_counts(self) -> Tensor:
+        counts = torch.zeros(self._num_classes or 0, self._num_experts, dtype=torch.int64)
+        return counts.index_add_(0, torch.cat(self._labels), torch.cat(self._tops).long())
+
+    def _information(self, num_routed: int) -> dict[str, float | None]:
+        """What the mutual information's field names end in, and their values."""
+        found: dict[str, float | None] = dict.fromkeys(("", "_corrected", "_stderr", "_by_chance", "_p_value"))
+        if not self._labels:
+            return found
+        information = mutual_information(self._class_counts())
+        # the tokens of a sample are not independent: only the samples are counted for the standard error
+        widening = math.sqrt(num_routed / self._num_samples)
+        found |= {"": information.plugin, "_corrected": information.corrected, "_stderr": information.stderr * widening}
+        if self._options.num_permutations and self._num_classes:
+            labels, tops = torch.cat(self._labels), torch.cat(self._tops).long()
+            chance = permutation_baseline(
+                labels, tops, self._num_classes, self._options.num_permutations, self._options.seed
+            )
+            found |= {"_by_chance": chance.mean, "_p_value": chance.p_value}
+        return found
 
 
 def _entropy(probabilities: Tensor) -> float:

@@ -259,3 +259,96 @@ def test_a_row_that_no_expert_took_counts_for_no_expert() -> None:
     result = expert_utilization(nn.Sequential(head), [(x, labels)], num_classes=2).heads["0"]
     assert result.mutual_information == 0
     torch.testing.assert_close(result.load, torch.full((4,), 0.25, dtype=torch.float64))
+
+
+def test_what_a_row_mixes_and_what_the_data_use() -> None:
+    """Half the rows mix experts 0 and 1 evenly, half 2 and 3: two experts a row, four over the data."""
+    pair = torch.tensor([[0.0, 0.0, -SHARP, -SHARP]])
+    x = torch.cat([pair.repeat(5, 1), pair.flip(1).repeat(5, 1)])
+    for k in (None, 2):
+        head = only_head(expert_utilization(HandModel(4, k), [x]))
+        assert head.effective_experts == pytest.approx(4)
+        assert head.effective_experts_per_row == pytest.approx(2)
+        assert head.margin == pytest.approx(0 if k is None else SHARP)
+
+
+def test_experts_that_are_chosen_together() -> None:
+    """Six rows choose 0 and 1, two choose 1 and 2; nobody chooses 3."""
+    x = torch.cat([torch.tensor([[2.0, 2.0, 0, -1]]).repeat(6, 1), torch.tensor([[0.0, 2, 2, -1]]).repeat(2, 1)])
+    head = only_head(expert_utilization(HandModel(4, 2), [x]))
+    assert head.coactivation is not None
+    assert head.coactivation[:3].tolist() == [[1, 1, 0, 0], [0.75, 1, 0.25, 0], [0, 1, 1, 0]]
+    assert head.coactivation[3].isnan().all()
+    for k in (None, 1):
+        assert only_head(expert_utilization(HandModel(4, k), [x])).coactivation is None
+
+
+def test_starved_experts_and_percentiles() -> None:
+    experts = [0] * 60 + [1] * 30 + [2] * 8 + [3] * 2
+    head = only_head(expert_utilization(HandModel(4, 1), [chosen(experts, 4)], starved_below=0.35, dead_below=0.1))
+    assert (head.dead_experts, head.starved_experts) == ((3,), (2,))
+    metrics = head.metrics()
+    assert metrics["relative_load_p50"] == pytest.approx(4 * 0.19)
+    assert (metrics["num_dead_experts"], metrics["num_starved_experts"]) == (1, 1)
+
+
+def test_percentiles_over_all_heads() -> None:
+    model = nn.ModuleDict({"a": HandHead(2, 1), "b": HandHead(4, 1)})
+
+    def forward(m: nn.ModuleDict, batch: Tensor) -> None:
+        m["a"](batch[:, :2])
+        m["b"](batch)
+
+    result = expert_utilization(model, [chosen([0] * 8, 4)], forward_fn=forward)
+    expected = torch.quantile(torch.tensor([2.0, 0, 4, 0, 0, 0]), torch.tensor([0.1, 0.5, 0.9])).tolist()
+    metrics = result.metrics()
+    assert [metrics[f"all_heads/relative_load_p{level}"] for level in (10, 50, 90)] == pytest.approx(expected)
+
+
+def test_specialisations_add_up_to_the_mutual_information() -> None:
+    x, labels = torch.randn(200, 5), torch.randint(3, (200,))
+    head = only_head(expert_utilization(HandModel(5, 1), [(x + 0.5 * labels.unsqueeze(1) * torch.eye(5)[0], labels)]))
+    assert head.specialization is not None and head.class_counts is not None
+    assert head.class_counts.sum() == 200
+    assert float((head.specialization * head.load).sum()) == pytest.approx(head.mutual_information)
+    labels = torch.arange(4).repeat(5)
+    specialist = only_head(expert_utilization(HandModel(5, 1), [(chosen(labels.tolist(), 5), labels)]))
+    assert specialist.specialization is not None
+    assert specialist.specialization[:4].tolist() == pytest.approx([math.log(4)] * 4)
+    assert specialist.specialization[4].isnan()
+
+
+def test_chance_is_told_beside_the_mutual_information() -> None:
+    x, labels = torch.randn(100, 5), torch.randint(3, (100,))
+    head = only_head(expert_utilization(HandModel(5, 1), [(x, labels)], num_permutations=99))
+    assert head.mutual_information_by_chance == pytest.approx(2 * 4 / 200, rel=0.5)  # (C - 1)(E - 1) / 2N
+    assert head.mutual_information_p_value is not None and head.mutual_information_p_value > 0.01
+    plain = only_head(expert_utilization(HandModel(5, 1), [(x, labels)], num_permutations=0))
+    assert plain.mutual_information_by_chance is plain.mutual_information_p_value is None
+    assert plain.mutual_information == head.mutual_information
+
+
+def test_experts_in_another_order_say_the_same() -> None:
+    x, labels, order = torch.randn(80, 4), torch.randint(3, (80,)), torch.tensor([2, 0, 3, 1])
+    one, other = (only_head(expert_utilization(HandModel(4, 2), [(inputs, labels)])) for inputs in (x, x[:, order]))
+    assert one.coactivation is not None and other.coactivation is not None and other.class_map is not None
+    torch.testing.assert_close(other.load, one.load[order])
+    torch.testing.assert_close(other.coactivation, one.coactivation[order][:, order])
+    torch.testing.assert_close(other.class_map, one.class_map[:, order])
+    torch.testing.assert_close(other.specialization, one.specialization[order])
+    for name, value in one.metrics().items():
+        if name != "mutual_information_by_chance" and name != "mutual_information_p_value":
+            assert other.metrics()[name] == pytest.approx(value), name
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"starved_below": 1.0}, r"starved_below: expected a fraction in \[0, 1\); got 1.0"),
+        ({"num_permutations": -1}, "num_permutations: expected a whole number from 0 on; got -1"),
+        ({"num_examples": 2.0}, "num_examples: expected a whole number from 0 on; got 2.0"),
+    ],
+)
+def test_options_out_of_range(options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        expert_utilization(HandModel(2, 1), [torch.zeros(2, 2)], **options)

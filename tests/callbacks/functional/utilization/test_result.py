@@ -17,11 +17,19 @@ def utilization(labelled: bool = True, num_classes: int = 2) -> HeadUtilization:
         entropy=0.1,
         entropy_of_mean=0.6,
         effective_experts=2.0,
+        effective_experts_per_row=1.0,
+        margin=0.5,
+        dropped=0.0,
         dead_experts=(2,),
+        starved_experts=(),
+        coactivation=None,
+        class_counts=torch.tensor([[6, 1, 0], [1, 2, 0]]) if labelled and num_classes == 2 else None,
         class_map=class_map if labelled else None,
         mutual_information=0.3 if labelled else None,
         mutual_information_corrected=0.25 if labelled else None,
         mutual_information_stderr=0.01 if labelled else None,
+        mutual_information_by_chance=None,
+        mutual_information_p_value=None,
         soft=False,
         num_rows=10,
         num_nonfinite=0,
@@ -61,9 +69,10 @@ def test_figures_render_without_a_warning(head: HeadUtilization) -> None:
     assert figure.axes[0].get_title().startswith("head: 2.0 of 3 experts in effect")
     assert [bar.get_height() for bar in figure.axes[0].patches] == [0.75, 0.25, 0, 0.5, 0.5, 0]
     if head.class_map is not None:
-        assert [label.get_text() for label in ax.get_yticklabels()][:2] == ["class 0", "class 1"]
+        second = "class 1" if rows == 2 else "class 2"  # of a hundred, every second one has room
+        assert [label.get_text() for label in ax.get_yticklabels()][:2] == ["class 0", second]
         drawn = torch.from_numpy(ax.images[0].get_array().data)
-        torch.testing.assert_close(drawn[:-1], head.class_map[:-1])
+        torch.testing.assert_close(drawn[:-1], 100 * head.class_map[:-1])  # per cent
 
 
 def test_plot_draws_the_head_asked_for_into_given_axes() -> None:

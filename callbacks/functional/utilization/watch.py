@@ -1,0 +1,124 @@
+"""What the routers of a model do while it trains, at next to no cost for a step.
+
+A batch's decisions are a few numbers a row: they are kept as they are, and counted some hundred thousand numbers at a
+time. So a step pays for a few references, and nothing waits for the device.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moe_heads.callbacks.functional.utilization.metric import ExpertUtilizationMetric
+from moe_heads.routing import Routing, RoutingCollection
+
+__all__ = ["RoutingWatch"]
+
+# Numbers of the (N, E) logits after which the decisions that wait are counted: 4 MiB in each of up to five tensors.
+_MAX_WAITING = 2**20
+
+_COUNTED = ("logits", "probs", "indices", "weights", "rows", "scores", "noisy_logits")
+
+
+@dataclass(frozen=True)
+class RouterKind:
+    """What has to be known of a router to count what it does.
+
+    Attributes:
+        num_experts: E.
+        soft: Whether it mixes all experts.
+        device: Where it decides.
+    """
+
+    num_experts: int
+    soft: bool
+    device: str
+
+
+class RoutingWatch:
+    """Utilisation of each router over the training steps of an epoch.
+
+    Attributes:
+        kinds: Kind of each router that ran, by name.
+    """
+
+    def __init__(self) -> None:
+        self.kinds: dict[str, RouterKind] = {}
+        self._metrics: dict[str, ExpertUtilizationMetric] = {}
+        self._waiting: dict[str, list[Routing]] = {}
+        self._norms: dict[str, list[Tensor]] = {}
+
+    def take(self, collection: RoutingCollection) -> None:
+        """Take what was collected of a batch out of the collection."""
+        for name, passes in collection.routings.items():
+            waiting = self._waiting.setdefault(name, [])
+            waiting += map(_kept, passes)
+            passes.clear()
+            if sum(routing.logits.numel() for routing in waiting) >= _MAX_WAITING:
+                self._count(name)
+
+    def note_gradients(self, name: str, router: nn.Module) -> None:
+        """Note the norm of a router's gradient, that of the optimizer step to come."""
+        norms = [p.grad.detach().norm() for p in router.parameters() if p.grad is not None]
+        if norms:
+            self._norms.setdefault(name, []).append(torch.stack(norms).norm())
+
+    def count(self) -> None:
+        """Count what waits."""
+        for name in self._waiting:
+            self._count(name)
+
+    def gradient_norms(self) -> dict[str, float]:
+        """Mean norm of each router's gradient over the optimizer steps."""
+        return {name: float(torch.stack(norms).double().mean()) for name, norms in self._norms.items()}
+
+    def reset(self) -> None:
+        """Begin an epoch."""
+        self._waiting, self._norms = {}, {}
+        for metric in self._metrics.values():
+            metric.reset()
+
+    def metric(self, name: str, kind: RouterKind) -> ExpertUtilizationMetric:
+        """The metric of a router, an empty one if it has not run."""
+        if name not in self._metrics:
+            self._metrics[name] = ExpertUtilizationMetric(kind.num_experts).to(kind.device)
+        return self._metrics[name]
+
+    def _count(self, name: str) -> None:
+        waiting = self._waiting[name]
+        self._waiting[name] = []
+        for routing in _joined(waiting):
+            if name not in self.kinds:
+                # "cuda", not "cuda:0": each rank has its own. The GPU of a Mac has no double precision.
+                device = routing.logits.device.type
+                self.kinds[name] = RouterKind(routing.num_experts, routing.soft, "cpu" if device == "mps" else device)
+            self.metric(name, self.kinds[name]).update(routing)
+
+
+def _kept(routing: Routing) -> Routing:
+    """What is counted of a routing: without the graph, and safe from a CUDA graph that writes the next step there."""
+    values = {name: getattr(routing, name) for name in _COUNTED}
+    tensors: dict[str, Any] = {
+        name: value.detach().clone() if value.is_cuda else value.detach()
+        for name, value in values.items()
+        if value is not None
+    }
+    return Routing(**tensors, rows_per_sample=routing.rows_per_sample)
+
+
+def _joined(routings: Sequence[Routing]) -> list[Routing]:
+    """As few routings with the same rows; where experts choose rows of a batch, the batches stay apart."""
+    groups: dict[tuple[object, ...], list[Routing]] = {}
+    for number, routing in enumerate(routings):
+        form = tuple(None if (t := getattr(routing, name)) is None else (t.shape[1:], t.dtype) for name in _COUNTED)
+        alone = None if routing.rows is None else number
+        groups.setdefault((alone, routing.rows_per_sample, *form), []).append(routing)
+    return [group[0] if len(group) == 1 else _cat(group) for group in groups.values()]
+
+
+def _cat(group: Sequence[Routing]) -> Routing:
+    parts = {f.name: [getattr(routing, f.name) for routing in group] for f in fields(Routing) if f.name in _COUNTED}
+    tensors: dict[str, Any] = {name: torch.cat(values) for name, values in parts.items() if values[0] is not None}
+    return Routing(**tensors, rows_per_sample=group[0].rows_per_sample)

@@ -1,0 +1,194 @@
+"""The metric, the watch that feeds it, flips and health."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from moe_heads import Routing, RoutingStats, SoftMoE, SparseMoE, collect_routing
+from moe_heads.callbacks.functional import ExpertUtilizationMetric
+from moe_heads.callbacks.functional.utilization import watch as watch_module
+from moe_heads.callbacks.functional.utilization.flips import EpochChoices
+from moe_heads.callbacks.functional.utilization.health import RouterHealth
+from moe_heads.callbacks.functional.utilization.watch import RoutingWatch
+from tests.support.head_zoo import FEATURES, ROUTERS, head_with
+from tests.support.processes import NUM_RANKS, run_on_ranks
+
+
+def routings(num_batches: int = 5) -> Iterator[Routing]:
+    torch.manual_seed(0)
+    head = SparseMoE(6, 3, num_experts=4, expert_width=2)
+    for size in range(3, 3 + num_batches):
+        yield head(torch.randn(size, 6), return_routing=True).routing
+
+
+def total(those: list[Routing]) -> RoutingStats:
+    stats = those[0].stats()
+    for routing in those[1:]:
+        stats = stats + routing.stats()
+    return stats
+
+
+def test_sums_and_shares() -> None:
+    metric, all_of_them = ExpertUtilizationMetric(4), list(routings())
+    for routing in all_of_them:
+        metric.update(routing)
+    expected = total(all_of_them)
+    assert torch.equal(metric.stats.counts, expected.counts)
+    found = metric.compute()
+    for expert in range(4):
+        assert found[f"load_{expert}"] == expected.load[expert]
+    relative = 4 * expected.load
+    assert found["max_violation"] == pytest.approx(float(relative.max()) - 1)
+    assert found["load_cv"] == pytest.approx(float(relative.std(correction=0)))
+    assert found["relative_load_p50"] == pytest.approx(float(relative.median()), abs=0.5)
+    agreeing = sum(
+        int((r.logits.topk(2).indices.sort(-1).values == r.indices.sort(-1).values).all(-1).sum()) for r in all_of_them
+    )
+    assert found["noise_agreement"] == pytest.approx(agreeing / int(expected.num_rows))
+    assert 0 < agreeing < int(expected.num_rows)
+
+
+def test_many_experts_have_percentiles_and_no_curves_each() -> None:
+    probs = torch.rand(10, 20).softmax(-1)
+    metric = ExpertUtilizationMetric(20)
+    metric.update(Routing.from_probs(probs, probs.topk(1).indices))
+    assert not any(name.startswith(("load_1", "importance_")) for name in metric.compute())
+    assert "relative_load_p90" in metric.compute()
+    assert "noise_agreement" not in metric.compute()
+
+
+def test_a_router_of_another_size_is_refused() -> None:
+    with pytest.raises(ValueError, match="routing: expected 3 experts; got 4"):
+        ExpertUtilizationMetric(3).update(next(routings()))
+    with pytest.raises(ValueError, match="num_experts: expected a whole number from 1 on; got 0"):
+        ExpertUtilizationMetric(0)
+
+
+def on_rank(rank: int) -> dict[str, torch.Tensor]:
+    metric = ExpertUtilizationMetric(4)
+    for number, routing in enumerate(routings()):
+        if (number == 0) == (rank == 0):  # uneven: one batch on one, four on the other
+            metric.update(routing)
+    assert dist.is_initialized()
+    return metric.compute()
+
+
+def test_two_ranks_are_one(tmp_path: Path) -> None:
+    alone = ExpertUtilizationMetric(4)
+    for routing in routings():
+        alone.update(routing)
+    expected = alone.compute()
+    for found in run_on_ranks(on_rank, tmp_path):
+        assert found.keys() == expected.keys()
+        for name, value in expected.items():
+            is_count = name.startswith(("load", "relative", "noise", "max"))
+            assert found[name] == (value if is_count else pytest.approx(float(value))), name
+    assert NUM_RANKS == 2
+
+
+@pytest.mark.parametrize("router", list(ROUTERS))
+@pytest.mark.parametrize("max_waiting", [1, 100, 2**20])
+def test_what_waits_counts_like_what_is_counted_at_once(
+    router: str, max_waiting: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(watch_module, "_MAX_WAITING", max_waiting)
+    model = nn.Sequential(head_with(router, torch.float32))
+    watch, seen = RoutingWatch(), []
+    with collect_routing(model) as collection:
+        for size in (7, 3, 7):
+            model(torch.randn(size, FEATURES))
+            seen += collection.routings["0"]
+            watch.take(collection)
+            assert collection.routings["0"] == []
+    watch.count()
+    kind = watch.kinds["0"]
+    expected, found = total(seen), watch.metric("0", kind).stats
+    assert kind.soft == (router == "softmax")
+    assert torch.equal(found.counts, expected.counts)
+    assert torch.equal(found.num_rows, expected.num_rows)
+    for name in ("gate_sum", "prob_sum", "entropy_sum", "margin_sum"):
+        torch.testing.assert_close(getattr(found, name), getattr(expected, name))
+    watch.reset()
+    assert watch.metric("0", kind).stats.num_rows == 0
+
+
+def test_what_waits_holds_no_graph() -> None:
+    model, watch = nn.Sequential(nn.Linear(3, 4), SoftMoE(4, 2, num_experts=3)), RoutingWatch()
+    with collect_routing(model) as collection:
+        model(torch.randn(4, 3))
+    watch.take(collection)
+    (routing,) = watch._waiting["1"]
+    assert not any(t.requires_grad for t in vars(routing).values() if isinstance(t, torch.Tensor))
+    assert routing.slot_logits is None
+
+
+def test_gradient_norms_are_those_of_the_optimizer_steps() -> None:
+    watch, router = RoutingWatch(), nn.Linear(3, 2)
+    watch.note_gradients("head", router)
+    assert watch.gradient_norms() == {}
+    for scale in (1.0, 3.0):
+        for parameter in router.parameters():
+            parameter.grad = torch.full_like(parameter, scale)
+        watch.note_gradients("head", router)
+    assert watch.gradient_norms() == {"head": pytest.approx(2 * 8**0.5)}
+
+
+def hard(experts: list[int]) -> list[Routing]:
+    probs = nn.functional.one_hot(torch.tensor(experts), 3).float().softmax(-1)
+    return [Routing.from_probs(probs, probs.topk(1).indices)]
+
+
+def epoch(choices: EpochChoices, experts: list[int], labels: list[int] | None) -> tuple[int, int]:
+    choices.add(hard(experts), None if labels is None else torch.tensor(labels))
+    return choices.end_epoch()
+
+
+@pytest.mark.parametrize("labels", [[0, 1, 1, 0], None])
+def test_flips_between_epochs(labels: list[int] | None) -> None:
+    choices = EpochChoices()
+    assert epoch(choices, [0, 1, 2, 0], labels) == (0, 0)
+    assert epoch(choices, [0, 2, 2, 1], labels) == (2, 4)
+    assert epoch(choices, [0, 2, 2, 1], labels) == (0, 4)
+
+
+@pytest.mark.parametrize(("experts", "labels"), [([0, 1, 2, 0], [1, 1, 1, 1]), ([0, 1], [0, 1]), ([0, 1, 2, 0], None)])
+def test_other_data_are_not_compared(experts: list[int], labels: list[int] | None) -> None:
+    choices = EpochChoices()
+    epoch(choices, [0, 1, 2, 0], [0, 1, 1, 0])
+    assert epoch(choices, experts, labels) == (0, 0)
+    assert choices.reordered
+    assert epoch(choices, experts, labels) == (0, len(experts))
+    assert not choices.reordered
+
+
+def stats_of(shares: list[float]) -> RoutingStats:
+    load = torch.tensor(shares, dtype=torch.float64)
+    zero, rows = torch.tensor(0.0), torch.tensor(1000)
+    counts = (1000 * load).long()
+    return RoutingStats(counts, load, load, zero, zero, torch.tensor(0), rows, torch.tensor(0))
+
+
+def test_health_tells_each_thing_once_and_what_to_change() -> None:
+    health = RouterHealth(soft=False, dead_below=0.01, starved_below=0.25)
+    assert list(health.news(stats_of([0.25] * 4))) == []
+    (starving,) = health.news(stats_of([0.35, 0.3, 0.3, 0.05]))
+    assert starving.startswith("of 4 experts starving: 3 (20.0%) of the fair share of the load; the limit is 25%.")
+    assert "BiasBalancedRouter" in starving
+    (dead,) = health.news(stats_of([0.35, 0.3, 0.35, 0.0]))
+    assert dead.startswith("of 4 experts dead: 3 (0.0%)")
+    assert list(health.news(stats_of([0.35, 0.3, 0.35, 0.0]))) == []
+    collapse, more = health.news(stats_of([0.98, 0.01, 0.01, 0.0]))
+    assert collapse.startswith("the routing collapses: 1.1 of 4 experts are in effect.")
+    assert more.startswith("of 4 experts starving: 1 (4.0%), 2 (4.0%)")
+
+
+def test_a_soft_router_is_told_by_its_weights() -> None:
+    stats = RoutingStats(**{**vars(stats_of([0.25] * 4)), "counts": torch.tensor([1000, 0, 0, 0])})
+    assert list(RouterHealth(soft=True, dead_below=0.01, starved_below=0.25).news(stats)) == []
+    (dead, *_) = RouterHealth(soft=True, dead_below=0.01, starved_below=0.25).news(stats_of([0.4, 0.3, 0.3, 0.0]))
+    assert "mixing weight" in dead
+    assert "temperature" in dead

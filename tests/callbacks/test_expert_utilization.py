@@ -1,0 +1,255 @@
+"""The utilisation while a model trains: series, warnings, resumption, and nothing in the way of the training."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import TensorBoardLogger
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from moe_heads import Routing, SparseMoE
+from moe_heads.callbacks import ExpertUtilizationCallback, SharpnessCallback
+from tests.support.events import read_events
+from tests.support.lightning_models import PlainModule, loader, trainer
+
+PREFIX = "expert_utilization/epoch/head"
+
+
+class Epochs(Callback):
+    """What was logged at the end of each epoch, and what is true of each at that moment."""
+
+    def __init__(self) -> None:
+        self.metrics: list[dict[str, float]] = []
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.metrics.append({name: float(value) for name, value in trainer.callback_metrics.items()})
+
+
+class Collapsing(PlainModule):
+    """Routes everything to one expert."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = SparseMoE(8, 3, num_experts=4, k=1, expert_width=4, noisy=False, balance={})
+        with torch.no_grad():
+            self.head.router.gate.weight.zero_()
+            self.head.router.gate.weight[1] = 10.0
+
+
+def fit(module: LightningModule, *callbacks: Any, **options: Any) -> list[dict[str, float]]:
+    epochs = Epochs()
+    trainer(*callbacks, epochs, **options).fit(module, loader(), loader(seed=1))
+    return epochs.metrics
+
+
+def utilization(**options: Any) -> ExpertUtilizationCallback:
+    return ExpertUtilizationCallback(splits=["train"], **({"warn": False} | options))
+
+
+def test_what_is_drawn_of_each_epoch() -> None:
+    first, second = fit(PlainModule(), utilization(), max_epochs=2)[:2]
+    names = {name.removeprefix(f"{PREFIX}/") for name in second if name.startswith(PREFIX)}
+    per_expert = {f"{kind}_{expert}" for kind in ("load", "importance") for expert in range(4)}
+    percentiles = {f"relative_load_p{level}" for level in (10, 50, 90)}
+    others = {"load_cv", "max_violation", "effective_experts", "entropy", "margin", "dropped", "noise_agreement"}
+    assert names == per_expert | percentiles | others | {"router_gradient_norm", "routing_flips"}
+    assert f"{PREFIX}/routing_flips" not in first  # there is nothing before it
+    assert second[f"{PREFIX}/router_gradient_norm"] > 0
+
+
+def test_flips_are_those_of_the_validation_samples() -> None:
+    """The gate is turned round between two epochs: every sample changes its expert."""
+
+    class Turned(PlainModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = SparseMoE(5, 3, num_experts=2, k=1, expert_width=4, noisy=False, balance={})
+            self.body = nn.Identity()
+
+        def on_train_epoch_start(self) -> None:
+            if self.current_epoch == 1:
+                for parameter in self.head.router.gate.parameters():
+                    parameter.data.neg_()
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD(self.parameters(), lr=0.0)
+
+    values = [metrics.get(f"{PREFIX}/routing_flips") for metrics in fit(Turned(), utilization(), max_epochs=3)]
+    assert values == [None, 1.0, 0.0]
+
+
+def test_shuffled_validation_data_are_told_and_not_compared() -> None:
+    run = trainer(utilization(), max_epochs=3)
+    x, y = torch.randn(40, 5), torch.arange(40) % 3
+    with pytest.warns(UserWarning) as caught:
+        run.fit(PlainModule(), loader(), DataLoader(TensorDataset(x, y), 16, shuffle=True))
+    told = [
+        str(warning.message) for warning in caught if "validation data come in another order" in str(warning.message)
+    ]
+    assert len(told) == 1
+    assert "shuffle=False" in told[0]
+    assert f"{PREFIX}/routing_flips" not in run.callback_metrics
+
+
+def test_collapse_and_dead_experts_are_told_once() -> None:
+    with pytest.warns(UserWarning) as caught:
+        fit(Collapsing(), utilization(warn=True), max_epochs=3)
+    told = [str(w.message) for w in caught if str(w.message).startswith("expert_utilization: epoch")]
+    assert len(told) == 2
+    assert told[0].startswith("expert_utilization: epoch 0, head 'head': the routing collapses")
+    assert told[1].startswith("expert_utilization: epoch 0, head 'head': of 4 experts dead: ")
+    assert all("Raise the coefficients of balance" in line for line in told)
+
+
+def test_no_warning_where_none_is_wanted(recwarn: pytest.WarningsRecorder) -> None:
+    fit(Collapsing(), utilization(), max_epochs=1)
+    assert not [w for w in recwarn if "expert_utilization: epoch" in str(w.message)]
+
+
+def test_history_goes_on_where_a_checkpoint_left_it(tmp_path: Path) -> None:
+    first, keeper = utilization(), ModelCheckpoint(tmp_path, save_last=True)
+    fit(PlainModule(), first, keeper, max_epochs=2, enable_checkpointing=True)
+    again = utilization()
+    run = trainer(again, ModelCheckpoint(tmp_path, save_last=True), max_epochs=4, enable_checkpointing=True)
+    run.fit(PlainModule(), loader(), loader(seed=1), ckpt_path=keeper.last_model_path)
+    assert len(again.history["head"]) == 4
+    for before, after in zip(first.history["head"], again.history["head"], strict=False):
+        assert torch.equal(before.counts, after.counts)
+    # the next fit begins anew
+    fit(PlainModule(), again, max_epochs=1)
+    assert len(again.history["head"]) == 1
+
+
+def test_two_of_them_keep_two_histories() -> None:
+    assert utilization().state_key != utilization(name="other").state_key
+
+
+def test_a_tracked_sharpness_is_not_listened_to() -> None:
+    """Its passes would be kept with their graphs, by the hundred."""
+    usage = utilization()
+    seen: list[int] = []
+
+    class Look(Callback):
+        def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+            assert usage._routers is not None
+            seen.append(sum(map(len, usage._routers._collection.routings.values())))
+
+    sharpness = SharpnessCallback(splits=["train"], every_n_epochs=1, num_samples=16)
+    fit(PlainModule(), usage, sharpness, Look(), max_epochs=2)
+    assert seen == [0, 0]
+    assert [int(stats.num_rows) for stats in usage.history["head"]] == [40, 40]
+
+
+def test_a_copy_of_the_model_is_not_listened_to() -> None:
+    class Averaging(PlainModule):
+        def on_train_batch_end(self, *args: Any) -> None:
+            copy.deepcopy(self.head)(torch.randn(3, 8))
+
+    usage = utilization()
+    fit(Averaging(), usage)
+    assert int(usage.history["head"][0].num_rows) == 40
+
+
+def test_a_compiled_model_has_the_same_graphs_with_and_without() -> None:
+    from torch._dynamo.utils import counters
+
+    class Compiled(PlainModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.whole = torch.compile(nn.Sequential(self.body, self.head), backend="aot_eager")
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.whole(x)
+
+    def graphs(*callbacks: Any) -> tuple[int, int]:
+        torch._dynamo.reset()
+        counters.clear()
+        whole_batches = loader(num_samples=48)
+        trainer(*callbacks, max_epochs=3).fit(Compiled(), whole_batches, loader(num_samples=48, seed=1))
+        return counters["stats"]["unique_graphs"], sum(counters["graph_break"].values())
+
+    usage = utilization(stages=["test"])
+    assert graphs(usage) == graphs()
+    assert graphs()[1] == 0
+    assert [int(stats.num_rows) for stats in usage.history["head"]] == [48] * 3
+
+
+class Foreign(PlainModule):
+    """Routes with a linear layer, as anybody might."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.experts = nn.Linear(5, 4), nn.ModuleList(nn.Linear(5, 3) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights = self.gate(x).softmax(-1)
+        return sum(w.unsqueeze(-1) * expert(x) for w, expert in zip(weights.unbind(-1), self.experts, strict=True))
+
+
+def adapter(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Routing:
+    return Routing.from_probs(output.softmax(-1))
+
+
+def test_anybodys_router() -> None:
+    module = Foreign()
+    del module.head
+    usage = utilization(adapters={"gate": adapter})
+    metrics = fit(module, usage, max_epochs=1)[0]
+    assert f"{PREFIX}/load_3" in metrics
+    assert usage.results["train"].heads["head"].soft
+
+
+def test_figures_and_tables_in_tensorboard(tmp_path: Path) -> None:
+    class Images(PlainModule):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x.flatten(1)[:, :5])
+
+    x, y = torch.randn(40, 1, 4, 4), torch.randint(3, (40,))
+    data = DataLoader(TensorDataset(x, y), 16)
+    logger = TensorBoardLogger(tmp_path, default_hp_metric=False)
+    usage = utilization(ablation=True, num_examples=3)
+    trainer(usage, logger=logger).fit(Images(), data, data)
+    logger.experiment.flush()
+    tags = read_events(Path(logger.log_dir)).Tags()
+    figures = ("experts", "coactivation", "what_each_expert_sees", "load_over_epochs")
+    assert {f"expert_utilization/train/head/{name}" for name in figures} <= set(tags["images"])
+    texts = ("summary", "head/experts")
+    assert {f"expert_utilization/train/{name}/text_summary" for name in texts} <= set(tags["tensors"])
+    table = usage.results["train"].texts()["head/experts"]
+    assert "accuracy lost without it" in table
+    assert table.count("\n| ") == 4
+
+
+def test_a_model_without_a_router_writes_nothing(tmp_path: Path) -> None:
+    module = PlainModule()
+    module.head = nn.Linear(8, 3)
+    logger = TensorBoardLogger(tmp_path, default_hp_metric=False)
+    trainer(utilization(), logger=logger).fit(module, loader(), loader(seed=1))
+    logger.experiment.flush()
+    tags = read_events(Path(logger.log_dir)).Tags()
+    assert not [tag for kind in ("scalars", "images", "tensors") for tag in tags[kind] if "expert_utilization" in tag]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dead_below": 1.0}, r"dead_below: expected a fraction in \[0, 1\); got 1.0"),
+        ({"starved_below": -0.1}, r"starved_below: expected a fraction in \[0, 1\); got -0.1"),
+        ({"num_examples": -1}, "num_examples: expected a whole number from 0 on; got -1"),
+        ({"num_permutations": 1.5}, "num_permutations: expected a whole number from 0 on; got 1.5"),
+        ({"class_names": "cat"}, "class_names: expected a list of names; got 'cat'"),
+    ],
+)
+def test_bad_options(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ExpertUtilizationCallback(**options)
+
+
+def test_an_adapter_that_fits_nothing_is_told_before_training() -> None:
+    with pytest.raises(ValueError, match="adapters: expected classes or names of modules inside the model"):
+        trainer(utilization(adapters={"nowhere": adapter})).fit(PlainModule(), loader())
