@@ -139,7 +139,8 @@ class Routing:
     @property
     def valid(self) -> Tensor:
         """Rows whose logits are finite, (N,)."""
-        return self.logits.isfinite().all(-1)
+        # twice as fast as isfinite().all(-1); the largest of a row with nan is nan
+        return self.logits.abs().amax(-1).isfinite()
 
     @property
     def margin(self) -> Tensor:
@@ -149,15 +150,12 @@ class Routing:
         smallest change of one score of the row that would bring it into an expert's choice or out of it. Infinite where
         no other choice exists, as for k = E.
         """
-        scores, selected = self._scores, self.selected
-        if self.rows is None:
-            return _lowest(scores, selected, -1).squeeze(-1) - _highest(scores, ~selected, -1).squeeze(-1)
-        # the rows that compete for a place: those of a sample of tokens, else those of the batch
-        shape = (-1, self.rows_per_sample if self.rows_per_sample > 1 else max(len(scores), 1), self.num_experts)
-        scores, selected = scores.reshape(shape), selected.reshape(shape)
-        leaving = scores - _highest(scores, ~selected, 1)
-        entering = _lowest(scores, selected, 1) - scores
-        return torch.where(selected, leaving, entering).amin(-1).flatten()
+        return self._margin(self.selected)
+
+    @property
+    def agrees_without_noise(self) -> Tensor:
+        """Whether a row that chooses would choose the same experts by its clean logits, (N,), bool."""
+        return _is_top(self.logits, self.selected)
 
     @property
     def aux_loss(self) -> Tensor:
@@ -186,21 +184,29 @@ class Routing:
         invalid_row = ~valid.unsqueeze(-1)
         wide = torch.float32 if self.logits.device.type == "mps" else torch.float64
         selected = self.selected
-
-        def total(values: Tensor) -> Tensor:
-            mask = invalid_row if values.dim() == 2 else ~valid
-            return values.masked_fill(mask, 0).sum(0, dtype=wide)
-
+        probs = self.probs.masked_fill(invalid_row, 0)
         return RoutingStats(
             counts=selected.masked_fill(invalid_row, False).sum(0),
-            gate_sum=total(self.gates),
-            prob_sum=total(self.probs),
-            entropy_sum=total(torch.special.entr(self.probs).sum(-1)),
-            margin_sum=total(self.margin),
+            gate_sum=self.gates.masked_fill(invalid_row, 0).sum(0, dtype=wide),
+            prob_sum=probs.sum(0, dtype=wide),
+            # over all at once: a sum over rows of a few experts each is slow
+            entropy_sum=torch.special.entr(probs).sum(dtype=wide),
+            margin_sum=self._margin(selected).masked_fill(~valid, 0).sum(dtype=wide),
             num_dropped=(~selected.any(-1) & valid).sum(),
             num_rows=valid.sum(),
             num_nonfinite=(~valid).sum(),
         )
+
+    def _margin(self, selected: Tensor) -> Tensor:
+        scores = self._scores
+        if self.rows is None:
+            return _lowest(scores, selected, -1).squeeze(-1) - _highest(scores, ~selected, -1).squeeze(-1)
+        # the rows that compete for a place: those of a sample of tokens, else those of the batch
+        shape = (-1, self.rows_per_sample if self.rows_per_sample > 1 else max(len(scores), 1), self.num_experts)
+        scores, selected = scores.reshape(shape), selected.reshape(shape)
+        leaving = scores - _highest(scores, ~selected, 1)
+        entering = _lowest(scores, selected, 1) - scores
+        return torch.where(selected, leaving, entering).amin(-1).flatten()
 
     @property
     def _scores(self) -> Tensor:
@@ -213,6 +219,11 @@ class Routing:
             return zeros.t().scatter(-1, self.rows, values).t().contiguous()
         assert self.indices is not None
         return zeros.scatter(-1, self.indices, values)
+
+
+def _is_top(scores: Tensor, selected: Tensor) -> Tensor:
+    """Whether the chosen experts of each row are those with the highest scores, (N,), bool."""
+    return (_lowest(scores, selected, -1) >= _highest(scores, ~selected, -1)).squeeze(-1)
 
 
 def _lowest(scores: Tensor, among: Tensor, dim: int) -> Tensor:

@@ -111,6 +111,7 @@ def test_no_warning_where_none_is_wanted(recwarn: pytest.WarningsRecorder) -> No
     assert not [w for w in recwarn if "expert_utilization: epoch" in str(w.message)]
 
 
+@pytest.mark.filterwarnings("ignore:Checkpoint directory")
 def test_history_goes_on_where_a_checkpoint_left_it(tmp_path: Path) -> None:
     first, keeper = utilization(), ModelCheckpoint(tmp_path, save_last=True)
     fit(PlainModule(), first, keeper, max_epochs=2, enable_checkpointing=True)

@@ -71,7 +71,7 @@ class ExpertUtilizationMetric(Metric):
         for f in fields(RoutingStats):
             setattr(self, f.name, getattr(self, f.name) + getattr(stats, f.name).to(self.device))
         if routing.noisy_logits is not None and routing.indices is not None:
-            agrees = _agrees(routing).to(self.device)
+            agrees = routing.agrees_without_noise.to(self.device)
             valid = routing.valid.to(self.device)
             self.num_compared = self.num_compared + valid.sum()
             self.num_agreeing = self.num_agreeing + (agrees & valid).sum()
@@ -122,10 +122,3 @@ def utilization_scalars(stats: RoutingStats) -> dict[str, float]:
     }
     margin = float(stats.margin)
     return scalars | ({"margin": margin} if math.isfinite(margin) else {})
-
-
-def _agrees(routing: Routing) -> Tensor:
-    """Whether the choice of each row is that of the clean logits, (N,), bool."""
-    assert routing.indices is not None
-    clean = routing.logits.topk(routing.indices.shape[-1], dim=-1).indices
-    return (clean.sort(-1).values == routing.indices.sort(-1).values).all(-1)

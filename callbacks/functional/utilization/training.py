@@ -82,8 +82,7 @@ class TrainingRouters:
 
     def note_gradients(self) -> None:
         """Note the gradients that an optimizer is about to follow."""
-        for name, router in self._routers.items():
-            self._watch.note_gradients(name, router)
+        self._watch.note_gradients(self._routers)
 
     def end_epoch(self, ranks: Ranks) -> dict[str, EpochReport]:
         """What the epoch showed of each router that ran; then the next one begins. Every rank has to call it."""

@@ -4,7 +4,7 @@ A batch's decisions are a few numbers a row: they are kept as they are, and coun
 time. So a step pays for a few references, and nothing waits for the device.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -16,8 +16,12 @@ from moe_heads.routing import Routing, RoutingCollection
 
 __all__ = ["RoutingWatch"]
 
-# Numbers of the (N, E) logits after which the decisions that wait are counted: 4 MiB in each of up to five tensors.
-_MAX_WAITING = 2**20
+# Numbers of the (N, E) logits after which the decisions that wait are counted: what a cache holds. With a quarter of it
+# and with eight times as much a step costs a fifth more.
+_MAX_WAITING = 2**17
+
+# A norm costs as much as ten small operations: on every step a twentieth of the training of a head alone.
+_STEPS_BETWEEN_NORMS = 10
 
 _COUNTED = ("logits", "probs", "indices", "weights", "rows", "scores", "noisy_logits")
 
@@ -48,22 +52,29 @@ class RoutingWatch:
         self.kinds: dict[str, RouterKind] = {}
         self._metrics: dict[str, ExpertUtilizationMetric] = {}
         self._waiting: dict[str, list[Routing]] = {}
+        self._num_waiting: dict[str, int] = {}
         self._norms: dict[str, list[Tensor]] = {}
+        self._num_optimizer_steps = 0
 
     def take(self, collection: RoutingCollection) -> None:
         """Take what was collected of a batch out of the collection."""
         for name, passes in collection.routings.items():
-            waiting = self._waiting.setdefault(name, [])
-            waiting += map(_kept, passes)
+            self._waiting.setdefault(name, []).extend(map(_kept, passes))
+            num_waiting = self._num_waiting.get(name, 0) + sum(routing.logits.numel() for routing in passes)
+            self._num_waiting[name] = num_waiting
             passes.clear()
-            if sum(routing.logits.numel() for routing in waiting) >= _MAX_WAITING:
+            if num_waiting >= _MAX_WAITING:
                 self._count(name)
 
-    def note_gradients(self, name: str, router: nn.Module) -> None:
-        """Note the norm of a router's gradient, that of the optimizer step to come."""
-        norms = [p.grad.detach().norm() for p in router.parameters() if p.grad is not None]
-        if norms:
-            self._norms.setdefault(name, []).append(torch.stack(norms).norm())
+    def note_gradients(self, routers: Mapping[str, nn.Module]) -> None:
+        """Note the norms of the routers' gradients, those of the optimizer step to come, every tenth time."""
+        self._num_optimizer_steps += 1
+        if self._num_optimizer_steps % _STEPS_BETWEEN_NORMS != 1:
+            return
+        for name, router in routers.items():
+            gradients = [p.grad.detach() for p in router.parameters() if p.grad is not None]
+            if gradients:
+                self._norms.setdefault(name, []).append(nn.utils.get_total_norm(gradients))
 
     def count(self) -> None:
         """Count what waits."""
@@ -71,12 +82,12 @@ class RoutingWatch:
             self._count(name)
 
     def gradient_norms(self) -> dict[str, float]:
-        """Mean norm of each router's gradient over the optimizer steps."""
+        """Mean norm of each router's gradient over the optimizer steps that were noted."""
         return {name: float(torch.stack(norms).double().mean()) for name, norms in self._norms.items()}
 
     def reset(self) -> None:
         """Begin an epoch."""
-        self._waiting, self._norms = {}, {}
+        self._waiting, self._num_waiting, self._norms, self._num_optimizer_steps = {}, {}, {}, 0
         for metric in self._metrics.values():
             metric.reset()
 
@@ -87,8 +98,7 @@ class RoutingWatch:
         return self._metrics[name]
 
     def _count(self, name: str) -> None:
-        waiting = self._waiting[name]
-        self._waiting[name] = []
+        waiting, self._waiting[name], self._num_waiting[name] = self._waiting[name], [], 0
         for routing in _joined(waiting):
             if name not in self.kinds:
                 # "cuda", not "cuda:0": each rank has its own. The GPU of a Mac has no double precision.
@@ -99,12 +109,11 @@ class RoutingWatch:
 
 def _kept(routing: Routing) -> Routing:
     """What is counted of a routing: without the graph, and safe from a CUDA graph that writes the next step there."""
-    values = {name: getattr(routing, name) for name in _COUNTED}
-    tensors: dict[str, Any] = {
-        name: value.detach().clone() if value.is_cuda else value.detach()
-        for name, value in values.items()
-        if value is not None
-    }
+    tensors: dict[str, Any] = {}
+    for name in _COUNTED:
+        value = getattr(routing, name)
+        if value is not None:
+            tensors[name] = value.detach().clone() if value.is_cuda else value.detach()
     return Routing(**tensors, rows_per_sample=routing.rows_per_sample)
 
 

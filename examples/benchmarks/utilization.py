@@ -1,0 +1,112 @@
+"""What it costs a training step that ExpertUtilizationCallback follows the routers.
+
+A training step (forward, cross entropy, backward, SGD) with the callback's hooks around it and without, in blocks of
+steps that take turns; each block with the hooks ends like an epoch: what waits is counted. CPU time, fp32, one thread.
+Paired ratios of the blocks, their median and quartiles.
+
+    python examples/benchmarks/utilization.py --out utilization.json
+    python examples/benchmarks/utilization.py --only head --compile
+"""
+
+import argparse
+import json
+import random
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from bench.timing import machine
+from torch import Tensor, nn
+
+from moe_heads import SoftMoE, SparseMoE, collect_routing
+from moe_heads.callbacks.functional.common.ranks import Ranks
+from moe_heads.callbacks.functional.utilization.training import TrainingRouters
+from moe_heads.lightning_modules import ResNet18Cifar
+
+HEADS: dict[str, Callable[[], nn.Module]] = {"soft": lambda: SoftMoE(512, 10), "sparse": lambda: SparseMoE(512, 10)}
+
+
+def cases(only: Sequence[str]) -> dict[str, tuple[nn.Module, Tensor, int]]:
+    """Model, inputs and steps of a block."""
+    found: dict[str, tuple[nn.Module, Tensor, int]] = {}
+    for name, head in HEADS.items():
+        if "head" in only:
+            found[f"head alone, {name}, batch 256"] = head(), torch.randn(256, 512), 200
+        if "resnet18" in only:
+            model = nn.Sequential(ResNet18Cifar(), head())
+            found[f"ResNet-18, {name}, batch 32"] = model, torch.randn(32, 3, 32, 32), 2
+    return found
+
+
+def measure(model: nn.Module, x: Tensor, steps: int, pairs: int, compiled: bool) -> dict[str, Any]:
+    """Milliseconds of CPU time of a step in each block, with and without."""
+    y = torch.randint(10, (len(x),))
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    run = torch.compile(model) if compiled else model
+    times: dict[bool, list[float]] = {True: [], False: []}
+
+    def step(routers: TrainingRouters | None) -> None:
+        if routers is not None:
+            routers.begin_batch()
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(run(x), y).backward()
+        if routers is not None:
+            routers.note_gradients()
+        optimizer.step()
+        if routers is not None:
+            routers.end_training_batch()
+
+    for number in range(-1, pairs):  # the first is to warm up
+        for watched in random.Random(number).sample([True, False], 2):
+            with collect_routing(model) as collection:
+                routers = TrainingRouters(model, collection, None, 0.01, 0.25) if watched else None
+                collection.paused = True
+                step(routers)
+                start = time.process_time()
+                for _ in range(steps):
+                    step(routers)
+                if routers is not None:
+                    routers.end_epoch(Ranks())
+                if number >= 0:
+                    times[watched].append(1e3 * (time.process_time() - start) / steps)
+    ratios = [with_it / without for with_it, without in zip(times[True], times[False], strict=True)]
+    low, middle, high = statistics.quantiles(ratios, n=4)
+    return {
+        "ms_without": statistics.median(times[False]),
+        "ms_with": statistics.median(times[True]),
+        "overhead": middle - 1,
+        "quartiles": [low - 1, high - 1],
+        "steps_a_block": steps,
+        "pairs": pairs,
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
+    """Measure, print and write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", default=["head", "resnet18"], choices=["head", "resnet18"])
+    parser.add_argument("--pairs", type=int, default=15, help="blocks of steps with the hooks, and as many without")
+    parser.add_argument("--compile", action="store_true", help="with torch.compile")
+    parser.add_argument("--out", type=Path, default=None, help="JSON file to write")
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    report: dict[str, Any] = {"machine": machine(), "compiled": options.compile, "cases": {}}
+    for name, (model, x, steps) in cases(options.only).items():
+        row = report["cases"][name] = measure(model, x, steps, options.pairs, options.compile)
+        low, high = row["quartiles"]
+        print(
+            f"{name}: {row['ms_without']:.2f} ms a step, {row['ms_with']:.2f} with the callback:"
+            f" {row['overhead']:+.1%} (quartiles {low:+.1%} to {high:+.1%})",
+            flush=True,
+        )
+    if options.out is not None:
+        options.out.write_text(json.dumps(report, indent=1) + "\n")
+    return report
+
+
+if __name__ == "__main__":
+    main()
