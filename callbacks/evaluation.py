@@ -1,6 +1,7 @@
 """What an analysis evaluates of any LightningModule: its loss, or its forward pass."""
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -11,13 +12,13 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor, nn
 
-from moe_heads.callbacks.functional.common.batches import Batch, ForwardFn, LossFn, cut, is_divisible
+from moe_heads.callbacks.functional.common.batches import Batch, ForwardFn, LossFn, batch_size, cut, is_divisible
 from moe_heads.callbacks.functional.common.environment import device_of
-from moe_heads.callbacks.functional.common.microbatches import Microbatches
+from moe_heads.callbacks.functional.common.microbatches import Microbatches, unless_out_of_memory
 from moe_heads.callbacks.functional.common.monitor import Monitor
 from moe_heads.callbacks.functional.common.preserve import analysis_mode
 
-__all__ = ["check_forward", "check_initialised", "draws_random_numbers", "loss_of"]
+__all__ = ["check_forward", "check_initialised", "draws_random_numbers", "loss_of", "warn_of_a_sum"]
 
 # What the order of a sum on several threads or on a GPU may change in single precision.
 _ROUNDING = 1e-5
@@ -105,6 +106,32 @@ def draws_random_numbers(model: nn.Module, loss_fn: LossFn, batch: Batch, name: 
             f" the result is a mixture. {_REMEDY}"
         )
     return not _differ(first, second) and _differ(second, third)
+
+
+def warn_of_a_sum(model: nn.Module, loss_fn: LossFn, batch: Batch, name: str) -> None:
+    """Say when the loss of a batch is the sum over its samples: every result would grow with the size of the batches.
+
+    A loss that is a mean over the samples has, for two halves of equal size, the mean of their losses.
+    """
+    few = cut(batch, 0, _FEW_SAMPLES) if is_divisible(batch) else batch
+    half = batch_size(few) // 2
+    if not is_divisible(few) or half == 0:
+        return
+    parts = [cut(few, 0, 2 * half), cut(few, 0, half), cut(few, half, 2 * half)]
+    with analysis_mode(model):
+        losses = []
+        for part in parts:
+            torch.manual_seed(0)
+            losses.append(unless_out_of_memory(partial(loss_fn, model, part)))
+    if not all(isinstance(loss, Tensor) and loss.numel() == 1 for loss in losses):
+        return
+    whole, first, second = (float(loss.detach()) for loss in losses)
+    if not _differ(whole, first + second) and _differ(whole, (first + second) / 2):
+        rank_zero_warn(
+            f"{name}: the loss of {2 * half} samples is the sum of the losses of its halves, {first:.5g} and"
+            f" {second:.5g}. Expected their mean: the results are those of a sum over the samples of a batch. Give the"
+            f" loss reduction='mean'. {_REMEDY}"
+        )
 
 
 def check_forward(callback: Callback, pl_module: nn.Module, forward_fn: ForwardFn | None) -> None:

@@ -7,7 +7,7 @@ from typing import ClassVar, Protocol
 from lightning.pytorch import Trainer
 from torch import nn
 
-from moe_heads.callbacks.evaluation import check_initialised, draws_random_numbers, loss_of
+from moe_heads.callbacks.evaluation import check_initialised, draws_random_numbers, loss_of, warn_of_a_sum
 from moe_heads.callbacks.functional.common.batches import Batch, LossFn, cut, is_divisible, leaves_of
 from moe_heads.callbacks.functional.common.digest import digest_of
 from moe_heads.callbacks.functional.common.monitor import Monitor
@@ -107,6 +107,8 @@ def prepare(
     with ranks.together():
         first = site.transfer(sample.batches[0])
         is_random = loss_fn is not None and draws_random_numbers(model, loss_fn, first, ranks.name)
+        if loss_fn is not None and not is_random:
+            warn_of_a_sum(model, loss_fn, first, ranks.name)
     if shares and ranks.size > 1 and any(ranks.gather(is_random)):
         # random numbers drawn for a part of a batch are not those that one process draws
         shares = False

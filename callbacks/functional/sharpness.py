@@ -253,6 +253,7 @@ class _Findings:
             eigenvalues_converged=krylov.converged,
             trace_converged=trace.converged,
             graph_mode=self.operator.mode,
+            graph_reason=self.operator.reason,
             seed=self.seed,
             parameter_names=self.operator.names,
             eigenvectors=krylov.vectors().cpu() if self.keep_eigenvectors else None,

@@ -8,7 +8,14 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule
 from torch import Tensor, nn
 
-from moe_heads.callbacks.evaluation import check_forward, check_initialised, draws_random_numbers, loss_of
+from moe_heads.callbacks.evaluation import (
+    check_forward,
+    check_initialised,
+    draws_random_numbers,
+    loss_of,
+    warn_of_a_sum,
+)
+from tests.support.untouched import untouched
 
 
 class Module(LightningModule):
@@ -138,3 +145,28 @@ def test_numbers_from_outside_torch_are_noticed() -> None:
     numbers = iter([1.0, 2.0, 3.0])
     with pytest.warns(UserWarning, match="draws numbers outside torch"):
         draws_random_numbers(Drifting(0.0), lambda m, batch: m(batch) * next(numbers), torch.ones(4), "x")
+
+
+def cross_entropy(reduction: str) -> Any:
+    return lambda model, batch: nn.functional.cross_entropy(model(batch[0]), batch[1], reduction=reduction)
+
+
+@pytest.mark.parametrize("size", [2, 7, 100])
+def test_a_loss_that_sums_over_the_samples_is_told(size: int) -> None:
+    model, batch = nn.Linear(4, 3), (torch.randn(size, 4), torch.randint(3, (size,)))
+    with untouched(model), pytest.warns(UserWarning, match="x: the loss of .* samples is the sum of the losses"):
+        warn_of_a_sum(model, cross_entropy("sum"), batch, "x")
+
+
+@pytest.mark.parametrize(
+    ("loss_fn", "batch"),
+    [
+        (cross_entropy("mean"), (torch.randn(9, 4), torch.randint(3, (9,)))),
+        (cross_entropy("sum"), (torch.randn(1, 4), torch.randint(3, (1,)))),  # one sample tells nothing
+        (lambda model, batch: 0 * model(batch[0]).sum(), (torch.randn(8, 4),)),
+        (lambda model, batch: model(batch[0]), (torch.randn(8, 4),)),  # no scalar: told by the analysis itself
+        (lambda model, batch: model(batch["x"]).sum(), {"x": torch.randn(8, 4), "names": ["a", "b"]}),
+    ],
+)
+def test_what_is_no_sum_is_not_remarked_upon(loss_fn: Any, batch: Any) -> None:
+    warn_of_a_sum(nn.Linear(4, 3), loss_fn, batch, "x")

@@ -49,6 +49,7 @@ class SharpnessResult:
         eigenvalues_converged: Whether all of ``eigenvalues`` met their tolerance.
         trace_converged: Whether ``trace_stderr`` met its tolerance.
         graph_mode: How the products were computed; see `HessianOperator`.
+        graph_reason: Why no faster way was taken; "" where there is none, or nobody asked.
         seed: Seed of the random vectors.
         parameter_names: The parameters in the order of the flat vectors, that of ``model.named_parameters()``.
         eigenvectors: Unit eigenvectors, shape (number of eigenvalues, num_parameters), on the CPU; None unless kept.
@@ -85,6 +86,7 @@ class SharpnessResult:
     seed: int
     parameter_names: tuple[str, ...]
     eigenvectors: Tensor | None
+    graph_reason: str = ""
     partial: str = ""
     engine: Engine = "lanczos"
     failures: tuple[str, ...] = ()
@@ -189,6 +191,11 @@ class SharpnessResult:
         return [
             *rows,
             ("Hessian-vector products", spent, ""),
+            (
+                "graph of the products",
+                self.graph_mode + (f" ({_in_a_cell(self.graph_reason)})" if self.graph_reason else ""),
+                "",
+            ),
             ("samples", f"{self.num_samples}", ""),
             ("parameters", f"{self.num_parameters}", ""),
         ]
@@ -218,3 +225,8 @@ def _of_part(part: str, metrics: Mapping[str, float]) -> dict[str, float]:
 
 def _key(name: str) -> str:
     return name.replace(" ", "_").replace(".", "_")
+
+
+def _in_a_cell(text: str) -> str:
+    """The first line of a message, without what would end a cell of a Markdown table."""
+    return text.splitlines()[0].replace("|", "/")
