@@ -1,27 +1,29 @@
 """Callback: who does what among the experts, over training and at the end of fit."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
 from typing_extensions import Unpack, override
 
 from moe_heads.callbacks.evaluation import check_forward
 from moe_heads.callbacks.fit_end import FitEndAnalysis
 from moe_heads.callbacks.functional import ExpertUtilizationResult, expert_utilization
-from moe_heads.callbacks.functional.common.batches import ForwardFn, call_model
+from moe_heads.callbacks.functional.common.batches import Batch, ForwardFn, call_model, labels_of
 from moe_heads.callbacks.functional.common.ranks import Ranks
 from moe_heads.callbacks.functional.expert_utilization import checked_options
+from moe_heads.callbacks.functional.utilization.examples import images_of
 from moe_heads.callbacks.functional.utilization.history import plot_load_history
 from moe_heads.callbacks.functional.utilization.training import TrainingRouters
 from moe_heads.callbacks.inputs import AnalysisInputs
 from moe_heads.callbacks.options import AnalysisOptions, OverRanks
 from moe_heads.callbacks.reporting import Report
 from moe_heads.callbacks.trainer_access import Split, datamodule_of, process_group_of
-from moe_heads.routing import Adapters, RoutingStats, adapted_routers, collect_routing, named_routers
+from moe_heads.routing import Adapters, RoutingStats, collect_routing, named_routers
 
 __all__ = ["ExpertUtilizationCallback"]
 
@@ -51,6 +53,8 @@ class ExpertUtilizationCallback(FitEndAnalysis):
     Args:
         class_names: Names of the classes; by default those of the data module, else numbers.
         forward_fn: ``forward_fn(pl_module, batch)``; by default the module is called with a batch's first entry.
+        label_fn: ``label_fn(batch) -> labels (B,)``, or None; by default the second entry of a batch, or "labels".
+        image_fn: ``image_fn(batch) -> images (B, C, H, W)``, or None; by default the first entry, if it has this form.
         adapters: For routers that are not of this package; see `moe_heads.collect_routing`.
         dead_below: Fraction of the fair share 1/E of the load (of the weight, for a soft router) under which an expert
             is dead.
@@ -82,6 +86,8 @@ class ExpertUtilizationCallback(FitEndAnalysis):
         self,
         class_names: Sequence[str] | None = None,
         forward_fn: ForwardFn | None = None,
+        label_fn: Callable[[Batch], Tensor | None] = labels_of,
+        image_fn: Callable[[Batch], Tensor | None] = images_of,
         adapters: Adapters | None = None,
         dead_below: float = 0.01,
         starved_below: float = 0.25,
@@ -92,10 +98,12 @@ class ExpertUtilizationCallback(FitEndAnalysis):
         **options: Unpack[AnalysisOptions],
     ) -> None:
         super().__init__(**options)
-        if class_names is not None and not isinstance(class_names, (list, tuple)):
+        is_names = isinstance(class_names, (list, tuple)) and all(isinstance(name, str) for name in class_names)
+        if class_names is not None and not is_names:
             raise ValueError(f"class_names: expected a list of names; got {class_names!r}")
         checked_options(dead_below, starved_below, num_permutations, num_examples, self.seed)
         self.class_names, self.forward_fn, self.adapters = class_names, forward_fn, adapters
+        self.label_fn, self.image_fn = label_fn, image_fn
         self.dead_below, self.starved_below, self.warn = dead_below, starved_below, warn
         self.num_examples, self.num_permutations, self.ablation = num_examples, num_permutations, ablation
         self.history: dict[str, list[RoutingStats]] = {}
@@ -107,7 +115,8 @@ class ExpertUtilizationCallback(FitEndAnalysis):
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
-        if named_routers(pl_module) or adapted_routers(pl_module, self.adapters):
+        # the modules that adapters name may not be there yet: they are looked for when the fit starts
+        if named_routers(pl_module) or self.adapters:
             check_forward(self, pl_module, self.forward_fn)
 
     @override
@@ -131,7 +140,7 @@ class ExpertUtilizationCallback(FitEndAnalysis):
         self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
         if self._routers is not None:
-            self._routers.note_gradients()
+            self._routers.note_gradients(optimizer)
 
     @override
     def on_train_batch_end(
@@ -208,6 +217,8 @@ class ExpertUtilizationCallback(FitEndAnalysis):
             inputs.batches,
             class_names=self.class_names or getattr(datamodule, "class_names", None),
             forward_fn=self.forward_fn or call_model,
+            label_fn=self.label_fn,
+            image_fn=self.image_fn,
             adapters=self.adapters,
             dead_below=self.dead_below,
             starved_below=self.starved_below,
@@ -227,13 +238,14 @@ class ExpertUtilizationCallback(FitEndAnalysis):
         return Report(result.metrics(), result.texts(), {**result.figures(), **epochs})
 
     def _end_epoch(self, trainer: Trainer, pl_module: LightningModule, routers: TrainingRouters) -> None:
-        if routers.has_reordered_validation and not self._has_told_order:
+        reports = routers.end_epoch(Ranks(process_group_of(trainer), f"{self.name}/epoch"))
+        if routers.has_other_data and not self._has_told_order:
             self._has_told_order = True
             rank_zero_warn(
-                f"{self.name}: the validation data come in another order each time, so routing flips between epochs"
-                " cannot be told. Give the validation loader shuffle=False."
+                f"{self.name}: the validation data are others each time, or come in another order, so routing flips"
+                " between epochs cannot be told. Give the validation loader shuffle=False, and no random transform."
             )
-        for head, report in routers.end_epoch(Ranks(process_group_of(trainer), f"{self.name}/epoch")).items():
+        for head, report in reports.items():
             self.history.setdefault(head, []).append(report.stats)
             # equal on every rank already; without sync_dist Lightning warns
             named = {f"{self.name}/epoch/{head}/{key}": value for key, value in report.scalars.items()}

@@ -62,7 +62,8 @@ def expert_utilization(
         label_fn: ``label_fn(batch) -> labels (B,)``, or None for data without labels: then there is no class map.
         image_fn: ``image_fn(batch) -> images (B, C, H, W)`` with one channel or three, or None; by default the first
             entry of a batch, where it has this form.
-        adapters: For routers that are not of this package; see `collect_routing`.
+        adapters: For routers that are not of this package; see `collect_routing`. Rows that are a multiple of the
+            samples are taken for the tokens of one sample after the other.
         dead_below: An expert is dead when its load is below this fraction of the fair share 1/E; for a soft router,
             which runs every expert, when its importance is. With 1 %, an expert with a single stray sample in a
             thousand is dead too.
@@ -111,11 +112,14 @@ def expert_utilization(
     names = _names(num_classes, class_names)
     with ranks.together(), analysis_mode(model, seed), torch.no_grad():
         data = Microbatches(listed, device_of(model), monitor)
+        foreign = adapted_routers(model, adapters)
         smaller = ablated_heads(model, _sizes(model)) if ablation else {}
 
         def route(index: int, batch: Batch) -> _Found:
             with collect_routing(model, adapters) as collection:
                 forward_fn(model, batch)
+            for name in foreign:
+                collection.routings[name][:] = [_of_samples(r, batch_size(batch)) for r in collection.routings[name]]
             labels = label_fn(batch)
             hits = {} if labels is None else ablation_hits(model, forward_fn, batch, labels, smaller)
             return _Found(collection.routings, labels, image_fn(batch) if num_examples else None, hits)
@@ -141,6 +145,13 @@ def checked_options(
         if not isinstance(number, int) or number < 0:
             raise ValueError(f"{name}: expected a whole number from 0 on; got {number!r}")
     return ReportOptions(dead_below, starved_below, num_permutations, num_examples, seed)
+
+
+def _of_samples(routing: Routing, num_samples: int) -> Routing:
+    """The routing of somebody else's router, which may see the tokens of all samples one after the other."""
+    num_rows = len(routing.logits)
+    is_flat = routing.rows_per_sample == 1 and num_rows > num_samples and num_rows % num_samples == 0
+    return replace(routing, rows_per_sample=num_rows // num_samples) if is_flat else routing
 
 
 def _sizes(model: nn.Module) -> dict[str, int]:
@@ -170,9 +181,10 @@ class _Sums:
     def add(self, size: int, found: _Found, num_classes: int | None) -> None:
         labels = None if found.labels is None else found.labels.cpu()
         for name, passes in found.routings.items():
-            for number, routing in enumerate(map(_in_float64, passes)):
-                head = self.heads.setdefault(name, UtilizationSums(name, routing, num_classes, self.options))
-                head.add(routing, labels, found.images, None if number else found.hits.get(name))
+            if passes:
+                wide = [_in_float64(routing) for routing in passes]
+                head = self.heads.setdefault(name, UtilizationSums(name, wide[0], num_classes, self.options))
+                head.add(wide, labels, found.images, found.hits.get(name))
         self.num_samples += size
 
 
@@ -191,6 +203,8 @@ def _result(found: Sequence[_Sums], names: tuple[str, ...]) -> ExpertUtilization
 
 def _num_classes(found: list[Tensor | None], num_classes: int | None, class_names: Sequence[str] | None) -> int | None:
     """C; None without labels."""
+    if class_names is not None and not all(isinstance(name, str) for name in class_names):
+        raise ValueError(f"class_names: expected strings; got {class_names!r}")
     if class_names is not None and num_classes is not None and len(class_names) != num_classes:
         raise ValueError(f"class_names: expected num_classes = {num_classes} names; got {len(class_names)}")
     given = [labels.cpu() for labels in found if labels is not None]

@@ -54,7 +54,7 @@ def measure(model: nn.Module, x: Tensor, steps: int, pairs: int, compiled: bool)
         optimizer.zero_grad()
         nn.functional.cross_entropy(run(x), y).backward()
         if routers is not None:
-            routers.note_gradients()
+            routers.note_gradients(optimizer)
         optimizer.step()
         if routers is not None:
             routers.end_training_batch()

@@ -20,20 +20,31 @@ class RoutingCollection:
     """What the routers of a model did while `collect_routing` was active.
 
     Attributes:
-        routings: The `Routing` of every forward pass, by the name of the head that owns the router ("head" when the
-            model is itself the head).
         paused: Whether forward passes are let by for now; by default not. Cheaper than to leave the block and enter it
             again, for which torch.compile would compile the model anew.
     """
 
     def __init__(self) -> None:
-        self.routings: dict[str, list[Routing]] = {}
         self.paused = False
+        self._recorders: dict[str, _Recorder] = {}
+        self._routings: dict[str, list[Routing]] = {}
+
+    @property
+    def routings(self) -> dict[str, list[Routing]]:
+        """The `Routing` of every forward pass, by the name of the head that owns the router.
+
+        The name is "head" when the model is itself the head. The lists are the collection's own: what is taken out of
+        them is forgotten.
+        """
+        for name, recorder in self._recorders.items():
+            self._routings.setdefault(name, []).extend(recorder.taken())
+        return self._routings
 
     def _warn_if_nothing_was_seen(self) -> None:
-        if self.routings and not any(self.routings.values()):
+        routings = self.routings
+        if routings and not any(routings.values()):
             warnings.warn(
-                f"collect_routing: none of the routers {list(self.routings)} ran inside the block. A model that was"
+                f"collect_routing: none of the routers {list(routings)} ran inside the block. A model that was"
                 " compiled before does not call forward hooks: use head(x, return_routing=True) inside it instead",
                 stacklevel=3,
             )
@@ -102,9 +113,16 @@ def collect_routing(model: nn.Module, adapters: Adapters | None = None) -> Itera
     watched |= adapted_routers(model, adapters)
     with ExitStack() as stack:
         for name, (router, adapter) in watched.items():
-            collection.routings[name] = []
-            stack.callback(router.register_forward_hook(_Recorder(name, collection, adapter)).remove)
+            recorder = collection._recorders[name] = _Recorder(name, collection, adapter)
+            stack.callback(router.register_forward_hook(recorder).remove)
         yield collection
+
+
+class _Link:
+    """A routing, and the link before it. A list would do, but torch.compile compiles anew for each of its lengths."""
+
+    def __init__(self, routing: Routing | None, before: "_Link | None") -> None:
+        self.routing, self.before = routing, before
 
 
 class _Recorder:
@@ -115,12 +133,23 @@ class _Recorder:
 
     def __init__(self, name: str, collection: RoutingCollection | None, adapter: RoutingAdapter | None) -> None:
         self._name, self._collection, self._adapter = name, collection, adapter
+        self._last = _Link(None, None)
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         collection = self._collection
         # gradient checkpointing runs a pass once more in backward: the same rows, not new ones
         if collection is not None and not collection.paused and not in_backward():
-            collection.routings[self._name].append(self._routing(module, args, output))
+            self._last = _Link(self._routing(module, args, output), self._last)
+
+    def taken(self) -> list[Routing]:
+        """What was recorded since the last time, the oldest first."""
+        found: list[Routing] = []
+        link: _Link | None = self._last
+        while link is not None and link.routing is not None:
+            found.append(link.routing)
+            link = link.before
+        self._last = _Link(None, None)
+        return found[::-1]
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _Recorder, (self._name, None, None)

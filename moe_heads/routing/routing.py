@@ -12,6 +12,7 @@ from torch import Tensor
 
 from moe_heads import balance
 from moe_heads.checks import check_balance
+from moe_heads.modes import can_read_values
 from moe_heads.routing.stats import RoutingStats
 
 __all__ = ["BALANCE_TERMS", "Routing"]
@@ -57,20 +58,29 @@ class Routing:
             raise ValueError("weights: expected those of the choices in indices or rows; got None")
 
     @classmethod
-    def from_probs(cls, probs: Tensor, indices: Tensor | None = None, weights: Tensor | None = None) -> "Routing":
+    def from_probs(
+        cls,
+        probs: Tensor,
+        indices: Tensor | None = None,
+        weights: Tensor | None = None,
+        rows_per_sample: int | None = None,
+    ) -> "Routing":
         """The decisions of a router that is not of this package, for an adapter of `collect_routing`.
 
-        The logits are the logarithms of the probabilities, so that margins are ratios of probabilities, in nats.
+        The logits are the logarithms of what is given, so that margins are ratios of probabilities, in nats; a row with
+        a negative number counts as one without finite logits. Scores that do not sum to one are normalised.
 
         Args:
-            probs: Softmax (or any positive scores) over all experts, (N, E), or (B, T, E) for tokens: then what belongs
-                to a sample is known.
+            probs: Softmax, or other scores from 0 on, of all experts, (N, E), or (B, T, E) for tokens: then what
+                belongs to a sample is known.
             indices: Experts that each row chose, of the same shape but for the last dimension, K; None for a soft
                 router, which runs all.
-            weights: Mixing weights of the choices, of the shape of ``indices``; by default their probabilities.
+            weights: Mixing weights of the choices, of the shape of ``indices``; by default their scores as given.
+            rows_per_sample: T, where the rows of B samples are one after the other, (B·T, E); by default T of (B, T,
+                E), else 1.
 
         Raises:
-            ValueError: If the shapes do not fit.
+            ValueError: If the shapes do not fit, or (on a CPU, in eager mode) an index is out of range.
 
         Example:
             >>> import torch
@@ -80,20 +90,22 @@ class Routing:
         """
         if probs.dim() not in (2, 3) or not probs.is_floating_point():
             raise ValueError(f"probs: expected (N, E) or (B, T, E), floating; got {tuple(probs.shape)}, {probs.dtype}")
-        if indices is not None and (indices.shape[:-1] != probs.shape[:-1] or indices.is_floating_point()):
-            raise ValueError(
-                f"indices: expected whole numbers, {tuple(probs.shape[:-1])} and one more dimension; got"
-                f" {tuple(indices.shape)}, {indices.dtype}"
-            )
+        if indices is not None:
+            _check_indices(indices, probs)
         if weights is not None and (indices is None or weights.shape != indices.shape):
             raise ValueError(f"weights: expected the shape of indices; got {tuple(weights.shape)}")
-        rows_per_sample = probs.shape[1] if probs.dim() == 3 else 1
+        if rows_per_sample is None:
+            rows_per_sample = probs.shape[1] if probs.dim() == 3 else 1
         probs = probs.flatten(0, -2)
+        if rows_per_sample < 1 or len(probs) % rows_per_sample:
+            raise ValueError(f"rows_per_sample: expected a divisor of the {len(probs)} rows; got {rows_per_sample}")
         if indices is not None:
             indices = indices.flatten(0, -2)
             weights = probs.gather(-1, indices) if weights is None else weights.flatten(0, -2)
-        # a probability that is zero in its precision is no row without finite logits
-        logits = probs.clamp_min(torch.finfo(probs.dtype).tiny).log()
+        tiny = torch.finfo(probs.dtype).tiny
+        # a score that is zero in its precision is no row without finite logits; the logarithm of a negative one is nan
+        logits = torch.where(probs == 0, tiny, probs).log()
+        probs = probs / probs.sum(-1, keepdim=True).clamp_min(tiny)
         return cls(logits, probs, indices, weights, rows_per_sample=rows_per_sample)
 
     @property
@@ -219,6 +231,19 @@ class Routing:
             return zeros.t().scatter(-1, self.rows, values).t().contiguous()
         assert self.indices is not None
         return zeros.scatter(-1, self.indices, values)
+
+
+def _check_indices(indices: Tensor, probs: Tensor) -> None:
+    is_whole = not indices.is_floating_point() and indices.dtype != torch.bool
+    if indices.shape[:-1] != probs.shape[:-1] or not is_whole or not 1 <= indices.shape[-1] <= probs.shape[-1]:
+        raise ValueError(
+            f"indices: expected whole numbers, {tuple(probs.shape[:-1])} and one more dimension, 1 to"
+            f" {probs.shape[-1]}; got {tuple(indices.shape)}, {indices.dtype}"
+        )
+    if indices.device.type == "cpu" and can_read_values(indices) and len(indices):
+        lowest, highest = (int(bound) for bound in indices.aminmax())
+        if lowest < 0 or highest >= probs.shape[-1]:
+            raise ValueError(f"indices: expected 0 to {probs.shape[-1] - 1}; got {lowest} to {highest}")
 
 
 def _is_top(scores: Tensor, selected: Tensor) -> Tensor:

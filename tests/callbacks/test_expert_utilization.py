@@ -89,7 +89,7 @@ def test_shuffled_validation_data_are_told_and_not_compared() -> None:
     with pytest.warns(UserWarning) as caught:
         run.fit(PlainModule(), loader(), DataLoader(TensorDataset(x, y), 16, shuffle=True))
     told = [
-        str(warning.message) for warning in caught if "validation data come in another order" in str(warning.message)
+        str(warning.message) for warning in caught if "validation data are others each time" in str(warning.message)
     ]
     assert len(told) == 1
     assert "shuffle=False" in told[0]
@@ -243,6 +243,7 @@ def test_a_model_without_a_router_writes_nothing(tmp_path: Path) -> None:
         ({"starved_below": -0.1}, r"starved_below: expected a fraction in \[0, 1\); got -0.1"),
         ({"num_examples": -1}, "num_examples: expected a whole number from 0 on; got -1"),
         ({"num_permutations": 1.5}, "num_permutations: expected a whole number from 0 on; got 1.5"),
+        ({"class_names": [1, 2]}, r"class_names: expected a list of names; got \[1, 2\]"),
         ({"class_names": "cat"}, "class_names: expected a list of names; got 'cat'"),
     ],
 )
@@ -254,3 +255,15 @@ def test_bad_options(options: dict[str, Any], message: str) -> None:
 def test_an_adapter_that_fits_nothing_is_told_before_training() -> None:
     with pytest.raises(ValueError, match="adapters: expected classes or names of modules inside the model"):
         trainer(utilization(adapters={"nowhere": adapter})).fit(PlainModule(), loader())
+
+
+def test_a_router_that_is_built_in_configure_model() -> None:
+    class Late(Foreign):
+        def __init__(self) -> None:
+            super().__init__()
+            del self.gate, self.head
+
+        def configure_model(self) -> None:
+            self.gate = nn.Linear(5, 4)
+
+    assert f"{PREFIX}/load_3" in fit(Late(), utilization(adapters={"gate": adapter}))[0]

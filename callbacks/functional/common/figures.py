@@ -6,7 +6,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["axes_of"]
+__all__ = ["axes_of", "plain_text"]
 
 
 def axes_of(ax: "Axes | None", size: tuple[float, float] = (6.0, 4.0)) -> "tuple[Figure, Axes]":
@@ -26,3 +26,9 @@ def axes_of(ax: "Axes | None", size: tuple[float, float] = (6.0, 4.0)) -> "tuple
     figure = ax.get_figure(root=True)
     assert isinstance(figure, Figure)
     return figure, ax
+
+
+def plain_text(text: str, length: int) -> str:
+    """A user's text for a figure: one line, cut to a length, its dollars no mathematics."""
+    line = " ".join(text.split())
+    return (line if len(line) <= length else line[: length - 1] + "…").replace("$", r"\$")

@@ -67,22 +67,25 @@ class AblationHits:
 
 
 def ablated_heads(model: nn.Module, names: Mapping[str, int]) -> dict[str, list[nn.Module]]:
-    """For each head, its copies without one expert.
+    """For each head that can lose an expert, its copies without one.
 
     Args:
         model: The model.
         names: Number of experts by the name of the head, "head" for the model itself.
 
     Raises:
-        ValueError: If one of the routers does not sit in a head of this package, or the head has one expert.
+        ValueError: If no head can; says why one of them cannot.
     """
     smaller: dict[str, list[nn.Module]] = {}
+    reason = "the model has no head of moe_heads"
     for name, num_experts in names.items():
         head: Any = head_named(model, name)
         try:
             smaller[name] = [ablate(head, [expert]) for expert in range(num_experts)]
         except ValueError as error:
-            raise ValueError(f"ablation: {name!r} can lose no expert; {error}") from error
+            reason = f"{name!r} cannot; {error}"
+    if not smaller:
+        raise ValueError(f"ablation: expected a head that can lose an expert; {reason}")
     return smaller
 
 

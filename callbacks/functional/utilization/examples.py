@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from moe_heads.callbacks.functional.common.batches import Batch
 from moe_heads.routing import Routing
@@ -14,12 +15,17 @@ from moe_heads.routing import Routing
 __all__ = ["ExpertExamples", "images_of"]
 
 
+# Pixels of a side, and experts, beyond which a strip shows no more.
+_MAX_SIDE, _MAX_EXPERTS = 64, 32
+
+
 @dataclass(frozen=True, eq=False)
 class ExpertExamples:
-    """The images that each expert received with the highest gate, the highest first; all on the CPU.
+    """The images that each of the first 32 experts received with the highest gate, the highest first; on the CPU.
 
     Attributes:
-        images: As the model saw them, (E, n, C, H, W).
+        images: At most 64 pixels a side, each stretched to its own range of values since it may come normalised, uint8,
+            (E, n, C, H, W).
         gates: The largest gate of the sample's rows, (E, n), float64; 0 where an expert received fewer than n samples:
             that image means nothing.
         labels: Classes, (E, n), int64; -1 without labels.
@@ -40,22 +46,37 @@ class ExpertExamples:
             count: n.
         """
         gates = torch.where(routing.valid.unsqueeze(-1), routing.gates, 0).double()
-        best = gates.view(-1, routing.rows_per_sample, routing.num_experts).amax(1).t()
+        best = gates.view(-1, routing.rows_per_sample, routing.num_experts).amax(1).t()[:_MAX_EXPERTS]
         if labels is None:
             labels = torch.full((len(images),), -1)
         chosen = best.sort(dim=-1, descending=True, stable=True).indices[:, :count]
-        there = chosen.flatten().to(images.device)
-        shown = images.detach()[there].cpu().view(*chosen.shape, *images.shape[1:])
-        return cls(shown, best.gather(-1, chosen), labels[chosen])
+        shown = _thumbnails(images.detach()[chosen.flatten().to(images.device)].cpu().float())
+        return cls(shown.view(*chosen.shape, *shown.shape[1:]), best.gather(-1, chosen), labels[chosen])
 
     def merged(self, other: "ExpertExamples", count: int) -> "ExpertExamples":
-        """The best n of both."""
-        images, gates, labels = (
-            torch.cat([getattr(self, name), getattr(other, name)], 1) for name in ("images", "gates", "labels")
-        )
+        """The best n of both; images of another size take that of the first ones."""
+        size, theirs = self.images.shape[2:], other.images
+        if theirs.shape[2] != size[0]:
+            theirs = theirs[:, :, :1].expand(-1, -1, size[0], -1, -1)
+        if theirs.shape[2:] != size:
+            resized = F.interpolate(theirs.flatten(0, 1).float(), size=size[1:])
+            theirs = resized.to(torch.uint8).view(*theirs.shape[:2], *size)
+        images = torch.cat([self.images, theirs], 1)
+        gates, labels = torch.cat([self.gates, other.gates], 1), torch.cat([self.labels, other.labels], 1)
         chosen = gates.sort(dim=-1, descending=True, stable=True).indices[:, :count]
         rows = torch.arange(len(gates)).unsqueeze(1)
         return ExpertExamples(images[rows, chosen], gates[rows, chosen], labels[rows, chosen])
+
+
+def _thumbnails(images: Tensor) -> Tensor:
+    """(N, C, H, W) of any values → at most 64 pixels a side, uint8."""
+    images = images.nan_to_num()
+    height, width = images.shape[-2:]
+    scale = max(height, width) / _MAX_SIDE
+    if scale > 1:
+        images = F.adaptive_avg_pool2d(images, (max(1, round(height / scale)), max(1, round(width / scale))))
+    low, high = images.amin((1, 2, 3), keepdim=True), images.amax((1, 2, 3), keepdim=True)
+    return (255 * (images - low) / (high - low).clamp_min(torch.finfo(images.dtype).tiny)).to(torch.uint8)
 
 
 def images_of(batch: Batch) -> Tensor | None:

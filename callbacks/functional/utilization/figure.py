@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from torch import Tensor
 
-from moe_heads.callbacks.functional.common.figures import axes_of
+from moe_heads.callbacks.functional.common.figures import axes_of, plain_text
 from moe_heads.callbacks.functional.utilization.head import HeadUtilization
 
 if TYPE_CHECKING:
@@ -18,6 +18,9 @@ __all__ = ["plot_coactivation", "plot_utilization"]
 # Cells up to which each holds its number in per cent, and experts up to which there is room for it.
 _MAX_LABELLED_CELLS, _MAX_LABELLED_EXPERTS = 200, 16
 _LEAST_LABELLED = 0.005
+
+# Letters of a class's name that leave room for the map.
+_MAX_NAME = 12
 
 _SMALL = 8
 
@@ -55,7 +58,7 @@ def plot_utilization(
         _draw_bars(bars, head)
     ax.set_xlabel("expert", fontsize=_SMALL)
     _label_experts(ax, len(head.load))
-    title = f"{name}: {head.effective_experts:.1f} of {len(head.load)} experts in effect"
+    title = f"{plain_text(name, 30)}: {head.effective_experts:.1f} of {len(head.load)} experts in effect"
     if head.mutual_information is not None:
         title += f"\nI(class; expert) {head.mutual_information:.2f}"
         if head.mutual_information_by_chance is not None:
@@ -81,22 +84,22 @@ def plot_coactivation(name: str, coactivation: Tensor, ax: "Axes | None" = None)
     figure, ax = axes_of(ax, (side, side * 0.85))
     shares = coactivation.numpy().copy()
     np.fill_diagonal(shares, np.nan)
-    _draw_heat(ax, shares, "share of the rows", largest=None)
+    _draw_heat(ax, shares, "share of the rows")
     _label_experts(ax, len(coactivation))
     ax.set_yticks(ax.get_xticks(), [label.get_text() for label in ax.get_xticklabels()], fontsize=_SMALL)
     ax.set_xlabel("also expert", fontsize=_SMALL)
     ax.set_ylabel("rows of expert", fontsize=_SMALL)
-    ax.set_title(f"{name}: experts chosen together", fontsize=9)
+    ax.set_title(f"{plain_text(name, 30)}: experts chosen together", fontsize=9)
     return figure, ax
 
 
 def _width(num_experts: int) -> float:
     """Inches: 450 pixels in TensorBoard for as many experts as fit there."""
-    return min(max(4.6, 1.6 + 0.28 * num_experts), 16)
+    return min(max(4.6, 1.6 + 0.28 * num_experts), 7)
 
 
 def _label_experts(ax: "Axes", num_experts: int) -> None:
-    step = 1 + (num_experts - 1) // 24
+    step = 1 + (num_experts - 1) // 16
     ax.set_xticks(range(0, num_experts, step), [str(expert) for expert in range(0, num_experts, step)], fontsize=_SMALL)
 
 
@@ -107,30 +110,30 @@ def _draw_bars(ax: "Axes", head: HeadUtilization) -> None:
     ax.axhline(1 / len(head.load), color="black", linestyle=":", linewidth=1, label="fair share")
     ax.set_ylabel("share", fontsize=_SMALL)
     ax.tick_params(axis="y", labelsize=_SMALL)
-    ax.legend(fontsize=7, ncols=3, loc="upper center")
-    ax.set_ylim(0, 1.3 * max(float(head.load.max()), float(head.importance.max())))
+    ax.legend(fontsize=7, ncols=3, loc="upper center", handlelength=1, columnspacing=0.8, frameon=False)
+    ax.set_ylim(0, 1.35 * max(float(head.load.max()), float(head.importance.max())))
     for state, those in (("dead", head.dead_experts), ("starved", head.starved_experts)):
         for expert in those:
             ax.annotate(state, (expert, 0), ha="center", va="bottom", fontsize=7, color="tab:red", rotation=90)
 
 
 def _draw_map(ax: "Axes", class_map: Tensor, class_names: Sequence[str]) -> None:
-    _draw_heat(ax, class_map.numpy(), "share of the weight (%)", largest=1)
+    _draw_heat(ax, class_map.numpy(), "share of the weight")
     step = 1 + (len(class_names) - 1) // 50
-    ax.set_yticks(range(0, len(class_names), step), list(class_names)[::step], fontsize=_SMALL)
+    names = [plain_text(name, _MAX_NAME) for name in class_names[::step]]
+    ax.set_yticks(range(0, len(class_names), step), names, fontsize=_SMALL)
     ax.set_ylabel("class", fontsize=_SMALL)
 
 
-def _draw_heat(ax: "Axes", values: np.ndarray, label: str, largest: float | None) -> None:
+def _draw_heat(ax: "Axes", values: np.ndarray, label: str) -> None:
     shares = np.ma.masked_invalid(values)
-    if largest is None:
-        largest = max(float(shares.max()) if shares.count() else 0.0, 1e-3)
+    largest = max(float(shares.max()) if shares.count() else 0.0, 1e-3)
     ax.patch.set(hatch="///", facecolor="white", edgecolor="0.7")
     image = ax.imshow(100 * shares, aspect="auto", cmap="viridis", vmin=0, vmax=100 * largest)
     figure = ax.get_figure(root=True)
     assert figure is not None
     bar = figure.colorbar(image, ax=ax)
-    bar.set_label(label if "%" in label else f"{label} (%)", fontsize=_SMALL)
+    bar.set_label(f"{label} (%)", fontsize=_SMALL)
     bar.ax.tick_params(labelsize=_SMALL)
     if shares.size <= _MAX_LABELLED_CELLS and shares.shape[1] <= _MAX_LABELLED_EXPERTS:
         for (row, column), share in np.ndenumerate(shares):

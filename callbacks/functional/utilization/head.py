@@ -1,5 +1,6 @@
 """How the experts of one head are used."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -40,7 +41,7 @@ class HeadUtilization:
             soft router.
         starved_experts: Those that are not dead and have less than ``starved_below`` of it.
         coactivation: Share of the rows of expert i that chose expert j too, (E, E); the diagonal is 1, a row of an
-            expert without rows nan. None where a row has one expert or all.
+            expert without rows nan. None where every row has one expert, or all.
         class_map: Share of the mixing weight that the samples of a class gave to each expert, (C, E); where gates sum
             to one, their mean. Rows sum to 1; nan for a class without samples. None without labels.
         class_counts: Rows of each class whose top expert is e, (C, E), int64. None without labels.
@@ -52,7 +53,7 @@ class HeadUtilization:
         soft: Whether the router mixes all experts.
         num_rows: Rows (samples, or their tokens) that were routed.
         num_nonfinite: Rows with nan or inf logits, counted in nothing else.
-        ablation: What the accuracy loses without each expert; None if it was not asked for.
+        ablation: What the accuracy loses without each expert; None if it was not asked for or no expert can be spared.
         examples: Images that each expert received with the highest gate; None without images.
     """
 
@@ -134,4 +135,5 @@ class HeadUtilization:
             "num_rows": float(self.num_rows),
             "num_nonfinite": float(self.num_nonfinite),
         }
-        return {key: value for key, value in values.items() if value is not None}
+        # the margin is infinite where there is no other choice
+        return {key: value for key, value in values.items() if value is not None and math.isfinite(value)}

@@ -9,7 +9,7 @@ from moe_heads.routing import RoutingStats
 
 __all__ = ["RouterHealth"]
 
-# Share of the experts in effect below which a router has collapsed.
+# Where between one expert and all of them the number in effect lies when a router has collapsed.
 _COLLAPSED_BELOW = 0.5
 
 _REMEDY = (
@@ -20,7 +20,7 @@ _REMEDY_SOFT = "Raise the temperature or the coefficient of balance={'kl': ...},
 
 
 class RouterHealth:
-    """Tells what is wrong with the experts of one router, each thing once.
+    """Tells what is wrong with the experts of one router, each thing once until it is over.
 
     Args:
         soft: Whether the router mixes all experts: the weight decides then, else the load.
@@ -30,7 +30,7 @@ class RouterHealth:
 
     def __init__(self, soft: bool, dead_below: float, starved_below: float) -> None:
         self._soft = soft
-        self._bounds = (("dead", -1.0, dead_below), ("starving", dead_below, starved_below))
+        self._dead_below, self._starved_below = dead_below, starved_below
         self._told: set[tuple[str, int]] = set()
 
     def news(self, stats: RoutingStats) -> Iterator[str]:
@@ -45,21 +45,29 @@ class RouterHealth:
         share = (stats.importance if self._soft else stats.load).double().cpu()
         num_experts, remedy = len(share), _REMEDY_SOFT if self._soft else _REMEDY
         in_effect = math.exp(float(torch.special.entr(stats.importance.double()).sum()))
-        if in_effect < _COLLAPSED_BELOW * num_experts and self._is_new("collapse", -1):
+        if self._is_news("collapse", -1, in_effect < 1 + _COLLAPSED_BELOW * (num_experts - 1)):
             yield f"the routing collapses: {in_effect:.1f} of {num_experts} experts are in effect. {remedy}"
         relative = dict(enumerate((share * num_experts).tolist()))
-        for state, lowest, below in self._bounds:
-            ill = {e: r for e, r in relative.items() if lowest <= r < below or (state == "dead" and r == 0)}
-            new = [expert for expert in ill if self._is_new(state, expert)]
+        is_dead = {e: r == 0 or r < self._dead_below for e, r in relative.items()}
+        is_ill = {e: is_dead[e] or r < self._starved_below for e, r in relative.items()}
+        dead = [expert for expert, holds in is_dead.items() if self._is_news("dead", expert, holds)]
+        # one that recovers from death is no news, and one that is told to be dead need not be told to starve
+        starving = [e for e, holds in is_ill.items() if self._is_news("ill", e, holds) and not is_dead[e]]
+        states = (("dead", dead, self._dead_below), ("starving", starving, self._starved_below))
+        for state, new, below in states:
             if new:
-                told = ", ".join(f"{expert} ({ill[expert]:.1%})" for expert in new)
+                told = ", ".join(f"{expert} ({relative[expert]:.1%})" for expert in new)
                 what = "mixing weight" if self._soft else "load"
                 yield (
                     f"of {num_experts} experts {state}: {told} of the fair share of the {what}; the limit is"
                     f" {below:.0%}. {remedy}"
                 )
 
-    def _is_new(self, state: str, expert: int) -> bool:
-        is_new = (state, expert) not in self._told
-        self._told.add((state, expert))
-        return is_new
+    def _is_news(self, state: str, expert: int, holds: bool) -> bool:
+        """Whether something holds that did not hold before; then it is told once, until it is over."""
+        was = (state, expert) in self._told
+        if holds:
+            self._told.add((state, expert))
+        else:
+            self._told.discard((state, expert))
+        return holds and not was

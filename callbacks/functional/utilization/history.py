@@ -14,9 +14,13 @@ if TYPE_CHECKING:
 
 __all__ = ["plot_load_history"]
 
+_MAX_BANDS = 16
+
 
 def plot_load_history(history: Sequence[RoutingStats], ax: "Axes | None" = None) -> "tuple[Figure, Axes]":
-    """Stacked shares of the experts' load over the epochs; even bands are balance, a vanishing band is a dying expert.
+    """Load of each expert over the epochs: a vanishing band (or row) is a dying expert.
+
+    Up to 16 experts as stacked shares, more of them as a heat map in units of the fair share.
 
     Args:
         history: Statistics of each epoch, oldest first.
@@ -27,13 +31,21 @@ def plot_load_history(history: Sequence[RoutingStats], ax: "Axes | None" = None)
     """
     figure, ax = axes_of(ax, (4.6, 3.2))
     load = torch.stack([stats.load for stats in history]).double().cpu()
+    num_experts = load.shape[1]
+    ax.set_title("load of the experts over training", fontsize=9)
+    ax.set_xlabel("epoch")
+    if num_experts > _MAX_BANDS:
+        extent = (0.5, len(history) + 0.5, num_experts - 0.5, -0.5)
+        relative = (num_experts * load.t()).numpy()
+        image = ax.imshow(relative, aspect="auto", extent=extent, vmin=0, vmax=2, interpolation="nearest")
+        figure.colorbar(image, ax=ax, label="load / fair share", extend="max")
+        ax.set_ylabel("expert")
+        return figure, ax
     epochs = range(1, len(history) + 1)
     bottom = torch.zeros(len(history), dtype=torch.float64)
-    for expert in range(load.shape[1]):
+    for expert in range(num_experts):
         ax.bar(epochs, load[:, expert], bottom=bottom, width=1.0, label=f"expert {expert}")
         bottom += load[:, expert]
-    ax.set(xlabel="epoch", ylabel="share of the choices", ylim=(0, 1))
-    ax.set_title("load of the experts over training", fontsize=9)
-    if load.shape[1] <= 16:
-        ax.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize="small")
+    ax.set(ylabel="share of the choices", ylim=(0, 1))
+    ax.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize="small")
     return figure, ax

@@ -48,7 +48,7 @@ class ExpertUtilizationMetric(Metric):
 
     def __init__(self, num_experts: int, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        if not isinstance(num_experts, int) or num_experts < 1:
+        if not isinstance(num_experts, int) or isinstance(num_experts, bool) or num_experts < 1:
             raise ValueError(f"num_experts: expected a whole number from 1 on; got {num_experts!r}")
         self.num_experts = num_experts
         for name in (f.name for f in fields(RoutingStats)):
@@ -77,8 +77,11 @@ class ExpertUtilizationMetric(Metric):
             self.num_agreeing = self.num_agreeing + (agrees & valid).sum()
 
     def compute(self) -> dict[str, Tensor]:
-        """The numbers, over all ranks; see the class."""
-        scalars = utilization_scalars(self.stats)
+        """The numbers, over all ranks; see the class. nan without a row."""
+        stats = self.stats
+        scalars = utilization_scalars(stats)
+        if not int(stats.num_rows):
+            scalars = dict.fromkeys(scalars, math.nan)
         if int(self.num_compared):
             scalars |= {"noise_agreement": float(self.num_agreeing / self.num_compared)}
         return {name: torch.tensor(value, dtype=torch.float64) for name, value in scalars.items()}

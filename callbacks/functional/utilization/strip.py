@@ -3,9 +3,7 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
+from moe_heads.callbacks.functional.common.figures import plain_text
 from moe_heads.callbacks.functional.utilization.examples import ExpertExamples
 
 if TYPE_CHECKING:
@@ -13,14 +11,9 @@ if TYPE_CHECKING:
 
 __all__ = ["plot_examples"]
 
-# More rows than that nobody looks through.
-_MAX_EXPERTS = 32
-
 
 def plot_examples(examples: ExpertExamples, class_names: Sequence[str]) -> "Figure":
-    """A row of images for each of the first 32 experts, with class and gate above each.
-
-    Every image is stretched to its own range of values, since it may come normalised.
+    """A row of images for each expert, with class and gate above each.
 
     Args:
         examples: The images.
@@ -29,8 +22,7 @@ def plot_examples(examples: ExpertExamples, class_names: Sequence[str]) -> "Figu
     from matplotlib.figure import Figure
 
     num_experts, count = examples.gates.shape
-    num_experts = min(num_experts, _MAX_EXPERTS)
-    figure = Figure(figsize=(0.5 + 0.6 * count, 0.78 * num_experts), layout="constrained")
+    figure = Figure(figsize=(0.5 + 0.6 * count, 0.9 * num_experts), layout="constrained")
     figure.get_layout_engine().set(w_pad=0.01, h_pad=0.03, wspace=0, hspace=0)  # type: ignore[union-attr, call-arg]
     axes = figure.subplots(num_experts, count, squeeze=False)
     for expert in range(num_experts):
@@ -39,8 +31,9 @@ def plot_examples(examples: ExpertExamples, class_names: Sequence[str]) -> "Figu
             ax.set(xticks=[], yticks=[], frame_on=False)
             gate = float(examples.gates[expert, place])
             if gate > 0:
-                image = _shown(examples.images[expert, place])
-                ax.imshow(image.numpy(), cmap="gray" if image.dim() == 2 else None)
+                image = examples.images[expert, place]
+                shown = image[0] if len(image) == 1 else image.permute(1, 2, 0)
+                ax.imshow(shown.numpy(), cmap="gray", vmin=0, vmax=255)
                 ax.set_title(_title(int(examples.labels[expert, place]), gate, class_names), fontsize=7, pad=1)
         axes[expert, 0].set_ylabel(f"{expert}", fontsize=9, rotation=0, ha="right", va="center")
     return figure
@@ -48,12 +41,4 @@ def plot_examples(examples: ExpertExamples, class_names: Sequence[str]) -> "Figu
 
 def _title(label: int, gate: float, class_names: Sequence[str]) -> str:
     name = "" if label < 0 else class_names[label] if label < len(class_names) else str(label)
-    return f"{name[:8]} {gate:.2f}".strip()
-
-
-def _shown(image: Tensor) -> Tensor:
-    """(H, W) or (H, W, 3), values 0 to 1."""
-    image = image.float().nan_to_num()
-    low, high = image.min(), image.max()
-    image = (image - low) / (high - low).clamp_min(torch.finfo(torch.float32).tiny)
-    return image[0] if len(image) == 1 else image.permute(1, 2, 0)
+    return f"{plain_text(name, 10)}\n{gate:.2f}"

@@ -5,6 +5,7 @@ Shapes: B samples, N rows, E experts, C classes.
 
 import copy
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -76,12 +77,16 @@ class UtilizationSums:
         return total
 
     def add(
-        self, routing: Routing, labels: Tensor | None, images: Tensor | None = None, hits: AblationHits | None = None
+        self,
+        passes: Sequence[Routing],
+        labels: Tensor | None,
+        images: Tensor | None = None,
+        hits: AblationHits | None = None,
     ) -> None:
-        """Add the rows of a batch.
+        """Add a batch.
 
         Args:
-            routing: Its routing, on the CPU.
+            passes: What the router decided each time that it ran for the batch, on the CPU.
             labels: Class of each sample, (B,), on the CPU.
             images: What the samples look like, (B, C, H, W).
             hits: What the accuracy of the batch loses without each expert.
@@ -89,37 +94,40 @@ class UtilizationSums:
         Raises:
             ValueError: If the rows are not those of B samples.
         """
-        stats = routing.stats()
-        self._stats = stats if self._stats is None else self._stats + stats
-        valid = routing.valid
-        num_samples = len(valid) // routing.rows_per_sample
-        self._num_samples += num_samples
-        gates = routing.gates[valid]
-        shares = gates / gates.sum(-1, keepdim=True).clamp_min(torch.finfo(gates.dtype).tiny)
-        self._gate_entropy += float(torch.special.entr(shares).sum())
-        chosen = routing.selected[valid].double()
-        self._pairs += chosen.t() @ chosen
+        for routing in passes:
+            self._add_rows(routing)
+            if images is not None and len(images) * routing.rows_per_sample == len(routing.logits):
+                self._show(ExpertExamples.of(routing, images, labels, self._options.num_examples))
+        # a router that runs twice for a sample tells no more of independent samples
+        self._num_samples += max(len(routing.logits) // routing.rows_per_sample for routing in passes)
         if hits is not None:
             self._hits = hits if self._hits is None else self._hits + hits
-        if images is not None and len(images) == num_samples:
-            self._show(ExpertExamples.of(routing, images, labels, self._options.num_examples))
         if labels is not None and self._num_classes is not None:
-            self._add_classes(routing, labels, gates, num_samples)
+            self._labels.append(labels.long())
+            self._tops.append(torch.stack([self._tops_of(routing, labels.long()) for routing in passes]).sum(0))
 
-    def _add_classes(self, routing: Routing, labels: Tensor, gates: Tensor, num_samples: int) -> None:
+    def _add_rows(self, routing: Routing) -> None:
+        stats = routing.stats()
+        self._stats = stats if self._stats is None else self._stats + stats
+        gates, chosen = routing.gates[routing.valid], routing.selected[routing.valid].double()
+        shares = gates / gates.sum(-1, keepdim=True).clamp_min(torch.finfo(gates.dtype).tiny)
+        self._gate_entropy += float(torch.special.entr(shares).sum())
+        self._pairs += chosen.t() @ chosen
+
+    def _tops_of(self, routing: Routing, labels: Tensor) -> Tensor:
+        """Rows of each sample whose top expert is e, (B, E), int64; their gates are added to those of the classes."""
+        valid, num_samples = routing.valid, len(routing.logits) // routing.rows_per_sample
         if len(labels) != num_samples:
             raise ValueError(
                 f"label_fn: expected a label for each of the {num_samples} samples that head {self.name!r} routed; got"
                 f" {len(labels)} labels"
             )
-        labels = labels.long()
-        self._class_gates.index_add_(0, labels.repeat_interleave(routing.rows_per_sample)[routing.valid], gates)
+        self._class_gates.index_add_(0, labels.repeat_interleave(routing.rows_per_sample)[valid], routing.gates[valid])
         # a row that no expert took has no top expert
-        taken = (routing.valid & ~routing.dropped).unsqueeze(-1)
-        tops = torch.zeros(taken.shape[0], self._num_experts, dtype=torch.int32)
-        tops.scatter_(-1, routing.top.unsqueeze(-1), taken.int())
-        self._labels.append(labels)
-        self._tops.append(tops.view(num_samples, routing.rows_per_sample, -1).sum(1, dtype=torch.int32))
+        taken = (valid & ~routing.dropped).unsqueeze(-1)
+        tops = torch.zeros(len(valid), self._num_experts, dtype=torch.int64)
+        tops.scatter_(-1, routing.top.unsqueeze(-1), taken.long())
+        return tops.view(num_samples, routing.rows_per_sample, -1).sum(1)
 
     def _show(self, more: ExpertExamples | None) -> None:
         if more is not None:
@@ -172,12 +180,12 @@ class UtilizationSums:
 
     def _coactivation(self) -> Tensor | None:
         rows = self._pairs.diagonal()
-        is_single = bool((self._pairs == torch.diag(rows)).all())
-        return None if self._soft or is_single else self._pairs / rows.unsqueeze(1)
+        is_one_or_all = bool((self._pairs == torch.diag(rows)).all() or (self._pairs == self._pairs[0, 0]).all())
+        return None if self._soft or is_one_or_all else self._pairs / rows.unsqueeze(1)
 
     def _class_counts(self) -> Tensor:
         counts = torch.zeros(self._num_classes or 0, self._num_experts, dtype=torch.int64)
-        return counts.index_add_(0, torch.cat(self._labels), torch.cat(self._tops).long())
+        return counts.index_add_(0, torch.cat(self._labels), torch.cat(self._tops))
 
     def _information(self, num_routed: int) -> dict[str, float | None]:
         """What the mutual information's field names end in, and their values."""
@@ -189,7 +197,7 @@ class UtilizationSums:
         widening = math.sqrt(num_routed / self._num_samples)
         found |= {"": information.plugin, "_corrected": information.corrected, "_stderr": information.stderr * widening}
         if self._options.num_permutations and self._num_classes:
-            labels, tops = torch.cat(self._labels), torch.cat(self._tops).long()
+            labels, tops = torch.cat(self._labels), torch.cat(self._tops)
             chance = permutation_baseline(
                 labels, tops, self._num_classes, self._options.num_permutations, self._options.seed
             )

@@ -55,4 +55,7 @@ def _classes(counts: Sequence[int], class_names: Sequence[str]) -> str:
     """The classes of one expert that it sees most, with their share of its rows."""
     total = sum(counts)
     first = sorted(range(len(counts)), key=lambda c: -counts[c])[:_TOP_CLASSES]
-    return ", ".join(f"{class_names[c]} {counts[c] / total:.0%}" for c in first if counts[c]) if total else "–"
+    if not total:
+        return "–"
+    names = {c: " ".join(class_names[c].split()).replace("|", "/") for c in first}
+    return ", ".join(f"{names[c]} {counts[c] / total:.0%}" for c in first if counts[c])

@@ -1,14 +1,16 @@
 """The routers of a model over its training epochs: what is drawn, kept and told of each."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import nn
+from torch.optim import Optimizer
 
-from moe_heads.callbacks.functional.common.batches import Batch, labels_of
+from moe_heads.callbacks.functional.common.batches import Batch
 from moe_heads.callbacks.functional.common.ranks import Ranks
 from moe_heads.callbacks.functional.utilization.flips import EpochChoices
 from moe_heads.callbacks.functional.utilization.health import RouterHealth
-from moe_heads.callbacks.functional.utilization.watch import RoutingWatch
+from moe_heads.callbacks.functional.utilization.watch import RouterKind, RoutingWatch
 from moe_heads.routing import Adapters, RoutingCollection, RoutingStats, adapted_routers, named_routers
 
 __all__ = ["EpochReport", "TrainingRouters"]
@@ -38,6 +40,10 @@ class TrainingRouters:
         adapters: As given to `collect_routing`.
         dead_below: Fraction of the fair share under which an expert is dead.
         starved_below: Fraction under which it is starved.
+
+    Attributes:
+        has_other_data: Whether, on any rank, the last validation of the epoch that ended last was on other data than
+            the one before it.
     """
 
     def __init__(
@@ -48,7 +54,7 @@ class TrainingRouters:
         dead_below: float,
         starved_below: float,
     ) -> None:
-        self._collection = collection
+        self._collection, self.has_other_data = collection, False
         self._bounds = dead_below, starved_below
         self._health: dict[str, RouterHealth] = {}
         self._routers: dict[str, nn.Module] = {**named_routers(model)}
@@ -73,35 +79,34 @@ class TrainingRouters:
         """Take what was heard of a validation batch."""
         self._collection.paused = True
         for name, passes in self._collection.routings.items():
-            self._choices[name].add(passes, labels_of(batch))
+            self._choices[name].add(passes, batch)
             passes.clear()
 
     def end_validation(self) -> None:
         """Compare the choices with those of the validation before."""
         self._flips = {name: choices.end_epoch() for name, choices in self._choices.items()}
 
-    def note_gradients(self) -> None:
+    def note_gradients(self, optimizer: Optimizer) -> None:
         """Note the gradients that an optimizer is about to follow."""
-        self._watch.note_gradients(self._routers)
+        self._watch.note_gradients(self._routers, optimizer)
 
     def end_epoch(self, ranks: Ranks) -> dict[str, EpochReport]:
         """What the epoch showed of each router that ran; then the next one begins. Every rank has to call it."""
         # a module may end its epoch in on_train_batch_start: the batch then has no end
         self._collection.paused = True
         self._watch.count()
-        norms = self._watch.gradient_norms()
+        of_this_rank = _RankEpoch(self._watch.kinds, self._watch.gradient_norms(), self._flips, self._has_other_data)
+        # what ran on one rank alone is told by all: they have to add up, and log, the same
+        found = ranks.gather(of_this_rank)
+        self.has_other_data = any(rank.has_other_data for rank in found)
+        kinds = {name: kind for rank in found for name, kind in rank.kinds.items()}
         reports: dict[str, EpochReport] = {}
-        # a router may not have run on each rank; all of them have to add up the same ones
-        kinds = {name: kind for found in ranks.gather(self._watch.kinds) for name, kind in found.items()}
         for name, kind in sorted(kinds.items()):
             metric = self._watch.metric(name, kind)
             scalars = {key: float(value) for key, value in metric.compute().items()}
             stats = metric.stats.all_reduce().cpu()
-            if name in norms:
-                scalars["router_gradient_norm"] = norms[name]
-            flipped, compared = (ranks.sum(number) for number in self._flips.get(name, (0, 0)))
-            if compared:
-                scalars["routing_flips"] = flipped / compared
+            scalars |= _mean("router_gradient_norm", [rank.norms[name] for rank in found if name in rank.norms])
+            scalars |= _mean("routing_flips", [rank.flips[name] for rank in found if name in rank.flips])
             if int(stats.num_rows):
                 health = self._health.setdefault(name, RouterHealth(kind.soft, *self._bounds))
                 reports[name] = EpochReport(stats, scalars, tuple(health.news(stats)))
@@ -110,6 +115,21 @@ class TrainingRouters:
         return reports
 
     @property
-    def has_reordered_validation(self) -> bool:
-        """Whether the validation data came in another order than the time before."""
-        return any(choices.reordered for choices in self._choices.values())
+    def _has_other_data(self) -> bool:
+        return any(choices.has_other_data for choices in self._choices.values())
+
+
+@dataclass(frozen=True)
+class _RankEpoch:
+    """What one rank tells the others of an epoch, by the name of the router: norms and flips with their counts."""
+
+    kinds: dict[str, RouterKind]
+    norms: dict[str, tuple[float, int]]
+    flips: dict[str, tuple[int, int]]
+    has_other_data: bool
+
+
+def _mean(name: str, parts: Sequence[tuple[float, int]]) -> dict[str, float]:
+    """The mean of all parts, each a sum and a count; nothing where nothing was counted."""
+    count = sum(number for _, number in parts)
+    return {name: sum(total for total, _ in parts) / count} if count else {}

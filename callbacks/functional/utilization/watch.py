@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from moe_heads.callbacks.functional.utilization.metric import ExpertUtilizationMetric
 from moe_heads.routing import Routing, RoutingCollection
 
-__all__ = ["RoutingWatch"]
+__all__ = ["RouterKind", "RoutingWatch"]
 
 # Numbers of the (N, E) logits after which the decisions that wait are counted: what a cache holds. With a quarter of it
 # and with eight times as much a step costs a fifth more.
@@ -53,8 +53,9 @@ class RoutingWatch:
         self._metrics: dict[str, ExpertUtilizationMetric] = {}
         self._waiting: dict[str, list[Routing]] = {}
         self._num_waiting: dict[str, int] = {}
-        self._norms: dict[str, list[Tensor]] = {}
-        self._num_optimizer_steps = 0
+        self._norms: dict[str, Tensor] = {}
+        self._num_norms: dict[str, int] = {}
+        self._num_steps: dict[int, int] = {}
 
     def take(self, collection: RoutingCollection) -> None:
         """Take what was collected of a batch out of the collection."""
@@ -66,28 +67,32 @@ class RoutingWatch:
             if num_waiting >= _MAX_WAITING:
                 self._count(name)
 
-    def note_gradients(self, routers: Mapping[str, nn.Module]) -> None:
-        """Note the norms of the routers' gradients, those of the optimizer step to come, every tenth time."""
-        self._num_optimizer_steps += 1
-        if self._num_optimizer_steps % _STEPS_BETWEEN_NORMS != 1:
+    def note_gradients(self, routers: Mapping[str, nn.Module], optimizer: torch.optim.Optimizer) -> None:
+        """Note the norms of the routers' gradients that an optimizer is about to follow, every tenth time."""
+        steps = self._num_steps[id(optimizer)] = self._num_steps.get(id(optimizer), 0) + 1
+        if steps % _STEPS_BETWEEN_NORMS != 1:
             return
+        its_own = {parameter for group in optimizer.param_groups for parameter in group["params"]}
         for name, router in routers.items():
-            gradients = [p.grad.detach() for p in router.parameters() if p.grad is not None]
+            gradients = [p.grad.detach() for p in router.parameters() if p in its_own and p.grad is not None]
             if gradients:
-                self._norms.setdefault(name, []).append(nn.utils.get_total_norm(gradients))
+                norm = nn.utils.get_total_norm(gradients).double()
+                self._norms[name] = self._norms[name] + norm if name in self._norms else norm
+                self._num_norms[name] = self._num_norms.get(name, 0) + 1
 
     def count(self) -> None:
         """Count what waits."""
         for name in self._waiting:
             self._count(name)
 
-    def gradient_norms(self) -> dict[str, float]:
-        """Mean norm of each router's gradient over the optimizer steps that were noted."""
-        return {name: float(torch.stack(norms).double().mean()) for name, norms in self._norms.items()}
+    def gradient_norms(self) -> dict[str, tuple[float, int]]:
+        """Sum of the norms of each router's gradient, and how many were noted."""
+        return {name: (float(total), self._num_norms[name]) for name, total in self._norms.items()}
 
     def reset(self) -> None:
         """Begin an epoch."""
-        self._waiting, self._num_waiting, self._norms, self._num_optimizer_steps = {}, {}, {}, 0
+        self._waiting, self._num_waiting = {}, {}
+        self._norms, self._num_norms, self._num_steps = {}, {}, {}
         for metric in self._metrics.values():
             metric.reset()
 

@@ -283,6 +283,26 @@ def test_experts_that_are_chosen_together() -> None:
         assert only_head(expert_utilization(HandModel(4, k), [x])).coactivation is None
 
 
+def test_all_experts_together_are_no_pairs_and_have_no_margin() -> None:
+    head = only_head(expert_utilization(HandModel(3, 3), [torch.randn(5, 3)]))
+    assert head.coactivation is None
+    assert math.isinf(head.margin)
+    assert "margin" not in head.metrics()
+
+
+def test_a_head_that_runs_twice_tells_no_more_of_independent_samples() -> None:
+    def twice(model: nn.Module, batch: tuple[Tensor, Tensor]) -> None:
+        model(batch[0])
+        model(batch[0])
+
+    batch = torch.randn(60, 3), torch.randint(2, (60,))
+    one = only_head(expert_utilization(HandModel(3, 1), [batch]))
+    two = only_head(expert_utilization(HandModel(3, 1), [batch], forward_fn=twice))
+    assert two.num_rows == 120
+    for name in ("", "_stderr", "_by_chance", "_p_value"):
+        assert getattr(two, f"mutual_information{name}") == pytest.approx(getattr(one, f"mutual_information{name}"))
+
+
 def test_starved_experts_and_percentiles() -> None:
     experts = [0] * 60 + [1] * 30 + [2] * 8 + [3] * 2
     head = only_head(expert_utilization(HandModel(4, 1), [chosen(experts, 4)], starved_below=0.35, dead_below=0.1))

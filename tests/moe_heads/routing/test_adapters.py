@@ -77,6 +77,19 @@ def test_a_probability_of_zero_is_no_row_without_finite_logits() -> None:
     assert not Routing.from_probs(torch.tensor([[torch.nan, 0.0]])).valid.any()
 
 
+def test_scores_that_do_not_sum_to_one_and_those_that_cannot_be() -> None:
+    routing = Routing.from_probs(torch.tensor([[0.9, 0.3], [2.0, -1.0]]), torch.tensor([[0], [0]]))
+    torch.testing.assert_close(routing.probs[0], torch.tensor([0.75, 0.25]))
+    assert routing.weights[0] == 0.9
+    assert routing.valid.tolist() == [True, False]
+
+
+def test_rows_of_a_sample_can_be_told() -> None:
+    assert Routing.from_probs(torch.ones(6, 2), rows_per_sample=3).rows_per_sample == 3
+    with pytest.raises(ValueError, match="rows_per_sample: expected a divisor of the 6 rows; got 4"):
+        Routing.from_probs(torch.ones(6, 2), rows_per_sample=4)
+
+
 def test_paused_and_copied_models_record_nothing() -> None:
     model, x = nn.Sequential(Layer()), torch.randn(5, 4)
     with collect_routing(model, {ForeignRouter: adapter}) as collection:
@@ -124,6 +137,9 @@ def test_an_adapter_that_gives_no_routing() -> None:
         ((torch.ones(3, 2, dtype=torch.int64),), r"probs: expected \(N, E\)"),
         ((torch.ones(3, 2), torch.zeros(2, 1, dtype=torch.int64)), r"indices: expected whole numbers, \(3,\)"),
         ((torch.ones(3, 2), torch.zeros(3, 1)), "indices: expected whole numbers"),
+        ((torch.ones(3, 2), torch.zeros(3, 1, dtype=torch.bool)), "indices: expected whole numbers"),
+        ((torch.ones(3, 2), torch.zeros(3, 0, dtype=torch.int64)), "indices: expected whole numbers"),
+        ((torch.ones(3, 2), torch.full((3, 1), -1)), "indices: expected 0 to 1; got -1 to -1"),
         ((torch.ones(3, 2), torch.zeros(3, 1, dtype=torch.int64), torch.ones(3, 2)), "weights: expected the shape"),
         ((torch.ones(3, 2), None, torch.ones(3, 2)), "weights: expected the shape of indices"),
     ],
@@ -144,9 +160,27 @@ def test_a_compiled_model_is_compiled_once_and_without_a_break() -> None:
         with collect_routing(model) as collection:
             collection.paused = not watched
             for _ in range(3):
-                collection.routings["1"].clear()  # its length is guarded by the compiler
                 compiled(torch.randn(8, 4)).sum().backward()
-                assert len(collection.routings["1"]) == int(watched)
+            assert len(collection.routings["1"]) == (3 if watched else 0)
         return counters["stats"]["unique_graphs"], sum(counters["graph_break"].values())
 
     assert graphs(watched=True) == graphs(watched=False) == (1, 0)
+
+
+def test_blocks_that_are_compiled_alone_share_their_graphs() -> None:
+    from torch._dynamo.utils import counters
+
+    def graphs(watched: bool) -> int:
+        torch._dynamo.reset()
+        counters.clear()
+        blocks = nn.Sequential(*(SparseMoE(4, 4, num_experts=4, expert_width=2) for _ in range(12)))
+        for block in blocks:
+            block.compile(backend="aot_eager")
+        with collect_routing(blocks) as collection:
+            collection.paused = not watched
+            x = torch.randn(8, 4)
+            torch.stack([block(x) for block in blocks]).sum().backward()
+        assert all(len(passes) == int(watched) for passes in collection.routings.values())
+        return counters["stats"]["unique_graphs"]
+
+    assert graphs(watched=True) == graphs(watched=False)

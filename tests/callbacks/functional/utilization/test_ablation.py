@@ -92,10 +92,41 @@ def foreign(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Routing
 
 def test_a_router_of_somebody_else_has_everything_but_an_ablation() -> None:
     model, batch = Foreign(), (torch.randn(30, 5), torch.randint(3, (30,)))
-    result = expert_utilization(model, [batch], adapters={"gate": foreign}, ablation=True)
+    result = expert_utilization(model, [batch], adapters={"gate": foreign})
     top = model(batch[0]).argmax(-1)
     assert torch.equal(result.load["head"], torch.bincount(top, minlength=3).double() / 30)
     assert result.heads["head"].ablation is None
+    with pytest.raises(ValueError, match="a head that can lose an expert; the model has no head of moe_heads"):
+        expert_utilization(model, [batch], adapters={"gate": foreign}, ablation=True)
+
+
+def test_tokens_of_a_router_that_sees_them_one_after_the_other() -> None:
+    """As those of most language models do."""
+
+    class Flat(Foreign):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.gate(x.flatten(0, 1)).view(*x.shape[:2], -1).mean(1)
+
+    model, x, y = Flat(), torch.randn(6, 4, 5), torch.randint(3, (6,))
+    head = expert_utilization(model, [(x, y)], adapters={"gate": foreign}).heads["head"]
+    top = model.gate(x).argmax(-1)
+    expected = torch.stack([torch.bincount(top[y == c].flatten(), minlength=3) for c in range(int(y.max()) + 1)])
+    assert head.num_rows == 24
+    assert torch.equal(head.class_counts, expected)
+
+
+def test_a_head_that_cannot_lose_one_costs_the_others_nothing() -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = HEADS["sparse"](), SparseMoE(3, 3, num_experts=1, k=1, expert_width=2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.second(self.first(x))
+
+    heads = expert_utilization(Two(), [(torch.randn(9, 8), torch.randint(3, (9,)))], ablation=True).heads
+    assert heads["second"].ablation is None
+    assert heads["first"].ablation is not None
 
 
 @pytest.mark.parametrize(
@@ -105,7 +136,7 @@ def test_a_router_of_somebody_else_has_everything_but_an_ablation() -> None:
         (
             Last(SparseMoE(8, 3, num_experts=2, expert_width=4)),
             (torch.randn(3, 5), torch.zeros(3, dtype=torch.int64)),
-            "ablation: 'head' can lose no expert; experts: expected at least 2 experts to be left",
+            "can lose an expert; 'head' cannot; experts: expected at least 2 experts to be left",
         ),
         (
             nn.Sequential(SoftMoE(5, 3, num_experts=2, expert_width=4), nn.Flatten(0)),
@@ -124,22 +155,39 @@ def routing_of(gates: list[list[float]], tokens: int = 1) -> Routing:
     return Routing(logits=probs.clamp_min(1e-9).log(), probs=probs, rows_per_sample=tokens)
 
 
+def pictures(*numbers: int) -> Tensor:
+    """An image for each number, with one bright pixel."""
+    return torch.eye(4)[list(numbers)].view(len(numbers), 1, 1, 4)
+
+
+def numbers_of(examples: ExpertExamples) -> list[list[int]]:
+    return examples.images.float().argmax(-1).flatten(1).tolist()
+
+
 def test_each_expert_shows_the_images_of_its_highest_gates() -> None:
-    images = torch.arange(3.0).view(3, 1, 1, 1)
-    found = ExpertExamples.of(routing_of([[0.1, 0.9], [0.7, 0.3], [1.0, 0.0]]), images, torch.tensor([5, 6, 7]), 2)
-    assert found.images.flatten(1).tolist() == [[2, 1], [0, 1]]
+    routing = routing_of([[0.1, 0.9], [0.7, 0.3], [1.0, 0.0]])
+    found = ExpertExamples.of(routing, pictures(0, 1, 2), torch.tensor([5, 6, 7]), 2)
+    assert numbers_of(found) == [[2, 1], [0, 1]]
     assert found.labels.tolist() == [[7, 6], [5, 6]]
-    more = ExpertExamples.of(routing_of([[0.8, 0.2]]), torch.full((1, 1, 1, 1), 9.0), None, 2)
+    more = ExpertExamples.of(routing_of([[0.8, 0.2]]), pictures(3), None, 2)
     merged = found.merged(more, 2)
-    assert merged.images.flatten(1).tolist() == [[2, 9], [0, 1]]
+    assert numbers_of(merged) == [[2, 3], [0, 1]]
     assert merged.labels.tolist() == [[7, -1], [5, 6]]
     assert merged.gates.flatten().tolist() == pytest.approx([1.0, 0.8, 0.9, 0.3])
 
 
 def test_a_sample_of_tokens_counts_by_its_best_token() -> None:
     routing = routing_of([[0.5, 0.5], [0.9, 0.1], [0.4, 0.6], [0.4, 0.6]], tokens=2)
-    found = ExpertExamples.of(routing, torch.tensor([1.0, 2.0]).view(2, 1, 1, 1), None, 1)
-    assert found.images.flatten().tolist() == [1, 2]
+    assert numbers_of(ExpertExamples.of(routing, pictures(1, 2), None, 1)) == [[1], [2]]
+
+
+def test_images_are_kept_small_and_of_one_size() -> None:
+    routing = routing_of([[1.0] + 39 * [0.0]])
+    large = ExpertExamples.of(routing, torch.randn(1, 3, 256, 128), None, 4)
+    assert large.images.shape == (32, 1, 3, 64, 32)
+    assert large.images.dtype == torch.uint8
+    for other in (torch.randn(1, 3, 10, 10), torch.randn(1, 1, 64, 32)):
+        assert large.merged(ExpertExamples.of(routing, other, None, 4), 4).images.shape == (32, 2, 3, 64, 32)
 
 
 def test_what_can_be_shown() -> None:

@@ -18,3 +18,12 @@ def test_bars_of_an_epoch_stack_up_to_one() -> None:
     heights = [bar.get_height() for bar in ax.patches]
     assert heights == pytest.approx([0.25, 1.0, 0.75, 0.0])
     assert [bar.get_y() for bar in ax.patches] == pytest.approx([0.0, 0.0, 0.25, 1.0])
+
+
+def test_many_experts_are_rows_of_a_map() -> None:
+    figure, ax = plot_load_history([epoch([2] * 20), epoch([40] + [0] * 19)])
+    figure.canvas.draw()
+    (image,) = ax.images
+    assert image.get_array().shape == (20, 2)
+    assert image.get_array()[:, 0] == pytest.approx([1.0] * 20)
+    assert image.get_array()[:2, 1] == pytest.approx([20.0, 0.0])

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -126,16 +127,31 @@ def test_what_waits_holds_no_graph() -> None:
     assert routing.slot_logits is None
 
 
+def sgd(*modules: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD([p for module in modules for p in module.parameters()], lr=0.1)
+
+
 def test_gradient_norms_are_those_of_every_tenth_optimizer_step() -> None:
     watch, router = RoutingWatch(), nn.Linear(3, 2)
-    watch.note_gradients({"head": router})
+    optimizer = sgd(router)
+    watch.note_gradients({"head": router}, optimizer)
     assert watch.gradient_norms() == {}
     watch.reset()
     for number in range(20):
         for parameter in router.parameters():
             parameter.grad = torch.full_like(parameter, number)
-        watch.note_gradients({"head": router})
-    assert watch.gradient_norms() == {"head": pytest.approx(5 * 8**0.5)}
+        watch.note_gradients({"head": router}, optimizer)
+    assert watch.gradient_norms() == {"head": (pytest.approx(10 * 8**0.5), 2)}
+
+
+def test_gradients_that_another_optimizer_leaves_alone_are_not_noted() -> None:
+    watch, router, other = RoutingWatch(), nn.Linear(3, 2), nn.Linear(2, 2)
+    of_router, of_other = sgd(router), sgd(other)
+    for number in range(20):
+        for parameter in router.parameters():
+            parameter.grad = torch.full_like(parameter, 100.0 if number % 2 == 0 else 1.0)
+        watch.note_gradients({"head": router}, of_other if number % 2 == 0 else of_router)
+    assert watch.gradient_norms() == {"head": (pytest.approx(8**0.5), 1)}
 
 
 def hard(experts: list[int]) -> list[Routing]:
@@ -143,27 +159,44 @@ def hard(experts: list[int]) -> list[Routing]:
     return [Routing.from_probs(probs, probs.topk(1).indices)]
 
 
-def epoch(choices: EpochChoices, experts: list[int], labels: list[int] | None) -> tuple[int, int]:
-    choices.add(hard(experts), None if labels is None else torch.tensor(labels))
+def epoch(choices: EpochChoices, experts: list[int], batch: Any) -> tuple[int, int]:
+    choices.add(hard(experts), batch)
     return choices.end_epoch()
 
 
-@pytest.mark.parametrize("labels", [[0, 1, 1, 0], None])
-def test_flips_between_epochs(labels: list[int] | None) -> None:
+@pytest.mark.parametrize("batch", [(torch.randn(4, 700), torch.tensor([0, 1, 1, 0])), {"x": torch.ones(4, 1)}, "text"])
+def test_flips_between_epochs(batch: Any) -> None:
     choices = EpochChoices()
-    assert epoch(choices, [0, 1, 2, 0], labels) == (0, 0)
-    assert epoch(choices, [0, 2, 2, 1], labels) == (2, 4)
-    assert epoch(choices, [0, 2, 2, 1], labels) == (0, 4)
+    assert epoch(choices, [0, 1, 2, 0], batch) == (0, 0)
+    assert epoch(choices, [0, 2, 2, 1], batch) == (2, 4)
+    assert epoch(choices, [0, 2, 2, 1], batch) == (0, 4)
 
 
-@pytest.mark.parametrize(("experts", "labels"), [([0, 1, 2, 0], [1, 1, 1, 1]), ([0, 1], [0, 1]), ([0, 1, 2, 0], None)])
-def test_other_data_are_not_compared(experts: list[int], labels: list[int] | None) -> None:
+def test_data_with_nan_are_known_again() -> None:
+    choices, batch = EpochChoices(), torch.full((2, 3), torch.nan)
+    epoch(choices, [0, 1], batch)
+    assert epoch(choices, [0, 2], batch) == (1, 2)
+
+
+X, ONE_HOT = torch.randn(4, 700), torch.eye(4)
+
+
+@pytest.mark.parametrize(
+    ("experts", "batch"),
+    [
+        ([0, 1, 2, 0], (X.flip(0), ONE_HOT)),
+        ([0, 1, 2, 0], (X, ONE_HOT.flip(0))),
+        ([0, 1], (X[:2], ONE_HOT[:2])),
+        ([0, 1, 2, 0], X),
+    ],
+)
+def test_other_data_are_not_compared(experts: list[int], batch: Any) -> None:
     choices = EpochChoices()
-    epoch(choices, [0, 1, 2, 0], [0, 1, 1, 0])
-    assert epoch(choices, experts, labels) == (0, 0)
-    assert choices.reordered
-    assert epoch(choices, experts, labels) == (0, len(experts))
-    assert not choices.reordered
+    epoch(choices, [0, 1, 2, 0], (X, ONE_HOT))
+    assert epoch(choices, experts, batch) == (0, 0)
+    assert choices.has_other_data
+    assert epoch(choices, experts, batch) == (0, len(experts))
+    assert not choices.has_other_data
 
 
 def stats_of(shares: list[float]) -> RoutingStats:
@@ -173,23 +206,48 @@ def stats_of(shares: list[float]) -> RoutingStats:
     return RoutingStats(counts, load, load, zero, zero, torch.tensor(0), rows, torch.tensor(0))
 
 
+def health(soft: bool = False, dead_below: float = 0.01) -> RouterHealth:
+    return RouterHealth(soft, dead_below=dead_below, starved_below=0.25)
+
+
 def test_health_tells_each_thing_once_and_what_to_change() -> None:
-    health = RouterHealth(soft=False, dead_below=0.01, starved_below=0.25)
-    assert list(health.news(stats_of([0.25] * 4))) == []
-    (starving,) = health.news(stats_of([0.35, 0.3, 0.3, 0.05]))
+    router = health()
+    assert list(router.news(stats_of([0.25] * 4))) == []
+    (starving,) = router.news(stats_of([0.35, 0.3, 0.3, 0.05]))
     assert starving.startswith("of 4 experts starving: 3 (20.0%) of the fair share of the load; the limit is 25%.")
     assert "BiasBalancedRouter" in starving
-    (dead,) = health.news(stats_of([0.35, 0.3, 0.35, 0.0]))
+    (dead,) = router.news(stats_of([0.35, 0.3, 0.35, 0.0]))
     assert dead.startswith("of 4 experts dead: 3 (0.0%)")
-    assert list(health.news(stats_of([0.35, 0.3, 0.35, 0.0]))) == []
-    collapse, more = health.news(stats_of([0.98, 0.01, 0.01, 0.0]))
+    assert list(router.news(stats_of([0.35, 0.3, 0.35, 0.0]))) == []
+    collapse, more = router.news(stats_of([0.98, 0.01, 0.01, 0.0]))
     assert collapse.startswith("the routing collapses: 1.1 of 4 experts are in effect.")
     assert more.startswith("of 4 experts starving: 1 (4.0%), 2 (4.0%)")
 
 
+def test_an_expert_that_recovers_is_no_news_and_one_that_dies_again_is() -> None:
+    router, sick, well = health(), stats_of([0.5, 0.5, 0.0]), stats_of([0.4, 0.3, 0.3])
+    (dead,) = router.news(sick)
+    assert "dead: 2" in dead
+    assert list(router.news(stats_of([0.5, 0.48, 0.02]))) == []  # it starves on
+    assert list(router.news(well)) == []
+    assert list(router.news(sick)) == [dead]
+
+
+def test_two_experts_can_collapse_and_without_a_limit_the_dead_do_not_starve() -> None:
+    collapse, dead = health(dead_below=0.0).news(stats_of([1.0, 0.0]))
+    assert "1.0 of 2 experts" in collapse
+    assert "dead: 1 (0.0%)" in dead
+
+
 def test_a_soft_router_is_told_by_its_weights() -> None:
     stats = RoutingStats(**{**vars(stats_of([0.25] * 4)), "counts": torch.tensor([1000, 0, 0, 0])})
-    assert list(RouterHealth(soft=True, dead_below=0.01, starved_below=0.25).news(stats)) == []
-    (dead, *_) = RouterHealth(soft=True, dead_below=0.01, starved_below=0.25).news(stats_of([0.4, 0.3, 0.3, 0.0]))
+    assert list(health(soft=True).news(stats)) == []
+    (dead, *_) = health(soft=True).news(stats_of([0.4, 0.3, 0.3, 0.0]))
     assert "mixing weight" in dead
     assert "temperature" in dead
+
+
+@pytest.mark.filterwarnings("ignore:The ``compute`` method of metric")
+def test_without_a_row_there_is_no_number() -> None:
+    found = ExpertUtilizationMetric(4).compute()
+    assert found and all(value.isnan() for value in found.values())
