@@ -25,5 +25,5 @@ def test_many_experts_are_rows_of_a_map() -> None:
     figure.canvas.draw()
     (image,) = ax.images
     assert image.get_array().shape == (20, 2)
-    assert image.get_array()[:, 0] == pytest.approx([1.0] * 20)
-    assert image.get_array()[:2, 1] == pytest.approx([20.0, 0.0])
+    assert image.get_array()[:, 0].tolist() == pytest.approx([1.0] * 20)
+    assert image.get_array()[:2, 1].tolist() == pytest.approx([20.0, 0.0])
