@@ -1,8 +1,6 @@
 """Inference timing: latency percentiles and throughput of a model and of its parts, and what a sparse head gains."""
 
-import gc
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import torch
 from torch import nn
@@ -51,7 +49,7 @@ def inference_timing(
     Everything runs in evaluation and inference mode, in one process, with the inputs on the model's device; the clock
     is read after the device has finished. After the warm-up all of a batch size take turns in a new random order in
     every round, so that a drift of the clock rate meets all alike. No run is left out; Python's garbage is collected
-    before the runs and not during them. The interval of each median allows for runs that are not independent
+    between the rounds. The interval of each median allows for runs that are not independent
     (`median_interval`); what no run saw, such as a machine that is slower for an hour, it cannot know.
 
     Threads, precision and autocast are those of the caller (recorded in the result), as are the attention kernels:
@@ -73,8 +71,9 @@ def inference_timing(
         warmup_tolerance: See there; 5 % is what a quiet machine reaches with its first ten runs.
         seconds_per_size: Time after which no further round begins at a batch size, unless there were fewer than six.
             Six sizes of a small model take 5 s.
-        max_seconds: Time of the whole sweep: a size of which six rounds would go beyond it, judged by the size before,
-            is named in ``skipped``. The smallest size is always timed.
+        max_seconds: Time of the whole sweep, compilation and capture aside: of a size whose six rounds would go beyond
+            it only the heads are timed, or nothing where not even a pass fits; ``skipped`` says so. The smallest size
+            is always timed.
         forward_fn: ``forward_fn(model, batch)`` runs the whole model.
         seed: Seed of the order of turns, of the bootstrap and of the random number generators.
         monitor: Shows the rounds and ends the analysis when its time is over; see `Monitor`.
@@ -102,7 +101,7 @@ def inference_timing(
         raise ValueError("example_batch: expected at least one sample; got none")
     named = named_modules(model, modules)
     device, monitor = device_of(model), monitor or Monitor()
-    with preserved(model), _no_garbage():
+    with preserved(model):
         model.eval()
         torch.manual_seed(seed)
         twins, failed = _dense_twins(routed_heads(named))
@@ -132,16 +131,3 @@ def _dense_twins(heads: dict[str, Head]) -> tuple[dict[str, Head], list[Skipped]
         except ValueError as error:
             failed.append(Skipped(None, None, twin_name(name), str(error)))
     return twins, failed
-
-
-@contextmanager
-def _no_garbage() -> Iterator[None]:
-    """No collection of Python's garbage inside the block: it would be somebody else's."""
-    gc.collect()
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()

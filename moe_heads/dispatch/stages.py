@@ -29,17 +29,18 @@ def stages(experts: Experts, x: Tensor, routing: Routing, dispatch: Dispatch) ->
     path = path_of(experts, x, routing, dispatch)
     if path == "all":
         return {"dispatch": lambda: routing.gates}
-    assert routing.weights is not None
-    outputs = x.new_zeros(*routing.weights.shape, experts.out_features)
+    weights, indices = routing.weights, routing.indices
+    assert weights is not None
+    outputs = x.new_zeros(*weights.shape, experts.out_features)
     if path == "gathered":
         return {
-            "dispatch": lambda: [stack[routing.indices] for stack in experts.stacks()],
-            "combine": lambda: (outputs * routing.weights.unsqueeze(-1)).sum(1),
+            "dispatch": lambda: [stack[indices] for stack in experts.stacks()],
+            "combine": lambda: (outputs * weights.unsqueeze(-1)).sum(1),
         }
-    if path == "ragged" and x.shape[0] == 1 and routing.indices is not None:
+    if path == "ragged" and x.shape[0] == 1 and indices is not None:
         return {
-            "dispatch": lambda: routing.indices.tolist(),
-            "combine": lambda: routing.weights @ torch.cat([*outputs[0].split(1)]),
+            "dispatch": indices.tolist,
+            "combine": lambda: weights @ torch.cat([*outputs[0].split(1)]),
         }
     chosen = assignments(routing)
     return {

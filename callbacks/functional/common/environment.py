@@ -100,7 +100,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def _driver(path: Path = Path("/proc/driver/nvidia/version")) -> str:
-    """Version of the NVIDIA driver: the number in the first line, such as "NVRM version: ... Module  580.65.06  ..."."""
+    """Version of the NVIDIA driver: the first number in what the kernel says, "... Module  580.65.06  ..."."""
     words = path.read_text(encoding="utf-8").split() if path.is_file() else []
     return next((word for word in words if word.replace(".", "").isdigit() and "." in word), "unknown")
 

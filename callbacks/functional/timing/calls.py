@@ -31,7 +31,13 @@ class Call:
     args: tuple[Any, ...] = ()
     kwargs: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether it is a module on its inputs, and not a stage: a bare function of what it closes over."""
+        return bool(self.args or self.kwargs)
+
     def __call__(self) -> object:
+        """Run it."""
         return self.function(*self.args, **self.kwargs)
 
 

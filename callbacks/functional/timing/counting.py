@@ -14,12 +14,20 @@ from torch.utils.flop_counter import flop_registry
 __all__ = ["CONVENTION", "Counted", "Operator", "count"]
 
 CONVENTION = (
-    "two operations a multiply-add of matrix products, convolutions and attention; a sparse head counts the experts chosen"
+    "two operations a multiply-add of matrix products, convolutions and attention; a sparse head counts its choices"
 )
 
 
 # what these read of their first argument is as large as what they write
 _GATHERS = {"aten.index", "aten.index_select", "aten.gather", "aten.embedding"}
+
+
+def _grouped_product(a: Tensor, b: Tensor, *args: Any, **kwargs: Any) -> int | None:
+    """Rows (P, D) in groups, each times its own matrix of (E, D, H): torch's counter has no formula for it."""
+    return 2 * a.shape[0] * a.shape[1] * b.shape[2] if a.dim() == 2 and b.dim() == 3 else None
+
+
+_FORMULAS: Mapping[Any, Callable[..., int | None]] = {torch.ops.aten._grouped_mm: _grouped_product, **flop_registry}
 
 
 class Operator(NamedTuple):
@@ -69,11 +77,11 @@ class _Recorder(TorchDispatchMode):
     """Notes the operators that run and are no views."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.operators: list[Operator] = []
         self.uncounted: Counter[str] = Counter()
 
-    def __torch_dispatch__(  # type: ignore[override]
+    def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
@@ -82,11 +90,11 @@ class _Recorder(TorchDispatchMode):
         # a question about data types, or an empty tensor to be filled, does nothing
         if func.is_view or not tensors:
             return output
-        formula, name = flop_registry.get(func.overloadpacket), str(func.overloadpacket)
-        if formula is None:
+        formula, name = _FORMULAS.get(func.overloadpacket), str(func.overloadpacket)
+        flops = None if formula is None else formula(*args, **kwargs, out_val=output)
+        if flops is None:
             self.uncounted[name] += 1
         written = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
         read = [*written, *tensors[1:]] if name in _GATHERS else tensors
-        flops = 0 if formula is None else int(formula(*args, **kwargs, out_val=output))
-        self.operators.append(Operator(flops, sum(tensor.nbytes for tensor in (*read, *written))))
+        self.operators.append(Operator(int(flops or 0), sum(tensor.nbytes for tensor in (*read, *written))))
         return output

@@ -4,12 +4,14 @@ from collections import defaultdict
 from collections.abc import Mapping
 
 import torch
+from torch import nn
 
 from moe_heads.callbacks.functional.common.environment import Environment, load_average
 from moe_heads.callbacks.functional.timing.calls import MODEL, Call
 from moe_heads.callbacks.functional.timing.counting import count
 from moe_heads.callbacks.functional.timing.gap import Gap, GapPoint, break_even, realised_ratio
 from moe_heads.callbacks.functional.timing.heads import active_flops, routed_heads, twin_name
+from moe_heads.callbacks.functional.timing.intervals import Rounds
 from moe_heads.callbacks.functional.timing.result import InferenceTimingResult
 from moe_heads.callbacks.functional.timing.roofline import Limits
 from moe_heads.callbacks.functional.timing.rounds import Contender
@@ -34,7 +36,8 @@ class Findings:
 
     def __init__(self, sweep: Sweep, environment: Environment) -> None:
         self._sweep, self._environment = sweep, environment
-        self._heads = {name: head for name, head in routed_heads(sweep.subject.named).items()}
+        self._heads = routed_heads(sweep.subject.named)
+        self._dtype = _dtype_of(sweep.subject.model, sweep.subject.device)
         self._limits: dict[torch.dtype, Limits] = {}
         self._counted: dict[str, tuple[int, int]] = {}
         self._uncounted: Mapping[str, int] = {}
@@ -53,7 +56,7 @@ class Findings:
             return
         for key, contender in timed.items():
             peak = self._limits_of(key.mode)
-            self._rows.append(row_of(size, key, contender, flops.get(key.module), peak and peak.peak_flops))
+            self._rows.append(row_of(size, key, contender, flops.get(key.module), peak.peak_flops if peak else None))
         self._parts += self._split(size, timed)
         for name in self._heads:
             self._add_points(size, name, calls, timed)
@@ -61,7 +64,7 @@ class Findings:
     def result(self, partial: str = "") -> InferenceTimingResult:
         """The result of the sizes so far."""
         sweep = self._sweep
-        fp = self._limits.get(self._dtype())
+        limits = self._limits.get(self._dtype)
         return InferenceTimingResult(
             rows=tuple(self._rows),
             environment=self._environment,
@@ -73,22 +76,14 @@ class Findings:
             gaps=tuple(self._gap(*key, points) for key, points in self._points.items()),
             power=tuple(sweep.power.uses),
             uncounted=self._uncounted,
-            peak_flops=fp and fp.peak_flops,
-            launch_ms=fp and fp.launch_ms,
-            bandwidths=dict(fp.bandwidths) if fp else {},
+            peak_flops=limits.peak_flops if limits else None,
+            launch_ms=limits.launch_ms if limits else None,
+            bandwidths=dict(limits.bandwidths) if limits else {},
             load_average_end=load_average(),
         )
 
-    def _dtype(self) -> torch.dtype:
-        """Data type of the arithmetic of the caller."""
-        device = self._sweep.subject.device.type
-        if torch.is_autocast_enabled(device):
-            return torch.get_autocast_dtype(device)
-        floating = [p.dtype for p in self._sweep.subject.model.parameters() if p.is_floating_point()]
-        return floating[0] if floating else torch.float32
-
     def _limits_of(self, mode: TimingMode) -> Limits | None:
-        dtype = torch.bfloat16 if mode == "bf16" else self._dtype()
+        dtype = torch.bfloat16 if mode == "bf16" else self._dtype
         if self._sweep.subject.device.type not in {"cpu", "cuda"}:
             return None
         return self._limits.setdefault(dtype, Limits(self._sweep.subject.device, dtype))
@@ -98,10 +93,11 @@ class Findings:
         twins = {twin_name(name): twin for name, twin in self._sweep.subject.twins.items()}
         heads = {name: head for name, head in {**self._heads, **twins}.items() if name in calls}
         if not self._counted:
-            found = {name: count(call) for name, call in calls.items() if call.args or call.kwargs}
+            found = {name: count(call) for name, call in calls.items() if call.is_whole}
             self._uncounted = found[MODEL].uncounted
             # a sparse head may run more experts than it chooses
-            excess = sum(found[name].flops - active_flops(head, calls[name]) for name, head in self._heads.items() if name in calls)
+            present = [(name, head) for name, head in self._heads.items() if name in calls]
+            excess = sum(found[name].flops - active_flops(head, calls[name]) for name, head in present)
             self._counted = {
                 name: (counted.flops - (excess if name == MODEL else 0), size) for name, counted in found.items()
             }
@@ -110,12 +106,12 @@ class Findings:
 
     def _split(self, size: int, timed: Mapping[Key, Contender]) -> list[Part]:
         rounds = {key.module: c.wall_ms() for key, c in timed.items() if key == Key(key.module)}
-        outer = {name: rounds[name] for name in ("backbone", "head") if name in rounds}
+        outer: dict[str, Rounds] = {name: rounds[name] for name in ("backbone", "head") if name in rounds}
         seed = self._sweep.seed
         parts = split(size, MODEL, rounds[MODEL], outer, "rest", seed) if outer and MODEL in rounds else []
         for head in self._heads:
             inner = {name: rounds[f"{head}.{name}"] for name in _STAGES if f"{head}.{name}" in rounds}
-            if head in rounds and inner:
+            if head in rounds and "router" in inner:
                 parts += split(size, head, rounds[head], inner, "experts", seed)
         return parts
 
@@ -129,16 +125,17 @@ class Findings:
                 continue
             dense_call, call = calls[twin_name(name)], calls[name]
             limits = self._limits_of(mode) if mode == "eager" else None
-            bounds = [limits.bound(count(each).operators) for each in (dense_call, call)] if limits else None
+            dense_bound = limits.bound(count(dense_call).operators) if limits else None
+            head_bound = limits.bound(count(call).operators) if limits else None
             self._points[name, mode].append(
                 GapPoint(
                     size,
                     mode,
                     active_flops(twin, dense_call) / active_flops(head, call),
                     *realised_ratio(timed[keys[0]].wall_ms(), timed[keys[1]].wall_ms(), self._sweep.seed),
-                    bound=bounds and bounds[0].ms / bounds[1].ms,
-                    dense_bound=bounds and bounds[0],
-                    head_bound=bounds and bounds[1],
+                    bound=dense_bound.ms / head_bound.ms if dense_bound and head_bound else None,
+                    dense_bound=dense_bound,
+                    head_bound=head_bound,
                 )
             )
 
@@ -152,3 +149,10 @@ class Findings:
             points=tuple(points),
             break_even=break_even(sizes, ratios),
         )
+
+
+def _dtype_of(model: nn.Module, device: torch.device) -> torch.dtype:
+    """Data type of the caller's arithmetic."""
+    if torch.is_autocast_enabled(device.type):
+        return torch.get_autocast_dtype(device.type)
+    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)

@@ -1,4 +1,4 @@
-"""The gap between the arithmetic that a head saves and the time that it saves, beside a dense head of equal capacity."""
+"""The gap between the arithmetic and the time that a head saves, beside a dense head of equal capacity."""
 
 import math
 from collections.abc import Sequence

@@ -1,5 +1,6 @@
 """How sure a median is, of runs that are not independent: intervals by batch means and by a block bootstrap."""
 
+import itertools
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -10,7 +11,7 @@ __all__ = ["CONFIDENCE", "Floats", "Rounds", "bootstrap_interval", "median_inter
 Floats = NDArray[np.float64]
 
 Rounds = Sequence[Sequence[float]]
-"""Times of one module in the order of the clock: a list a round, which is a short while in which it ran several times."""
+"""Times of one module, in order: a list a round, which is a short while in which it ran several times."""
 
 CONFIDENCE = 0.95
 
@@ -57,14 +58,12 @@ def median_interval(rounds: Rounds) -> tuple[float, float]:
     return float(times[rank - 1]), float(times[num_runs - rank])
 
 
-def bootstrap_interval(
-    statistic: Callable[..., Floats], modules: Sequence[Rounds], seed: int
-) -> tuple[float, float]:
+def bootstrap_interval(statistic: Callable[..., Floats], modules: Sequence[Rounds], seed: int) -> tuple[float, float]:
     """Confidence interval (95 %) of a function of the medians of several modules that took turns in the same rounds.
 
     A block bootstrap: up to ten blocks of consecutive rounds are drawn with repetition, the same for all modules, so
     that what slowed them all at once cancels in a ratio; the ends are percentiles of the function over 1,000 draws.
-    Where there are fewer than six rounds the blocks say too little, and the interval is from minus infinity to infinity.
+    With fewer than six rounds the blocks say too little, and the interval is from minus infinity to infinity.
 
     Args:
         statistic: Function of as many arrays of medians as there are modules, elementwise.
@@ -103,4 +102,4 @@ def _blocks(rounds: Rounds, num_blocks: int) -> list[list[Floats]]:
     """Blocks of consecutive rounds, as even as can be."""
     arrays = [np.asarray(found, float) for found in rounds]
     edges = np.linspace(0, len(arrays), min(len(arrays), num_blocks) + 1).round().astype(int)
-    return [arrays[start:stop] for start, stop in zip(edges[:-1], edges[1:], strict=True)]
+    return [arrays[start:stop] for start, stop in itertools.pairwise(edges)]

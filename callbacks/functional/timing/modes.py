@@ -13,11 +13,15 @@ from moe_heads.callbacks.functional.common.batches import map_leaves
 from moe_heads.callbacks.functional.timing.calls import Call
 from moe_heads.callbacks.functional.timing.row import TimingMode
 
-__all__ = ["in_mode"]
+__all__ = ["ModeUnavailableError", "in_mode"]
 
 _NUMBER = itertools.count()
 # what torch asks for before a capture, on a stream beside the current one
 _RUNS_BEFORE_CAPTURE = 3
+
+
+class ModeUnavailableError(ValueError):
+    """A mode that has no meaning for a module or a device."""
 
 
 def in_mode(mode: TimingMode, call: Call, device: torch.device) -> Callable[[], object]:
@@ -30,7 +34,7 @@ def in_mode(mode: TimingMode, call: Call, device: torch.device) -> Callable[[], 
         device: Where it runs.
 
     Raises:
-        ValueError: If the mode has no meaning here. Errors of the compiler or of the capture go through.
+        ModeUnavailableError: If the mode has no meaning here. Errors of the compiler or of the capture go through.
     """
     if mode == "compiled":
         return _compiled(call)
@@ -66,7 +70,7 @@ def _compiled(call: Call) -> Callable[[], object]:
 
 def _cuda_graph(call: Call, device: torch.device) -> Callable[[], object]:
     if device.type != "cuda":
-        raise ValueError(f"needs a CUDA device; the model is on {device.type}")
+        raise ModeUnavailableError(f"needs a CUDA device; the model is on {device.type}")
     stream, current = torch.cuda.Stream(device), torch.cuda.current_stream(device)
     stream.wait_stream(current)
     with torch.cuda.stream(stream):
@@ -93,9 +97,11 @@ def _channels_last(call: Call) -> Callable[[], object]:
 
     args, kwargs = map_leaves((call.args, dict(call.kwargs)), converted)
     if not num_images:
-        raise ValueError("needs a 4-D input; this module gets none")
+        raise ModeUnavailableError("needs a 4-D input; this module gets none")
     function = call.function
-    return Call(_with_tensors(function, _to_channels_last) if isinstance(function, nn.Module) else function, args, kwargs)
+    return Call(
+        _with_tensors(function, _to_channels_last) if isinstance(function, nn.Module) else function, args, kwargs
+    )
 
 
 def _to_channels_last(tensor: Tensor) -> Tensor:

@@ -53,7 +53,9 @@ class TimingPlan:
         left = self.max_seconds - elapsed
         if needed <= left:
             return ""
-        return f"would take about {needed:.3g} s, and {max(left, 0):.3g} s of max_seconds = {self.max_seconds:g} were left"
+        return (
+            f"would take about {needed:.3g} s, and {max(left, 0):.3g} s of max_seconds = {self.max_seconds:g} were left"
+        )
 
     @property
     def fewest_rounds(self) -> int:

@@ -64,9 +64,16 @@ class Meter:
         start, before = time.perf_counter(), nvml.nvmlDeviceGetTotalEnergyConsumption(handle)
         yield
         joules = (nvml.nvmlDeviceGetTotalEnergyConsumption(handle) - before) / 1e3
-        clocks = [nvml.nvmlDeviceGetClockInfo(handle, kind) for kind in (nvml.NVML_CLOCK_SM, nvml.NVML_CLOCK_MEM)]
-        celsius = nvml.nvmlDeviceGetTemperature(handle, nvml.NVML_TEMPERATURE_GPU)
-        self.uses.append(PowerUse(batch_size, time.perf_counter() - start, joules, *clocks, celsius))
+        self.uses.append(
+            PowerUse(
+                batch_size,
+                time.perf_counter() - start,
+                joules,
+                sm_mhz=nvml.nvmlDeviceGetClockInfo(handle, nvml.NVML_CLOCK_SM),
+                memory_mhz=nvml.nvmlDeviceGetClockInfo(handle, nvml.NVML_CLOCK_MEM),
+                celsius=nvml.nvmlDeviceGetTemperature(handle, nvml.NVML_TEMPERATURE_GPU),
+            )
+        )
 
 
 def _handle(device: torch.device) -> tuple[Any, Any]:

@@ -67,7 +67,7 @@ class InferenceTimingResult:
         return 4 * wide > len(self.rows)
 
     def metrics(self) -> dict[str, float]:
-        """The numbers to log, ``<module>/batch<size>/<quantity>``; with ``/<mode>`` before the quantity unless eager."""
+        """The numbers to log, ``<module>/batch<size>/<quantity>``; ``/<mode>`` before it unless eager."""
         values = {
             f"{row.key}/{quantity}": getattr(row, quantity)
             for row in self.rows
@@ -106,7 +106,7 @@ class InferenceTimingResult:
 
     def plot_split(self) -> "Figure | None":
         """Share of each part over batch size, of the model and of each head; None where there are no parts."""
-        from moe_heads.callbacks.functional.timing.figures import plot_split
+        from moe_heads.callbacks.functional.timing.figure_split import plot_split
 
         return plot_split(self.parts, self.environment.device) if self.parts else None
 

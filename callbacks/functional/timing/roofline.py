@@ -42,8 +42,6 @@ class Limits:
         dtype: Data type of the matrix product.
 
     Attributes:
-        peak_flops: Floating point operations a second of a square matrix product (1024 on a CPU, 8192 on a GPU).
-        launch_ms: Time of the smallest operator, in eager mode.
         bandwidths: Bytes a second, read and written, of a copy with so many bytes in all, by powers of two: what fits
             a cache is faster than memory.
     """
@@ -56,6 +54,7 @@ class Limits:
 
     @property
     def peak_flops(self) -> float:
+        """Floating point operations a second of a square matrix product: 1024 on a CPU, 8192 on a GPU."""
         if self._peak is None:
             size = _MATRIX.get(self.device.type, 1024)
             a = torch.ones(size, size, device=self.device, dtype=self.dtype)
@@ -64,6 +63,7 @@ class Limits:
 
     @property
     def launch_ms(self) -> float:
+        """Milliseconds of the smallest operator in eager mode."""
         if self._launch is None:
             one = torch.zeros(1, device=self.device)
             self._launch = self._best_ms(lambda: [one.add_(1) for _ in range(10)]) / 10

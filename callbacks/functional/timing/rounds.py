@@ -1,9 +1,11 @@
 """Warm-up until stable, and rounds in which everything that is compared takes turns in random order."""
 
+import gc
 import random
 import statistics
 import time
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Literal, TypeVar
 
@@ -106,16 +108,28 @@ def take_turns(
         order: Decides the orders.
         on_round: Called after each round with the share that is done.
     """
-    start, done = time.perf_counter(), 0
-    while any(contender.num_runs < num_runs for contender in contenders.values()):
-        for key in order.sample(list(contenders), len(contenders)):
-            _take_turn(contenders[key], clock, num_runs)
+    start, done, fewest = time.perf_counter(), 0, min(FEWEST_ROUNDS, num_runs)
+    share = 0.0 if contenders else 1.0
+    while share < 1:
+        with _no_garbage():
+            for key in order.sample(list(contenders), len(contenders)):
+                _take_turn(contenders[key], clock, num_runs)
         done += 1
-        elapsed, fewest = time.perf_counter() - start, min(FEWEST_ROUNDS, num_runs)
         runs = min(contender.num_runs for contender in contenders.values())
-        on_round(min(1.0, max(runs / num_runs, min(elapsed / seconds, done / fewest))))
-        if elapsed > seconds and done >= fewest:
-            return
+        share = max(runs / num_runs, min((time.perf_counter() - start) / seconds, done / fewest))
+        on_round(min(share, 1.0))
+
+
+@contextmanager
+def _no_garbage() -> Iterator[None]:
+    """Python's garbage is collected between the rounds: inside, it would be somebody else's."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def _take_turn(contender: Contender, clock: Clock, num_runs: int) -> None:

@@ -12,7 +12,7 @@ from moe_heads.callbacks.functional.timing.rounds import Cache, Contender
 __all__ = ["Key", "Skipped", "TimingMode", "TimingRow", "row_of"]
 
 TimingMode = Literal["eager", "compiled", "cuda_graph", "bf16", "channels_last"]
-"""How the model runs: as Python calls it, under torch.compile, as a CUDA graph, under bf16 autocast, in channels_last."""
+"""How a model runs: as Python calls it, by torch.compile, as a CUDA graph, under bf16 autocast, in channels_last."""
 
 
 class Key(NamedTuple):

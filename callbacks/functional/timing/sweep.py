@@ -2,7 +2,7 @@
 
 import random
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -15,7 +15,7 @@ from moe_heads.callbacks.functional.common.monitor import Monitor, TimeUp
 from moe_heads.callbacks.functional.timing.calls import MODEL, Call, call_of_model, capture, resized
 from moe_heads.callbacks.functional.timing.clock import Clock
 from moe_heads.callbacks.functional.timing.heads import routed_heads, twin_name
-from moe_heads.callbacks.functional.timing.modes import in_mode
+from moe_heads.callbacks.functional.timing.modes import ModeUnavailableError, in_mode
 from moe_heads.callbacks.functional.timing.plan import TimingPlan
 from moe_heads.callbacks.functional.timing.power import Meter
 from moe_heads.callbacks.functional.timing.rounds import Contender, take_turns, warm_up
@@ -93,12 +93,7 @@ class Sweep:
                     raise
                 reason = _out_of_memory(error)
             else:
-                # now that the time of a pass is known
-                rounds = self.plan.fewest_rounds * self._passes_per_round
-                self._too_slow = "" if is_first else self.plan.why_not(rounds * self._pass_s, self._elapsed())
-                if not self._too_slow:
-                    return calls
-                reason = self._too_slow
+                return calls if is_first else self._affordable(size, calls)
         self.leave_out(size, reason)
         return None
 
@@ -135,6 +130,21 @@ class Sweep:
         done = self._done + int(share * (_STEPS_PER_SIZE - 1))
         self.monitor.step(done + (share >= 1), self._total, batch_size=size)
 
+    def _affordable(self, size: int, calls: dict[str, Call]) -> dict[str, Call] | None:
+        """The calls that there is time for, now that a pass is known: all of them, those of heads, or none."""
+        rounds = self.plan.fewest_rounds * self._passes_per_round
+        reason = self.plan.why_not(rounds * self._pass_s, self._elapsed())
+        if not reason:
+            return calls
+        heads = routed_heads(self.subject.named)
+        kept = {name: call for name, call in calls.items() if _belongs(name, heads)}
+        if not kept:
+            self._too_slow = f"batch {size} was too slow already"
+            self.leave_out(size, reason)
+            return None
+        self.skipped += [Skipped(size, None, name, reason) for name in calls if name not in kept]
+        return kept
+
     def _elapsed(self) -> float:
         return time.perf_counter() - self._start
 
@@ -143,7 +153,7 @@ class Sweep:
         if not self._last_size:
             return ""
         if self._too_slow:
-            return f"batch {self._last_size} is too slow already"
+            return self._too_slow
         growth = size / self._last_size
         needed = int(_COPIES * self._num_bytes * growth)
         free = memory_budget(self.subject.device, on_cpu=2**62, share_of_gpu=1.0)
@@ -187,9 +197,10 @@ class Sweep:
     def _contenders(self, size: int, calls: Mapping[str, Call]) -> dict[Key, Contender]:
         """Everything in every mode, warmed up."""
         found: dict[Key, Contender] = {}
+        start = time.perf_counter()
         for mode in self.plan.modes:
             for name, call in calls.items():
-                if mode != "eager" and (isinstance(call.function, Router) or not _takes_arguments(call)):
+                if mode != "eager" and (isinstance(call.function, Router) or not call.is_whole):
                     continue
                 try:
                     run = in_mode(mode, call, self.subject.device)
@@ -197,10 +208,13 @@ class Sweep:
                     # the compiler and the capture raise errors of many kinds; each is a finding about the mode
                     if is_out_of_memory(error):
                         raise
-                    self.skipped.append(Skipped(size, mode, name, _first_line(error)))
+                    reason = str(error) if isinstance(error, ModeUnavailableError) else _first_line(error)
+                    self.skipped.append(Skipped(size, mode, name, reason))
                     continue
                 self.monitor.tick()
                 found |= {Key(name, mode, cache): Contender(run, cache) for cache in self.plan.caches}
+        # compilers take what they take
+        self._start += time.perf_counter() - start
         self._warm_up(found)
         return found
 
@@ -223,9 +237,9 @@ class Sweep:
             self._passes_per_round = sum(known.values()) / known[Key(MODEL)]
 
 
-def _takes_arguments(call: Call) -> bool:
-    """A stage is a bare function of what it closes over; it has no mode of its own."""
-    return bool(call.args or call.kwargs)
+def _belongs(name: str, heads: Iterable[str]) -> bool:
+    """Whether a call is that of a head, of a part of it, or of its dense twin."""
+    return any(name in {head, twin_name(head)} or name.startswith(f"{head}.") for head in heads)
 
 
 def _peak_memory(contender: Contender, device: torch.device) -> int:

@@ -12,9 +12,9 @@ __all__ = ["gap_tables", "rows_table", "skipped_list", "split_tables"]
 
 def rows_table(rows: Sequence[TimingRow]) -> str:
     """A line a row; columns that are empty throughout are left out."""
-    heading = ("module", "batch", "mode", "p50 ms", "95 % interval", "p90", "p99", "max", "runs", "samples/s")
+    heading = ["module", "batch", "mode", "p50 ms", "95 % interval", "p90", "p99", "max", "runs", "samples/s"]
     lines = [
-        (
+        [
             row.module,
             f"{row.batch_size}",
             row.mode if row.cache == "warm" else f"{row.mode}, cold",
@@ -25,7 +25,7 @@ def rows_table(rows: Sequence[TimingRow]) -> str:
             f"{row.max_ms:.4g}",
             f"{row.num_runs}",
             f"{row.samples_per_s:,.0f}",
-        )
+        ]
         for row in rows
     ]
     extras = {
@@ -36,8 +36,8 @@ def rows_table(rows: Sequence[TimingRow]) -> str:
     }
     for name, column in extras.items():
         if any(column):
-            heading = (*heading, name)
-            lines = [(*line, cell) for line, cell in zip(lines, column, strict=True)]
+            heading.append(name)
+            lines = [[*line, cell] for line, cell in zip(lines, column, strict=True)]
     return _table(heading, lines)
 
 
@@ -83,15 +83,16 @@ def split_tables(parts: Sequence[Part]) -> list[str]:
 
 
 def skipped_list(skipped: Sequence[Skipped]) -> str:
-    """What was not timed, a line each; the same reason at several batch sizes is said once."""
-    sizes: dict[tuple[str, str, str], list[int]] = {}
+    """What was not timed, a line each; the same reason of several modules and batch sizes is said once."""
+    found: dict[tuple[str, str], list[Skipped]] = {}
     for entry in skipped:
-        found = sizes.setdefault((entry.mode or "", entry.module or "", entry.reason), [])
-        found += [] if entry.batch_size is None else [entry.batch_size]
+        found.setdefault((entry.mode or "", entry.reason), []).append(entry)
     lines = []
-    for (mode, module, reason), batches in sizes.items():
-        at = f"batch {', '.join(map(str, batches))}" if batches else ""
-        lines.append(f"- {', '.join(filter(None, (mode, module, at)))}: {reason}")
+    for (mode, reason), entries in found.items():
+        modules = dict.fromkeys(entry.module for entry in entries if entry.module)
+        sizes = dict.fromkeys(f"{entry.batch_size}" for entry in entries if entry.batch_size)
+        at = f"batch {', '.join(sizes)}" if sizes else ""
+        lines.append(f"- {'; '.join(filter(None, (mode, ', '.join(modules), at)))}: {reason}")
     return "\n".join(["**Not timed**", "", *lines]) if lines else ""
 
 
