@@ -43,17 +43,22 @@ class Clock:
             start = time.perf_counter_ns()
             call()
             synchronize(self.device)
-            return Sample((time.perf_counter_ns() - start) / 1e6, float("nan"))
+            return Sample(_ms_since(start), float("nan"))
         first, last = self._events
         start = time.perf_counter_ns()
         first.record()
         call()
         last.record()
         synchronize(self.device)
-        return Sample((time.perf_counter_ns() - start) / 1e6, first.elapsed_time(last))
+        return Sample(_ms_since(start), first.elapsed_time(last))
 
     def cool(self) -> None:
         """Fill the caches with something else."""
         if self._flush is None:
             self._flush = torch.zeros(_FLUSH_BYTES // 4, device=self.device)
         self._flush.add_(1)
+
+
+def _ms_since(start: int) -> float:
+    """Milliseconds since a reading; never zero, whatever the resolution of the clock."""
+    return max(time.perf_counter_ns() - start, 1) / 1e6

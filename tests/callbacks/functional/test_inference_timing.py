@@ -231,7 +231,9 @@ def test_progress_goes_from_round_to_round_to_the_end() -> None:
 
 def test_the_sizes_that_were_finished_in_time_are_the_result() -> None:
     monitor = Monitor(max_time=0.3)
-    timing = inference_timing(Slow(0.05), torch.zeros(1), batch_sizes=[1, 4], num_runs=2, warmup_runs=0, monitor=monitor)
+    timing = inference_timing(
+        Slow(0.05), torch.zeros(1), batch_sizes=[1, 4], num_runs=2, warmup_runs=0, monitor=monitor
+    )
     assert {row.batch_size for row in timing.rows} == {1}
     assert timing.partial == "max_time = 0.3 s was over"
 

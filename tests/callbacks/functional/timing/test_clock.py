@@ -17,6 +17,11 @@ def test_wall_time_is_that_between_two_readings(monkeypatch: pytest.MonkeyPatch)
     assert ran == [1]
 
 
+def test_a_time_is_never_zero(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(time, "perf_counter_ns", lambda: 0)
+    assert Clock(torch.device("cpu")).time(lambda: None).wall_ms == 1e-6
+
+
 def test_cooling_writes_more_than_a_cache_holds() -> None:
     clock = Clock(torch.device("cpu"))
     clock.cool()
