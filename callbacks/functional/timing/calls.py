@@ -113,6 +113,8 @@ def capture(forward: Call, model: nn.Module, named: Mapping[str, nn.Module]) -> 
             stack.callback(handle.remove)
         for module in model.modules():
             stack.callback(module.register_forward_hook(measure).remove)
+        # a model that is compiled would be so anew for the hooks, and once more without them
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
         forward()
     calls = {name: Call(named[name], *inputs[name]) for name in named if name in inputs}
     return Captured(calls, most)

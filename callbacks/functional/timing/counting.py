@@ -68,7 +68,7 @@ def count(call: Callable[[], object]) -> Counted:
     """
     recorder = _Recorder()
     # composite operators are not taken apart in inference mode, and their products would go uncounted
-    with torch.inference_mode(False), torch.no_grad(), recorder:
+    with torch.inference_mode(False), torch.no_grad(), torch.compiler.set_stance("force_eager"), recorder:
         call()
     return Counted(tuple(recorder.operators), recorder.uncounted)
 
