@@ -70,7 +70,7 @@ class InferenceTimingCallback(FitEndAnalysis):
     def __init__(
         self,
         batch_sizes: Sequence[int] = DEFAULT_SIZES,
-        num_runs: int = 200,
+        num_runs: int = 1000,
         warmup_runs: int | None = None,
         modules: Sequence[str] | None = None,
         forward_fn: ForwardFn | None = None,

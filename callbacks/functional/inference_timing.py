@@ -31,7 +31,7 @@ def inference_timing(
     modules: Sequence[str] | None = None,
     modes: Sequence[TimingMode] = ("eager",),
     caches: Sequence[Cache] = ("warm",),
-    num_runs: int = 200,
+    num_runs: int = 1000,
     warmup_runs: int | None = None,
     warmup_tolerance: float = 0.05,
     seconds_per_size: float = 0.8,
@@ -65,7 +65,8 @@ def inference_timing(
         modes: How to run them, see `TimingMode`; routers and stages in "eager" alone. By default eager only: compiling
             takes longer than all the rest. What does not work is named in ``skipped``.
         caches: "warm": a module finds the caches as its last run left them; "cold": as something else did.
-        num_runs: Most runs of each: 200 leave two above p99.
+        num_runs: Most runs of each: 1,000 leave ten above p99. The time mostly ends them sooner; the longer they go on,
+            the more of the machine's slow phases the interval knows of.
         warmup_runs: Runs of each before, at each batch size. By default until the median of five is within
             ``warmup_tolerance`` of that of the five before, for at most half of ``seconds_per_size`` in all.
         warmup_tolerance: See there; 5 % is what a quiet machine reaches with its first ten runs.

@@ -76,15 +76,22 @@ def bootstrap_interval(statistic: Callable[..., Floats], modules: Sequence[Round
     num_rounds = min(map(len, modules))
     if num_rounds < _FEWEST_ROUNDS:
         return -float("inf"), float("inf")
-    blocks = [_blocks(rounds[:num_rounds], _NUM_BLOCKS[0]) for rounds in modules]
-    num_blocks = len(blocks[0])
+    num_blocks = min(num_rounds, _NUM_BLOCKS[0])
     draws = np.random.default_rng(seed).integers(num_blocks, size=(_RESAMPLES, num_blocks))
-    medians = [
-        np.array([np.median(np.concatenate([np.concatenate(of_module[i]) for i in draw])) for draw in draws])
-        for of_module in blocks
-    ]
+    # how often each block was drawn
+    counts = np.stack([(draws == block).sum(1) for block in range(num_blocks)], axis=1)
+    medians = [_weighted_medians(_blocks(rounds[:num_rounds], num_blocks), counts) for rounds in modules]
     low, high = np.quantile(statistic(*medians), [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
     return float(low), float(high)
+
+
+def _weighted_medians(blocks: list[list[Floats]], counts: NDArray[np.int64]) -> Floats:
+    """The (lower) median of the runs of all blocks, each block as often as a line of ``counts`` says: one a line."""
+    runs = [np.concatenate(block) for block in blocks]
+    times, owners = np.concatenate(runs), np.repeat(np.arange(len(runs)), [len(found) for found in runs])
+    order = np.argsort(times)
+    cumulative = counts[:, owners[order]].cumsum(1)
+    return times[order][(2 * cumulative >= cumulative[:, -1:]).argmax(1)]
 
 
 def _batch_means(rounds: Rounds, median: float, num_blocks: int) -> float:

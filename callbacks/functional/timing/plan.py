@@ -20,7 +20,7 @@ class TimingPlan:
     batch_sizes: Sequence[int] = DEFAULT_SIZES
     modes: Sequence[TimingMode] = ("eager",)
     caches: Sequence[Cache] = ("warm",)
-    num_runs: int = 200
+    num_runs: int = 1000
     warmup_runs: int | None = None
     warmup_tolerance: float = 0.05
     seconds_per_size: float = 0.8

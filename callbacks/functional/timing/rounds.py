@@ -22,6 +22,7 @@ Cache = Literal["warm", "cold"]
 FEWEST_ROUNDS = 6
 # Short calls run several times a turn, for as long as this or a share of the runs.
 _TURN_MS = 2.0
+_MOST_REPEATS = 8
 _ROUNDS_AT_LEAST = 25
 # Two windows of runs whose medians are compared.
 _WINDOW = 5
@@ -140,7 +141,7 @@ def _take_turn(contender: Contender, clock: Clock, num_runs: int) -> None:
         clock.cool()
         contender.rounds.append([clock.time(contender.call)])
         return
-    most = max(1, num_runs // _ROUNDS_AT_LEAST)
+    most = max(1, min(_MOST_REPEATS, num_runs // _ROUNDS_AT_LEAST))
     repeats = int(min(most, max(1.0, _TURN_MS / contender.last_ms))) if contender.last_ms > 0 else 1
     if contender.last_ms < _TURN_MS:
         contender.call()
