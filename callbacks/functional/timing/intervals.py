@@ -91,7 +91,8 @@ def _weighted_medians(blocks: list[list[Floats]], counts: NDArray[np.int64]) -> 
     times, owners = np.concatenate(runs), np.repeat(np.arange(len(runs)), [len(found) for found in runs])
     order = np.argsort(times)
     cumulative = counts[:, owners[order]].cumsum(1)
-    return times[order][(2 * cumulative >= cumulative[:, -1:]).argmax(1)]
+    medians: Floats = times[order][(2 * cumulative >= cumulative[:, -1:]).argmax(1)]
+    return medians
 
 
 def _batch_means(rounds: Rounds, median: float, num_blocks: int) -> float:
