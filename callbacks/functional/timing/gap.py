@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from moe_heads.callbacks.functional.timing.intervals import Rounds, bootstrap_interval
+from moe_heads.callbacks.functional.timing.intervals import BETWEEN_RUNS, Rounds, bootstrap_interval, widened
 from moe_heads.callbacks.functional.timing.roofline import Bound
 from moe_heads.callbacks.functional.timing.row import TimingMode
 from moe_heads.capacity import capacity, match_capacity
@@ -93,8 +93,10 @@ def dense_twin(head: Head) -> Head:
 def realised_ratio(dense: Rounds, head: Rounds, seed: int) -> tuple[float, float, float]:
     """Ratio of the median times, and its interval."""
     medians = [float(torch.tensor([t for found in rounds for t in found]).quantile(0.5)) for rounds in (dense, head)]
-    low, high = bootstrap_interval(lambda dense, head: dense / head, [dense, head], seed)
-    return medians[0] / medians[1], max(low, 0.0), high
+    ratio = medians[0] / medians[1]
+    ends = bootstrap_interval(lambda dense, head: dense / head, [dense, head], seed)
+    low, high = widened(ratio, ends, math.sqrt(2) * BETWEEN_RUNS * ratio)
+    return ratio, max(low, 0.0), high
 
 
 def break_even(sizes: Sequence[int], ratios: Sequence[float]) -> float | None:

@@ -1,12 +1,13 @@
 """How sure a median is, of runs that are not independent: intervals by batch means and by a block bootstrap."""
 
 import itertools
+import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["CONFIDENCE", "Floats", "Rounds", "bootstrap_interval", "median_interval"]
+__all__ = ["BETWEEN_RUNS", "CONFIDENCE", "Floats", "Rounds", "bootstrap_interval", "median_interval", "widened"]
 
 Floats = NDArray[np.float64]
 
@@ -14,6 +15,12 @@ Rounds = Sequence[Sequence[float]]
 """Times of one module, in order: a list a round, which is a short while in which it ran several times."""
 
 CONFIDENCE = 0.95
+
+BETWEEN_RUNS = 0.02
+"""What the median of a second run differs by for reasons that stay the same within a run, such as where its tensors lie.
+
+Relative, at the same level; measured by pairs of runs, examples/benchmarks/inference_timing.py.
+"""
 
 # Ten blocks notice the disturbances that last for a tenth of the time, five those that last longer; simulated in
 # tests/callbacks/functional/timing/test_intervals.py, either alone lets too many pairs of runs differ.
@@ -83,6 +90,17 @@ def bootstrap_interval(statistic: Callable[..., Floats], modules: Sequence[Round
     medians = [_weighted_medians(_blocks(rounds[:num_rounds], num_blocks), counts) for rounds in modules]
     low, high = np.quantile(statistic(*medians), [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
     return float(low), float(high)
+
+
+def widened(value: float, ends: tuple[float, float], error: float) -> tuple[float, float]:
+    """An interval with a further error that is independent of the first, added in quadrature.
+
+    Args:
+        value: What the interval is about.
+        ends: Its lower and upper end.
+        error: Half the width of the interval of the further error.
+    """
+    return value - math.hypot(value - ends[0], error), value + math.hypot(ends[1] - value, error)
 
 
 def _weighted_medians(blocks: list[list[Floats]], counts: NDArray[np.int64]) -> Floats:

@@ -6,7 +6,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from moe_heads.callbacks.functional.timing.intervals import median_interval
+from moe_heads.callbacks.functional.timing.intervals import BETWEEN_RUNS, median_interval, widened
 from moe_heads.callbacks.functional.timing.rounds import Cache, Contender
 
 __all__ = ["Key", "Skipped", "TimingMode", "TimingRow", "row_of"]
@@ -39,7 +39,8 @@ class TimingRow:
         num_runs: Runs timed.
         samples_per_s: Samples a second over all runs, ``batch_size / mean``.
         max_ms: Slowest run.
-        p50_low_ms: Lower end of the 95 % confidence interval of the median; see `median_interval`.
+        p50_low_ms: Lower end of the 95 % confidence interval of the median: that of `median_interval`, and 2 %
+            for what differs between two runs.
         p50_high_ms: Upper end; infinite with fewer than six runs.
         device_p50_ms: Median time between two events on the stream of a CUDA device; None elsewhere.
         cache: "warm" or "cold".
@@ -119,7 +120,7 @@ def row_of(size: int, key: Key, contender: Contender, flops: int | None, peak_fl
     rounds = contender.wall_ms()
     times = [time for found in rounds for time in found]
     p50, p90, p99 = np.quantile(times, [0.5, 0.9, 0.99]).tolist()
-    mean, (low, high) = statistics.fmean(times), median_interval(rounds)
+    mean, (low, high) = statistics.fmean(times), widened(p50, median_interval(rounds), BETWEEN_RUNS * p50)
     device = [sample.device_ms for found in contender.rounds for sample in found]
     return TimingRow(
         batch_size=size,
@@ -133,7 +134,7 @@ def row_of(size: int, key: Key, contender: Contender, flops: int | None, peak_fl
         num_runs=len(times),
         samples_per_s=1000 * size / mean,
         max_ms=max(times),
-        p50_low_ms=low,
+        p50_low_ms=max(low, 0.0),
         p50_high_ms=high,
         device_p50_ms=None if np.isnan(device).any() else float(np.median(device)),
         cache=key.cache,

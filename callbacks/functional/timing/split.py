@@ -1,12 +1,19 @@
 """Where the time of a model and of its heads goes: parts that are timed alone, and what they leave of the whole."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 
-from moe_heads.callbacks.functional.timing.intervals import Rounds, bootstrap_interval, median_interval
+from moe_heads.callbacks.functional.timing.intervals import (
+    BETWEEN_RUNS,
+    Rounds,
+    bootstrap_interval,
+    median_interval,
+    widened,
+)
 
 __all__ = ["How", "Part", "split"]
 
@@ -47,13 +54,16 @@ def split(batch_size: int, whole: str, times: Rounds, parts: Mapping[str, Rounds
         rest: Name of what is left.
         seed: Seed of the bootstrap.
     """
-    found = [
-        Part(batch_size, whole, name, _median(rounds), *median_interval(rounds), "timed alone")
-        for name, rounds in parts.items()
-    ]
+    found = []
+    for name, rounds in parts.items():
+        ms = _median(rounds)
+        low, high = widened(ms, median_interval(rounds), BETWEEN_RUNS * ms)
+        found.append(Part(batch_size, whole, name, ms, low, high, "timed alone"))
     left = _median(times) - sum(part.ms for part in found)
     ends = bootstrap_interval(lambda whole, *others: whole - sum(others), [times, *parts.values()], seed)
-    return [*found, Part(batch_size, whole, rest, left, *ends, "by difference")]
+    # the error of each alone does not cancel
+    error = BETWEEN_RUNS * math.hypot(_median(times), *(part.ms for part in found))
+    return [*found, Part(batch_size, whole, rest, left, *widened(left, ends, error), "by difference")]
 
 
 def _median(rounds: Rounds) -> float:

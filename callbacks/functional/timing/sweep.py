@@ -9,13 +9,13 @@ import torch
 from torch import nn
 
 from moe_heads.callbacks.functional.common.batches import Batch, ForwardFn
-from moe_heads.callbacks.functional.common.memory import memory_budget
 from moe_heads.callbacks.functional.common.microbatches import free_memory, is_out_of_memory
 from moe_heads.callbacks.functional.common.monitor import Monitor, TimeUp
 from moe_heads.callbacks.functional.timing.calls import MODEL, Call, call_of_model, capture, resized
 from moe_heads.callbacks.functional.timing.clock import Clock
 from moe_heads.callbacks.functional.timing.heads import routed_heads, twin_name
 from moe_heads.callbacks.functional.timing.modes import ModeUnavailableError, in_mode
+from moe_heads.callbacks.functional.timing.outlook import Outlook
 from moe_heads.callbacks.functional.timing.plan import TimingPlan
 from moe_heads.callbacks.functional.timing.power import Meter
 from moe_heads.callbacks.functional.timing.rounds import Contender, take_turns, warm_up
@@ -26,8 +26,6 @@ from moe_heads.routing import Router
 __all__ = ["Subject", "Sweep"]
 
 _STEPS_PER_SIZE = 100
-# what one module reads and writes is there more than once: its input, its output, and a residual beside them
-_COPIES = 3
 
 
 @dataclass(frozen=True)
@@ -76,16 +74,14 @@ class Sweep:
 
     def __post_init__(self) -> None:
         self.power, self._clock = Meter(self.subject.device), Clock(self.subject.device)
-        self._order, self._start = random.Random(self.seed), time.perf_counter()
-        self._last_size, self._pass_s, self._num_bytes = 0, 0.0, 0
-        self._passes_per_round, self._too_slow = 1.0, ""
+        self._order, self._outlook = random.Random(self.seed), Outlook(self.plan, self.subject.device)
         self._done, self._total = 0, _STEPS_PER_SIZE * len(self.plan.batch_sizes)
 
     def calls(self, size: int) -> dict[str, Call] | None:
         """The calls of one batch size, by module; None where the size is left out, for the reason in ``skipped``."""
-        reason = self._why_not(size)
+        reason = self._outlook.why_no_pass(size)
         if not reason:
-            is_first = not self._last_size
+            is_first = self._outlook.is_first
             try:
                 calls = self._captured(size)
             except (RuntimeError, MemoryError) as error:
@@ -132,45 +128,28 @@ class Sweep:
 
     def _affordable(self, size: int, calls: dict[str, Call]) -> dict[str, Call] | None:
         """The calls that there is time for, now that a pass is known: all of them, those of heads, or none."""
-        rounds = self.plan.fewest_rounds * self._passes_per_round
-        reason = self.plan.why_not(rounds * self._pass_s, self._elapsed())
+        reason = self._outlook.why_no_rounds()
         if not reason:
             return calls
         heads = routed_heads(self.subject.named)
         kept = {name: call for name, call in calls.items() if _belongs(name, heads)}
         if not kept:
-            self._too_slow = f"batch {size} was too slow already"
+            self._outlook.give_up()
             self.leave_out(size, reason)
             return None
         self.skipped += [Skipped(size, None, name, reason) for name in calls if name not in kept]
         return kept
 
-    def _elapsed(self) -> float:
-        return time.perf_counter() - self._start
-
-    def _why_not(self, size: int) -> str:
-        """What forbids even one pass, judged by the size before: time and memory grow at most in proportion."""
-        if not self._last_size:
-            return ""
-        if self._too_slow:
-            return self._too_slow
-        growth = size / self._last_size
-        needed = int(_COPIES * self._num_bytes * growth)
-        free = memory_budget(self.subject.device, on_cpu=2**62, share_of_gpu=1.0)
-        if needed > free:
-            return f"would need about {needed / 2**30:.1f} GiB of memory, and {free / 2**30:.1f} may be used"
-        return self.plan.why_not(self._pass_s * growth, self._elapsed())
-
     def _captured(self, size: int) -> dict[str, Call]:
-        subject, is_first = self.subject, not self._last_size
+        subject = self.subject
         forward = call_of_model(subject.forward_fn, subject.model, resized(subject.example, size))
-        start = self._elapsed()
+        start = time.perf_counter()
         try:
             captured = capture(forward, subject.model, subject.named)
         except (TimeUp, MemoryError):
             raise
         except Exception as error:
-            if not is_first or is_out_of_memory(error):
+            if not self._outlook.is_first or is_out_of_memory(error):
                 raise
             raise ValueError(
                 f"example_batch: expected a batch that the model takes; it failed with {type(error).__name__}: {error}"
@@ -178,7 +157,7 @@ class Sweep:
         idle = [name for name in subject.named if name not in captured.calls]
         if idle and subject.is_required:
             raise ValueError(f"modules: expected modules that run in the forward pass; {idle} do not")
-        self._last_size, self._num_bytes, self._pass_s = size, captured.num_bytes, self._elapsed() - start
+        self._outlook.learn_pass(size, time.perf_counter() - start, captured.num_bytes)
         return {MODEL: forward, **self._with_heads(captured.calls)}
 
     def _with_heads(self, calls: Mapping[str, Call]) -> dict[str, Call]:
@@ -214,7 +193,7 @@ class Sweep:
                 self.monitor.tick()
                 found |= {Key(name, mode, cache): Contender(run, cache) for cache in self.plan.caches}
         # compilers take what they take
-        self._start += time.perf_counter() - start
+        self._outlook.forgive(time.perf_counter() - start)
         self._warm_up(found)
         return found
 
@@ -234,7 +213,7 @@ class Sweep:
                 contender.peak_memory = _peak_memory(contender, self.subject.device)
         known = {key: c.last_ms for key, c in contenders.items() if c.warmup_runs}
         if known.get(Key(MODEL), 0) > 0:
-            self._passes_per_round = sum(known.values()) / known[Key(MODEL)]
+            self._outlook.learn_round(sum(known.values()) / known[Key(MODEL)])
 
 
 def _belongs(name: str, heads: Iterable[str]) -> bool:

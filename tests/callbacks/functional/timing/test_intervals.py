@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from moe_heads.callbacks.functional.timing.intervals import bootstrap_interval, median_interval
+from moe_heads.callbacks.functional.timing.intervals import bootstrap_interval, median_interval, widened
 
 Times = np.ndarray
 Draw = Callable[[np.random.Generator, int, int], Times]
@@ -105,3 +105,9 @@ def test_the_bootstrap_draws_blocks_of_rounds() -> None:
     draws = np.random.default_rng(6).integers(10, size=(1000, 10))
     medians = [np.quantile(np.concatenate([blocks[i] for i in draw]), 0.5, method="inverted_cdf") for draw in draws]
     assert (low, high) == pytest.approx(tuple(np.quantile(medians, [0.025, 0.975])))
+
+
+def test_a_further_error_is_added_in_quadrature() -> None:
+    assert widened(10.0, (7.0, 14.0), 0.0) == (7.0, 14.0)
+    assert widened(10.0, (7.0, 10.0), 4.0) == (5.0, 14.0)
+    assert widened(10.0, (-float("inf"), float("inf")), 4.0) == (-float("inf"), float("inf"))
