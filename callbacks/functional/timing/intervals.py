@@ -17,9 +17,9 @@ Rounds = Sequence[Sequence[float]]
 CONFIDENCE = 0.95
 
 BETWEEN_RUNS = 0.02
-"""What the median of a second run differs by for reasons that stay the same within a run, such as where its tensors lie.
+"""What a second run differs by for reasons that stay the same within a run, such as where its tensors lie.
 
-Relative, at the same level; measured by pairs of runs, examples/benchmarks/inference_timing.py.
+Relative to the median, at the same level; measured by pairs of runs, examples/benchmarks/inference_timing.py.
 """
 
 # Ten blocks notice the disturbances that last for a tenth of the time, five those that last longer; simulated in

@@ -54,7 +54,7 @@ class TimingPlan:
         if needed <= left:
             return ""
         return (
-            f"would take about {needed:.3g} s, and {max(left, 0):.3g} s of max_seconds = {self.max_seconds:g} were left"
+            f"may take about {needed:.3g} s, and {max(left, 0):.3g} s of max_seconds = {self.max_seconds:g} were left"
         )
 
     @property

@@ -35,5 +35,5 @@ def test_the_default_sizes_are_those_of_the_issue_and_the_rounds_at_least_seven(
 def test_it_says_what_there_is_no_time_for() -> None:
     plan = TimingPlan(max_seconds=10)
     assert plan.why_not(4, elapsed=6) == ""
-    assert plan.why_not(4.5, elapsed=6) == "would take about 4.5 s, and 4 s of max_seconds = 10 were left"
-    assert plan.why_not(1, elapsed=12) == "would take about 1 s, and 0 s of max_seconds = 10 were left"
+    assert plan.why_not(4.5, elapsed=6) == "may take about 4.5 s, and 4 s of max_seconds = 10 were left"
+    assert plan.why_not(1, elapsed=12) == "may take about 1 s, and 0 s of max_seconds = 10 were left"

@@ -53,7 +53,7 @@ def test_the_sweep_stays_within_its_time_and_names_what_it_leaves_out(monkeypatc
     assert model.now <= 30
     assert 128 not in model.passes
     left = reasons(timing)
-    assert left[32].startswith("would take about 22.4 s, and ")
+    assert left[32].startswith("may take about 22.4 s, and ")
     assert left[32].endswith(" of max_seconds = 30 were left")
     assert left[128] == "batch 32 was too slow already"
     assert timing.partial == ""
@@ -63,7 +63,7 @@ def test_the_smallest_size_is_always_timed(monkeypatch: pytest.MonkeyPatch) -> N
     timing, sizes = timed(Costly(monkeypatch, 100), batch_sizes=(4, 2), max_seconds=1.0)
     assert sizes == [2]
     assert timing.rows[0].num_runs == 6
-    assert reasons(timing)[4].startswith("would take about 400 s, and 0 s")
+    assert reasons(timing)[4].startswith("may take about 800 s, and 0 s")
 
 
 def test_the_heads_are_timed_where_the_model_takes_too_long(monkeypatch: pytest.MonkeyPatch) -> None:
