@@ -82,7 +82,9 @@ def repeatability(num_pairs: int) -> Iterator[Row]:
     apart: dict[tuple[str, int], int] = {}
     for _ in range(num_pairs):
         first, second = (inference_timing(model, x, batch_sizes=[1, 32]).rows for _ in range(2))
-        for a, b in zip(first, second, strict=True):
+        others = {(row.module, row.batch_size): row for row in second}
+        for a in first:
+            b = others[a.module, a.batch_size]
             is_apart = a.p50_low_ms > b.p50_high_ms or b.p50_low_ms > a.p50_high_ms
             apart[a.module, a.batch_size] = apart.get((a.module, a.batch_size), 0) + is_apart
     for (module, size), count in apart.items():

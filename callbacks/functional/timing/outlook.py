@@ -54,9 +54,10 @@ class Outlook:
         """Remember what one pass of a size took."""
         self._size, self._pass_s, self._num_bytes = size, seconds, num_bytes
 
-    def learn_round(self, passes: float) -> None:
-        """Remember how many passes a round is worth."""
-        self._passes_per_round = passes
+    def learn_round(self, round_s: float, pass_s: float) -> None:
+        """Remember what a round and a pass take that are warm: the first pass may have met a stall."""
+        self._pass_s = min(self._pass_s, pass_s)
+        self._passes_per_round = round_s / pass_s
 
     def give_up(self) -> None:
         """Let no larger size run: the last one took too long."""

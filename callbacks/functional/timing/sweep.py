@@ -213,7 +213,7 @@ class Sweep:
                 contender.peak_memory = _peak_memory(contender, self.subject.device)
         known = {key: c.last_ms for key, c in contenders.items() if c.warmup_runs}
         if known.get(Key(MODEL), 0) > 0:
-            self._outlook.learn_round(sum(known.values()) / known[Key(MODEL)])
+            self._outlook.learn_round(sum(known.values()) / 1e3, known[Key(MODEL)] / 1e3)
 
 
 def _belongs(name: str, heads: Iterable[str]) -> bool:
