@@ -27,7 +27,7 @@ class Outlook:
         self._plan, self._device = plan, device
         self._start = time.perf_counter()
         self._size, self._pass_s, self._num_bytes = 0, 0.0, 0
-        self._passes_per_round, self._too_slow = 1.0, ""
+        self._passes_per_round, self._too_slow, self._num_sizes = 1.0, "", 0
 
     @property
     def is_first(self) -> bool:
@@ -53,6 +53,7 @@ class Outlook:
     def learn_pass(self, size: int, seconds: float, num_bytes: int) -> None:
         """Remember what one pass of a size took."""
         self._size, self._pass_s, self._num_bytes = size, seconds, num_bytes
+        self._num_sizes += 1
 
     def learn_round(self, round_s: float, pass_s: float) -> None:
         """Remember what a round and a pass take that are warm: the first pass may have met a stall."""
@@ -62,6 +63,10 @@ class Outlook:
     def give_up(self) -> None:
         """Let no larger size run: the last one took too long."""
         self._too_slow = f"batch {self._size} was too slow already"
+
+    def is_over(self) -> bool:
+        """Whether the time of the whole sweep is over, the smallest size apart: rounds may take longer than foretold."""
+        return self._num_sizes > 1 and self._elapsed() > self._plan.max_seconds
 
     def forgive(self, seconds: float) -> None:
         """Do not count some of the time that has passed."""

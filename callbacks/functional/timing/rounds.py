@@ -95,6 +95,7 @@ def take_turns(
     seconds: float,
     order: random.Random,
     on_round: Callable[[float], None],
+    is_over: Callable[[], bool] = lambda: False,
 ) -> None:
     """Let all contenders run in rounds, each round in a new random order, so that a slow phase meets all of them alike.
 
@@ -108,6 +109,7 @@ def take_turns(
         seconds: Time after which no more round begins, unless there were fewer than six.
         order: Decides the orders.
         on_round: Called after each round with the share that is done.
+        is_over: Asked after each round whether to stop at once, with however few.
     """
     start, done, fewest = time.perf_counter(), 0, min(FEWEST_ROUNDS, num_runs)
     share = 0.0 if contenders else 1.0
@@ -118,6 +120,7 @@ def take_turns(
         done += 1
         runs = min(contender.num_runs for contender in contenders.values())
         share = max(runs / num_runs, min((time.perf_counter() - start) / seconds, done / fewest))
+        share = 1.0 if is_over() else share
         on_round(min(share, 1.0))
 
 

@@ -105,6 +105,7 @@ class Sweep:
                     seconds=self.plan.seconds_per_size,
                     order=self._order,
                     on_round=lambda share: self._show(size, share),
+                    is_over=self._outlook.is_over,
                 )
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):

@@ -128,3 +128,10 @@ def test_garbage_is_collected_between_the_rounds_only(clock: FakeClock) -> None:
     with pytest.raises(RuntimeError, match="stop"):
         take_turns({0: Contender(fail)}, clock, on_round=lambda _: None, **options)
     assert gc.isenabled()
+
+
+def test_rounds_stop_at_once_when_all_is_over(clock: FakeClock) -> None:
+    contender = Contender(lambda: 1.0)
+    options = {"num_runs": 9, "seconds": 9, "order": random.Random(0), "on_round": lambda _: None}
+    take_turns({0: contender}, clock, is_over=lambda: True, **options)
+    assert contender.num_runs == 1
