@@ -65,7 +65,7 @@ class Outlook:
         self._too_slow = f"batch {self._size} was too slow already"
 
     def is_over(self) -> bool:
-        """Whether the time of the whole sweep is over, the smallest size apart: rounds may take longer than foretold."""
+        """Whether the time of the sweep is over, the smallest size apart: rounds may take longer than foretold."""
         return self._num_sizes > 1 and self._elapsed() > self._plan.max_seconds
 
     def forgive(self, seconds: float) -> None:
