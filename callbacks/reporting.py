@@ -4,11 +4,13 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import singledispatch
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch import Trainer
-from lightning.pytorch.loggers import Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from markdown import markdown
 
@@ -41,20 +43,25 @@ class Report:
         texts: Markdown.
         figures: Matplotlib figures.
         meshes: Surfaces.
+        files: Contents of files, such as JSON, for programs to read.
     """
 
     metrics: Mapping[str, float] = field(default_factory=dict)
     texts: Mapping[str, str] = field(default_factory=dict)
     figures: Mapping[str, "Figure"] = field(default_factory=dict)
     meshes: Mapping[str, Mesh] = field(default_factory=dict)
+    files: Mapping[str, bytes] = field(default_factory=dict)
 
 
 def log_report(trainer: Trainer, prefix: str, report: Report, *, to_loggers: bool = True) -> None:
     """Write a report: numbers into ``trainer.callback_metrics`` and every logger, the rest where a logger shows it.
 
-    - TensorBoard: texts, figures and meshes under their keys.
-    - W&B: figures as images, texts as HTML panels; no meshes.
-    - MLflow: figures and texts as the artifacts ``<key>.png`` and ``<key>.md``, those of the last step; no meshes.
+    - TensorBoard: texts, figures and meshes under their keys; files as ``<key>`` below its folder, those of the last
+      step.
+    - CSV: files, likewise.
+    - W&B: figures as images, texts as HTML panels; no meshes and files.
+    - MLflow: figures, texts and files as the artifacts ``<key>.png``, ``<key>.md`` and ``<key>``, those of the last
+      step; no meshes.
     - Any other logger: numbers only.
 
     A logger that raises is reported by a warning and left out of this report; the others get theirs.
@@ -91,7 +98,7 @@ def _errors_as_warning(logger: Logger, what: str) -> Iterator[None]:
 
 @singledispatch
 def _log_media(logger: Logger, prefix: str, report: Report, step: int) -> None:
-    """Write texts, figures and meshes; a kind of logger that is not registered below gets none."""
+    """Write texts, figures, meshes and files; a kind of logger that is not registered below gets none."""
 
 
 @_log_media.register(TensorBoardLogger)
@@ -103,6 +110,12 @@ def _(logger: TensorBoardLogger, prefix: str, report: Report, step: int) -> None
         writer.add_figure(f"{prefix}/{name}", figure, step)
     for name, mesh in report.meshes.items():
         writer.add_mesh(f"{prefix}/{name}", mesh.vertices, colors=mesh.colors, faces=mesh.faces, global_step=step)
+    _write_files(logger.log_dir, prefix, report)
+
+
+@_log_media.register(CSVLogger)
+def _(logger: CSVLogger, prefix: str, report: Report, step: int) -> None:
+    _write_files(logger.log_dir, prefix, report)
 
 
 @_log_media.register(WandbLogger)
@@ -124,6 +137,17 @@ def _(logger: MLFlowLogger, prefix: str, report: Report, step: int) -> None:
         client.log_text(run_id, text, f"{prefix}/{name}.md")
     for name, figure in report.figures.items():
         client.log_figure(run_id, figure, f"{prefix}/{name}.png")
+    with TemporaryDirectory() as folder:
+        _write_files(folder, prefix, report)
+        if report.files:
+            client.log_artifacts(run_id, folder)
+
+
+def _write_files(folder: str, prefix: str, report: Report) -> None:
+    for name, content in report.files.items():
+        path = Path(folder, prefix, name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
 
 
 @rank_zero_only

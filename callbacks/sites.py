@@ -155,11 +155,18 @@ class TrainerlessSite(Site):
     Args:
         loaders: Loader, or collection of loaders, by split.
         device: Where to analyse; None for where the model is.
+
+    Raises:
+        ValueError: If it is a CUDA device, and torch finds none.
     """
 
     def __init__(self, loaders: Mapping[Split, Any], device: torch.device | str | None) -> None:
         self._loaders = {split: _Batches(given) if _is_batches(given) else given for split, given in loaders.items()}
         self._device = None if device is None else torch.device(device)
+        if self._device is not None and self._device.type == "cuda" and not torch.cuda.is_available():
+            raise ValueError(
+                f"device: expected one that torch finds on this machine; got {device!r}, and there is none"
+            )
         self._model: nn.Module | None = None
 
     @override

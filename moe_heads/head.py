@@ -1,6 +1,7 @@
 """What all classifier heads share: the call, its two forms of output, and the check of the input."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple, overload
 
 from torch import Tensor, nn
@@ -97,6 +98,17 @@ class Head(nn.Module, ABC):
         """
         check_at_least_one(batch=batch, tokens=tokens)
         return self.count_flops(batch, tokens)
+
+    def stages(self, x: Tensor) -> Mapping[str, Callable[[], object]]:
+        """What a forward pass of x does besides its modules, by name: functions that do it once more, to be timed.
+
+        Of a sparse head "dispatch", which brings the rows to their experts, and "combine", which brings the logits
+        back, where the path that runs does them apart from the experts' arithmetic. Empty for other heads.
+
+        Args:
+            x: Input of the head.
+        """
+        return {}
 
     @property
     def num_active_parameters(self) -> int:

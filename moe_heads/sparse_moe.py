@@ -1,14 +1,14 @@
 """The sparse head: a router chooses few experts a row."""
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import get_args
 
 import torch
 from torch import Tensor
 
 from moe_heads.checks import check_at_least_one, check_option
-from moe_heads.dispatch import Dispatch, mix, sum_all
+from moe_heads.dispatch import Dispatch, mix, stages, sum_all
 from moe_heads.experts import Experts
 from moe_heads.flops import Flops
 from moe_heads.head import Head
@@ -127,6 +127,12 @@ class SparseMoE(Head):
             rows * (always + self.num_experts * self.experts.flops_per_row),
             round(rows * always + self.router.num_choices(batch, tokens) * self.experts.flops_per_row),
         )
+
+    def stages(self, x: Tensor) -> Mapping[str, Callable[[], object]]:
+        """Dispatch and combination of the path that serves x; see `Head.stages`."""
+        rows = x.flatten(0, -2)
+        routing = self.router(rows, x.shape[1] if x.dim() == 3 else 1)
+        return stages(self.experts, rows, routing, self.dispatch)
 
     def extra_repr(self) -> str:
         """Sizes, and how the experts run."""

@@ -24,6 +24,7 @@ ALLOWED = {
         "moe_heads.callbacks.functional.common",
         "moe_heads.routing",
         "moe_heads.capacity",
+        "moe_heads.head",
         "moe_heads.surgery",
     },
     "moe_heads.callbacks": {
@@ -37,7 +38,7 @@ ALLOWED = {
 FOREIGN = {
     "moe_heads": {"torch"},
     "moe_heads.callbacks.functional.common": {"torch", "numpy", "matplotlib", "typing_extensions"},
-    "moe_heads.callbacks.functional": {"torch", "numpy", "matplotlib"},
+    "moe_heads.callbacks.functional": {"torch", "numpy", "matplotlib", "scipy"},
     "moe_heads.callbacks.functional.utilization.metric": {"torch", "torchmetrics"},
     "moe_heads.callbacks.functional.published.run": {"torch", "pyhessian"},
 }

@@ -1,54 +1,56 @@
-"""Inference timing: latency percentiles and throughput of a model, and of its parts by themselves."""
+"""Inference timing: latency percentiles and throughput of a model and of its parts, and what a sparse head gains."""
 
-import random
-import statistics
-import time
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
-from functools import partial
-from typing import Any
+from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from moe_heads.callbacks.functional.common.batches import (
-    Batch,
-    ForwardFn,
-    batch_size,
-    call_model,
-    map_leaves,
-    to_device,
-)
-from moe_heads.callbacks.functional.common.environment import device_of, environment_of, synchronize
+from moe_heads.callbacks.functional.common.batches import Batch, ForwardFn, batch_size, call_model, to_device
+from moe_heads.callbacks.functional.common.environment import device_of, environment_of
 from moe_heads.callbacks.functional.common.monitor import Monitor, TimeUp
 from moe_heads.callbacks.functional.common.preserve import preserved
+from moe_heads.callbacks.functional.timing.calls import named_modules
+from moe_heads.callbacks.functional.timing.findings import Findings
+from moe_heads.callbacks.functional.timing.gap import dense_twin
+from moe_heads.callbacks.functional.timing.heads import routed_heads, twin_name
+from moe_heads.callbacks.functional.timing.plan import DEFAULT_SIZES, TimingPlan
 from moe_heads.callbacks.functional.timing.result import InferenceTimingResult
-from moe_heads.callbacks.functional.timing.row import TimingRow
-from moe_heads.routing import Router
+from moe_heads.callbacks.functional.timing.rounds import Cache
+from moe_heads.callbacks.functional.timing.row import Skipped, TimingMode
+from moe_heads.callbacks.functional.timing.sweep import Subject, Sweep
+from moe_heads.head import Head
 
-__all__ = ["check_timing_options", "inference_timing"]
-
-_MODEL = "model"
+__all__ = ["inference_timing"]
 
 
 def inference_timing(
     model: nn.Module,
     example_batch: Batch,
     *,
-    batch_sizes: Sequence[int] = (1, 32, 256),
+    batch_sizes: Sequence[int] = DEFAULT_SIZES,
     modules: Sequence[str] | None = None,
-    num_runs: int = 50,
-    warmup_runs: int = 10,
+    modes: Sequence[TimingMode] = ("eager",),
+    caches: Sequence[Cache] = ("warm",),
+    num_runs: int = 1000,
+    warmup_runs: int | None = None,
+    warmup_tolerance: float = 0.05,
+    seconds_per_size: float = 0.8,
+    max_seconds: float = 50.0,
     forward_fn: ForwardFn = call_model,
     seed: int = 0,
     monitor: Monitor | None = None,
 ) -> InferenceTimingResult:
-    """Wall time of the forward pass, of the whole model and of modules inside it timed alone.
+    """Wall time of the forward pass over batch sizes: of the whole, of its parts alone, and of a head's dense twin.
 
     A backbone is nearly all of the arithmetic and hides what a head costs; so each module is also run by itself, on the
-    inputs that it had in one forward pass at that batch size. Everything runs in evaluation and inference mode with the
-    inputs on the model's device; the clock is read after the device has finished. After the warm-up all modules take
-    turns in a random order in every round, so that a drift of the clock rate meets all alike. No run is left out.
+    inputs that it had in one forward pass at that batch size, and a sparse head is split further. Beside each head with
+    a router runs the dense head of equal capacity: the ratio of their times stands against that of their arithmetic.
+
+    Everything runs in evaluation and inference mode, in one process, with the inputs on the model's device; the clock
+    is read after the device has finished. After the warm-up all of a batch size take turns in a new random order in
+    every round, so that a drift of the clock rate meets all alike. No run is left out; Python's garbage is collected
+    between the rounds. The interval of each median allows for runs that are not independent
+    (`median_interval`); what no run saw, such as a machine that is slower for an hour, it cannot know.
 
     Threads, precision and autocast are those of the caller (recorded in the result), as are the attention kernels:
     they are what is measured. Unlike the other analyses this one therefore does not use `analysis_mode`. The model is
@@ -57,22 +59,33 @@ def inference_timing(
     Args:
         model: The model.
         example_batch: A batch of any size; its samples are repeated or cut to each batch size.
-        batch_sizes: Batch sizes: a single request, a server's batch, and one that fills the machine.
+        batch_sizes: Batch sizes, run in ascending order: from a single request to one that fills the machine.
         modules: Dotted names of the modules to time alone; by default "backbone" and "head" where the model has them,
-            and every module that owns a router of this package, those that run in the forward pass.
-        num_runs: Timed runs of each. 50 leave five above p90; a p99 that means something takes 200 or more.
-        warmup_runs: Runs of each before, at each batch size.
+            every module that owns a router of this package, and the router, those that run in the forward pass.
+        modes: How to run them, see `TimingMode`; routers and stages in "eager" alone. By default eager only: compiling
+            takes longer than all the rest. What does not work is named in ``skipped``.
+        caches: "warm": a module finds the caches as its last run left them; "cold": as something else did.
+        num_runs: Most runs of each: 1,000 leave ten above p99. The time mostly ends them sooner; the longer they go on,
+            the more of the machine's slow phases the interval knows of.
+        warmup_runs: Runs of each before, at each batch size. By default until the median of five is within
+            ``warmup_tolerance`` of that of the five before, for at most half of ``seconds_per_size`` in all.
+        warmup_tolerance: See there; 5 % is what a quiet machine reaches with its first ten runs.
+        seconds_per_size: Time after which no further round begins at a batch size, unless there were fewer than six.
+            Six sizes of a small model take 5 s.
+        max_seconds: Time of the whole sweep, compilation and capture aside: of a size whose six rounds would go beyond
+            it only the heads are timed, or nothing where not even a pass fits; ``skipped`` says so. The smallest size
+            is always timed.
         forward_fn: ``forward_fn(model, batch)`` runs the whole model.
-        seed: Seed of the order of turns and of the random number generators.
-        monitor: Shows the rounds, warm-up included, and ends the analysis when its time is over; see `Monitor`.
+        seed: Seed of the order of turns, of the bootstrap and of the random number generators.
+        monitor: Shows the rounds and ends the analysis when its time is over; see `Monitor`.
 
     Returns:
-        A row for each batch size and module, the whole model first. Of the batch sizes that were finished, marked by
-        ``partial``, when the time of the monitor is over.
+        A row for each batch size, mode and module, the whole model first; the split of the time; the gap of each head.
+        Of the batch sizes that were finished, marked by ``partial``, when the time of the monitor is over.
 
     Raises:
-        ValueError: If the batch is empty, a number is below its minimum, a batch size comes twice, or a module is
-            unknown or does not run in the forward pass.
+        ValueError: If the batch is empty or the model cannot take it, a number is out of range, a batch size comes
+            twice, or a module is unknown or does not run in the forward pass.
 
     Example:
         >>> import torch
@@ -82,121 +95,40 @@ def inference_timing(
         >>> [(row.module, row.batch_size) for row in timing.rows]
         [('model', 1), ('1', 1), ('model', 2), ('1', 2)]
     """
-    check_timing_options(batch_sizes, num_runs, warmup_runs)
+    plan = TimingPlan(
+        batch_sizes, modes, caches, num_runs, warmup_runs, warmup_tolerance, seconds_per_size, max_seconds
+    )
     if batch_size(example_batch) == 0:
         raise ValueError("example_batch: expected at least one sample; got none")
-    named = _named_modules(model, modules)
-    device = device_of(model)
-    example = to_device(example_batch, device)
-    order = random.Random(seed)
-    monitor, rounds_each = monitor or Monitor(), warmup_runs + num_runs
-    rows: list[TimingRow] = []
-
-    def result(reason: str = "") -> InferenceTimingResult:
-        return InferenceTimingResult(tuple(rows), environment_of(model), warmup_runs, seed, reason)
-
+    named = named_modules(model, modules)
+    device, monitor = device_of(model), monitor or Monitor()
     with preserved(model):
         model.eval()
         torch.manual_seed(seed)
+        twins, failed = _dense_twins(routed_heads(named))
+        with torch.inference_mode():
+            example = to_device(example_batch, device)
+            subject = Subject(model, example, forward_fn, named, modules is not None, twins, device)
+            sweep = Sweep(subject, plan, seed, monitor)
+            sweep.skipped += failed
+            findings = Findings(sweep, environment_of(model))
+            try:
+                for size in sorted(batch_sizes):
+                    findings.add(size)
+                    monitor.keep(findings.result)
+            except TimeUp as error:
+                in_time: InferenceTimingResult = monitor.result_in_time(error)
+                return in_time
+        return findings.result()
+
+
+def _dense_twins(heads: dict[str, Head]) -> tuple[dict[str, Head], list[Skipped]]:
+    """The dense head of equal capacity of each head; of a head that has none near enough, why."""
+    twins: dict[str, Head] = {}
+    failed = []
+    for name, head in heads.items():
         try:
-            with torch.inference_mode():
-                for done, size in enumerate(batch_sizes):
-                    batch = _resized(example, size)
-                    calls: dict[str, Callable[[], object]] = {_MODEL: partial(forward_fn, model, batch)}
-                    calls |= _captured(calls[_MODEL], named, required=modules is not None)
-                    times: dict[str, list[float]] = {name: [] for name in calls}
-                    for index in range(rounds_each):
-                        for name in order.sample(list(calls), len(calls)):
-                            elapsed = _elapsed_ms(calls[name], device)
-                            if index >= warmup_runs:
-                                times[name].append(elapsed)
-                        monitor.step(done * rounds_each + index + 1, len(batch_sizes) * rounds_each)
-                    rows += [_row(size, name, values) for name, values in times.items()]
-                    monitor.keep(result)
-        except TimeUp as error:
-            in_time: InferenceTimingResult = monitor.result_in_time(error)
-            return in_time
-        return result()
-
-
-def check_timing_options(batch_sizes: Sequence[int], num_runs: int, warmup_runs: int) -> None:
-    """Refuse what no model could be timed with."""
-    sizes = batch_sizes if isinstance(batch_sizes, (list, tuple)) else ()
-    if not sizes or not all(isinstance(size, int) and size >= 1 for size in sizes) or len(set(sizes)) < len(sizes):
-        raise ValueError(f"batch_sizes: expected a list of different whole numbers from 1 on; got {batch_sizes!r}")
-    if not isinstance(num_runs, int) or num_runs < 1:
-        raise ValueError(f"num_runs: expected at least 1; got {num_runs}")
-    if warmup_runs < 0:
-        raise ValueError(f"warmup_runs: expected at least 0; got {warmup_runs}")
-
-
-def _named_modules(model: nn.Module, names: Sequence[str] | None) -> dict[str, nn.Module]:
-    inside = {name: module for name, module in model.named_modules() if name}
-    if names is None:
-        owners = {name.rpartition(".")[0] for name, module in inside.items() if isinstance(module, Router)}
-        names = [name for name in inside if name in {"backbone", "head"} | owners]
-    unknown = [name for name in names if name not in inside]
-    if unknown:
-        raise ValueError(f"modules: expected names of modules, such as {next(iter(inside), None)!r}; got {unknown}")
-    # a child that is itself called "model" must not take the place of the whole
-    return {f"{_MODEL}.{name}" if name == _MODEL else name: inside[name] for name in names}
-
-
-def _resized(batch: Batch, size: int) -> Batch:
-    """The batch with its samples repeated or cut to ``size``; tensors that do not count the samples stay."""
-    given = batch_size(batch)
-
-    def resize(leaf: object) -> object:
-        if not isinstance(leaf, Tensor) or leaf.dim() == 0 or leaf.shape[0] != given:
-            return leaf
-        return leaf[torch.arange(size, device=leaf.device) % given]
-
-    return map_leaves(batch, resize)
-
-
-def _captured(
-    forward: Callable[[], object], named: dict[str, nn.Module], *, required: bool
-) -> dict[str, Callable[[], object]]:
-    """A call of each module on the inputs of its first call in the forward pass."""
-    inputs: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {}
-
-    def record(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        # a copy: a later layer may work in place
-        inputs.setdefault(name, map_leaves((args, kwargs), lambda x: x.clone() if isinstance(x, Tensor) else x))
-
-    with ExitStack() as stack:
-        for name, module in named.items():
-            handle = module.register_forward_pre_hook(partial(record, name), with_kwargs=True)
-            stack.callback(handle.remove)
-        forward()
-    idle = [name for name in named if name not in inputs]
-    if idle and required:
-        raise ValueError(f"modules: expected modules that run in the forward pass; {idle} do not")
-    return {name: partial(named[name], *args, **kwargs) for name, (args, kwargs) in inputs.items()}
-
-
-def _elapsed_ms(call: Callable[[], object], device: torch.device) -> float:
-    synchronize(device)
-    start = time.perf_counter_ns()
-    call()
-    synchronize(device)
-    return (time.perf_counter_ns() - start) / 1e6
-
-
-def _row(size: int, name: str, times: list[float]) -> TimingRow:
-    p50, p90, p99 = torch.quantile(
-        torch.tensor(times, dtype=torch.float64), torch.tensor([0.5, 0.9, 0.99], dtype=torch.float64)
-    ).tolist()
-    mean = statistics.fmean(times)
-    return TimingRow(
-        batch_size=size,
-        mode="eager",
-        module=name,
-        p50_ms=p50,
-        p90_ms=p90,
-        p99_ms=p99,
-        mean_ms=mean,
-        std_ms=statistics.stdev(times) if len(times) > 1 else float("nan"),
-        num_runs=len(times),
-        samples_per_s=1000 * size / mean,
-    )
+            twins[name] = dense_twin(head)
+        except ValueError as error:
+            failed.append(Skipped(None, None, twin_name(name), str(error)))
+    return twins, failed

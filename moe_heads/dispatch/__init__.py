@@ -5,5 +5,6 @@ Shapes of this package: N rows, D features, E experts, H expert width, C classes
 
 from moe_heads.dispatch.all_experts import sum_all
 from moe_heads.dispatch.choice import Dispatch, mix
+from moe_heads.dispatch.stages import stages
 
-__all__ = ["Dispatch", "mix", "sum_all"]
+__all__ = ["Dispatch", "mix", "stages", "sum_all"]

@@ -15,7 +15,7 @@ from moe_heads.modes import can_read_values, is_vmapped
 from moe_heads.precision import is_autocasting
 from moe_heads.routing import Routing
 
-__all__ = ["Dispatch", "mix"]
+__all__ = ["Dispatch", "mix", "path_of"]
 
 Dispatch = Literal["auto", "all", "gathered", "grouped", "ragged"]
 
@@ -59,16 +59,31 @@ def mix(experts: Experts, x: Tensor, routing: Routing, dispatch: Dispatch) -> Te
         ValueError: If the rows have another dtype than the experts, or the path that was named cannot serve the
             routing, dtype, device, shape or mode.
     """
+    path = path_of(experts, x, routing, dispatch)
+    if path == "ragged" and torch.compiler.is_compiling():
+        logits: Tensor = _ragged_outside_the_graph(experts, x, routing)
+        return logits
+    return _PATHS[path](experts, x, routing)
+
+
+def path_of(experts: Experts, x: Tensor, routing: Routing, dispatch: Dispatch) -> Dispatch:
+    """Name of the path that `mix` takes: the one that was named, or what "auto" decides.
+
+    Args:
+        experts: The experts.
+        x: Rows, (N, D).
+        routing: Their routing.
+        dispatch: Name of a path, or "auto".
+
+    Raises:
+        ValueError: As `mix` does.
+    """
     if x.dtype != experts.weight1.dtype and not is_autocasting(x):
         raise ValueError(f"x: expected {experts.weight1.dtype}, as the experts have; got {x.dtype}")
     if dispatch == "auto":
-        dispatch = _fastest(experts, x, routing)
-    else:
-        _check(experts, x, routing, dispatch)
-    if dispatch == "ragged" and torch.compiler.is_compiling():
-        logits: Tensor = _ragged_outside_the_graph(experts, x, routing)
-        return logits
-    return _PATHS[dispatch](experts, x, routing)
+        return _fastest(experts, x, routing)
+    _check(experts, x, routing, dispatch)
+    return dispatch
 
 
 def _fastest(experts: Experts, x: Tensor, routing: Routing) -> Dispatch:

@@ -1,5 +1,6 @@
 """The four callbacks together on somebody's module and on ours: no argument needed, nothing changed, all reported."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -125,7 +126,15 @@ def test_utilisation_has_a_point_an_epoch_that_counts_every_row(fitted: dict[str
 
 def test_timing_has_the_head_by_itself(fitted: dict[str, Any]) -> None:
     rows = fitted["callbacks"]["InferenceTimingCallback"].results["test"].rows
-    assert {(row.module, row.batch_size) for row in rows} == {("model", 1), ("model", 8), ("head", 1), ("head", 8)}
+    modules = {row.module for row in rows}
+    assert {"model", "head", "head.router", "head_dense"} <= modules
+    assert {(row.module, row.batch_size) for row in rows} >= {("model", 1), ("model", 8), ("head", 1), ("head", 8)}
+
+
+def test_timing_is_beside_the_events_as_json(fitted: dict[str, Any]) -> None:
+    timing = fitted["callbacks"]["InferenceTimingCallback"].results["test"]
+    path = Path(fitted["trainer"].logger.log_dir, "inference_timing", "test", "timing.json")
+    assert [row["p50_ms"] for row in json.loads(path.read_text())["rows"]] == [row.p50_ms for row in timing.rows]
 
 
 def test_everything_is_in_tensorboard(fitted: dict[str, Any]) -> None:
@@ -137,12 +146,13 @@ def test_everything_is_in_tensorboard(fitted: dict[str, Any]) -> None:
         "loss_landscape/train/plane",
         "expert_utilization/test/head/experts",
         "expert_utilization/train/head/load_over_epochs",
-        "inference_timing/test/latency",
+        *(f"inference_timing/test/{figure}" for figure in ("latency", "throughput", "gap", "split")),
     } <= set(tags["images"])
     assert {
         "sharpness/train/lambda_max",
         "sharpness/test/trace_stderr",
         "inference_timing/test/head/batch8/p50_ms",
+        "inference_timing/test/head/batch8/speedup",
     } <= set(tags["scalars"])
     texts = ("sharpness/train", "loss_landscape/test", "expert_utilization/train", "inference_timing/test")
     assert {f"{name}/summary/text_summary" for name in texts} <= set(tags["tensors"])
@@ -230,6 +240,9 @@ def test_hooks_are_gone_after_an_error_in_training() -> None:
         (lambda: LossLandscapeCallback(line_reach=0.0), "line_reach: expected a finite number above 0; got 0.0"),
         (lambda: InferenceTimingCallback(batch_sizes=()), "batch_sizes: expected"),
         (lambda: InferenceTimingCallback(num_runs=0), "num_runs: expected"),
+        (lambda: InferenceTimingCallback(modes=["fast"]), "modes: expected a list of"),
+        (lambda: InferenceTimingCallback(max_seconds=0), "max_seconds: expected a positive number; got 0"),
+        (lambda: InferenceTimingCallback(modules="head"), "modules: expected a list of dotted names; got 'head'"),
     ],
 )
 def test_bad_options_are_refused_before_training(build: Any, message: str) -> None:

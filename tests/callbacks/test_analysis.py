@@ -199,3 +199,10 @@ def test_a_plain_call_after_another_starts_anew() -> None:
     counted.analyse(module, test=loader())
     assert set(counted.results) == {"test"}
     assert_same(before, snapshot(module))
+
+
+def test_a_cuda_device_where_there_is_none_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    batches = [torch.zeros(2, 3)]
+    with pytest.raises(ValueError, match="device: expected one that torch finds on this machine; got 'cuda', and"):
+        InferenceTimingCallback(batch_sizes=(1,)).analyse(torch.nn.Linear(3, 2), test=batches, device="cuda")

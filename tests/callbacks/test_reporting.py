@@ -32,7 +32,8 @@ class Everything(FitEndAnalysis):
         triangle = torch.tensor([[[0.0, 0, 0], [1, 0, 0], [0, 1, 0]]])
         mesh = Mesh(triangle, torch.tensor([[[0, 1, 2]]]), torch.zeros(1, 3, 3, dtype=torch.uint8))
         metrics = {"value": result, "blocks.0.head/batch1/p50_ms": 1.5}
-        return Report(metrics, {"summary": TABLE}, {"blocks.0.head/figure": Figure()}, {"surface": mesh})
+        figures, files = {"blocks.0.head/figure": Figure()}, {"blocks.0.head/data.json": b"[0.25]"}
+        return Report(metrics, {"summary": TABLE}, figures, {"surface": mesh}, files)
 
 
 class EveryEpoch(Everything):
@@ -86,6 +87,7 @@ def test_everything_reaches_tensorboard(tmp_path: Path) -> None:
     assert {f"everything/train/surface_{part}" for part in ("VERTEX", "FACE", "COLOR")} <= set(events.Tags()["tensors"])
     text = events.Tensors("everything/train/summary/text_summary")[0].tensor_proto.string_val[0].decode()
     assert "Samples: 40 of 40, drawn with seed 0" in text
+    assert Path(logger.log_dir, "everything/train/blocks.0.head/data.json").read_bytes() == b"[0.25]"
 
 
 def test_hparams_are_one_row_a_run_without_a_list_of_columns(tmp_path: Path) -> None:
@@ -115,6 +117,7 @@ def test_csv_holds_what_comes_during_training_and_at_its_end(tmp_path: Path) -> 
     assert rows(logger, "during/value") == [(3, 0.0), (6, 1.0), (9, 2.0)]
     assert rows(logger, "during/epoch2") == [(9, 1.0)]
     assert rows(logger, "everything/train/value") == [(9, 0.25)]
+    assert Path(logger.log_dir, "everything/train/blocks.0.head/data.json").read_bytes() == b"[0.25]"
     assert [step for step, _ in rows(logger, "loss")] == list(range(9))
 
 
@@ -218,6 +221,7 @@ def test_mlflow_gets_numbers_and_artifacts(tmp_path: Path, monkeypatch: pytest.M
     folder = Path(client.download_artifacts(run_id, "everything/train"))
     assert (folder / "summary.md").read_text().startswith(TABLE)
     assert (folder / "blocks.0.head" / "figure.png").read_bytes().startswith(b"\x89PNG")
+    assert (folder / "blocks.0.head" / "data.json").read_bytes() == b"[0.25]"
     assert rows(table, "everything/train/value") == [(6, 0.25)]
 
 

@@ -1,5 +1,6 @@
 """The machine and the settings under which a model runs."""
 
+import os
 import platform
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-__all__ = ["Environment", "device_of", "environment_of", "synchronize"]
+__all__ = ["Environment", "device_of", "environment_of", "load_average", "synchronize"]
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,13 @@ class Environment:
         float32_matmul_precision: "highest", "high" (TF32) or "medium".
         num_threads: Threads of torch on the CPU.
         torch_version: Version of torch.
+        num_processors: Processors that the system has, whoever uses them.
+        load_average: Processes that ran or waited to, in the mean of the last minute; None where the system does not
+            tell.
+        driver: Version of the GPU's driver; "" where there is none.
+        python_version: Version of Python.
+        cudnn_benchmark: Whether cuDNN chooses its algorithms by trying them.
+        deterministic: Whether torch was told to use deterministic algorithms.
     """
 
     device: str
@@ -31,11 +39,20 @@ class Environment:
     float32_matmul_precision: str
     num_threads: int
     torch_version: str
+    num_processors: int
+    load_average: float | None
+    driver: str
+    python_version: str
+    cudnn_benchmark: bool
+    deterministic: bool
 
     def __str__(self) -> str:
+        driver = f"driver {self.driver}, " if self.driver else ""
+        load = "" if self.load_average is None else f", load {self.load_average:.2f}"
         return (
-            f"{self.device} ({self.device_type}), {self.dtype}, autocast {self.autocast}, matmul precision "
-            f"{self.float32_matmul_precision}, {self.num_threads} threads, torch {self.torch_version}"
+            f"{self.device} ({self.device_type}), {driver}{self.dtype}, autocast {self.autocast}, matmul precision "
+            f"{self.float32_matmul_precision}, {self.num_threads} threads of {self.num_processors} processors{load}, "
+            f"torch {self.torch_version}, Python {self.python_version}"
         )
 
 
@@ -59,13 +76,33 @@ def environment_of(model: nn.Module) -> Environment:
         float32_matmul_precision=torch.get_float32_matmul_precision(),
         num_threads=torch.get_num_threads(),
         torch_version=torch.__version__,
+        num_processors=os.cpu_count() or 1,
+        load_average=load_average(),
+        driver=_driver() if device.type == "cuda" else "",
+        python_version=platform.python_version(),
+        cudnn_benchmark=torch.backends.cudnn.benchmark,
+        deterministic=torch.are_deterministic_algorithms_enabled(),
     )
+
+
+def load_average() -> float | None:
+    """Processes that ran or waited to, in the mean of the last minute; None where the system does not tell."""
+    try:
+        return os.getloadavg()[0]
+    except (AttributeError, OSError):
+        return None
 
 
 def synchronize(device: torch.device) -> None:
     """Wait until the device has done all work queued so far; a CPU never lags."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
+
+
+def _driver(path: Path = Path("/proc/driver/nvidia/version")) -> str:
+    """Version of the NVIDIA driver: the first number in what the kernel says, "... Module  580.65.06  ..."."""
+    words = path.read_text(encoding="utf-8").split() if path.is_file() else []
+    return next((word for word in words if word.replace(".", "").isdigit() and "." in word), "unknown")
 
 
 def _cpu_name() -> str:

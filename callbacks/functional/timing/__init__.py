@@ -1,1 +1,1 @@
-"""Rows of a timing and their figure."""
+"""The parts of an inference timing: calls, modes, rounds, statistics, and the result."""

@@ -1,47 +1,142 @@
 import warnings
+from dataclasses import replace
 
 import torch
 from torch import nn
 
 from moe_heads.callbacks.functional.common.environment import environment_of
+from moe_heads.callbacks.functional.timing.gap import Gap, GapPoint
 from moe_heads.callbacks.functional.timing.result import InferenceTimingResult
-from moe_heads.callbacks.functional.timing.row import TimingRow
+from moe_heads.callbacks.functional.timing.roofline import Bound
+from moe_heads.callbacks.functional.timing.row import Skipped, TimingRow
+from moe_heads.callbacks.functional.timing.split import Part
 
 
-def row(module: str, size: int, p50: float) -> TimingRow:
-    return TimingRow(size, "eager", module, p50, 2 * p50, 4 * p50, 1.5 * p50, 0.1, 50, 1000 * size / (1.5 * p50))
+def row(module: str, size: int, p50: float, **options: object) -> TimingRow:
+    known = {"max_ms": 5 * p50, "p50_low_ms": 0.99 * p50, "p50_high_ms": 1.01 * p50, **options}
+    numbers = (p50, 2 * p50, 4 * p50, 1.5 * p50, 0.1, 50, 1000 * size / (1.5 * p50))
+    return TimingRow(size, "eager", module, *numbers, **known)  # type: ignore[arg-type]
 
 
 def timing() -> InferenceTimingResult:
     rows = row("model", 1, 2.0), row("head", 1, 1.0), row("model", 32, 20.0), row("head", 32, 3.0)
-    return InferenceTimingResult(rows, environment_of(nn.Linear(1, 1)), warmup_runs=10, seed=0)
+    points = (
+        GapPoint(1, "eager", 4.0, 0.5, 0.4, 0.6, 0.7, Bound(1.0, "memory"), Bound(1.4, "launches")),
+        GapPoint(32, "eager", 4.0, 2.0, 1.9, 2.1, 3.0, Bound(3.0, "arithmetic"), Bound(1.0, "arithmetic")),
+    )
+    return InferenceTimingResult(
+        rows,
+        environment_of(nn.Linear(1, 1)),
+        warmup_runs=10,
+        seed=0,
+        skipped=(
+            Skipped(1, "cuda_graph", "model", "needs a CUDA device"),
+            Skipped(32, "cuda_graph", "model", "needs a CUDA device"),
+            Skipped(64, None, None, "out of memory"),
+        ),
+        parts=(
+            Part(1, "head", "router", 0.25, 0.2, 0.3, "timed alone"),
+            Part(1, "head", "experts", 0.75, 0.6, 0.9, "by difference"),
+        ),
+        gaps=(Gap("head", "eager", 1000, 1010, points, 5.657),),
+        uncounted={"aten.relu": 2},
+        peak_flops=1e11,
+        load_average_end=0.25,
+    )
 
 
-def test_metrics_name_module_and_batch_size() -> None:
+def test_metrics_name_module_batch_size_and_gap() -> None:
     metrics = timing().metrics()
-    assert len(metrics) == 16
+    assert len(metrics) == 16 + 2 * 2 + 1
     assert metrics["head/batch32/p50_ms"] == 3.0
     assert metrics["model/batch1/p99_ms"] == 8.0
     assert metrics["model/batch32/samples_per_s"] == 32000 / 30
+    assert metrics["head/batch32/speedup"] == 2.0
+    assert metrics["head/batch1/theoretical_speedup"] == 4.0
+    assert metrics["head/break_even_batch"] == 5.657
+    compiled = replace(timing(), rows=(replace(row("model", 1, 2.0), mode="compiled", cache="cold"),), gaps=())
+    assert set(compiled.metrics()) == {
+        f"model/batch1/compiled/cold/{name}" for name in ("p50_ms", "p90_ms", "p99_ms", "samples_per_s")
+    }
+    assert replace(timing(), partial="stopped").metrics()["partial"] == 1
 
 
-def test_summary_is_a_table_with_the_environment() -> None:
+def test_summary_has_the_tables_what_was_left_out_and_the_environment() -> None:
     text = timing().summary()
-    assert "| model | 32 | eager | 20 | 40 | 80 | 1,067 |" in text
-    assert f"50 runs each after 10 to warm up; {timing().environment}." in text
+    assert "| model | 32 | eager | 20 | 19.8 to 20.2 | 40 | 80 | 100 | 50 | 1,067 |" in text
+    assert "faster than the dense head from a batch of about 5.66 on" in text
+    assert "| 1 | 4 | 0.5 | 0.4 to 0.6 | 0.7 | memory, launches |" in text
+    assert "| batch | router | experts (by difference) |" in text
+    assert "| 1 | 0.25 (0.2 to 0.3) | 0.75 (0.6 to 0.9) |" in text
+    assert "- cuda_graph; model; batch 1, 32: needs a CUDA device\n- batch 64: out of memory" in text
+    assert f"50 to 50 runs each on a CPU: {timing().environment} (load 0.25 at the end)." in text
+    assert "Not counted in a pass of the model: relu 2×." in text
+    assert "100 GFLOP/s" in text
     assert f"torch {torch.__version__}" in text
 
 
-def test_plot_has_a_line_a_module_and_whiskers() -> None:
+def test_columns_come_with_what_they_show() -> None:
+    assert "MFLOP" not in timing().summary()
+    full = row("model", 1, 2.0, flops=3_000_000, peak_share=0.25, device_p50_ms=1.5, peak_memory=2**21)
+    text = replace(timing(), rows=(full, row("head", 1, 1.0))).summary()
+    assert "| device p50 ms | MFLOP | of peak | peak MiB |" in text
+    assert "| 1.5 | 3 | 25.0% | 2 |" in text
+
+
+def test_a_noisy_machine_and_a_warm_up_that_was_not_stable_are_said() -> None:
+    assert not timing().is_noisy
+    assert "Noisy" not in timing().summary()
+    wide = row("model", 1, 2.0, p50_low_ms=1.9, p50_high_ms=2.15, is_stable=False)
+    noisy = replace(timing(), rows=(wide, *timing().rows[1:3]), partial="stopped")
+    assert noisy.is_noisy
+    assert "**Noisy machine**: intervals of medians are wider than 10%" in noisy.summary()
+    assert "The warm-up of 1 of 3 rows ended before it was stable." in noisy.summary()
+    assert "**Partial**: stopped." in noisy.summary()
+    few = replace(timing(), rows=(row("model", 1, 2.0, p50_low_ms=0.0, p50_high_ms=float("inf")),))
+    assert "| 2 | unknown | 4 |" in few.summary()
+
+
+def test_figures_are_drawn_without_a_warning() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        figure, ax = timing().plot()
-        figure.savefig("/dev/null", format="png")
+        found = timing()
+        for figure in (found.plot()[0], found.plot_throughput(), found.plot_gap(), found.plot_split()):
+            figure.savefig("/dev/null", format="png")
+    assert replace(found, gaps=(), parts=()).plot_gap() is None
+    assert replace(found, gaps=(), parts=()).plot_split() is None
+
+
+def test_latency_has_a_line_a_module_and_its_bands() -> None:
+    parts = row("head.router", 1, 0.5), row("head.router", 32, 0.6)
+    _, ax = replace(timing(), rows=(*timing().rows, *parts)).plot()
     assert (ax.get_xscale(), ax.get_yscale()) == ("log", "log")
-    lines = {line.get_label(): line.get_ydata().tolist() for line in ax.get_lines() if line.get_label()[0] != "_"}
-    assert lines == {"model": [2.0, 20.0], "head": [1.0, 3.0]}
-    tops = {float(segment[:, 1].max()) for whiskers in ax.collections for segment in whiskers.get_segments()}
-    assert tops == {4.0, 40.0, 2.0, 6.0, 8.0, 80.0, 12.0}
+    lines = {line.get_label(): line.get_ydata().tolist() for line in ax.get_lines()}
+    assert lines == {"model": [2.0, 20.0], "head": [1.0, 3.0]}  # a part of the head has the split
+    tops = [round(float(band.get_paths()[0].vertices[:, 1].max()), 6) for band in ax.collections]
+    assert tops == [20.2, 80.0, 3.03, 12.0]
+
+
+def test_throughput_turns_the_interval_over() -> None:
+    (ax,) = timing().plot_throughput().axes
+    assert ax.get_lines()[0].get_ydata().tolist() == [500.0, 1600.0]
+    band = ax.collections[0].get_paths()[0].vertices
+    assert float(band[:, 1].min()) == 1e3 / 2.02
+
+
+def test_the_gap_has_three_lines_and_the_split_bars_that_fill() -> None:
+    (ax,) = timing().plot_gap().axes
+    lines = {line.get_label(): list(line.get_ydata()) for line in ax.get_lines() if line.get_label()[0] != "_"}
+    expected = {"head, eager": [0.5, 2.0], "theoretical (FLOPs)": [4.0, 4.0], "of the roofline bounds": [0.7, 3.0]}
+    assert lines == expected
+    (panel,) = timing().plot_split().axes
+    assert [bar.get_height() for bar in panel.patches] == [0.25, 0.75]
+
+
+def test_modes_and_caches_are_told_apart() -> None:
+    rows = [replace(row("model", 1, 2.0), mode=mode) for mode in ("eager", "compiled")]
+    _, ax = replace(timing(), rows=(*rows, replace(rows[0], cache="cold"))).plot()
+    looks = {line.get_label(): (line.get_linestyle(), line.get_marker()) for line in ax.get_lines()}
+    assert looks == {"model, eager": ("-", "o"), "model, compiled": ("--", "o"), "model, eager, cold": ("-", "s")}
 
 
 def test_plot_uses_the_axes_given() -> None:

@@ -1,0 +1,56 @@
+"""Figure of where the time goes."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from moe_heads.callbacks.functional.timing.calls import MODEL
+from moe_heads.callbacks.functional.timing.figures import FONT, SIZE, short_name
+from moe_heads.callbacks.functional.timing.split import Part
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+__all__ = ["plot_split"]
+
+_COLORS = {
+    "backbone": "C0",
+    "head": "C1",
+    "rest": "0.7",
+    "router": "C2",
+    "dispatch": "C3",
+    "experts": "C1",
+    "combine": "C4",
+}
+
+
+def plot_split(parts: Sequence[Part], device: str) -> "Figure":
+    """Bars of the shares of each part over batch size: one panel for the model, one for each head."""
+    from matplotlib.figure import Figure
+
+    wholes = list(dict.fromkeys(part.whole for part in parts))
+    figure = Figure(figsize=(SIZE[0], 0.6 + 1.7 * len(wholes)), layout="constrained")
+    panels = figure.subplots(len(wholes), 1, squeeze=False)[:, 0]
+    for panel, whole in zip(panels, wholes, strict=True):
+        _draw_shares(panel, [part for part in parts if part.whole == whole])
+        panel.set_title(f"parts of {'the model' if whole == MODEL else whole}", fontsize=FONT + 1)
+    panels[-1].set_xlabel("batch size", fontsize=FONT)
+    figure.suptitle(f"share of the time on {short_name(device)}", fontsize=FONT + 1)
+    return figure
+
+
+def _draw_shares(ax: "Axes", parts: Sequence[Part]) -> None:
+    sizes = list(dict.fromkeys(part.batch_size for part in parts))
+    names = list(dict.fromkeys(part.name for part in parts))
+    # a difference that came out below zero has no bar
+    heights = {(part.batch_size, part.name): max(part.ms, 0.0) for part in parts}
+    totals = [sum(heights.get((size, name), 0.0) for name in names) for size in sizes]
+    bottom = [0.0] * len(sizes)
+    for name in names:
+        shares = [heights.get((size, name), 0.0) / total for size, total in zip(sizes, totals, strict=True)]
+        ax.bar(range(len(sizes)), shares, bottom=bottom, color=_COLORS[name], label=name, width=0.75)
+        bottom = [low + share for low, share in zip(bottom, shares, strict=True)]
+    ax.set_xticks(range(len(sizes)), [f"{size}" for size in sizes])
+    ax.set_ylim(0, 1)
+    ax.tick_params(labelsize=FONT)
+    ax.legend(fontsize=FONT, loc="center left", bbox_to_anchor=(1.0, 0.5), reverse=True)

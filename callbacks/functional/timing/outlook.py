@@ -1,0 +1,76 @@
+"""What the batch sizes so far say about the next one: whether there are time and memory for it."""
+
+import time
+
+import torch
+
+from moe_heads.callbacks.functional.common.memory import memory_budget
+from moe_heads.callbacks.functional.timing.plan import TimingPlan
+
+__all__ = ["Outlook"]
+
+# what one module reads and writes is there more than once: its input, its output, and a residual beside them
+_COPIES = 3
+# on a machine that others use, a pass may take twice as long as the last one says
+_CAUTION = 2
+
+
+class Outlook:
+    """Foretells what a batch size costs from the size before: time and memory grow at most in proportion.
+
+    Args:
+        plan: The time that there is.
+        device: Where the memory is.
+    """
+
+    def __init__(self, plan: TimingPlan, device: torch.device) -> None:
+        self._plan, self._device = plan, device
+        self._start = time.perf_counter()
+        self._size, self._pass_s, self._num_bytes = 0, 0.0, 0
+        self._passes_per_round, self._too_slow, self._num_sizes = 1.0, "", 0
+
+    @property
+    def is_first(self) -> bool:
+        """Whether no size has run yet."""
+        return not self._size
+
+    def why_no_pass(self, size: int) -> str:
+        """Why not even one pass of a size is to run; "" if it is. The first one always is."""
+        if self.is_first or self._too_slow:
+            return self._too_slow
+        growth = size / self._size
+        needed = int(_COPIES * self._num_bytes * growth)
+        free = memory_budget(self._device, on_cpu=2**62, share_of_gpu=1.0)
+        if needed > free:
+            return f"would need about {needed / 2**30:.3g} GiB of memory, and {free / 2**30:.3g} may be used"
+        return self._plan.why_not(_CAUTION * self._pass_s * growth, self._elapsed())
+
+    def why_no_rounds(self) -> str:
+        """Why there is no time for the rounds of the size whose pass was learned last; "" if there is."""
+        rounds = self._plan.fewest_rounds * self._passes_per_round
+        return self._plan.why_not(rounds * self._pass_s, self._elapsed())
+
+    def learn_pass(self, size: int, seconds: float, num_bytes: int) -> None:
+        """Remember what one pass of a size took."""
+        self._size, self._pass_s, self._num_bytes = size, seconds, num_bytes
+        self._num_sizes += 1
+
+    def learn_round(self, round_s: float, pass_s: float) -> None:
+        """Remember what a round and a pass take that are warm: the first pass may have met a stall."""
+        self._pass_s = min(self._pass_s, pass_s)
+        self._passes_per_round = round_s / pass_s
+
+    def give_up(self) -> None:
+        """Let no larger size run: the last one took too long."""
+        self._too_slow = f"batch {self._size} was too slow already"
+
+    def is_over(self) -> bool:
+        """Whether the time of the sweep is over, the smallest size apart: rounds may take longer than foretold."""
+        return self._num_sizes > 1 and self._elapsed() > self._plan.max_seconds
+
+    def forgive(self, seconds: float) -> None:
+        """Do not count some of the time that has passed."""
+        self._start += seconds
+
+    def _elapsed(self) -> float:
+        return time.perf_counter() - self._start

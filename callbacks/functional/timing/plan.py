@@ -1,0 +1,73 @@
+"""How a timing is to be done: sizes, modes, numbers of runs, and the time that it may take."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, get_args
+
+from moe_heads.callbacks.functional.timing.rounds import FEWEST_ROUNDS, Cache
+from moe_heads.callbacks.functional.timing.row import TimingMode
+
+__all__ = ["DEFAULT_SIZES", "TimingPlan"]
+
+DEFAULT_SIZES = (1, 8, 32, 128, 256, 1024)
+
+
+@dataclass(frozen=True)
+class TimingPlan:
+    """Options of a timing; see `inference_timing`."""
+
+    batch_sizes: Sequence[int] = DEFAULT_SIZES
+    modes: Sequence[TimingMode] = ("eager",)
+    caches: Sequence[Cache] = ("warm",)
+    num_runs: int = 1000
+    warmup_runs: int | None = None
+    warmup_tolerance: float = 0.05
+    seconds_per_size: float = 0.8
+    max_seconds: float = 50.0
+
+    def __post_init__(self) -> None:
+        sizes = self.batch_sizes if isinstance(self.batch_sizes, (list, tuple)) else ()
+        if not sizes or not all(_is_count(size, 1) for size in sizes) or len(set(sizes)) < len(sizes):
+            raise ValueError(
+                f"batch_sizes: expected a list of different whole numbers from 1 on; got {self.batch_sizes!r}"
+            )
+        _check_choices("modes", self.modes, get_args(TimingMode))
+        _check_choices("caches", self.caches, get_args(Cache))
+        if not _is_count(self.num_runs, 1):
+            raise ValueError(f"num_runs: expected at least 1; got {self.num_runs}")
+        if self.warmup_runs is not None and not _is_count(self.warmup_runs, 0):
+            raise ValueError(f"warmup_runs: expected at least 0, or None: until stable; got {self.warmup_runs}")
+        for name in ("warmup_tolerance", "seconds_per_size", "max_seconds"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+                raise ValueError(f"{name}: expected a positive number; got {value!r}")
+
+    def why_not(self, needed: float, elapsed: float) -> str:
+        """Why there is no time for something; "" if there is.
+
+        Args:
+            needed: Seconds that it will take.
+            elapsed: Seconds that the sweep has taken.
+        """
+        left = self.max_seconds - elapsed
+        if needed <= left:
+            return ""
+        return (
+            f"may take about {needed:.3g} s, and {max(left, 0):.3g} s of max_seconds = {self.max_seconds:g} were left"
+        )
+
+    @property
+    def fewest_rounds(self) -> int:
+        """Rounds at least, with one to warm up."""
+        return 1 + min(FEWEST_ROUNDS, self.num_runs)
+
+
+def _is_count(value: Any, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _check_choices(argument: str, values: Any, allowed: tuple[str, ...]) -> None:
+    listed = values if isinstance(values, (list, tuple)) else ()
+    if not listed or set(listed) - set(allowed) or len(set(listed)) < len(listed):
+        raise ValueError(f"{argument}: expected a list of {', '.join(map(repr, allowed))}; got {values!r}")

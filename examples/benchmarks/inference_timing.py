@@ -1,0 +1,157 @@
+"""Check the inference timing by measurement: against torch.utils.benchmark, against itself, and by its own duration.
+
+CPU, fp32. Three sections: the medians of one module by `inference_timing` and by torch.utils.benchmark, the two taking
+turns; pairs of runs of one model in one process, and how many of their intervals do not meet; the seconds that the
+default sweep takes of the digits model and of the paper's ResNet-18, each with its sparse head.
+
+    python examples/benchmarks/inference_timing.py --threads 1 --out inference_timing.json     # some ten minutes
+"""
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from bench.timing import machine
+from torch import Tensor, nn
+from torch.utils.benchmark import Timer
+
+from moe_heads import Dense, SparseMoE, capacity, match_capacity
+from moe_heads.callbacks.functional import InferenceTimingResult, inference_timing
+from moe_heads.lightning_modules import DigitsCNN, MoEClassifier, ResNet18Cifar
+
+Row = dict[str, object]
+
+_SINGLE_RUNS = 200
+
+
+def digits() -> nn.Module:
+    """The study's model of the digits, with its sparse head."""
+    total = capacity(Dense(64, 10, width=128)).total
+    return MoEClassifier(DigitsCNN(), match_capacity("sparse", 64, 10, total=total, tolerance=0.05))
+
+
+def agreement(repeats: int) -> Iterator[Row]:
+    """Medians by both, of the same module on the same input.
+
+    torch.utils.benchmark is asked for the median of single runs, and for its usual one, of blocks of runs: the mean of
+    a block contains what other processes took of the processor, so that on a busy machine it is another quantity.
+
+    Yields:
+        A row for each module.
+    """
+    modules: dict[str, tuple[nn.Module, Tensor]] = {
+        "linear 512": (nn.Linear(512, 512), torch.randn(32, 512)),
+        "dense head": (Dense(512, 10), torch.randn(128, 512)),
+        "sparse head": (SparseMoE(512, 10), torch.randn(256, 512)),
+        "digits model": (digits(), torch.randn(32, 1, 8, 8)),
+    }
+    for name, (module, x) in modules.items():
+        module.eval()
+        # its own timer asks in each reading whether there is an accelerator: 75 µs in a CUDA build without a GPU
+        timer = Timer("module(x)", globals={"module": module, "x": x}, timer=time.perf_counter)
+        ours, theirs, blocks = [], [], []
+        for _ in range(repeats):
+            result = inference_timing(module, x, batch_sizes=[len(x)], modules=[], seconds_per_size=0.3)
+            ours.append(result.rows[0].p50_ms)
+            with torch.inference_mode():
+                theirs.append(1e3 * statistics.median(timer.timeit(1).median for _ in range(_SINGLE_RUNS)))
+                blocks.append(1e3 * timer.blocked_autorange(min_run_time=0.3).median)
+        a, b = statistics.median(ours), statistics.median(theirs)
+        differences = [abs(mine / their - 1) for mine, their in zip(ours, theirs, strict=True)]
+        yield {
+            "module": name,
+            "inference_timing_ms": round(a, 5),
+            "torch_benchmark_ms": round(b, 5),
+            "torch_benchmark_blocks_ms": round(statistics.median(blocks), 5),
+            "difference": round(a / b - 1, 4),
+            "median_difference_of_a_pair": round(statistics.median(differences), 4),
+        }
+
+
+def repeatability(num_pairs: int) -> Iterator[Row]:
+    """Two runs of one model, one after the other, and whether their intervals meet.
+
+    Yields:
+        A row for each batch size and module.
+    """
+    model, x = digits(), torch.randn(64, 1, 8, 8)
+    apart: dict[tuple[str, int], int] = {}
+    for _ in range(num_pairs):
+        first, second = (inference_timing(model, x, batch_sizes=[1, 32]).rows for _ in range(2))
+        others = {(row.module, row.batch_size): row for row in second}
+        for a in first:
+            b = others[a.module, a.batch_size]
+            is_apart = a.p50_low_ms > b.p50_high_ms or b.p50_low_ms > a.p50_high_ms
+            apart[a.module, a.batch_size] = apart.get((a.module, a.batch_size), 0) + is_apart
+    for (module, size), count in apart.items():
+        yield {"module": module, "batch": size, "pairs": num_pairs, "apart": count}
+    yield {"module": "all", "pairs": num_pairs * len(apart), "apart": sum(apart.values())}
+
+
+def sweeps() -> Iterator[Row]:
+    """Seconds of the default sweep.
+
+    Yields:
+        A row for each model.
+    """
+    for name, model, x in (
+        ("digits", digits(), torch.randn(64, 1, 8, 8)),
+        ("resnet18", MoEClassifier(ResNet18Cifar(), SparseMoE(512, 10)), torch.randn(64, 3, 32, 32)),
+    ):
+        start = time.perf_counter()
+        result = inference_timing(model, x)
+        seconds = time.perf_counter() - start
+        yield {"model": name, "seconds": round(seconds, 1), **_found(result)}
+
+
+def _found(result: InferenceTimingResult) -> Row:
+    (gap,) = result.gaps
+    whole = [row.batch_size for row in result.rows if row.module == "model"]
+    return {
+        "batch_sizes": whole,
+        "batch_sizes_of_the_head": [point.batch_size for point in gap.points],
+        "skipped": [str(entry) for entry in result.skipped],
+        "is_noisy": result.is_noisy,
+        "realised": {point.batch_size: round(point.realised, 3) for point in gap.points},
+        "interval": {point.batch_size: [round(point.low, 3), round(point.high, 3)] for point in gap.points},
+        "bound": {point.batch_size: round(point.bound or 0, 3) for point in gap.points},
+        "theoretical": round(gap.points[0].theoretical, 3),
+        "break_even": gap.break_even,
+    }
+
+
+def main() -> None:
+    """Run the sections, print one line a row, and write the JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, default=1, help="threads of torch")
+    parser.add_argument("--repeats", type=int, default=11, help="turns of the two timers")
+    parser.add_argument("--pairs", type=int, default=20, help="pairs of runs of one model")
+    parser.add_argument("--only", choices=["agreement", "repeatability", "sweeps"], help="one section instead of all")
+    parser.add_argument("--out", type=Path, default=None, help="JSON file to write")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(0)
+    sections = {
+        "agreement": agreement(options.repeats),
+        "repeatability": repeatability(options.pairs),
+        "sweeps": sweeps(),
+    }
+    if options.only is not None:
+        sections = {options.only: sections[options.only]}
+    report: dict[str, object] = {"machine": machine(), "seed": 0}
+    for name, rows in sections.items():
+        done: list[Row] = []
+        report[name] = done
+        for row in rows:
+            done.append(row)
+            print(name, "  ".join(f"{key} {value}" for key, value in row.items()), flush=True)
+            if options.out is not None:
+                options.out.write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,37 @@
+import pytest
+import torch
+
+from moe_heads.callbacks.functional.timing import outlook
+from moe_heads.callbacks.functional.timing.outlook import Outlook
+from moe_heads.callbacks.functional.timing.plan import TimingPlan
+
+
+@pytest.fixture
+def ahead(monkeypatch: pytest.MonkeyPatch) -> Outlook:
+    """Ten seconds, by a clock that stands still."""
+    monkeypatch.setattr(outlook.time, "perf_counter", lambda: 0.0)
+    return Outlook(TimingPlan(max_seconds=10, num_runs=4), torch.device("cpu"))
+
+
+def test_the_first_size_runs_and_the_next_if_twice_its_pass_fits(ahead: Outlook) -> None:
+    assert ahead.is_first
+    assert ahead.why_no_pass(10**9) == ""
+    ahead.learn_pass(1, 1.0, 100)
+    assert not ahead.is_first
+    assert ahead.why_no_pass(5) == ""
+    assert ahead.why_no_pass(6) == "may take about 12 s, and 10 s of max_seconds = 10 were left"
+
+
+def test_a_stall_in_the_first_pass_is_forgotten_when_a_warm_one_is_known(ahead: Outlook) -> None:
+    ahead.learn_pass(1, 9.0, 100)
+    assert ahead.why_no_pass(2) != ""
+    ahead.learn_round(0.3, 0.1)
+    assert ahead.why_no_pass(2) == ""
+    # one round to warm up and four: each three passes of 0.1 s
+    assert ahead.why_no_rounds() == ""
+    ahead.learn_pass(2, 1.0, 100)
+    assert ahead.why_no_rounds() == "may take about 15 s, and 10 s of max_seconds = 10 were left"
+    ahead.forgive(6)
+    assert ahead.why_no_rounds() == ""
+    ahead.give_up()
+    assert ahead.why_no_pass(3) == "batch 2 was too slow already"

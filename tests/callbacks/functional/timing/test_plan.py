@@ -1,0 +1,39 @@
+import pytest
+
+from moe_heads.callbacks.functional.timing.plan import TimingPlan
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batch_sizes": []}, r"batch_sizes: expected a list of different whole numbers from 1 on; got \[\]"),
+        ({"batch_sizes": [0]}, r"batch_sizes: .* got \[0\]"),
+        ({"batch_sizes": [True]}, r"batch_sizes: .* got \[True\]"),
+        ({"batch_sizes": [2, 2]}, r"batch_sizes: .* got \[2, 2\]"),
+        ({"modes": ["fast"]}, r"modes: expected a list of 'eager', 'compiled', .*; got \['fast'\]"),
+        ({"modes": "eager"}, "modes: expected a list of .*; got 'eager'"),
+        ({"modes": ["eager", "eager"]}, "modes: expected a list of"),
+        ({"caches": ["hot"]}, r"caches: expected a list of 'warm', 'cold'; got \['hot'\]"),
+        ({"num_runs": 0}, "num_runs: expected at least 1; got 0"),
+        ({"warmup_runs": -1}, "warmup_runs: expected at least 0, or None: until stable; got -1"),
+        ({"warmup_tolerance": 0.0}, "warmup_tolerance: expected a positive number; got 0.0"),
+        ({"seconds_per_size": -1}, "seconds_per_size: expected a positive number; got -1"),
+        ({"max_seconds": float("inf")}, "max_seconds: expected a positive number; got inf"),
+    ],
+)
+def test_bad_options(options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        TimingPlan(**options)
+
+
+def test_the_default_sizes_are_those_of_the_issue_and_the_rounds_at_least_seven() -> None:
+    assert TimingPlan().batch_sizes == (1, 8, 32, 128, 256, 1024)
+    assert TimingPlan().fewest_rounds == 7
+    assert TimingPlan(num_runs=2).fewest_rounds == 3
+
+
+def test_it_says_what_there_is_no_time_for() -> None:
+    plan = TimingPlan(max_seconds=10)
+    assert plan.why_not(4, elapsed=6) == ""
+    assert plan.why_not(4.5, elapsed=6) == "may take about 4.5 s, and 4 s of max_seconds = 10 were left"
+    assert plan.why_not(1, elapsed=12) == "may take about 1 s, and 0 s of max_seconds = 10 were left"
