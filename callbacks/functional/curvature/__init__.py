@@ -2,6 +2,7 @@
 
 from moe_heads.callbacks.functional.curvature.basis import Basis
 from moe_heads.callbacks.functional.curvature.density import SpectralDensity, spectral_density
+from moe_heads.callbacks.functional.curvature.directional import directional_curvatures
 from moe_heads.callbacks.functional.curvature.lanczos import LanczosResult, lanczos
 from moe_heads.callbacks.functional.curvature.operator import HessianOperator, SymmetricOperator
 from moe_heads.callbacks.functional.curvature.overlap import subspace_overlap
@@ -16,6 +17,7 @@ __all__ = [
     "SymmetricOperator",
     "TraceResult",
     "deflated_trace",
+    "directional_curvatures",
     "lanczos",
     "spectral_density",
     "subspace_overlap",

@@ -1,13 +1,23 @@
 """What a loss landscape analysis found, and how it is reported."""
 
+import math
+import os
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
+from moe_heads.callbacks.functional.landscape.arrays import save_arrays
 from moe_heads.callbacks.functional.landscape.figure import Scale, plot_line, plot_plane
 from moe_heads.callbacks.functional.landscape.mesh import surface_mesh, triangles
+from moe_heads.callbacks.functional.landscape.numbers import landscape_metrics, landscape_summary
+from moe_heads.callbacks.functional.landscape.trajectory import Trajectory
+from moe_heads.callbacks.functional.landscape.validity import (
+    CurvatureCheck,
+    crossing_radius,
+    largest_rise,
+    second_difference,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -36,6 +46,14 @@ class LossLandscapeResult:
         seed: Seed of the random number generators at every point.
         num_unmeasured: Points that the analysis did not come to; nan in every tensor. Zero unless it is partial.
         partial: Why the analysis ended before its time; "" for one that is whole.
+        losses_fixed_routing: Mean loss with the choices of the centre held, same shape as ``losses``: what remains of
+            the difference between dense and sparse heads when no sample changes its experts. None without a sparse
+            head, or where it was not asked for.
+        checks: For each direction whose curvature was asked for, that of the slice beside that of the Hessian.
+        direction_norms: Length of each direction, in units of the parameters: of a step by 1.
+        reused: Modules that were computed once for all points, since nothing moves in or before them.
+        not_reused: Why they were not, although something lies before what moves; "" where they were.
+        trajectory: The way of a training run on this plane; None where there is none.
     """
 
     alphas: Tensor
@@ -49,11 +67,27 @@ class LossLandscapeResult:
     seed: int
     num_unmeasured: int = 0
     partial: str = ""
+    losses_fixed_routing: Tensor | None = None
+    checks: tuple[CurvatureCheck, ...] = ()
+    direction_norms: tuple[float, ...] = ()
+    reused: tuple[str, ...] = ()
+    not_reused: str = ""
+    trajectory: Trajectory | None = None
+
+    @property
+    def axes(self) -> tuple[Tensor, ...]:
+        """Coordinates along each direction."""
+        return (self.alphas,) if self.betas is None else (self.alphas, self.betas)
 
     @property
     def num_nonfinite(self) -> int:
         """Points whose loss was measured and is nan or inf."""
         return int((~self.losses.isfinite()).sum()) - self.num_unmeasured
+
+    @property
+    def num_nan(self) -> int:
+        """Points whose loss was measured and is nan."""
+        return int(self.losses.isnan().sum()) - self.num_unmeasured
 
     @property
     def scale(self) -> Scale:
@@ -69,38 +103,57 @@ class LossLandscapeResult:
         Along a unit eigenvector it estimates the eigenvalue, with an error of order h². Empty unless both grids hold
         zero between two neighbours at equal distance; nan or inf where a loss is.
         """
-        axes = [self.alphas] if self.betas is None else [self.alphas, self.betas]
-        zeros = [_inner_zero(axis) for axis in axes]
-        if any(zero is None for zero in zeros):
-            return ()
         curvatures = []
-        for dim, (axis, zero) in enumerate(zip(axes, zeros, strict=True)):
+        for dim, axis in enumerate(self.axes):
             line = self.losses
-            for other in reversed(range(len(axes))):
-                line = line if other == dim else line.select(other, zeros[other] or 0)
-            assert zero is not None
-            before, at, after = line[zero - 1 : zero + 2].tolist()
-            curvatures.append((before - 2 * at + after) / float(axis[zero + 1]) ** 2)
+            for other in reversed(range(len(self.axes))):
+                if other != dim and not bool((self.axes[other] == 0).any()):
+                    return ()
+                line = line if other == dim else line.select(other, int((self.axes[other] == 0).nonzero()))
+            found = second_difference(axis, line)
+            if found is None:
+                return ()
+            curvatures.append(found)
         return tuple(curvatures)
 
+    @property
+    def reach(self) -> float:
+        """Distance from the centre up to which the grid goes in every direction."""
+        return min(min(-float(axis[0]), float(axis[-1])) for axis in self.axes)
+
+    def radius(self, rise: float, *, relative: bool = True) -> float:
+        """Smallest distance, in units of the coordinates, at which the loss has risen by some amount.
+
+        Interpolated along the lines of the grid; a loss that is not finite has risen.
+
+        Args:
+            rise: The amount.
+            relative: Whether it is a part of the loss at the centre, or that many units of the loss.
+
+        Returns:
+            The distance; inf where the loss does not rise so far within the grid.
+        """
+        level = self.center_loss + rise * (abs(self.center_loss) if relative else 1.0)
+        # what was not measured has not risen
+        losses = self.losses if not self.num_unmeasured else self.losses.nan_to_num(-math.inf, posinf=math.inf)
+        return crossing_radius(self.axes, losses, level)
+
+    def rise_within(self, radius: float) -> float:
+        """Sharpness of the basin: the largest rise of the loss at the points within a distance; inf if not finite."""
+        return largest_rise(self.axes, self.losses, self.center_loss, radius)
+
+    @property
+    def routing_gap(self) -> Tensor | None:
+        """Loss with free routing less that with fixed routing; None without a sparse head."""
+        return None if self.losses_fixed_routing is None else self.losses - self.losses_fixed_routing
+
+    def save(self, file: "str | os.PathLike[str] | IO[bytes]") -> None:
+        """Write all arrays and numbers into an ``.npz`` file; see `landscape.arrays`."""
+        save_arrays(self, file)
+
     def metrics(self) -> dict[str, float]:
-        """The finite numbers to log: center_loss, loss_min, loss_max, curvature_1, flips_max, counts, ..."""
-        finite = self.losses[self.losses.isfinite()]
-        values = {"center_loss": self.center_loss, "num_nonfinite": float(self.num_nonfinite)}
-        if len(finite):
-            values |= {"loss_min": float(finite.min()), "loss_mean": float(finite.mean())}
-            values["loss_max"] = float(finite.max())
-        values |= {f"curvature_{rank}": value for rank, value in enumerate(self.curvatures, start=1)}
-        if self.center_accuracy is not None and self.accuracies is not None:
-            values["center_accuracy"] = self.center_accuracy
-            values["accuracy_min"] = float(self.accuracies.nan_to_num(1.0).min())
-        if self.routing_flips is not None:
-            flips = self.routing_flips[~self.routing_flips.isnan()]
-            values |= {"flips_mean": float(flips.mean()), "flips_max": float(flips.max())} if len(flips) else {}
-        values["num_samples"] = float(self.num_samples)
-        if self.partial:
-            values["partial"] = 1.0
-        return {key: value for key, value in values.items() if abs(value) < float("inf")}
+        """The finite numbers to log: losses, curvatures and their checks, radii, flips and what they do; see docs."""
+        return landscape_metrics(self)
 
     def plot(self, ax: "Axes | None" = None) -> "tuple[Figure, Axes]":
         """Curve of the loss (1-D, with the routing flips on a second axis) or map with contour lines (2-D).
@@ -111,12 +164,26 @@ class LossLandscapeResult:
         lost = f", {self.num_nonfinite} points not finite" if self.num_nonfinite else ""
         lost += f", {self.num_unmeasured} points not measured" if self.num_unmeasured else ""
         title = f"loss {self.center_loss:.4g} at the centre ({self.num_samples} samples{lost})"
-        alphas, losses = self.alphas.numpy(), self.losses.numpy()
         if self.betas is not None:
-            return plot_plane(alphas, self.betas.numpy(), losses, scale=self.scale, title=title, ax=ax)
-        flips = None if self.routing_flips is None else self.routing_flips.numpy()
+            return plot_plane(
+                self.alphas.numpy(),
+                self.betas.numpy(),
+                self.losses.numpy(),
+                scale=self.scale,
+                title=title,
+                trajectory=self.trajectory,
+                ax=ax,
+            )
+        fixed, flips = (None if v is None else v.numpy() for v in (self.losses_fixed_routing, self.routing_flips))
         return plot_line(
-            alphas, losses, center_loss=self.center_loss, routing_flips=flips, scale=self.scale, title=title, ax=ax
+            self.alphas.numpy(),
+            self.losses.numpy(),
+            center_loss=self.center_loss,
+            fixed=fixed,
+            routing_flips=flips,
+            scale=self.scale,
+            title=title,
+            ax=ax,
         )
 
     @property
@@ -139,22 +206,4 @@ class LossLandscapeResult:
 
     def summary(self) -> str:
         """Markdown table of the numbers, and a sentence on what the reader has to know."""
-        grid = " × ".join(str(size) for size in self.losses.shape)
-        rows = [f"| {name.replace('_', ' ')} | {value:.5g} |" for name, value in self.metrics().items()]
-        notes = [f"\n{grid} points; losses are drawn on a {self.scale} scale."]
-        if self.partial:
-            notes.append(f"\n**Partial**: {self.partial}; {self.num_unmeasured} points are missing.")
-        if self.num_nonfinite:
-            notes.append(f"\n{self.num_nonfinite} points have a loss that is nan or inf; they are left blank.")
-        if self.routing_flips is not None and bool(self.routing_flips.any()):
-            notes.append("\nSome samples choose other experts than at the centre: a sparse head's loss jumps there.")
-        return "\n".join(["| quantity | value |", "|---|---|", *rows, *notes])
-
-
-def _inner_zero(axis: Tensor) -> int | None:
-    """Index of zero, when it lies between two neighbours at equal distance."""
-    found = (axis == 0).nonzero().flatten().tolist()
-    if not found or not 0 < found[0] < len(axis) - 1:
-        return None
-    zero = int(found[0])
-    return zero if torch.isclose(axis[zero - 1], -axis[zero + 1], rtol=1e-6) else None
+        return landscape_summary(self)
