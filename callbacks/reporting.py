@@ -1,14 +1,16 @@
 """From a result to every logger of the trainer: numbers to all, texts, figures and meshes where there is a place."""
 
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import singledispatch
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch import Trainer
-from lightning.pytorch.loggers import Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from markdown import markdown
 
@@ -41,20 +43,24 @@ class Report:
         texts: Markdown.
         figures: Matplotlib figures.
         meshes: Surfaces.
+        files: Contents of files, by name with its ending.
     """
 
     metrics: Mapping[str, float] = field(default_factory=dict)
     texts: Mapping[str, str] = field(default_factory=dict)
     figures: Mapping[str, "Figure"] = field(default_factory=dict)
     meshes: Mapping[str, Mesh] = field(default_factory=dict)
+    files: Mapping[str, bytes] = field(default_factory=dict)
 
 
 def log_report(trainer: Trainer, prefix: str, report: Report, *, to_loggers: bool = True) -> None:
     """Write a report: numbers into ``trainer.callback_metrics`` and every logger, the rest where a logger shows it.
 
-    - TensorBoard: texts, figures and meshes under their keys.
+    - TensorBoard: texts, figures and meshes under their keys; files in ``<log_dir>/<prefix>/<name>``.
+    - CSV: files in the same place.
     - W&B: figures as images, texts as HTML panels; no meshes.
-    - MLflow: figures and texts as the artifacts ``<key>.png`` and ``<key>.md``, those of the last step; no meshes.
+    - MLflow: figures, texts and files as the artifacts ``<key>.png``, ``<key>.md`` and ``<key>``, those of the last
+      step; no meshes.
     - Any other logger: numbers only.
 
     A logger that raises is reported by a warning and left out of this report; the others get theirs.
@@ -104,6 +110,13 @@ def _(logger: TensorBoardLogger, prefix: str, report: Report, step: int) -> None
     for name, mesh in report.meshes.items():
         writer.add_mesh(f"{prefix}/{name}", mesh.vertices, colors=mesh.colors, faces=mesh.faces, global_step=step)
 
+    _write_files(logger.log_dir, prefix, report)
+
+
+@_log_media.register(CSVLogger)
+def _(logger: CSVLogger, prefix: str, report: Report, step: int) -> None:
+    _write_files(logger.log_dir, prefix, report)
+
 
 @_log_media.register(WandbLogger)
 def _(logger: WandbLogger, prefix: str, report: Report, step: int) -> None:
@@ -124,6 +137,17 @@ def _(logger: MLFlowLogger, prefix: str, report: Report, step: int) -> None:
         client.log_text(run_id, text, f"{prefix}/{name}.md")
     for name, figure in report.figures.items():
         client.log_figure(run_id, figure, f"{prefix}/{name}.png")
+    with tempfile.TemporaryDirectory() as folder:
+        for path in _write_files(folder, prefix, report):
+            client.log_artifact(run_id, str(path), prefix)
+
+
+def _write_files(folder: str, prefix: str, report: Report) -> list[Path]:
+    paths = [Path(folder, prefix, name) for name in report.files]
+    for path, content in zip(paths, report.files.values(), strict=True):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    return paths
 
 
 @rank_zero_only

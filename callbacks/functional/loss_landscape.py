@@ -24,6 +24,7 @@ from moe_heads.callbacks.functional.landscape.record import Record
 from moe_heads.callbacks.functional.landscape.result import LossLandscapeResult
 from moe_heads.callbacks.functional.landscape.scan import Scan
 from moe_heads.callbacks.functional.landscape.survey import AccuracyFn, Survey, can_hold_routing
+from moe_heads.callbacks.functional.landscape.trajectory import Trajectory
 
 __all__ = ["loss_landscape"]
 
@@ -47,6 +48,7 @@ def loss_landscape(
     check_curvatures: bool = False,
     refine: int = 0,
     resume: str | os.PathLike[str] | None = None,
+    trajectory: Trajectory | None = None,
     seed: int = 0,
     monitor: Monitor | None = None,
     ranks: Ranks | None = None,
@@ -92,6 +94,7 @@ def loss_landscape(
         refine: Points to add to a line, one after the other, where linear interpolation misses the loss the most.
         resume: A file to which the points are written as they come, and from which they are taken if it is there; by
             default none. On several ranks rank zero's file counts, for as many ranks only.
+        trajectory: The run whose `trajectory_plane` this is, to be drawn on it.
         seed: Seed of the random number generators at every point.
         monitor: Shows the points, the centre first, and ends the analysis when its time is over; see
             `Monitor`.
@@ -147,7 +150,7 @@ def loss_landscape(
         def lead(total: Callable[[Tensor], Tensor]) -> LossLandscapeResult:
             scan = Scan(axes, lambda point: total(point.to(ranks.device)), monitor, record)
             scan.num_extra = refine + POINTS_A_CHECK * len(exact)
-            found = Exploration(scan, survey, walk.norms, accuracy_fn is not None, seed)
+            found = Exploration(scan, survey, walk.norms, accuracy_fn is not None, seed, trajectory)
             return found.run(exact, refine)
 
         return ranks.led(

@@ -6,7 +6,7 @@ from moe_heads.callbacks.functional.curvature.directional import directional_cur
 from moe_heads.callbacks.functional.curvature.lanczos import LanczosResult, lanczos
 from moe_heads.callbacks.functional.curvature.operator import HessianOperator, SymmetricOperator
 from moe_heads.callbacks.functional.curvature.overlap import subspace_overlap
-from moe_heads.callbacks.functional.curvature.top_eigenvector import top_eigenvector
+from moe_heads.callbacks.functional.curvature.top_eigenvector import top_eigenvector, top_eigenvectors
 from moe_heads.callbacks.functional.curvature.trace import TraceResult, deflated_trace
 
 __all__ = [
@@ -22,4 +22,5 @@ __all__ = [
     "spectral_density",
     "subspace_overlap",
     "top_eigenvector",
+    "top_eigenvectors",
 ]

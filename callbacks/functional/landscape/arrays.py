@@ -29,4 +29,5 @@ def save_arrays(result: "LossLandscapeResult", file: "str | os.PathLike[str] | I
         arrays["trajectory_residuals"] = result.trajectory.residuals
         arrays["explained_variance"] = result.trajectory.explained_variance
     arrays |= {f"metric_{name}": value for name, value in result.metrics().items()}
-    np.savez(file, **{name: np.asarray(value) for name, value in arrays.items() if value is not None})
+    there: dict[str, Any] = {name: np.asarray(value) for name, value in arrays.items() if value is not None}
+    np.savez(file, **there)

@@ -11,6 +11,7 @@ from moe_heads.callbacks.functional.landscape.point import Point
 from moe_heads.callbacks.functional.landscape.result import LossLandscapeResult
 from moe_heads.callbacks.functional.landscape.scan import Scan
 from moe_heads.callbacks.functional.landscape.survey import Survey
+from moe_heads.callbacks.functional.landscape.trajectory import Trajectory
 from moe_heads.callbacks.functional.landscape.validity import CurvatureCheck, check_curvature
 
 __all__ = ["POINTS_A_CHECK", "Exploration"]
@@ -29,6 +30,7 @@ class Exploration:
         norms: Length of each direction.
         has_accuracy: Whether accuracies are measured.
         seed: Seed of every point.
+        trajectory: To be drawn on it.
         checks: Curvatures that were checked.
     """
 
@@ -37,6 +39,7 @@ class Exploration:
     norms: tuple[float, ...]
     has_accuracy: bool
     seed: int
+    trajectory: Trajectory | None = None
     checks: list[CurvatureCheck] = field(default_factory=list)
 
     def run(self, exact: Sequence[float], refine: int) -> LossLandscapeResult:
@@ -81,6 +84,7 @@ class Exploration:
             direction_norms=self.norms,
             reused=features.names,
             not_reused=features.reason,
+            trajectory=self.trajectory,
         )
 
     def _check(self, dim: int, exact: float) -> None:

@@ -10,6 +10,8 @@ if TYPE_CHECKING:
 
 __all__ = ["landscape_metrics", "landscape_summary"]
 
+_KINKS = "**they do not agree**, the slice has kinks (of ReLU) or jumps, which the Hessian does not see"
+
 # Rises of the loss, as parts of that at the centre, whose distance is told.
 _RISES = (0.1, 0.5, 1.0)
 
@@ -39,7 +41,7 @@ def landscape_metrics(result: "LossLandscapeResult") -> dict[str, float]:
 
 
 def _routing_numbers(result: "LossLandscapeResult") -> dict[str, float]:
-    values = {}
+    values: dict[str, float] = {}
     if result.routing_flips is not None:
         flips = result.routing_flips[~result.routing_flips.isnan()]
         values |= {"flips_mean": float(flips.mean()), "flips_max": float(flips.max())} if len(flips) else {}
@@ -74,7 +76,7 @@ def _notes(result: "LossLandscapeResult") -> list[str]:
         notes.append(
             f"Curvature along direction {rank}: {check.exact:.5g} by the Hessian, {check.second_difference:.5g} by the"
             f" slice at ±{check.step:.3g} (truncation {check.truncation:.1g}, rounding {check.rounding:.1g}):"
-            f" {'they agree' if check.agrees else '**they do not agree**, the slice is not smooth there'}."
+            f" {'they agree' if check.agrees else _KINKS}."
         )
     if result.routing_flips is not None and bool(result.routing_flips.any()):
         notes.append("Some samples choose other experts than at the centre: a sparse head's loss jumps there.")

@@ -57,7 +57,10 @@ class Record:
                     f"resume: expected points of the same {name.removeprefix('digest_')}; those in {self._path} belong"
                     " to others: give another file, or delete it"
                 )
-        return {tuple(place): Point(*row[:4], round(row[4])) for place, row in zip(places, values, strict=True)}
+        return {
+            tuple(place): Point(loss, fixed, accuracy, flips, round(num_samples))
+            for place, (loss, fixed, accuracy, flips, num_samples) in zip(places, values, strict=True)
+        }
 
     def write(self, found: Mapping[Place, Point], *, now: bool = False) -> None:
         """Write the points, if some time has gone by since the last time or it has to be now."""
