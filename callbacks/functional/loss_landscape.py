@@ -62,7 +62,8 @@ def loss_landscape(
 
     With routers of this package in the model, the share of samples that choose other experts than at the centre is
     recorded too, and the loss with the choices of the centre held (see `moe_heads.fixed_routing`): the difference is
-    what the jumps of a sparse head do to the landscape. It costs a second pass for the batches where a choice changed.
+    what the jumps of a sparse head do to the landscape. It costs a second pass for the batches where a choice changed,
+    through the modules with a router only.
 
     Modules that lie before everything that moves, the backbone below a head, are evaluated once for each batch; that
     this changes nothing is checked at the first point off the centre. Where loss and accuracy call the model on the

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from moe_heads.callbacks.functional.common.batches import leaves_of
+from moe_heads.routing import Router
 
-__all__ = ["Call", "Handler", "draws_numbers", "has_hooks_inside", "intercepted", "is_opaque"]
+__all__ = ["Call", "Handler", "draws_numbers", "has_hooks_inside", "intercepted", "is_opaque", "largest_below"]
 
 Handler = Callable[[nn.Module, Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
 """``handler(module, forward, args, kwargs)``: what a call of the module gives instead of ``forward(...)``."""
@@ -98,6 +99,25 @@ def has_hooks_inside(module: nn.Module) -> bool:
     """Whether somebody listens below a module, who would miss a pass that is not made."""
     below: Collection[nn.Module] = [other for other in module.modules() if other is not module]
     return any(other._forward_hooks or other._forward_pre_hooks for other in below)
+
+
+def largest_below(module: nn.Module, is_wanted: Callable[[nn.Module], bool]) -> Iterator[nn.Module]:
+    """The largest modules below one that are wanted, hold a weight, no router, and nobody who listens inside.
+
+    Without a weight inside there is little to save, and an output is memory. A router's choices are collected by hooks.
+
+    Yields:
+        Each of them, once for each place where it stands.
+    """
+    for child in module.children():
+        if is_opaque(child):
+            continue
+        holds_weight = any(True for _ in child.parameters())
+        is_quiet = not has_hooks_inside(child) and not any(isinstance(other, Router) for other in child.modules())
+        if holds_weight and is_quiet and is_wanted(child):
+            yield child
+        else:
+            yield from largest_below(child, is_wanted)
 
 
 @contextmanager

@@ -1,6 +1,6 @@
 """Compute once what lies before the moved parameters: the backbone below a head that is perturbed."""
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -9,14 +9,7 @@ from torch import Tensor, nn
 
 from moe_heads.callbacks.functional.common.environment import device_of
 from moe_heads.callbacks.functional.common.memory import memory_budget
-from moe_heads.callbacks.functional.landscape.calls import (
-    Call,
-    draws_numbers,
-    has_hooks_inside,
-    intercepted,
-    is_opaque,
-)
-from moe_heads.routing import Router
+from moe_heads.callbacks.functional.landscape.calls import Call, draws_numbers, intercepted, largest_below
 
 __all__ = ["Features"]
 
@@ -48,9 +41,14 @@ class Features:
         self._device = device_of(model)
         self._memory = memory
         self._names = {module: name for name, module in model.named_modules()}
-        fixed = _Fixed(moved)
-        self._modules = list(dict.fromkeys(fixed.below(model)))
-        self._owners = {module for module in model.modules() if fixed.owns_moved(module)}
+        moving = {id(tensor) for tensor in moved}
+
+        def moves(tensors: Iterable[Tensor]) -> bool:
+            return any(id(tensor) in moving for tensor in tensors)
+
+        below = largest_below(model, lambda m: not moves([*m.parameters(), *m.buffers()]))
+        self._modules = list(dict.fromkeys(below))
+        self._owners = {m for m in model.modules() if moves([*m.parameters(False), *m.buffers(False)])}
         self._calls: dict[tuple[int, nn.Module], list[Call]] = {}
         self._sizes: dict[int, int] = {}
         self._index, self._records, self._is_before = 0, False, False
@@ -118,38 +116,3 @@ class Features:
             return False
         self._sizes = sizes
         return True
-
-
-class _Fixed:
-    """Which modules hold nothing that moves."""
-
-    def __init__(self, moved: Collection[Tensor]) -> None:
-        self._moved = {id(tensor) for tensor in moved}
-
-    def owns_moved(self, module: nn.Module) -> bool:
-        own = (*module.parameters(recurse=False), *module.buffers(recurse=False))
-        return any(id(tensor) in self._moved for tensor in own)
-
-    def below(self, module: nn.Module) -> Iterator[nn.Module]:
-        """The largest modules below this one that can be replayed.
-
-        Yields:
-            Each of them, once for each place where it stands.
-        """
-        for child in module.children():
-            if is_opaque(child):
-                continue
-            if self._can_be_replayed(child):
-                yield child
-            else:
-                yield from self.below(child)
-
-    def _can_be_replayed(self, module: nn.Module) -> bool:
-        tensors = (*module.parameters(), *module.buffers())
-        # without a weight inside there is little to save, and its output is memory
-        return (
-            any(True for _ in module.parameters())
-            and not any(id(tensor) in self._moved for tensor in tensors)
-            and not any(isinstance(other, Router) for other in module.modules())
-            and not has_hooks_inside(module)
-        )

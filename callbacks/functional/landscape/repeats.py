@@ -1,6 +1,6 @@
-"""The pass that a loss makes, handed on to the accuracy of the same batch instead of a second one."""
+"""What one pass over a batch has computed, handed on to the next one at the same place."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Literal
 
@@ -14,23 +14,24 @@ from moe_heads.callbacks.functional.landscape.calls import (
     has_hooks_inside,
     intercepted,
     is_opaque,
+    largest_below,
 )
 
 __all__ = ["Repeats"]
 
 
 class Repeats:
-    """Outermost calls of modules, replayed for equal inputs while nothing has moved.
+    """Outermost calls of some modules, replayed for equal inputs while nothing has moved.
 
-    Where loss and accuracy call the model, or its parts, on the same inputs, the second pass is saved. Calls that draw
-    random numbers are made again, and so are all in a pass with a graph.
+    Calls that draw random numbers are made again, and so are all in a pass with a graph.
 
     Args:
         model: The model.
+        modules: Those of its modules whose calls are remembered.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self._modules = [m for m in model.modules() if not is_opaque(m) and not has_hooks_inside(m)]
+    def __init__(self, model: nn.Module, modules: Iterable[nn.Module]) -> None:
+        self._modules = list(dict.fromkeys(modules))
         self._device = device_of(model)
         self._calls: list[tuple[nn.Module, Call]] = []
         self._mode: Literal["off", "record", "replay"] = "off"
@@ -39,6 +40,16 @@ class Repeats:
     def active(self) -> AbstractContextManager[None]:
         """The block in which passes can be recorded and replayed."""
         return intercepted(self._modules, self._called)
+
+    @classmethod
+    def of_all(cls, model: nn.Module) -> "Repeats":
+        """Whatever loss and accuracy both call: the model, or its parts, as they have it."""
+        return cls(model, (m for m in model.modules() if not is_opaque(m) and not has_hooks_inside(m)))
+
+    @classmethod
+    def without_routers(cls, model: nn.Module) -> "Repeats":
+        """What gives the same whether the routing is held or free: modules without a router inside."""
+        return cls(model, largest_below(model, lambda module: True))
 
     @contextmanager
     def recorded(self) -> Iterator[None]:

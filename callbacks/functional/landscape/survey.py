@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
@@ -36,8 +35,8 @@ class Survey:
     """This rank's sums over the samples at a point of a walk.
 
     Routing is compared with that at the centre. The loss at fixed routing costs a second pass only for batches in which
-    a sample chose other experts: for the others it is the loss as it is, up to the order in which a sample's experts
-    are added.
+    a sample chose other experts, and of these only what comes behind the routers: for the others it is the loss as it
+    is, up to the order in which a sample's experts are added.
 
     Args:
         model: The model.
@@ -68,7 +67,8 @@ class Survey:
         self._data, self._holds, self._seed = data, hold_routing, seed
         self._references: list[_Reference] = []
         self._graph = GraphOnDemand()
-        self._repeats = None if accuracy_fn is None else Repeats(model)
+        self._for_accuracy = Repeats.of_all(model) if accuracy_fn is not None else Repeats(model, ())
+        self._for_fixed = Repeats.without_routers(model) if hold_routing and _sparse_routers(model) else Repeats(model, ())
         self.features = Features(model, walk.moved)
         self.dtype = next((tensor.dtype for tensor in walk.moved if tensor.is_floating_point()), torch.float32)
 
@@ -78,7 +78,7 @@ class Survey:
 
     def measure(self, point: Sequence[float]) -> Tensor:
         """The sums at a point, (NUM_SUMS,), float64, see `point`; the centre has to be the first."""
-        with self.features.active():
+        with self.features.active(), self._for_accuracy.active(), self._for_fixed.active():
             if not any(point):
                 return self._record()
             while True:
@@ -122,11 +122,9 @@ class Survey:
         if not records and self._is_outdated:
             return torch.zeros(NUM_SUMS)  # cut a moment ago: all is measured again
         self.features.begin(index, records=records)
-        with ExitStack() as stack:
-            if self._repeats is not None:
-                stack.enter_context(self._repeats.active())
+        with self._for_accuracy.recorded(), self._for_fixed.recorded():
             loss, routing = self._loss(index, batch)
-            accuracy = self._accuracy(index, batch)
+        accuracy = self._accuracy(batch)
         here = _Reference(choices_of(routing), choices_of(_sparse(routing)), None)
         if records:
             held = _detached(routing) if self._holds and here.sparse else None
@@ -136,7 +134,7 @@ class Survey:
         flips = flip_share(here.choices, there.choices)
         fixed = loss
         if there.collection is not None and flip_share(here.sparse, there.sparse) > 0:
-            with fixed_routing(self._model, there.collection):
+            with fixed_routing(self._model, there.collection), self._for_fixed.replayed():
                 fixed, _ = self._loss(index, batch)
         sparse = there.collection is not None
         return sums_of(
@@ -146,23 +144,23 @@ class Survey:
     def _loss(self, index: int, batch: Batch) -> tuple[float, RoutingCollection]:
         # by the batch, not once a sweep: free and fixed loss draw the same numbers
         torch.manual_seed(self._seed + index)
-        with ExitStack() as stack:
-            routing = stack.enter_context(collect_routing(self._model))
-            if self._repeats is not None:
-                stack.enter_context(self._repeats.recorded())
+        with collect_routing(self._model) as routing:
             return _scalar("loss_fn", self._loss_fn(self._model, batch)), routing
 
-    def _accuracy(self, index: int, batch: Batch) -> float:
-        if self._accuracy_fn is None or self._repeats is None:
+    def _accuracy(self, batch: Batch) -> float:
+        if self._accuracy_fn is None:
             return math.nan
-        with self._repeats.replayed():
+        with self._for_accuracy.replayed():
             return _scalar("accuracy_fn", self._accuracy_fn(self._model, batch))
 
 
 def can_hold_routing(model: nn.Module) -> bool:
     """Whether every sparse router in the model says how it weighs the choices of another one."""
-    routers = [module for module in model.modules() if isinstance(module, Router) and module.k is not None]
-    return all(type(router).rechosen is not Router.rechosen for router in routers)
+    return all(type(router).rechosen is not Router.rechosen for router in _sparse_routers(model))
+
+
+def _sparse_routers(model: nn.Module) -> list[Router]:
+    return [module for module in model.modules() if isinstance(module, Router) and module.k is not None]
 
 
 def _sparse(collection: RoutingCollection) -> RoutingCollection:
