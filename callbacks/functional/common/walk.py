@@ -55,7 +55,7 @@ class Walk:
             for number, leg in enumerate(legs):
                 if leg is not None:
                     step = leg.end - start if isinstance(leg, Towards) else leg
-                    squares[number] += float(torch.linalg.vector_norm(step, dtype=torch.float64)) ** 2
+                    squares[number] += float(torch.linalg.vector_norm(step)) ** 2
         return tuple(math.sqrt(square) for square in squares)
 
     @torch.no_grad()

@@ -59,7 +59,8 @@ def split_direction(
             f"{name}: expected shape ({sum(sizes)},), one entry for each trainable parameter"
             f"{'' if params is None else ' of params'}; got {tuple(direction.shape)}"
         )
-    if not bool(direction.isfinite().all()):
+    # the sum is nan or inf if one of the entries is, and takes no memory
+    if not bool(direction.sum().isfinite()) and not bool(direction.isfinite().all()):
         raise ValueError(f"{name}: expected finite entries; got {int((~direction.isfinite()).sum())} nan or inf")
     parts = torch.split(direction.detach(), sizes)
     return {key: part.to(p.device, p.dtype).view(p.shape) for (key, p), part in zip(named.items(), parts, strict=True)}
