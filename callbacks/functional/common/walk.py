@@ -64,14 +64,16 @@ class Walk:
         # always from the start, never from the last point: rounding errors do not add up
         for tensor, start, legs in self._moves:
             used = [(c, leg) for c, leg in zip(coordinates, legs, strict=True) if c and leg is not None]
-            if used and all(isinstance(leg, Tensor) for _, leg in used) and _is_dense(tensor):
+            if all(isinstance(leg, Tensor) for _, leg in used) and _is_dense(tensor):
                 _add(tensor.data, start, used)
             else:
                 write_back(tensor, _place(start, used))
 
 
 def _moves(leg: Tensor | Towards | None) -> bool:
-    return isinstance(leg, Towards) or (leg is not None and bool(leg.any()))
+    if leg is None or isinstance(leg, Towards):
+        return leg is not None
+    return leg.numel() > 0 and any(map(bool, torch.aminmax(leg)))  # any() would take memory
 
 
 def _is_dense(tensor: Tensor) -> bool:
@@ -80,6 +82,8 @@ def _is_dense(tensor: Tensor) -> bool:
 
 def _add(target: Tensor, start: Tensor, used: Sequence[tuple[float, Tensor | Towards]]) -> None:
     """Start plus steps, without any memory beside them."""
+    if not used:
+        target.copy_(start)
     for coordinate, step in used:
         assert isinstance(step, Tensor)
         torch.add(start, step, alpha=coordinate, out=target)
