@@ -139,7 +139,7 @@ def _(logger: MLFlowLogger, prefix: str, report: Report, step: int) -> None:
         client.log_figure(run_id, figure, f"{prefix}/{name}.png")
     with tempfile.TemporaryDirectory() as folder:
         for path in _write_files(folder, prefix, report):
-            client.log_artifact(run_id, str(path), prefix)
+            client.log_artifact(run_id, str(path), str(path.parent.relative_to(folder)))
 
 
 def _write_files(folder: str, prefix: str, report: Report) -> list[Path]:

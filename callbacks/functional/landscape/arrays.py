@@ -1,19 +1,19 @@
 """The arrays of a landscape in a file that any program with NumPy can read."""
 
 import os
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, Any
 
 import numpy as np
 
-if TYPE_CHECKING:
-    from moe_heads.callbacks.functional.landscape.result import LossLandscapeResult
+from moe_heads.callbacks.functional.landscape.measured import MeasuredLandscape
+from moe_heads.callbacks.functional.landscape.numbers import landscape_metrics
 
 __all__ = ["save_arrays"]
 
 _TENSORS = ("alphas", "betas", "losses", "losses_fixed_routing", "accuracies", "routing_flips")
 
 
-def save_arrays(result: "LossLandscapeResult", file: "str | os.PathLike[str] | IO[bytes]") -> None:
+def save_arrays(result: MeasuredLandscape, file: "str | os.PathLike[str] | IO[bytes]") -> None:
     """Write an ``.npz``: the tensors that are there by their names, ``center_loss``, and every metric as ``metric_…``.
 
     With a trajectory also ``trajectory_coordinates`` (T, 2), ``trajectory_residuals`` (T,) and ``explained_variance``.
@@ -28,6 +28,6 @@ def save_arrays(result: "LossLandscapeResult", file: "str | os.PathLike[str] | I
         arrays["trajectory_coordinates"] = result.trajectory.coordinates
         arrays["trajectory_residuals"] = result.trajectory.residuals
         arrays["explained_variance"] = result.trajectory.explained_variance
-    arrays |= {f"metric_{name}": value for name, value in result.metrics().items()}
+    arrays |= {f"metric_{name}": value for name, value in landscape_metrics(result).items()}
     there: dict[str, Any] = {name: np.asarray(value) for name, value in arrays.items() if value is not None}
     np.savez(file, **there)

@@ -1,12 +1,9 @@
 """The numbers of a landscape as they are logged and read."""
 
 import math
-from typing import TYPE_CHECKING
 
+from moe_heads.callbacks.functional.landscape.measured import MeasuredLandscape
 from moe_heads.callbacks.functional.spectrum.tables import markdown_table
-
-if TYPE_CHECKING:
-    from moe_heads.callbacks.functional.landscape.result import LossLandscapeResult
 
 __all__ = ["landscape_metrics", "landscape_summary"]
 
@@ -16,7 +13,7 @@ _KINKS = "**they do not agree**, the slice has kinks (of ReLU) or jumps, which t
 _RISES = (0.1, 0.5, 1.0)
 
 
-def landscape_metrics(result: "LossLandscapeResult") -> dict[str, float]:
+def landscape_metrics(result: MeasuredLandscape) -> dict[str, float]:
     """The finite numbers: what is not finite, or does not exist, has no key."""
     values = {"center_loss": result.center_loss, "num_nonfinite": float(result.num_nonfinite)}
     finite = result.losses[result.losses.isfinite()]
@@ -40,7 +37,7 @@ def landscape_metrics(result: "LossLandscapeResult") -> dict[str, float]:
     return {key: value for key, value in values.items() if math.isfinite(value)}
 
 
-def _routing_numbers(result: "LossLandscapeResult") -> dict[str, float]:
+def _routing_numbers(result: MeasuredLandscape) -> dict[str, float]:
     values: dict[str, float] = {}
     if result.routing_flips is not None:
         flips = result.routing_flips[~result.routing_flips.isnan()]
@@ -54,13 +51,13 @@ def _routing_numbers(result: "LossLandscapeResult") -> dict[str, float]:
     return values
 
 
-def landscape_summary(result: "LossLandscapeResult") -> str:
+def landscape_summary(result: MeasuredLandscape) -> str:
     """Markdown: the table of the numbers, and a sentence on each thing that the reader has to know."""
     rows = [(name.replace("_", " "), f"{value:.5g}") for name, value in landscape_metrics(result).items()]
     return "\n".join([markdown_table(("quantity", "value"), rows), *(f"\n{note}" for note in _notes(result))])
 
 
-def _notes(result: "LossLandscapeResult") -> list[str]:
+def _notes(result: MeasuredLandscape) -> list[str]:
     grid = " × ".join(str(size) for size in result.losses.shape)
     notes = [f"{grid} points; losses are drawn on a {result.scale} scale. Distances are in units of the coordinates."]
     if result.partial:
