@@ -33,12 +33,13 @@ class Features:
         memory: Bytes that may be kept; by default 1 GiB on a CPU, a quarter of what is free on a GPU.
 
     Attributes:
+        device: Where the model is.
         names: Modules that are computed once; empty where there is none.
         reason: Why the passes are whole although something lies before the moved tensors; "" where they are not.
     """
 
     def __init__(self, model: nn.Module, moved: Collection[Tensor], memory: int | None = None) -> None:
-        self._device = device_of(model)
+        self.device = device_of(model)
         self._memory = memory
         self._names = {module: name for name, module in model.named_modules()}
         moving = {id(tensor) for tensor in moved}
@@ -100,7 +101,7 @@ class Features:
         if not (self._records and self._is_before):
             return forward(*args, **kwargs)
         drew: list[bool] = []
-        with draws_numbers(self._device, drew):
+        with draws_numbers(self.device, drew):
             output = forward(*args, **kwargs)
         call = Call(args, kwargs, output)
         if not drew[0] and call.is_replayable and self._has_room(call):
@@ -109,7 +110,7 @@ class Features:
 
     def _has_room(self, call: Call) -> bool:
         if self._memory is None:
-            self._memory = memory_budget(self._device, on_cpu=_CPU_MEMORY, share_of_gpu=_SHARE_OF_GPU)
+            self._memory = memory_budget(self.device, on_cpu=_CPU_MEMORY, share_of_gpu=_SHARE_OF_GPU)
         new = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in call.tensors}
         sizes = self._sizes | new
         if sum(sizes.values()) > self._memory:

@@ -11,6 +11,7 @@ from moe_heads.callbacks.functional.common.batches import Batch, LossFn, batch_s
 from moe_heads.callbacks.functional.common.graph_on_demand import GraphOnDemand
 from moe_heads.callbacks.functional.common.microbatches import Microbatches
 from moe_heads.callbacks.functional.common.walk import Walk
+from moe_heads.callbacks.functional.landscape.calls import random_states, set_random_states
 from moe_heads.callbacks.functional.landscape.features import Features
 from moe_heads.callbacks.functional.landscape.point import NUM_SUMS, sums_of
 from moe_heads.callbacks.functional.landscape.repeats import Repeats
@@ -113,6 +114,7 @@ class Survey:
         return plain
 
     def _sums(self, *, records: bool) -> Tensor:
+        torch.manual_seed(self._seed)
         total = torch.zeros(NUM_SUMS, dtype=torch.float64)
         for _, sums in self._data.evaluate(
             lambda index, batch: self._graph(lambda: self._of_batch(index, batch, records=records))
@@ -124,8 +126,10 @@ class Survey:
         if not records and self._is_outdated:
             return torch.zeros(NUM_SUMS)  # cut a moment ago: all is measured again
         self.features.begin(index, records=records)
+        device = self.features.device
+        start = random_states(device)
         with self._for_accuracy.recorded(), self._for_fixed.recorded():
-            loss, routing = self._loss(index, batch)
+            loss, routing = self._loss(batch)
         accuracy = self._accuracy(batch)
         here = _Reference(choices_of(routing), choices_of(_sparse(routing)), None)
         if records:
@@ -136,16 +140,17 @@ class Survey:
         flips = flip_share(here.choices, there.choices)
         fixed = loss
         if there.collection is not None and flip_share(here.sparse, there.sparse) > 0:
+            end = random_states(device)
+            set_random_states(device, start)  # the numbers of the loss at free routing
             with fixed_routing(self._model, there.collection), self._for_fixed.replayed():
-                fixed, _ = self._loss(index, batch)
+                fixed, _ = self._loss(batch)
+            set_random_states(device, end)
         sparse = there.collection is not None
         return sums_of(
             batch_size(batch), loss, fixed, accuracy, flips, is_routed=not math.isnan(flips), is_sparse=sparse
         )
 
-    def _loss(self, index: int, batch: Batch) -> tuple[float, RoutingCollection]:
-        # by the batch, not once a sweep: free and fixed loss draw the same numbers
-        torch.manual_seed(self._seed + index)
+    def _loss(self, batch: Batch) -> tuple[float, RoutingCollection]:
         with collect_routing(self._model) as routing:
             return _scalar("loss_fn", self._loss_fn(self._model, batch)), routing
 
