@@ -1,83 +1,86 @@
 """Callback: the loss under finite perturbations of the trained weights, at the end of fit."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 from typing_extensions import Unpack, override
 
 from moe_heads.callbacks.fit_end import FitEndAnalysis
 from moe_heads.callbacks.functional import (
+    DirectionSweepResult,
     LossLandscapeResult,
     SharpnessResult,
-    filter_normalized,
+    direction_sweep,
     loss_landscape,
-    random_direction,
+    normalized_random_direction,
+    trajectory_plane,
 )
 from moe_heads.callbacks.functional.common.batches import Batch
-from moe_heads.callbacks.functional.common.monitor import Monitor, TimeUp
+from moe_heads.callbacks.functional.common.monitor import TimeUp
 from moe_heads.callbacks.functional.common.parameters import trainable_parameters
-from moe_heads.callbacks.functional.curvature import top_eigenvector
+from moe_heads.callbacks.functional.curvature import top_eigenvectors
+from moe_heads.callbacks.functional.direction_sweep import Normalization
+from moe_heads.callbacks.functional.landscape.directions import Biases
+from moe_heads.callbacks.functional.landscape.grid import grid_through_zero
 from moe_heads.callbacks.inputs import AnalysisInputs
+from moe_heads.callbacks.landscape_options import check_landscape_options, checked_plane_splits
+from moe_heads.callbacks.landscape_record import Landscape, landscape_report
 from moe_heads.callbacks.options import AnalysisOptions, OverRanks
-from moe_heads.callbacks.reporting import Mesh, Report
+from moe_heads.callbacks.reporting import Report
 from moe_heads.callbacks.sharpness import SharpnessCallback
+from moe_heads.callbacks.sharpness_options import check_names
 from moe_heads.callbacks.trainer_access import Split
 
 __all__ = ["Landscape", "LossLandscapeCallback"]
 
-# TensorBoard's mesh viewer addresses 65,536 vertices.
-_MAX_PLANE_POINTS = 256
-
 # Relative residual at which an eigenvector is good enough to be drawn along, and steps after which it is taken anyway.
 _EIGENVECTOR_TOLERANCE, _EIGENVECTOR_STEPS = 1e-3, 200
 
-
-@dataclass(frozen=True)
-class Landscape:
-    """The two cuts through the loss of one split.
-
-    Attributes:
-        line: Along the top Hessian eigenvector, of unit length; None where a layer has no second derivative.
-        plane: On a plane of two filter-normalised random directions; None for a split where it was not asked for.
-        ended: Why one of them is missing; "" when both are there.
-    """
-
-    line: LossLandscapeResult | None
-    plane: LossLandscapeResult | None
-    ended: str = ""
-
-    @property
-    def cuts(self) -> dict[str, LossLandscapeResult]:
-        """Those that are there, by name."""
-        return {name: cut for name, cut in (("line", self.line), ("plane", self.plane)) if cut is not None}
-
-    @property
-    def partial(self) -> str:
-        """Why one of them ended before its time or is missing; "" when both are whole."""
-        return next((reason for reason in (self.ended, *(cut.partial for cut in self.cuts.values())) if reason), "")
+_Part = Callable[[AnalysisInputs, Landscape], LossLandscapeResult | DirectionSweepResult]
 
 
 class LossLandscapeCallback(FitEndAnalysis):
     r"""Loss along the top Hessian eigenvector and on a filter-normalised plane, at the end of fit.
 
     The line is that of arXiv 2601.15021: 21 points of :math:`\theta + \alpha v`, :math:`\alpha` from -0.5 to 0.5. The
-    eigenvector is taken from a `SharpnessCallback` that ran before on the same split and loss, else computed. The plane
-    is that of Li et al. (arXiv 1712.09913). Logged at the end of fit, below ``loss_landscape/<split>/``: the numbers of
-    `functional.LossLandscapeResult`, prefixed by ``line_`` and ``plane_``; to TensorBoard as well the figures ``line``
-    and ``plane``, the 3-D mesh ``surface`` and the text ``summary``.
+    eigenvector is taken from a `SharpnessCallback` that ran before on the same split, loss and parameters, else
+    computed. The plane is that of Li et al. (arXiv 1712.09913). With a sparse head the loss with the routing of the
+    trained model held fixed is measured beside it. Logged at the end of fit, below ``loss_landscape/<split>/``: the
+    numbers of `functional.LossLandscapeResult`, prefixed by ``line_``, ``plane_``, ``trajectory_``, and those of
+    `functional.DirectionSweepResult`, prefixed by ``sweep_``; to TensorBoard as well a figure of each, the 3-D mesh
+    ``surface`` and the text ``summary``; to the logger's folder the arrays, ``line.npz`` and so on.
 
     Args:
         line_points: Points of the line; an odd number holds the centre.
         line_reach: Largest :math:`|\alpha|` of the line.
-        plane_points: Points along each side of the plane. The cost is their square times one forward pass over the
+        plane_points: Points along each side of a plane. The cost is their square times one forward pass over the
             samples.
-        plane_reach: Largest coordinate on the plane, where 1 is the norm of each filter.
+        plane_reach: Largest coordinate on the plane and of the sweep, where 1 is the norm of each filter.
         plane_splits: Splits whose plane is computed; by default the first of ``splits``, since it costs most, and since
             a browser shows no more than 16 surfaces at once: TensorBoard shows each surface of each run twice. An empty
-            list for no plane.
+            list for no plane. The same splits get the sweep and the plane of the trajectory.
+        plane_directions: "random", or "eigenvectors" for the first two of the Hessian, of unit length.
+        normalization: Of random directions: "filter", "layer" or "none"; see `functional.normalized_random_direction`.
+        biases: What becomes of biases and norm parameters in these: "zero", as in the paper, or "normalized".
+        params: Parameters that move, as names of parameters or modules such as ``["head"]``, ``["backbone"]`` or
+            ``["head.router"]``; by default all that require a gradient. What lies before them is computed once.
+        num_directions: Random directions of the sweep; by default 0, none. Their spread says how far the plane depends
+            on its directions.
+        trajectory: Keep the weights of every epoch (on the CPU, P numbers each) and draw the run on its principal
+            plane.
+        check_curvatures: Compare the curvature of each slice with that of the Hessian; one product and four points
+            more each. Left out where a layer has no second derivative.
+        refine: Points to add to the line where it bends most.
+        resume: Folder where the points are kept as they come, and taken from if they are there; by default none.
+        html: Also write ``landscape.html``, a page to turn the surfaces in, into the logger's folder.
         options: What all analyses share; see `AnalysisOptions`.
 
     Example:
@@ -97,129 +100,225 @@ class LossLandscapeCallback(FitEndAnalysis):
         plane_points: int = 15,
         plane_reach: float = 1.0,
         plane_splits: Sequence[Split] | None = None,
+        plane_directions: Literal["random", "eigenvectors"] = "random",
+        normalization: Normalization = "filter",
+        biases: Biases = "zero",
+        params: Sequence[str] | None = None,
+        num_directions: int = 0,
+        trajectory: bool = False,
+        check_curvatures: bool = True,
+        refine: int = 0,
+        resume: str | None = None,
+        html: bool = False,
         **options: Unpack[AnalysisOptions],
     ) -> None:
         super().__init__(**options)
-        if not isinstance(line_points, int) or line_points < 3:
-            raise ValueError(f"line_points: expected at least 3; got {line_points}")
-        if not isinstance(plane_points, int) or not 3 <= plane_points <= _MAX_PLANE_POINTS:
-            raise ValueError(f"plane_points: expected 3 to {_MAX_PLANE_POINTS}; got {plane_points}")
-        plane_splits = self.splits[:1] if plane_splits is None else plane_splits
-        if not isinstance(plane_splits, (list, tuple)) or set(plane_splits) - set(self.splits):
-            raise ValueError(f"plane_splits: expected some of splits = {self.splits}; got {plane_splits!r}")
-        for argument, value in {"line_reach": line_reach, "plane_reach": plane_reach}.items():
-            if not 0 < value < float("inf"):
-                raise ValueError(f"{argument}: expected a finite number above 0; got {value!r}")
+        check_landscape_options(
+            {"line_points": (line_points, 3), "refine": (refine, 0), "num_directions": (num_directions, 0)},
+            {"line_reach": line_reach, "plane_reach": plane_reach},
+            {
+                "plane_directions": (plane_directions, ("random", "eigenvectors")),
+                "normalization": (normalization, ("filter", "layer", "none")),
+                "biases": (biases, ("zero", "normalized")),
+            },
+            {"trajectory": trajectory, "check_curvatures": check_curvatures, "html": html},
+            plane_points,
+        )
+        if num_directions == 1:
+            raise ValueError("num_directions: expected 0, or at least 2 that can be compared; got 1")
+        self.plane_splits = checked_plane_splits(plane_splits, self.splits)
         self.line_points, self.line_reach = line_points, line_reach
         self.plane_points, self.plane_reach = plane_points, plane_reach
-        self.plane_splits = tuple(plane_splits)
+        self.plane_directions, self.normalization, self.biases = plane_directions, normalization, biases
+        self.params = params
+        self.num_directions, self.trajectory, self.refine = num_directions, trajectory, refine
+        self.check_curvatures, self.resume, self.html = check_curvatures, resume, html
+        self._weights: dict[str, Tensor] = {}
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        if stage == "fit" and self.params is not None and not is_overridden("configure_model", pl_module):
+            # a name that is wrong is told before training, not after it
+            check_names(pl_module, self.params, None)
+
+    @override
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_fit_start(trainer, pl_module)
+        self._weights = {}
+        if not any(isinstance(p, nn.UninitializedParameter) for p in pl_module.parameters()):
+            self._remember("start", pl_module)
+
+    @override
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._remember(f"epoch {trainer.current_epoch}", pl_module)
+        super().on_train_epoch_end(trainer, pl_module)
 
     @override
     def compute(self, inputs: AnalysisInputs) -> Landscape:
-        line, failure = None, None
-        try:
-            line = self._line(inputs)
-        except TimeUp:
-            raise
-        except Exception as error:
-            # The plane needs no second derivative; what the line needs is told when the plane is there. Of any kind,
-            # since on another rank it is of another kind.
-            failure = error
-        if failure is None:
-            inputs.monitor.keep(lambda reason: Landscape(line, None, reason))
-        is_cut_short = line is not None and line.partial
-        plane = None
-        if self._wants_plane(inputs.split) and not is_cut_short:
+        found = Landscape(None, None)
+        failure: Exception | None = None
+        for name, measure in self._parts(inputs.split):
             try:
-                plane = self._plane(inputs, line)
+                part = measure(inputs, found)
             except TimeUp:
                 raise
             except Exception as error:
+                # The others need no second derivative; what the line needs is told when they are there. Of any kind,
+                # since on another rank it is of another kind.
                 failure = failure or error
+                continue
+            found = replace(found, **{name: part})  # type: ignore[arg-type]
+            inputs.monitor.keep(partial(_ended, found))
+            if found.partial:
+                break
         if failure is not None:
-            if plane is not None:
-                inputs.monitor.keep(lambda reason: Landscape(None, plane, reason))
             raise failure
-        return Landscape(line, plane)
+        return found
 
     @override
     def report(self, result: Landscape) -> Report:
-        cuts = result.cuts
-        metrics = {f"{cut}_{key}": value for cut, found in cuts.items() for key, value in found.metrics().items()}
-        texts = [f"### {cut.title()}\n\n{found.summary()}" for cut, found in cuts.items()]
-        if result.ended:
-            texts.append(f"**Partial**: {result.ended}.")
-        return Report(
-            metrics=metrics | ({"partial": 1.0} if result.partial else {}),
-            texts={"summary": "\n\n".join(texts)},
-            figures={cut: found.plot()[0] for cut, found in cuts.items()},
-            meshes={"surface": Mesh(*result.plane.mesh())} if result.plane and result.plane.has_surface else {},
-        )
+        return landscape_report(result, html=self.html)
 
-    def _line(self, inputs: AnalysisInputs) -> LossLandscapeResult:
-        return self._landscape(
-            inputs,
-            inputs.monitor.part(lambda line: Landscape(line, None)),
-            direction1=self._top_eigenvector(inputs),
-            alphas=torch.linspace(-self.line_reach, self.line_reach, self.line_points),
-        )
+    def _parts(self, split: Split) -> Iterator[tuple[str, _Part]]:
+        """What is measured of a split, the cheapest first.
+
+        Yields:
+            Name of the part in a `Landscape`, and what measures it.
+        """
+        yield "line", self._line
+        if not self._wants_plane(split):
+            return
+        yield "plane", self._plane
+        if self.num_directions:
+            yield "sweep", self._sweep
+        if self.trajectory and not self.is_tracking:
+            if self._weights:
+                yield "trajectory", self._trajectory
+            else:
+                rank_zero_warn(f"{self.name}/{split}: no trajectory, since this callback has seen no training.")
 
     def _wants_plane(self, split: Split) -> bool:
         stand_ins = {other for wanted in self.plane_splits for other in self.fallbacks.get(wanted, ())}
         return split in {*self.plane_splits, *(stand_ins - {*self.splits})}
 
-    def _plane(self, inputs: AnalysisInputs, line: LossLandscapeResult | None) -> LossLandscapeResult:
-        first, second = (
-            filter_normalized(inputs.model, random_direction(inputs.model, seed=2 * self.seed + i)) for i in (0, 1)
+    def _line(self, inputs: AnalysisInputs, found: Landscape) -> LossLandscapeResult:
+        return self._landscape(
+            inputs,
+            found,
+            "line",
+            direction1=self._top_eigenvectors(inputs, 1)[0],
+            alphas=torch.linspace(-self.line_reach, self.line_reach, self.line_points),
+            refine=self.refine,
+            check_curvatures=self.check_curvatures,
         )
+
+    def _plane(self, inputs: AnalysisInputs, found: Landscape) -> LossLandscapeResult:
+        if self.plane_directions == "eigenvectors":
+            first, second = self._top_eigenvectors(inputs, 2)
+        else:
+            first, second = (self._random_direction(inputs.model, 2 * self.seed + i) for i in (0, 1))
         side = torch.linspace(-self.plane_reach, self.plane_reach, self.plane_points)
         return self._landscape(
             inputs,
-            inputs.monitor.part(lambda plane: Landscape(line, plane)),
+            found,
+            "plane",
             direction1=first,
             direction2=second,
             alphas=side,
             betas=side,
+            # where the line failed, a layer may have no second derivative
+            check_curvatures=self.check_curvatures and found.line is not None,
         )
 
-    def _landscape(self, inputs: AnalysisInputs, monitor: Monitor, **grid: Any) -> LossLandscapeResult:
+    def _trajectory(self, inputs: AnalysisInputs, found: Landscape) -> LossLandscapeResult:
+        plane = trajectory_plane(
+            inputs.model, list(self._weights.values()), params=self.params, labels=list(self._weights)
+        )
+        sides = [grid_through_zero(axis, self.plane_points) for axis in plane.trajectory.coordinates.T]
+        return self._landscape(
+            inputs,
+            found,
+            "trajectory",
+            direction1=plane.direction1,
+            direction2=plane.direction2,
+            alphas=sides[0],
+            betas=sides[1],
+            trajectory=plane.trajectory,
+        )
+
+    def _sweep(self, inputs: AnalysisInputs, found: Landscape) -> DirectionSweepResult:
+        assert inputs.loss_fn is not None
+        return direction_sweep(
+            inputs.model,
+            inputs.loss_fn,
+            inputs.batches,
+            num_directions=self.num_directions,
+            normalization=self.normalization,
+            biases=self.biases,
+            num_points=self.line_points,
+            reach=self.plane_reach,
+            params=self.params,
+            seed=self.seed,
+            monitor=inputs.monitor.part(lambda part: replace(found, sweep=part)),
+            ranks=inputs.ranks,
+        )
+
+    def _landscape(self, inputs: AnalysisInputs, found: Landscape, name: str, **how: Any) -> LossLandscapeResult:
         assert inputs.loss_fn is not None
         return loss_landscape(
             inputs.model,
             inputs.loss_fn,
             inputs.batches,
+            params=self.params,
             accuracy_fn=_accuracy_of(inputs.model),
             seed=self.seed,
-            monitor=monitor,
+            resume=None if self.resume is None else Path(self.resume, inputs.split, f"{name}.npz"),
+            monitor=inputs.monitor.part(lambda part: replace(found, **{name: part})),
             ranks=inputs.ranks,
-            **grid,
+            **how,
         )
 
-    def _top_eigenvector(self, inputs: AnalysisInputs) -> Tensor:
-        """Of a sharpness run on the same weights, samples and loss; computed where there is none."""
+    def _random_direction(self, model: nn.Module, seed: int) -> Tensor:
+        return normalized_random_direction(model, seed, self.normalization, params=self.params, biases=self.biases)
+
+    def _top_eigenvectors(self, inputs: AnalysisInputs, number: int) -> Tensor:
+        """Of a sharpness run on the same weights, samples, loss and parameters; computed where there is none."""
         callbacks = [] if inputs.trainer is None else inputs.trainer.callbacks  # type: ignore[attr-defined]
+        names = (*trainable_parameters(inputs.model, self.params),)
         for callback in callbacks:
             if isinstance(callback, SharpnessCallback) and callback.loss_fn == self.loss_fn:
                 found: SharpnessResult | None = callback.result_for(inputs)
                 vectors = None if found is None else found.eigenvectors
-                if found is None or vectors is None or found.parameter_names != (*trainable_parameters(inputs.model),):
+                if found is None or vectors is None or found.parameter_names != names or len(vectors) < number:
                     continue
                 # more steps than that would not be taken here either
-                if found.residuals[0] <= _EIGENVECTOR_TOLERANCE or (
+                if max(found.residuals[:number]) <= _EIGENVECTOR_TOLERANCE or (
                     found.engine == "lanczos" and found.num_steps >= _EIGENVECTOR_STEPS
                 ):
-                    return vectors[0]
+                    return vectors[:number]
         assert inputs.loss_fn is not None
-        return top_eigenvector(
+        return top_eigenvectors(
             inputs.model,
             inputs.loss_fn,
             inputs.batches,
+            num_eigenvectors=number,
+            params=self.params,
             tolerance=_EIGENVECTOR_TOLERANCE,
             max_steps=_EIGENVECTOR_STEPS,
             seed=self.seed,
             monitor=inputs.monitor,
             ranks=inputs.ranks,
         )
+
+    def _remember(self, label: str, model: nn.Module) -> None:
+        if self.trajectory:
+            named = trainable_parameters(model, self.params)
+            self._weights[label] = torch.cat([p.detach().reshape(-1).cpu() for p in named.values()])
+
+
+def _ended(found: Landscape, reason: str) -> Landscape:
+    return replace(found, ended=reason)
 
 
 def _accuracy_of(model: nn.Module) -> Callable[[nn.Module, Batch], Tensor] | None:

@@ -43,6 +43,8 @@ FOREIGN = {
     "moe_heads.callbacks.functional.published.run": {"torch", "pyhessian"},
 }
 
+DATA_FILES = {"moe_heads/py.typed", "moe_heads/callbacks/functional/landscape/page.html"}
+
 
 def imports(path: Path) -> set[str]:
     names = set()
@@ -157,7 +159,7 @@ def test_wheel_holds_every_module_and_py_typed(wheel: Path) -> None:
         for name, path in sources().items()
         if not name.startswith("examples")
     }
-    assert {name for name in inside if ".dist-info/" not in name} == expected | {"moe_heads/py.typed"}
+    assert {name for name in inside if ".dist-info/" not in name} == expected | DATA_FILES
     assert any(name.endswith("licenses/LICENSE") for name in inside)
 
 

@@ -1,24 +1,30 @@
 """Loss landscape of a trained model: its loss along one direction, or on a plane, of its parameters."""
 
-import math
+import os
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from moe_heads.callbacks.functional.common.batches import Batch, LossFn
+from moe_heads.callbacks.functional.common.batches import Batch, LossFn, leaves_of
+from moe_heads.callbacks.functional.common.digest import digest_of
 from moe_heads.callbacks.functional.common.environment import device_of
-from moe_heads.callbacks.functional.common.graph_on_demand import GraphOnDemand
 from moe_heads.callbacks.functional.common.microbatches import Microbatches
-from moe_heads.callbacks.functional.common.monitor import Monitor, TimeUp
+from moe_heads.callbacks.functional.common.monitor import Monitor
+from moe_heads.callbacks.functional.common.parameters import Selection
 from moe_heads.callbacks.functional.common.preserve import analysis_mode
 from moe_heads.callbacks.functional.common.ranks import Ranks
-from moe_heads.callbacks.functional.common.walk import Walk
-from moe_heads.callbacks.functional.landscape.directions import split_direction
+from moe_heads.callbacks.functional.common.walk import Legs, Walk
+from moe_heads.callbacks.functional.curvature.directional import directional_curvatures
+from moe_heads.callbacks.functional.landscape.directions import Direction, legs_of
+from moe_heads.callbacks.functional.landscape.exploration import POINTS_A_CHECK, Exploration
+from moe_heads.callbacks.functional.landscape.grid import grid_of
+from moe_heads.callbacks.functional.landscape.point import NUM_SUMS
+from moe_heads.callbacks.functional.landscape.record import Record
 from moe_heads.callbacks.functional.landscape.result import LossLandscapeResult
-from moe_heads.callbacks.functional.landscape.routing_flips import Choices, choices_of, flip_share
-from moe_heads.routing import collect_routing
+from moe_heads.callbacks.functional.landscape.scan import Scan
+from moe_heads.callbacks.functional.landscape.survey import AccuracyFn, Survey, can_hold_routing
+from moe_heads.callbacks.functional.landscape.trajectory import Trajectory
 
 __all__ = ["loss_landscape"]
 
@@ -31,12 +37,18 @@ def loss_landscape(
     loss_fn: LossFn,
     batches: Iterable[Batch],
     *,
-    direction1: Tensor,
-    direction2: Tensor | None = None,
+    direction1: Direction,
+    direction2: Direction | None = None,
     alphas: Sequence[float] | Tensor | None = None,
     betas: Sequence[float] | Tensor | None = None,
     num_points: int = 21,
-    accuracy_fn: Callable[[nn.Module, Batch], Tensor] | None = None,
+    params: Selection | None = None,
+    accuracy_fn: AccuracyFn | None = None,
+    fixed_routing: bool | None = None,
+    check_curvatures: bool = False,
+    refine: int = 0,
+    resume: str | os.PathLike[str] | None = None,
+    trajectory: Trajectory | None = None,
     seed: int = 0,
     monitor: Monitor | None = None,
     ranks: Ranks | None = None,
@@ -45,26 +57,45 @@ def loss_landscape(
 
     :math:`L(\theta) = \frac{1}{N} \sum_i \ell_i(\theta)` over all samples of ``batches``, in evaluation mode. The
     directions are used as they are given: normalise them first (the unit top eigenvector of `sharpness` in one
-    dimension; `directions.filter_normalized` of two random directions on a plane). A loss that is nan or inf stays so.
+    dimension; `filter_normalized` of two random directions, or the two of a `trajectory_plane`, on a plane). A loss
+    that is nan or inf stays so.
 
     With routers of this package in the model, the share of samples that choose other experts than at the centre is
-    recorded too: where it is not zero, the loss of a sparse head has jumped.
+    recorded too, and the loss with the choices of the centre held (see `moe_heads.fixed_routing`): the difference is
+    what the jumps of a sparse head do to the landscape. It costs a second pass for the batches where a choice changed,
+    through the modules with a router only.
+
+    Modules that lie before everything that moves, the backbone below a head, are evaluated once for each batch; that
+    this changes nothing is checked at the first point off the centre. Where loss and accuracy call the model on the
+    same inputs, one pass serves both.
 
     The model is evaluated inside `analysis_mode` and left bit for bit as it was, also after an error. A loss that draws
-    random torch numbers draws the same ones at every point.
+    random torch numbers draws the same ones at every point. Beside the directions and what `analysis_mode` holds
+    nothing of the size of the parameters is kept.
 
     Args:
         model: The model :math:`\theta`.
         loss_fn: ``loss_fn(model, batch) -> scalar``, the mean over the samples of the batch.
         batches: The data; all of it is held on the device of the model. Batches are weighted by their samples.
         direction1: :math:`d_1`, flat, (P,), over the parameters that require a gradient in the order of
-            ``model.named_parameters()``.
+            ``model.named_parameters()``. Or a state dict: weights and buffers that are reached at
+            :math:`\alpha = 1` to the bit, such as another checkpoint.
         direction2: :math:`d_2`, likewise, for a plane.
         alphas: Coordinates along the first direction, increasing; by default ``num_points`` of equal distance in
             [-0.5, 0.5] for a line, in [-1, 1] for a plane. A rounding error in place of zero is taken for zero.
         betas: Coordinates along the second direction; by default as ``alphas`` has it.
         num_points: Number of coordinates where they are not given. An odd number holds the centre; 21 as in the study.
+        params: The parameters that the directions are over: tensors, or names of parameters or modules such as
+            ``["head"]``; by default all that require a gradient. The others stay.
         accuracy_fn: ``accuracy_fn(model, batch) -> scalar``, the mean over the samples, also evaluated everywhere.
+        fixed_routing: Whether to measure the loss at fixed routing; by default where every sparse router in the model
+            defines `Router.rechosen`.
+        check_curvatures: Compare the curvature of the slice along each flat direction with :math:`d^\top H d`: one
+            Hessian-vector product and four more points each.
+        refine: Points to add to a line, one after the other, where linear interpolation misses the loss the most.
+        resume: A file to which the points are written as they come, and from which they are taken if it is there; by
+            default none. On several ranks rank zero's file counts, for as many ranks only.
+        trajectory: The run whose `trajectory_plane` this is, to be drawn on it.
         seed: Seed of the random number generators at every point.
         monitor: Shows the points, the centre first, and ends the analysis when its time is over; see
             `Monitor`.
@@ -77,8 +108,9 @@ def loss_landscape(
         over, those near the centre, marked by ``partial``.
 
     Raises:
-        ValueError: If a direction or grid does not fit, the data is empty, or the loss is not a scalar or not finite at
-            the centre.
+        ValueError: If a direction or grid does not fit, the data is empty, the loss is not a scalar or not finite at
+            the centre, a router cannot be held fixed, or the file belongs to another model, data, or directions.
+        RuntimeError: If the curvature is to be checked and a layer has no second derivative.
 
     Source:
         Goodfellow, Vinyals and Saxe, arXiv 1412.6544 (line); Li et al., arXiv 1712.09913 (plane).
@@ -94,157 +126,78 @@ def loss_landscape(
         >>> line.losses, line.curvatures
         (tensor([1., 4., 9.], dtype=torch.float64), (2.0,))
     """
-    directions = [split_direction(model, direction1, "direction1")]
+    legs = [legs_of(model, direction1, "direction1", params)]
     if direction2 is not None:
-        directions.append(split_direction(model, direction2, "direction2"))
-    elif betas is not None:
+        legs.append(legs_of(model, direction2, "direction2", params))
+    axes = _axes(alphas, betas, num_points, is_plane=direction2 is not None)
+    holds = _checked_options(model, refine, fixed_routing, is_plane=direction2 is not None)
+    monitor, ranks = monitor or Monitor(), ranks or Ranks()
+    data = list(batches)
+
+    with analysis_mode(model, seed) as original:
+        record = None
+        if resume is not None:
+            record = _record(resume, model, data, legs, [accuracy_fn is not None, holds, seed], ranks)
+        exact: Sequence[float] = ()
+        if check_curvatures:
+            flat = [direction for direction in (direction1, direction2) if isinstance(direction, Tensor)]
+            exact = directional_curvatures(model, loss_fn, data, flat, params=params, monitor=monitor, ranks=ranks)
+        with ranks.together():
+            microbatches = Microbatches(data, device_of(model), monitor if ranks.leads else Monitor())
+            walk = Walk(model, legs, original)
+            survey = Survey(model, walk, loss_fn, accuracy_fn, microbatches, hold_routing=holds, seed=seed)
+        place = torch.zeros(len(axes), dtype=torch.float64, device=ranks.device)
+
+        def lead(total: Callable[[Tensor], Tensor]) -> LossLandscapeResult:
+            scan = Scan(axes, lambda point: total(point.to(ranks.device)), monitor, record)
+            scan.num_extra = refine + POINTS_A_CHECK * len(exact)
+            found = Exploration(scan, survey, walk.norms, accuracy_fn is not None, seed, trajectory)
+            return found.run(exact, refine)
+
+        return ranks.led(
+            lambda point: survey.measure(point.tolist()).to(ranks.device), lead, place, place.new_zeros(NUM_SUMS)
+        )
+
+
+def _axes(
+    alphas: Sequence[float] | Tensor | None,
+    betas: Sequence[float] | Tensor | None,
+    num_points: int,
+    *,
+    is_plane: bool,
+) -> list[Tensor]:
+    if betas is not None and not is_plane:
         raise ValueError("betas: expected None without a direction2; got coordinates")
     if num_points < 2:
         raise ValueError(f"num_points: expected at least 2; got {num_points}")
-    reach = _REACH_1D if direction2 is None else _REACH_2D
-    axes = [_grid("alphas", alphas, reach, num_points)]
-    if direction2 is not None:
-        axes.append(_grid("betas", betas, reach, num_points))
-    monitor, ranks = monitor or Monitor(), ranks or Ranks()
-    points = torch.cartesian_prod(*axes).reshape(-1, len(axes))
+    reach = _REACH_2D if is_plane else _REACH_1D
+    axes = [grid_of("alphas", alphas, reach, num_points)]
+    return [*axes, grid_of("betas", betas, reach, num_points)] if is_plane else axes
 
-    def lead(total: Callable[[Tensor], Tensor]) -> LossLandscapeResult:
-        centre = _Point.of(total(torch.zeros(len(axes), dtype=torch.float64, device=ranks.device)))
-        if not math.isfinite(centre.loss):
-            raise ValueError(f"loss_fn: expected a finite loss of the model as it is; got {centre.loss}")
-        distances = points.norm(dim=1)
-        found = dict.fromkeys((distances == 0).nonzero().flatten().tolist(), centre)
-        num_steps = 1 + len(points) - len(found)
 
-        def result(partial: str = "") -> LossLandscapeResult:
-            missing = _Point(math.nan, math.nan, math.nan, 0)
-            rows = [[p.loss, p.accuracy, p.flips] for p in (found.get(i, missing) for i in range(len(points)))]
-            losses, accuracies, flips = torch.tensor(rows, dtype=torch.float64).T.reshape(3, *map(len, axes))
-            return LossLandscapeResult(
-                alphas=axes[0],
-                betas=axes[1] if direction2 is not None else None,
-                losses=losses,
-                accuracies=None if accuracy_fn is None else accuracies,
-                routing_flips=None if math.isnan(centre.flips) else flips,
-                center_loss=centre.loss,
-                center_accuracy=None if accuracy_fn is None else centre.accuracy,
-                num_samples=centre.num_samples,
-                seed=seed,
-                num_unmeasured=len(points) - len(found),
-                partial=partial,
-            )
-
-        try:
-            monitor.step(1, num_steps)
-            # from the centre outwards: what is there when the time is over is a disc, not some rows
-            outwards = [index for index in distances.argsort(stable=True).tolist() if index not in found]
-            for done, index in enumerate(outwards, start=2):
-                found[index] = _Point.of(total(points[index].to(ranks.device)))
-                monitor.keep(result)
-                monitor.step(done, num_steps)
-        except TimeUp as error:
-            in_time: LossLandscapeResult = monitor.result_in_time(error)
-            return in_time
-        return result()
-
-    with analysis_mode(model, seed):
-        with ranks.together():
-            walk = Walk(model, directions)
-            data = Microbatches(batches, device_of(model), monitor if ranks.leads else Monitor())
-            survey = _Survey(model, walk, loss_fn, accuracy_fn, data, seed)
-        coordinates = torch.zeros(len(axes), dtype=torch.float64, device=ranks.device)
-        return ranks.led(
-            lambda point: survey.measure(point.tolist()).to(ranks.device), lead, coordinates, coordinates.new_zeros(5)
+def _checked_options(model: nn.Module, refine: int, fixed_routing: bool | None, *, is_plane: bool) -> bool:
+    """Whether routing is to be held fixed."""
+    if not isinstance(refine, int) or refine < 0 or (refine and is_plane):
+        raise ValueError(f"refine: expected a number of points to add to a line, 0 for a plane; got {refine!r}")
+    can_hold = can_hold_routing(model)
+    if fixed_routing and not can_hold:
+        raise ValueError(
+            "fixed_routing: expected False for a model with a sparse router that does not define rechosen(routing,"
+            " reference); got True"
         )
+    return can_hold if fixed_routing is None else fixed_routing
 
 
-@dataclass
-class _Point:
-    """Means over the samples at one point."""
-
-    loss: float
-    accuracy: float
-    flips: float
-    num_samples: int
-
-    @classmethod
-    def of(cls, sums: Tensor) -> "_Point":
-        loss, accuracy, flips, num_routed, num_samples = sums.tolist()
-        return cls(
-            loss / num_samples,
-            accuracy / num_samples,
-            flips / num_routed if num_routed else math.nan,
-            round(num_samples),
-        )
-
-
-class _Survey:
-    """Measures loss, accuracy and routing flips of the model at a point."""
-
-    def __init__(
-        self,
-        model: nn.Module,
-        walk: Walk,
-        loss_fn: LossFn,
-        accuracy_fn: Callable[[nn.Module, Batch], Tensor] | None,
-        data: Microbatches,
-        seed: int,
-    ) -> None:
-        self._model, self._walk, self._loss_fn, self._accuracy_fn = model, walk, loss_fn, accuracy_fn
-        self._data, self._seed = data, seed
-        self._reference: list[Choices] = []
-        self._graph = GraphOnDemand()
-
-    def measure(self, point: list[float]) -> Tensor:
-        """Sums over the samples: of loss, accuracy, flips, of the samples that were routed, and of all; float64."""
-        self._walk.go(point)
-        rows, choices = self._evaluate()
-        if not any(point):
-            self._reference = choices
-        elif len(choices) != len(self._reference):
-            # batches were cut since the centre was measured
-            self._walk.go([0.0] * len(point))
-            _, self._reference = self._evaluate()
-        total = torch.zeros(5, dtype=torch.float64)
-        for (size, loss, accuracy), here, there in zip(rows, choices, self._reference, strict=True):
-            flips = flip_share(here, there)
-            routed = 0 if math.isnan(flips) else size
-            values = [size * loss, size * accuracy, routed and size * flips, routed, size]
-            total += torch.tensor(values, dtype=torch.float64)
-        return total
-
-    def _evaluate(self) -> tuple[list[tuple[int, float, float]], list[Choices]]:
-        torch.manual_seed(self._seed)
-        found = list(self._data.evaluate(self._evaluate_batch))
-        rows = [(size, loss, accuracy) for size, (loss, accuracy, _) in found]
-        return rows, [choices for _, (_, _, choices) in found]
-
-    def _evaluate_batch(self, index: int, batch: Batch) -> tuple[float, float, Choices]:
-        return self._graph(lambda: self._values(batch))
-
-    def _values(self, batch: Batch) -> tuple[float, float, Choices]:
-        with collect_routing(self._model) as routing:
-            loss = _scalar("loss_fn", self._loss_fn(self._model, batch))
-        accuracy = (
-            math.nan if self._accuracy_fn is None else _scalar("accuracy_fn", self._accuracy_fn(self._model, batch))
-        )
-        return loss, accuracy, choices_of(routing)
-
-
-def _scalar(name: str, value: object) -> float:
-    if isinstance(value, Tensor) and value.numel() == 1:
-        return float(value.detach())
-    got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-    raise ValueError(f"{name}: expected a scalar tensor, the mean over the samples of the batch; got {got}")
-
-
-def _grid(name: str, values: Sequence[float] | Tensor | None, reach: float, num_points: int) -> Tensor:
-    if values is None:
-        # from whole numbers, so that the middle of an odd grid is exactly zero
-        steps = torch.arange(num_points, dtype=torch.float64) * 2 - (num_points - 1)
-        return steps * (reach / (num_points - 1))
-    grid = torch.as_tensor(values, dtype=torch.float64, device="cpu")
-    if grid.dim() != 1 or len(grid) < 2 or not bool(grid.isfinite().all()) or not bool((grid.diff() > 0).all()):
-        raise ValueError(f"{name}: expected at least two finite, increasing numbers; got {grid.tolist()}")
-    # torch.linspace misses the zero in its middle by a rounding error; the centre has to be the centre
-    return torch.where(grid.abs() < 1e-6 * grid.diff().min(), 0, grid)
+def _record(
+    path: str | os.PathLike[str],
+    model: nn.Module,
+    data: Sequence[Batch],
+    legs: Sequence[Legs],
+    options: Sequence[bool | int],
+    ranks: Ranks,
+) -> Record:
+    # each rank has samples of its own
+    samples = ranks.gather(digest_of(leaf for batch in data for leaf in leaves_of(batch)))
+    ways = [part for way in legs for name, leg in way.items() for part in (name, getattr(leg, "end", leg))]
+    weights = [*model.parameters(), *model.buffers()]
+    return Record(path, {"weights": weights, "samples": samples, "directions": ways, "options": options})

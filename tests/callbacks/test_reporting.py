@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoa
 from matplotlib.figure import Figure
 
 from moe_heads.callbacks import AnalysisInputs, FitEndAnalysis, Mesh, Report, reporting
-from moe_heads.callbacks.reporting import log_report
+from moe_heads.callbacks.reporting import _log_media, log_report
 from tests.support.events import read_events
 from tests.support.lightning_models import PlainModule, loader, trainer
 from tests.support.sources import ROOT
@@ -32,7 +33,8 @@ class Everything(FitEndAnalysis):
         triangle = torch.tensor([[[0.0, 0, 0], [1, 0, 0], [0, 1, 0]]])
         mesh = Mesh(triangle, torch.tensor([[[0, 1, 2]]]), torch.zeros(1, 3, 3, dtype=torch.uint8))
         metrics = {"value": result, "blocks.0.head/batch1/p50_ms": 1.5}
-        figures, files = {"blocks.0.head/figure": Figure()}, {"blocks.0.head/data.json": b"[0.25]"}
+        files = {"blocks.0.head/data.json": b"[0.25]", "arrays/points.npz": b"PK"}
+        figures = {"blocks.0.head/figure": Figure()}
         return Report(metrics, {"summary": TABLE}, figures, {"surface": mesh}, files)
 
 
@@ -203,6 +205,29 @@ def test_wandb_gets_numbers_images_and_panels(wandb_run: WandbLogger, tmp_path: 
     assert rows(table, "everything/train/value") == [(6, 0.25)]
 
 
+def test_files_are_in_the_folders_of_the_loggers(tmp_path: Path) -> None:
+    loggers = [CSVLogger(tmp_path / "csv"), TensorBoardLogger(tmp_path / "tb", default_hp_metric=False)]
+    trainer(Everything(splits=["train"], on_error="raise"), logger=loggers).fit(PlainModule(), loader())
+    for logger in loggers:
+        assert Path(logger.log_dir, "everything", "train", "arrays", "points.npz").read_bytes() == b"PK"
+
+
+def test_mlflow_is_given_the_files_as_artifacts() -> None:
+    """As its client is called, where MLflow is not installed."""
+    given: dict[str, bytes] = {}
+
+    class Client:
+        def log_artifacts(self, run_id: str, local_dir: str) -> None:
+            files = [path for path in Path(local_dir).rglob("*") if path.is_file()]
+            given.update({f"{run_id}/{path.relative_to(local_dir)}": path.read_bytes() for path in files})
+
+    write = _log_media.dispatch(MLFlowLogger)
+    report = Report(files={"arrays/points.npz": b"PK", "page.html": b"<p>"})
+    write(SimpleNamespace(experiment=Client(), run_id="run"), "everything/train", report, 0)
+    folder = "run/everything/train"
+    assert given == {f"{folder}/arrays/points.npz": b"PK", f"{folder}/page.html": b"<p>"}
+
+
 def test_mlflow_gets_numbers_and_artifacts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("mlflow", reason="not a dev dependency, for its thirty packages: install mlflow-skinny")
     # MLflow keeps its store of plain files, the only one of mlflow-skinny, behind this switch
@@ -219,6 +244,7 @@ def test_mlflow_gets_numbers_and_artifacts(tmp_path: Path, monkeypatch: pytest.M
     assert history("everything/train/value") == [(6, 0.25)]
     assert history("everything/train/blocks.0.head/batch1/p50_ms") == [(6, 1.5)]
     folder = Path(client.download_artifacts(run_id, "everything/train"))
+    assert (folder / "arrays" / "points.npz").read_bytes() == b"PK"
     assert (folder / "summary.md").read_text().startswith(TABLE)
     assert (folder / "blocks.0.head" / "figure.png").read_bytes().startswith(b"\x89PNG")
     assert (folder / "blocks.0.head" / "data.json").read_bytes() == b"[0.25]"

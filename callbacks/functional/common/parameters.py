@@ -1,15 +1,24 @@
 """The parameters that an analysis differentiates by or moves, and their order in a flat vector."""
 
-from torch import nn
+from collections.abc import Iterable, Sequence
 
-__all__ = ["trainable_parameters"]
+from torch import Tensor, nn
+
+__all__ = ["Selection", "trainable_parameters"]
+
+Selection = Sequence[Tensor | str]
+"""Parameters of a model: tensors, names of parameters, or names of modules, which stand for all their parameters."""
 
 
-def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+def trainable_parameters(model: nn.Module, params: Selection | None = None) -> dict[str, nn.Parameter]:
     """Parameters that require a gradient by name, shared ones once, in the order of every flat vector (P,).
 
+    Args:
+        model: The model.
+        params: Those of them that are meant; by default all.
+
     Raises:
-        ValueError: If there are none, or one of them is lazy.
+        ValueError: If there are none, one of them is lazy, or an entry of ``params`` is none of them.
     """
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not named:
@@ -17,4 +26,34 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     lazy = [name for name, p in named.items() if isinstance(p, nn.UninitializedParameter)]
     if lazy:
         raise ValueError(f"model: expected initialised parameters; {lazy[0]} is lazy: run one forward pass first")
-    return named
+    return named if params is None else _chosen(model, named, params)
+
+
+def _chosen(model: nn.Module, trainable: dict[str, nn.Parameter], params: Selection) -> dict[str, nn.Parameter]:
+    if isinstance(params, (str, Tensor)) or not isinstance(params, Iterable):
+        raise ValueError(f"params: expected a list of parameters or of their names; got {_described(params)}")
+    first_names = {id(p): name for name, p in trainable.items()}
+    # a shared parameter may be meant by any of its names
+    known = [(name, p) for name, p in model.named_parameters(remove_duplicate=False) if id(p) in first_names]
+    names: set[str] = set()
+    for entry in params:
+        found = {first_names[id(p)] for name, p in known if _is_meant(entry, name, p)}
+        if not found:
+            raise ValueError(
+                "params: expected parameters of the model that require a gradient, or names of parameters or modules "
+                f"such as {next(iter(trainable))!r}; {_described(entry)} is none"
+            )
+        names |= found
+    if not names:
+        raise ValueError("params: expected at least one parameter; got none")
+    return {name: p for name, p in trainable.items() if name in names}
+
+
+def _is_meant(entry: Tensor | str, name: str, parameter: Tensor) -> bool:
+    if isinstance(entry, str):
+        return name == entry or name.startswith(f"{entry}.")
+    return parameter is entry
+
+
+def _described(entry: object) -> str:
+    return f"a tensor of shape {tuple(entry.shape)}" if isinstance(entry, Tensor) else repr(entry)

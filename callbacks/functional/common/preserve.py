@@ -1,7 +1,7 @@
 """Run an analysis on a model and leave no trace: all state is put back bit for bit, also after an error."""
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -13,17 +13,23 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from moe_heads.callbacks.functional.common.contents import remember, write_back
 from moe_heads.callbacks.functional.common.interrupts import HeldInterrupts
 
-__all__ = ["analysis_mode", "preserved", "seed_generators"]
+__all__ = ["Original", "analysis_mode", "preserved", "seed_generators"]
+
+Original = Callable[[Tensor], Tensor]
+"""The values that a parameter or buffer had when the block began."""
 
 
 @contextmanager
-def preserved(model: nn.Module) -> Iterator[None]:
+def preserved(model: nn.Module) -> Iterator[Original]:
     """Put back, on leaving the block, whatever the block did to ``model`` and to the random number generators.
 
     Covers parameters, buffers, ``.grad``, ``requires_grad`` and train / eval flags, all other attributes of the model
     and its submodules (counters, lists, dicts, hidden states, the states of torchmetrics metrics), and the generators
     of Python, NumPy, torch and every CUDA device. Tensors and containers keep their identity, so optimisers and views
     stay attached. Costs one copy of the model's tensors while the block runs.
+
+    Yields:
+        What gives a parameter or buffer as it was when the block began: that copy, not to be written to.
 
     Example:
         >>> import torch
@@ -41,8 +47,9 @@ def preserved(model: nn.Module) -> Iterator[None]:
     taken_care_of = {id(value) for value in (*known, *model.modules())}
     attributes = [remember(vars(module), known=taken_care_of) for module in model.modules()]
     generators = _generator_states()
+    originals = {id(state.tensor): state.values for state in tensors}
     try:
-        yield
+        yield lambda tensor: originals[id(tensor)]
     finally:
         with HeldInterrupts():
             for put_back in attributes:
@@ -53,7 +60,7 @@ def preserved(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def analysis_mode(model: nn.Module, seed: int = 0) -> Iterator[None]:
+def analysis_mode(model: nn.Module, seed: int = 0) -> Iterator[Original]:
     """State under which every analysis of this package evaluates a model, undone on leaving the block.
 
     Evaluation mode, gradients enabled, autocast and torch.compile off, the mathematical attention kernel (compiled code
@@ -63,9 +70,12 @@ def analysis_mode(model: nn.Module, seed: int = 0) -> Iterator[None]:
     Args:
         model: The model to evaluate.
         seed: Seed of the generators inside the block; equal seeds give equal results.
+
+    Yields:
+        The values that a parameter or buffer had before; see `preserved`.
     """
     with ExitStack() as stack:
-        stack.enter_context(preserved(model))
+        original = stack.enter_context(preserved(model))
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
@@ -74,7 +84,7 @@ def analysis_mode(model: nn.Module, seed: int = 0) -> Iterator[None]:
             stack.enter_context(torch.autocast(device_type, enabled=False))
         seed_generators(seed)
         model.eval()
-        yield
+        yield original
 
 
 def seed_generators(seed: int) -> None:
@@ -88,17 +98,17 @@ class _TensorState:
     """Values, gradient and ``requires_grad`` flag of one parameter or buffer."""
 
     def __init__(self, tensor: Tensor) -> None:
-        self._tensor = tensor
+        self.tensor = tensor
         self._requires_grad = tensor.requires_grad
         self._grad = tensor.grad if tensor.is_leaf else None
-        self._values = tensor.detach().clone()
+        self.values = tensor.detach().clone()
         self._grad_values = None if self._grad is None else self._grad.detach().clone()
 
     def restore(self) -> None:
-        write_back(self._tensor, self._values)
-        if self._tensor.is_leaf:
-            self._tensor.requires_grad_(self._requires_grad)
-            self._tensor.grad = self._grad
+        write_back(self.tensor, self.values)
+        if self.tensor.is_leaf:
+            self.tensor.requires_grad_(self._requires_grad)
+            self.tensor.grad = self._grad
         if self._grad is not None and self._grad_values is not None:
             write_back(self._grad, self._grad_values)
 

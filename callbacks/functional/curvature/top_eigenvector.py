@@ -1,4 +1,4 @@
-"""The direction of largest curvature, without the rest of a sharpness analysis."""
+"""The directions of largest curvature, without the rest of a sharpness analysis."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -12,36 +12,14 @@ from moe_heads.callbacks.functional.common.preserve import analysis_mode
 from moe_heads.callbacks.functional.common.ranks import Ranks
 from moe_heads.callbacks.functional.curvature.lanczos import LanczosResult, lanczos
 from moe_heads.callbacks.functional.curvature.operator import HessianOperator
+from moe_heads.callbacks.functional.curvature.parameters import Selection, selected_parameters
 from moe_heads.callbacks.functional.curvature.shared import shared_hessian
 
-__all__ = ["top_eigenvector"]
+__all__ = ["top_eigenvector", "top_eigenvectors"]
 
 
-def top_eigenvector(
-    model: nn.Module,
-    loss_fn: LossFn,
-    batches: Iterable[Batch],
-    *,
-    tolerance: float = 1e-3,
-    max_steps: int = 200,
-    seed: int = 0,
-    monitor: Monitor | None = None,
-    ranks: Ranks | None = None,
-) -> Tensor:
-    """Unit eigenvector of the largest eigenvalue of the Hessian, as `sharpness` would find it.
-
-    Args:
-        model: The model, left bit for bit as it was.
-        loss_fn: ``loss_fn(model, batch) -> scalar``, the mean over the samples of the batch.
-        batches: The data.
-        tolerance: Relative residual at which to stop.
-        max_steps: Most Lanczos steps; what they give is returned, whatever its residual.
-        seed: Seed of the starting vector.
-        monitor: Progress and time limit; see `Monitor`.
-        ranks: The processes among which the samples are shared; see `sharpness`.
-
-    Returns:
-        The vector, (P,), on the CPU, in the order of the trainable ``model.named_parameters()``.
+def top_eigenvector(model: nn.Module, loss_fn: LossFn, batches: Iterable[Batch], **options: Any) -> Tensor:
+    """The first of `top_eigenvectors`, (P,); takes the same options.
 
     Example:
         >>> import torch
@@ -51,6 +29,45 @@ def top_eigenvector(
         >>> top_eigenvector(model, lambda m, batch: m(batch).square().mean(), [x]).abs().round(decimals=3)
         tensor([0., 1.])
     """
+    return top_eigenvectors(model, loss_fn, batches, num_eigenvectors=1, **options)[0]
+
+
+def top_eigenvectors(
+    model: nn.Module,
+    loss_fn: LossFn,
+    batches: Iterable[Batch],
+    *,
+    num_eigenvectors: int,
+    params: Selection | None = None,
+    tolerance: float = 1e-3,
+    max_steps: int = 200,
+    seed: int = 0,
+    monitor: Monitor | None = None,
+    ranks: Ranks | None = None,
+) -> Tensor:
+    """Unit eigenvectors of the largest eigenvalues of the Hessian, as `sharpness` would find them.
+
+    Args:
+        model: The model, left bit for bit as it was.
+        loss_fn: ``loss_fn(model, batch) -> scalar``, the mean over the samples of the batch.
+        batches: The data.
+        num_eigenvectors: How many.
+        params: The parameters; by default all that require a gradient.
+        tolerance: Largest relative residual at which to stop.
+        max_steps: Most Lanczos steps; what they give is returned, whatever its residual.
+        seed: Seed of the starting vector.
+        monitor: Progress and time limit; see `Monitor`.
+        ranks: The processes among which the samples are shared; see `sharpness`.
+
+    Returns:
+        The vectors, (``num_eigenvectors``, P), on the CPU, in the order of the trainable ``model.named_parameters()``.
+
+    Raises:
+        ValueError: If there are fewer parameters than eigenvectors wanted.
+    """
+    num_parameters = sum(p.numel() for p in selected_parameters(model, params).values())
+    if not 1 <= num_eigenvectors <= num_parameters:
+        raise ValueError(f"num_eigenvectors: expected 1 to {num_parameters}; got {num_eigenvectors}")
     monitor, ranks = monitor or Monitor(), ranks or Ranks()
 
     def show(krylov: LanczosResult) -> None:
@@ -59,7 +76,7 @@ def top_eigenvector(
     def lead(operator: HessianOperator) -> Tensor:
         generator = torch.Generator().manual_seed(seed)
         options: dict[str, Any] = {"tolerance": tolerance, "max_steps": max_steps, "on_step": show}
-        return lanczos(operator, generator=generator, num_eigenvalues=1, **options).vectors()[0].cpu()
+        return lanczos(operator, generator=generator, num_eigenvalues=num_eigenvectors, **options).vectors().cpu()
 
     with analysis_mode(model, seed):
-        return shared_hessian(ranks, lead, model, loss_fn, batches, monitor=monitor)
+        return shared_hessian(ranks, lead, model, loss_fn, batches, params=params, monitor=monitor)

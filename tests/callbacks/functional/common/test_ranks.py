@@ -3,10 +3,12 @@
 import atexit
 import os
 import signal
+import tempfile
 import threading
 import time
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 from unittest.mock import call, patch
 
@@ -16,7 +18,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from moe_heads import SparseMoE
-from moe_heads.callbacks.functional import expert_utilization, loss_landscape, random_direction, sharpness
+from moe_heads.callbacks.functional import (
+    LossLandscapeResult,
+    direction_sweep,
+    expert_utilization,
+    loss_landscape,
+    random_direction,
+    sharpness,
+)
 from moe_heads.callbacks.functional.common import ranks as ranks_module
 from moe_heads.callbacks.functional.common.monitor import Monitor, TimeUp
 from moe_heads.callbacks.functional.common.ranks import RankError, Ranks
@@ -41,9 +50,20 @@ def analyse(ranks: Ranks) -> dict[str, dict[str, float]]:
     here = slice(None) if ranks.size == 1 else [slice(0, 9), slice(9, None)][ranks.rank]
     mine = [(x[here], y[here]) for x, y in data if len(x[here])]
     directions = {"direction1": random_direction(model), "direction2": random_direction(model, 1), "num_points": 3}
+    with tempfile.TemporaryDirectory() as folder:  # that of rank zero counts
+
+        def landscape() -> LossLandscapeResult:
+            file = Path(folder, "points.npz")
+            return loss_landscape(
+                model, cross_entropy, mine, ranks=ranks, check_curvatures=True, resume=file, **directions
+            )
+
+        first, again = landscape(), landscape()
+        assert torch.equal(first.losses, again.losses)
     results = {
         "sharpness": sharpness(model, cross_entropy, mine, num_eigenvalues=3, ranks=ranks),
-        "landscape": loss_landscape(model, cross_entropy, mine, ranks=ranks, **directions),
+        "landscape": again,
+        "sweep": direction_sweep(model, cross_entropy, mine, num_directions=3, num_points=3, ranks=ranks),
         "utilization": expert_utilization(model, mine, ranks=ranks),
     }
     return {name: result.metrics() for name, result in results.items()}
@@ -154,7 +174,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return run_on_ranks(on_rank, tmp_path_factory.mktemp("ranks"))
 
 
-@pytest.mark.parametrize("analysis", ["sharpness", "landscape", "utilization"])
+@pytest.mark.parametrize("analysis", ["sharpness", "landscape", "sweep", "utilization"])
 def test_two_ranks_find_what_one_finds(found: list[dict[str, Any]], analysis: str) -> None:
     expected = analyse(Ranks())[analysis]
     for rank in range(NUM_RANKS):

@@ -39,6 +39,10 @@ def test_metrics_are_finite_and_absent_otherwise() -> None:
         "loss_mean": 2.0,
         "loss_max": 3.0,
         "curvature_1": pytest.approx((2 - 2 + 3) / 0.25),
+        "radius_10": pytest.approx(0.025),  # towards 3 at 0.5
+        "radius_50": pytest.approx(0.125),
+        "radius_100": pytest.approx(0.25),
+        "rise_half_reach": 2.0,
         "center_accuracy": 0.5,
         "accuracy_min": 0.0,
         "num_samples": 8.0,
@@ -74,7 +78,7 @@ def test_flips_in_metrics_and_summary() -> None:
 
 def test_summary_is_a_table_that_tells_the_scale_and_what_is_blank() -> None:
     text = landscape(torch.tensor([[1.0, math.nan], [1000.0, 2.0]])).summary()
-    assert text.startswith("| quantity | value |\n|---|---|\n| center loss | 1 |")
+    assert text.startswith("| quantity | value |\n| --- | --- |\n| center loss | 1 |")
     assert "2 × 2 points; losses are drawn on a log scale." in text
     assert "1 points have a loss that is nan or inf" in text
 

@@ -1,0 +1,141 @@
+"""What a call of a module took and gave, to be given again where the same would be computed once more."""
+
+import functools
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moe_heads.callbacks.functional.common.batches import leaves_of
+from moe_heads.routing import Router
+
+__all__ = ["Call", "Handler", "draws_numbers", "has_hooks_inside", "intercepted", "is_opaque", "largest_below"]
+__all__ += ["random_states", "set_random_states"]
+
+Handler = Callable[[nn.Module, Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
+"""``handler(module, forward, args, kwargs)``: what a call of the module gives instead of ``forward(...)``."""
+
+_ATOMS = (bool, int, float, str, type(None), torch.dtype, torch.device)
+
+
+class Call:
+    """One call of a module, with the tensors themselves: nothing is copied.
+
+    Args:
+        args: What the module took.
+        kwargs: The same by name.
+        output: What it gave.
+
+    Attributes:
+        output: What it gave.
+        num_hits: How often the same inputs came again.
+    """
+
+    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        self.output, self.num_hits = output, 0
+        self._names, self._inputs = list(kwargs), leaves_of((args, kwargs))
+        self._versions = [tensor._version for tensor in self.tensors if not tensor.is_inference()]
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """Inputs and outputs."""
+        return [leaf for leaf in (*self._inputs, *leaves_of(self.output)) if isinstance(leaf, Tensor)]
+
+    @property
+    def is_replayable(self) -> bool:
+        """Whether it holds tensors and plain values alone, none with a graph, none changed in place since."""
+        if not all(isinstance(leaf, (Tensor, *_ATOMS)) for leaf in (*self._inputs, *leaves_of(self.output))):
+            return False
+        if any(tensor.is_inference() or tensor.requires_grad for tensor in self.tensors):
+            return False
+        return self._versions == [tensor._version for tensor in self.tensors]
+
+    def has_inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether these are the same inputs, bit for bit, and it can be given again."""
+        leaves = leaves_of((args, kwargs))
+        if list(kwargs) != self._names or len(leaves) != len(self._inputs) or not self.is_replayable:
+            return False
+        return all(_is_same(given, known) for given, known in zip(leaves, self._inputs, strict=True))
+
+
+def _is_same(given: Any, known: Any) -> bool:
+    if given is known:
+        return True
+    if not isinstance(given, Tensor) or not isinstance(known, Tensor):
+        return type(given) is type(known) and isinstance(given, _ATOMS) and bool(given == known)
+    alike = (given.shape, given.dtype, given.device) == (known.shape, known.dtype, known.device)
+    return alike and not given.requires_grad and torch.equal(given, known)
+
+
+@contextmanager
+def intercepted(modules: Iterable[nn.Module], handler: Handler) -> Iterator[None]:
+    """Hand every call of these modules' ``forward`` to the handler while the block runs."""
+    before: list[tuple[nn.Module, Any]] = []
+    try:
+        for module in modules:
+            before.append((module, vars(module).get("forward")))
+            # wraps: what a forward takes is looked up in its signature
+            module.forward = functools.wraps(module.forward)(_passed_on(module, module.forward, handler))
+        yield
+    finally:
+        for module, own in reversed(before):
+            if own is None:
+                vars(module).pop("forward", None)
+            else:
+                module.forward = own
+
+
+def _passed_on(module: nn.Module, forward: Callable[..., Any], handler: Handler) -> Callable[..., Any]:
+    return lambda *args, **kwargs: handler(module, forward, args, kwargs)
+
+
+def is_opaque(module: nn.Module) -> bool:
+    """Whether the ``forward`` of a module cannot be replaced: scripted and compiled ones."""
+    return isinstance(module, (torch.jit.ScriptModule, torch._dynamo.OptimizedModule))
+
+
+def has_hooks_inside(module: nn.Module) -> bool:
+    """Whether somebody listens below a module, who would miss a pass that is not made."""
+    below: Collection[nn.Module] = [other for other in module.modules() if other is not module]
+    return any(other._forward_hooks or other._forward_pre_hooks for other in below)
+
+
+def largest_below(module: nn.Module, is_wanted: Callable[[nn.Module], bool]) -> Iterator[nn.Module]:
+    """The largest modules below one that are wanted, hold a weight, no router, and nobody who listens inside.
+
+    Without a weight inside there is little to save, and an output is memory. A router's choices are collected by hooks.
+
+    Yields:
+        Each of them, once for each place where it stands.
+    """
+    for child in module.children():
+        if is_opaque(child):
+            continue
+        holds_weight = any(True for _ in child.parameters())
+        is_quiet = not has_hooks_inside(child) and not any(isinstance(other, Router) for other in child.modules())
+        if holds_weight and is_quiet and is_wanted(child):
+            yield child
+        else:
+            yield from largest_below(child, is_wanted)
+
+
+@contextmanager
+def draws_numbers(device: torch.device, found: list[bool]) -> Iterator[None]:
+    """Append whether torch drew random numbers while the block ran."""
+    before = random_states(device)
+    yield
+    found.append(any(not torch.equal(one, two) for one, two in zip(before, random_states(device), strict=True)))
+
+
+def random_states(device: torch.device) -> list[Tensor]:
+    """States of torch's generators, of the CPU and of a GPU if that is the device."""
+    return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
+
+
+def set_random_states(device: torch.device, states: list[Tensor]) -> None:
+    """Put back what `random_states` gave."""
+    torch.set_rng_state(states[0])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(states[1], device)

@@ -1,0 +1,192 @@
+"""Measure loss, accuracy and routing of a model where a walk has brought it."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from moe_heads.callbacks.functional.common.batches import Batch, LossFn, batch_size
+from moe_heads.callbacks.functional.common.graph_on_demand import GraphOnDemand
+from moe_heads.callbacks.functional.common.microbatches import Microbatches
+from moe_heads.callbacks.functional.common.walk import Walk
+from moe_heads.callbacks.functional.landscape.calls import random_states, set_random_states
+from moe_heads.callbacks.functional.landscape.features import Features
+from moe_heads.callbacks.functional.landscape.point import NUM_SUMS, sums_of
+from moe_heads.callbacks.functional.landscape.repeats import Repeats
+from moe_heads.callbacks.functional.landscape.routing_flips import Choices, choices_of, flip_share
+from moe_heads.routing import Router, RoutingCollection, collect_routing, fixed_routing
+
+__all__ = ["AccuracyFn", "Survey", "can_hold_routing"]
+
+AccuracyFn = Callable[[nn.Module, Batch], Tensor]
+
+
+@dataclass(frozen=True)
+class _Reference:
+    """The routing of a batch at the centre."""
+
+    choices: Choices
+    sparse: Choices
+    collection: RoutingCollection | None
+
+
+class Survey:
+    """This rank's sums over the samples at a point of a walk.
+
+    Routing is compared with that at the centre. The loss at fixed routing costs a second pass only for batches in which
+    a sample chose other experts, and of these only what comes behind the routers: for the others it is the loss as it
+    is, up to the order in which a sample's experts are added.
+
+    Args:
+        model: The model.
+        walk: Moves it.
+        loss_fn: The loss.
+        accuracy_fn: The accuracy; None for none.
+        data: The samples.
+        hold_routing: Whether to measure the loss at fixed routing.
+        seed: Seed of the random numbers at every point.
+
+    Attributes:
+        features: What is computed once.
+        dtype: Data type of what moves.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        walk: Walk,
+        loss_fn: LossFn,
+        accuracy_fn: AccuracyFn | None,
+        data: Microbatches,
+        *,
+        hold_routing: bool,
+        seed: int,
+    ) -> None:
+        self._model, self._walk, self._loss_fn, self._accuracy_fn = model, walk, loss_fn, accuracy_fn
+        self._data, self._holds, self._seed = data, hold_routing, seed
+        self._references: list[_Reference] = []
+        self._graph = GraphOnDemand()
+        self._for_accuracy = Repeats.of_all(model) if accuracy_fn is not None else Repeats(model, ())
+        self._for_fixed = (
+            Repeats.without_routers(model) if hold_routing and _sparse_routers(model) else Repeats(model, ())
+        )
+        self.features = Features(model, walk.moved)
+        self.dtype = next((tensor.dtype for tensor in walk.moved if tensor.is_floating_point()), torch.float32)
+
+    def turn_to(self, walk: Walk) -> None:
+        """Go along another walk, which moves the same tensors, from the same centre."""
+        self._walk = walk
+
+    def measure(self, point: Sequence[float]) -> Tensor:
+        """The sums at a point, (NUM_SUMS,), float64, see `point`; the centre has to be the first."""
+        with self.features.active(), self._for_accuracy.active(), self._for_fixed.active():
+            if not any(point):
+                return self._record()
+            while True:
+                if self._is_outdated:
+                    self._record()
+                self._walk.go(point)
+                total = self._proved() if self.features.is_unproved else self._sums(records=False)
+                if not self._is_outdated:
+                    return total
+
+    @property
+    def _is_outdated(self) -> bool:
+        """Whether batches were cut since their routing was recorded, so that the records fit them no longer."""
+        return len(self._references) != len(self._data)
+
+    def _record(self) -> Tensor:
+        self._walk.go([0.0] * self._walk.num_directions)
+        self._references = []
+        self.features.forget()
+        return self._sums(records=True)
+
+    def _proved(self) -> Tensor:
+        """The sums by plain passes, with which those that replay features are compared."""
+        # the plain passes last: they may leave behind what replayed ones should have changed
+        found = self._sums(records=False)
+        self.features.is_on = False
+        plain = self._sums(records=False)
+        same = torch.allclose(found, plain, rtol=0, atol=0, equal_nan=True)
+        self.features.settle("" if same else "the loss was another one with kept features than without")
+        return plain
+
+    def _sums(self, *, records: bool) -> Tensor:
+        torch.manual_seed(self._seed)
+        total = torch.zeros(NUM_SUMS, dtype=torch.float64)
+        for _, sums in self._data.evaluate(
+            lambda index, batch: self._graph(lambda: self._of_batch(index, batch, records=records))
+        ):
+            total += sums
+        return total
+
+    def _of_batch(self, index: int, batch: Batch, *, records: bool) -> Tensor:
+        if not records and self._is_outdated:
+            return torch.zeros(NUM_SUMS)  # cut a moment ago: all is measured again
+        self.features.begin(index, records=records)
+        device = self.features.device
+        start = random_states(device)
+        with self._for_accuracy.recorded(), self._for_fixed.recorded():
+            loss, routing = self._loss(batch)
+        accuracy = self._accuracy(batch)
+        here = _Reference(choices_of(routing), choices_of(_sparse(routing)), None)
+        if records:
+            held = _detached(routing) if self._holds and here.sparse else None
+            # in place of one that was recorded before it failed for want of memory or of a graph
+            self._references[index:] = [_Reference(here.choices, here.sparse, held)]
+        there = self._references[index]
+        flips = flip_share(here.choices, there.choices)
+        fixed = loss
+        if there.collection is not None and flip_share(here.sparse, there.sparse) > 0:
+            end = random_states(device)
+            set_random_states(device, start)  # the numbers of the loss at free routing
+            with fixed_routing(self._model, there.collection), self._for_fixed.replayed():
+                fixed, _ = self._loss(batch)
+            set_random_states(device, end)
+        sparse = there.collection is not None
+        return sums_of(
+            batch_size(batch), loss, fixed, accuracy, flips, is_routed=not math.isnan(flips), is_sparse=sparse
+        )
+
+    def _loss(self, batch: Batch) -> tuple[float, RoutingCollection]:
+        with collect_routing(self._model) as routing:
+            return _scalar("loss_fn", self._loss_fn(self._model, batch)), routing
+
+    def _accuracy(self, batch: Batch) -> float:
+        if self._accuracy_fn is None:
+            return math.nan
+        with self._for_accuracy.replayed():
+            return _scalar("accuracy_fn", self._accuracy_fn(self._model, batch))
+
+
+def can_hold_routing(model: nn.Module) -> bool:
+    """Whether every sparse router in the model says how it weighs the choices of another one."""
+    return all(type(router).rechosen is not Router.rechosen for router in _sparse_routers(model))
+
+
+def _sparse_routers(model: nn.Module) -> list[Router]:
+    return [module for module in model.modules() if isinstance(module, Router) and module.k is not None]
+
+
+def _sparse(collection: RoutingCollection) -> RoutingCollection:
+    """The passes that chose: the largest gate of a soft router decides nothing."""
+    sparse = RoutingCollection()
+    for name, routings in collection.routings.items():
+        sparse.routings[name] = [routing for routing in routings if not routing.soft]
+    return sparse
+
+
+def _detached(collection: RoutingCollection) -> RoutingCollection:
+    detached = RoutingCollection()
+    for name, routings in collection.routings.items():
+        detached.routings[name] = [routing.detach() for routing in routings]
+    return detached
+
+
+def _scalar(name: str, value: object) -> float:
+    if isinstance(value, Tensor) and value.numel() == 1:
+        return float(value.detach())
+    got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+    raise ValueError(f"{name}: expected a scalar tensor, the mean over the samples of the batch; got {got}")

@@ -1,0 +1,116 @@
+"""Numbers that say how far a landscape can be trusted, and how wide its basin is."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+__all__ = ["CurvatureCheck", "check_curvature", "crossing_radius", "largest_rise", "second_difference"]
+
+# Relative rise of the loss at the step of a check, in square roots of the rounding error: there the error by rounding,
+# which falls with the step, is below a part in a thousand in float32, and the step as short as that allows.
+_RISE = 3.0
+# Estimates of an error are themselves off by so much.
+_SAFETY = 2.0
+
+
+@dataclass(frozen=True)
+class CurvatureCheck:
+    r"""Curvature of the slice along one direction d beside :math:`d^\top H d` of the curvature engine.
+
+    Attributes:
+        exact: :math:`d^\top H d` by a Hessian-vector product; H at fixed routing, as always.
+        second_difference: :math:`(L(h) - 2 L(0) + L(-h)) / h^2`, of the loss at fixed routing where there is one.
+        step: h, at which the loss is to rise by a thousandth in float32, by less in float64; or the distance of the
+            grid's points if that is smaller.
+        truncation: Estimate of what the second difference misses by the length of its step, a third of its change from
+            h to 2h; with the noise that rounding adds to it.
+        rounding: Bound for its error by the rounding of three losses, :math:`4 \epsilon |L| / h^2`.
+    """
+
+    exact: float
+    second_difference: float
+    step: float
+    truncation: float
+    rounding: float
+
+    @property
+    def agrees(self) -> bool:
+        """Whether the two differ by no more than twice what truncation and rounding explain."""
+        return abs(self.second_difference - self.exact) <= _SAFETY * (abs(self.truncation) + self.rounding)
+
+
+def check_curvature(
+    loss_at: Callable[[float], float], center_loss: float, exact: float, spacing: float, epsilon: float
+) -> CurvatureCheck:
+    """Measure the second difference of a slice at a step that suits it: four more points.
+
+    Args:
+        loss_at: Loss at a coordinate.
+        center_loss: That at zero.
+        exact: The curvature that is to be found.
+        spacing: Largest step.
+        epsilon: Relative rounding error of a loss.
+    """
+    step = spacing
+    if exact and center_loss:
+        step = min(spacing, math.sqrt(2 * _RISE * math.sqrt(epsilon) * abs(center_loss / exact)))
+    near, far = (
+        (loss_at(distance) - 2 * center_loss + loss_at(-distance)) / distance**2 for distance in (step, 2 * step)
+    )
+    rounding = 4 * epsilon * abs(center_loss) / step**2
+    return CurvatureCheck(exact, near, step, (far - near) / 3, rounding)
+
+
+def second_difference(axis: Tensor, losses: Tensor) -> float | None:
+    """The same between the nearest points at equal distance from zero; None where the grid has none."""
+    before, after = axis[axis < 0].flip(0), axis[axis > 0]
+    if not bool((axis == 0).any()):
+        return None
+    for distance in after.tolist():
+        if not len(before):
+            return None
+        nearest = before[(before + distance).abs().argmin()]
+        if torch.isclose(nearest, -after.new_tensor(distance), rtol=1e-6):
+            left, centre, right = (float(losses[axis == place][0]) for place in (nearest, 0.0, distance))
+            difference: float = (left - 2 * centre + right) / distance**2
+            return difference
+    return None
+
+
+def crossing_radius(axes: Sequence[Tensor], losses: Tensor, level: float) -> float:
+    """Smallest distance from the centre at which the loss reaches a level, between the points by a straight line.
+
+    Looked for along the lines of the grid. A loss that is inf or nan counts as one above any level, at its own place.
+
+    Returns:
+        The distance, in units of the coordinates; inf when the level is not reached within the grid.
+    """
+    above = ~(losses < level)
+    radius = math.inf
+    for dim, axis in enumerate(axes):
+        here, there = (losses.narrow(dim, start, len(axis) - 1) for start in (0, 1))
+        up_here, up_there = (above.narrow(dim, start, len(axis) - 1) for start in (0, 1))
+        places = torch.meshgrid(*axes, indexing="ij")
+        lower = [place.narrow(dim, 0, len(axis) - 1) for place in places]
+        upper = [place.narrow(dim, 1, len(axis) - 1) for place in places]
+        share = (level - here) / (there - here)
+        # without a finite slope, the place of the end that is above
+        share = torch.where(share.isfinite() & here.isfinite() & there.isfinite(), share, up_there.to(share.dtype))
+        crossed = up_here != up_there
+        squares = sum((low + share * (high - low)).square() for low, high in zip(lower, upper, strict=True))
+        assert isinstance(squares, Tensor)
+        if bool(crossed.any()):
+            radius = min(radius, float(squares[crossed].min().sqrt()))
+    return radius
+
+
+def largest_rise(axes: Sequence[Tensor], losses: Tensor, center_loss: float, radius: float) -> float:
+    """Largest loss at a distance of at most ``radius``, less that of the centre; inf where one is not finite there."""
+    distances = torch.stack(torch.meshgrid(*axes, indexing="ij")).square().sum(0).sqrt()
+    inside = losses[distances <= radius * (1 + 1e-9)]
+    if not bool(inside.isfinite().all()):
+        return math.inf
+    return max(0.0, float((inside - center_loss).max())) if len(inside) else 0.0

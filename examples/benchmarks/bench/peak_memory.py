@@ -1,0 +1,20 @@
+"""Largest amount of CPU memory that torch held at once while a function ran."""
+
+from collections.abc import Callable
+
+from torch.profiler import ProfilerActivity, profile
+
+__all__ = ["peak_memory"]
+
+
+def peak_memory(function: Callable[[], object]) -> int:
+    """Bytes at the peak, above those at the start."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        function()
+    held, peak = 0, 0
+    results = profiler.profiler.kineto_results  # type: ignore[union-attr]
+    changes = [(event.start_ns(), event.nbytes()) for event in results.events() if event.name() == "[memory]"]
+    for _, change in sorted(changes, key=lambda entry: entry[0]):
+        held += change
+        peak = max(peak, held)
+    return peak
