@@ -40,6 +40,10 @@ class RoutingCollection:
             self._routings.setdefault(name, []).extend(recorder.taken())
         return self._routings
 
+    def _end(self) -> None:
+        """Hold what was recorded and no recorder, which holds the collection: a circle would keep graphs alive."""
+        self._routings, self._recorders = self.routings, {}
+
     def _warn_if_nothing_was_seen(self) -> None:
         routings = self.routings
         if routings and not any(routings.values()):
@@ -115,7 +119,10 @@ def collect_routing(model: nn.Module, adapters: Adapters | None = None) -> Itera
         for name, (router, adapter) in watched.items():
             recorder = collection._recorders[name] = _Recorder(name, collection, adapter)
             stack.callback(router.register_forward_hook(recorder).remove)
-        yield collection
+        try:
+            yield collection
+        finally:
+            collection._end()
 
 
 class _Link:

@@ -72,7 +72,7 @@ def partial_after(
 def test_what_was_found_before_an_end_is_kept_and_marked(
     monkeypatch: pytest.MonkeyPatch, error: BaseException | None, reason: str
 ) -> None:
-    broken, run, told = partial_after(monkeypatch, 20, error, reason)
+    broken, run, told = partial_after(monkeypatch, 23, error, reason)
     result = broken.results["train"]
     assert result.partial == reason
     assert not result.converged

@@ -165,6 +165,7 @@ def test_a_loss_that_sums_over_the_samples_is_told(size: int) -> None:
         (cross_entropy("sum"), (torch.randn(1, 4), torch.randint(3, (1,)))),  # one sample tells nothing
         (lambda model, batch: 0 * model(batch[0]).sum(), (torch.randn(8, 4),)),
         (lambda model, batch: model(batch[0]), (torch.randn(8, 4),)),  # no scalar: told by the analysis itself
+        (lambda model, batch: model(batch[0]).view(8, 3).sum(), (torch.randn(8, 4),)),  # takes 8 samples, no others
         (lambda model, batch: model(batch["x"]).sum(), {"x": torch.randn(8, 4), "names": ["a", "b"]}),
     ],
 )

@@ -124,6 +124,7 @@ CARRIES_A_STATE = Told(
     r"the loss of one batch was .* on a repeat .* The module carries a state from one batch to the next",
     "the module carries a state from batch to batch",
 )
+IS_A_SUM = Told(r"the loss of \d+ samples is the sum of the losses of its halves", "the loss is a sum over the samples")
 OF_THE_LOSS = ("sharpness", "loss_landscape")
 
 ZOO = [
@@ -136,7 +137,13 @@ ZOO = [
         loss_fn=lambda module, batch: module.step(batch),
     ),
     Entry("iterable", "`BoringModel`, iterable data set", BoringModel, lambda: DataLoader(Stream(normal(32)), 8)),
-    Entry("demo", "Lightning `DemoModel`", DemoModel, unlabelled(32)),
+    Entry(
+        "demo",
+        "Lightning `DemoModel`",
+        DemoModel,
+        unlabelled(32),
+        warned=dict.fromkeys(OF_THE_LOSS, IS_A_SUM),
+    ),
     Entry(
         "lightning_transformer",
         "Lightning `LightningTransformer`",
