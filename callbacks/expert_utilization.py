@@ -36,7 +36,7 @@ class ExpertUtilizationCallback(FitEndAnalysis):
     training batches as they were routed, noise included: what `functional.ExpertUtilizationMetric` gives, and
 
     ======================  ===========================================================================
-    router_gradient_norm    norm of the router's gradient, mean over every tenth optimizer step
+    router_gradient_norm    norm of the router's gradient, mean over every twentieth optimizer step
     routing_flips           share of the validation samples with other experts than one validation before
     ======================  ===========================================================================
 

@@ -59,16 +59,15 @@ def measure(model: nn.Module, x: Tensor, steps: int, pairs: int, compiled: bool)
         if routers is not None:
             routers.end_training_batch()
 
-    for number in range(-1, pairs):  # the first is to warm up
-        for watched in random.Random(number).sample([True, False], 2):
-            with collect_routing(model) as collection:
-                routers = TrainingRouters(model, collection, None, 0.01, 0.25) if watched else None
-                collection.paused = True
-                step(routers)
+    with collect_routing(model) as collection:
+        routers = TrainingRouters(model, collection, None, 0.01, 0.25)  # one for the whole training
+        for number in range(-1, pairs):  # the first is to warm up
+            for watched in random.Random(number).sample([True, False], 2):
+                step(None)
                 start = time.process_time()
                 for _ in range(steps):
-                    step(routers)
-                if routers is not None:
+                    step(routers if watched else None)
+                if watched:
                     routers.end_epoch(Ranks())
                 if number >= 0:
                     times[watched].append(1e3 * (time.process_time() - start) / steps)

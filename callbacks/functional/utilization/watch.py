@@ -21,7 +21,7 @@ __all__ = ["RouterKind", "RoutingWatch"]
 _MAX_WAITING = 2**17
 
 # A norm costs as much as ten small operations: on every step a twentieth of the training of a head alone.
-_STEPS_BETWEEN_NORMS = 10
+_STEPS_BETWEEN_NORMS = 20
 
 _COUNTED = ("logits", "probs", "indices", "weights", "rows", "scores", "noisy_logits")
 
@@ -68,7 +68,7 @@ class RoutingWatch:
                 self._count(name)
 
     def note_gradients(self, routers: Mapping[str, nn.Module], optimizer: torch.optim.Optimizer) -> None:
-        """Note the norms of the routers' gradients that an optimizer is about to follow, every tenth time."""
+        """Note the norms of the routers' gradients that an optimizer is about to follow, every twentieth time."""
         steps = self._num_steps[id(optimizer)] = self._num_steps.get(id(optimizer), 0) + 1
         if steps % _STEPS_BETWEEN_NORMS != 1:
             return
@@ -118,7 +118,8 @@ def _kept(routing: Routing) -> Routing:
     for name in _COUNTED:
         value = getattr(routing, name)
         if value is not None:
-            tensors[name] = value.detach().clone() if value.is_cuda else value.detach()
+            value = value.detach() if value.requires_grad else value
+            tensors[name] = value.clone() if value.is_cuda else value
     return Routing(**tensors, rows_per_sample=routing.rows_per_sample)
 
 
