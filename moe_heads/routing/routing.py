@@ -166,8 +166,10 @@ class Routing:
 
     @property
     def agrees_without_noise(self) -> Tensor:
-        """Whether a row that chooses would choose the same experts by its clean logits, (N,), bool."""
-        return _is_top(self.logits, self.selected)
+        """Whether a row that chooses would choose the same experts by its clean logits, (N,), bool; True otherwise."""
+        if self.indices is None:
+            return torch.ones(len(self.logits), dtype=torch.bool, device=self.logits.device)
+        return self._margin_of(self.logits, self.indices) >= 0
 
     @property
     def aux_loss(self) -> Tensor:
@@ -211,6 +213,8 @@ class Routing:
 
     def _margin(self, selected: Tensor) -> Tensor:
         scores = self._scores
+        if self.indices is not None:
+            return self._margin_of(scores, self.indices)
         if self.rows is None:
             return _lowest(scores, selected, -1).squeeze(-1) - _highest(scores, ~selected, -1).squeeze(-1)
         # the rows that compete for a place: those of a sample of tokens, else those of the batch
@@ -219,6 +223,11 @@ class Routing:
         leaving = scores - _highest(scores, ~selected, 1)
         entering = _lowest(scores, selected, 1) - scores
         return torch.where(selected, leaving, entering).amin(-1).flatten()
+
+    @staticmethod
+    def _margin_of(scores: Tensor, indices: Tensor) -> Tensor:
+        """The lowest chosen score less the highest other one, (N,); gathered, since masks over all experts are slow."""
+        return scores.gather(-1, indices).amin(-1) - scores.scatter(-1, indices, -torch.inf).amax(-1)
 
     @property
     def _scores(self) -> Tensor:
@@ -244,11 +253,6 @@ def _check_indices(indices: Tensor, probs: Tensor) -> None:
         lowest, highest = (int(bound) for bound in indices.aminmax())
         if lowest < 0 or highest >= probs.shape[-1]:
             raise ValueError(f"indices: expected 0 to {probs.shape[-1] - 1}; got {lowest} to {highest}")
-
-
-def _is_top(scores: Tensor, selected: Tensor) -> Tensor:
-    """Whether the chosen experts of each row are those with the highest scores, (N,), bool."""
-    return (_lowest(scores, selected, -1) >= _highest(scores, ~selected, -1)).squeeze(-1)
 
 
 def _lowest(scores: Tensor, among: Tensor, dim: int) -> Tensor:
