@@ -217,7 +217,7 @@ def test_figures_and_tables_in_tensorboard(tmp_path: Path) -> None:
     trainer(usage, logger=logger).fit(Images(), data, data)
     logger.experiment.flush()
     tags = read_events(Path(logger.log_dir)).Tags()
-    figures = ("experts", "coactivation", "what_each_expert_sees", "load_over_epochs")
+    figures = ("load", "classes", "coactivation", "what_each_expert_sees", "load_over_epochs")
     assert {f"expert_utilization/train/head/{name}" for name in figures} <= set(tags["images"])
     texts = ("summary", "head/experts")
     assert {f"expert_utilization/train/{name}/text_summary" for name in texts} <= set(tags["tensors"])

@@ -53,7 +53,7 @@ def test_every_analysis_is_in_the_event_files(study: tuple[Path, subprocess.Comp
     out = study[0] / "runs" / "digits"
     tags = read_events(out / "sparse" / "seed0").Tags()
     assert {"test/accuracy", "sharpness/test/trace", "expert_utilization/epoch/head/load_0"} <= set(tags["scalars"])
-    assert {"loss_landscape/train/plane", "expert_utilization/train/head/experts"} <= set(tags["images"])
+    assert {"loss_landscape/train/plane", "expert_utilization/train/head/classes"} <= set(tags["images"])
     assert "loss_landscape/train/surface_VERTEX" in tags["tensors"]
     assert "_hparams_/session_start_info" in read_events(out / "dense" / "seed0").PluginTagToContent("hparams")
     assert "_hparams_/experiment" in read_events(out).PluginTagToContent("hparams")

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["plot_coactivation", "plot_utilization"]
+__all__ = ["plot_classes", "plot_coactivation", "plot_load", "plot_utilization"]
 
 # Cells up to which each holds its number in per cent, and experts up to which there is room for it.
 _MAX_LABELLED_CELLS, _MAX_LABELLED_EXPERTS = 200, 16
@@ -23,6 +23,9 @@ _LEAST_LABELLED = 0.005
 _MAX_NAME = 12
 
 _SMALL = 8
+
+# Inches: a card of TensorBoard shows 210 pixels of height, and scales what is higher.
+_CARD_HEIGHT = 2.3
 
 
 def plot_utilization(
@@ -41,32 +44,69 @@ def plot_utilization(
     """
     from matplotlib.figure import Figure
 
-    bars = None
-    if ax is None:
-        rows = 0 if head.class_map is None else len(head.class_map)
-        height = 2.2 + min(0.25 * rows, 10)
-        figure = Figure(figsize=(_width(len(head.load)), height), layout="constrained")
-        if rows:
-            bars, ax = figure.subplots(2, 1, sharex=True, height_ratios=(4, max(rows * 0.6, 4)))
-        else:
-            ax = figure.subplots()
     if head.class_map is None:
-        bars = ax
-    else:
-        _draw_map(ax, head.class_map, class_names)
-    if bars is not None:
-        _draw_bars(bars, head)
-    ax.set_xlabel("expert", fontsize=_SMALL)
+        return plot_load(name, head, ax)
+    if ax is not None:
+        return plot_classes(name, head, class_names, ax)
+    rows = len(head.class_map)
+    figure = Figure(figsize=(_width(len(head.load)), 2.2 + min(0.25 * rows, 10)), layout="constrained")
+    bars, ax = figure.subplots(2, 1, sharex=True, height_ratios=(4, max(rows * 0.6, 4)))
+    plot_load(name, head, bars)
+    bars.set_xlabel("")
+    _draw_map(ax, head.class_map, class_names)
     _label_experts(ax, len(head.load))
-    title = f"{plain_text(name, 30)}: {head.effective_experts:.1f} of {len(head.load)} experts in effect"
-    if head.mutual_information is not None:
-        title += f"\nI(class; expert) {head.mutual_information:.2f}"
-        if head.mutual_information_by_chance is not None:
-            title += f" nats, by chance {head.mutual_information_by_chance:.2f}"
-    (ax if bars is None else bars).set_title(title, fontsize=9)
-    root = ax.get_figure(root=True)
-    assert isinstance(root, Figure)
-    return root, ax
+    return figure, ax
+
+
+def plot_load(name: str, head: HeadUtilization, ax: "Axes | None" = None) -> "tuple[Figure, Axes]":
+    """Bars of load and importance with the fair share; dead and starved experts are named.
+
+    Args:
+        name: Name of the head.
+        head: Its utilisation.
+        ax: Axes to draw on; a new figure by default.
+
+    Returns:
+        Figure and axes.
+    """
+    figure, ax = axes_of(ax, (_width(len(head.load)), _CARD_HEIGHT))
+    experts = np.arange(len(head.load))
+    ax.bar(experts - 0.2, head.load.numpy(), 0.4, label="load")
+    ax.bar(experts + 0.2, head.importance.numpy(), 0.4, label="importance")
+    ax.axhline(1 / len(head.load), color="black", linestyle=":", linewidth=1, label="fair share")
+    ax.set_ylabel("share", fontsize=_SMALL)
+    ax.tick_params(axis="y", labelsize=_SMALL)
+    ax.legend(fontsize=7, ncols=3, loc="upper center", handlelength=1, columnspacing=0.8, frameon=False)
+    ax.set_ylim(0, 1.35 * max(float(head.load.max()), float(head.importance.max())))
+    for state, those in (("dead", head.dead_experts), ("starved", head.starved_experts)):
+        for expert in those:
+            ax.annotate(state, (expert, 0), ha="center", va="bottom", fontsize=7, color="tab:red", rotation=90)
+    _label_experts(ax, len(head.load))
+    ax.set_title(_title(name, head), fontsize=9)
+    return figure, ax
+
+
+def plot_classes(
+    name: str, head: HeadUtilization, class_names: Sequence[str], ax: "Axes | None" = None
+) -> "tuple[Figure, Axes]":
+    """Heat map of the class map: the share of the weight that the samples of a class (down) gave to an expert (across).
+
+    Args:
+        name: Name of the head.
+        head: Its utilisation, with a class map.
+        class_names: Names of the classes.
+        ax: Axes to draw on; a new figure by default.
+
+    Returns:
+        Figure and axes.
+    """
+    assert head.class_map is not None
+    height = max(_CARD_HEIGHT, 0.14 * min(len(class_names), 50))
+    figure, ax = axes_of(ax, (_width(len(head.load)), height))
+    _draw_map(ax, head.class_map, class_names)
+    _label_experts(ax, len(head.load))
+    ax.set_title(_title(name, head), fontsize=9)
+    return figure, ax
 
 
 def plot_coactivation(name: str, coactivation: Tensor, ax: "Axes | None" = None) -> "tuple[Figure, Axes]":
@@ -80,8 +120,7 @@ def plot_coactivation(name: str, coactivation: Tensor, ax: "Axes | None" = None)
     Returns:
         Figure and axes.
     """
-    side = _width(len(coactivation))
-    figure, ax = axes_of(ax, (side, side * 0.85))
+    figure, ax = axes_of(ax, (_width(len(coactivation)), max(_CARD_HEIGHT, 0.14 * min(len(coactivation), 50))))
     shares = coactivation.numpy().copy()
     np.fill_diagonal(shares, np.nan)
     _draw_heat(ax, shares, "share of the rows")
@@ -95,26 +134,22 @@ def plot_coactivation(name: str, coactivation: Tensor, ax: "Axes | None" = None)
 
 def _width(num_experts: int) -> float:
     """Inches: 450 pixels in TensorBoard for as many experts as fit there."""
-    return min(max(4.6, 1.6 + 0.28 * num_experts), 7)
+    return min(max(4.4, 1.6 + 0.28 * num_experts), 7)
+
+
+def _title(name: str, head: HeadUtilization) -> str:
+    title = f"{plain_text(name, 30)}: {head.effective_experts:.1f} of {len(head.load)} experts in effect"
+    if head.mutual_information is None:
+        return title
+    title += f"\nI(class; expert) {head.mutual_information:.2f}"
+    chance = head.mutual_information_by_chance
+    return title + (" nats" if chance is None else f" nats, by chance {chance:.2f}")
 
 
 def _label_experts(ax: "Axes", num_experts: int) -> None:
+    ax.set_xlabel("expert", fontsize=_SMALL)
     step = 1 + (num_experts - 1) // 16
     ax.set_xticks(range(0, num_experts, step), [str(expert) for expert in range(0, num_experts, step)], fontsize=_SMALL)
-
-
-def _draw_bars(ax: "Axes", head: HeadUtilization) -> None:
-    experts = np.arange(len(head.load))
-    ax.bar(experts - 0.2, head.load.numpy(), 0.4, label="load")
-    ax.bar(experts + 0.2, head.importance.numpy(), 0.4, label="importance")
-    ax.axhline(1 / len(head.load), color="black", linestyle=":", linewidth=1, label="fair share")
-    ax.set_ylabel("share", fontsize=_SMALL)
-    ax.tick_params(axis="y", labelsize=_SMALL)
-    ax.legend(fontsize=7, ncols=3, loc="upper center", handlelength=1, columnspacing=0.8, frameon=False)
-    ax.set_ylim(0, 1.35 * max(float(head.load.max()), float(head.importance.max())))
-    for state, those in (("dead", head.dead_experts), ("starved", head.starved_experts)):
-        for expert in those:
-            ax.annotate(state, (expert, 0), ha="center", va="bottom", fontsize=7, color="tab:red", rotation=90)
 
 
 def _draw_map(ax: "Axes", class_map: Tensor, class_names: Sequence[str]) -> None:

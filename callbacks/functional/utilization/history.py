@@ -29,7 +29,7 @@ def plot_load_history(history: Sequence[RoutingStats], ax: "Axes | None" = None)
     Returns:
         Figure and axes.
     """
-    figure, ax = axes_of(ax, (4.6, 3.2))
+    figure, ax = axes_of(ax, (4.4, 2.3))
     load = torch.stack([stats.load for stats in history]).double().cpu()
     num_experts = load.shape[1]
     ax.set_title("load of the experts over training", fontsize=9)
@@ -47,5 +47,5 @@ def plot_load_history(history: Sequence[RoutingStats], ax: "Axes | None" = None)
         ax.bar(epochs, load[:, expert], bottom=bottom, width=1.0, label=f"expert {expert}")
         bottom += load[:, expert]
     ax.set(ylabel="share of the choices", ylim=(0, 1))
-    ax.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize="small")
+    ax.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=7, labelspacing=0.2, frameon=False)
     return figure, ax

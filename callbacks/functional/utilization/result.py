@@ -97,13 +97,15 @@ class ExpertUtilizationResult:
         return plot_utilization(name, self.heads[name], self.class_names, ax)
 
     def figures(self) -> "dict[str, Figure]":
-        """All that can be drawn, ``<head>/<figure>``: experts, coactivation, examples."""
-        from moe_heads.callbacks.functional.utilization.figure import plot_coactivation
+        """All that can be drawn, ``<head>/<figure>``: load, classes, coactivation, what_each_expert_sees."""
+        from moe_heads.callbacks.functional.utilization.figure import plot_classes, plot_coactivation, plot_load
         from moe_heads.callbacks.functional.utilization.strip import plot_examples
 
         drawn: dict[str, Figure] = {}
         for name, head in self.heads.items():
-            drawn[f"{name}/experts"] = self.plot(head=name)[0]
+            drawn[f"{name}/load"] = plot_load(name, head)[0]
+            if head.class_map is not None:
+                drawn[f"{name}/classes"] = plot_classes(name, head, self.class_names)[0]
             if head.coactivation is not None:
                 drawn[f"{name}/coactivation"] = plot_coactivation(name, head.coactivation)[0]
             if head.examples is not None:
