@@ -166,12 +166,13 @@ class _Fan:
 def _swept(
     total: Callable[[Tensor], Tensor], axis: Tensor, num_directions: int, seed: int, monitor: Monitor
 ) -> DirectionSweepResult:
-    """Measure direction by direction, each from one end to the other; the centre is the same of all."""
+    """Measure direction by direction, each from its ends inwards; the centre is the same of all."""
     centre = Point.of(total(torch.zeros(2, dtype=torch.float64)))
     if not math.isfinite(centre.loss):
         raise ValueError(f"loss_fn: expected a finite loss of the model as it is; got {centre.loss}")
     rows: list[list[Point]] = []
-    outside = [alpha for alpha in axis.tolist() if alpha]
+    # both ends first: what is computed once is compared with plain passes there
+    outside = sorted((alpha for alpha in axis.tolist() if alpha), key=lambda alpha: -abs(alpha))
     num_steps = 1 + num_directions * len(outside)
 
     def result(partial: str = "") -> DirectionSweepResult:

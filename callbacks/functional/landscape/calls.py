@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moe_heads.callbacks.functional.common.batches import leaves_of
+from moe_heads.callbacks.functional.common.batches import leaves_of, map_leaves
 from moe_heads.routing import Router
 
 __all__ = ["Call", "Handler", "draws_numbers", "has_hooks_inside", "intercepted", "is_opaque", "largest_below"]
@@ -21,7 +21,7 @@ _ATOMS = (bool, int, float, str, type(None), torch.dtype, torch.device)
 
 
 class Call:
-    """One call of a module, with the tensors themselves: nothing is copied.
+    """One call of a module, with the tensors themselves, in containers of its own: a caller may edit a list it got.
 
     Args:
         args: What the module took.
@@ -29,28 +29,46 @@ class Call:
         output: What it gave.
 
     Attributes:
-        output: What it gave.
         num_hits: How often the same inputs came again.
     """
 
     def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        self.output, self.num_hits = output, 0
+        self._output, self.num_hits = _in_new_containers(output), 0
         self._names, self._inputs = list(kwargs), leaves_of((args, kwargs))
-        self._versions = [tensor._version for tensor in self.tensors if not tensor.is_inference()]
+        self._changes_inputs = False
+        self._versions = _versions_of(self.tensors)
+
+    @classmethod
+    def made(cls, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple["Call", Any]:
+        """Make a call, and note whether it changes what it takes: the call, and what the module gave."""
+        taken = leaves_of((args, kwargs))
+        before = _versions_of(taken)
+        output = forward(*args, **kwargs)
+        call = cls(args, kwargs, output)
+        same = len(taken) == len(call._inputs) and all(a is b for a, b in zip(taken, call._inputs, strict=True))
+        call._changes_inputs = not same or before != _versions_of(taken)
+        return call, output
+
+    @property
+    def output(self) -> Any:
+        """What it gave: the same tensors in new containers, each time."""
+        return _in_new_containers(self._output)
 
     @property
     def tensors(self) -> list[Tensor]:
         """Inputs and outputs."""
-        return [leaf for leaf in (*self._inputs, *leaves_of(self.output)) if isinstance(leaf, Tensor)]
+        return [leaf for leaf in (*self._inputs, *leaves_of(self._output)) if isinstance(leaf, Tensor)]
 
     @property
     def is_replayable(self) -> bool:
         """Whether it holds tensors and plain values alone, none with a graph, none changed in place since."""
-        if not all(isinstance(leaf, (Tensor, *_ATOMS)) for leaf in (*self._inputs, *leaves_of(self.output))):
+        if self._changes_inputs:
+            return False
+        if not all(isinstance(leaf, (Tensor, *_ATOMS)) for leaf in (*self._inputs, *leaves_of(self._output))):
             return False
         if any(tensor.is_inference() or tensor.requires_grad for tensor in self.tensors):
             return False
-        return self._versions == [tensor._version for tensor in self.tensors]
+        return self._versions == _versions_of(self.tensors)
 
     def has_inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether these are the same inputs, bit for bit, and it can be given again."""
@@ -59,6 +77,19 @@ class Call:
             return False
         return all(_is_same(given, known) for given, known in zip(leaves, self._inputs, strict=True))
 
+    def has_output(self, output: Any) -> bool:
+        """Whether this is the same output, bit for bit."""
+        given, known = leaves_of(output), leaves_of(self._output)
+        return len(given) == len(known) and all(map(_is_same, given, known))
+
+
+def _in_new_containers(value: Any) -> Any:
+    return map_leaves(value, lambda leaf: leaf)
+
+
+def _versions_of(leaves: Iterable[Any]) -> list[int]:
+    return [leaf._version for leaf in leaves if isinstance(leaf, Tensor) and not leaf.is_inference()]
+
 
 def _is_same(given: Any, known: Any) -> bool:
     if given is known:
@@ -66,7 +97,10 @@ def _is_same(given: Any, known: Any) -> bool:
     if not isinstance(given, Tensor) or not isinstance(known, Tensor):
         return type(given) is type(known) and isinstance(given, _ATOMS) and bool(given == known)
     alike = (given.shape, given.dtype, given.device) == (known.shape, known.dtype, known.device)
-    return alike and not given.requires_grad and torch.equal(given, known)
+    if not alike or given.requires_grad:
+        return False
+    # nan is like nan here: the same bits came out
+    return torch.equal(given, known) or bool(((given == known) | ((given != given) & (known != known))).all())
 
 
 @contextmanager

@@ -52,6 +52,7 @@ class Exploration:
         self.scan.build = self.result
         try:
             self.scan.start()
+            self.scan.visit_ends(anew=self.survey.saves)
             for dim, value in enumerate(exact):
                 self._check(dim, value)
             self.scan.visit_grid()
@@ -84,6 +85,7 @@ class Exploration:
             direction_norms=self.norms,
             reused=features.names,
             not_reused=features.reason,
+            not_shared=self.survey.not_shared,
             trajectory=self.trajectory,
         )
 

@@ -6,17 +6,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from moe_heads.callbacks.functional.common.environment import device_of
 from moe_heads.callbacks.functional.common.memory import memory_budget
 from moe_heads.callbacks.functional.landscape.calls import Call, draws_numbers, intercepted, largest_below
+from moe_heads.callbacks.functional.landscape.saving import Saving
 
 __all__ = ["Features"]
 
 _CPU_MEMORY, _SHARE_OF_GPU = 2**30, 1 / 4
 
 
-class Features:
+class Features(Saving):
     """Outputs of the modules before the moved tensors, kept at the centre and handed out wherever the inputs recur.
 
     A module none of whose tensors moves gives the same outputs for the same inputs. So each call is replayed only where
@@ -24,8 +26,8 @@ class Features:
     happens after a module that moves has run is not kept: its inputs would not recur. Left out are modules that draw
     random numbers, hold a router (its choices are collected by hooks) or have hooks inside, and passes with a graph.
 
-    A module that changes something besides its output would go unnoticed, so the first point off the centre is measured
-    both ways: see `settle`.
+    Nothing is replayed while the centre is recorded. A module that changes something besides its output, or looks at
+    a moved tensor that it does not hold, would go unnoticed, so the first points are measured both ways: see `Saving`.
 
     Args:
         model: The model.
@@ -35,7 +37,6 @@ class Features:
     Attributes:
         device: Where the model is.
         names: Modules that are computed once; empty where there is none.
-        reason: Why the passes are whole although something lies before the moved tensors; "" where they are not.
     """
 
     def __init__(self, model: nn.Module, moved: Collection[Tensor], memory: int | None = None) -> None:
@@ -53,19 +54,13 @@ class Features:
         self._calls: dict[tuple[int, nn.Module], list[Call]] = {}
         self._sizes: dict[int, int] = {}
         self._index, self._records, self._is_before = 0, False, False
-        self._is_settled = not self._modules
-        self.is_on, self.reason = bool(self._modules), ""
+        super().__init__(is_on=bool(self._modules))
 
     @property
     def names(self) -> tuple[str, ...]:
         """Modules that are computed once, by their name in the model."""
         kept = {module for _, module in self._calls} if self.is_on else set()
         return tuple(name for module, name in self._names.items() if module in kept)
-
-    @property
-    def is_unproved(self) -> bool:
-        """Whether there is something to replay that was not yet compared with a plain pass."""
-        return self.is_on and not self._is_settled and bool(self._calls)
 
     def active(self) -> AbstractContextManager[None]:
         """The block in which passes are recorded and replayed."""
@@ -79,12 +74,17 @@ class Features:
         """Let go of what was kept: the centre is measured anew."""
         self._calls, self._sizes = {}, {}
 
-    def settle(self, reason: str) -> None:
-        """Go on replaying what recurred, or, for a reason, do without."""
-        self._is_settled, self.reason = True, reason
-        self.is_on = not reason
+    @override
+    def prove(self) -> None:
+        super().prove()
+        # what did not recur is let go
         hit = {key: [call for call in calls if call.num_hits] for key, calls in self._calls.items()}
-        self._calls = {key: calls for key, calls in hit.items() if calls and self.is_on}
+        self._calls = {key: calls for key, calls in hit.items() if calls}
+
+    @override
+    def give_up(self, reason: str) -> None:
+        super().give_up(reason)
+        self.forget()
 
     def _called(
         self, module: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -94,16 +94,17 @@ class Features:
             return forward(*args, **kwargs)
         if not self.is_on or torch.is_grad_enabled():
             return forward(*args, **kwargs)
-        for call in self._calls.get((self._index, module), ()):
-            if call.has_inputs(args, kwargs):
-                call.num_hits += 1
-                return call.output
-        if not (self._records and self._is_before):
+        if not self._records:
+            for call in self._calls.get((self._index, module), ()):
+                if call.has_inputs(args, kwargs):
+                    call.num_hits += 1
+                    return self.replay(call, lambda: forward(*args, **kwargs))
+            return forward(*args, **kwargs)
+        if not self._is_before:
             return forward(*args, **kwargs)
         drew: list[bool] = []
         with draws_numbers(self.device, drew):
-            output = forward(*args, **kwargs)
-        call = Call(args, kwargs, output)
+            call, output = Call.made(forward, args, kwargs)
         if not drew[0] and call.is_replayable and self._has_room(call):
             self._calls.setdefault((self._index, module), []).append(call)
         return output

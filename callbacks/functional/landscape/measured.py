@@ -44,6 +44,7 @@ class MeasuredLandscape:
         direction_norms: Length of each direction, in units of the parameters: of a step by 1.
         reused: Modules that were computed once for all points, since nothing moves in or before them.
         not_reused: Why they were not, although something lies before what moves; "" where they were.
+        not_shared: Why accuracy or the loss at fixed routing took passes of their own; "" where they shared one.
         trajectory: The way of a training run on this plane; None where there is none.
     """
 
@@ -63,6 +64,7 @@ class MeasuredLandscape:
     direction_norms: tuple[float, ...] = ()
     reused: tuple[str, ...] = ()
     not_reused: str = ""
+    not_shared: str = ""
     trajectory: Trajectory | None = None
 
     @property

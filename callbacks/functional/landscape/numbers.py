@@ -81,6 +81,8 @@ def _notes(result: MeasuredLandscape) -> list[str]:
         notes.append(f"Computed once for all points: {', '.join(result.reused)}.")
     if result.not_reused:
         notes.append(f"Nothing was computed once: {result.not_reused}.")
+    if result.not_shared:
+        notes.append(f"Passes of their own: {result.not_shared}.")
     if result.trajectory is not None:
         notes.append(result.trajectory.summary())
     return notes

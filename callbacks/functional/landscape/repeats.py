@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import nn
@@ -16,11 +16,14 @@ from moe_heads.callbacks.functional.landscape.calls import (
     is_opaque,
     largest_below,
 )
+from moe_heads.callbacks.functional.landscape.saving import Saving
 
 __all__ = ["Repeats"]
 
+T = TypeVar("T")
 
-class Repeats:
+
+class Repeats(Saving):
     """Outermost calls of some modules, replayed for equal inputs while nothing has moved.
 
     Calls that draw random numbers are made again, and so are all in a pass with a graph.
@@ -32,6 +35,7 @@ class Repeats:
 
     def __init__(self, model: nn.Module, modules: Iterable[nn.Module]) -> None:
         self._modules = list(dict.fromkeys(modules))
+        super().__init__(is_on=bool(self._modules))
         self._device = device_of(model)
         self._calls: list[tuple[nn.Module, Call]] = []
         self._mode: Literal["off", "record", "replay"] = "off"
@@ -78,19 +82,23 @@ class Repeats:
     def _called(
         self, module: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        if self._mode == "off" or self._depth or torch.is_grad_enabled():
+        if self._mode == "off" or not self.is_on or self._depth or torch.is_grad_enabled():
             return forward(*args, **kwargs)
         if self._mode == "replay":
             for known, call in self._calls:
                 if known is module and call.has_inputs(args, kwargs):
-                    return call.output
+                    return self.replay(call, lambda: self._inside(lambda: forward(*args, **kwargs)))
         drew: list[bool] = []
+        with draws_numbers(self._device, drew):
+            call, output = self._inside(lambda: Call.made(forward, args, kwargs))
+        if self._mode == "record" and not drew[0]:
+            self._calls.append((module, call))
+        return output
+
+    def _inside(self, make: Callable[[], T]) -> T:
+        """Made without a look at the calls inside of it."""
         self._depth += 1
         try:
-            with draws_numbers(self._device, drew):
-                output = forward(*args, **kwargs)
+            return make()
         finally:
             self._depth -= 1
-        if self._mode == "record" and not drew[0]:
-            self._calls.append((module, Call(args, kwargs, output)))
-        return output

@@ -71,9 +71,25 @@ class Scan:
         self._num_done = 0
         self.monitor.step(1, 1 + self._num_to_come)
 
+    def visit_ends(self, *, anew: bool) -> None:
+        """Measure the farthest point of the grid and the one opposite, where what is computed once shows most.
+
+        Args:
+            anew: Whether also where a file holds them, as long as any other point is to come.
+        """
+        if not self.num_missing:
+            return
+        far = max(self._places(), key=lambda place: math.hypot(*place))
+        opposite = max(self._places(), key=lambda place: math.dist(place, far))
+        for place in dict.fromkeys((far, opposite)):
+            if any(place) and (anew or place not in self.found):
+                self._num_to_come += place in self.found
+                self.found.pop(place, None)
+                self.measure(place)
+
     def visit_grid(self) -> None:
         """Measure what is missing of the grid."""
-        # from the centre outwards: what is there when the time is over is a disc, not some rows
+        # from the centre outwards: what is there when the time is over is a disc and its ends, not some rows
         for place in sorted(self._places(), key=lambda place: math.hypot(*place)):
             if place not in self.found:
                 self.measure(place)

@@ -16,6 +16,7 @@ from moe_heads.callbacks.functional.landscape.features import Features
 from moe_heads.callbacks.functional.landscape.point import NUM_SUMS, sums_of
 from moe_heads.callbacks.functional.landscape.repeats import Repeats
 from moe_heads.callbacks.functional.landscape.routing_flips import Choices, choices_of, flip_share
+from moe_heads.callbacks.functional.landscape.saving import OTHER_OUTPUT, Saving, checking
 from moe_heads.routing import Router, RoutingCollection, collect_routing, fixed_routing
 
 __all__ = ["AccuracyFn", "Survey", "can_hold_routing"]
@@ -73,7 +74,19 @@ class Survey:
             Repeats.without_routers(model) if hold_routing and _sparse_routers(model) else Repeats(model, ())
         )
         self.features = Features(model, walk.moved)
+        self._savings: tuple[Saving, ...] = (self.features, self._for_accuracy, self._for_fixed)
         self.dtype = next((tensor.dtype for tensor in walk.moved if tensor.is_floating_point()), torch.float32)
+
+    @property
+    def saves(self) -> bool:
+        """Whether anything is to be computed once instead of anew."""
+        return any(saving.is_on for saving in self._savings)
+
+    @property
+    def not_shared(self) -> str:
+        """Why accuracy or the loss at fixed routing have passes of their own; "" where nothing spoke against it."""
+        named = {"accuracy": self._for_accuracy.reason, "fixed routing": self._for_fixed.reason}
+        return "; ".join(f"{name}: {reason}" for name, reason in named.items() if reason)
 
     def turn_to(self, walk: Walk) -> None:
         """Go along another walk, which moves the same tensors, from the same centre."""
@@ -88,9 +101,9 @@ class Survey:
                 if self._is_outdated:
                     self._record()
                 self._walk.go(point)
-                total = self._proved() if self.features.is_unproved else self._sums(records=False)
+                rows = self._proved(self._rows(records=False))
                 if not self._is_outdated:
-                    return total
+                    return rows.sum(0)
 
     @property
     def _is_outdated(self) -> bool:
@@ -101,30 +114,49 @@ class Survey:
         self._walk.go([0.0] * self._walk.num_directions)
         self._references = []
         self.features.forget()
-        return self._sums(records=True)
+        # the centre is no less than a proof: its accuracy is that of a pass of its own
+        with checking(self._savings):
+            rows = self._rows(records=True)
+        if self._for_accuracy.has_doubt:
+            self._for_accuracy.give_up(OTHER_OUTPUT)
+        return rows.sum(0)
 
-    def _proved(self) -> Tensor:
-        """The sums by plain passes, with which those that replay features are compared."""
+    def _proved(self, found: Tensor) -> Tensor:
+        """The sums of each batch, by plain passes where what was replayed is still to be compared with them."""
+        if self._is_outdated or not any(saving.needs_proof for saving in self._savings):
+            return found
+        used = [saving for saving in self._savings if saving.is_on and saving.was_used]
         # the plain passes last: they may leave behind what replayed ones should have changed
-        found = self._sums(records=False)
-        self.features.is_on = False
-        plain = self._sums(records=False)
-        same = torch.allclose(found, plain, rtol=0, atol=0, equal_nan=True)
-        self.features.settle("" if same else "the loss was another one with kept features than without")
+        with checking(self._savings):
+            plain = self._rows(records=False)
+        if not self._is_outdated:
+            self._judge(used, same=torch.allclose(found, plain, rtol=0, atol=0, equal_nan=True))
         return plain
 
-    def _sums(self, *, records: bool) -> Tensor:
+    def _judge(self, used: Sequence[Saving], *, same: bool) -> None:
+        """Give up what was found out; where nothing was and the numbers differ all the same, whatever was used."""
+        guilty = [saving for saving in used if saving.has_doubt]
+        for saving in used:
+            if saving.has_doubt:
+                saving.give_up(OTHER_OUTPUT)
+            elif not same and not guilty:
+                what = "kept features" if saving is self.features else "a shared pass"
+                saving.give_up(f"the loss was another one with {what} than without")
+            elif same:
+                saving.prove()
+
+    def _rows(self, *, records: bool) -> Tensor:
+        """The sums of each batch, (batches, NUM_SUMS)."""
         torch.manual_seed(self._seed)
-        total = torch.zeros(NUM_SUMS, dtype=torch.float64)
-        for _, sums in self._data.evaluate(
+        evaluated = self._data.evaluate(
             lambda index, batch: self._graph(lambda: self._of_batch(index, batch, records=records))
-        ):
-            total += sums
-        return total
+        )
+        rows = [sums for _, sums in evaluated]
+        return torch.stack(rows) if rows else torch.zeros(1, NUM_SUMS, dtype=torch.float64)
 
     def _of_batch(self, index: int, batch: Batch, *, records: bool) -> Tensor:
         if not records and self._is_outdated:
-            return torch.zeros(NUM_SUMS)  # cut a moment ago: all is measured again
+            return torch.zeros(NUM_SUMS, dtype=torch.float64)  # cut a moment ago: all is measured again
         self.features.begin(index, records=records)
         device = self.features.device
         start = random_states(device)

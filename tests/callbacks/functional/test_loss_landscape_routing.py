@@ -74,7 +74,7 @@ def test_where_no_sample_flips_the_two_are_equal_without_a_second_pass() -> None
     assert line.losses_fixed_routing is not None
     assert torch.equal(line.losses_fixed_routing, line.losses)
     assert line.losses.unique().numel() == 5
-    assert len(calls) == 2 * (5 + 1)  # and one more to prove that features can be kept
+    assert len(calls) == 2 * (5 + 3)  # and three more to prove that features can be kept
 
 
 @pytest.mark.parametrize("router", [SwitchRouter, BiasBalancedRouter, ExpertChoiceRouter])

@@ -13,7 +13,7 @@ from moe_heads.callbacks.functional.landscape.features import Features
 from moe_heads.callbacks.functional.landscape.result import LossLandscapeResult
 from tests.support.untouched import untouched
 
-NUM_POINTS = 7
+NUM_POINTS, NUM_PROOFS = 7, 3
 
 
 class Counting(nn.Module):
@@ -47,28 +47,29 @@ def line(model: nn.Module, batches: Any, params: Any, **options: Any) -> LossLan
     )
 
 
-def both(model: nn.Module, params: Any, monkeypatch: pytest.MonkeyPatch) -> tuple[LossLandscapeResult, ...]:
+def both(
+    model: nn.Module, params: Any, monkeypatch: pytest.MonkeyPatch, **options: Any
+) -> tuple[LossLandscapeResult, ...]:
     batches = data()
     with untouched(model):
-        kept = line(model, batches, params)
+        kept = line(model, batches, params, **options)
     with monkeypatch.context() as patched:
         patched.setattr("moe_heads.callbacks.functional.landscape.features.largest_below", lambda *args: [])
-        plain = line(model, batches, params)
+        plain = line(model, batches, params, **options)
     assert torch.equal(kept.losses, plain.losses)
     return kept, plain
 
 
-def test_a_backbone_runs_once_and_once_more_to_prove_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_backbone_runs_once_and_a_few_times_more_to_prove_it(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[int] = []
     model = nn.Sequential(
         Counting(convolutions(), lambda size: calls.append(size)), SparseMoE(12, 3, num_experts=4, expert_width=5)
     )
-    kept, plain = both(model, ["1"], monkeypatch)
+    kept, plain = both(model, ["1"], monkeypatch, fixed_routing=False)
     assert kept.reused[0] == "0"
     assert kept.not_reused == "" and plain.reused == ()
-    # the centre and the plain pass of the first point off it; then the run without features, where the loss at fixed
-    # routing takes the backbone's output from that at free routing
-    assert calls == [5, 3] * (2 + NUM_POINTS)
+    # the centre and the plain passes of three points; then the run without features
+    assert calls == [5, 3] * (1 + NUM_PROOFS + NUM_POINTS)
     assert plain.losses.unique().numel() == NUM_POINTS
 
 
