@@ -206,6 +206,30 @@ def test_a_mode_that_fails_costs_nothing_else(monkeypatch: pytest.MonkeyPatch) -
     }
 
 
+def test_a_mode_that_fails_in_its_first_run_costs_nothing_else() -> None:
+    class Views(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.view(len(x), -1)  # of a tensor in channels_last there is no such view
+
+    class NoBf16(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(3, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.from_numpy(self.linear(x).numpy())  # which has no such type
+
+    for model, x, mode in (
+        (Views(), torch.randn(2, 3, 4, 4), "channels_last"),
+        (NoBf16(), torch.randn(2, 3), "bf16"),
+    ):
+        timing = inference_timing(model, x, batch_sizes=[2], modes=[mode, "eager"], **QUICK)
+        assert [row.mode for row in timing.rows] == ["eager"]
+        (skip,) = timing.skipped
+        assert (skip.mode, skip.module) == (mode, "model")
+        assert "Error" in skip.reason
+
+
 def test_the_model_is_untouched_also_after_an_error_and_ctrl_c() -> None:
     model = Pair(nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.ReLU(inplace=True)), Dense(4, 2))
     good, too_wide = torch.randn(2, 3), torch.randn(2, 9)
