@@ -59,7 +59,8 @@ def inference_timing(
     Args:
         model: The model.
         example_batch: A batch of any size; its samples are repeated or cut to each batch size.
-        batch_sizes: Batch sizes, run in ascending order: from a single request to one that fills the machine.
+        batch_sizes: Batch sizes, run in ascending order: from a single request to one that fills the machine. One at
+            which the model fails is named in ``skipped``.
         modules: Dotted names of the modules to time alone; by default "backbone" and "head" where the model has them,
             every module that owns a router of this package, and the router, those that run in the forward pass.
         modes: How to run them, see `TimingMode`; routers and stages in "eager" alone. By default eager only: compiling
@@ -84,7 +85,7 @@ def inference_timing(
         Of the batch sizes that were finished, marked by ``partial``, when the time of the monitor is over.
 
     Raises:
-        ValueError: If the batch is empty or the model cannot take it, a number is out of range, a batch size comes
+        ValueError: If the batch is empty or the model takes it at no size, a number is out of range, a batch size comes
             twice, or a module is unknown or does not run in the forward pass.
 
     Example:
@@ -116,6 +117,7 @@ def inference_timing(
                 for size in sorted(batch_sizes):
                     findings.add(size)
                     monitor.keep(findings.result)
+                sweep.check()
             except TimeUp as error:
                 in_time: InferenceTimingResult = monitor.result_in_time(error)
                 return in_time

@@ -67,8 +67,8 @@ def count(call: Callable[[], object]) -> Counted:
         call: What is counted.
     """
     recorder = _Recorder()
-    # composite operators are not taken apart in inference mode, and their products would go uncounted
-    with torch.inference_mode(False), torch.no_grad(), torch.compiler.set_stance("force_eager"), recorder:
+    # in the mode of the timed runs: outside of it a model may not write into what it made there
+    with torch.inference_mode(), torch.compiler.set_stance("force_eager"), recorder:
         call()
     return Counted(tuple(recorder.operators), recorder.uncounted)
 
@@ -85,6 +85,11 @@ class _Recorder(TorchDispatchMode):
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        # in inference mode composite operators arrive whole, and their products would go uncounted
+        with self:
+            output = func.decompose(*args, **kwargs)
+        if output is not NotImplemented:
+            return output
         output = func(*args, **kwargs)
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         # a question about data types, or an empty tensor to be filled, does nothing

@@ -8,7 +8,7 @@ from torch import nn
 
 from moe_heads.callbacks.functional.common.environment import Environment, load_average
 from moe_heads.callbacks.functional.timing.calls import MODEL, Call
-from moe_heads.callbacks.functional.timing.counting import count
+from moe_heads.callbacks.functional.timing.counting import Counted, count
 from moe_heads.callbacks.functional.timing.gap import Gap, GapPoint, break_even, realised_ratio
 from moe_heads.callbacks.functional.timing.heads import active_flops, routed_heads, twin_name
 from moe_heads.callbacks.functional.timing.intervals import Rounds
@@ -93,7 +93,7 @@ class Findings:
         twins = {twin_name(name): twin for name, twin in self._sweep.subject.twins.items()}
         heads = {name: head for name, head in {**self._heads, **twins}.items() if name in calls}
         if not self._counted:
-            found = {name: count(call) for name, call in calls.items() if call.is_whole}
+            found = {name: _counted(call) for name, call in calls.items() if call.is_whole}
             self._uncounted = found[MODEL].uncounted
             # a sparse head may run more experts than it chooses
             present = [(name, head) for name, head in self._heads.items() if name in calls]
@@ -125,8 +125,8 @@ class Findings:
                 continue
             dense_call, call = calls[twin_name(name)], calls[name]
             limits = self._limits_of(mode) if mode == "eager" else None
-            dense_bound = limits.bound(count(dense_call).operators) if limits else None
-            head_bound = limits.bound(count(call).operators) if limits else None
+            dense_bound = limits.bound(_counted(dense_call).operators) if limits else None
+            head_bound = limits.bound(_counted(call).operators) if limits else None
             self._points[name, mode].append(
                 GapPoint(
                     size,
@@ -149,6 +149,11 @@ class Findings:
             points=tuple(points),
             break_even=break_even(sizes, ratios),
         )
+
+
+def _counted(call: Call) -> Counted:
+    call.renew()
+    return count(call)
 
 
 def _dtype_of(model: nn.Module, device: torch.device) -> torch.dtype:

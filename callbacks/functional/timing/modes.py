@@ -65,6 +65,7 @@ def _compiled(call: Call) -> Callable[[], object]:
     own = FunctionType(code, run.__globals__, code.co_name, closure=run.__closure__)
     compiled = replace(call, function=torch.compile(own, dynamic=False))
     compiled()
+    compiled.renew()
     return compiled
 
 
@@ -76,6 +77,7 @@ def _cuda_graph(call: Call, device: torch.device) -> Callable[[], object]:
     with torch.cuda.stream(stream):
         for _ in range(_RUNS_BEFORE_CAPTURE):
             call()
+            call.renew()
     current.wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -99,9 +101,8 @@ def _channels_last(call: Call) -> Callable[[], object]:
     if not num_images:
         raise ModeUnavailableError("needs a 4-D input; this module gets none")
     function = call.function
-    return Call(
-        _with_tensors(function, _to_channels_last) if isinstance(function, nn.Module) else function, args, kwargs
-    )
+    converted_function = _with_tensors(function, _to_channels_last) if isinstance(function, nn.Module) else function
+    return replace(call, function=converted_function, args=args, kwargs=kwargs)
 
 
 def _to_channels_last(tensor: Tensor) -> Tensor:

@@ -35,6 +35,7 @@ class Contender:
     Attributes:
         call: What is timed.
         cache: What the caches hold before a run.
+        renew: Makes the inputs what they were, before each run and outside its time.
         warmup_runs: Runs of the warm-up.
         is_stable: Whether the last window of the warm-up was as fast as the one before.
         last_ms: Time of the last run of the warm-up.
@@ -44,6 +45,7 @@ class Contender:
 
     call: Callable[[], object]
     cache: Cache = "warm"
+    renew: Callable[[], object] = lambda: None
     warmup_runs: int = 0
     is_stable: bool = False
     last_ms: float = float("nan")
@@ -54,6 +56,16 @@ class Contender:
     def num_runs(self) -> int:
         """Runs timed so far."""
         return sum(map(len, self.rounds))
+
+    def run(self) -> None:
+        """Run it once, on its inputs as they were."""
+        self.renew()
+        self.call()
+
+    def timed(self, clock: Clock) -> Sample:
+        """Time one run, on its inputs as they were."""
+        self.renew()
+        return clock.time(self.call)
 
     def wall_ms(self) -> list[list[float]]:
         """Wall times by round."""
@@ -73,7 +85,7 @@ def warm_up(contender: Contender, clock: Clock, *, num_runs: int | None, toleran
     times: list[float] = []
     start = time.perf_counter()
     while num_runs is None or len(times) < num_runs:
-        times.append(clock.time(contender.call).wall_ms)
+        times.append(contender.timed(clock).wall_ms)
         contender.is_stable = _is_stable(times, tolerance)
         if num_runs is None and (contender.is_stable or time.perf_counter() - start > seconds):
             break
@@ -141,11 +153,12 @@ def _take_turn(contender: Contender, clock: Clock, num_runs: int) -> None:
     if wanted <= 0:
         return
     if contender.cache == "cold":
+        contender.renew()
         clock.cool()
         contender.rounds.append([clock.time(contender.call)])
         return
     most = max(1, min(_MOST_REPEATS, num_runs // _ROUNDS_AT_LEAST))
     repeats = int(min(most, max(1.0, _TURN_MS / contender.last_ms))) if contender.last_ms > 0 else 1
     if contender.last_ms < _TURN_MS:
-        contender.call()
-    contender.rounds.append([clock.time(contender.call) for _ in range(min(repeats, wanted))])
+        contender.run()
+    contender.rounds.append([contender.timed(clock) for _ in range(min(repeats, wanted))])

@@ -51,6 +51,14 @@ class Subject:
     device: torch.device
 
 
+class _Refused(Exception):
+    """A forward pass that failed."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__()
+        self.error = error
+
+
 @dataclass
 class Sweep:
     """Runs the sizes one after the other, ascending.
@@ -75,6 +83,8 @@ class Sweep:
     def __post_init__(self) -> None:
         self.power, self._clock = Meter(self.subject.device), Clock(self.subject.device)
         self._order, self._outlook = random.Random(self.seed), Outlook(self.plan, self.subject.device)
+        self._refusal: Exception | None = None
+        self._has_run = False
         self._done, self._total = 0, _STEPS_PER_SIZE * len(self.plan.batch_sizes)
 
     def calls(self, size: int) -> dict[str, Call] | None:
@@ -84,14 +94,27 @@ class Sweep:
             is_first = self._outlook.is_first
             try:
                 calls = self._captured(size)
-            except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error):
-                    raise
-                reason = _out_of_memory(error)
+            except _Refused as refused:
+                error = refused.error
+                reason = _out_of_memory(error) if is_out_of_memory(error) else f"failed with {_first_line(error)}"
+                self._refusal = None if is_out_of_memory(error) else error
             else:
+                self._has_run = True
                 return calls if is_first else self._affordable(size, calls)
         self.leave_out(size, reason)
         return None
+
+    def check(self) -> None:
+        """Make sure that the model took a batch size, if it refused some.
+
+        Raises:
+            ValueError: If it refused all of them.
+        """
+        error = self._refusal
+        if error is not None and not self._has_run:
+            raise ValueError(
+                f"example_batch: expected a batch that the model takes; it failed with {type(error).__name__}: {error}"
+            ) from error
 
     def time(self, size: int, calls: Mapping[str, Call]) -> dict[Key, Contender] | None:
         """Time the calls of one batch size; None where memory runs out."""
@@ -147,19 +170,16 @@ class Sweep:
         start = time.perf_counter()
         try:
             captured = capture(forward, subject.model, subject.named)
-        except (TimeUp, MemoryError):
+        except TimeUp:
             raise
         except Exception as error:
-            if not self._outlook.is_first or is_out_of_memory(error):
-                raise
-            raise ValueError(
-                f"example_batch: expected a batch that the model takes; it failed with {type(error).__name__}: {error}"
-            ) from error
+            # the user's model and function raise what they like
+            raise _Refused(error) from error
         idle = [name for name in subject.named if name not in captured.calls]
         if idle and subject.is_required:
             raise ValueError(f"modules: expected modules that run in the forward pass; {idle} do not")
         self._outlook.learn_pass(size, time.perf_counter() - start, captured.num_bytes)
-        return {MODEL: forward, **self._with_heads(captured.calls)}
+        return {MODEL: captured.forward, **self._with_heads(captured.calls)}
 
     def _with_heads(self, calls: Mapping[str, Call]) -> dict[str, Call]:
         """The calls of modules, and beside each head its stages and its dense twin."""
@@ -183,16 +203,21 @@ class Sweep:
                 if mode != "eager" and (isinstance(call.function, Router) or not call.is_whole):
                     continue
                 try:
+                    call.renew()  # it was counted
                     run = in_mode(mode, call, self.subject.device)
+                    if mode != "eager":
+                        run()  # bf16 and channels_last fail in their first run, if they do
+                        call.renew()
                 except Exception as error:
-                    # the compiler and the capture raise errors of many kinds; each is a finding about the mode
+                    # compiler, capture and kernels raise errors of many kinds; each is a finding about the mode
                     if is_out_of_memory(error):
                         raise
                     reason = str(error) if isinstance(error, ModeUnavailableError) else _first_line(error)
                     self.skipped.append(Skipped(size, mode, name, reason))
                     continue
                 self.monitor.tick()
-                found |= {Key(name, mode, cache): Contender(run, cache) for cache in self.plan.caches}
+                renew = run.renew if isinstance(run, Call) else call.renew
+                found |= {Key(name, mode, cache): Contender(run, cache, renew) for cache in self.plan.caches}
         # compilers take what they take
         self._outlook.forgive(time.perf_counter() - start)
         self._warm_up(found)
@@ -225,7 +250,7 @@ def _belongs(name: str, heads: Iterable[str]) -> bool:
 def _peak_memory(contender: Contender, device: torch.device) -> int:
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
-    contender.call()
+    contender.run()
     torch.cuda.synchronize(device)
     return torch.cuda.max_memory_allocated(device)
 

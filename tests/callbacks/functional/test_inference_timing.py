@@ -99,12 +99,52 @@ def test_modules_run_on_the_inputs_they_had_in_evaluation_and_inference_mode() -
             return out
 
     inference_timing(Model(), torch.arange(3.0), batch_sizes=[5], modules=["part"], **QUICK)
-    # to capture, to count (outside inference mode), and in the rounds
-    assert [inference for *_, inference in seen] == [True, False, False] + [True] * 6
+    # to capture, to count, and in the rounds
+    assert [inference for *_, inference in seen] == [True] * 9
     for x, scale, training, _ in seen:
         assert x.tolist() == [1, 2, 3, 1, 2]
         assert scale.item() == 2
         assert not training
+
+
+class Writing(nn.Module):
+    """Writes into its input, and keeps a state from call to call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.state = nn.ReLU(inplace=True), None
+
+    def forward(self, x: Tensor) -> Tensor:
+        x -= 1.0
+        self.state = x.clone() if self.state is None else self.state.mul_(0.9).add_(x.mean())
+        return self.inner(x)
+
+
+def test_a_model_that_writes_into_its_input_gets_it_anew_in_each_run() -> None:
+    model, x = Writing(), torch.tensor([1.0, float("nan"), 3.0])
+    seen, inner = [], []
+    model.register_forward_pre_hook(lambda _, args: seen.append(args[0].tolist()))
+    model.inner.register_forward_pre_hook(lambda _, args: inner.append(args[0].tolist()))
+    modes = ["eager", "bf16"]
+    timing = inference_timing(model, x, batch_sizes=[3], modules=["inner"], modes=modes, **QUICK)
+    assert len(timing.rows) == 4
+    assert {str(values) for values in seen} == {"[1.0, nan, 3.0]"}
+    assert {str(values) for values in inner} == {"[0.0, nan, 2.0]"}
+    assert x[[0, 2]].tolist() == [1, 3]
+    first = nn.Sequential(nn.ReLU(inplace=True), nn.Linear(8, 2))
+    assert inference_timing(first, torch.randn(4, 8), batch_sizes=[2], **QUICK).rows[0].flops == 2 * 2 * 8 * 2
+
+
+def test_a_function_may_take_entries_out_of_its_batch() -> None:
+    batch = {"x": torch.randn(2, 3), "labels": [torch.zeros(2)]}
+
+    def forward(model: nn.Module, batch: dict) -> object:
+        batch["labels"].pop()
+        return model(batch.pop("x"))
+
+    timing = inference_timing(nn.Linear(3, 2), batch, batch_sizes=[1, 2], forward_fn=forward, **QUICK)
+    assert [row.num_runs for row in timing.rows] == [3, 3]
+    assert list(batch) == ["x", "labels"]
 
 
 def test_default_modules_are_backbone_head_owners_of_a_router_and_routers() -> None:
@@ -204,6 +244,30 @@ def test_a_mode_that_fails_costs_nothing_else(monkeypatch: pytest.MonkeyPatch) -
     assert {(skip.module, skip.reason) for skip in timing.skipped} == {
         (name, "RuntimeError: no compiler") for name in ("model", "backbone", "head")
     }
+
+
+def test_a_mode_that_fails_in_its_first_run_costs_nothing_else() -> None:
+    class Views(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.view(len(x), -1)  # of a tensor in channels_last there is no such view
+
+    class NoBf16(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(3, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.from_numpy(self.linear(x).numpy())  # which has no such type
+
+    for model, x, mode in (
+        (Views(), torch.randn(2, 3, 4, 4), "channels_last"),
+        (NoBf16(), torch.randn(2, 3), "bf16"),
+    ):
+        timing = inference_timing(model, x, batch_sizes=[2], modes=[mode, "eager"], **QUICK)
+        assert [row.mode for row in timing.rows] == ["eager"]
+        (skip,) = timing.skipped
+        assert (skip.mode, skip.module) == (mode, "model")
+        assert "Error" in skip.reason
 
 
 def test_the_model_is_untouched_also_after_an_error_and_ctrl_c() -> None:

@@ -98,9 +98,21 @@ def test_out_of_memory_is_reported_and_the_sweep_goes_on() -> None:
     assert reasons(timing) == {8: reason, 32: reason}
 
 
-def test_another_error_at_a_larger_size_goes_through() -> None:
-    with pytest.raises(RuntimeError, match="something else"):
-        timed(Hungry(8, "something else"), num_runs=2)
+class Picky(nn.Module):
+    """Refuses batches of less than two and of more than four samples."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not 2 <= len(x) <= 4:
+            raise KeyError(f"not {len(x)}")
+        return x
+
+
+def test_a_size_that_the_model_refuses_is_named_and_the_sweep_goes_on() -> None:
+    timing, sizes = timed(Picky(), batch_sizes=(1, 2, 4, 8), num_runs=2)
+    assert sizes == [2, 4]
+    assert reasons(timing) == {1: "failed with KeyError: 'not 1'", 8: "failed with KeyError: 'not 8'"}
+    with pytest.raises(ValueError, match=r"example_batch: expected a batch that the model .* KeyError: 'not 8'"):
+        timed(Picky(), batch_sizes=(1, 8), num_runs=2)
 
 
 def test_nothing_that_fits_is_an_empty_result_with_its_reasons() -> None:
