@@ -38,7 +38,7 @@ ALLOWED = {
 FOREIGN = {
     "moe_heads": {"torch"},
     "moe_heads.callbacks.functional.common": {"torch", "numpy", "matplotlib", "typing_extensions"},
-    "moe_heads.callbacks.functional": {"torch", "numpy", "matplotlib", "scipy"},
+    "moe_heads.callbacks.functional": {"torch", "numpy", "matplotlib", "scipy", "typing_extensions"},
     "moe_heads.callbacks.functional.utilization.metric": {"torch", "torchmetrics"},
     "moe_heads.callbacks.functional.published.run": {"torch", "pyhessian"},
 }

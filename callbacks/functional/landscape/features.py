@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from moe_heads.callbacks.functional.common.environment import device_of
 from moe_heads.callbacks.functional.common.memory import memory_budget
@@ -73,12 +74,14 @@ class Features(Saving):
         """Let go of what was kept: the centre is measured anew."""
         self._calls, self._sizes = {}, {}
 
+    @override
     def prove(self) -> None:
         super().prove()
         # what did not recur is let go
         hit = {key: [call for call in calls if call.num_hits] for key, calls in self._calls.items()}
         self._calls = {key: calls for key, calls in hit.items() if calls}
 
+    @override
     def give_up(self, reason: str) -> None:
         super().give_up(reason)
         self.forget()
