@@ -79,7 +79,8 @@ class LossLandscapeCallback(FitEndAnalysis):
         check_curvatures: Compare the curvature of each slice with that of the Hessian; one product and four points
             more each. Left out where a layer has no second derivative.
         refine: Points to add to the line where it bends most.
-        resume: Folder where the points are kept as they come, and taken from if they are there; by default none.
+        resume: Folder where the points are kept as they come, and taken from if they are there; by default none. One
+            for each training and each callback, and not with ``every_n_epochs``: points of other weights are refused.
         html: Also write ``landscape.html``, a page to turn the surfaces in, into the logger's folder.
         options: What all analyses share; see `AnalysisOptions`.
 

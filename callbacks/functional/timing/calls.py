@@ -103,13 +103,11 @@ class Captured:
         forward: The forward pass, which knows now what it writes into.
         calls: A call of each module on the inputs of its first call.
         num_bytes: Most bytes that one module read and wrote: what a pass needs at once, about.
-        output: What the forward pass gave.
     """
 
     forward: Call
     calls: dict[str, Call]
     num_bytes: int
-    output: object
 
 
 def capture(forward: Call, model: nn.Module, named: Mapping[str, nn.Module]) -> Captured:
@@ -143,11 +141,11 @@ def capture(forward: Call, model: nn.Module, named: Mapping[str, nn.Module]) -> 
             stack.callback(module.register_forward_hook(measure).remove)
         # a model that is compiled would be so anew for the hooks, and once more without them
         stack.enter_context(torch.compiler.set_stance("force_eager"))
-        output = forward()
+        forward()
     calls = {name: replace(inputs[name], written=written.get(name, {})) for name in named if name in inputs}
     forward = replace(forward, written=_changes(before, forward.args, forward.kwargs))
     forward.renew()
-    return Captured(forward, calls, most, output)
+    return Captured(forward, calls, most)
 
 
 def _cloned(leaf: object) -> object:
