@@ -5,15 +5,20 @@ from moe_heads.lightning_modules.cifar10 import CIFAR10DataModule
 from moe_heads.lightning_modules.classifier import MoEClassifier
 from moe_heads.lightning_modules.data import ImageDataModule
 from moe_heads.lightning_modules.digits import DigitsDataModule
+from moe_heads.lightning_modules.fast_cnn import FastCNN
 from moe_heads.lightning_modules.feature_extractors import FeatureExtractor, TimmBackbone, TorchvisionBackbone
 from moe_heads.lightning_modules.image_folder import ImageFolderDataModule
-from moe_heads.lightning_modules.images import ImageFiles, ImageTransform, LabelledImages
+from moe_heads.lightning_modules.images import CropBorder, ImageFiles, ImageTransform, LabelledImages
+from moe_heads.lightning_modules.random_states import RandomStates
+from moe_heads.lightning_modules.schedules import Schedule
 
 __all__ = [
     "CIFAR10DataModule",
     "CifarResNet",
+    "CropBorder",
     "DigitsCNN",
     "DigitsDataModule",
+    "FastCNN",
     "FeatureExtractor",
     "ImageDataModule",
     "ImageFiles",
@@ -21,7 +26,9 @@ __all__ = [
     "ImageTransform",
     "LabelledImages",
     "MoEClassifier",
+    "RandomStates",
     "ResNet18Cifar",
+    "Schedule",
     "TimmBackbone",
     "TorchvisionBackbone",
     "build_backbone",

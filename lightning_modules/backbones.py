@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from moe_heads.checks import check_at_least_one
+from moe_heads.lightning_modules.fast_cnn import FastCNN
 from moe_heads.lightning_modules.feature_extractors import TimmBackbone, TorchvisionBackbone
 
 __all__ = ["CifarResNet", "DigitsCNN", "ResNet18Cifar", "build_backbone"]
@@ -170,6 +171,7 @@ class ResNet18Cifar(nn.Module):
 
 _BY_NAME: dict[str, Callable[[int], nn.Module]] = {
     "digits_cnn": lambda in_channels: DigitsCNN(in_channels),
+    "fast_cnn": lambda in_channels: FastCNN(in_channels=in_channels),
     "resnet8": lambda in_channels: CifarResNet(8, in_channels=in_channels),
     "resnet20": lambda in_channels: CifarResNet(20, in_channels=in_channels),
     "resnet18": lambda in_channels: ResNet18Cifar(in_channels),
@@ -180,10 +182,10 @@ def build_backbone(name: str, in_channels: int, image_size: int) -> nn.Module:
     """The backbone of that name, untrained, for square images; its attribute ``num_features`` sizes the head.
 
     Args:
-        name: "digits_cnn", "resnet8", "resnet20", "resnet18" (the study's), or any model of two libraries as
-            "torchvision:<name>" or "timm:<name>".
+        name: "digits_cnn", "fast_cnn" (for a CPU), "resnet8", "resnet20", "resnet18" (of arXiv 2601.15021), or any
+            model of two libraries as "torchvision:<name>" or "timm:<name>".
         in_channels: Channels of the images.
-        image_size: Side of the images in pixels. The first four names take any size.
+        image_size: Side of the images in pixels. The names without a colon take any size from 16 on.
 
     Returns:
         A module from (B, in_channels, image_size, image_size) to (B, num_features).

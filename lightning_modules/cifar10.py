@@ -5,14 +5,16 @@ import tarfile
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import get_args
 
 import torch
 from torchvision.datasets import CIFAR10
 from torchvision.datasets.utils import check_integrity, download_url
 from typing_extensions import override
 
+from moe_heads.checks import check_option
 from moe_heads.lightning_modules.data import ImageDataModule, RawSplit, Split
-from moe_heads.lightning_modules.images import ImageTransform
+from moe_heads.lightning_modules.images import CropBorder, ImageTransform
 
 __all__ = ["CIFAR10_MEAN", "CIFAR10_STD", "CIFAR10DataModule"]
 
@@ -38,6 +40,7 @@ class CIFAR10DataModule(ImageDataModule):
         seed: Seed of the splits.
         augment: Crop and flip the training images at random.
         limit_train: Train on a random subset of that many images, classes in proportion; None for all.
+        crop_border: What a crop sees beyond the image: "black", or its pixels mirrored at the edge ("reflect").
 
     Attributes:
         num_classes: 10.
@@ -61,9 +64,12 @@ class CIFAR10DataModule(ImageDataModule):
         seed: int = 42,
         augment: bool = True,
         limit_train: int | None = None,
+        crop_border: CropBorder = "black",
     ) -> None:
         super().__init__(CIFAR10_MEAN, CIFAR10_STD, batch_size, num_workers, val_split, seed, augment, limit_train)
         self.data_dir = Path(data_dir)
+        check_option("crop_border", crop_border, get_args(CropBorder))
+        self.crop_border = crop_border
 
     @override
     def prepare_data(self) -> None:
@@ -108,7 +114,8 @@ class CIFAR10DataModule(ImageDataModule):
     @override
     def transform(self, augment: bool) -> ImageTransform:
         """Normalised floats; crops and flips with ``augment``."""
-        return ImageTransform(self.mean, self.std, padding=4 if augment else 0, flip=augment)
+        padding = 4 if augment else 0
+        return ImageTransform(self.mean, self.std, padding, flip=augment, border=self.crop_border)
 
     def _load(self, train: bool) -> RawSplit:
         try:

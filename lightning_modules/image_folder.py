@@ -2,16 +2,17 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import get_args
 
 import torch
 from PIL import Image, UnidentifiedImageError
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from typing_extensions import override
 
-from moe_heads.checks import check_at_least_one
+from moe_heads.checks import check_at_least_one, check_option
 from moe_heads.lightning_modules.cifar10 import CIFAR10_MEAN, CIFAR10_STD
 from moe_heads.lightning_modules.data import ImageDataModule, RawSplit, Split
-from moe_heads.lightning_modules.images import ImageFiles, ImageTransform, check_size
+from moe_heads.lightning_modules.images import CropBorder, ImageFiles, ImageTransform, check_size
 
 __all__ = ["ImageFolderDataModule"]
 
@@ -22,7 +23,7 @@ class ImageFolderDataModule(ImageDataModule):
     Without ``root/val`` the validation split is taken from the training images. The tree is checked when the object is
     made. A split is decoded once into memory when it takes at most ``memory_limit_mb``, else at every access (raise
     ``num_workers`` then). Images come in a random order fixed by ``seed``, not class by class. Augmentation is a
-    random crop from the image with ``crop_padding`` black pixels on every side, and a random flip.
+    random crop from the image with ``crop_padding`` pixels more on every side, and a random flip.
 
     Args:
         root: Folder with the tree.
@@ -38,11 +39,13 @@ class ImageFolderDataModule(ImageDataModule):
         seed: Seed of the splits and of the order of the images.
         augment: Crop and flip the training images at random.
         limit_train: Train on a random subset of that many images, classes in proportion; None for all.
+        crop_border: What a crop sees beyond the image: "black", or its pixels mirrored at the edge ("reflect").
 
     Attributes:
         num_classes: Number of class folders.
         class_names: Names of the class folders, sorted.
         image_shape: (3, H, W).
+        suffixes: Kinds of files, such as ".jpg", sorted.
 
     Raises:
         ValueError: If an argument is out of its range, a folder is missing or empty, or (in ``setup``) a file is not
@@ -63,6 +66,7 @@ class ImageFolderDataModule(ImageDataModule):
         seed: int = 42,
         augment: bool = True,
         limit_train: int | None = None,
+        crop_border: CropBorder = "black",
     ) -> None:
         super().__init__(mean, std, batch_size, num_workers, val_split, seed, augment, limit_train)
         if len(mean) != 3:
@@ -76,11 +80,14 @@ class ImageFolderDataModule(ImageDataModule):
         self.root = Path(root)
         self.image_size = image_size
         self.crop_padding = crop_padding
+        check_option("crop_border", crop_border, get_args(CropBorder))
+        self.crop_border = crop_border
         self.memory_limit_mb = memory_limit_mb
         self.class_names = _class_names(self.root / "train")
         self.num_classes = len(self.class_names)
         names: list[Split] = ["train", "val", "test"] if (self.root / "val").exists() else ["train", "test"]
         self._files = {name: _list_files(self.root / name, self.class_names) for name in names}
+        self.suffixes = tuple(sorted({path.suffix.lower() for paths, _ in self._files.values() for path in paths}))
         width, height = (image_size, image_size) if image_size else _size(self._files["train"][0][0])
         self.image_shape = (3, height, width)
 
@@ -102,7 +109,8 @@ class ImageFolderDataModule(ImageDataModule):
     @override
     def transform(self, augment: bool) -> ImageTransform:
         """Normalised floats; crops and flips with ``augment``."""
-        return ImageTransform(self.mean, self.std, padding=self.crop_padding if augment else 0, flip=augment)
+        padding = self.crop_padding if augment else 0
+        return ImageTransform(self.mean, self.std, padding, flip=augment, border=self.crop_border)
 
     def _in_memory(self, split: RawSplit) -> RawSplit:
         files, labels = split

@@ -6,6 +6,7 @@ Shapes: N images, B batch, C channels, H and W pixels.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -14,7 +15,12 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 
-__all__ = ["ImageFiles", "ImageTransform", "LabelledImages", "check_size"]
+from moe_heads.checks import check_option
+
+__all__ = ["CropBorder", "ImageFiles", "ImageTransform", "LabelledImages", "check_size"]
+
+CropBorder = Literal["black", "reflect"]
+"""What a random crop sees beyond the image."""
 
 
 @dataclass(frozen=True)
@@ -26,9 +32,13 @@ class ImageTransform:
     Attributes:
         mean: Mean of each channel on the scale 0 … 1.
         std: Standard deviation of each channel on the scale 0 … 1.
-        padding: Black pixels added on every side before a crop of the old size at a random place; 0 for no crop.
+        padding: Pixels added on every side before a crop of the old size at a random place; 0 for no crop.
         flip: Mirror an image left to right with probability 1/2.
         max_value: Raw value that means 1.
+        border: What is added: "black", or the image's own pixels mirrored at its edge ("reflect").
+
+    Raises:
+        ValueError: If ``border`` is neither.
 
     Example:
         >>> transform = ImageTransform(mean=(0.5,), std=(0.25,))
@@ -41,11 +51,15 @@ class ImageTransform:
     padding: int = 0
     flip: bool = False
     max_value: float = 255.0
+    border: CropBorder = "black"
+
+    def __post_init__(self) -> None:
+        check_option("border", self.border, get_args(CropBorder))
 
     def __call__(self, images: Tensor) -> Tensor:
         """Floats (B, C, H, W) of raw images (B, C, H, W), uint8."""
         if self.padding:
-            images = _random_crop(images, self.padding)
+            images = _random_crop(images, self.padding, self.border)
         if self.flip:
             mirrored = torch.rand(len(images), 1, 1, 1) < 0.5
             images = torch.where(mirrored, images.flip(-1), images)
@@ -53,13 +67,21 @@ class ImageTransform:
         return (images / self.max_value - mean) / std
 
 
-def _random_crop(images: Tensor, padding: int) -> Tensor:
+def _random_crop(images: Tensor, padding: int, border: CropBorder) -> Tensor:
     num_images, _, height, width = images.shape
-    padded = F.pad(images, (padding, padding, padding, padding))
+    padded = F.pad(images, (padding, padding, padding, padding)) if border == "black" else _mirrored(images, padding)
     # every window of the old size, as a view: (B, C, 2·padding + 1, 2·padding + 1, H, W)
     windows = padded.unfold(2, height, 1).unfold(3, width, 1)
     top, left = torch.randint(2 * padding + 1, (2, num_images))
     return windows[torch.arange(num_images), :, top, left]
+
+
+def _mirrored(images: Tensor, padding: int) -> Tensor:
+    """Reflected borders by indices, since torch's own padding does not take integers."""
+    rows, columns = (torch.arange(-padding, size + padding).abs() for size in images.shape[2:])
+    height, width = images.shape[2:]
+    rows, columns = torch.minimum(rows, 2 * (height - 1) - rows), torch.minimum(columns, 2 * (width - 1) - columns)
+    return images[:, :, rows[:, None], columns]
 
 
 @dataclass(frozen=True)

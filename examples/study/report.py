@@ -1,78 +1,61 @@
-"""The study's report: one table, comparison plots, and the figures of the first seed, as markdown."""
+"""The study's report: verdicts, tables and figures, as markdown and as one HTML file that stands alone."""
 
+import base64
+import html
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from matplotlib.figure import Figure
+from markdown import markdown
 from tensorboard.plugins.hparams import summary_v2 as hparams
 from torch.utils.tensorboard import SummaryWriter
 
+from study import quantities as q
+from study.figures import figures
 from study.options import Options
-from study.results import Estimate, estimate
+from study.results import Run
+from study.statistics import correlate
+from study.storage import replace
+from study.tables import comparison_table, correlation_table, main_table, verdict_table
+from study.verdicts import Verdict, comparisons_of, verdicts
 
-# title, metric, format, scale
-COLUMNS = (
-    ("test accuracy, %", "test/accuracy", ".2f", 100.0),
-    ("calibration error, %", "test/calibration_error", ".2f", 100.0),
-    ("λmax train", "sharpness/train/lambda_max", ".3g", 1.0),
-    ("λmax test", "sharpness/test/lambda_max", ".3g", 1.0),
-    ("trace train", "sharpness/train/trace", ".3g", 1.0),
-    ("trace test", "sharpness/test/trace", ".3g", 1.0),
-    ("experts in effect", "expert_utilization/train/head/effective_experts", ".2f", 1.0),
-    ("head, ms a batch of 256", "inference_timing/test/head/batch256/p50_ms", ".3g", 1.0),
-    ("model, ms a batch of 256", "inference_timing/test/model/batch256/p50_ms", ".3g", 1.0),
-)
-
+# Scalars of a run that TensorBoard's table of runs shows, with their titles there.
+_COLUMNS = {
+    "test/accuracy": "test accuracy",
+    "test/calibration_error": "calibration error",
+    "sharpness/train/lambda_max": "λmax train",
+    "sharpness/test/lambda_max": "λmax test",
+    "sharpness/train/trace": "trace train",
+    "sharpness/test/trace": "trace test",
+    "expert_utilization/test/head/effective_experts": "experts in effect",
+    "inference_timing/test/head/batch256/p50_ms": "head, ms a batch of 256",
+    "inference_timing/test/model/batch256/p50_ms": "model, ms a batch of 256",
+}
 _COLUMNS_SUFFIX = ".columns"
 
-Results = Sequence[dict[str, Any]]
+_METHOD = """The unit is the seed; heads are paired by seed, as a seed fixes the backbone's first weights and the order
+of the images. Means stand with Student's 95 % interval (geometric means for λ, trace, radius and times, where
+differences are factors). p is that of the paired t-test, corrected for all comparisons of the study (Benjamini and
+Yekutieli, which holds for dependent tests); d_z is the paired effect size with Hedges' correction. "Above" asks for a
+corrected p below 0.05; "alike" for two one-sided tests at 5 % with the margin that is stated. Intervals of rank
+correlations draw whole seeds. Curvature and landscape are those of the plain cross-entropy on {samples:,} samples of
+each split, without augmentation, in evaluation mode and fp32."""
 
 
-def table(options: Options, results: Results) -> str:
-    """One row a head: capacity, then mean ± standard error over the seeds."""
-    rows = [["head", "parameters", "active", *(title for title, *_ in COLUMNS)]]
-    for head in options.heads:
-        runs = [result for result in results if result["head"] == head]
-        size = runs[0]["capacity"]
-        row = [head, f"{size['total']:,}", f"{size['active']:,}"]
-        for _, metric, pattern, scale in COLUMNS:
-            found = estimate(runs, metric)
-            row.append("–" if found is None else found.format(pattern, scale))
-        rows.append(row)
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = [
-        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows
-    ]
-    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
-    return "\n".join(lines)
-
-
-def write(options: Options, results: Results) -> Path:
-    """Write ``results.json``, ``report.md`` and the comparison plots into the study's folder.
+def write(options: Options, data: dict[str, Any], runs: Sequence[Run]) -> Path:
+    """Write ``results.json``, ``report.md``, ``report.html`` and the figures into the study's folder.
 
     Returns:
-        The report.
+        The markdown report.
     """
-    _replace(options.out / "results.json", json.dumps(list(results), indent=1))
-    _comparison(options, results).savefig(options.out / "comparison.png", dpi=110)
-    _lines(options, results).savefig(options.out / "loss_along_eigenvector.png", dpi=110)
-    seeds = f"{options.seeds} seed" + ("s" if options.seeds > 1 else "")
-    spread = "mean ± standard error over the seeds" if options.seeds > 1 else "one seed, so without error bars"
-    sections = [
-        f"# {', '.join(options.heads)} on {options.data}",
-        f"{options.backbone}, {options.epochs} epochs, {seeds}; {spread}. Curvature and landscape of the cross-entropy"
-        f" on up to {options.analysis_samples:,} samples of each split, without augmentation, in evaluation mode; head"
-        " latency on this machine, with the load it had.",
-        table(options, results),
-        "![accuracy, sharpness and latency by head](comparison.png)",
-        "![loss along the top eigenvector](loss_along_eigenvector.png)",
-        *(_head_section(options, head) for head in options.heads),
-        f"Everything interactively: `tensorboard --logdir {options.out}`",
-    ]
+    replace(options.out / "results.json", json.dumps({"data": data, "runs": list(runs)}, indent=1))
+    for name, figure in figures(runs, options.heads).items():
+        figure.savefig(options.out / f"{name}.png", dpi=150)
+    text = _text(options, data, runs)
     report = options.out / "report.md"
-    _replace(report, "\n\n".join(sections) + "\n")
+    replace(report, text)
+    replace(options.out / "report.html", _page(text, options.out))
     return report
 
 
@@ -81,7 +64,7 @@ def write_columns(options: Options) -> None:
     described = ("head", "seed", "num_head_params", "num_active_head_params")
     summary = hparams.hparams_config_pb(
         hparams=[hparams.HParam(name) for name in described],
-        metrics=[hparams.Metric(metric, display_name=title.removesuffix(", %")) for title, metric, *_ in COLUMNS],
+        metrics=[hparams.Metric(metric, display_name=title) for metric, title in _COLUMNS.items()],
     )
     for old in options.out.glob(f"events.out.tfevents.*{_COLUMNS_SUFFIX}"):
         old.unlink()
@@ -89,49 +72,100 @@ def write_columns(options: Options) -> None:
         writer._get_file_writer().add_summary(summary)
 
 
+def _text(options: Options, data: dict[str, Any], runs: Sequence[Run]) -> str:
+    num_seeds = len({run["seed"] for run in runs})
+    comparisons = comparisons_of(runs, options.heads)
+    found = verdicts(runs, comparisons, num_seeds)
+    correlations = [correlate(runs, quantity, q.GAP) for quantity in q.SHARPNESS]
+    known = [correlation for correlation in correlations if correlation is not None]
+    shown = [name for name in (verdict.figure for verdict in found) if (options.out / f"{name}.png").exists()]
+    sections = [
+        f"# {', '.join(options.heads)} on {_data_title(data)}",
+        _setting(options, data, runs, num_seeds),
+        "## The claims of arXiv 2601.15021",
+        verdict_table(found),
+        *(_evidence(verdict, verdict.figure in shown) for verdict in found),
+        "## All numbers",
+        main_table(runs, options.heads),
+        "### Between heads",
+        comparison_table(comparisons),
+        *(["### Sharpness and generalisation", correlation_table(known)] if known else []),
+        "## Method",
+        _METHOD.format(samples=options.analysis_samples),
+        *(_head_section(options, head) for head in options.heads),
+        f"Everything interactively: `tensorboard --logdir {options.out.name}`",
+    ]
+    return "\n\n".join(sections) + "\n"
+
+
+def _setting(options: Options, data: dict[str, Any], runs: Sequence[Run], num_seeds: int) -> str:
+    machines = [run["machine"] for run in runs]
+    told = [
+        f"{len(runs)} runs, {num_seeds} seed{'s' if num_seeds != 1 else ''}; preset `{options.preset}`:"
+        f" {options.backbone}, {options.epochs} epochs, batches of {options.batch_size}, learning rate"
+        f" {options.learning_rate:g} ({options.schedule}), {options.precision},"
+        f" {'with' if options.augment else 'without'} augmentation.",
+        f"Data: {_data_title(data)}; {data['train']:,} / {data['val']:,} / {data['test']:,} images for training,"
+        " validation and test.",
+        f"Machine: {_all(machine['name'] for machine in machines)}, {_all(machine['threads'] for machine in machines)}"
+        f" threads a process; Python {_all(machine['python'] for machine in machines)},"
+        f" torch {_all(machine['packages']['torch'] for machine in machines)},"
+        f" lightning {_all(machine['packages']['lightning'] for machine in machines)};"
+        f" commit {_all(machine['commit'] for machine in machines)}.",
+        f"Training took {_range([run['training_seconds'] / 60 for run in runs])} minutes a run, with validation; a run"
+        f" with its analyses in one piece {_range([run['seconds'] / 60 for run in runs])}.",
+    ]
+    return "\n".join(f"- {line}" for line in told)
+
+
+def _data_title(data: dict[str, Any]) -> str:
+    names = {"digits": "the digits of scikit-learn", "cifar10": "CIFAR-10", "imagefolder": "a folder of images"}
+    files = "".join(f" ({', '.join(data['files'])} files)" if data["files"] else "")
+    return names[data["kind"]] + files
+
+
+def _evidence(verdict: Verdict, is_drawn: bool) -> str:
+    marks = {True: "held up", False: "refuted", None: "open"}
+    lines = [f"### {verdict.number}. {verdict.claim}", f"Verdict: **{verdict.outcome}**."]
+    lines.append("\n".join(f"- {statement.text}: {marks[statement.is_true]}." for statement in verdict.statements))
+    if is_drawn:
+        lines.append(f"![{verdict.figure}]({verdict.figure}.png)")
+    return "\n\n".join(lines)
+
+
 def _head_section(options: Options, head: str) -> str:
     folder = options.run_dir(head, seed=0)
     images = [f"![{path.stem}]({path.relative_to(options.out)})" for path in sorted(folder.glob("*.png"))]
-    return "\n\n".join([f"## {head}, seed 0, training split", *images])
+    return "\n\n".join([f"## {head}, seed 0", *images])
 
 
-def _comparison(options: Options, results: Results) -> Figure:
-    """A panel a quantity, a point a head with its standard error."""
-    panels = (COLUMNS[0], COLUMNS[2], COLUMNS[3], COLUMNS[7])
-    figure = Figure(figsize=(3 * len(panels), 3.2), layout="constrained")
-    for ax, (title, metric, _, scale) in zip(figure.subplots(1, len(panels)), panels, strict=True):
-        for position, head in enumerate(options.heads):
-            found = estimate([result for result in results if result["head"] == head], metric)
-            if found is not None:
-                _draw_estimate(ax, position, found, scale)
-        ax.set_xticks(range(len(options.heads)), options.heads)
-        ax.set_xlim(-0.5, len(options.heads) - 0.5)
-        ax.set_title(title, fontsize="medium")
-    return figure
+def _page(text: str, folder: Path) -> str:
+    """The report as one HTML file with its pictures inside."""
+    body = markdown(text, extensions=["tables"])
+    for path in sorted(folder.rglob("*.png")):
+        name = html.escape(path.relative_to(folder).as_posix(), quote=True)
+        data = base64.b64encode(path.read_bytes()).decode()
+        body = body.replace(f'src="{name}"', f'src="data:image/png;base64,{data}"')
+    title = html.escape(text.partition("\n")[0].removeprefix("# "))
+    return (
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>\n<style>{_STYLE}</style>'
+        f"</head>\n<body>\n{body}\n</body></html>\n"
+    )
 
 
-def _draw_estimate(ax: Any, position: int, found: Estimate, scale: float) -> None:
-    error = None if found.stderr is None else [scale * found.stderr]
-    ax.errorbar([position], [scale * found.mean], yerr=error, fmt="o", capsize=4)
+_STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
+table { border-collapse: collapse; font-size: 0.85rem; display: block; overflow-x: auto; }
+th, td { border-bottom: 1px solid #ddd; padding: 0.25rem 0.6rem; text-align: left; vertical-align: top; }
+img { max-width: 100%; }
+code { background: #f3f3f3; padding: 0 0.2rem; }
+"""
 
 
-def _lines(options: Options, results: Results) -> Figure:
-    """Loss along the top eigenvector of each run, a colour a head, a panel a split."""
-    splits = list(dict.fromkeys(split for result in results for split in result["lines"]))
-    figure = Figure(figsize=(5 * max(len(splits), 1), 3.6), layout="constrained")
-    for index, split in enumerate(splits):
-        ax = figure.add_subplot(1, len(splits), index + 1)
-        for color, head in enumerate(options.heads):
-            runs = [result["lines"][split] for result in results if result["head"] == head and split in result["lines"]]
-            for number, line in enumerate(runs):
-                ax.plot(line["alphas"], line["losses"], color=f"C{color}", label=head if number == 0 else None)
-        ax.set(xlabel="α along the unit top eigenvector", ylabel="mean cross-entropy", title=split, yscale="log")
-        ax.legend()
-    return figure
+def _all(values: Any) -> str:
+    return ", ".join(dict.fromkeys(map(str, values)))
 
 
-def _replace(path: Path, text: str) -> None:
-    """Write a whole file or leave the old one."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+def _range(values: Sequence[float]) -> str:
+    low, high = f"{min(values):.2g}", f"{max(values):.2g}"
+    return low if low == high else f"{low} to {high}"

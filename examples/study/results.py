@@ -1,62 +1,71 @@
-"""Finished runs: which there are, and their mean and standard error over the seeds."""
+"""The runs of a study's folder: which are finished, and whether the others may be carried on."""
 
 import json
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from study.options import Options
+from study.storage import replace
+
+Run = dict[str, Any]
+"""What `study.run.run` stores of a run."""
 
 
-@dataclass(frozen=True)
-class Estimate:
-    """Mean over seeds; its standard error is None for a single seed."""
+def finished(options: Options, config: dict[str, Any]) -> dict[tuple[str, int], Run]:
+    """Results of the finished runs in the study's folder.
 
-    mean: float
-    stderr: float | None
-
-    def format(self, pattern: str = ".3g", scale: float = 1.0) -> str:
-        """``mean ± standard error``."""
-        mean = format(scale * self.mean, pattern)
-        return mean if self.stderr is None else f"{mean} ± {format(scale * self.stderr, pattern)}"
-
-
-def finished(options: Options) -> dict[tuple[str, int], dict[str, Any]]:
-    """Results of the finished runs in the study's folder, for ``--resume``.
+    Args:
+        options: What is asked for.
+        config: What every run has to agree with, see `Options.config`.
 
     Raises:
-        ValueError: If there are runs without ``--resume``, or finished ones were made with other options.
+        ValueError: If there are runs without ``--resume``, or some were made with other options.
     """
     found = {}
     for head in options.heads:
         for seed in range(options.seeds):
-            path = options.run_dir(head, seed) / "result.json"
-            if path.parent.exists() and not options.resume:
+            folder = options.run_dir(head, seed)
+            if folder.exists() and not options.resume:
                 raise ValueError(f"--out: {str(options.out)!r} holds runs already; pass --resume or another folder")
-            if not path.exists():
-                continue
-            try:
-                result = json.loads(path.read_text())
-                made_with = result["config"]
-            except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(f"--resume: {path} is not the result of a run ({error}); remove its folder") from error
-            config = json.loads(json.dumps(options.config()))
-            differing = sorted(name for name in config if made_with.get(name) != config[name])
-            if differing:
-                told = ", ".join(f"{name}={made_with.get(name)!r}" for name in differing)
-                raise ValueError(f"--resume: {path} was made with {told}; pass the same options or another --out")
-            found[head, seed] = result
+            if (folder / "result.json").exists():
+                found[head, seed] = load(folder, config)
+            elif (folder / "config.json").exists():
+                _check(folder / "config.json", _read(folder / "config.json"), config)
     return found
 
 
-def estimate(results: Sequence[dict[str, Any]], metric: str) -> Estimate | None:
-    """Mean of a metric over runs; None where no run has it."""
-    values = [result["metrics"][metric] for result in results if metric in result["metrics"]]
-    if not values:
-        return None
-    mean = sum(values) / len(values)
-    if len(values) == 1:
-        return Estimate(mean, None)
-    variance = sum((value - mean) ** 2 for value in values) / (len(values) - 1)
-    return Estimate(mean, math.sqrt(variance / len(values)))
+def load(folder: Path, config: dict[str, Any]) -> Run:
+    """A finished run.
+
+    Raises:
+        ValueError: If the file is damaged, or made with other options.
+    """
+    path = folder / "result.json"
+    result = _read(path)
+    _check(path, result.get("config"), config)
+    return result
+
+
+def begin(folder: Path, config: dict[str, Any]) -> None:
+    """Write down with which options a run begins, so that it is not carried on with others."""
+    replace(folder / "config.json", json.dumps(config, indent=1))
+
+
+def _read(path: Path) -> Run:
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"--resume: {path} is not the result of a run ({error}); remove its folder") from error
+    if not isinstance(result, dict):
+        raise ValueError(f"--resume: {path} is not the result of a run; remove its folder")
+    return result
+
+
+def _check(path: Path, made_with: Any, config: dict[str, Any]) -> None:
+    if not isinstance(made_with, dict):
+        raise ValueError(f"--resume: {path} does not say what it was made with; remove its folder")
+    asked = json.loads(json.dumps(config))
+    differing = sorted(name for name in asked if made_with.get(name) != asked[name])
+    if differing:
+        told = ", ".join(f"{name}={made_with.get(name)!r} (now {asked[name]!r})" for name in differing)
+        raise ValueError(f"--resume: {path} was made with {told}; pass the same options or another --out")

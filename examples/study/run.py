@@ -1,16 +1,19 @@
-"""One run of the study: build, train, test, analyse, store."""
+"""One run of the study: train, test, analyse, store; carried on where an earlier piece ended."""
 
 import json
+import math
 import time
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from lightning import pytorch as pl
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
+from torch.nn import functional as F
+from torch.utils.data import DataLoader
 
-from moe_heads import Dense, Head, capacity, match_capacity
+from moe_heads import capacity
 from moe_heads.callbacks import (
     ExpertUtilizationCallback,
     FitEndAnalysis,
@@ -18,137 +21,151 @@ from moe_heads.callbacks import (
     LossLandscapeCallback,
     SharpnessCallback,
 )
-from moe_heads.lightning_modules import (
-    CIFAR10DataModule,
-    DigitsDataModule,
-    ImageDataModule,
-    ImageFolderDataModule,
-    MoEClassifier,
-    build_backbone,
-)
+from moe_heads.lightning_modules import ImageDataModule, MoEClassifier, RandomStates
+from study.build import build_model
+from study.machine import describe_machine
 from study.options import Options
+from study.storage import replace
+from study.training import LAST, Deadline, TrainingClock, checkpoints, missing
 
 
-def build_data(options: Options) -> ImageDataModule:
-    """Data module of the options, its images loaded: what is wrong with them shows before anything is written."""
-    kind, _, path = options.data.partition(":")
-    shared: dict[str, Any] = {"batch_size": options.batch_size, "limit_train": options.limit_train}
-    data: ImageDataModule
-    if kind == "digits":
-        data = DigitsDataModule(**shared)
-    elif kind == "cifar10":
-        data = CIFAR10DataModule(**shared)
-    else:
-        data = ImageFolderDataModule(path, image_size=options.image_size, **shared)
-    data.prepare_data()
-    data.setup()
-    return data
+def run(
+    options: Options,
+    head: str,
+    seed: int,
+    data: ImageDataModule,
+    config: dict[str, Any],
+    deadline: float,
+    show_progress: bool,
+) -> dict[str, Any]:
+    """Train and analyse one head with one seed; events, checkpoint and ``result.json`` go into the run's folder.
 
+    Args:
+        options: Of the study.
+        head: Name of the head.
+        seed: Of weights, order and augmentation.
+        data: Data module with its images loaded.
+        config: What the result says that it was made with.
+        deadline: `time.monotonic` after which nothing new is begun.
+        show_progress: Show bars.
 
-def check_accelerator(options: Options) -> None:
-    """Refuse an accelerator that this machine has not."""
-    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
-    try:
-        pl.Trainer(accelerator=options.accelerator, devices=1, logger=False, **quiet)
-    except (MisconfigurationException, RuntimeError, ValueError) as error:
-        raise ValueError(f"--accelerator: cannot train on {options.accelerator!r} here: {error}") from error
+    Returns:
+        What is stored in ``result.json``.
 
-
-def build_model(options: Options, head: str, data: ImageDataModule) -> MoEClassifier:
-    """Classifier with a head whose total parameters equal those of the dense head of ``head_width`` units."""
-    channels, height, _ = data.image_shape
-    backbone = build_backbone(options.backbone, channels, height)
-    features = int(backbone.num_features)
-    # as in the study, 512 units for 512 features; below 128 eight experts of equal total would have a few units each
-    dense = Dense(features, data.num_classes, width=options.head_width or max(128, features))
-    return MoEClassifier(backbone, _matched(head, dense), learning_rate=options.learning_rate)
-
-
-def _matched(head: str, dense: Dense) -> Head:
-    sizes = (dense.in_features, dense.num_classes)
-    total = capacity(dense).total
-    match head:
-        case "dense":
-            return dense
-        case "soft":
-            return match_capacity("soft", *sizes, total=total, tolerance=0.05)
-        case "sparse":
-            return match_capacity("sparse", *sizes, total=total, tolerance=0.05)
-        case "hard":
-            return match_capacity("sparse", *sizes, total=total, tolerance=0.05, k=1)
-    raise AssertionError(head)
-
-
-def run(options: Options, head: str, seed: int, data: ImageDataModule, show_progress: bool) -> dict[str, Any]:
-    """Train and analyse one head with one seed; events, checkpoint and ``result.json`` go into the run's folder."""
+    Raises:
+        TimeIsUp: When the deadline is over before the run is; what is done is kept.
+        RuntimeError: If an analysis could not be finished.
+    """
     started = time.perf_counter()
+    folder = options.run_dir(head, seed)
     pl.seed_everything(seed, verbose=False)
     model = build_model(options, head, data)
-    folder = options.run_dir(head, seed)
+    last = folder / "checkpoints" / LAST
     logger = TensorBoardLogger(options.out, name=head, version=folder.name, default_hp_metric=False)
     logger.log_hyperparams({"seed": seed, "data": options.data.partition(":")[0]})
-    analysed = {"num_samples": options.analysis_samples}
-    analyses: list[FitEndAnalysis] = [
-        SharpnessCallback(**analysed),
-        LossLandscapeCallback(plane_points=options.plane_points, **analysed),
-        ExpertUtilizationCallback(),
-        InferenceTimingCallback(),
-    ]
-    checkpoint = ModelCheckpoint(folder / "checkpoints", monitor="val/accuracy", mode="max")
+    clock = TrainingClock()
+    analyses = _analyses(options)
     trainer = pl.Trainer(
         max_epochs=options.epochs,
         accelerator=options.accelerator,
         devices=1,
+        precision=options.precision,
         logger=logger,
-        callbacks=[*analyses, checkpoint],
+        callbacks=[Deadline(deadline), *analyses, clock, RandomStates(), checkpoints(last.parent)],
         enable_progress_bar=show_progress,
         enable_model_summary=False,
         log_every_n_steps=10,
     )
-    trainer.fit(model, datamodule=data)
+    trainer.fit(model, datamodule=data, ckpt_path=last if last.exists() else None)
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
     metrics |= trainer.test(model, datamodule=data, verbose=False)[0]
+    metrics |= _evaluated(model, data, "train") | _evaluated(model, data, "val")
     logger.finalize("success")
-    missing = [
-        analysis.name
-        for analysis in analyses
-        if set(analysis.results) != set(analysis.splits) or any(r.partial for r in analysis.results.values())
-    ]
-    if missing:
-        raise RuntimeError(f"{folder}: not finished, for want of {', '.join(missing)}; start again with --resume")
+    if undone := missing(analyses):
+        raise RuntimeError(f"{folder}: not finished, for want of {', '.join(undone)}; start again with --resume")
     size = capacity(model.head)
+    if seed == 0:
+        _save_figures(folder, analyses)
     result = {
         "head": head,
         "seed": seed,
-        "config": options.config(),
-        "capacity": {"total": size.total, "active": size.active},
-        "metrics": metrics,
+        "config": config,
+        "capacity": {"total": size.total, "active": size.active, "backbone": _num_parameters(model.backbone)},
+        "metrics": {name: value for name, value in metrics.items() if math.isfinite(value)},
         "lines": _lines(analyses),
+        "loads": _loads(analyses),
+        "training_seconds": clock.seconds,
         "seconds": time.perf_counter() - started,
-        "torch": torch.__version__,
+        "machine": describe_machine(trainer),
     }
-    if seed == 0:
-        _save_figures(folder, analyses)
     # written last: a run without it is not finished
-    partial = folder / "result.json.partial"
-    partial.write_text(json.dumps(result, indent=1))
-    partial.rename(folder / "result.json")
+    replace(folder / "result.json", json.dumps(result, indent=1))
     return result
 
 
-def _lines(analyses: list[FitEndAnalysis]) -> dict[str, dict[str, list[float]]]:
-    """Loss along the top eigenvector by split, for the report's comparison of the heads."""
+def _analyses(options: Options) -> list[FitEndAnalysis]:
+    analysed = {"num_samples": options.analysis_samples}
+    return [
+        SharpnessCallback(engine=options.engine, **analysed),
+        LossLandscapeCallback(plane_points=options.plane_points, **analysed),
+        ExpertUtilizationCallback(),
+        InferenceTimingCallback(),
+    ]
+
+
+@torch.no_grad()
+def _evaluated(model: MoEClassifier, data: ImageDataModule, split: Any) -> dict[str, float]:
+    """Loss and accuracy on a whole split as it is, in fp32: what a gap between splits is made of."""
+    model.eval()
+    losses, hits, count = 0.0, 0, 0
+    for images, labels in DataLoader(data.analysis_dataset(split), batch_size=500):
+        logits = model(images.to(model.device)).float()
+        labels = labels.to(model.device)
+        losses += float(F.cross_entropy(logits, labels, reduction="sum"))
+        hits += int((logits.argmax(-1) == labels).sum())
+        count += len(labels)
+    return {f"plain/{split}/loss": losses / count, f"plain/{split}/accuracy": hits / count}
+
+
+def _num_parameters(module: torch.nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _lines(analyses: Sequence[FitEndAnalysis]) -> dict[str, dict[str, list[float | None]]]:
+    """Loss along the top eigenvector by split, and with the routing held fixed, for the comparison of the heads."""
     landscape = next(analysis for analysis in analyses if isinstance(analysis, LossLandscapeCallback))
+    lines = {}
+    for split, result in landscape.results.items():
+        if result.line is None:
+            continue
+        columns = {
+            "alphas": result.line.alphas,
+            "losses": result.line.losses,
+            "losses_fixed_routing": result.line.losses_fixed_routing,
+            "routing_flips": result.line.routing_flips,
+        }
+        lines[split] = {name: _finite(values.tolist()) for name, values in columns.items() if values is not None}
+    return lines
+
+
+def _finite(values: list[float]) -> list[float | None]:
+    """JSON has no infinity."""
+    return [value if math.isfinite(value) else None for value in values]
+
+
+def _loads(analyses: Sequence[FitEndAnalysis]) -> dict[str, dict[str, list[float]]]:
+    """Hard load and importance of every expert of the head, by split."""
+    callback = next(analysis for analysis in analyses if isinstance(analysis, ExpertUtilizationCallback))
     return {
-        split: {"alphas": result.line.alphas.tolist(), "losses": result.line.losses.tolist()}
-        for split, result in landscape.results.items()
-        if result.line is not None
+        split: {"load": found.load.tolist(), "importance": found.importance.tolist()}
+        for split, result in callback.results.items()
+        for found in result.heads.values()
     }
 
 
-def _save_figures(folder: Any, analyses: list[FitEndAnalysis]) -> None:
+def _save_figures(folder: Path, analyses: Sequence[FitEndAnalysis]) -> None:
     """The figures of the training split as files, for the report, which shows those of the first seed."""
     for analysis in analyses:
-        result = analysis.results.get("train")
+        result = next((analysis.results[split] for split in ("train", "test") if split in analysis.results), None)
         for name, figure in {} if result is None else analysis.report(result).figures.items():
-            figure.savefig(folder / f"{analysis.name}_{name.replace('/', '_')}.png", dpi=110)
+            figure.savefig(folder / f"{analysis.name}_{name.replace('/', '_')}.png", dpi=150)

@@ -106,7 +106,7 @@ def test_resnet8_and_resnet20_differ_in_depth() -> None:
 
 @pytest.mark.parametrize("name", ["resnet", "timm:", "torchvision:", "keras:resnet", ""])
 def test_build_backbone_lists_the_choices(name: str) -> None:
-    with pytest.raises(ValueError, match=f"expected one of digits_cnn, resnet8, .*timm:<name>; got {name!r}"):
+    with pytest.raises(ValueError, match=f"expected one of digits_cnn, fast_cnn, resnet8, .*timm:<name>; got {name!r}"):
         build_backbone(name, 3, 32)
 
 

@@ -132,3 +132,18 @@ def test_a_damaged_file_is_named(tmp_path: Path) -> None:
     for name in ("cut.png", "text.png"):
         with pytest.raises(ValueError, match=f"{name}: not a readable image: "):
             ImageFiles([tmp_path / name], 16, 16)[torch.tensor([0])]
+
+
+@pytest.mark.parametrize("padding", [1, 3])
+def test_reflected_border_is_that_of_torch(padding: int) -> None:
+    images = torch.arange(2 * 3 * 4 * 5).reshape(2, 3, 4, 5).to(torch.uint8)
+    whole = torch.nn.functional.pad(images.double(), (padding,) * 4, mode="reflect")
+    windows = whole.unfold(2, 4, 1).unfold(3, 5, 1).flatten(2, 3)  # every crop that there is
+    result = ImageTransform(**IDENTITY, padding=padding, border="reflect")(images).double()
+    for crop, possible in zip(result, windows, strict=True):
+        assert (possible.movedim(1, 0) == crop).flatten(1).all(1).any()
+
+
+def test_unknown_border_is_refused() -> None:
+    with pytest.raises(ValueError, match="border: expected one of 'black', 'reflect'; got 'white'"):
+        ImageTransform(**IDENTITY, border="white")

@@ -1,0 +1,115 @@
+"""Data, model and trainer of a run."""
+
+import hashlib
+from typing import Any
+
+import torch
+from lightning import pytorch as pl
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+from moe_heads import Dense, Head, capacity, match_capacity
+from moe_heads.lightning_modules import (
+    CIFAR10DataModule,
+    DigitsDataModule,
+    FastCNN,
+    ImageDataModule,
+    ImageFolderDataModule,
+    LabelledImages,
+    MoEClassifier,
+    build_backbone,
+)
+from study.options import Options
+
+# enough for the second moments of 12 numbers; the patches of one image are some thousand
+_WHITENING_IMAGES = 2000
+
+
+def build_data(options: Options) -> ImageDataModule:
+    """Data module of the options, its images loaded: what is wrong with them shows before anything is written."""
+    kind, _, path = options.data.partition(":")
+    shared: dict[str, Any] = {
+        "batch_size": options.batch_size,
+        "limit_train": options.limit_train,
+        "augment": options.augment,
+    }
+    data: ImageDataModule
+    if kind == "digits":
+        data = DigitsDataModule(**shared)
+    elif kind == "cifar10":
+        data = CIFAR10DataModule(**shared, crop_border=options.crop_border)
+    else:
+        data = ImageFolderDataModule(path, image_size=options.image_size, crop_border=options.crop_border, **shared)
+    data.prepare_data()
+    data.setup()
+    return data
+
+
+def describe_data(options: Options, data: ImageDataModule) -> dict[str, Any]:
+    """What the runs of a study were trained on: sizes, kind of files, and a digest of the test images."""
+    test = data.analysis_dataset("test")
+    assert isinstance(test, LabelledImages)
+    digest = hashlib.sha256(test.labels.numpy().tobytes())
+    images = test.images
+    kind = options.data.partition(":")[0]
+    if isinstance(images, torch.Tensor):
+        digest.update(images.contiguous().numpy().tobytes())
+    else:
+        digest.update("\n".join(path.name for path in images.paths).encode())
+    sizes = {split: len(data.analysis_dataset(split)) for split in ("train", "val", "test")}
+    suffixes = data.suffixes if isinstance(data, ImageFolderDataModule) else ()
+    return {"kind": kind, "files": list(suffixes), **sizes, "test_sha256": digest.hexdigest()[:16]}
+
+
+def check_accelerator(options: Options) -> None:
+    """Refuse an accelerator that this machine has not."""
+    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
+    try:
+        pl.Trainer(accelerator=options.accelerator, devices=1, logger=False, **quiet)
+    except (MisconfigurationException, RuntimeError, ValueError) as error:
+        raise ValueError(f"--accelerator: cannot train on {options.accelerator!r} here: {error}") from error
+
+
+def build_model(options: Options, head: str, data: ImageDataModule) -> MoEClassifier:
+    """Classifier with a head whose total parameters equal those of the dense head of ``head_width`` units.
+
+    The backbone is drawn first: with the same seed it starts the same for every head.
+    """
+    channels, height, _ = data.image_shape
+    backbone = build_backbone(options.backbone, channels, height)
+    if options.whiten:
+        if not isinstance(backbone, FastCNN):
+            raise ValueError(f"--whiten: expected fast_cnn as --backbone; got {options.backbone}")
+        train = data.analysis_dataset("train")
+        count = min(_WHITENING_IMAGES, len(train))
+        images = [train[index][0] for index in range(count)]
+        backbone.whiten(torch.stack(images))
+    features = int(backbone.num_features)
+    # as in the study, 512 units for 512 features; below 128 eight experts of equal total would have a few units each
+    dense = Dense(features, data.num_classes, width=options.head_width or max(128, features))
+    return MoEClassifier(
+        backbone,
+        _matched(options, head, dense),
+        learning_rate=options.learning_rate,
+        weight_decay=options.weight_decay,
+        nesterov=options.nesterov,
+        schedule=options.schedule,
+        label_smoothing=options.label_smoothing,
+        channels_last=options.channels_last,
+    )
+
+
+def _matched(options: Options, head: str, dense: Dense) -> Head:
+    sizes = (dense.in_features, dense.num_classes)
+    matched: dict[str, Any] = {"total": capacity(dense).total, "tolerance": 0.05}
+    if options.load_loss == "importance" and head in ("sparse", "hard"):
+        matched["balance"] = {"importance": 0.4, "load": 0.0}
+    match head:
+        case "dense":
+            return dense
+        case "soft":
+            return match_capacity("soft", *sizes, **matched)
+        case "sparse":
+            return match_capacity("sparse", *sizes, **matched)
+        case "hard":
+            return match_capacity("sparse", *sizes, **matched, k=1)
+    raise AssertionError(head)

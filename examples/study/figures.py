@@ -1,0 +1,147 @@
+"""One figure a claim: each seed a point, each head a colour."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from study import quantities as q
+from study.quantities import Quantity
+from study.results import Run
+from study.statistics import estimate, values_of
+
+_SIZE = 8
+
+
+def figures(runs: Sequence[Run], heads: Sequence[str]) -> dict[str, Figure]:
+    """Figures by name, as the verdicts refer to them; those that have no numbers are absent."""
+    present = [head for head in heads if any(run["head"] == head for run in runs)]
+    drawn: dict[str, Callable[[], Figure | None]] = {
+        "accuracy": lambda: _panels(runs, present, (q.ACCURACY, q.VAL_ACCURACY)),
+        "utilisation": lambda: _loads(runs, present),
+        "sharpness": lambda: _panels(runs, present, (q.LAMBDA_TRAIN, q.LAMBDA_TEST, q.TRACE_TRAIN, q.TRACE_TEST)),
+        "generalisation": lambda: _gaps(runs, present),
+        "landscape": lambda: _lines(runs, present),
+        "speed": lambda: _panels(runs, [head for head in present if head != "dense"], (q.HEAD_SPEEDUP, q.SPEEDUP)),
+    }
+    made = {name: draw() for name, draw in drawn.items()}
+    return {name: figure for name, figure in made.items() if figure is not None}
+
+
+def color(head: str) -> str:
+    """The colour of a head, the same in every figure of a study."""
+    return f"C{('dense', 'soft', 'sparse', 'hard').index(head)}"
+
+
+def _panels(runs: Sequence[Run], heads: Sequence[str], wanted: Sequence[Quantity]) -> Figure | None:
+    """A panel a quantity: every seed, and the mean with its interval."""
+    present = [quantity for quantity in wanted if any(values_of(runs, quantity, head) for head in heads)]
+    if not present:
+        return None
+    figure = Figure(figsize=(2.6 * len(present) + 0.4, 2.7), layout="constrained")
+    for ax, quantity in zip(np.ravel(figure.subplots(1, len(present))), present, strict=True):
+        for position, head in enumerate(heads):
+            values = list(values_of(runs, quantity, head).values())
+            found = estimate(values, quantity.is_ratio)
+            if found is None:
+                continue
+            points = quantity.scale * np.array(values)
+            ax.plot(np.full(len(points), position + 0.15), points, ".", color=color(head), alpha=0.6, markersize=4)
+            mean = quantity.scale * found.mean
+            error = None
+            if found.low is not None and found.high is not None:
+                error = [[mean - quantity.scale * found.low], [quantity.scale * found.high - mean]]
+            ax.errorbar([position - 0.1], [mean], yerr=error, fmt="o", color=color(head), capsize=3, markersize=4)
+        if quantity.is_ratio and quantity in (q.HEAD_SPEEDUP, q.SPEEDUP):
+            ax.axhline(1, color="grey", linewidth=0.8)
+        if quantity.is_ratio:
+            _log_where_wide(ax)
+        ax.set_xticks(range(len(heads)), heads, fontsize=_SIZE)
+        ax.set_xlim(-0.5, len(heads) - 0.5)
+        _dress(ax, title=quantity.title.replace(" (", "\n("))
+    return figure
+
+
+def _loads(runs: Sequence[Run], heads: Sequence[str]) -> Figure | None:
+    """Load of every expert on test data in fair shares, experts in the order of their load, a line a seed."""
+    routed = [head for head in heads if any(run["head"] == head and run["loads"] for run in runs)]
+    if not routed:
+        return None
+    figure = Figure(figsize=(2.6 * len(routed) + 0.4, 2.7), layout="constrained")
+    axes = np.ravel(figure.subplots(1, len(routed), sharey=True))
+    for ax, head in zip(axes, routed, strict=True):
+        for run in runs:
+            load = run["loads"].get("test", {}).get("load") if run["head"] == head else None
+            if load:
+                shares = sorted((share * len(load) for share in load), reverse=True)
+                ax.plot(range(1, len(load) + 1), shares, ".-", color=color(head), linewidth=0.8, alpha=0.8)
+        ax.axhline(1, color="grey", linewidth=0.8)
+        ax.axhline(0.25, color="red", linewidth=0.8, linestyle=":")
+        _dress(ax, title=head, xlabel="expert, by its load")
+        ax.set_ylim(bottom=0)
+    axes[0].set_ylabel("load, in fair shares", fontsize=_SIZE)
+    return figure
+
+
+def _gaps(runs: Sequence[Run], heads: Sequence[str]) -> Figure | None:
+    """Generalisation gap against each measure of sharpness, a point a run."""
+    wanted = (q.LAMBDA_TRAIN, q.TRACE_TRAIN, q.RADIUS)
+    figure = Figure(figsize=(2.7 * len(wanted) + 0.4, 2.7), layout="constrained")
+    drawn = 0
+    for ax, quantity in zip(figure.subplots(1, len(wanted), sharey=True), wanted, strict=True):
+        for head in heads:
+            measures, gaps = values_of(runs, quantity, head), values_of(runs, q.GAP, head)
+            seeds = sorted(set(measures) & set(gaps))
+            drawn += len(seeds)
+            xs, ys = [measures[seed] for seed in seeds], [gaps[seed] for seed in seeds]
+            ax.plot(xs, ys, "o", color=color(head), markersize=4, label=head)
+        _dress(ax, xlabel=quantity.title.replace(", ", ",\n"))
+        ax.set_xscale("log")
+        ax.xaxis.set_minor_formatter("{x:.2g}")
+        ax.tick_params(axis="x", which="both", labelsize=_SIZE - 2)
+    figure.axes[0].set_ylabel("test − train loss, nats", fontsize=_SIZE)
+    figure.axes[0].legend(fontsize=_SIZE - 1)
+    return figure if drawn else None
+
+
+def _lines(runs: Sequence[Run], heads: Sequence[str]) -> Figure | None:
+    """Loss along the top eigenvector of each run; dashed with the routing held fixed."""
+    splits = [split for split in ("train", "test") if any(split in run["lines"] for run in runs)]
+    if not splits:
+        return None
+    figure = Figure(figsize=(4 * len(splits), 3), layout="constrained")
+    for ax, split in zip(np.ravel(figure.subplots(1, len(splits))), splits, strict=True):
+        named = set()
+        for run in runs:
+            line, head = run["lines"].get(split), run["head"]
+            if line is None or head not in heads:
+                continue
+            label = None if head in named else head
+            named.add(head)
+            ax.plot(line["alphas"], _floats(line["losses"]), color=color(head), linewidth=0.9, label=label)
+            if "losses_fixed_routing" in line:
+                fixed = _floats(line["losses_fixed_routing"])
+                ax.plot(line["alphas"], fixed, color=color(head), linewidth=0.7, linestyle="--")
+        _dress(ax, title=split, xlabel="α along the unit top eigenvector")
+        _log_where_wide(ax)
+        ax.legend(fontsize=_SIZE - 1)
+    figure.axes[0].set_ylabel("mean cross-entropy, nats", fontsize=_SIZE)
+    return figure
+
+
+def _log_where_wide(ax: Any) -> None:
+    low, high = ax.dataLim.intervaly
+    if low > 0 and high > 30 * low:
+        ax.set_yscale("log")
+
+
+def _floats(values: Sequence[float | None]) -> list[float]:
+    return [float("nan") if value is None else value for value in values]
+
+
+def _dress(ax: Any, title: str = "", xlabel: str = "") -> None:
+    ax.set_title(title, fontsize=_SIZE)
+    ax.set_xlabel(xlabel, fontsize=_SIZE)
+    ax.tick_params(labelsize=_SIZE - 1)
+    ax.grid(alpha=0.3)

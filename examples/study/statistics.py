@@ -1,0 +1,228 @@
+"""Statistics over seeds: intervals, paired comparisons, rank correlations. The unit is the seed.
+
+scipy does the arithmetic.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from scipy import stats
+
+from study.quantities import Quantity
+from study.results import Run
+
+CONFIDENCE = 0.95
+
+Values = npt.NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over seeds with Student's interval; without one for a single seed.
+
+    Attributes:
+        mean: Mean, the geometric one for a ratio.
+        low: Lower end of the 95 % interval, or None.
+        high: Upper end.
+        num_seeds: Seeds that had a value.
+    """
+
+    mean: float
+    low: float | None
+    high: float | None
+    num_seeds: int
+
+    def format(self, pattern: str = ".3g", scale: float = 1.0) -> str:
+        """``mean [low, high]``."""
+        mean = format(scale * self.mean, pattern)
+        if self.low is None or self.high is None:
+            return mean
+        return f"{mean} [{format(scale * self.low, pattern)}, {format(scale * self.high, pattern)}]"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A head against another over the seeds that both have; the difference of a ratio is a factor.
+
+    Attributes:
+        quantity: What is compared.
+        head: The head.
+        baseline: The head that it is compared with.
+        difference: Mean difference, or the factor, with its interval.
+        effect_size: Mean of the paired differences by their standard deviation (Cohen's d_z), with Hedges' correction
+            for few values; None for fewer than three seeds, or without any spread.
+        p_value: Of the paired t-test; None for fewer than two seeds.
+        adjusted_p_value: The same with the correction for all comparisons of the study (Benjamini and Yekutieli);
+            filled in by `adjusted`.
+        differences: Of every seed, logarithms for a ratio.
+    """
+
+    quantity: Quantity
+    head: str
+    baseline: str
+    difference: Estimate
+    effect_size: float | None
+    p_value: float | None
+    differences: tuple[float, ...]
+    adjusted_p_value: float | None = None
+
+    @property
+    def sign(self) -> int:
+        """1 or -1 where the head is above or below the baseline after the correction; 0 where that is open."""
+        if self.adjusted_p_value is None or not self.adjusted_p_value < 1 - CONFIDENCE:
+            return 0
+        return 1 if np.mean(self.differences) > 0 else -1
+
+    def is_within(self, margin: float) -> bool:
+        """Whether the two are alike: the 90 % interval lies within ±margin (two one-sided tests at 5 %).
+
+        Args:
+            margin: Largest difference that does not matter; a factor above 1 for a ratio.
+        """
+        ends = self._ends(0.90)
+        limit = math.log(margin) if self.quantity.is_ratio else margin
+        return ends is not None and -limit < ends[0] and ends[1] < limit
+
+    def is_beyond(self, margin: float) -> bool:
+        """Whether the two differ by more than the margin: the 95 % interval lies outside of ±margin."""
+        ends = self._ends(CONFIDENCE)
+        limit = math.log(margin) if self.quantity.is_ratio else margin
+        return ends is not None and (ends[0] > limit or ends[1] < -limit)
+
+    def _ends(self, confidence: float) -> tuple[float, float] | None:
+        return student_interval(self.differences, confidence)
+
+
+@dataclass(frozen=True)
+class Correlation:
+    """Spearman's rank correlation over all runs, with an interval that resamples seeds.
+
+    Attributes:
+        quantity: What is held against the generalisation gap.
+        rho: The correlation.
+        low: Lower end of the 95 % percentile interval; None for fewer than three seeds.
+        high: Upper end.
+        num_runs: Runs that had both numbers.
+        within_heads: The same of what is left after each head's mean is taken away: not what tells heads apart.
+    """
+
+    quantity: Quantity
+    rho: float
+    low: float | None
+    high: float | None
+    num_runs: int
+    within_heads: float
+
+
+def values_of(runs: Sequence[Run], quantity: Quantity, head: str) -> dict[int, float]:
+    """The quantity of a head by seed, where there is one."""
+    found = {run["seed"]: quantity.of(run) for run in runs if run["head"] == head}
+    return {seed: value for seed, value in found.items() if value is not None}
+
+
+def estimate(values: Sequence[float], is_ratio: bool = False) -> Estimate | None:
+    """Mean and interval; None without values."""
+    if not values:
+        return None
+    data = np.log(values) if is_ratio else np.asarray(values)
+    back = np.exp if is_ratio else float
+    ends = student_interval(data)
+    low, high = (None, None) if ends is None else (float(back(end)) for end in ends)
+    return Estimate(float(back(data.mean())), low, high, len(values))
+
+
+def student_interval(data: Sequence[float] | Values, confidence: float = CONFIDENCE) -> tuple[float, float] | None:
+    """Student's interval of the mean; None for fewer than two values."""
+    if len(data) < 2:
+        return None
+    spread = float(stats.sem(data))
+    if spread == 0:
+        return float(data[0]), float(data[0])
+    low, high = stats.t.interval(confidence, len(data) - 1, loc=float(np.mean(data)), scale=spread)
+    return float(low), float(high)
+
+
+def compare(runs: Sequence[Run], quantity: Quantity, head: str, baseline: str) -> Comparison | None:
+    """Paired by seed; None where no seed has both."""
+    first, second = values_of(runs, quantity, head), values_of(runs, quantity, baseline)
+    seeds = sorted(set(first) & set(second))
+    if not seeds:
+        return None
+    ours, theirs = (np.array([values[seed] for seed in seeds]) for values in (first, second))
+    if quantity.is_ratio:
+        ours, theirs = np.log(ours), np.log(theirs)
+    differences = ours - theirs
+    found = estimate(np.exp(differences).tolist() if quantity.is_ratio else differences.tolist(), quantity.is_ratio)
+    assert found is not None
+    spread = differences.std(ddof=1) if len(seeds) > 1 else 0.0
+    # where all seeds differ by the same there is no spread to test against, but for rounding
+    is_spread = spread > 1e-9 * float(np.abs(np.concatenate([ours, theirs])).max())
+    p_value = float(stats.ttest_rel(ours, theirs).pvalue) if is_spread else None
+    return Comparison(
+        quantity, head, baseline, found, _hedges(differences, spread), p_value, tuple(map(float, differences))
+    )
+
+
+def adjusted(comparisons: Sequence[Comparison]) -> list[Comparison]:
+    """With p-values for the number of comparisons.
+
+    Benjamini and Yekutieli's, which hold for dependent tests: all heads share the seeds, and λmax and trace a Hessian.
+    """
+    tested = [c.p_value for c in comparisons if c.p_value is not None]
+    corrected = iter(stats.false_discovery_control(tested, method="by") if tested else [])
+    return [c if c.p_value is None else replace(c, adjusted_p_value=float(next(corrected))) for c in comparisons]
+
+
+def correlate(runs: Sequence[Run], quantity: Quantity, gap: Quantity, num_resamples: int = 2000) -> Correlation | None:
+    """A quantity against the generalisation gap; None for fewer than four runs that have both."""
+    both = [(run["head"], run["seed"], quantity.of(run), gap.of(run)) for run in runs]
+    rows = [(head, seed, x, y) for head, seed, x, y in both if x is not None and y is not None]
+    if len(rows) < 4:
+        return None
+    heads, seeds = np.array([row[0] for row in rows]), np.array([row[1] for row in rows])
+    x = np.log([row[2] for row in rows]) if quantity.is_ratio else np.array([row[2] for row in rows])
+    y = np.array([row[3] for row in rows])
+    low, high = _resampled_by_seed(x, y, seeds, num_resamples)
+    within = _spearman(_centred(x, heads), _centred(y, heads))
+    return Correlation(quantity, _spearman(x, y), low, high, len(rows), within)
+
+
+def _resampled_by_seed(x: Values, y: Values, seeds: Values, times: int) -> tuple[float | None, float | None]:
+    """Percentile interval of the rank correlation: whole seeds are drawn, as their runs are not independent."""
+    known = np.unique(seeds)
+    if len(known) < 3:
+        return None, None
+    rows = {seed: np.flatnonzero(seeds == seed) for seed in known}
+
+    def statistic(drawn: Values) -> float:
+        index = np.concatenate([rows[seed] for seed in drawn])
+        return _spearman(x[index], y[index])
+
+    found = stats.bootstrap(
+        (known,), statistic, vectorized=False, n_resamples=times, method="percentile", rng=np.random.default_rng(0)
+    )
+    return float(found.confidence_interval.low), float(found.confidence_interval.high)
+
+
+def _centred(values: Values, groups: Values) -> Values:
+    centred = values.astype(float).copy()
+    for group in np.unique(groups):
+        centred[groups == group] -= values[groups == group].mean()
+    return centred
+
+
+def _spearman(x: Values, y: Values) -> float:
+    return float("nan") if np.ptp(x) == 0 or np.ptp(y) == 0 else float(stats.spearmanr(x, y).statistic)
+
+
+def _hedges(differences: Values, spread: float) -> float | None:
+    degrees = len(differences) - 1
+    if degrees < 2 or spread == 0:
+        return None
+    # the exact factor by which d of few values is too large (Hedges 1981)
+    correction = math.exp(math.lgamma(degrees / 2) - math.lgamma((degrees - 1) / 2)) / math.sqrt(degrees / 2)
+    return float(correction * differences.mean() / spread)

@@ -1,0 +1,35 @@
+"""Files of a study that appear whole or not at all, and folders that one process at a time works in."""
+
+import fcntl
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+def replace(path: Path, text: str) -> None:
+    """Write a whole file or leave the old one; nothing half-written stays behind on a full disk."""
+    partial = path.with_name(path.name + ".partial")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def claimed(folder: Path) -> Iterator[bool]:
+    """Whether this process may work in the folder; no other may until the block ends or this process does.
+
+    Several processes, one for each device, can so share one study: each takes the runs that nobody works on.
+
+    Yields:
+        False where another process works.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        yield True

@@ -1,0 +1,74 @@
+"""Tables of the study, as markdown that also reads well in a terminal."""
+
+from collections.abc import Sequence
+
+from study.quantities import QUANTITIES, Quantity
+from study.results import Run
+from study.statistics import Comparison, Correlation, Estimate, estimate, values_of
+from study.verdicts import Verdict
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table with its columns aligned."""
+    cells = [list(header), *map(list, rows)]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
+    lines = [
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in cells
+    ]
+    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
+    return "\n".join(lines)
+
+
+def main_table(runs: Sequence[Run], heads: Sequence[str]) -> str:
+    """A row a quantity, a column a head: mean over the seeds and its 95 % interval."""
+    rows = []
+    sizes = {run["head"]: run["capacity"] for run in runs}
+    heads = [head for head in heads if head in sizes]
+    rows.append([
+        "parameters of the head (active)",
+        *(f"{sizes[h]['total']:,} ({sizes[h]['active']:,})" for h in heads),
+    ])
+    for quantity in QUANTITIES:
+        found = [estimate(list(values_of(runs, quantity, head).values()), quantity.is_ratio) for head in heads]
+        if any(found):
+            rows.append([quantity.title, *(_cell(quantity, value) for value in found)])
+    return markdown(["", *heads], rows)
+
+
+def comparison_table(comparisons: Sequence[Comparison]) -> str:
+    """A row a comparison of two heads: difference or factor, effect size, p-values."""
+    rows = [
+        [
+            c.quantity.title,
+            f"{c.head} {'/' if c.quantity.is_ratio else '−'} {c.baseline}",
+            c.difference.format(".3g" if c.quantity.is_ratio else "+.3g", c.quantity.scale),
+            "–" if c.effect_size is None else f"{c.effect_size:+.2f}",
+            "–" if c.p_value is None else f"{c.p_value:.2g}",
+            "–" if c.adjusted_p_value is None else f"{c.adjusted_p_value:.2g}",
+        ]
+        for c in comparisons
+    ]
+    return markdown(["quantity", "heads", "difference or factor [95 %]", "d_z", "p", "p, corrected"], rows)
+
+
+def correlation_table(correlations: Sequence[Correlation]) -> str:
+    """A row a measure of sharpness, against the generalisation gap."""
+    rows = [
+        [
+            c.quantity.title,
+            f"{c.rho:+.2f}" + ("" if c.low is None else f" [{c.low:+.2f}, {c.high:+.2f}]"),
+            f"{c.within_heads:+.2f}",
+            str(c.num_runs),
+        ]
+        for c in correlations
+    ]
+    return markdown(["against the generalisation gap", "Spearman's ρ [95 %]", "ρ within heads", "runs"], rows)
+
+
+def verdict_table(verdicts: Sequence[Verdict]) -> str:
+    """A row a claim."""
+    return markdown(["", "claim", "verdict"], [[str(v.number), v.claim, f"**{v.outcome}**"] for v in verdicts])
+
+
+def _cell(quantity: Quantity, found: Estimate | None) -> str:
+    return "–" if found is None else found.format(quantity.pattern, quantity.scale)

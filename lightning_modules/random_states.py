@@ -1,0 +1,47 @@
+"""Callback: checkpoints that carry on with the same random numbers."""
+
+import random
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.pytorch import Callback
+from typing_extensions import override
+
+__all__ = ["RandomStates"]
+
+
+class RandomStates(Callback):
+    """Keeps the random number generators in each checkpoint, so that a resumed training is the uninterrupted one.
+
+    Python's, NumPy's and torch's on the CPU and on every CUDA device, as they are when a `ModelCheckpoint` writes.
+    A training that is resumed from the checkpoint of an epoch's end (``ModelCheckpoint(save_last=True,
+    save_on_train_epoch_end=True)``) shuffles, augments and drops out as it would have done, bit for bit where the
+    arithmetic is deterministic. One process; loaders with workers draw from generators of their own.
+
+    Example:
+        >>> from lightning.pytorch import Trainer
+        >>> trainer = Trainer(callbacks=[RandomStates()], logger=False, enable_checkpointing=False, accelerator="cpu")
+    """
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        version, words, gauss_next = random.getstate()
+        name, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
+        return {
+            # plain numbers and tensors: a checkpoint is then read without trusting it
+            "python": [version, list(words), gauss_next],
+            "numpy": [str(name), torch.from_numpy(np.asarray(keys).astype(np.int64)), position, has_gauss, gauss],
+            "torch": torch.get_rng_state(),
+            "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        }
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        version, words, gauss_next = state_dict["python"]
+        random.setstate((version, tuple(words), gauss_next))
+        name, keys, position, has_gauss, gauss = state_dict["numpy"]
+        np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, gauss))
+        torch.set_rng_state(state_dict["torch"])
+        if len(state_dict["cuda"]) == torch.cuda.device_count():
+            torch.cuda.set_rng_state_all(state_dict["cuda"])
