@@ -71,6 +71,7 @@ def _run_all(
 ) -> None:
     """Do what is not done, seed by seed, so that what there is can be compared at any time."""
     runs = [(head, seed) for seed in range(options.seeds) for head in options.heads]
+    has_begun = False
     for number, (head, seed) in enumerate(runs, start=1):
         label = f"[{number}/{len(runs)}] {head}, seed {seed}"
         if (head, seed) in done:
@@ -84,9 +85,10 @@ def _run_all(
             if (folder / "result.json").exists():  # finished by another process since this one began
                 done[head, seed] = results.load(folder, config)
                 continue
-            if time.monotonic() > deadline:
+            if has_begun and time.monotonic() > deadline:
                 raise TimeIsUp(f"{len(done)} of {len(runs)} runs are finished")
             print(f"{label}: training and analysing ...", flush=True)
+            has_begun = True
             results.begin(folder, config)
             done[head, seed] = run.run(options, head, seed, data, config, deadline, show_progress=sys.stderr.isatty())
         print(f"{label}: {_headline(done[head, seed])}", flush=True)

@@ -185,7 +185,8 @@ def build_backbone(name: str, in_channels: int, image_size: int) -> nn.Module:
         name: "digits_cnn", "fast_cnn" (for a CPU), "resnet8", "resnet20", "resnet18" (of arXiv 2601.15021), or any
             model of two libraries as "torchvision:<name>" or "timm:<name>".
         in_channels: Channels of the images.
-        image_size: Side of the images in pixels. The names without a colon take any size from 16 on.
+        image_size: Side of the images in pixels. The names without a colon take any size,
+            fast_cnn from 9 pixels on.
 
     Returns:
         A module from (B, in_channels, image_size, image_size) to (B, num_features).
@@ -199,6 +200,8 @@ def build_backbone(name: str, in_channels: int, image_size: int) -> nn.Module:
         64
     """
     check_at_least_one(in_channels=in_channels, image_size=image_size)
+    if name == "fast_cnn" and image_size < FastCNN.least_size():
+        raise ValueError(f"image_size: expected at least {FastCNN.least_size()} for fast_cnn; got {image_size}")
     if name in _BY_NAME:
         return _BY_NAME[name](in_channels)
     library, _, model_name = name.partition(":")

@@ -56,6 +56,11 @@ class FastCNN(nn.Module):
         stages = [layer for before, width in pairwise((2 * patch_size, *widths)) for layer in _stage(before, width)]
         self.layers = nn.Sequential(nn.GELU(), *stages, nn.AdaptiveMaxPool2d(1), nn.Flatten())
 
+    @staticmethod
+    def least_size(num_stages: int = 3) -> int:
+        """Pixels a side that an image must have, so that every stage has some left to halve."""
+        return int(2**num_stages) + _PATCH - 1
+
     def forward(self, x: Tensor) -> Tensor:
         """Features (B, F) of images (B, C, H, W)."""
         features: Tensor = self.layers(self.first(x))

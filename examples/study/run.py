@@ -77,7 +77,9 @@ def run(
         log_every_n_steps=10,
     )
     trainer.fit(model, datamodule=data, ckpt_path=last if last.exists() else None)
-    metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    # of the trained model only: what was logged while training is not known to the piece that analyses
+    found = tuple(f"{analysis.name}/{split}/" for analysis in analyses for split in analysis.results)
+    metrics = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith(found)}
     metrics |= trainer.test(model, datamodule=data, verbose=False)[0]
     metrics |= _evaluated(model, data, "train") | _evaluated(model, data, "val")
     logger.finalize("success")

@@ -178,7 +178,7 @@ def adjusted(comparisons: Sequence[Comparison]) -> list[Comparison]:
 
 
 def correlate(runs: Sequence[Run], quantity: Quantity, gap: Quantity, num_resamples: int = 2000) -> Correlation | None:
-    """A quantity against the generalisation gap; None for fewer than four runs that have both."""
+    """A quantity against the generalisation gap; None for fewer than four runs, or if it never changes."""
     both = [(run["head"], run["seed"], quantity.of(run), gap.of(run)) for run in runs]
     rows = [(head, seed, x, y) for head, seed, x, y in both if x is not None and y is not None]
     if len(rows) < 4:
@@ -186,6 +186,8 @@ def correlate(runs: Sequence[Run], quantity: Quantity, gap: Quantity, num_resamp
     heads, seeds = np.array([row[0] for row in rows]), np.array([row[1] for row in rows])
     x = np.log([row[2] for row in rows]) if quantity.is_ratio else np.array([row[2] for row in rows])
     y = np.array([row[3] for row in rows])
+    if np.ptp(x) == 0 or np.ptp(y) == 0:
+        return None
     low, high = _resampled_by_seed(x, y, seeds, num_resamples)
     within = _spearman(_centred(x, heads), _centred(y, heads))
     return Correlation(quantity, _spearman(x, y), low, high, len(rows), within)
@@ -198,14 +200,14 @@ def _resampled_by_seed(x: Values, y: Values, seeds: Values, times: int) -> tuple
         return None, None
     rows = {seed: np.flatnonzero(seeds == seed) for seed in known}
 
-    def statistic(drawn: Values) -> float:
-        index = np.concatenate([rows[seed] for seed in drawn])
-        return _spearman(x[index], y[index])
-
-    found = stats.bootstrap(
-        (known,), statistic, vectorized=False, n_resamples=times, method="percentile", rng=np.random.default_rng(0)
-    )
-    return float(found.confidence_interval.low), float(found.confidence_interval.high)
+    rng = np.random.default_rng(0)
+    found = []
+    for _ in range(times):
+        index = np.concatenate([rows[seed] for seed in rng.choice(known, len(known))])
+        found.append(_spearman(x[index], y[index]))
+    # one head and one seed drawn again and again have no ranks to compare
+    low, high = np.nanpercentile(found, [100 * (1 - CONFIDENCE) / 2, 100 * (1 + CONFIDENCE) / 2])
+    return float(low), float(high)
 
 
 def _centred(values: Values, groups: Values) -> Values:

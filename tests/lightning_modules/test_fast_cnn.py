@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from moe_heads.lightning_modules import FastCNN, FeatureExtractor, MoEClassifier
+from moe_heads.lightning_modules import FastCNN, FeatureExtractor, MoEClassifier, build_backbone
 
 
 def test_size_and_gradients() -> None:
@@ -14,6 +14,13 @@ def test_size_and_gradients() -> None:
     assert features.shape == (2, 20) == (2, backbone.num_features)
     features.square().sum().backward()
     assert all(parameter.grad is not None for parameter in backbone.parameters())
+
+
+def test_least_size_of_an_image() -> None:
+    assert FastCNN()(torch.zeros(2, 3, 9, 9)).shape == (2, 128)
+    assert build_backbone("fast_cnn", 3, 9).num_features == 128
+    with pytest.raises(ValueError, match="image_size: expected at least 9 for fast_cnn; got 8"):
+        build_backbone("fast_cnn", 3, 8)
 
 
 def test_default_has_the_size_that_its_documentation_says() -> None:

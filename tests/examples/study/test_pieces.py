@@ -1,0 +1,130 @@
+"""A study in pieces, interrupted, changed, and shared by processes."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from study.storage import claimed
+
+from moe_heads.callbacks import ExpertUtilizationCallback
+
+SMALL = (
+    *("--heads", "sparse", "--seeds", "1", "--epochs", "3", "--limit-train", "64"),
+    *("--analysis-samples", "20", "--plane-points", "3", "--schedule", "linear", "--channels-last"),
+)
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:The number of training batches"),
+    pytest.mark.filterwarnings("ignore:.*exists and is not empty"),
+    pytest.mark.filterwarnings("ignore:Found keys that are in the model state dict"),
+]
+
+
+@pytest.fixture(autouse=True)
+def _fewer_analyses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One analysis, since what is tested is what happens around them."""
+    monkeypatch.setattr("torch.set_num_threads", lambda threads: None)
+    monkeypatch.setattr("study.run._analyses", lambda options: [ExpertUtilizationCallback()])
+    monkeypatch.setattr("study.run._lines", lambda analyses: {})
+
+
+def main(folder: Path, *arguments: str, base: Sequence[str] = SMALL) -> int:
+    import compare_heads
+
+    return compare_heads.main([*base, "--out", str(folder), *arguments])
+
+
+def result(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / "sparse" / "seed0" / "result.json").read_text())
+    return found
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    path = folder / "sparse" / "seed0" / "checkpoints" / "last.ckpt"
+    found: dict[str, torch.Tensor] = torch.load(path, weights_only=True)["state_dict"]
+    return found
+
+
+def test_pieces_make_the_same_run_as_one_go(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(tmp_path / "whole") == 0
+    pieces = tmp_path / "pieces"
+    told = []
+    for _ in range(3):
+        assert main(pieces, "--resume", "--max-minutes", "1e-9") == 3
+        told.append(capsys.readouterr().err.strip().splitlines()[-1])
+        assert not list(pieces.rglob("result.json"))
+    assert "trained 1 of 3 epochs" in told[0] and "trained 2 of 3 epochs" in told[1] and "to be analysed" in told[2]
+    assert main(pieces, "--resume", "--max-minutes", "1e-9") == 0
+    whole, parts = weights(tmp_path / "whole"), weights(pieces)
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+    metrics = result(tmp_path / "whole")["metrics"]
+    assert result(pieces)["metrics"] == pytest.approx(metrics)
+    assert result(pieces)["training_seconds"] > 0
+
+
+def test_the_preset_for_a_cpu_on_a_folder_of_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 20), ("test", 5)):
+        for name in ("cat", "dog"):
+            folder = tmp_path / "images" / split / name
+            folder.mkdir(parents=True)
+            for number in range(count):
+                pixels = rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(folder / f"{number}.jpg")
+    data = ("--preset", "cpu", "--data", f"imagefolder:{tmp_path / 'images'}", "--resume")
+    few = ("--heads", "sparse", "--seeds", "1", "--epochs", "2", "--batch-size", "8")
+    assert main(tmp_path / "out", "--max-minutes", "1e-9", base=[*data, *few]) == 3
+    assert main(tmp_path / "out", base=[*data, *few]) == 0
+    assert "a folder of images (.jpg files)" in (tmp_path / "out" / "report.md").read_text()
+    assert str(tmp_path) not in (tmp_path / "out" / "results.json").read_text()
+
+
+def test_a_half_done_run_is_not_carried_on_with_other_options(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(tmp_path, "--max-minutes", "1e-9") == 3
+    assert main(tmp_path, "--resume", "--learning-rate", "0.3") == 2
+    assert "config.json was made with learning_rate=0.1 (now 0.3)" in capsys.readouterr().err
+    assert main(tmp_path) == 2
+    assert "holds runs already; pass --resume" in capsys.readouterr().err
+
+
+def test_other_images_under_the_old_name_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert main(tmp_path) == 0
+    monkeypatch.setattr("moe_heads.lightning_modules.digits._TEST_SHARE", 0.3)
+    assert main(tmp_path, "--resume") == 2
+    assert "was made with test_sha256=" in capsys.readouterr().err
+
+
+def test_a_run_that_another_process_works_on_is_left_to_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with claimed(tmp_path / "sparse" / "seed0"):
+        assert main(tmp_path, "--resume") == 0
+    assert "another process works on it" in capsys.readouterr().out
+    assert not list(tmp_path.rglob("result.json"))
+
+
+def test_a_full_disk_fails_the_run_and_names_the_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: Path, text: str) -> None:
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr("study.run.replace", full)
+    assert main(tmp_path) == 1
+    assert "No space left on device" in (error := capsys.readouterr().err) and "result.json" in error
+    monkeypatch.undo()
+
+
+def test_a_damaged_start_is_told_by_its_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "sparse" / "seed0"
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text('{"backbone"')
+    assert main(tmp_path, "--resume") == 2
+    assert "seed0/config.json is not the result of a run" in capsys.readouterr().err

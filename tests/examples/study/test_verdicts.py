@@ -1,0 +1,115 @@
+"""Each claim with runs made so that it holds, does not hold, and cannot be decided."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pytest
+from study.verdicts import Verdict, comparisons_of, verdicts
+
+from tests.support.study_runs import Change, make_runs
+
+HEADS = ("dense", "soft", "sparse")
+
+
+def judged(runs: list[dict[str, Any]]) -> dict[int, Verdict]:
+    num_seeds = len({run["seed"] for run in runs})
+    return {verdict.number: verdict for verdict in verdicts(runs, comparisons_of(runs, HEADS), num_seeds)}
+
+
+def shifted(metric: str, level: float, noise: float) -> Change:
+    """A metric at a level, with noise of a seed."""
+    return lambda seed, rng: {metric: float(level + noise * rng.normal())}
+
+
+def scaled(factors: Mapping[str, float], noise: float = 0.03) -> Change:
+    return lambda seed, rng: {name: float(value * np.exp(noise * rng.normal())) for name, value in factors.items()}
+
+
+def test_more_accurate() -> None:
+    better = {head: shifted("test/accuracy", 0.915, 0.0005) for head in ("soft", "sparse")}
+    assert judged(make_runs(6, better))[1].outcome == "holds"
+    mixed = {**better, "sparse": shifted("test/accuracy", 0.88, 0.0005)}
+    assert judged(make_runs(6, mixed))[1].outcome == "does not hold"
+    noisy = {head: shifted("test/accuracy", 0.905, 0.02) for head in ("soft", "sparse")}
+    assert judged(make_runs(6, noisy))[1].outcome == "cannot be decided with 6 seeds"
+
+
+def test_balance() -> None:
+    runs = make_runs(4)
+    assert judged(runs)[2].outcome == "holds"
+    one = next(run for run in runs if run["head"] == "sparse")
+    one["loads"] = {"test": {"load": [0.03, *[0.97 / 7] * 7]}}  # a quarter of the fair share is 0.031
+    verdict = judged(runs)[2]
+    assert verdict.outcome == "does not hold"
+    assert verdict.statements[1].text.startswith("sparse: the least used expert has")
+    assert "0.24 in the worst of 4 runs" in verdict.statements[1].text
+
+
+def test_sharper() -> None:
+    metrics = {"sharpness/train/lambda_max": 10.0, "sharpness/train/trace": 50.0}
+    sharper = {name: 2 * value for name, value in metrics.items()}
+    as_claimed = {"dense": scaled(metrics), "soft": scaled(sharper), "sparse": scaled(metrics)}
+    assert judged(make_runs(6, as_claimed))[3].outcome == "holds"
+    reverse = as_claimed | {"soft": scaled({name: value / 2 for name, value in metrics.items()})}
+    assert judged(make_runs(6, reverse))[3].outcome == "does not hold"
+    sparse_too = as_claimed | {"sparse": scaled({name: 3 * value for name, value in metrics.items()})}
+    assert judged(make_runs(6, sparse_too))[3].outcome == "does not hold"
+    noisy = {head: scaled(metrics, noise=1.0) for head in HEADS}
+    assert judged(make_runs(6, noisy))[3].outcome == "cannot be decided with 6 seeds"
+
+
+def test_generalise_alike() -> None:
+    jitter = {head: shifted("test/loss", 0.35, 0.002) for head in HEADS}
+    assert judged(make_runs(6, jitter))[4].outcome == "holds"
+    worse = jitter | {"soft": shifted("test/loss", 0.6, 0.002)}
+    assert judged(make_runs(6, worse))[4].outcome == "does not hold"
+    noisy = {head: shifted("test/loss", 0.35, 0.2) for head in HEADS}
+    assert judged(make_runs(6, noisy))[4].outcome == "cannot be decided with 6 seeds"
+
+
+def reshaped(num_seeds: int, noise: float, width: float) -> list[dict[str, Any]]:
+    """Lines of the MoE heads that rise as |α| less than the dense head's parabola, or alike for a width of 0."""
+    runs = make_runs(num_seeds)
+    for run in runs:
+        line, rng = run["lines"]["train"], np.random.default_rng([run["seed"], len(run["head"])])
+        factor = np.exp(noise * rng.normal()) * (1 if run["head"] == "dense" else np.exp(width))
+        line["losses"] = [0.2 + (loss - 0.2) * factor for loss in line["losses"]]
+    return runs
+
+
+def test_other_landscapes() -> None:
+    assert judged(reshaped(6, 0.02, 1.5))[5].outcome == "holds"
+    assert judged(reshaped(6, 0.02, 0.0))[5].outcome == "does not hold"
+    assert judged(reshaped(6, 1.0, 0.0))[5].outcome == "cannot be decided with 6 seeds"
+
+
+def test_no_speed_up() -> None:
+    prefix = "inference_timing/test"
+
+    def timed(dense_ms: float) -> Change:
+        fixed = {f"{prefix}/model/batch256/p50_ms": 10.0, f"{prefix}/head/batch256/p50_ms": 1.0}
+        dense = f"{prefix}/head_dense/batch256/p50_ms"
+        return lambda seed, rng: fixed | {dense: float(dense_ms * np.exp(0.01 * rng.normal()))}
+
+    assert judged(make_runs(4, {"sparse": timed(1.1)}))[6].outcome == "holds"
+    assert judged(make_runs(4, {"sparse": timed(5.0)}))[6].outcome == "does not hold"
+
+
+def test_one_seed_decides_nothing() -> None:
+    outcomes = {verdict.outcome for verdict in judged(make_runs(1)).values()}
+    assert outcomes == {"cannot be decided with 1 seed"}
+
+
+@pytest.mark.parametrize("missing", HEADS)
+def test_a_head_that_is_missing_leaves_its_claims_open(missing: str) -> None:
+    runs = [run for run in make_runs(5) if run["head"] != missing]
+    found = judged(runs)
+    assert found[4].outcome == "cannot be decided with 5 seeds"
+    assert any("not measured for both" in statement.text for statement in found[4].statements)
+
+
+def test_evidence_names_numbers() -> None:
+    texts = [statement.text for verdict in judged(make_runs(3)).values() for statement in verdict.statements]
+    assert all(any(character.isdigit() for character in text) for text in texts)
+    assert not any("nan" in text or "None" in text for text in texts)
