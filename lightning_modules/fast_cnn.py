@@ -14,6 +14,7 @@ from moe_heads.checks import check_at_least_one
 __all__ = ["FastCNN"]
 
 _PATCH = 2  # side of the patches that the first layer whitens
+_NUM_DIRECTIONS = 8  # of the 12 of a colour patch; of both signs they are 16 channels
 _WHITENING_EPS = 5e-4  # added to the variances: directions with less than that are noise of the camera or of the JPEG
 
 
@@ -21,15 +22,17 @@ class FastCNN(nn.Module):
     """A whitening layer and three stages of two 3x3 convolutions, each halving the resolution: (B, C, H, W) → (B, F).
 
     In the spirit of the fast CIFAR-10 networks (Jordan, arXiv 2404.00498; Page, "How to train your ResNet", 2019): few
-    layers, all of the arithmetic in wide convolutions, which a CPU runs near its peak in channels_last and bf16; GELU,
-    which has second derivatives; convolutions that start as the identity on the channels that they share with their
-    input; batch norm with a short memory, since a training has few steps; the maximum over the pixels at the end.
+    layers, all of the arithmetic in wide convolutions, which a CPU runs near its peak in channels_last and bf16, with
+    channels in the multiples of 16 that its vectors hold; convolutions that start as the identity on the channels that
+    they share with their input; batch norm with a short memory, since a training has few steps; the maximum over the
+    pixels at the end.
 
-    `whiten` fixes the first layer before training: 2x2 patches are turned into uncorrelated numbers of variance one,
-    of both signs. Without it the layer is trained like the others.
+    `whiten` fixes the first layer before training: the 8 directions in which 2x2 patches vary most become uncorrelated
+    numbers of variance one, of both signs. A fixed layer costs no backward pass. Without it the layer is trained like
+    the others.
 
     Args:
-        widths: Channels of the three stages. The default has 0.50 million parameters and takes 0.20 GFLOP for the
+        widths: Channels of the three stages. The default has 0.49 million parameters and takes 0.18 GFLOP for the
             forward and backward pass of a 32x32 image.
         in_channels: C.
 
@@ -51,10 +54,10 @@ class FastCNN(nn.Module):
             raise ValueError(f"widths: expected the channels of each stage; got {widths!r}")
         check_at_least_one(in_channels=in_channels, **{f"widths[{i}]": width for i, width in enumerate(widths)})
         self.num_features = widths[-1]
-        patch_size = in_channels * _PATCH**2
-        self.first = nn.Conv2d(in_channels, 2 * patch_size, _PATCH)
-        stages = [layer for before, width in pairwise((2 * patch_size, *widths)) for layer in _stage(before, width)]
-        self.layers = nn.Sequential(nn.GELU(), *stages, nn.AdaptiveMaxPool2d(1), nn.Flatten())
+        num_filters = 2 * min(_NUM_DIRECTIONS, in_channels * _PATCH**2)
+        self.first = nn.Conv2d(in_channels, num_filters, _PATCH)
+        stages = [layer for before, width in pairwise((num_filters, *widths)) for layer in _stage(before, width)]
+        self.layers = nn.Sequential(nn.ReLU(), *stages, nn.AdaptiveMaxPool2d(1), nn.Flatten())
 
     @staticmethod
     def least_size(num_stages: int = 3) -> int:
@@ -70,8 +73,8 @@ class FastCNN(nn.Module):
     def whiten(self, images: Tensor) -> None:
         """Fix the first layer to the whitening of 2x2 patches of these images.
 
-        With the eigenvectors and eigenvalues of the patches' second moments, E[p pᵀ] = Σ λ v vᵀ, its filters are
-        ±v / √(λ + 5e-4). The weight takes no gradient from then on; the bias, zero at first, does.
+        With the largest eigenvalues and their eigenvectors of the patches' second moments, E[p pᵀ] = Σ λ v vᵀ, its
+        filters are ±v / √(λ + 5e-4), without a bias. It takes no gradient from then on.
 
         Args:
             images: Training images (N, C, H, W) as the network gets them, normalised; a few thousand are enough.
@@ -89,10 +92,10 @@ class FastCNN(nn.Module):
         for some in patches.split(1_000_000):
             moments += (some.T.double() @ some.double()) / len(patches)
         variances, directions = torch.linalg.eigh(moments)
-        filters = directions.T / (variances + _WHITENING_EPS).sqrt().unsqueeze(1)
+        filters = (directions / (variances + _WHITENING_EPS).sqrt()).T.flip(0)[: self.first.out_channels // 2]
         self.first.weight.copy_(torch.cat([filters, -filters]).view_as(self.first.weight))
-        self.first.weight.requires_grad_(False)
         nn.init.zeros_(self.first.bias)  # type: ignore[arg-type]
+        self.first.requires_grad_(False)
 
 
 def _stage(before: int, width: int) -> list[nn.Module]:
@@ -107,7 +110,7 @@ def _stage(before: int, width: int) -> list[nn.Module]:
 
 
 def _norm_and_activation(width: int) -> list[nn.Module]:
-    return [nn.BatchNorm2d(width, momentum=0.4), nn.GELU()]
+    return [nn.BatchNorm2d(width, momentum=0.4), nn.ReLU()]
 
 
 def _convolution(before: int, width: int) -> nn.Conv2d:
