@@ -9,15 +9,17 @@ from moe_heads.callbacks.functional.common.batches import Batch, ForwardFn, batc
 from moe_heads.callbacks.functional.common.environment import device_of, environment_of
 from moe_heads.callbacks.functional.common.monitor import Monitor, TimeUp
 from moe_heads.callbacks.functional.common.preserve import preserved
-from moe_heads.callbacks.functional.timing.calls import named_modules
+from moe_heads.callbacks.functional.timing.calls import MODEL, named_modules
 from moe_heads.callbacks.functional.timing.findings import Findings
 from moe_heads.callbacks.functional.timing.gap import dense_twin
 from moe_heads.callbacks.functional.timing.heads import routed_heads, twin_name
 from moe_heads.callbacks.functional.timing.plan import DEFAULT_SIZES, TimingPlan
+from moe_heads.callbacks.functional.timing.resize import check_resizable
 from moe_heads.callbacks.functional.timing.result import InferenceTimingResult
 from moe_heads.callbacks.functional.timing.rounds import Cache
 from moe_heads.callbacks.functional.timing.row import Skipped, TimingMode
-from moe_heads.callbacks.functional.timing.sweep import Subject, Sweep
+from moe_heads.callbacks.functional.timing.subject import Subject
+from moe_heads.callbacks.functional.timing.sweep import Sweep
 from moe_heads.head import Head
 
 __all__ = ["inference_timing"]
@@ -101,12 +103,14 @@ def inference_timing(
     )
     if batch_size(example_batch) == 0:
         raise ValueError("example_batch: expected at least one sample; got none")
+    if any(size != batch_size(example_batch) for size in batch_sizes):
+        check_resizable(example_batch)
     named = named_modules(model, modules)
     device, monitor = device_of(model), monitor or Monitor()
     with preserved(model):
         model.eval()
         torch.manual_seed(seed)
-        twins, failed = _dense_twins(routed_heads(named))
+        twins, failed = _dense_twins(routed_heads({MODEL: model, **named}))
         with torch.inference_mode():
             example = to_device(example_batch, device)
             subject = Subject(model, example, forward_fn, named, modules is not None, twins, device)

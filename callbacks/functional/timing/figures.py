@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from moe_heads.callbacks.functional.common.figures import axes_of
+from moe_heads.callbacks.functional.timing.calls import MODEL
 from moe_heads.callbacks.functional.timing.gap import Gap
 from moe_heads.callbacks.functional.timing.row import TimingRow
 
@@ -107,7 +108,9 @@ class _Line:
 def _lines(rows: Sequence[TimingRow]) -> list[_Line]:
     """The lines of all modules but the parts of heads, which have a figure of their own."""
     modules = list(dict.fromkeys(row.module for row in rows))
-    chosen = [name for name in modules if not any(name.startswith(f"{other}.") for other in modules)]
+    # what starts with the name of the whole is a module of the user's that is called so
+    wholes = [f"{name}." for name in modules if name != MODEL]
+    chosen = [name for name in modules if not name.startswith(tuple(wholes))]
     several = len({row.mode for row in rows}) > 1
     found = []
     for index, module in enumerate(chosen):

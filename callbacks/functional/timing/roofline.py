@@ -85,7 +85,7 @@ class Limits:
             operators: What runs.
         """
         sums: dict[Limit, float] = {"arithmetic": 0.0, "memory": 0.0, "launches": 0.0}
-        for flops, num_bytes in operators:
+        for flops, num_bytes, _ in operators:
             times: dict[Limit, float] = {
                 "arithmetic": 1e3 * flops / self.peak_flops,
                 "memory": 1e3 * num_bytes / self.bandwidth(num_bytes),

@@ -107,7 +107,7 @@ def take_turns(
     seconds: float,
     order: random.Random,
     on_round: Callable[[float], None],
-    is_over: Callable[[], bool] = lambda: False,
+    is_over: Callable[[float], bool] = lambda round_s: False,
 ) -> None:
     """Let all contenders run in rounds, each round in a new random order, so that a slow phase meets all of them alike.
 
@@ -121,18 +121,19 @@ def take_turns(
         seconds: Time after which no more round begins, unless there were fewer than six.
         order: Decides the orders.
         on_round: Called after each round with the share that is done.
-        is_over: Asked after each round whether to stop at once, with however few.
+        is_over: Asked after each round, given its seconds, whether to stop at once, with however few.
     """
     start, done, fewest = time.perf_counter(), 0, min(FEWEST_ROUNDS, num_runs)
     share = 0.0 if contenders else 1.0
     while share < 1:
+        begin = time.perf_counter()
         with _no_garbage():
             for key in order.sample(list(contenders), len(contenders)):
                 _take_turn(contenders[key], clock, num_runs)
         done += 1
         runs = min(contender.num_runs for contender in contenders.values())
         share = max(runs / num_runs, min((time.perf_counter() - start) / seconds, done / fewest))
-        share = 1.0 if is_over() else share
+        share = 1.0 if is_over(time.perf_counter() - begin) else share
         on_round(min(share, 1.0))
 
 

@@ -38,7 +38,7 @@ def timing() -> InferenceTimingResult:
             Part(1, "head", "router", 0.25, 0.2, 0.3, "timed alone"),
             Part(1, "head", "experts", 0.75, 0.6, 0.9, "by difference"),
         ),
-        gaps=(Gap("head", "eager", 1000, 1010, points, 5.657),),
+        gaps=(Gap("head", "eager", 1000, 1010, points, 5.657, 4.0, 8.0),),
         uncounted={"aten.relu": 2},
         peak_flops=1e11,
         load_average_end=0.25,
@@ -64,7 +64,10 @@ def test_metrics_name_module_batch_size_and_gap() -> None:
 def test_summary_has_the_tables_what_was_left_out_and_the_environment() -> None:
     text = timing().summary()
     assert "| model | 32 | eager | 20 | 19.8 to 20.2 | 40 | 80 | 100 | 50 | 1,067 |" in text
-    assert "faster than the dense head from a batch of about 5.66 on" in text
+    assert "faster than the dense head from a batch of about 5.66 on (4 to 8)." in text
+    assert "| 95 % interval of the sampling |" in text
+    assert "Allowance for drift between runs, apart from them: 2% of each median." in text
+    assert "| ratio of bounds |" in text
     assert "| 1 | 4 | 0.5 | 0.4 to 0.6 | 0.7 | memory, launches |" in text
     assert "| batch | router | experts (by difference) |" in text
     assert "| 1 | 0.25 (0.2 to 0.3) | 0.75 (0.6 to 0.9) |" in text
@@ -78,7 +81,9 @@ def test_summary_has_the_tables_what_was_left_out_and_the_environment() -> None:
 def test_columns_come_with_what_they_show() -> None:
     assert "MFLOP" not in timing().summary()
     full = row("model", 1, 2.0, flops=3_000_000, peak_share=0.25, device_p50_ms=1.5, peak_memory=2**21)
-    text = replace(timing(), rows=(full, row("head", 1, 1.0))).summary()
+    least = row("head", 1, 1.0, flops=2_000_000, flops_complete=False)
+    text = replace(timing(), rows=(full, least)).summary()
+    assert "| ≥ 2 |" in text
     assert "| device p50 ms | MFLOP | of peak | peak MiB |" in text
     assert "| 1.5 | 3 | 25.0% | 2 |" in text
 
@@ -92,7 +97,9 @@ def test_a_noisy_machine_and_a_warm_up_that_was_not_stable_are_said() -> None:
     assert "**Noisy machine**: intervals of medians are wider than 10%" in noisy.summary()
     assert "The warm-up of 1 of 3 rows ended before it was stable." in noisy.summary()
     assert "**Partial**: stopped." in noisy.summary()
+    # too few runs are no sign of noise
     few = replace(timing(), rows=(row("model", 1, 2.0, p50_low_ms=0.0, p50_high_ms=float("inf")),))
+    assert not few.is_noisy
     assert "| 2 | unknown | 4 |" in few.summary()
 
 
@@ -146,3 +153,14 @@ def test_plot_uses_the_axes_given() -> None:
     figure, ax = timing().plot(own)
     assert ax is own
     assert figure is own.figure
+
+
+def test_two_runs_agree_within_their_intervals_and_the_allowance_for_drift() -> None:
+    a = row("model", 1, 100.0, p50_low_ms=99.0, p50_high_ms=101.0)
+    b, far = (row("model", 1, ms, p50_low_ms=ms - 1, p50_high_ms=ms + 1) for ms in (105.5, 107.0))
+    assert a.agrees_with(b)
+    assert b.agrees_with(a)
+    assert not a.agrees_with(b, drift_allowance=0.0)
+    assert not a.agrees_with(far)
+    assert not far.agrees_with(a)
+    assert far.agrees_with(row("model", 1, 1.0, p50_low_ms=0.0, p50_high_ms=float("inf")))

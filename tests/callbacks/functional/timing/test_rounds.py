@@ -130,8 +130,10 @@ def test_garbage_is_collected_between_the_rounds_only(clock: FakeClock) -> None:
     assert gc.isenabled()
 
 
-def test_rounds_stop_at_once_when_all_is_over(clock: FakeClock) -> None:
-    contender = Contender(lambda: 1.0)
+def test_rounds_stop_when_one_more_would_be_too_long(clock: FakeClock) -> None:
+    contender, asked = Contender(lambda: 1.0), []
     options = {"num_runs": 9, "seconds": 9, "order": random.Random(0), "on_round": lambda _: None}
-    take_turns({0: contender}, clock, is_over=lambda: True, **options)
-    assert contender.num_runs == 1
+    take_turns({0: contender}, clock, is_over=lambda seconds: asked.append(seconds) or len(asked) == 2, **options)
+    assert contender.num_runs == 2
+    # one run unrecorded, and one timed
+    assert asked == pytest.approx([1e-3, 1e-3])

@@ -1,0 +1,140 @@
+"""What is timed at a batch size: the whole, its modules, and beside each head with a router its stages and its twin."""
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+from torch import nn
+
+from moe_heads.callbacks.functional.common.batches import Batch, ForwardFn
+from moe_heads.callbacks.functional.common.microbatches import is_out_of_memory
+from moe_heads.callbacks.functional.common.monitor import TimeUp
+from moe_heads.callbacks.functional.timing.calls import MODEL, Call, InTurn, call_of_model
+from moe_heads.callbacks.functional.timing.capture import Captured, capture
+from moe_heads.callbacks.functional.timing.counting import Recorder
+from moe_heads.callbacks.functional.timing.failures import first_line
+from moe_heads.callbacks.functional.timing.heads import part_name, routed_heads, stages_of, twin_name
+from moe_heads.callbacks.functional.timing.resize import resized
+from moe_heads.head import Head
+
+__all__ = ["RefusedError", "Subject", "Taken"]
+
+
+class RefusedError(Exception):
+    """A forward pass that failed.
+
+    Args:
+        error: Why.
+    """
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__()
+        self.error = error
+
+
+@dataclass(frozen=True)
+class Taken:
+    """A batch size that the model took.
+
+    Attributes:
+        calls: What can be timed, by the name of its rows.
+        captured: What one pass showed.
+        seconds: Duration of that pass.
+        why_uncounted: Why its operators could not be recorded; "" if they were.
+    """
+
+    calls: Mapping[str, Call]
+    captured: Captured
+    seconds: float
+    why_uncounted: str
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is timed.
+
+    Attributes:
+        model: The model.
+        example: A batch on the model's device.
+        forward_fn: Runs the whole model.
+        named: Modules to time by themselves.
+        is_required: Whether each of them has to run in the forward pass.
+        twins: Dense heads beside the heads with a router, by the name of the head.
+        device: Where the model is.
+    """
+
+    model: nn.Module
+    example: Batch
+    forward_fn: ForwardFn
+    named: Mapping[str, nn.Module]
+    is_required: bool
+    twins: Mapping[str, Head]
+    device: torch.device
+
+    @cached_property
+    def heads(self) -> dict[str, Head]:
+        """The heads with a router, of which the model may be one."""
+        return routed_heads({MODEL: self.model, **self.named})
+
+    @cached_property
+    def twin_names(self) -> dict[str, str]:
+        """Names of the rows of the dense twins, by the name of the head."""
+        return {head: twin_name(head, self.named) for head in self.twins}
+
+    def take(self, size: int) -> Taken:
+        """Run a batch size once.
+
+        Args:
+            size: Samples of the batch.
+
+        Raises:
+            RefusedError: If the forward pass fails.
+            ValueError: If a module that was asked for does not run in it.
+        """
+        start, why_uncounted = time.perf_counter(), ""
+        try:
+            captured = self._captured(size, Recorder())
+        except RefusedError as refused:
+            if is_out_of_memory(refused.error):
+                raise
+            # it may have been the recorder that it does not run with
+            captured = self._captured(size, None)
+            why_uncounted = f"its operators cannot be recorded, {first_line(refused.error)}"
+        seconds = time.perf_counter() - start
+        idle = [name for name in self.named if name not in captured.calls]
+        if idle and self.is_required:
+            raise ValueError(f"modules: expected modules that run in the forward pass; {idle} do not")
+        return Taken(self._with_heads(captured), captured, seconds, why_uncounted)
+
+    def _captured(self, size: int, recorder: Recorder | None) -> Captured:
+        forward = call_of_model(self.forward_fn, self.model, resized(self.example, size))
+        try:
+            return capture(forward, self.model, {**self.heads, **self.named}, recorder)
+        except TimeUp:
+            raise
+        except Exception as error:
+            # the user's model and function raise what they like
+            raise RefusedError(error) from error
+
+    def _with_heads(self, captured: Captured) -> dict[str, Call]:
+        found = {
+            MODEL: captured.forward,
+            **{name: captured.calls[name] for name in self.named if name in captured.calls},
+        }
+        for name, head in self.heads.items():
+            if name not in captured.calls:
+                continue
+            call = captured.calls[name]
+            found |= {part_name(name, stage): run for stage, run in stages_of(head, call).items()}
+            if name in self.twins:
+                found[self.twin_names[name]] = self._of_twin(name, call, captured.forward)
+        return found
+
+    def _of_twin(self, head: str, call: Call, forward: Call) -> Call:
+        """The call of the dense twin, by the way that the head itself is called."""
+        twin = self.twins[head]
+        if head == MODEL:
+            return replace(forward, args=(twin, *forward.args[1:]))
+        return replace(call, function=InTurn(twin) if isinstance(call.function, InTurn) else twin)
