@@ -9,7 +9,7 @@ from moe_heads.callbacks.functional.common.batches import Batch, ForwardFn, batc
 from moe_heads.callbacks.functional.common.environment import device_of, environment_of
 from moe_heads.callbacks.functional.common.monitor import Monitor, TimeUp
 from moe_heads.callbacks.functional.common.preserve import preserved
-from moe_heads.callbacks.functional.timing.calls import MODEL, named_modules
+from moe_heads.callbacks.functional.timing.calls import MODEL, named_modules, unseen_modules
 from moe_heads.callbacks.functional.timing.findings import Findings
 from moe_heads.callbacks.functional.timing.gap import dense_twin
 from moe_heads.callbacks.functional.timing.heads import routed_heads, twin_name
@@ -87,8 +87,9 @@ def inference_timing(
         Of the batch sizes that were finished, marked by ``partial``, when the time of the monitor is over.
 
     Raises:
-        ValueError: If the batch is empty or the model takes it at no size, a number is out of range, a batch size comes
-            twice, or a module is unknown or does not run in the forward pass.
+        ValueError: If the batch is empty, cannot be repeated (`check_resizable`), or the model takes it at no size, a
+            number is out of range, a batch size comes twice, or a module is unknown, compiled by TorchScript, or does
+            not run in the forward pass.
 
     Example:
         >>> import torch
@@ -116,6 +117,9 @@ def inference_timing(
             subject = Subject(model, example, forward_fn, named, modules is not None, twins, device)
             sweep = Sweep(subject, plan, seed, monitor)
             sweep.skipped += failed
+            if modules is None:
+                reason = "compiled by TorchScript, which does not show the inputs of its modules"
+                sweep.skipped += [Skipped(None, None, name, reason) for name in unseen_modules(model)]
             findings = Findings(sweep, environment_of(model))
             try:
                 for size in sorted(batch_sizes):

@@ -4,12 +4,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from moe_heads.callbacks.functional.common.batches import Batch, ForwardFn, leaves_of, map_leaves
 from moe_heads.routing import Router
 
-__all__ = ["MODEL", "Call", "InTurn", "call_of_model", "in_turn", "named_modules"]
+__all__ = ["MODEL", "Call", "InTurn", "call_of_model", "in_turn", "named_modules", "unseen_modules"]
 
 MODEL = "model"
 
@@ -97,18 +98,36 @@ def named_modules(model: nn.Module, names: Sequence[str] | None) -> dict[str, nn
 
     Args:
         model: The model.
-        names: Dotted names; by default "backbone" and "head", all modules that own a router, and these routers.
+        names: Dotted names; by default "backbone" and "head", all modules that own a router, and these routers, apart
+            from what TorchScript has compiled.
 
     Raises:
-        ValueError: If a name is unknown.
+        ValueError: If a name is unknown, or TorchScript has compiled the module.
     """
     inside = {name: module for name, module in model.named_modules() if name}
     if names is None:
-        routers = {name for name, module in inside.items() if isinstance(module, Router)}
-        owners = {name.rpartition(".")[0] for name in routers}
-        names = [name for name in inside if name in {"backbone", "head"} | owners | routers]
+        names = [name for name in _defaults(inside) if not _is_scripted(inside[name])]
     unknown = [name for name in names if name not in inside]
     if unknown:
         raise ValueError(f"modules: expected names of modules, such as {next(iter(inside), None)!r}; got {unknown}")
+    scripted = [name for name in names if _is_scripted(inside[name])]
+    if scripted:
+        raise ValueError(f"modules: expected modules whose inputs can be seen; {scripted} are compiled by TorchScript")
     # a child that is itself called "model" must not take the place of the whole, nor what is in it that of its parts
     return {f"{MODEL}.{name}" if name.split(".")[0] == MODEL else name: inside[name] for name in names}
+
+
+def unseen_modules(model: nn.Module) -> list[str]:
+    """The modules that would be timed by default but that TorchScript has compiled."""
+    inside = {name: module for name, module in model.named_modules() if name}
+    return [name for name in _defaults(inside) if _is_scripted(inside[name])]
+
+
+def _defaults(inside: Mapping[str, nn.Module]) -> list[str]:
+    routers = {name for name, module in inside.items() if isinstance(module, Router)}
+    owners = {name.rpartition(".")[0] for name in routers}
+    return [name for name in inside if name in {"backbone", "head"} | owners | routers]
+
+
+def _is_scripted(module: nn.Module) -> bool:
+    return isinstance(module, torch.jit.ScriptModule)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from moe_heads.callbacks.functional.common.figures import axes_of
 from moe_heads.callbacks.functional.timing.calls import MODEL
 from moe_heads.callbacks.functional.timing.gap import Gap
+from moe_heads.callbacks.functional.timing.heads import STAGES, part_name
 from moe_heads.callbacks.functional.timing.row import TimingRow
 
 if TYPE_CHECKING:
@@ -108,9 +109,8 @@ class _Line:
 def _lines(rows: Sequence[TimingRow]) -> list[_Line]:
     """The lines of all modules but the parts of heads, which have a figure of their own."""
     modules = list(dict.fromkeys(row.module for row in rows))
-    # what starts with the name of the whole is a module of the user's that is called so
-    wholes = [f"{name}." for name in modules if name != MODEL]
-    chosen = [name for name in modules if not name.startswith(tuple(wholes))]
+    parts = {part_name(name, stage) for name in modules for stage in STAGES if name != MODEL}
+    chosen = [name for name in modules if name not in parts]
     several = len({row.mode for row in rows}) > 1
     found = []
     for index, module in enumerate(chosen):

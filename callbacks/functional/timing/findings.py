@@ -11,7 +11,7 @@ from moe_heads.callbacks.functional.timing.arithmetic import flops_of
 from moe_heads.callbacks.functional.timing.calls import MODEL
 from moe_heads.callbacks.functional.timing.counting import count
 from moe_heads.callbacks.functional.timing.gap import GapPoint, gap_of, realised_ratio
-from moe_heads.callbacks.functional.timing.heads import part_name
+from moe_heads.callbacks.functional.timing.heads import STAGES, part_name
 from moe_heads.callbacks.functional.timing.intervals import Rounds
 from moe_heads.callbacks.functional.timing.result import InferenceTimingResult
 from moe_heads.callbacks.functional.timing.roofline import Bound, Limits
@@ -22,9 +22,6 @@ from moe_heads.callbacks.functional.timing.subject import Taken
 from moe_heads.callbacks.functional.timing.sweep import Sweep
 
 __all__ = ["Findings"]
-
-# the stages of a head, in the order in which they run; the experts are what these leave of it
-_STAGES = ("router", "dispatch", "combine")
 
 
 class Findings:
@@ -107,7 +104,7 @@ class Findings:
         seed = self._sweep.seed
         parts = split(size, MODEL, rounds[MODEL], outer, "rest", seed) if outer and MODEL in rounds else []
         for head in self._subject.heads:
-            stages = {name: part_name(head, name) for name in _STAGES}
+            stages = {name: part_name(head, name) for name in STAGES}
             inner = {name: rounds[row] for name, row in stages.items() if row in rounds}
             if head in rounds and "router" in inner:
                 parts += split(size, head, rounds[head], inner, "experts", seed)

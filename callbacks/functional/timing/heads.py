@@ -8,7 +8,10 @@ from moe_heads.callbacks.functional.timing.calls import MODEL, Call
 from moe_heads.head import Head
 from moe_heads.routing import Router
 
-__all__ = ["active_flops", "belongs", "part_name", "routed_heads", "stages_of", "twin_name"]
+__all__ = ["STAGES", "active_flops", "belongs", "part_name", "routed_heads", "stages_of", "twin_name"]
+
+STAGES = ("router", "dispatch", "combine")
+"""What runs in a head beside its experts, in order; they are what these leave of it."""
 
 
 def routed_heads(named: Mapping[str, nn.Module]) -> dict[str, Head]:

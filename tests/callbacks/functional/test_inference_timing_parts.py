@@ -207,3 +207,21 @@ def test_the_json_holds_the_plan_and_what_was_left_out() -> None:
     }
     assert {skip["batch_size"] for skip in found["skipped"]} == {1, 2}
     assert all("needs a CUDA device" in skip["reason"] for skip in found["skipped"])
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_a_scripted_model_is_timed_as_a_whole_and_says_why() -> None:
+    model = nn.Sequential()
+    model.add_module("backbone", nn.Linear(16, 16))
+    scripted = torch.jit.script(model)
+    timing = inference_timing(scripted, torch.randn(2, 16), batch_sizes=[2], **QUICK)
+    assert [(row.module, row.flops) for row in timing.rows] == [("model", 2 * 2 * 16 * 16)]
+    (skip,) = timing.skipped
+    assert (skip.module, skip.reason) == (
+        "backbone",
+        "compiled by TorchScript, which does not show the inputs of its modules",
+    )
+    with pytest.raises(
+        ValueError, match=r"modules: expected modules whose inputs can be seen; \['backbone'\] are comp"
+    ):
+        inference_timing(scripted, torch.randn(2, 16), modules=["backbone"])

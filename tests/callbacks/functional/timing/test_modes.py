@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from moe_heads.callbacks.functional import inference_timing
 from moe_heads.callbacks.functional.timing.calls import Call, call_of_model
 from moe_heads.callbacks.functional.timing.modes import ModeUnavailableError, in_mode
 from tests.support.untouched import untouched
@@ -98,6 +99,13 @@ def test_compiling_takes_a_backend_and_keeps_no_program_behind(monkeypatch: pyte
         torch.testing.assert_close(run(), layer(x))
     assert len(compiled) == len(sizes)
     assert vars(layer) == before
+
+
+def test_a_compiled_timing_leaves_no_mark_on_the_parameters() -> None:
+    model, x = nn.Sequential(nn.Linear(4, 3)), torch.randn(2, 4)
+    timing = inference_timing(model, x, batch_sizes=[2], modules=[], modes=["compiled"], num_runs=2, warmup_runs=0)
+    assert [row.mode for row in timing.rows] == ["compiled"]
+    assert [vars(parameter) for parameter in model.parameters()] == [{}, {}]
 
 
 @pytest.mark.gpu
