@@ -73,11 +73,11 @@ def inference_timing(
         warmup_runs: Runs of each before, at each batch size. By default until the median of five is within
             ``warmup_tolerance`` of that of the five before, for at most half of ``seconds_per_size`` in all.
         warmup_tolerance: See there; 5 % is what a quiet machine reaches with its first ten runs.
-        seconds_per_size: Time after which no further round begins at a batch size, unless there were fewer than six.
-            Six sizes of a small model take 5 s.
+        seconds_per_size: Time of a batch size, the warm-up in it, after which no further round begins, unless there
+            were fewer than six. Six sizes of a small model take 5 s.
         max_seconds: Time of the whole sweep, compilation and capture aside: of a size whose six rounds would go beyond
-            it only the heads are timed, or nothing where not even a pass fits; ``skipped`` says so. The smallest size
-            is always timed.
+            it only the heads are timed, or nothing where not even a pass fits; ``skipped`` says so. No round begins
+            that would end after it, so that a size may have fewer than six. The smallest size is always timed.
         forward_fn: ``forward_fn(model, batch)`` runs the whole model.
         seed: Seed of the order of turns, of the bootstrap and of the random number generators.
         monitor: Shows the rounds and ends the analysis when its time is over; see `Monitor`.

@@ -69,13 +69,18 @@ def warm_up_all(contenders: Mapping[Key, Contender], clock: Clock, plan: TimingP
         clock: The clock.
         plan: How long.
         tick: Called between them.
+
+    Returns:
+        Seconds that are left of the time of the size: half of it at least.
     """
+    start = time.perf_counter()
     seconds = plan.seconds_per_size / (2 * max(len(contenders), 1))
     for contender in contenders.values():
         tick()
         warm_up(contender, clock, num_runs=plan.warmup_runs, tolerance=plan.warmup_tolerance, seconds=seconds)
         if clock.device.type == "cuda":
             contender.peak_memory = _peak_memory(contender, clock.device)
+    return max(plan.seconds_per_size - (time.perf_counter() - start), plan.seconds_per_size / 2)
 
 
 def _ready(mode: TimingMode, call: Call, device: torch.device) -> Callable[[], object]:

@@ -93,14 +93,14 @@ class Sweep:
                 size, kept, self.plan, self.subject.device, forgive=self._outlook.forgive, tick=tick
             )
             self.skipped += failed
-            warm_up_all(contenders, self._clock, self.plan, tick)
+            seconds = warm_up_all(contenders, self._clock, self.plan, tick)
             self._outlook.learn_round({key: contender.last_ms for key, contender in contenders.items()})
             with self.power.measured(size):
                 take_turns(
                     contenders,
                     self._clock,
                     num_runs=self.plan.num_runs,
-                    seconds=self.plan.seconds_per_size,
+                    seconds=seconds,
                     order=self._order,
                     on_round=lambda share: self._show(size, share),
                     is_over=self._outlook.is_over,
