@@ -107,7 +107,7 @@ class InferenceTimingResult:
 
     def plot_gap(self) -> "Figure | None":
         """Realised against theoretical ratio over batch size; None where there is no head with a router."""
-        from moe_heads.callbacks.functional.timing.figures import plot_gaps
+        from moe_heads.callbacks.functional.timing.figure_gap import plot_gaps
 
         return plot_gaps(self.gaps, self.environment.device) if self.gaps else None
 

@@ -113,48 +113,6 @@ def test_figures_are_drawn_without_a_warning() -> None:
     assert replace(found, gaps=(), parts=()).plot_split() is None
 
 
-def test_latency_has_a_line_a_module_and_its_bands() -> None:
-    parts = row("head.router", 1, 0.5), row("head.router", 32, 0.6)
-    _, ax = replace(timing(), rows=(*timing().rows, *parts)).plot()
-    assert (ax.get_xscale(), ax.get_yscale()) == ("log", "log")
-    lines = {line.get_label(): line.get_ydata().tolist() for line in ax.get_lines()}
-    assert lines == {"model": [2.0, 20.0], "head": [1.0, 3.0]}  # a part of the head has the split
-    tops = [round(float(band.get_paths()[0].vertices[:, 1].max()), 6) for band in ax.collections]
-    assert tops == [20.2, 80.0, 3.03, 12.0]
-
-
-def test_throughput_turns_the_interval_over() -> None:
-    (ax,) = timing().plot_throughput().axes
-    assert ax.get_lines()[0].get_ydata().tolist() == [500.0, 1600.0]
-    band = ax.collections[0].get_paths()[0].vertices
-    assert float(band[:, 1].min()) == 1e3 / 2.02
-
-
-def test_the_gap_has_three_lines_and_the_split_bars_that_fill() -> None:
-    (ax,) = timing().plot_gap().axes
-    lines = {line.get_label(): list(line.get_ydata()) for line in ax.get_lines() if line.get_label()[0] != "_"}
-    expected = {"head, eager": [0.5, 2.0], "theoretical (FLOPs)": [4.0, 4.0], "of the roofline bounds": [0.7, 3.0]}
-    assert lines == expected
-    (panel,) = timing().plot_split().axes
-    assert [bar.get_height() for bar in panel.patches] == [0.25, 0.75]
-
-
-def test_modes_and_caches_are_told_apart() -> None:
-    rows = [replace(row("model", 1, 2.0), mode=mode) for mode in ("eager", "compiled")]
-    _, ax = replace(timing(), rows=(*rows, replace(rows[0], cache="cold"))).plot()
-    looks = {line.get_label(): (line.get_linestyle(), line.get_marker()) for line in ax.get_lines()}
-    assert looks == {"model, eager": ("-", "o"), "model, compiled": ("--", "o"), "model, eager, cold": ("-", "s")}
-
-
-def test_plot_uses_the_axes_given() -> None:
-    from matplotlib.figure import Figure
-
-    own = Figure().subplots()
-    figure, ax = timing().plot(own)
-    assert ax is own
-    assert figure is own.figure
-
-
 def test_two_runs_agree_within_their_intervals_and_the_allowance_for_drift() -> None:
     a = row("model", 1, 100.0, p50_low_ms=99.0, p50_high_ms=101.0)
     b, far = (row("model", 1, ms, p50_low_ms=ms - 1, p50_high_ms=ms + 1) for ms in (105.5, 107.0))
