@@ -2,7 +2,8 @@
 
 CPU, fp32. Three sections: the medians of one module by `inference_timing` and by torch.utils.benchmark, the two taking
 turns; pairs of runs of one model in one process, and how many differ by more than their intervals, alone and with the
-allowance for drift between runs; the seconds that the default sweep takes of the digits model and of the paper's ResNet-18, each with its sparse head.
+allowance for drift between runs; the seconds that the default sweep takes of the digits model and of the paper's
+ResNet-18, each with its sparse head.
 
     python examples/benchmarks/inference_timing.py --threads 1 --out inference_timing.json     # some ten minutes
 """

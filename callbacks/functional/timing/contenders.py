@@ -61,8 +61,8 @@ def contenders_of(
     return found, failed
 
 
-def warm_up_all(contenders: Mapping[Key, Contender], clock: Clock, plan: TimingPlan, tick: Callable[[], None]) -> None:
-    """Warm up all of them, in no more than half the time of the rounds unless one run of each takes longer.
+def warm_up_all(contenders: Mapping[Key, Contender], clock: Clock, plan: TimingPlan, tick: Callable[[], None]) -> float:
+    """Warm up all of them, in no more than half of the time of a size unless one run of each takes longer.
 
     Args:
         contenders: What takes turns.

@@ -46,7 +46,7 @@ def _draw_realised(ax: "Axes", gap: Gap, color: str, label: str) -> None:
 def _draw_theory(ax: "Axes", gaps: Sequence[Gap], heads: Sequence[str]) -> None:
     """What does not depend on the mode, once a head."""
     points = {point.batch_size: point for gap in gaps for point in gap.points}
-    known = {point.batch_size: point for gap in gaps for point in gap.points if point.bound is not None}
+    bounds = {point.batch_size: point.bound for gap in gaps for point in gap.points if point.bound is not None}
     sizes, gray = sorted(points), f"{0.15 + 0.4 * heads.index(gaps[0].head) / len(heads):.2f}"
     theory = [points[size].theoretical for size in sizes]
     ax.plot(sizes, theory, "--", marker="^", markersize=3, color=gray, label=_label(gaps[0], heads, "theoretical"))
