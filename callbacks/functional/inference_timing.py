@@ -1,6 +1,7 @@
 """Inference timing: latency percentiles and throughput of a model and of its parts, and what a sparse head gains."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -9,10 +10,10 @@ from moe_heads.callbacks.functional.common.batches import Batch, ForwardFn, batc
 from moe_heads.callbacks.functional.common.environment import device_of, environment_of
 from moe_heads.callbacks.functional.common.monitor import Monitor, TimeUp
 from moe_heads.callbacks.functional.common.preserve import preserved
-from moe_heads.callbacks.functional.timing.calls import MODEL, named_modules, unseen_modules
+from moe_heads.callbacks.functional.timing.calls import named_modules, unseen_modules
 from moe_heads.callbacks.functional.timing.findings import Findings
 from moe_heads.callbacks.functional.timing.gap import dense_twin
-from moe_heads.callbacks.functional.timing.heads import routed_heads, twin_name
+from moe_heads.callbacks.functional.timing.heads import twin_name
 from moe_heads.callbacks.functional.timing.plan import DEFAULT_SIZES, TimingPlan
 from moe_heads.callbacks.functional.timing.resize import check_resizable
 from moe_heads.callbacks.functional.timing.result import InferenceTimingResult
@@ -64,7 +65,8 @@ def inference_timing(
         batch_sizes: Batch sizes, run in ascending order: from a single request to one that fills the machine. One at
             which the model fails is named in ``skipped``.
         modules: Dotted names of the modules to time alone; by default "backbone" and "head" where the model has them,
-            every module that owns a router of this package, and the router, those that run in the forward pass.
+            every module that owns a router of this package, and the router, those that run in the forward pass; a model
+            that is such a head itself is then split as well.
         modes: How to run them, see `TimingMode`; routers and stages in "eager" alone. By default eager only: compiling
             takes longer than all the rest. What does not work is named in ``skipped``.
         caches: "warm": a module finds the caches as its last run left them; "cold": as something else did.
@@ -111,10 +113,10 @@ def inference_timing(
     with preserved(model):
         model.eval()
         torch.manual_seed(seed)
-        twins, failed = _dense_twins(routed_heads({MODEL: model, **named}))
+        subject = Subject(model, to_device(example_batch, device), forward_fn, named, modules is not None, device)
+        twins, failed = _dense_twins(subject.heads)
+        subject = replace(subject, twins=twins)
         with torch.inference_mode():
-            example = to_device(example_batch, device)
-            subject = Subject(model, example, forward_fn, named, modules is not None, twins, device)
             sweep = Sweep(subject, plan, seed, monitor)
             sweep.skipped += failed
             if modules is None:

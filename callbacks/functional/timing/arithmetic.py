@@ -18,7 +18,7 @@ def flops_of(subject: Subject, taken: Taken) -> dict[str, Flops]:
         taken: What its forward pass showed.
     """
     counted, calls = taken.captured.counted, taken.captured.calls
-    heads = {name: head for name, head in subject.heads.items() if name in calls}
+    heads = {name: head for name, head in subject.all_heads.items() if name in calls}
     chosen = {name: active_flops(head, calls[name]) for name, head in heads.items()}
     found = {}
     for name, whole in counted.items():

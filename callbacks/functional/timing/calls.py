@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from moe_heads.callbacks.functional.common.batches import Batch, ForwardFn, leaves_of, map_leaves
 from moe_heads.routing import Router
 
-__all__ = ["MODEL", "Call", "InTurn", "call_of_model", "in_turn", "named_modules", "unseen_modules"]
+__all__ = ["MODEL", "Call", "InTurn", "call_of_model", "in_turn", "named_modules", "row_name", "unseen_modules"]
 
 MODEL = "model"
 
@@ -113,8 +113,15 @@ def named_modules(model: nn.Module, names: Sequence[str] | None) -> dict[str, nn
     scripted = [name for name in names if _is_scripted(inside[name])]
     if scripted:
         raise ValueError(f"modules: expected modules whose inputs can be seen; {scripted} are compiled by TorchScript")
-    # a child that is itself called "model" must not take the place of the whole, nor what is in it that of its parts
-    return {f"{MODEL}.{name}" if name.split(".")[0] == MODEL else name: inside[name] for name in names}
+    return {row_name(name): inside[name] for name in names}
+
+
+def row_name(name: str) -> str:
+    """Name of the rows of a module by its dotted name, which is empty for the whole model.
+
+    A child that is itself called "model" must not take the place of the whole, nor what is in it that of its parts.
+    """
+    return f"{MODEL}.{name}".removesuffix(".") if name.split(".")[0] in {"", MODEL} else name
 
 
 def unseen_modules(model: nn.Module) -> list[str]:

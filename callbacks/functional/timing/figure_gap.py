@@ -50,11 +50,9 @@ def _draw_theory(ax: "Axes", gaps: Sequence[Gap], heads: Sequence[str]) -> None:
     sizes, gray = sorted(points), f"{0.15 + 0.4 * heads.index(gaps[0].head) / len(heads):.2f}"
     theory = [points[size].theoretical for size in sizes]
     ax.plot(sizes, theory, "--", marker="^", markersize=3, color=gray, label=_label(gaps[0], heads, "theoretical"))
-    if known:
-        bounds = [known[size].bound if size in known else math.nan for size in sizes]
-        ax.plot(
-            sizes, bounds, ":", marker="s", markersize=3, color=gray, label=_label(gaps[0], heads, "ratio of bounds")
-        )
+    if bounds:
+        ratios, label = [bounds.get(size, math.nan) for size in sizes], _label(gaps[0], heads, "ratio of bounds")
+        ax.plot(sizes, ratios, ":", marker="s", markersize=3, color=gray, label=label)
 
 
 def _label(gap: Gap, heads: Sequence[str], text: str) -> str:

@@ -1,10 +1,10 @@
 """What is known of the heads with a router: which they are, their arithmetic, their parts, and their dense twins."""
 
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Container, Sequence
 
 from torch import nn
 
-from moe_heads.callbacks.functional.timing.calls import MODEL, Call
+from moe_heads.callbacks.functional.timing.calls import MODEL, Call, row_name
 from moe_heads.head import Head
 from moe_heads.routing import Router
 
@@ -14,11 +14,11 @@ STAGES = ("router", "dispatch", "combine")
 """What runs in a head beside its experts, in order; they are what these leave of it."""
 
 
-def routed_heads(named: Mapping[str, nn.Module]) -> dict[str, Head]:
-    """The heads of this package that own a router."""
+def routed_heads(model: nn.Module) -> dict[str, Head]:
+    """The heads of this package in a model that own a router, by the name of their rows; it may be one itself."""
     return {
-        name: module
-        for name, module in named.items()
+        row_name(name): module
+        for name, module in model.named_modules()
         if isinstance(module, Head) and any(isinstance(child, Router) for child in module.children())
     }
 

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
@@ -60,9 +60,9 @@ class Subject:
         example: A batch on the model's device.
         forward_fn: Runs the whole model.
         named: Modules to time by themselves.
-        is_required: Whether each of them has to run in the forward pass.
-        twins: Dense heads beside the heads with a router, by the name of the head.
+        is_required: Whether each of them has to run in the forward pass; if so, they are all that is timed apart.
         device: Where the model is.
+        twins: Dense heads beside those with a router that are timed apart, by the name of the head.
     """
 
     model: nn.Module
@@ -70,13 +70,19 @@ class Subject:
     forward_fn: ForwardFn
     named: Mapping[str, nn.Module]
     is_required: bool
-    twins: Mapping[str, Head]
     device: torch.device
+    twins: Mapping[str, Head] = field(default_factory=dict)
+
+    @cached_property
+    def all_heads(self) -> dict[str, Head]:
+        """The heads with a router, timed or not: their arithmetic is that of the experts that they choose."""
+        return routed_heads(self.model)
 
     @cached_property
     def heads(self) -> dict[str, Head]:
-        """The heads with a router, of which the model may be one."""
-        return routed_heads({MODEL: self.model, **self.named})
+        """Those that are timed apart; the model may be one itself."""
+        timed = set(self.named) if self.is_required else {MODEL, *self.named}
+        return {name: head for name, head in self.all_heads.items() if name in timed}
 
     @cached_property
     def twin_names(self) -> dict[str, str]:
@@ -111,7 +117,7 @@ class Subject:
     def _captured(self, size: int, recorder: Recorder | None) -> Captured:
         forward = call_of_model(self.forward_fn, self.model, resized(self.example, size))
         try:
-            return capture(forward, self.model, {**self.heads, **self.named}, recorder)
+            return capture(forward, self.model, {**self.all_heads, **self.named}, recorder)
         except TimeUp:
             raise
         except Exception as error:

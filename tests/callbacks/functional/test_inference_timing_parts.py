@@ -151,6 +151,14 @@ def test_a_head_that_is_the_whole_model_has_parts_and_a_gap(batch: object) -> No
     assert gap.points[0].bound > 0
 
 
+def test_without_modules_a_head_is_timed_alone_and_counts_what_it_chooses() -> None:
+    for model in (sparse("all"), nn.Sequential(nn.Identity(), sparse("all"))):
+        timing = inference_timing(model, torch.randn(3, 16), batch_sizes=[2], modules=[], **QUICK)
+        (row,) = timing.rows
+        assert row.flops == sparse().flops(2).active
+        assert timing.gaps == timing.parts == ()
+
+
 def test_a_module_called_as_the_dense_twin_keeps_its_rows() -> None:
     model = nn.Sequential()
     model.add_module("head_dense", nn.Linear(16, 16))
@@ -167,7 +175,7 @@ def test_a_module_called_model_is_in_the_figures_with_its_head() -> None:
     inner.add_module("head", sparse())
     outer.add_module("model", inner)
     timing = inference_timing(outer, torch.randn(2, 16), batch_sizes=[1, 2], modules=["model", "model.head"], **QUICK)
-    labels = {line.get_label() for line in timing.plot()[1].get_lines()}
+    labels = {line.get_label().split(",")[0] for line in timing.plot()[1].get_lines()}
     assert {"model", "model.model", "model.model.head"} <= labels
     assert "model.model.head.dispatch" not in labels
 

@@ -109,6 +109,7 @@ def test_a_compiled_timing_leaves_no_mark_on_the_parameters() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_cuda_graph_replays_the_call() -> None:
     layer, x = nn.Linear(8, 8, device="cuda"), torch.randn(4, 8, device="cuda")
     with torch.inference_mode():
