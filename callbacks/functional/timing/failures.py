@@ -4,6 +4,8 @@ from moe_heads.callbacks.functional.common.microbatches import is_out_of_memory
 
 __all__ = ["first_line", "out_of_memory", "reason_of"]
 
+_MOST_LETTERS = 200
+
 
 def reason_of(error: BaseException) -> str:
     """Why a batch size is left out at which the model raised an error."""
@@ -18,4 +20,4 @@ def out_of_memory(error: BaseException) -> str:
 def first_line(error: BaseException) -> str:
     """Type and first line of an error: compilers and allocators tell long stories."""
     lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+    return f"{type(error).__name__}: {lines[0][:_MOST_LETTERS]}" if lines else type(error).__name__

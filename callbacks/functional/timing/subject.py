@@ -1,7 +1,7 @@
 """What is timed at a batch size: the whole, its modules, and beside each head with a router its stages and its twin."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -17,6 +17,7 @@ from moe_heads.callbacks.functional.timing.counting import Recorder
 from moe_heads.callbacks.functional.timing.failures import first_line
 from moe_heads.callbacks.functional.timing.heads import part_name, routed_heads, stages_of, twin_name
 from moe_heads.callbacks.functional.timing.resize import resized
+from moe_heads.callbacks.functional.timing.row import Skipped
 from moe_heads.head import Head
 
 __all__ = ["RefusedError", "Subject", "Taken"]
@@ -42,13 +43,13 @@ class Taken:
         calls: What can be timed, by the name of its rows.
         captured: What one pass showed.
         seconds: Duration of that pass.
-        why_uncounted: Why its operators could not be recorded; "" if they were.
+        skipped: What of it cannot be timed or counted.
     """
 
     calls: Mapping[str, Call]
     captured: Captured
     seconds: float
-    why_uncounted: str
+    skipped: Sequence[Skipped]
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,7 @@ class Subject:
             RefusedError: If the forward pass fails.
             ValueError: If a module that was asked for does not run in it.
         """
-        start, why_uncounted = time.perf_counter(), ""
+        start, skipped = time.perf_counter(), list[Skipped]()
         try:
             captured = self._captured(size, Recorder())
         except RefusedError as refused:
@@ -107,12 +108,13 @@ class Subject:
                 raise
             # it may have been the recorder that it does not run with
             captured = self._captured(size, None)
-            why_uncounted = f"its operators cannot be recorded, {first_line(refused.error)}"
+            reason = f"FLOPs: its operators cannot be recorded, {first_line(refused.error)}"
+            skipped.append(Skipped(size, None, None, reason))
         seconds = time.perf_counter() - start
         idle = [name for name in self.named if name not in captured.calls]
         if idle and self.is_required:
             raise ValueError(f"modules: expected modules that run in the forward pass; {idle} do not")
-        return Taken(self._with_heads(captured), captured, seconds, why_uncounted)
+        return Taken(self._with_heads(size, captured, skipped), captured, seconds, skipped)
 
     def _captured(self, size: int, recorder: Recorder | None) -> Captured:
         forward = call_of_model(self.forward_fn, self.model, resized(self.example, size))
@@ -124,23 +126,27 @@ class Subject:
             # the user's model and function raise what they like
             raise RefusedError(error) from error
 
-    def _with_heads(self, captured: Captured) -> dict[str, Call]:
-        found = {
-            MODEL: captured.forward,
-            **{name: captured.calls[name] for name in self.named if name in captured.calls},
-        }
+    def _with_heads(self, size: int, captured: Captured, skipped: list[Skipped]) -> dict[str, Call]:
+        known = captured.calls
+        found = {MODEL: captured.forward, **{name: known[name] for name in self.named if name in known}}
         for name, head in self.heads.items():
-            if name not in captured.calls:
+            if name not in known:
                 continue
-            call = captured.calls[name]
-            found |= {part_name(name, stage): run for stage, run in stages_of(head, call).items()}
+            found |= {part_name(name, stage): run for stage, run in stages_of(head, known[name]).items()}
             if name in self.twins:
-                found[self.twin_names[name]] = self._of_twin(name, call, captured.forward)
+                try:
+                    found[self.twin_names[name]] = self._of_twin(name, captured)
+                except Exception as error:
+                    # forward_fn raises what it likes where it needs what a dense head has not
+                    skipped.append(Skipped(size, None, self.twin_names[name], first_line(error)))
         return found
 
-    def _of_twin(self, head: str, call: Call, forward: Call) -> Call:
+    def _of_twin(self, head: str, captured: Captured) -> Call:
         """The call of the dense twin, by the way that the head itself is called."""
-        twin = self.twins[head]
-        if head == MODEL:
-            return replace(forward, args=(twin, *forward.args[1:]))
-        return replace(call, function=InTurn(twin) if isinstance(call.function, InTurn) else twin)
+        twin, call = self.twins[head], captured.calls[head]
+        if head != MODEL:
+            return replace(call, function=InTurn(twin) if isinstance(call.function, InTurn) else twin)
+        whole = replace(captured.forward, args=(twin, *captured.forward.args[1:]))
+        whole()
+        whole.renew()
+        return whole

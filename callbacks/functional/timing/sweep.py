@@ -66,8 +66,7 @@ class Sweep:
             return None
         self._has_run = True
         self._outlook.learn_pass(size, taken.seconds, taken.captured.num_bytes)
-        if taken.why_uncounted:
-            self.skipped.append(Skipped(size, None, None, f"FLOPs: {taken.why_uncounted}"))
+        self.skipped += taken.skipped
         return taken
 
     def check(self) -> None:

@@ -151,6 +151,16 @@ def test_a_head_that_is_the_whole_model_has_parts_and_a_gap(batch: object) -> No
     assert gap.points[0].bound > 0
 
 
+def test_a_function_that_a_dense_head_does_not_bear_costs_the_gap_alone() -> None:
+    timing = inference_timing(
+        sparse(), torch.randn(3, 16), batch_sizes=[2], forward_fn=lambda head, x: (head(x), head.router(x)), **QUICK
+    )
+    assert [row.module for row in timing.rows] == ["model", "router", "dispatch", "combine"]
+    assert timing.gaps == ()
+    (skip,) = timing.skipped
+    assert (skip.module, skip.reason) == ("model_dense", "AttributeError: 'Dense' object has no attribute 'router'")
+
+
 def test_without_modules_a_head_is_timed_alone_and_counts_what_it_chooses() -> None:
     for model in (sparse("all"), nn.Sequential(nn.Identity(), sparse("all"))):
         timing = inference_timing(model, torch.randn(3, 16), batch_sizes=[2], modules=[], **QUICK)
