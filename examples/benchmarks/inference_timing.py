@@ -145,6 +145,9 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=11, help="turns of the two timers")
     parser.add_argument("--pairs", type=int, default=20, help="pairs of runs of one model")
     parser.add_argument("--only", choices=["agreement", "repeatability", "sweeps"], help="one section instead of all")
+    parser.add_argument(
+        "--note", default="", help="what a reader of the JSON should know, such as who shared the machine"
+    )
     parser.add_argument("--out", type=Path, default=None, help="JSON file to write")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -156,7 +159,7 @@ def main() -> None:
     }
     if options.only is not None:
         sections = {options.only: sections[options.only]}
-    report: dict[str, object] = {"machine": machine(), "seed": 0}
+    report: dict[str, object] = {"machine": machine(), "note": options.note, "seed": 0}
     for name, rows in sections.items():
         done: list[Row] = []
         report[name] = done
