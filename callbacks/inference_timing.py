@@ -47,7 +47,7 @@ class InferenceTimingCallback(FitEndAnalysis):
         forward_fn: ``forward_fn(pl_module, batch)``; by default the module is called with a batch's first entry.
         modes: How to run, see `TimingMode`; eager only by default, as compiling takes longer than all the rest.
         caches: "warm", "cold" or both.
-        seconds_per_size: Time for a batch size, unless six rounds take longer.
+        seconds_per_size: Time for a batch size with its warm-up, unless six rounds take longer.
         max_seconds: Time for the sweep: sizes for which it does not reach are left out and named. ``max_time`` in turn
             ends the analysis, and marks the result as partial.
         options: What all analyses share, without a loss; see `AnalysisOptions`. Only the test split by default, as the

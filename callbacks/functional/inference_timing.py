@@ -1,6 +1,7 @@
 """Inference timing: latency percentiles and throughput of a model and of its parts, and what a sparse head gains."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -9,15 +10,17 @@ from moe_heads.callbacks.functional.common.batches import Batch, ForwardFn, batc
 from moe_heads.callbacks.functional.common.environment import device_of, environment_of
 from moe_heads.callbacks.functional.common.monitor import Monitor, TimeUp
 from moe_heads.callbacks.functional.common.preserve import preserved
-from moe_heads.callbacks.functional.timing.calls import named_modules
+from moe_heads.callbacks.functional.timing.calls import named_modules, unseen_modules
 from moe_heads.callbacks.functional.timing.findings import Findings
 from moe_heads.callbacks.functional.timing.gap import dense_twin
-from moe_heads.callbacks.functional.timing.heads import routed_heads, twin_name
+from moe_heads.callbacks.functional.timing.heads import twin_name
 from moe_heads.callbacks.functional.timing.plan import DEFAULT_SIZES, TimingPlan
+from moe_heads.callbacks.functional.timing.resize import check_resizable
 from moe_heads.callbacks.functional.timing.result import InferenceTimingResult
 from moe_heads.callbacks.functional.timing.rounds import Cache
 from moe_heads.callbacks.functional.timing.row import Skipped, TimingMode
-from moe_heads.callbacks.functional.timing.sweep import Subject, Sweep
+from moe_heads.callbacks.functional.timing.subject import Subject
+from moe_heads.callbacks.functional.timing.sweep import Sweep
 from moe_heads.head import Head
 
 __all__ = ["inference_timing"]
@@ -62,7 +65,8 @@ def inference_timing(
         batch_sizes: Batch sizes, run in ascending order: from a single request to one that fills the machine. One at
             which the model fails is named in ``skipped``.
         modules: Dotted names of the modules to time alone; by default "backbone" and "head" where the model has them,
-            every module that owns a router of this package, and the router, those that run in the forward pass.
+            every module that owns a router of this package, and the router, those that run in the forward pass; a model
+            that is such a head itself is then split as well.
         modes: How to run them, see `TimingMode`; routers and stages in "eager" alone. By default eager only: compiling
             takes longer than all the rest. What does not work is named in ``skipped``.
         caches: "warm": a module finds the caches as its last run left them; "cold": as something else did.
@@ -71,11 +75,11 @@ def inference_timing(
         warmup_runs: Runs of each before, at each batch size. By default until the median of five is within
             ``warmup_tolerance`` of that of the five before, for at most half of ``seconds_per_size`` in all.
         warmup_tolerance: See there; 5 % is what a quiet machine reaches with its first ten runs.
-        seconds_per_size: Time after which no further round begins at a batch size, unless there were fewer than six.
-            Six sizes of a small model take 5 s.
+        seconds_per_size: Time of a batch size, the warm-up in it, after which no further round begins, unless there
+            were fewer than six. Six sizes of a small model take 5 s.
         max_seconds: Time of the whole sweep, compilation and capture aside: of a size whose six rounds would go beyond
-            it only the heads are timed, or nothing where not even a pass fits; ``skipped`` says so. The smallest size
-            is always timed.
+            it only the heads are timed, or nothing where not even a pass fits; ``skipped`` says so. No round begins
+            that would end after it, so that a size may have fewer than six. The smallest size is always timed.
         forward_fn: ``forward_fn(model, batch)`` runs the whole model.
         seed: Seed of the order of turns, of the bootstrap and of the random number generators.
         monitor: Shows the rounds and ends the analysis when its time is over; see `Monitor`.
@@ -85,8 +89,9 @@ def inference_timing(
         Of the batch sizes that were finished, marked by ``partial``, when the time of the monitor is over.
 
     Raises:
-        ValueError: If the batch is empty or the model takes it at no size, a number is out of range, a batch size comes
-            twice, or a module is unknown or does not run in the forward pass.
+        ValueError: If the batch is empty, cannot be repeated (`check_resizable`), or the model takes it at no size, a
+            number is out of range, a batch size comes twice, or a module is unknown, compiled by TorchScript, or does
+            not run in the forward pass.
 
     Example:
         >>> import torch
@@ -101,17 +106,22 @@ def inference_timing(
     )
     if batch_size(example_batch) == 0:
         raise ValueError("example_batch: expected at least one sample; got none")
+    if any(size != batch_size(example_batch) for size in batch_sizes):
+        check_resizable(example_batch)
     named = named_modules(model, modules)
     device, monitor = device_of(model), monitor or Monitor()
     with preserved(model):
         model.eval()
         torch.manual_seed(seed)
-        twins, failed = _dense_twins(routed_heads(named))
+        subject = Subject(model, to_device(example_batch, device), forward_fn, named, modules is not None, device)
+        twins, failed = _dense_twins(subject.heads)
+        subject = replace(subject, twins=twins)
         with torch.inference_mode():
-            example = to_device(example_batch, device)
-            subject = Subject(model, example, forward_fn, named, modules is not None, twins, device)
             sweep = Sweep(subject, plan, seed, monitor)
             sweep.skipped += failed
+            if modules is None:
+                reason = "compiled by TorchScript, which does not show the inputs of its modules"
+                sweep.skipped += [Skipped(None, None, name, reason) for name in unseen_modules(model)]
             findings = Findings(sweep, environment_of(model))
             try:
                 for size in sorted(batch_sizes):

@@ -95,7 +95,7 @@ def seed_generators(seed: int) -> None:
 
 
 class _TensorState:
-    """Values, gradient and ``requires_grad`` flag of one parameter or buffer."""
+    """Values, gradient, ``requires_grad`` flag and attributes of one parameter or buffer."""
 
     def __init__(self, tensor: Tensor) -> None:
         self.tensor = tensor
@@ -103,6 +103,8 @@ class _TensorState:
         self._grad = tensor.grad if tensor.is_leaf else None
         self.values = tensor.detach().clone()
         self._grad_values = None if self._grad is None else self._grad.detach().clone()
+        # torch.compile leaves marks on the tensors that it has seen
+        self._attributes = dict(vars(tensor))
 
     def restore(self) -> None:
         write_back(self.tensor, self.values)
@@ -111,6 +113,8 @@ class _TensorState:
             self.tensor.grad = self._grad
         if self._grad is not None and self._grad_values is not None:
             write_back(self._grad, self._grad_values)
+        vars(self.tensor).clear()
+        vars(self.tensor).update(self._attributes)
 
 
 def _is_lazy(tensor: Tensor) -> bool:

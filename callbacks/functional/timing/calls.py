@@ -1,19 +1,16 @@
 """What is timed: the whole model, and modules inside it on the inputs that they had there."""
 
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
-from functools import partial
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from moe_heads.callbacks.functional.common.batches import Batch, ForwardFn, batch_size, leaves_of, map_leaves
+from moe_heads.callbacks.functional.common.batches import Batch, ForwardFn, leaves_of, map_leaves
 from moe_heads.routing import Router
 
-__all__ = ["MODEL", "Call", "Captured", "call_of_model", "capture", "named_modules", "resized"]
+__all__ = ["MODEL", "Call", "InTurn", "call_of_model", "in_turn", "named_modules", "row_name", "unseen_modules"]
 
 MODEL = "model"
 
@@ -35,6 +32,17 @@ class Call:
     written: Mapping[int, Tensor] = field(default_factory=dict)
 
     @property
+    def module(self) -> object:
+        """The module that it calls, once or several times."""
+        return self.function.module if isinstance(self.function, InTurn) else self.function
+
+    @property
+    def inputs(self) -> list[Tensor]:
+        """The first tensor of each call of the module."""
+        calls = self.args if isinstance(self.function, InTurn) else [(self.args, dict(self.kwargs))]
+        return [next(leaf for leaf in leaves_of(call) if isinstance(leaf, Tensor)) for call in calls]
+
+    @property
     def is_whole(self) -> bool:
         """Whether it is a module on its inputs, and not a stage: a bare function of what it closes over."""
         return bool(self.args or self.kwargs)
@@ -54,6 +62,32 @@ class Call:
                 leaves[index].copy_(before)
 
 
+class InTurn(nn.Module):
+    """Calls a module once for each of its arguments, pairs of positional and named ones."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, *calls: tuple[Sequence[Any], Mapping[str, Any]]) -> None:
+        """Run all of them."""
+        for args, kwargs in calls:
+            self.module(*args, **kwargs)
+
+
+def in_turn(calls: Sequence[Call]) -> Call:
+    """One call that makes all calls of a module, in order: what a model that calls it more than once spends in it."""
+    if len(calls) == 1:
+        return calls[0]
+    assert isinstance(calls[0].function, nn.Module)
+    written: dict[int, Tensor] = {}
+    start = 0
+    for call in calls:
+        written |= {start + index: before for index, before in call.written.items()}
+        start += len(leaves_of([call.args, dict(call.kwargs)]))
+    return Call(InTurn(calls[0].function), tuple((call.args, dict(call.kwargs)) for call in calls), written=written)
+
+
 def call_of_model(forward_fn: ForwardFn, model: nn.Module, batch: Batch) -> Call:
     """The forward pass of the whole model."""
     return Call(forward_fn, (model, batch))
@@ -64,106 +98,43 @@ def named_modules(model: nn.Module, names: Sequence[str] | None) -> dict[str, nn
 
     Args:
         model: The model.
-        names: Dotted names; by default "backbone" and "head", all modules that own a router, and these routers.
+        names: Dotted names; by default "backbone" and "head", all modules that own a router, and these routers, apart
+            from what TorchScript has compiled.
 
     Raises:
-        ValueError: If a name is unknown.
+        ValueError: If a name is unknown, or TorchScript has compiled the module.
     """
     inside = {name: module for name, module in model.named_modules() if name}
     if names is None:
-        routers = {name for name, module in inside.items() if isinstance(module, Router)}
-        owners = {name.rpartition(".")[0] for name in routers}
-        names = [name for name in inside if name in {"backbone", "head"} | owners | routers]
+        names = [name for name in _defaults(inside) if not _is_scripted(inside[name])]
     unknown = [name for name in names if name not in inside]
     if unknown:
         raise ValueError(f"modules: expected names of modules, such as {next(iter(inside), None)!r}; got {unknown}")
-    # a child that is itself called "model" must not take the place of the whole
-    return {f"{MODEL}.{name}" if name == MODEL else name: inside[name] for name in names}
+    scripted = [name for name in names if _is_scripted(inside[name])]
+    if scripted:
+        raise ValueError(f"modules: expected modules whose inputs can be seen; {scripted} are compiled by TorchScript")
+    return {row_name(name): inside[name] for name in names}
 
 
-def resized(batch: Batch, size: int) -> Batch:
-    """A copy with its samples repeated or cut to ``size``; tensors that do not count the samples stay as they are."""
-    given = batch_size(batch)
+def row_name(name: str) -> str:
+    """Name of the rows of a module by its dotted name, which is empty for the whole model.
 
-    def resize(leaf: object) -> object:
-        if not isinstance(leaf, Tensor):
-            return leaf
-        if leaf.dim() == 0 or leaf.shape[0] != given:
-            return leaf.clone()  # the model may write into it
-        return leaf[torch.arange(size, device=leaf.device) % given]
-
-    return map_leaves(batch, resize)
-
-
-@dataclass
-class Captured:
-    """What one forward pass showed.
-
-    Attributes:
-        forward: The forward pass, which knows now what it writes into.
-        calls: A call of each module on the inputs of its first call.
-        num_bytes: Most bytes that one module read and wrote: what a pass needs at once, about.
+    A child that is itself called "model" must not take the place of the whole, nor what is in it that of its parts.
     """
-
-    forward: Call
-    calls: dict[str, Call]
-    num_bytes: int
+    return f"{MODEL}.{name}".removesuffix(".") if name.split(".")[0] in {"", MODEL} else name
 
 
-def capture(forward: Call, model: nn.Module, named: Mapping[str, nn.Module]) -> Captured:
-    """Run the forward pass once and keep the inputs of the modules."""
-    inputs: dict[str, Call] = {}
-    running: dict[str, int] = Counter()
-    written: dict[str, dict[int, Tensor]] = {}
-    most = 0
-
-    def record(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        running[name] += 1
-        # a copy: a later layer may work in place
-        if name not in inputs:
-            inputs[name] = Call(named[name], *map_leaves((args, kwargs), _cloned))
-
-    def compare(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: object) -> None:
-        if running[name] == 1 and name not in written:
-            written[name] = _changes(inputs[name], args, kwargs)
-
-    def measure(module: nn.Module, args: tuple[Any, ...], output: object) -> None:
-        nonlocal most
-        tensors = [leaf for leaf in leaves_of([args, output]) if isinstance(leaf, Tensor)]
-        most = max(most, sum(tensor.numel() * tensor.element_size() for tensor in tensors))
-
-    before = replace(forward, args=map_leaves(forward.args, _cloned))
-    with ExitStack() as stack:
-        for name, module in named.items():
-            stack.callback(module.register_forward_pre_hook(partial(record, name), with_kwargs=True).remove)
-            stack.callback(module.register_forward_hook(partial(compare, name), with_kwargs=True).remove)
-        for module in model.modules():
-            stack.callback(module.register_forward_hook(measure).remove)
-        # a model that is compiled would be so anew for the hooks, and once more without them
-        stack.enter_context(torch.compiler.set_stance("force_eager"))
-        forward()
-    calls = {name: replace(inputs[name], written=written.get(name, {})) for name in named if name in inputs}
-    forward = replace(forward, written=_changes(before, forward.args, forward.kwargs))
-    forward.renew()
-    return Captured(forward, calls, most)
+def unseen_modules(model: nn.Module) -> list[str]:
+    """The modules that would be timed by default but that TorchScript has compiled."""
+    inside = {name: module for name, module in model.named_modules() if name}
+    return [name for name in _defaults(inside) if _is_scripted(inside[name])]
 
 
-def _cloned(leaf: object) -> object:
-    return leaf.clone() if isinstance(leaf, Tensor) else leaf
+def _defaults(inside: Mapping[str, nn.Module]) -> list[str]:
+    routers = {name for name, module in inside.items() if isinstance(module, Router)}
+    owners = {name.rpartition(".")[0] for name in routers}
+    return [name for name in inside if name in {"backbone", "head"} | owners | routers]
 
 
-def _changes(before: Call, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[int, Tensor]:
-    """What the tensors held that a run has changed, by their place among the leaves of the arguments."""
-    pairs = zip(leaves_of([before.args, dict(before.kwargs)]), leaves_of([args, dict(kwargs)]), strict=False)
-    return {
-        index: kept.clone()
-        for index, (kept, now) in enumerate(pairs)
-        if isinstance(kept, Tensor) and isinstance(now, Tensor) and not _is_same(kept, now)
-    }
-
-
-def _is_same(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors hold the same, a nan being as good as another."""
-    if a.shape != b.shape or not (a.is_floating_point() or a.is_complex()):
-        return torch.equal(a, b)
-    return bool(((a == b) | (a.isnan() & b.isnan())).all())
+def _is_scripted(module: nn.Module) -> bool:
+    return isinstance(module, torch.jit.ScriptModule)

@@ -25,17 +25,20 @@ _COLORS = {
 
 
 def plot_split(parts: Sequence[Part], device: str) -> "Figure":
-    """Bars of the shares of each part over batch size: one panel for the model, one for each head."""
+    """Bars of the shares of each part over batch size: a panel for the model and one for each head, two a row."""
     from matplotlib.figure import Figure
 
     wholes = list(dict.fromkeys(part.whole for part in parts))
-    figure = Figure(figsize=(SIZE[0], 0.6 + 1.7 * len(wholes)), layout="constrained")
-    panels = figure.subplots(len(wholes), 1, squeeze=False)[:, 0]
-    for panel, whole in zip(panels, wholes, strict=True):
+    num_rows, num_columns = -(-len(wholes) // 2), min(len(wholes), 2)
+    figure = Figure(figsize=(SIZE[0], SIZE[1] * num_rows), layout="constrained")
+    panels = list(figure.subplots(num_rows, num_columns, squeeze=False).flat)
+    for panel, whole in zip(panels, wholes, strict=False):
         _draw_shares(panel, [part for part in parts if part.whole == whole])
-        panel.set_title(f"parts of {'the model' if whole == MODEL else whole}", fontsize=FONT + 1)
-    panels[-1].set_xlabel("batch size", fontsize=FONT)
-    figure.suptitle(f"share of the time on {short_name(device)}", fontsize=FONT + 1)
+        panel.set_title(f"parts of {'the model' if whole == MODEL else whole}", fontsize=FONT)
+        panel.set_xlabel("batch size", fontsize=FONT)
+    for empty in panels[len(wholes) :]:
+        empty.remove()
+    figure.suptitle(f"share of the time; {short_name(device)}", fontsize=FONT)
     return figure
 
 
@@ -50,7 +53,9 @@ def _draw_shares(ax: "Axes", parts: Sequence[Part]) -> None:
         shares = [heights.get((size, name), 0.0) / total for size, total in zip(sizes, totals, strict=True)]
         ax.bar(range(len(sizes)), shares, bottom=bottom, color=_COLORS[name], label=name, width=0.75)
         bottom = [low + share for low, share in zip(bottom, shares, strict=True)]
-    ax.set_xticks(range(len(sizes)), [f"{size}" for size in sizes])
+    ax.set_xticks(range(len(sizes)), [f"{size}" for size in sizes], rotation=90 if len(sizes) > 3 else 0)
     ax.set_ylim(0, 1)
-    ax.tick_params(labelsize=FONT)
-    ax.legend(fontsize=FONT, loc="center left", bbox_to_anchor=(1.0, 0.5), reverse=True)
+    ax.tick_params(labelsize=FONT - 1)
+    ax.legend(
+        fontsize=FONT - 1, loc="center left", bbox_to_anchor=(1.0, 0.5), reverse=True, frameon=False, handlelength=1.0
+    )

@@ -1,4 +1,4 @@
-"""Figures over batch size: latency, throughput, and the gap between theoretical and realised speed."""
+"""Figures over batch size: latency and throughput."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -6,18 +6,20 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from moe_heads.callbacks.functional.common.figures import axes_of
-from moe_heads.callbacks.functional.timing.gap import Gap
+from moe_heads.callbacks.functional.timing.calls import MODEL
+from moe_heads.callbacks.functional.timing.heads import STAGES, part_name
 from moe_heads.callbacks.functional.timing.row import TimingRow
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["FONT", "SIZE", "plot_gaps", "plot_latency", "plot_throughput", "short_name"]
+__all__ = ["FONT", "SIZE", "ends_of", "finish", "plot_latency", "plot_throughput", "short_name"]
 
-# TensorBoard shows a figure about 450 pixels wide: at this size its letters stay readable.
-SIZE = (4.8, 3.6)
+# A card of TensorBoard shows a figure in about 450 × 210 pixels: at this size its letters stay readable.
+SIZE = (4.4, 2.3)
 FONT = 8
+_MOST_LETTERS = 16
 _DASHES: dict[str, Any] = {
     "eager": "-",
     "compiled": "--",
@@ -30,44 +32,30 @@ _DASHES: dict[str, Any] = {
 def plot_latency(rows: Sequence[TimingRow], device: str, ax: "Axes | None" = None) -> "tuple[Figure, Axes]":
     """Median latency over batch size: dark bands are intervals of the median, light ones reach p99."""
     figure, ax = axes_of(ax, SIZE)
-    for line in _lines(rows):
+    lines = _lines(rows)
+    for line in lines:
         line.draw(ax, lambda row, ms: ms)
         top = [row.p99_ms for row in line.rows]
         ax.fill_between(line.sizes, [row.p50_ms for row in line.rows], top, color=line.color, alpha=0.12, linewidth=0)
-    ax.set(yscale="log", ylabel="latency (ms): median, its interval, up to p99")
-    _finish(ax, [row.batch_size for row in rows], device)
+    ax.set_ylabel("latency (ms)")
+    finish(ax, [row.batch_size for row in rows], f"median, its interval, up to p99; {short_name(device)}")
+    _explain(ax, lines)
     return figure, ax
 
 
 def plot_throughput(rows: Sequence[TimingRow], device: str) -> "tuple[Figure, Axes]":
     """Samples a second over batch size, at the median latency and the ends of its interval."""
+    from matplotlib.ticker import EngFormatter
+
     figure, ax = axes_of(None, SIZE)
-    for line in _lines(rows):
+    lines = _lines(rows)
+    for line in lines:
         line.draw(ax, lambda row, ms: 1e3 * row.batch_size / ms)
-    ax.set(yscale="log", ylabel="samples a second, at the median")
-    _finish(ax, [row.batch_size for row in rows], device)
+    ax.set_ylabel("samples a second")
+    finish(ax, [row.batch_size for row in rows], f"at the median and its interval; {short_name(device)}")
+    ax.yaxis.set_major_formatter(EngFormatter(sep=""))
+    _explain(ax, lines)
     return figure, ax
-
-
-def plot_gaps(gaps: Sequence[Gap], device: str) -> "Figure":
-    """Ratio of the dense head's time to that of the head, over batch size: realised, theoretical, and as bounded."""
-    figure, ax = axes_of(None, SIZE)
-    for index, gap in enumerate(gaps):
-        color, sizes = f"C{index}", [point.batch_size for point in gap.points]
-        realised = [point.realised for point in gap.points]
-        ax.plot(sizes, realised, marker="o", markersize=3, color=color, label=f"{gap.head}, {gap.mode}")
-        low, high = _ends([(point.low, point.high, point.realised) for point in gap.points])
-        ax.fill_between(sizes, low, high, color=color, alpha=0.25, linewidth=0)
-        if gap.mode == "eager":
-            ax.plot(sizes, [point.theoretical for point in gap.points], "--", color=color, label="theoretical (FLOPs)")
-            bounds = [math.nan if point.bound is None else point.bound for point in gap.points]
-            ax.plot(sizes, bounds, ":", color=color, label="of the roofline bounds")
-        if gap.break_even is not None:
-            ax.axvline(gap.break_even, color=color, linewidth=0.7)
-    ax.axhline(1, color="0.4", linewidth=0.8)
-    ax.set(yscale="log", ylabel="time of the dense head ÷ time of the head")
-    _finish(ax, [point.batch_size for gap in gaps for point in gap.points], device)
-    return figure
 
 
 def short_name(device: str) -> str:
@@ -79,7 +67,7 @@ def short_name(device: str) -> str:
 class _Line:
     """Rows of one module in one mode: modules by colour, modes by dashes, caches by marker."""
 
-    label: str
+    module: str
     color: str
     rows: Sequence[TimingRow]
 
@@ -87,19 +75,25 @@ class _Line:
     def sizes(self) -> list[int]:
         return [row.batch_size for row in self.rows]
 
+    @property
+    def way(self) -> tuple[str, str]:
+        return self.rows[0].mode, self.rows[0].cache
+
+    @property
+    def look(self) -> dict[str, Any]:
+        mode, cache = self.way
+        return {
+            "linestyle": _DASHES[mode],
+            "marker": "o" if cache == "warm" else "s",
+            "markersize": 3,
+            "linewidth": 1.2,
+        }
+
     def draw(self, ax: "Axes", value: Callable[[TimingRow, float], float]) -> None:
         """Draw the medians and a band of their intervals, of values that are monotonic in the time."""
-        ax.plot(
-            self.sizes,
-            [value(row, row.p50_ms) for row in self.rows],
-            linestyle=_DASHES[self.rows[0].mode],
-            marker="o" if self.rows[0].cache == "warm" else "s",
-            markersize=3,
-            linewidth=1.2,
-            color=self.color,
-            label=self.label,
-        )
-        low, high = _ends([(row.p50_low_ms, row.p50_high_ms, row.p50_ms) for row in self.rows])
+        medians = [value(row, row.p50_ms) for row in self.rows]
+        ax.plot(self.sizes, medians, color=self.color, label=", ".join((self.module, *self.way)), **self.look)
+        low, high = ends_of([(row.p50_low_ms, row.p50_high_ms, row.p50_ms) for row in self.rows])
         ends = [[value(row, ms) for row, ms in zip(self.rows, end, strict=True)] for end in (low, high)]
         ax.fill_between(self.sizes, ends[0], ends[1], color=self.color, alpha=0.4, linewidth=0)
 
@@ -107,37 +101,59 @@ class _Line:
 def _lines(rows: Sequence[TimingRow]) -> list[_Line]:
     """The lines of all modules but the parts of heads, which have a figure of their own."""
     modules = list(dict.fromkeys(row.module for row in rows))
-    chosen = [name for name in modules if not any(name.startswith(f"{other}.") for other in modules)]
-    several = len({row.mode for row in rows}) > 1
+    parts = {part_name(name, stage) for name in modules for stage in STAGES if name != MODEL}
     found = []
-    for index, module in enumerate(chosen):
+    for index, module in enumerate(name for name in modules if name not in parts):
         own = [row for row in rows if row.module == module]
-        for mode, cache in dict.fromkeys((row.mode, row.cache) for row in own):
-            label = ", ".join([module, *([mode] if several else []), *(["cold"] if cache == "cold" else [])])
-            line = [row for row in own if (row.mode, row.cache) == (mode, cache)]
-            found.append(_Line(label, f"C{index}", sorted(line, key=lambda row: row.batch_size)))
+        for way in dict.fromkeys((row.mode, row.cache) for row in own):
+            line = sorted((row for row in own if (row.mode, row.cache) == way), key=lambda row: row.batch_size)
+            found.append(_Line(module, f"C{index}", line))
     return found
 
 
-def _ends(intervals: Sequence[tuple[float, float, float]]) -> tuple[list[float], list[float]]:
+def _explain(ax: "Axes", lines: Sequence[_Line]) -> None:
+    """A legend beside the axes: a colour a module and, if there are several, a dash a mode and cache."""
+    from matplotlib.lines import Line2D
+
+    colors = {line.module: line.color for line in lines}
+    entries = [Line2D([], [], color=color, label=_ending(module)) for module, color in colors.items()]
+    ways = {line.way: line.look for line in lines}
+    if len(ways) > 1:
+        entries += [
+            Line2D([], [], color="0.3", label=mode if cache == "warm" else f"{mode}, {cache}", **look)
+            for (mode, cache), look in ways.items()
+        ]
+    if entries:
+        ax.legend(handles=entries, fontsize=FONT - 1, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
+
+
+def _ending(name: str) -> str:
+    """The end of a dotted name, which tells more than its beginning."""
+    return name if len(name) <= _MOST_LETTERS else f"…{name[1 - _MOST_LETTERS :]}"
+
+
+def ends_of(intervals: Sequence[tuple[float, float, float]]) -> tuple[list[float], list[float]]:
     """Lower and upper ends of (low, high, value); of an interval that is unknown, the value."""
     known = [(low, high) if math.isfinite(high) else (value, value) for low, high, value in intervals]
     return [low for low, _ in known], [high for _, high in known]
 
 
-def _finish(ax: "Axes", sizes: Sequence[int], device: str) -> None:
+def finish(ax: "Axes", sizes: Sequence[int], title: str) -> None:
+    """Logarithmic axes with plain numbers: the batch sizes, and 0.5 instead of a power of ten."""
+    from matplotlib.ticker import LogLocator, NullLocator
+
     ticks = sorted(set(sizes))
-    ax.set_xscale("log")
+    ax.set(xscale="log", yscale="log")
     ax.set_xticks(ticks, [f"{size}" for size in ticks])
-    ax.set_xticks([], minor=True)
-    # 0.5 and not 5 × 10⁻¹; where there is less than a power of ten, between the powers as well
+    ax.xaxis.set_minor_locator(NullLocator())
     low, high = ax.get_ylim()
+    # between the powers of ten where there are few of them
+    steps = (1.0,) if high > 1e3 * low else (1.0, 2.0, 5.0) if high > 4 * low else (1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 7.0)
+    ax.yaxis.set_major_locator(LogLocator(subs=steps, numticks=12))
     ax.yaxis.set_major_formatter("{x:g}")
-    ax.yaxis.set_minor_formatter("{x:g}" if math.log10(high / low) < 1 else "")
+    ax.yaxis.set_minor_formatter("")
     ax.set_xlabel("batch size", fontsize=FONT)
     ax.yaxis.label.set_fontsize(FONT)
     ax.tick_params(labelsize=FONT, which="both")
-    ax.set_title(short_name(device), fontsize=FONT)
+    ax.set_title(title, fontsize=FONT)
     ax.grid(alpha=0.3, linewidth=0.5)
-    if ax.get_legend_handles_labels()[0]:
-        ax.legend(fontsize=FONT)

@@ -7,23 +7,21 @@ import torch
 from torch import nn
 
 from moe_heads.callbacks.functional.common.environment import Environment, load_average
-from moe_heads.callbacks.functional.timing.calls import MODEL, Call
-from moe_heads.callbacks.functional.timing.counting import Counted, count
-from moe_heads.callbacks.functional.timing.gap import Gap, GapPoint, break_even, realised_ratio
-from moe_heads.callbacks.functional.timing.heads import active_flops, routed_heads, twin_name
+from moe_heads.callbacks.functional.timing.arithmetic import flops_of
+from moe_heads.callbacks.functional.timing.calls import MODEL
+from moe_heads.callbacks.functional.timing.counting import count
+from moe_heads.callbacks.functional.timing.gap import GapPoint, gap_of, realised_ratio
+from moe_heads.callbacks.functional.timing.heads import STAGES, part_name
 from moe_heads.callbacks.functional.timing.intervals import Rounds
 from moe_heads.callbacks.functional.timing.result import InferenceTimingResult
-from moe_heads.callbacks.functional.timing.roofline import Limits
+from moe_heads.callbacks.functional.timing.roofline import Bound, Limits
 from moe_heads.callbacks.functional.timing.rounds import Contender
-from moe_heads.callbacks.functional.timing.row import Key, TimingMode, TimingRow, row_of
+from moe_heads.callbacks.functional.timing.row import Flops, Key, Skipped, TimingMode, TimingRow, row_of
 from moe_heads.callbacks.functional.timing.split import Part, split
+from moe_heads.callbacks.functional.timing.subject import Taken
 from moe_heads.callbacks.functional.timing.sweep import Sweep
-from moe_heads.capacity import capacity
 
 __all__ = ["Findings"]
-
-# the stages of a head, in the order in which they run; the experts are what these leave of it
-_STAGES = ("router", "dispatch", "combine")
 
 
 class Findings:
@@ -36,10 +34,9 @@ class Findings:
 
     def __init__(self, sweep: Sweep, environment: Environment) -> None:
         self._sweep, self._environment = sweep, environment
-        self._heads = routed_heads(sweep.subject.named)
-        self._dtype = _dtype_of(sweep.subject.model, sweep.subject.device)
+        self._subject, self._plan = sweep.subject, sweep.plan
+        self._dtype = _dtype_of(self._subject.model, self._subject.device)
         self._limits: dict[torch.dtype, Limits] = {}
-        self._counted: dict[str, tuple[int, int]] = {}
         self._uncounted: Mapping[str, int] = {}
         self._rows: list[TimingRow] = []
         self._parts: list[Part] = []
@@ -47,91 +44,86 @@ class Findings:
 
     def add(self, size: int) -> None:
         """Time one batch size, or note why not."""
-        calls = self._sweep.calls(size)
-        if calls is None:
+        taken = self._sweep.take(size)
+        if taken is None:
             return
-        flops = self._flops(size, calls)
-        timed = self._sweep.time(size, calls)
-        if timed is None:
-            return
+        flops = flops_of(self._subject, taken)
+        timed = self._sweep.time(size, taken.calls)
+        if MODEL in taken.captured.counted:
+            self._uncounted = taken.captured.counted[MODEL].uncounted
         for key, contender in timed.items():
             peak = self._limits_of(key.mode)
             self._rows.append(row_of(size, key, contender, flops.get(key.module), peak.peak_flops if peak else None))
         self._parts += self._split(size, timed)
-        for name in self._heads:
-            self._add_points(size, name, calls, timed)
+        for name in self._subject.twins:
+            self._add_points(size, name, taken, flops, timed)
 
     def result(self, partial: str = "") -> InferenceTimingResult:
         """The result of the sizes so far."""
-        sweep = self._sweep
+        sweep, subject = self._sweep, self._subject
         limits = self._limits.get(self._dtype)
+        gaps = (
+            gap_of(name, mode, self._plan.main_cache, (subject.heads[name], subject.twins[name]), points)
+            for (name, mode), points in self._points.items()
+        )
         return InferenceTimingResult(
             rows=tuple(self._rows),
             environment=self._environment,
             warmup_runs=max((row.warmup_runs for row in self._rows), default=0),
             seed=sweep.seed,
             partial=partial,
-            skipped=tuple(sweep.skipped),
+            skipped=(*sweep.skipped, *self._never()),
             parts=tuple(self._parts),
-            gaps=tuple(self._gap(*key, points) for key, points in self._points.items()),
+            gaps=tuple(gaps),
             power=tuple(sweep.power.uses),
             uncounted=self._uncounted,
             peak_flops=limits.peak_flops if limits else None,
             launch_ms=limits.launch_ms if limits else None,
             bandwidths=dict(limits.bandwidths) if limits else {},
             load_average_end=load_average(),
+            plan=self._plan,
         )
+
+    def _never(self) -> list[Skipped]:
+        """What no batch size can have under this plan."""
+        if "eager" in self._plan.modes:
+            return []
+        return [
+            Skipped(None, None, None, "no split and no roofline: both are of the mode eager, which modes leaves out")
+        ]
 
     def _limits_of(self, mode: TimingMode) -> Limits | None:
         dtype = torch.bfloat16 if mode == "bf16" else self._dtype
-        if self._sweep.subject.device.type not in {"cpu", "cuda"}:
+        if self._subject.device.type not in {"cpu", "cuda"}:
             return None
-        return self._limits.setdefault(dtype, Limits(self._sweep.subject.device, dtype))
-
-    def _flops(self, size: int, calls: Mapping[str, Call]) -> dict[str, int]:
-        """Operations of each module: of a head by its own formula, else as counted once, in proportion to the size."""
-        twins = {twin_name(name): twin for name, twin in self._sweep.subject.twins.items()}
-        heads = {name: head for name, head in {**self._heads, **twins}.items() if name in calls}
-        if not self._counted:
-            found = {name: _counted(call) for name, call in calls.items() if call.is_whole}
-            self._uncounted = found[MODEL].uncounted
-            # a sparse head may run more experts than it chooses
-            present = [(name, head) for name, head in self._heads.items() if name in calls]
-            excess = sum(found[name].flops - active_flops(head, calls[name]) for name, head in present)
-            self._counted = {
-                name: (counted.flops - (excess if name == MODEL else 0), size) for name, counted in found.items()
-            }
-        known = {name: flops * size // first for name, (flops, first) in self._counted.items()}
-        return known | {name: active_flops(head, calls[name]) for name, head in heads.items()}
+        return self._limits.setdefault(dtype, Limits(self._subject.device, dtype))
 
     def _split(self, size: int, timed: Mapping[Key, Contender]) -> list[Part]:
-        rounds = {key.module: c.wall_ms() for key, c in timed.items() if key == Key(key.module)}
+        rounds = {key.module: c.wall_ms() for key, c in timed.items() if key[1:] == ("eager", self._plan.main_cache)}
         outer: dict[str, Rounds] = {name: rounds[name] for name in ("backbone", "head") if name in rounds}
         seed = self._sweep.seed
         parts = split(size, MODEL, rounds[MODEL], outer, "rest", seed) if outer and MODEL in rounds else []
-        for head in self._heads:
-            inner = {name: rounds[f"{head}.{name}"] for name in _STAGES if f"{head}.{name}" in rounds}
+        for head in self._subject.heads:
+            stages = {name: part_name(head, name) for name in STAGES}
+            inner = {name: rounds[row] for name, row in stages.items() if row in rounds}
             if head in rounds and "router" in inner:
                 parts += split(size, head, rounds[head], inner, "experts", seed)
         return parts
 
-    def _add_points(self, size: int, name: str, calls: Mapping[str, Call], timed: Mapping[Key, Contender]) -> None:
-        head, twin = self._heads[name], self._sweep.subject.twins.get(name)
-        if twin is None:
-            return
-        for mode in self._sweep.plan.modes:
-            keys = [Key(twin_name(name), mode, "warm"), Key(name, mode, "warm")]
+    def _add_points(
+        self, size: int, name: str, taken: Taken, flops: Mapping[str, Flops], timed: Mapping[Key, Contender]
+    ) -> None:
+        twin = self._subject.twin_names[name]
+        for mode in self._plan.modes:
+            keys = [Key(row, mode, self._plan.main_cache) for row in (twin, name)]
             if not all(key in timed for key in keys):
                 continue
-            dense_call, call = calls[twin_name(name)], calls[name]
-            limits = self._limits_of(mode) if mode == "eager" else None
-            dense_bound = limits.bound(_counted(dense_call).operators) if limits else None
-            head_bound = limits.bound(_counted(call).operators) if limits else None
+            dense_bound, head_bound = self._bounds(name, taken) if mode == "eager" else (None, None)
             self._points[name, mode].append(
                 GapPoint(
                     size,
                     mode,
-                    active_flops(twin, dense_call) / active_flops(head, call),
+                    flops[twin].value / flops[name].value,
                     *realised_ratio(timed[keys[0]].wall_ms(), timed[keys[1]].wall_ms(), self._sweep.seed),
                     bound=dense_bound.ms / head_bound.ms if dense_bound and head_bound else None,
                     dense_bound=dense_bound,
@@ -139,21 +131,15 @@ class Findings:
                 )
             )
 
-    def _gap(self, name: str, mode: TimingMode, points: list[GapPoint]) -> Gap:
-        sizes, ratios = [point.batch_size for point in points], [point.realised for point in points]
-        return Gap(
-            head=name,
-            mode=mode,
-            parameters=capacity(self._heads[name]).total,
-            dense_parameters=capacity(self._sweep.subject.twins[name]).total,
-            points=tuple(points),
-            break_even=break_even(sizes, ratios),
-        )
-
-
-def _counted(call: Call) -> Counted:
-    call.renew()
-    return count(call)
+    def _bounds(self, name: str, taken: Taken) -> tuple[Bound | None, Bound | None]:
+        """Least times of the dense head and of the head; None for both where the operators of one are not known."""
+        limits, call = self._limits_of("eager"), taken.calls[self._subject.twin_names[name]]
+        call.renew()
+        counted = [count(call), taken.captured.counted.get(name)]
+        if limits is None or any(found is None or found.num_hidden for found in counted):
+            return None, None
+        dense, head = (limits.bound(found.operators) for found in counted if found is not None)
+        return dense, head
 
 
 def _dtype_of(model: nn.Module, device: torch.device) -> torch.dtype:

@@ -1,13 +1,12 @@
 """How sure a median is, of runs that are not independent: intervals by batch means and by a block bootstrap."""
 
 import itertools
-import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["BETWEEN_RUNS", "CONFIDENCE", "Floats", "Rounds", "bootstrap_interval", "median_interval", "widened"]
+__all__ = ["CONFIDENCE", "DRIFT", "Floats", "Rounds", "bootstrap_interval", "containing", "median_interval", "paired"]
 
 Floats = NDArray[np.float64]
 
@@ -16,10 +15,9 @@ Rounds = Sequence[Sequence[float]]
 
 CONFIDENCE = 0.95
 
-BETWEEN_RUNS = 0.02
-"""What a second run differs by for reasons that stay the same within a run, such as where its tensors lie.
-
-Relative to the median, at the same level; measured by pairs of runs, examples/benchmarks/inference_timing.py.
+DRIFT = 0.02
+"""Allowance, relative to a median, for what stays the same within a run and differs in the next, such as where its
+tensors lie. No statistic, and in no interval: it was chosen on one machine from pairs of runs, and may not fit another.
 """
 
 # Ten blocks notice the disturbances that last for a tenth of the time, five those that last longer; simulated in
@@ -80,27 +78,28 @@ def bootstrap_interval(statistic: Callable[..., Floats], modules: Sequence[Round
     Returns:
         Lower and upper end.
     """
-    num_rounds = min(map(len, modules))
+    modules = paired(modules)
+    num_rounds = len(modules[0])
     if num_rounds < _FEWEST_ROUNDS:
         return -float("inf"), float("inf")
     num_blocks = min(num_rounds, _NUM_BLOCKS[0])
     draws = np.random.default_rng(seed).integers(num_blocks, size=(_RESAMPLES, num_blocks))
     # how often each block was drawn
     counts = np.stack([(draws == block).sum(1) for block in range(num_blocks)], axis=1)
-    medians = [_weighted_medians(_blocks(rounds[:num_rounds], num_blocks), counts) for rounds in modules]
+    medians = [_weighted_medians(_blocks(rounds, num_blocks), counts) for rounds in modules]
     low, high = np.quantile(statistic(*medians), [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
     return float(low), float(high)
 
 
-def widened(value: float, ends: tuple[float, float], error: float) -> tuple[float, float]:
-    """An interval with a further error that is independent of the first, added in quadrature.
+def paired(modules: Sequence[Rounds]) -> list[Rounds]:
+    """The rounds that all modules took part in: a module that has its runs rests while others go on."""
+    num_rounds = min(map(len, modules))
+    return [rounds[:num_rounds] for rounds in modules]
 
-    Args:
-        value: What the interval is about.
-        ends: Its lower and upper end.
-        error: Half the width of the interval of the further error.
-    """
-    return value - math.hypot(value - ends[0], error), value + math.hypot(ends[1] - value, error)
+
+def containing(value: float, ends: tuple[float, float]) -> tuple[float, float]:
+    """An interval that contains its value: percentiles of a bootstrap need not enclose it."""
+    return min(value, ends[0]), max(value, ends[1])
 
 
 def _weighted_medians(blocks: list[list[Floats]], counts: NDArray[np.int64]) -> Floats:

@@ -58,9 +58,14 @@ class TimingPlan:
         )
 
     @property
+    def main_cache(self) -> Cache:
+        """What splits and gaps are of: warm caches where these are timed."""
+        return "warm" if "warm" in self.caches else "cold"
+
+    @property
     def fewest_rounds(self) -> int:
-        """Rounds at least, with one to warm up."""
-        return 1 + min(FEWEST_ROUNDS, self.num_runs)
+        """Rounds at least, with those to warm up."""
+        return (1 if self.warmup_runs is None else self.warmup_runs) + min(FEWEST_ROUNDS, self.num_runs)
 
 
 def _is_count(value: Any, least: int) -> bool:

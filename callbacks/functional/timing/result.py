@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 from moe_heads.callbacks.functional.common.environment import Environment
 from moe_heads.callbacks.functional.timing.counting import CONVENTION
 from moe_heads.callbacks.functional.timing.gap import Gap
+from moe_heads.callbacks.functional.timing.intervals import DRIFT
+from moe_heads.callbacks.functional.timing.plan import TimingPlan
 from moe_heads.callbacks.functional.timing.power import PowerUse
 from moe_heads.callbacks.functional.timing.row import Skipped, TimingRow
 from moe_heads.callbacks.functional.timing.split import Part
@@ -21,7 +23,7 @@ if TYPE_CHECKING:
 __all__ = ["NOISY", "InferenceTimingResult"]
 
 NOISY = 0.10
-"""Width of the interval of a median, as a share of it, above which the machine is called noisy."""
+"""Width of the interval of the sampling of a median, as a share of it, above which the machine is called noisy."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,9 @@ class InferenceTimingResult:
         launch_ms: Milliseconds of the smallest operator, measured.
         bandwidths: Bytes a second of a copy by the bytes that it reads and writes, measured.
         load_average_end: Load at the end; None where the system does not tell.
+        drift_allowance: For drift between two runs, as a share of each median: beside the intervals of the sampling,
+            which do not contain it. No statistic, but a choice; see `TimingRow.agrees_with`.
+        plan: What was asked for: batch sizes, modes, caches, runs, and time.
     """
 
     rows: tuple[TimingRow, ...]
@@ -59,12 +64,14 @@ class InferenceTimingResult:
     launch_ms: float | None = None
     bandwidths: Mapping[int, float] = field(default_factory=dict)
     load_average_end: float | None = None
+    drift_allowance: float = DRIFT
+    plan: TimingPlan | None = None
 
     @property
     def is_noisy(self) -> bool:
-        """Whether the interval of a median is wider than 10 % for more than a quarter of the rows."""
-        wide = sum(row.relative_width > NOISY for row in self.rows)
-        return 4 * wide > len(self.rows)
+        """Whether the interval of the sampling is wider than 10 % for more than a quarter of the rows that have one."""
+        known = [row.relative_width for row in self.rows if math.isfinite(row.relative_width)]
+        return 4 * sum(width > NOISY for width in known) > len(known)
 
     def metrics(self) -> dict[str, float]:
         """The numbers to log, ``<module>/batch<size>/<quantity>``; ``/<mode>`` before it unless eager."""
@@ -100,7 +107,7 @@ class InferenceTimingResult:
 
     def plot_gap(self) -> "Figure | None":
         """Realised against theoretical ratio over batch size; None where there is no head with a router."""
-        from moe_heads.callbacks.functional.timing.figures import plot_gaps
+        from moe_heads.callbacks.functional.timing.figure_gap import plot_gaps
 
         return plot_gaps(self.gaps, self.environment.device) if self.gaps else None
 
@@ -126,7 +133,12 @@ class InferenceTimingResult:
 
     def to_json(self) -> str:
         """Everything as JSON; numbers that are not finite become null."""
-        found = dataclasses.asdict(self) | {"is_noisy": self.is_noisy, "flops_convention": CONVENTION}
+        found = dataclasses.asdict(self) | {
+            "is_noisy": self.is_noisy,
+            "flops_convention": CONVENTION,
+            "interval_of_the_sampling": "p50_low_ms to p50_high_ms, low to high: 95 %, of other runs in the same while",
+            "allowance_for_drift_between_runs": f"{self.drift_allowance:g} of each median, in no interval; a choice",
+        }
         return json.dumps(_finite(found), indent=1, allow_nan=False) + "\n"
 
     def _how(self) -> str:
@@ -137,9 +149,13 @@ class InferenceTimingResult:
         unstable = sum(not row.is_stable for row in self.rows)
         if unstable:
             sentences.append(f"The warm-up of {unstable} of {len(self.rows)} rows ended before it was stable.")
+        sentences.append(
+            "Intervals are those of the sampling, 95 %: of other runs in the same while. Allowance for drift between "
+            f"runs, apart from them: {self.drift_allowance:.0%} of each median."
+        )
         if self.is_noisy:
             sentences.append(f"**Noisy machine**: intervals of medians are wider than {NOISY:.0%}.")
-        sentences.append(f"FLOPs: {CONVENTION}.")
+        sentences.append(f"FLOPs: {CONVENTION}; ≥ marks a lower bound.")
         if self.uncounted:
             names = ", ".join(f"{name.removeprefix('aten.')} {times}×" for name, times in self.uncounted.items())
             sentences.append(f"Not counted in a pass of the model: {names}.")

@@ -14,10 +14,11 @@ __all__ = ["Bound", "Limit", "Limits"]
 
 Limit = Literal["arithmetic", "memory", "launches"]
 
-_MATRIX = {"cpu": 1024, "cuda": 8192}
+# A few milliseconds a core: what takes longer than a slice of the processor's time is interrupted in every run.
+_MATRIX = {"cpu": 512, "cuda": 8192}
 _SMALLEST_BYTES, _LARGEST_BYTES = 2**16, 2**28
-# Others may use the machine: the best of at least five runs, and of as many as there are in this time.
-_FEWEST_RUNS, _SECONDS = 5, 0.02
+# Others may use the machine: the best of at least ten runs, and of as many as there are in this time.
+_FEWEST_RUNS, _SECONDS = 10, 0.05
 
 
 @dataclass(frozen=True)
@@ -54,9 +55,10 @@ class Limits:
 
     @property
     def peak_flops(self) -> float:
-        """Floating point operations a second of a square matrix product: 1024 on a CPU, 8192 on a GPU."""
+        """Floating point operations a second of a square matrix product: 512 on a CPU of few cores, 8192 on a GPU."""
         if self._peak is None:
-            size = _MATRIX.get(self.device.type, 1024)
+            threads = torch.get_num_threads() if self.device.type == "cpu" else 1
+            size = int(_MATRIX[self.device.type] * max(threads / 2, 1) ** (1 / 3))
             a = torch.ones(size, size, device=self.device, dtype=self.dtype)
             self._peak = 2e3 * size**3 / self._best_ms(lambda: a @ a)
         return self._peak
@@ -85,7 +87,7 @@ class Limits:
             operators: What runs.
         """
         sums: dict[Limit, float] = {"arithmetic": 0.0, "memory": 0.0, "launches": 0.0}
-        for flops, num_bytes in operators:
+        for flops, num_bytes, _ in operators:
             times: dict[Limit, float] = {
                 "arithmetic": 1e3 * flops / self.peak_flops,
                 "memory": 1e3 * num_bytes / self.bandwidth(num_bytes),

@@ -22,6 +22,7 @@ Cache = Literal["warm", "cold"]
 FEWEST_ROUNDS = 6
 # Short calls run several times a turn, for as long as this or a share of the runs.
 _TURN_MS = 2.0
+_LONGEST_TURN_MS = 2 * _TURN_MS
 _MOST_REPEATS = 8
 _ROUNDS_AT_LEAST = 25
 # Two windows of runs whose medians are compared.
@@ -107,7 +108,7 @@ def take_turns(
     seconds: float,
     order: random.Random,
     on_round: Callable[[float], None],
-    is_over: Callable[[], bool] = lambda: False,
+    is_over: Callable[[float], bool] = lambda round_s: False,
 ) -> None:
     """Let all contenders run in rounds, each round in a new random order, so that a slow phase meets all of them alike.
 
@@ -121,18 +122,19 @@ def take_turns(
         seconds: Time after which no more round begins, unless there were fewer than six.
         order: Decides the orders.
         on_round: Called after each round with the share that is done.
-        is_over: Asked after each round whether to stop at once, with however few.
+        is_over: Asked after each round, given its seconds, whether to stop at once, with however few.
     """
     start, done, fewest = time.perf_counter(), 0, min(FEWEST_ROUNDS, num_runs)
     share = 0.0 if contenders else 1.0
     while share < 1:
+        begin = time.perf_counter()
         with _no_garbage():
             for key in order.sample(list(contenders), len(contenders)):
                 _take_turn(contenders[key], clock, num_runs)
         done += 1
         runs = min(contender.num_runs for contender in contenders.values())
         share = max(runs / num_runs, min((time.perf_counter() - start) / seconds, done / fewest))
-        share = 1.0 if is_over() else share
+        share = 1.0 if is_over(time.perf_counter() - begin) else share
         on_round(min(share, 1.0))
 
 
@@ -161,4 +163,8 @@ def _take_turn(contender: Contender, clock: Clock, num_runs: int) -> None:
     repeats = int(min(most, max(1.0, _TURN_MS / contender.last_ms))) if contender.last_ms > 0 else 1
     if contender.last_ms < _TURN_MS:
         contender.run()
-    contender.rounds.append([contender.timed(clock) for _ in range(min(repeats, wanted))])
+    samples: list[Sample] = []
+    # a machine that others use may take many times as long as in the warm-up
+    while len(samples) < min(repeats, wanted) and sum(sample.wall_ms for sample in samples) < _LONGEST_TURN_MS:
+        samples.append(contender.timed(clock))
+    contender.rounds.append(samples)

@@ -6,10 +6,10 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from moe_heads.callbacks.functional.timing.intervals import BETWEEN_RUNS, median_interval, widened
+from moe_heads.callbacks.functional.timing.intervals import DRIFT, median_interval
 from moe_heads.callbacks.functional.timing.rounds import Cache, Contender
 
-__all__ = ["Key", "Skipped", "TimingMode", "TimingRow", "row_of"]
+__all__ = ["Flops", "Key", "Skipped", "TimingMode", "TimingRow", "row_of"]
 
 TimingMode = Literal["eager", "compiled", "cuda_graph", "bf16", "channels_last"]
 """How a model runs: as Python calls it, by torch.compile, as a CUDA graph, under bf16 autocast, in channels_last."""
@@ -39,16 +39,17 @@ class TimingRow:
         num_runs: Runs timed.
         samples_per_s: Samples a second over all runs, ``batch_size / mean``.
         max_ms: Slowest run.
-        p50_low_ms: Lower end of the 95 % confidence interval of the median: that of `median_interval`, and 2 %
-            for what differs between two runs.
+        p50_low_ms: Lower end of the 95 % interval of the sampling, see `median_interval`: what other runs in the same
+            while would give. Drift between two runs is not in it, see `InferenceTimingResult.drift_allowance`.
         p50_high_ms: Upper end; infinite with fewer than six runs.
         device_p50_ms: Median time between two events on the stream of a CUDA device; None elsewhere.
         cache: "warm" or "cold".
         warmup_runs: Runs before the timed ones.
         is_stable: Whether the warm-up reached its tolerance.
         flops: Floating point operations of a run, two a multiply-add; for a sparse head those of the chosen experts.
+        flops_complete: False where they are a lower bound: an operator ran whose products no formula is known for.
         peak_share: Arithmetic a second, as a share of the measured peak of a matrix product in fp32 (of bf16 for
-            "bf16"); None where neither is known.
+            "bf16"); None where either is not known.
         peak_memory: Most bytes allocated on the CUDA device during a run; None elsewhere.
     """
 
@@ -70,6 +71,7 @@ class TimingRow:
     warmup_runs: int = 0
     is_stable: bool = True
     flops: int | None = None
+    flops_complete: bool = True
     peak_share: float | None = None
     peak_memory: int | None = None
 
@@ -82,8 +84,20 @@ class TimingRow:
 
     @property
     def relative_width(self) -> float:
-        """Width of the interval of the median as a share of the median."""
+        """Width of the interval of the median as a share of the median; infinite with fewer than six runs."""
         return (self.p50_high_ms - self.p50_low_ms) / self.p50_ms
+
+    def agrees_with(self, other: "TimingRow", drift_allowance: float = DRIFT) -> bool:
+        """Whether two medians differ by no more than their intervals and the allowance for drift between two runs.
+
+        Args:
+            other: The row of another run.
+            drift_allowance: Share of each median by which its interval is stretched at both ends.
+        """
+        return all(
+            a.p50_low_ms - drift_allowance * a.p50_ms <= b.p50_high_ms + drift_allowance * b.p50_ms
+            for a, b in ((self, other), (other, self))
+        )
 
 
 @dataclass(frozen=True)
@@ -107,7 +121,19 @@ class Skipped:
         return f"{', '.join(filter(None, what))}: {self.reason}"
 
 
-def row_of(size: int, key: Key, contender: Contender, flops: int | None, peak_flops: float | None) -> TimingRow:
+class Flops(NamedTuple):
+    """Floating point operations.
+
+    Attributes:
+        value: How many.
+        is_complete: Whether it is all of them, or a lower bound.
+    """
+
+    value: int
+    is_complete: bool = True
+
+
+def row_of(size: int, key: Key, contender: Contender, flops: Flops | None, peak_flops: float | None) -> TimingRow:
     """The row of what was timed.
 
     Args:
@@ -120,8 +146,11 @@ def row_of(size: int, key: Key, contender: Contender, flops: int | None, peak_fl
     rounds = contender.wall_ms()
     times = [time for found in rounds for time in found]
     p50, p90, p99 = np.quantile(times, [0.5, 0.9, 0.99]).tolist()
-    mean, (low, high) = statistics.fmean(times), widened(p50, median_interval(rounds), BETWEEN_RUNS * p50)
+    mean, (low, high) = statistics.fmean(times), median_interval(rounds)
     device = [sample.device_ms for found in contender.rounds for sample in found]
+    share = None
+    if flops is not None and flops.is_complete and peak_flops is not None:
+        share = 1e3 * flops.value / (p50 * peak_flops)
     return TimingRow(
         batch_size=size,
         mode=key.mode,
@@ -134,13 +163,14 @@ def row_of(size: int, key: Key, contender: Contender, flops: int | None, peak_fl
         num_runs=len(times),
         samples_per_s=1000 * size / mean,
         max_ms=max(times),
-        p50_low_ms=max(low, 0.0),
+        p50_low_ms=low,
         p50_high_ms=high,
         device_p50_ms=None if np.isnan(device).any() else float(np.median(device)),
         cache=key.cache,
         warmup_runs=contender.warmup_runs,
         is_stable=contender.is_stable,
-        flops=flops,
-        peak_share=None if flops is None or peak_flops is None else 1e3 * flops / (p50 * peak_flops),
+        flops=None if flops is None else flops.value,
+        flops_complete=flops is None or flops.is_complete,
+        peak_share=share,
         peak_memory=contender.peak_memory,
     )

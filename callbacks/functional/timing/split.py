@@ -1,6 +1,5 @@
 """Where the time of a model and of its heads goes: parts that are timed alone, and what they leave of the whole."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -8,11 +7,11 @@ from typing import Literal
 import numpy as np
 
 from moe_heads.callbacks.functional.timing.intervals import (
-    BETWEEN_RUNS,
     Rounds,
     bootstrap_interval,
+    containing,
     median_interval,
-    widened,
+    paired,
 )
 
 __all__ = ["How", "Part", "split"]
@@ -29,7 +28,7 @@ class Part:
         whole: "model", or the name of a head.
         name: "backbone", "head", "router", "dispatch", "experts", "combine", or "rest".
         ms: Median, milliseconds; a difference of medians may come out below zero when it is small.
-        low_ms: Lower end of its 95 % confidence interval.
+        low_ms: Lower end of its 95 % interval of the sampling.
         high_ms: Upper end.
         how: "timed alone", on the inputs that the part has inside; or "by difference", the whole less the others.
     """
@@ -44,7 +43,7 @@ class Part:
 
 
 def split(batch_size: int, whole: str, times: Rounds, parts: Mapping[str, Rounds], rest: str, seed: int) -> list[Part]:
-    """The parts of a whole, the last of them by difference.
+    """The parts of a whole, the last of them by difference, of the rounds that all of them took part in.
 
     Args:
         batch_size: Samples of the batch.
@@ -54,16 +53,14 @@ def split(batch_size: int, whole: str, times: Rounds, parts: Mapping[str, Rounds
         rest: Name of what is left.
         seed: Seed of the bootstrap.
     """
+    times, *others = paired([times, *parts.values()])
     found = []
-    for name, rounds in parts.items():
-        ms = _median(rounds)
-        low, high = widened(ms, median_interval(rounds), BETWEEN_RUNS * ms)
-        found.append(Part(batch_size, whole, name, ms, low, high, "timed alone"))
+    for name, rounds in zip(parts, others, strict=True):
+        ends = median_interval(rounds)
+        found.append(Part(batch_size, whole, name, _median(rounds), *ends, "timed alone"))
     left = _median(times) - sum(part.ms for part in found)
-    ends = bootstrap_interval(lambda whole, *others: whole - sum(others), [times, *parts.values()], seed)
-    # the error of each alone does not cancel
-    error = BETWEEN_RUNS * math.hypot(_median(times), *(part.ms for part in found))
-    return [*found, Part(batch_size, whole, rest, left, *widened(left, ends, error), "by difference")]
+    ends = bootstrap_interval(lambda whole, *others: whole - sum(others), [times, *others], seed)
+    return [*found, Part(batch_size, whole, rest, left, *containing(left, ends), "by difference")]
 
 
 def _median(rounds: Rounds) -> float:

@@ -12,12 +12,23 @@ __all__ = ["gap_tables", "rows_table", "skipped_list", "split_tables"]
 
 def rows_table(rows: Sequence[TimingRow]) -> str:
     """A line a row; columns that are empty throughout are left out."""
-    heading = ["module", "batch", "mode", "p50 ms", "95 % interval", "p90", "p99", "max", "runs", "samples/s"]
+    heading = [
+        "module",
+        "batch",
+        "mode",
+        "p50 ms",
+        "95 % interval of the sampling",
+        "p90",
+        "p99",
+        "max",
+        "runs",
+        "samples/s",
+    ]
     lines = [
         [
             row.module,
             f"{row.batch_size}",
-            row.mode if row.cache == "warm" else f"{row.mode}, cold",
+            _how(row.mode, row.cache),
             f"{row.p50_ms:.4g}",
             _interval(row.p50_low_ms, row.p50_high_ms),
             f"{row.p90_ms:.4g}",
@@ -30,7 +41,7 @@ def rows_table(rows: Sequence[TimingRow]) -> str:
     ]
     extras = {
         "device p50 ms": [_number(row.device_p50_ms) for row in rows],
-        "MFLOP": [_number(None if row.flops is None else row.flops / 1e6) for row in rows],
+        "MFLOP": [_flops(row) for row in rows],
         "of peak": ["" if row.peak_share is None else f"{row.peak_share:.1%}" for row in rows],
         "peak MiB": [_number(None if row.peak_memory is None else row.peak_memory / 2**20) for row in rows],
     }
@@ -46,10 +57,10 @@ def gap_tables(gaps: Sequence[Gap]) -> list[str]:
     found = []
     for gap in gaps:
         title = (
-            f"**{gap.head} beside a dense head of equal capacity** ({gap.mode}; {gap.parameters:,} and "
-            f"{gap.dense_parameters:,} parameters): {gap.verdict()}."
+            f"**{gap.head} beside a dense head of equal capacity** ({_how(gap.mode, gap.cache)}; {gap.parameters:,} "
+            f"and {gap.dense_parameters:,} parameters): {gap.verdict()}."
         )
-        heading = ("batch", "theoretical", "realised", "95 % interval", "bound", "bound by (dense, head)")
+        heading = ("batch", "theoretical", "realised", "95 % interval", "ratio of bounds", "bound by (dense, head)")
         found.append(f"{title}\n\n{_table(heading, [_gap_line(point) for point in gap.points])}")
     return found
 
@@ -96,12 +107,21 @@ def skipped_list(skipped: Sequence[Skipped]) -> str:
     return "\n".join(["**Not timed**", "", *lines]) if lines else ""
 
 
+def _how(mode: str, cache: str) -> str:
+    return mode if cache == "warm" else f"{mode}, {cache}"
+
+
 def _with_interval(part: Part) -> str:
     return f"{part.ms:.3g} ({_interval(part.low_ms, part.high_ms)})"
 
 
 def _interval(low: float, high: float) -> str:
     return f"{low:.3g} to {high:.3g}" if math.isfinite(low) and math.isfinite(high) else "unknown"
+
+
+def _flops(row: TimingRow) -> str:
+    """Millions of operations; a lower bound is marked."""
+    return "" if row.flops is None else f"{'' if row.flops_complete else '≥ '}{row.flops / 1e6:.4g}"
 
 
 def _number(value: float | None, digits: int = 4) -> str:

@@ -157,3 +157,14 @@ def test_analysis_mode_gives_attention_a_second_derivative() -> None:
         (gradient,) = torch.autograd.grad(loss, [attention.in_proj_weight], create_graph=True)
         (second,) = torch.autograd.grad(gradient.square().sum(), [attention.in_proj_weight])
     assert second.abs().sum() > 0
+
+
+def test_attributes_of_a_parameter_are_put_back_and_new_ones_go() -> None:
+    layer = nn.Linear(2, 2)
+    layer.weight.mine = kept = [1]
+    with preserved(layer):
+        layer.weight.mine = 2
+        layer.bias._mark = 1
+    assert vars(layer.weight) == {"mine": kept}
+    assert layer.weight.mine is kept
+    assert vars(layer.bias) == {}

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from moe_heads.callbacks.functional.timing.intervals import bootstrap_interval, median_interval, widened
+from moe_heads.callbacks.functional.timing.intervals import bootstrap_interval, containing, median_interval, paired
 
 Times = np.ndarray
 Draw = Callable[[np.random.Generator, int, int], Times]
@@ -107,7 +107,13 @@ def test_the_bootstrap_draws_blocks_of_rounds() -> None:
     assert (low, high) == pytest.approx(tuple(np.quantile(medians, [0.025, 0.975])))
 
 
-def test_a_further_error_is_added_in_quadrature() -> None:
-    assert widened(10.0, (7.0, 14.0), 0.0) == (7.0, 14.0)
-    assert widened(10.0, (7.0, 10.0), 4.0) == (5.0, 14.0)
-    assert widened(10.0, (-float("inf"), float("inf")), 4.0) == (-float("inf"), float("inf"))
+def test_an_interval_contains_its_value() -> None:
+    assert containing(10.0, (7.0, 14.0)) == (7.0, 14.0)
+    assert containing(10.0, (11.0, 14.0)) == (10.0, 14.0)
+    assert containing(10.0, (7.0, 9.0)) == (7.0, 10.0)
+
+
+def test_modules_are_paired_by_the_rounds_that_all_took_part_in() -> None:
+    short, long = [[1.0, 2.0]] * 3, [[float(i)] for i in range(5)]
+    assert paired([short, long]) == [short, long[:3]]
+    assert bootstrap_interval(lambda a, b: b / a, [[[1.0]] * 6, [[2.0]] * 6 + [[900.0]] * 9], 0) == (2.0, 2.0)

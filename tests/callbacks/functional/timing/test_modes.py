@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from moe_heads.callbacks.functional import inference_timing
 from moe_heads.callbacks.functional.timing.calls import Call, call_of_model
 from moe_heads.callbacks.functional.timing.modes import ModeUnavailableError, in_mode
 from tests.support.untouched import untouched
@@ -100,7 +101,15 @@ def test_compiling_takes_a_backend_and_keeps_no_program_behind(monkeypatch: pyte
     assert vars(layer) == before
 
 
+def test_a_compiled_timing_leaves_no_mark_on_the_parameters() -> None:
+    model, x = nn.Sequential(nn.Linear(4, 3)), torch.randn(2, 4)
+    timing = inference_timing(model, x, batch_sizes=[2], modules=[], modes=["compiled"], num_runs=2, warmup_runs=0)
+    assert [row.mode for row in timing.rows] == ["compiled"]
+    assert [vars(parameter) for parameter in model.parameters()] == [{}, {}]
+
+
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_cuda_graph_replays_the_call() -> None:
     layer, x = nn.Linear(8, 8, device="cuda"), torch.randn(4, 8, device="cuda")
     with torch.inference_mode():

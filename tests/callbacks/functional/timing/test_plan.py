@@ -30,6 +30,7 @@ def test_the_default_sizes_are_those_of_the_issue_and_the_rounds_at_least_seven(
     assert TimingPlan().batch_sizes == (1, 8, 32, 128, 256, 1024)
     assert TimingPlan().fewest_rounds == 7
     assert TimingPlan(num_runs=2).fewest_rounds == 3
+    assert TimingPlan(num_runs=2, warmup_runs=5).fewest_rounds == 7
 
 
 def test_it_says_what_there_is_no_time_for() -> None:

@@ -80,6 +80,15 @@ def test_short_calls_run_several_times_a_turn_after_one_unrecorded(clock: FakeCl
     assert shares[-1] == 1
 
 
+def test_a_turn_ends_early_where_runs_take_longer_than_in_the_warm_up(clock: FakeClock) -> None:
+    contender = warmed(taking(forever(0.25)), clock)
+    contender.call = lambda: 3.0
+    options = {"num_runs": 200, "seconds": 0.1, "order": random.Random(0), "on_round": lambda _: None}
+    take_turns({0: contender}, clock, **options)
+    # eight runs of 0.25 ms were foreseen
+    assert {len(found) for found in contender.rounds} == {2}
+
+
 def test_no_more_runs_than_asked_for_and_six_rounds_at_least(clock: FakeClock) -> None:
     def timed(ms: float, num_runs: int) -> Contender:
         contender = warmed(taking(forever(ms)), clock)
@@ -130,8 +139,10 @@ def test_garbage_is_collected_between_the_rounds_only(clock: FakeClock) -> None:
     assert gc.isenabled()
 
 
-def test_rounds_stop_at_once_when_all_is_over(clock: FakeClock) -> None:
-    contender = Contender(lambda: 1.0)
+def test_rounds_stop_when_one_more_would_be_too_long(clock: FakeClock) -> None:
+    contender, asked = Contender(lambda: 1.0), []
     options = {"num_runs": 9, "seconds": 9, "order": random.Random(0), "on_round": lambda _: None}
-    take_turns({0: contender}, clock, is_over=lambda: True, **options)
-    assert contender.num_runs == 1
+    take_turns({0: contender}, clock, is_over=lambda seconds: asked.append(seconds) or len(asked) == 2, **options)
+    assert contender.num_runs == 2
+    # one run unrecorded, and one timed
+    assert asked == pytest.approx([1e-3, 1e-3])

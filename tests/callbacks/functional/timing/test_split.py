@@ -1,7 +1,3 @@
-import math
-
-import pytest
-
 from moe_heads.callbacks.functional.timing.split import split
 
 
@@ -16,10 +12,14 @@ def test_the_last_part_is_what_the_others_leave_and_all_add_up() -> None:
     ]
     assert sum(part.ms for part in parts) == 10
     assert all((part.batch_size, part.whole) == (32, "head") for part in parts)
-    # nothing varies within the run: 2 % of each part are what is left
-    assert (parts[0].low_ms, parts[0].high_ms) == pytest.approx((1.96, 2.04))
-    error = 0.02 * math.sqrt(10**2 + 2**2 + 1**2 + 0.5**2)
-    assert (parts[-1].low_ms, parts[-1].high_ms) == pytest.approx((6.5 - error, 6.5 + error))
+    # nothing varies within the run, and what differs between runs is in no interval
+    assert all(part.low_ms == part.ms == part.high_ms for part in parts)
+
+
+def test_parts_are_of_the_rounds_that_all_took_part_in() -> None:
+    whole, router = [[10.0]] * 6 + [[30.0]] * 20, [[2.0]] * 6
+    router_part, rest = split(1, "head", whole, {"router": router}, "experts", seed=0)
+    assert (router_part.ms, rest.ms, rest.low_ms, rest.high_ms) == (2.0, 8.0, 8.0, 8.0)
 
 
 def test_the_error_of_a_difference_is_that_of_both() -> None:

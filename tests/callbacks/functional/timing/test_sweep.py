@@ -8,7 +8,16 @@ from torch import Tensor, nn
 
 from moe_heads import SparseMoE
 from moe_heads.callbacks.functional import InferenceTimingResult, inference_timing
-from moe_heads.callbacks.functional.timing import outlook, rounds, sweep
+from moe_heads.callbacks.functional.common.monitor import Monitor
+from moe_heads.callbacks.functional.timing import outlook, rounds, subject
+
+
+class Outside:
+    """Time and passes so far; unlike attributes of the model, nobody puts them back."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.passes: list[int] = []
 
 
 class Costly(nn.Module):
@@ -16,16 +25,15 @@ class Costly(nn.Module):
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, seconds: float, head: nn.Module | None = None) -> None:
         super().__init__()
-        self.now, self.seconds = 0.0, seconds
+        self.clock, self.seconds = Outside(), seconds
         self.head = nn.Identity() if head is None else head
-        self.passes: list[int] = []
-        for module in (outlook, rounds, sweep):
-            monkeypatch.setattr(module.time, "perf_counter", lambda: self.now)
-        monkeypatch.setattr(rounds.time, "perf_counter_ns", lambda: int(1e9 * self.now))
+        for module in (outlook, rounds, subject):
+            monkeypatch.setattr(module.time, "perf_counter", lambda: self.clock.now)
+        monkeypatch.setattr(rounds.time, "perf_counter_ns", lambda: int(1e9 * self.clock.now))
 
     def forward(self, x: Tensor) -> Tensor:
-        self.now += self.seconds * len(x)
-        self.passes.append(len(x))
+        self.clock.now += self.seconds * len(x)
+        self.clock.passes.append(len(x))
         return self.head(x)
 
 
@@ -50,8 +58,8 @@ def test_the_sweep_stays_within_its_time_and_names_what_it_leaves_out(monkeypatc
     timing, sizes = timed(model, max_seconds=30.0)
     # size 32: a pass of 3.2 s is made, seven rounds are not; size 128 is not even tried
     assert sizes == [1, 8]
-    assert model.now <= 30
-    assert 128 not in model.passes
+    assert model.clock.now <= 30
+    assert 128 not in model.clock.passes
     left = reasons(timing)
     assert left[32].startswith("may take about 22.4 s, and ")
     assert left[32].endswith(" of max_seconds = 30 were left")
@@ -76,6 +84,29 @@ def test_the_heads_are_timed_where_the_model_takes_too_long(monkeypatch: pytest.
     (left,) = (skip for skip in timing.skipped if skip.batch_size == 32)
     assert left.module == "model"
     assert [point.batch_size for point in timing.gaps[0].points][:3] == [1, 8, 32]
+
+
+def test_the_warm_up_is_in_the_time_of_a_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Costly(monkeypatch, 0.01)
+    timing, _ = timed(model, batch_sizes=(1,), seconds_per_size=2.0)
+    (row,) = timing.rows
+    # one pass to capture; the warm-up is stable after ten, and the rest of two seconds is left
+    assert row.warmup_runs == 10
+    assert model.clock.now == pytest.approx(0.01 + 2.0, abs=0.03)
+
+
+def test_rounds_end_in_time_where_they_take_longer_than_foretold(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Costly(monkeypatch, 0.1)
+
+    def busy(done: int, total: int | None, quantities: Mapping[str, float]) -> None:
+        if quantities.get("batch_size") == 8:
+            model.seconds = 0.5  # other work came in the first round of size 8
+
+    options = {"max_seconds": 14.0, "batch_sizes": (1, 8), "monitor": Monitor(show=busy)}
+    timing, sizes = timed(model, **options)
+    assert sizes == [1, 8]
+    assert model.clock.now <= 14
+    assert timing.rows[1].num_runs < 6
 
 
 class Hungry(nn.Module):
@@ -125,6 +156,6 @@ def test_nothing_that_fits_is_an_empty_result_with_its_reasons() -> None:
 
 def test_memory_that_a_size_would_need_is_judged_by_the_size_before(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(outlook, "memory_budget", lambda *_, **__: 2**20)
-    timing, sizes = timed(nn.Linear(16, 2**11), batch_sizes=(1, 8, 64), num_runs=2)
+    timing, sizes = timed(nn.Linear(16, 2**11), batch_sizes=(1, 8, 128), num_runs=2)
     assert sizes == [1, 8]
-    assert reasons(timing) == {64: "would need about 0.00148 GiB of memory, and 0.000977 may be used"}
+    assert reasons(timing) == {128: "would need about 0.00197 GiB of memory, and 0.000977 may be used"}
