@@ -84,9 +84,9 @@ PRESETS = {
     "cpu": Protocol(
         backbone="fast_cnn",
         seeds=5,
-        epochs=12,
-        batch_size=512,
-        learning_rate=0.4,
+        epochs=18,
+        batch_size=256,
+        learning_rate=0.25,
         schedule="linear",
         nesterov=True,
         label_smoothing=0.1,
