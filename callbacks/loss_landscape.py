@@ -32,6 +32,7 @@ from moe_heads.callbacks.functional.landscape.directions import Biases
 from moe_heads.callbacks.functional.landscape.grid import grid_through_zero
 from moe_heads.callbacks.inputs import AnalysisInputs
 from moe_heads.callbacks.landscape_options import check_landscape_options, checked_plane_splits
+from moe_heads.callbacks.landscape_points import kept_eigenvectors, points_file
 from moe_heads.callbacks.landscape_record import Landscape, landscape_report
 from moe_heads.callbacks.options import AnalysisOptions, OverRanks
 from moe_heads.callbacks.reporting import Report
@@ -79,8 +80,10 @@ class LossLandscapeCallback(FitEndAnalysis):
         check_curvatures: Compare the curvature of each slice with that of the Hessian; one product and four points
             more each. Left out where a layer has no second derivative.
         refine: Points to add to the line where it bends most.
-        resume: Folder where the points are kept as they come, and taken from if they are there; by default none. One
-            for each training and each callback, and not with ``every_n_epochs``: points of other weights are refused.
+        resume: Folder where the points of the lines and planes are kept as they come, with the eigenvectors, and taken
+            from if they are there; by default none. Below ``<name>/<split>/`` each has a file for the weights, the
+            sample and the direction, told by a digest in its name: epochs, trainings and callbacks do not meet, a run
+            of the same goes on. The files stay until you delete them.
         html: Also write ``landscape.html``, a page to turn the surfaces in, into the logger's folder.
         options: What all analyses share; see `AnalysisOptions`.
 
@@ -157,9 +160,11 @@ class LossLandscapeCallback(FitEndAnalysis):
 
     @override
     def compute(self, inputs: AnalysisInputs) -> Landscape:
-        found = Landscape(None, None)
+        found: Landscape = self.result_for(inputs) or Landscape(None, None)
         failure: Exception | None = None
         for name, measure in self._parts(inputs.split):
+            if name in found.parts:
+                continue
             try:
                 part = measure(inputs, found)
             except TimeUp:
@@ -178,6 +183,11 @@ class LossLandscapeCallback(FitEndAnalysis):
         return found
 
     @override
+    def is_enough(self, result: Landscape) -> bool:
+        # what was tracked after the last epoch has no trajectory yet
+        return not self._draws_trajectory or result.plane is None or result.trajectory is not None
+
+    @override
     def report(self, result: Landscape) -> Report:
         return landscape_report(result, html=self.html)
 
@@ -193,11 +203,15 @@ class LossLandscapeCallback(FitEndAnalysis):
         yield "plane", self._plane
         if self.num_directions:
             yield "sweep", self._sweep
-        if self.trajectory and not self.is_tracking:
+        if self._draws_trajectory:
             if self._weights:
                 yield "trajectory", self._trajectory
             else:
                 rank_zero_warn(f"{self.name}/{split}: no trajectory, since this callback has seen no training.")
+
+    @property
+    def _draws_trajectory(self) -> bool:
+        return self.trajectory and not self.is_tracking
 
     def _wants_plane(self, split: Split) -> bool:
         stand_ins = {other for wanted in self.plane_splits for other in self.fallbacks.get(wanted, ())}
@@ -267,6 +281,7 @@ class LossLandscapeCallback(FitEndAnalysis):
 
     def _landscape(self, inputs: AnalysisInputs, found: Landscape, name: str, **how: Any) -> LossLandscapeResult:
         assert inputs.loss_fn is not None
+        directions = [how[key] for key in ("direction1", "direction2") if key in how]
         return loss_landscape(
             inputs.model,
             inputs.loss_fn,
@@ -274,7 +289,7 @@ class LossLandscapeCallback(FitEndAnalysis):
             params=self.params,
             accuracy_fn=_accuracy_of(inputs.model),
             seed=self.seed,
-            resume=None if self.resume is None else Path(self.resume, inputs.split, f"{name}.npz"),
+            resume=None if self.resume is None else self._file(inputs, name, directions),
             monitor=inputs.monitor.part(lambda part: replace(found, **{name: part})),
             ranks=inputs.ranks,
             **how,
@@ -283,7 +298,18 @@ class LossLandscapeCallback(FitEndAnalysis):
     def _random_direction(self, model: nn.Module, seed: int) -> Tensor:
         return normalized_random_direction(model, seed, self.normalization, params=self.params, biases=self.biases)
 
+    def _file(self, inputs: AnalysisInputs, part: str, depends_on: Sequence[Any]) -> Path:
+        assert self.resume is not None
+        return points_file(Path(self.resume, self.name), inputs, part, depends_on)
+
     def _top_eigenvectors(self, inputs: AnalysisInputs, number: int) -> Tensor:
+        if self.resume is None:
+            return self._new_eigenvectors(inputs, number)
+        names = [*trainable_parameters(inputs.model, self.params)]
+        file = self._file(inputs, "eigenvectors", [number, self.seed, "\n".join(names)])
+        return kept_eigenvectors(file, inputs, lambda: self._new_eigenvectors(inputs, number))
+
+    def _new_eigenvectors(self, inputs: AnalysisInputs, number: int) -> Tensor:
         """Of a sharpness run on the same weights, samples, loss and parameters; computed where there is none."""
         callbacks = [] if inputs.trainer is None else inputs.trainer.callbacks  # type: ignore[attr-defined]
         names = (*trainable_parameters(inputs.model, self.params),)

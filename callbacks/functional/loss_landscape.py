@@ -1,12 +1,13 @@
 """Loss landscape of a trained model: its loss along one direction, or on a plane, of its parameters."""
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from moe_heads.callbacks.functional.common.batches import Batch, LossFn, leaves_of
+from moe_heads.callbacks.functional.common.code import code_of
 from moe_heads.callbacks.functional.common.digest import digest_of
 from moe_heads.callbacks.functional.common.environment import device_of
 from moe_heads.callbacks.functional.common.microbatches import Microbatches
@@ -94,7 +95,10 @@ def loss_landscape(
             Hessian-vector product and four more points each.
         refine: Points to add to a line, one after the other, where linear interpolation misses the loss the most.
         resume: A file to which the points are written as they come, and from which they are taken if it is there; by
-            default none. On several ranks rank zero's file counts, for as many ranks only.
+            default none. Weights, samples and directions have to be the same to the bit (keep an eigenvector with the
+            file: another process may find one that differs by rounding); loss and accuracy have to be of the same code,
+            as far as `code_of` sees it, and to give the same at the centre. On several ranks rank zero's file counts,
+            for as many ranks only.
         trajectory: The run whose `trajectory_plane` this is, to be drawn on it.
         seed: Seed of the random number generators at every point.
         monitor: Shows the points, the centre first, and ends the analysis when its time is over; see
@@ -109,7 +113,8 @@ def loss_landscape(
 
     Raises:
         ValueError: If a direction or grid does not fit, the data is empty, the loss is not a scalar or not finite at
-            the centre, a router cannot be held fixed, or the file belongs to another model, data, or directions.
+            the centre, a router cannot be held fixed, or the file is damaged, or of another model, data, direction,
+            loss or accuracy.
         RuntimeError: If the curvature is to be checked and a layer has no second derivative.
 
     Source:
@@ -137,11 +142,15 @@ def loss_landscape(
     with analysis_mode(model, seed) as original:
         record = None
         if resume is not None:
-            record = _record(resume, model, data, legs, [accuracy_fn is not None, holds, seed], ranks)
-        exact: Sequence[float] = ()
+            functions = {"loss_fn": loss_fn, "accuracy_fn": accuracy_fn}
+            record = _record(resume, model, data, legs, functions, [holds, seed], ranks)
+        exact: dict[int, float] = {}
         if check_curvatures:
-            flat = [direction for direction in (direction1, direction2) if isinstance(direction, Tensor)]
-            exact = directional_curvatures(model, loss_fn, data, flat, params=params, monitor=monitor, ranks=ranks)
+            flat = {dim: one for dim, one in enumerate((direction1, direction2)) if isinstance(one, Tensor)}
+            curvatures = directional_curvatures(
+                model, loss_fn, data, [*flat.values()], params=params, seed=seed, monitor=monitor, ranks=ranks
+            )
+            exact = dict(zip(flat, curvatures, strict=True))
         with ranks.together():
             microbatches = Microbatches(data, device_of(model), monitor if ranks.leads else Monitor())
             walk = Walk(model, legs, original)
@@ -193,6 +202,7 @@ def _record(
     model: nn.Module,
     data: Sequence[Batch],
     legs: Sequence[Legs],
+    functions: Mapping[str, Callable[..., Tensor] | None],
     options: Sequence[bool | int],
     ranks: Ranks,
 ) -> Record:
@@ -200,4 +210,5 @@ def _record(
     samples = ranks.gather(digest_of(leaf for batch in data for leaf in leaves_of(batch)))
     ways = [part for way in legs for name, leg in way.items() for part in (name, getattr(leg, "end", leg))]
     weights = [*model.parameters(), *model.buffers()]
-    return Record(path, {"weights": weights, "samples": samples, "directions": ways, "options": options})
+    codes = {name: [code_of(function)] for name, function in functions.items()}
+    return Record(path, {"weights": weights, "samples": samples, "directions": ways, **codes, "options": options})

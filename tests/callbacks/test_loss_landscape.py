@@ -79,8 +79,9 @@ def test_everything_is_in_tensorboard_and_in_its_folder(everything: dict[str, An
 
 
 def test_points_are_kept_where_they_were_asked_for(everything: dict[str, Any]) -> None:
-    kept = everything["folder"] / "points" / "train"
-    assert sorted(path.name for path in kept.iterdir()) == ["line.npz", "plane.npz", "trajectory.npz"]
+    kept = everything["folder"] / "points" / "loss_landscape" / "train"
+    parts = [path.name.partition("_")[0] for path in sorted(kept.iterdir())]
+    assert parts == ["eigenvectors", "line", "plane", "trajectory"]
 
 
 def test_only_the_head_moves_and_the_body_is_computed_once() -> None:

@@ -40,7 +40,7 @@ class MeasuredLandscape:
         losses_fixed_routing: Mean loss with the choices of the centre held, same shape as ``losses``: what remains of
             the difference between dense and sparse heads when no sample changes its experts. None without a sparse
             head, or where it was not asked for.
-        checks: For each direction whose curvature was asked for, that of the slice beside that of the Hessian.
+        checks: For each flat direction, where it was asked for, the curvature of the slice beside that of the Hessian.
         direction_norms: Length of each direction, in units of the parameters: of a step by 1.
         reused: Modules that were computed once for all points, since nothing moves in or before them.
         not_reused: Why they were not, although something lies before what moves; "" where they were.

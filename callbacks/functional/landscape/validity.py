@@ -28,6 +28,7 @@ class CurvatureCheck:
         truncation: Estimate of what the second difference misses by the length of its step, a third of its change from
             h to 2h; with the noise that rounding adds to it.
         rounding: Bound for its error by the rounding of three losses, :math:`4 \epsilon |L| / h^2`.
+        direction: Which of the directions, counted from 1.
     """
 
     exact: float
@@ -35,6 +36,7 @@ class CurvatureCheck:
     step: float
     truncation: float
     rounding: float
+    direction: int = 1
 
     @property
     def agrees(self) -> bool:
