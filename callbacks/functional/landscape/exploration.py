@@ -87,6 +87,7 @@ class Exploration:
             not_reused=features.reason,
             not_shared=self.survey.not_shared,
             trajectory=self.trajectory,
+            is_soft=self.survey.is_soft,
         )
 
     def _check(self, dim: int, exact: float) -> None:

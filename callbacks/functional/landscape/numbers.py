@@ -10,6 +10,12 @@ __all__ = ["landscape_metrics", "landscape_summary"]
 
 _KINKS = "**they do not agree**, the slice has kinks (of ReLU) or jumps, which the Hessian does not see"
 
+_SPARSE_FLIPS = "Some samples choose other experts than at the centre: a sparse head's loss jumps there."
+_SOFT_FLIPS = (
+    "For some samples another expert has the largest gate than at the centre; the loss of a soft head, which mixes all"
+    " of them, does not jump there."
+)
+
 # Rises of the loss, as parts of that at the centre, whose distance is told.
 _RISES = (0.1, 0.5, 1.0)
 
@@ -30,7 +36,8 @@ def landscape_metrics(result: MeasuredLandscape) -> dict[str, float]:
     values["rise_half_reach"] = result.rise_within(result.reach / 2)
     if result.center_accuracy is not None and result.accuracies is not None:
         values["center_accuracy"] = result.center_accuracy
-        values["accuracy_min"] = float(result.accuracies.nan_to_num(1.0).min())
+        accuracies = result.accuracies[~result.accuracies.isnan()]
+        values |= {"accuracy_min": float(accuracies.min())} if len(accuracies) else {}
     values |= _routing_numbers(result)
     values["num_samples"] = float(result.num_samples)
     if result.partial:
@@ -72,7 +79,7 @@ def _notes(result: MeasuredLandscape) -> list[str]:
         notes.append(f"A rise of the loss by {', '.join(beyond)} is not within reach.")
     notes.extend(map(_told, result.checks))
     if result.routing_flips is not None and bool(result.routing_flips.any()):
-        notes.append("Some samples choose other experts than at the centre: a sparse head's loss jumps there.")
+        notes.append(_SOFT_FLIPS if result.is_soft else _SPARSE_FLIPS)
     if result.reused:
         notes.append(f"Computed once for all points: {', '.join(result.reused)}.")
     if result.not_reused:

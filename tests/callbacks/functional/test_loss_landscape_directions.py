@@ -173,7 +173,13 @@ def test_the_curvature_is_that_of_the_loss_with_the_random_numbers_of_the_seed()
         return cross_entropy(m, (b[0] * (1 + torch.randn(1, dtype=torch.float64)), b[1]))
 
     line = loss_landscape(
-        model, noisy, [data], direction1=random_direction(model), num_points=3, check_curvatures=True, seed=5
+        model,
+        noisy,
+        [data, batch(torch.float64)],
+        direction1=random_direction(model),
+        num_points=3,
+        check_curvatures=True,
+        seed=5,
     )
     assert line.checks[0].agrees
 

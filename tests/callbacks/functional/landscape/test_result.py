@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from moe_heads.callbacks.functional import landscape_page
 from moe_heads.callbacks.functional.landscape.result import LossLandscapeResult
 
 
@@ -51,6 +52,29 @@ def test_metrics_are_finite_and_absent_otherwise() -> None:
     assert nothing == {"center_loss": 1.0, "num_nonfinite": 3.0, "num_samples": 8.0}
 
 
+def test_numbers_of_a_grid_on_one_side_of_the_centre() -> None:
+    """The loss at the centre, 1, is measured by itself: the rise to 3 at 0.5 is within reach."""
+    result = landscape(torch.tensor([3.0, 4.0, 5.0]), alphas=torch.tensor([0.5, 1.0, 1.5], dtype=torch.float64))
+    assert result.metrics()["radius_100"] == pytest.approx(0.25)
+    assert "not within reach" not in result.summary()
+    assert result.reach == 0 and "rise_half_reach" not in result.metrics()
+    # no point but the centre within half the reach
+    assert "rise_half_reach" not in landscape(torch.tensor([2.0, 1.0, 2.0])).metrics()
+
+
+def test_a_rise_that_was_not_measured_is_not_told() -> None:
+    losses = torch.tensor([math.nan, math.nan, 1.0, 1.5, 2.0])
+    assert math.isnan(landscape(losses, num_unmeasured=2, partial="cut").rise_within(0.5))
+    assert math.isinf(landscape(losses).rise_within(0.5))
+
+
+def test_accuracies_that_are_nan_do_not_count() -> None:
+    losses, some = torch.ones(3), torch.tensor([math.nan, 0.5, 0.75], dtype=torch.float64)
+    assert landscape(losses, accuracies=some, center_accuracy=0.5).metrics()["accuracy_min"] == 0.5
+    none = landscape(losses, accuracies=some * math.nan, center_accuracy=0.5).metrics()
+    assert none["center_accuracy"] == 0.5 and "accuracy_min" not in none
+
+
 def test_curvatures_along_both_axes() -> None:
     assert landscape(bowl()).curvatures == pytest.approx((2, 6))
 
@@ -74,6 +98,17 @@ def test_flips_in_metrics_and_summary() -> None:
     assert result.metrics()["flips_max"] == 1.0
     assert "choose other experts" in result.summary()
     assert "choose other experts" not in landscape(torch.ones(3), routing_flips=0 * flips).summary()
+
+
+def test_a_soft_head_is_not_said_to_jump() -> None:
+    flips = torch.tensor([0.5, 0.0, 1.0], dtype=torch.float64)
+    soft, sparse = (landscape(torch.ones(3), routing_flips=flips, is_soft=is_soft) for is_soft in (True, False))
+    assert "another expert has the largest gate" in soft.summary() and "does not jump" in soft.summary()
+    assert "a sparse head's loss jumps there" in sparse.summary()
+    for result, words in ((soft, "another largest gate"), (sparse, "other experts chosen")):
+        labels = [text.get_text() for text in result.plot()[1].get_legend().get_texts()]
+        assert words in labels
+        assert words in landscape_page({"line": result})
 
 
 def test_summary_is_a_table_that_tells_the_scale_and_what_is_blank() -> None:
