@@ -56,8 +56,9 @@ class LossLandscapeCallback(FitEndAnalysis):
     computed. The plane is that of Li et al. (arXiv 1712.09913). With a sparse head the loss with the routing of the
     trained model held fixed is measured beside it. Logged at the end of fit, below ``loss_landscape/<split>/``: the
     numbers of `functional.LossLandscapeResult`, prefixed by ``line_``, ``plane_``, ``trajectory_``, and those of
-    `functional.DirectionSweepResult`, prefixed by ``sweep_``; to TensorBoard as well a figure of each, the 3-D mesh
-    ``surface`` and the text ``summary``; to the logger's folder the arrays, ``line.npz`` and so on.
+    `functional.DirectionSweepResult`, prefixed by ``sweep_``; to TensorBoard as well a figure of each, of a plane also
+    ``plane_flips``, ``plane_fixed_routing`` and ``plane_accuracy`` where there are any, the 3-D mesh ``surface`` and
+    the text ``summary``; to the logger's folder the arrays, ``line.npz`` and so on.
 
     Args:
         line_points: Points of the line; an odd number holds the centre.

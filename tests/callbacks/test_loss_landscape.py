@@ -63,7 +63,8 @@ def test_everything_is_in_tensorboard_and_in_its_folder(everything: dict[str, An
     tensorboard, table = everything["loggers"]
     tags = read_events(Path(tensorboard.log_dir)).Tags()
     parts = ["line", "plane", "trajectory", "sweep"]
-    assert {f"loss_landscape/train/{part}" for part in parts} <= set(tags["images"])
+    maps = ["plane_flips", "plane_fixed_routing", "plane_accuracy"]
+    assert {f"loss_landscape/train/{part}" for part in [*parts, *maps]} <= set(tags["images"])
     assert {
         "loss_landscape/train/line_curvature_1_exact",
         "loss_landscape/train/plane_routing_gap_max",

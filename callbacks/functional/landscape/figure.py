@@ -1,5 +1,6 @@
 """Figures of a loss landscape: a curve along a line, a map on a plane."""
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -27,17 +28,18 @@ _NUM_CONTOURS = 9
 # The upper part of viridis is too bright for white.
 _BRIGHT = 0.6
 _SMALL, _SMALLEST = 8, 7
+_IN_A_ROW = 4  # entries of a legend
 
 
 def legend_above(ax: "Axes", title: str, handles: Sequence[Any] | None = None) -> None:
-    """Title, and the legend in one row below it, where it hides nothing."""
+    """Title, and the legend below it, where it hides nothing."""
     handles = ax.get_legend_handles_labels()[0] if handles is None else handles
-    ax.set_title(title, fontsize=_SMALL, pad=16)
+    ax.set_title(title, fontsize=_SMALL, pad=4 + 12 * math.ceil(len(handles) / _IN_A_ROW))
     ax.legend(
         handles=handles,
         loc="lower center",
         bbox_to_anchor=(0.5, 1.0),
-        ncols=len(handles),
+        ncols=min(len(handles), _IN_A_ROW),
         fontsize=_SMALLEST,
         frameon=False,
         borderaxespad=0.1,

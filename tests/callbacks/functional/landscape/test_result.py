@@ -147,6 +147,47 @@ def test_figures_of_all_kinds_render_without_a_warning(losses: Tensor) -> None:
     assert "loss 1 at the centre (8 samples" in ax.get_title()
 
 
+def test_maps_of_what_else_there_is() -> None:
+    flips = torch.linspace(0, 1, 25, dtype=torch.float64).reshape(5, 5)
+    fixed, accuracies = 0.5 * bowl().double(), torch.full((5, 5), 0.25, dtype=torch.float64)
+    plane = landscape(
+        bowl(), routing_flips=flips, losses_fixed_routing=fixed, accuracies=accuracies, center_accuracy=1.0
+    )
+    assert plane.maps == ("losses", "losses_fixed_routing", "routing_flips", "accuracies")
+    drawn = {}
+    for quantity in plane.maps:
+        ax = plane.plot(quantity=quantity)[1]
+        drawn[quantity] = ax.collections[0]
+        torch.testing.assert_close(
+            torch.from_numpy(drawn[quantity].get_array().reshape(5, 5).data), getattr(plane, quantity).T.double()
+        )
+    # one colour is one loss, free or not
+    assert drawn["losses"].get_clim() == drawn["losses_fixed_routing"].get_clim() == (0.5, 5.0)
+    assert drawn["routing_flips"].get_clim() == (0, 1)
+    assert landscape(bowl(), routing_flips=0 * flips, losses_fixed_routing=fixed).maps == ("losses",)
+    with pytest.raises(ValueError, match=r"quantity: expected one of \('losses',\); got 'accuracies'"):
+        landscape(bowl()).plot(quantity="accuracies")
+    with pytest.raises(ValueError, match=r"quantity: expected one of .* got 'routing_flips'"):
+        landscape(torch.ones(3), routing_flips=torch.ones(3)).plot(quantity="routing_flips")
+
+
+@pytest.mark.parametrize("losses", [torch.tensor([1.0, 2.0, 3.0]), bowl()])
+def test_a_figure_fills_a_card_and_its_legend_hides_nothing(losses: Tensor) -> None:
+    figure, ax = landscape(losses, routing_flips=torch.ones_like(losses)).plot()
+    figure.canvas.draw()
+    assert tuple(figure.get_size_inches()) == (4.4, 2.3)
+    legend, frame = ax.get_legend().get_window_extent(), ax.get_window_extent()
+    assert legend.y0 >= frame.y1 - 1 and legend.x0 >= 0 and legend.x1 <= figure.bbox.x1
+    assert ax.title.get_window_extent().y0 >= legend.y1 - 2
+    assert min(text.get_fontsize() for text in ax.get_xticklabels()) >= 7
+
+
+def test_contour_lines_are_dark_where_the_colours_are_bright() -> None:
+    ax = landscape(bowl(9)).plot()[1]
+    colours = [tuple(colour[:3]) for colour in ax.collections[1].get_edgecolor()]
+    assert colours[0] == (1, 1, 1) and colours[-1] == (0, 0, 0)
+
+
 def test_plot_draws_the_losses_and_leaves_pyplot_alone() -> None:
     from matplotlib._pylab_helpers import Gcf
     from matplotlib.figure import Figure
