@@ -105,9 +105,9 @@ def direction_sweep(
         >>> sweep.losses.shape
         torch.Size([4, 21])
     """
-    if not isinstance(num_directions, int) or num_directions < 2:
+    if type(num_directions) is not int or num_directions < 2:
         raise ValueError(f"num_directions: expected at least 2; got {num_directions!r}")
-    if num_points < 2 or not 0 < reach < float("inf"):
+    if type(num_points) is not int or num_points < 2 or not 0 < reach < float("inf"):
         raise ValueError(f"num_points, reach: expected at least 2 and a positive number; got {num_points}, {reach}")
     axis = grid_of("alphas", alphas, reach, num_points)
     holds = can_hold_routing(model) if fixed_routing is None else fixed_routing

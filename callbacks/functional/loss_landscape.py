@@ -177,8 +177,8 @@ def _axes(
 ) -> list[Tensor]:
     if betas is not None and not is_plane:
         raise ValueError("betas: expected None without a direction2; got coordinates")
-    if num_points < 2:
-        raise ValueError(f"num_points: expected at least 2; got {num_points}")
+    if type(num_points) is not int or num_points < 2:
+        raise ValueError(f"num_points: expected at least 2; got {num_points!r}")
     reach = _REACH_2D if is_plane else _REACH_1D
     axes = [grid_of("alphas", alphas, reach, num_points)]
     return [*axes, grid_of("betas", betas, reach, num_points)] if is_plane else axes
@@ -186,7 +186,7 @@ def _axes(
 
 def _checked_options(model: nn.Module, refine: int, fixed_routing: bool | None, *, is_plane: bool) -> bool:
     """Whether routing is to be held fixed."""
-    if not isinstance(refine, int) or refine < 0 or (refine and is_plane):
+    if type(refine) is not int or refine < 0 or (refine and is_plane):
         raise ValueError(f"refine: expected a number of points to add to a line, 0 for a plane; got {refine!r}")
     can_hold = can_hold_routing(model)
     if fixed_routing and not can_hold:

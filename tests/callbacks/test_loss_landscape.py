@@ -124,6 +124,10 @@ def test_a_wrong_name_is_told_before_training() -> None:
     ("options", "message"),
     [
         ({"refine": -1}, "refine: expected at least 0; got -1"),
+        ({"refine": True}, "refine: expected at least 0; got True"),
+        ({"plane_points": 3.0}, r"plane_points: expected 3 to 256; got 3\.0"),
+        ({"line_reach": "far"}, "line_reach: expected a finite number above 0; got 'far'"),
+        ({"plane_reach": True}, "plane_reach: expected a finite number above 0; got True"),
         ({"num_directions": 1}, "num_directions: expected 0, or at least 2 that can be compared; got 1"),
         ({"plane_directions": "pca"}, "plane_directions: expected 'random' or 'eigenvectors'; got 'pca'"),
         ({"normalization": "weight"}, "normalization: expected 'filter' or 'layer' or 'none'; got 'weight'"),

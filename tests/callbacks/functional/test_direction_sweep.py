@@ -138,6 +138,8 @@ def test_figure_summary_and_arrays(tmp_path: Any) -> None:
     [
         ({"num_directions": 1}, "num_directions: expected at least 2; got 1"),
         ({"num_points": 1}, "num_points, reach: expected at least 2 and a positive number; got 1, 1.0"),
+        ({"num_points": 2.5}, r"num_points, reach: .* got 2\.5, 1\.0"),
+        ({"num_directions": True}, "num_directions: expected at least 2; got True"),
         ({"reach": -1.0}, "num_points, reach: .* got 21, -1.0"),
         ({"normalization": "weight"}, "normalization: expected 'filter', 'layer' or 'none'; got 'weight'"),
         ({"biases": "kept"}, "biases: expected 'zero' or 'normalized'; got 'kept'"),

@@ -257,7 +257,8 @@ def test_refine_is_a_number_of_points(refine: Any) -> None:
         )
 
 
-def test_no_memory_beside_the_directions_and_one_copy_of_the_parameters() -> None:
+@pytest.mark.parametrize("has_gradients", [False, True])
+def test_no_memory_beside_the_directions_and_one_copy_of_the_parameters(has_gradients: bool) -> None:
     from examples.benchmarks.bench.peak_memory import peak_memory
 
     model = nn.Sequential(nn.Linear(600, 600), nn.Tanh(), nn.Linear(600, 600))
@@ -265,5 +266,7 @@ def test_no_memory_beside_the_directions_and_one_copy_of_the_parameters() -> Non
     first, second = (random_direction(model, seed) for seed in (0, 1))
     x = torch.randn(2, 600)
     options: dict[str, Any] = {"direction1": first, "direction2": second, "num_points": 3}
+    if has_gradients:
+        model(x).sum().backward()
     peak = peak_memory(lambda: loss_landscape(model, lambda m, b: m(b).square().mean(), [x], **options))
     assert size < peak < 1.05 * size
