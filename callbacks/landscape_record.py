@@ -82,8 +82,9 @@ def _figures(part: LossLandscapeResult | DirectionSweepResult) -> "Iterator[tupl
         What is added to the name of the part, and the figure.
     """
     yield "", part.plot()[0]
-    for quantity in part.maps[1:] if isinstance(part, LossLandscapeResult) else ():
-        yield _SUFFIXES[quantity], part.plot(quantity=quantity)[0]
+    if isinstance(part, LossLandscapeResult):
+        for quantity in part.maps[1:]:
+            yield _SUFFIXES[quantity], part.plot(quantity=quantity)[0]
 
 
 def _arrays(part: Any) -> bytes:

@@ -21,7 +21,6 @@ from moe_heads.callbacks.functional import (
     direction_sweep,
     loss_landscape,
     normalized_random_direction,
-    trajectory_plane,
 )
 from moe_heads.callbacks.functional.common.batches import Batch
 from moe_heads.callbacks.functional.common.monitor import TimeUp
@@ -30,10 +29,12 @@ from moe_heads.callbacks.functional.curvature import top_eigenvectors
 from moe_heads.callbacks.functional.direction_sweep import Normalization
 from moe_heads.callbacks.functional.landscape.directions import Biases
 from moe_heads.callbacks.functional.landscape.grid import grid_through_zero
+from moe_heads.callbacks.functional.landscape.trajectory import NoPlaneError
 from moe_heads.callbacks.inputs import AnalysisInputs
 from moe_heads.callbacks.landscape_options import check_landscape_options, checked_plane_splits
 from moe_heads.callbacks.landscape_points import kept_eigenvectors, points_file
 from moe_heads.callbacks.landscape_record import Landscape, landscape_report
+from moe_heads.callbacks.landscape_trail import WeightTrail
 from moe_heads.callbacks.options import AnalysisOptions, OverRanks
 from moe_heads.callbacks.reporting import Report
 from moe_heads.callbacks.sharpness import SharpnessCallback
@@ -45,7 +46,7 @@ __all__ = ["Landscape", "LossLandscapeCallback"]
 # Relative residual at which an eigenvector is good enough to be drawn along, and steps after which it is taken anyway.
 _EIGENVECTOR_TOLERANCE, _EIGENVECTOR_STEPS = 1e-3, 200
 
-_Part = Callable[[AnalysisInputs, Landscape], LossLandscapeResult | DirectionSweepResult]
+_Part = Callable[[AnalysisInputs, Landscape], LossLandscapeResult | DirectionSweepResult | None]
 
 
 class LossLandscapeCallback(FitEndAnalysis):
@@ -76,8 +77,8 @@ class LossLandscapeCallback(FitEndAnalysis):
             ``["head.router"]``; by default all that require a gradient. What lies before them is computed once.
         num_directions: Random directions of the sweep; by default 0, none. Their spread says how far the plane depends
             on its directions.
-        trajectory: Keep the weights of every epoch (on the CPU, P numbers each) and draw the run on its principal
-            plane.
+        trajectory: Keep the weights of every epoch (on the CPU, as many numbers as move) and draw the run on its
+            principal plane: that of the parameters which require a gradient in the end and were there all along.
         check_curvatures: Compare the curvature of each slice with that of the Hessian; one product and four points
             more each. Left out where a layer has no second derivative.
         refine: Points to add to the line where it bends most.
@@ -138,7 +139,7 @@ class LossLandscapeCallback(FitEndAnalysis):
         self.params = params
         self.num_directions, self.trajectory, self.refine = num_directions, trajectory, refine
         self.check_curvatures, self.resume, self.html = check_curvatures, resume, html
-        self._weights: dict[str, Tensor] = {}
+        self._trail = WeightTrail(params)
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -150,13 +151,14 @@ class LossLandscapeCallback(FitEndAnalysis):
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_fit_start(trainer, pl_module)
-        self._weights = {}
-        if not any(isinstance(p, nn.UninitializedParameter) for p in pl_module.parameters()):
-            self._remember("start", pl_module)
+        self._trail = WeightTrail(self.params)
+        if self.trajectory:
+            self._trail.remember("start", pl_module)
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._remember(f"epoch {trainer.current_epoch}", pl_module)
+        if self.trajectory:
+            self._trail.remember(f"epoch {trainer.current_epoch}", pl_module)
         super().on_train_epoch_end(trainer, pl_module)
 
     @override
@@ -205,7 +207,7 @@ class LossLandscapeCallback(FitEndAnalysis):
         if self.num_directions:
             yield "sweep", self._sweep
         if self._draws_trajectory:
-            if self._weights:
+            if self._trail:
                 yield "trajectory", self._trajectory
             else:
                 rank_zero_warn(f"{self.name}/{split}: no trajectory, since this callback has seen no training.")
@@ -247,15 +249,19 @@ class LossLandscapeCallback(FitEndAnalysis):
             check_curvatures=self.check_curvatures and found.line is not None,
         )
 
-    def _trajectory(self, inputs: AnalysisInputs, found: Landscape) -> LossLandscapeResult:
-        plane = trajectory_plane(
-            inputs.model, list(self._weights.values()), params=self.params, labels=list(self._weights)
-        )
+    def _trajectory(self, inputs: AnalysisInputs, found: Landscape) -> LossLandscapeResult | None:
+        name = f"{self.name}/{inputs.split}"
+        try:
+            plane, params = self._trail.plane(inputs.model, name)
+        except NoPlaneError as error:
+            rank_zero_warn(f"{name}: no trajectory: {error}. One epoch gives a line; train for two, or more.")
+            return None
         sides = [grid_through_zero(axis, self.plane_points) for axis in plane.trajectory.coordinates.T]
         return self._landscape(
             inputs,
             found,
             "trajectory",
+            params=params,
             direction1=plane.direction1,
             direction2=plane.direction2,
             alphas=sides[0],
@@ -287,13 +293,12 @@ class LossLandscapeCallback(FitEndAnalysis):
             inputs.model,
             inputs.loss_fn,
             inputs.batches,
-            params=self.params,
             accuracy_fn=_accuracy_of(inputs.model),
             seed=self.seed,
             resume=None if self.resume is None else self._file(inputs, name, directions),
             monitor=inputs.monitor.part(lambda part: replace(found, **{name: part})),
             ranks=inputs.ranks,
-            **how,
+            **({"params": self.params} | how),
         )
 
     def _random_direction(self, model: nn.Module, seed: int) -> Tensor:
@@ -338,11 +343,6 @@ class LossLandscapeCallback(FitEndAnalysis):
             monitor=inputs.monitor,
             ranks=inputs.ranks,
         )
-
-    def _remember(self, label: str, model: nn.Module) -> None:
-        if self.trajectory:
-            named = trainable_parameters(model, self.params)
-            self._weights[label] = torch.cat([p.detach().reshape(-1).cpu() for p in named.values()])
 
 
 def _ended(found: Landscape, reason: str) -> Landscape:
