@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_heads.callbacks.functional.common.batches import Batch, LossFn
+from moe_heads.callbacks.functional.common.counts import is_count
 from moe_heads.callbacks.functional.common.environment import device_of
 from moe_heads.callbacks.functional.common.microbatches import Microbatches
 from moe_heads.callbacks.functional.common.monitor import Monitor, TimeUp
@@ -105,9 +106,9 @@ def direction_sweep(
         >>> sweep.losses.shape
         torch.Size([4, 21])
     """
-    if type(num_directions) is not int or num_directions < 2:
+    if not is_count(num_directions, 2):
         raise ValueError(f"num_directions: expected at least 2; got {num_directions!r}")
-    if type(num_points) is not int or num_points < 2 or not 0 < reach < float("inf"):
+    if not is_count(num_points, 2) or not 0 < reach < float("inf"):
         raise ValueError(f"num_points, reach: expected at least 2 and a positive number; got {num_points}, {reach}")
     axis = grid_of("alphas", alphas, reach, num_points)
     holds = can_hold_routing(model) if fixed_routing is None else fixed_routing

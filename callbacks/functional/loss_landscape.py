@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from moe_heads.callbacks.functional.common.batches import Batch, LossFn, leaves_of
 from moe_heads.callbacks.functional.common.code import code_of
+from moe_heads.callbacks.functional.common.counts import is_count
 from moe_heads.callbacks.functional.common.digest import digest_of
 from moe_heads.callbacks.functional.common.environment import device_of
 from moe_heads.callbacks.functional.common.microbatches import Microbatches
@@ -177,7 +178,7 @@ def _axes(
 ) -> list[Tensor]:
     if betas is not None and not is_plane:
         raise ValueError("betas: expected None without a direction2; got coordinates")
-    if type(num_points) is not int or num_points < 2:
+    if not is_count(num_points, 2):
         raise ValueError(f"num_points: expected at least 2; got {num_points!r}")
     reach = _REACH_2D if is_plane else _REACH_1D
     axes = [grid_of("alphas", alphas, reach, num_points)]
@@ -186,7 +187,7 @@ def _axes(
 
 def _checked_options(model: nn.Module, refine: int, fixed_routing: bool | None, *, is_plane: bool) -> bool:
     """Whether routing is to be held fixed."""
-    if type(refine) is not int or refine < 0 or (refine and is_plane):
+    if not is_count(refine, 0) or (refine and is_plane):
         raise ValueError(f"refine: expected a number of points to add to a line, 0 for a plane; got {refine!r}")
     can_hold = can_hold_routing(model)
     if fixed_routing and not can_hold:

@@ -118,9 +118,8 @@ def test_a_damaged_file_is_named(damage: Any, tmp_path: Path) -> None:
     data = batch()
     loss_landscape(model, cross_entropy, [data], **options)
     damage(file)
-    with pytest.raises(
-        ValueError, match=r"resume: expected a file that loss_landscape wrote; got .*line\.npz: .*delete it"
-    ):
+    message = r"resume: expected a file that loss_landscape wrote; got .*line\.npz: .*: give another file, or delete it"
+    with pytest.raises(ValueError, match=message):
         loss_landscape(model, cross_entropy, [data], **options)
 
 
