@@ -1,5 +1,6 @@
 """Callback: the loss under finite perturbations of the trained weights, at the end of fit."""
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -114,7 +115,7 @@ class LossLandscapeCallback(FitEndAnalysis):
         trajectory: bool = False,
         check_curvatures: bool = True,
         refine: int = 0,
-        resume: str | None = None,
+        resume: str | os.PathLike[str] | None = None,
         html: bool = False,
         **options: Unpack[AnalysisOptions],
     ) -> None:
@@ -130,6 +131,8 @@ class LossLandscapeCallback(FitEndAnalysis):
             {"trajectory": trajectory, "check_curvatures": check_curvatures, "html": html},
             plane_points,
         )
+        if resume is not None and (not isinstance(resume, (str, os.PathLike)) or not str(resume)):
+            raise ValueError(f"resume: expected a folder; got {resume!r}")
         if num_directions == 1:
             raise ValueError("num_directions: expected 0, or at least 2 that can be compared; got 1")
         self.plane_splits = checked_plane_splits(plane_splits, self.splits)

@@ -69,6 +69,13 @@ def test_one_epoch_gives_a_line_and_a_warning() -> None:
     assert result.trajectory is None and result.plane is not None and not result.partial
 
 
+def test_no_epoch_gives_a_warning() -> None:
+    landscape = LossLandscapeCallback(**SMALL, trajectory=True)
+    with pytest.warns(UserWarning, match="no trajectory: states: expected at least two; got 1"):
+        trainer(landscape, max_epochs=0).fit(PlainModule(), loader())
+    assert landscape.results["train"].plane is not None
+
+
 def test_what_does_not_move_is_not_copied() -> None:
     model, trail = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1)), WeightTrail(None)
     trail.remember("start", model)

@@ -128,6 +128,8 @@ def test_a_wrong_name_is_told_before_training() -> None:
         ({"plane_points": 3.0}, r"plane_points: expected 3 to 256; got 3\.0"),
         ({"line_reach": "far"}, "line_reach: expected a finite number above 0; got 'far'"),
         ({"plane_reach": True}, "plane_reach: expected a finite number above 0; got True"),
+        ({"resume": True}, "resume: expected a folder; got True"),
+        ({"resume": ""}, "resume: expected a folder; got ''"),
         ({"num_directions": 1}, "num_directions: expected 0, or at least 2 that can be compared; got 1"),
         ({"plane_directions": "pca"}, "plane_directions: expected 'random' or 'eigenvectors'; got 'pca'"),
         ({"normalization": "weight"}, "normalization: expected 'filter' or 'layer' or 'none'; got 'weight'"),

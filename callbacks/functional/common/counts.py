@@ -8,4 +8,4 @@ __all__ = ["is_count"]
 
 def is_count(value: Any, least: int) -> bool:
     """Whether this is an integer, NumPy's too, of at least ``least``. True and False are none."""
-    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= least
+    return not isinstance(value, bool) and isinstance(value, Integral) and int(value) >= least

@@ -88,8 +88,8 @@ def trajectory_plane(
         The directions on the CPU, and the run on them.
 
     Raises:
-        ValueError: If there are fewer than two states, or one does not fit.
-        NoPlaneError: If all lie on a line through the model.
+        ValueError: If a state does not fit.
+        NoPlaneError: If there are fewer than two, or all lie on a line through the model.
 
     Source:
         Li, Xu, Taylor, Studer and Goldstein, 2018, arXiv 1712.09913, section 7.
@@ -107,7 +107,7 @@ def trajectory_plane(
     named = trainable_parameters(model, params)
     here = torch.cat([p.detach().cpu().reshape(-1) for p in named.values()])
     if len(states) < 2:
-        raise ValueError(f"states: expected at least two; got {len(states)}")
+        raise NoPlaneError(f"states: expected at least two; got {len(states)}")
     if labels is not None and len(labels) != len(states):
         raise ValueError(f"labels: expected one for each of {len(states)} states; got {len(labels)}")
     flat = [_flat(state, named, number) for number, state in enumerate(states)]

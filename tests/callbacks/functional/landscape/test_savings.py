@@ -261,7 +261,7 @@ def test_a_sweep_proves_along_every_direction_what_it_saves() -> None:
     head, batch = nn.Linear(8, 3), (torch.randn(10, 6), torch.randint(3, (10,)))
     steps = [abs(float(normalized_random_direction(head, seed)[0])) for seed in range(4)]
     assert max(steps) != steps[0]
-    model = nn.Sequential(Peeking(head, far=sorted(steps)[-2]), head)
+    model = nn.Sequential(Peeking(head, far=sum(sorted(steps)[-2:]) / 2), head)
     options: dict[str, Any] = {"num_directions": 4, "params": ["1"], "num_points": 9}
     found = direction_sweep(model, cross_entropy, [batch], **options)
     model[0].register_forward_hook(lambda *_: None)
