@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from moe_heads.callbacks.functional.common.counts import is_count
 from moe_heads.callbacks.trainer_access import Split
 
 __all__ = ["check_landscape_options", "checked_plane_splits"]
@@ -31,16 +32,12 @@ def check_landscape_options(
         ValueError: Names the option, what was expected and what came.
     """
     for name, (count, least) in counts.items():
-        if isinstance(count, bool) or not isinstance(count, int) or count < least:
+        if not is_count(count, least):
             raise ValueError(f"{name}: expected at least {least}; got {count}")
-    if (
-        isinstance(plane_points, bool)
-        or not isinstance(plane_points, int)
-        or not 3 <= plane_points <= _MAX_PLANE_POINTS
-    ):
+    if not is_count(plane_points, 3) or plane_points > _MAX_PLANE_POINTS:
         raise ValueError(f"plane_points: expected 3 to {_MAX_PLANE_POINTS}; got {plane_points}")
     for name, value in reaches.items():
-        if not 0 < value < float("inf"):
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
             raise ValueError(f"{name}: expected a finite number above 0; got {value!r}")
     for name, (word, known) in choices.items():
         if word not in known:

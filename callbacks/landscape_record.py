@@ -1,7 +1,7 @@
 """The cuts through the loss of one split, and how they are told to the loggers."""
 
 import io
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 __all__ = ["Landscape", "landscape_report"]
+
+_SUFFIXES = {"losses_fixed_routing": "_fixed_routing", "routing_flips": "_flips", "accuracies": "_accuracy"}
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,7 @@ def landscape_report(result: Landscape, *, html: bool) -> Report:
     texts, files = [], {}
     for name, part in result.parts.items():
         metrics |= {f"{name}_{key}": value for key, value in part.metrics().items()}
-        figures[name] = part.plot()[0]
+        figures |= {f"{name}{suffix}": figure for suffix, figure in _figures(part)}
         texts.append(f"### {name.title()}\n\n{part.summary()}")
         files[f"{name}.npz"] = _arrays(part)
     if result.ended:
@@ -71,6 +73,18 @@ def landscape_report(result: Landscape, *, html: bool) -> Report:
         meshes={"surface": Mesh(*result.plane.mesh())} if result.plane is not None and has_surface else {},
         files=files,
     )
+
+
+def _figures(part: LossLandscapeResult | DirectionSweepResult) -> "Iterator[tuple[str, Figure]]":
+    """That of the loss, and those of what else there is of a plane.
+
+    Yields:
+        What is added to the name of the part, and the figure.
+    """
+    yield "", part.plot()[0]
+    if isinstance(part, LossLandscapeResult):
+        for quantity in part.maps[1:]:
+            yield _SUFFIXES[quantity], part.plot(quantity=quantity)[0]
 
 
 def _arrays(part: Any) -> bytes:

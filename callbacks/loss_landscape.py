@@ -1,5 +1,6 @@
 """Callback: the loss under finite perturbations of the trained weights, at the end of fit."""
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -21,7 +22,6 @@ from moe_heads.callbacks.functional import (
     direction_sweep,
     loss_landscape,
     normalized_random_direction,
-    trajectory_plane,
 )
 from moe_heads.callbacks.functional.common.batches import Batch
 from moe_heads.callbacks.functional.common.monitor import TimeUp
@@ -30,9 +30,12 @@ from moe_heads.callbacks.functional.curvature import top_eigenvectors
 from moe_heads.callbacks.functional.direction_sweep import Normalization
 from moe_heads.callbacks.functional.landscape.directions import Biases
 from moe_heads.callbacks.functional.landscape.grid import grid_through_zero
+from moe_heads.callbacks.functional.landscape.trajectory import NoPlaneError
 from moe_heads.callbacks.inputs import AnalysisInputs
 from moe_heads.callbacks.landscape_options import check_landscape_options, checked_plane_splits
+from moe_heads.callbacks.landscape_points import kept_eigenvectors, points_file
 from moe_heads.callbacks.landscape_record import Landscape, landscape_report
+from moe_heads.callbacks.landscape_trail import WeightTrail
 from moe_heads.callbacks.options import AnalysisOptions, OverRanks
 from moe_heads.callbacks.reporting import Report
 from moe_heads.callbacks.sharpness import SharpnessCallback
@@ -44,7 +47,7 @@ __all__ = ["Landscape", "LossLandscapeCallback"]
 # Relative residual at which an eigenvector is good enough to be drawn along, and steps after which it is taken anyway.
 _EIGENVECTOR_TOLERANCE, _EIGENVECTOR_STEPS = 1e-3, 200
 
-_Part = Callable[[AnalysisInputs, Landscape], LossLandscapeResult | DirectionSweepResult]
+_Part = Callable[[AnalysisInputs, Landscape], LossLandscapeResult | DirectionSweepResult | None]
 
 
 class LossLandscapeCallback(FitEndAnalysis):
@@ -55,8 +58,9 @@ class LossLandscapeCallback(FitEndAnalysis):
     computed. The plane is that of Li et al. (arXiv 1712.09913). With a sparse head the loss with the routing of the
     trained model held fixed is measured beside it. Logged at the end of fit, below ``loss_landscape/<split>/``: the
     numbers of `functional.LossLandscapeResult`, prefixed by ``line_``, ``plane_``, ``trajectory_``, and those of
-    `functional.DirectionSweepResult`, prefixed by ``sweep_``; to TensorBoard as well a figure of each, the 3-D mesh
-    ``surface`` and the text ``summary``; to the logger's folder the arrays, ``line.npz`` and so on.
+    `functional.DirectionSweepResult`, prefixed by ``sweep_``; to TensorBoard as well a figure of each, of a plane also
+    ``plane_flips``, ``plane_fixed_routing`` and ``plane_accuracy`` where there are any, the 3-D mesh ``surface`` and
+    the text ``summary``; to the logger's folder the arrays, ``line.npz`` and so on.
 
     Args:
         line_points: Points of the line; an odd number holds the centre.
@@ -74,13 +78,15 @@ class LossLandscapeCallback(FitEndAnalysis):
             ``["head.router"]``; by default all that require a gradient. What lies before them is computed once.
         num_directions: Random directions of the sweep; by default 0, none. Their spread says how far the plane depends
             on its directions.
-        trajectory: Keep the weights of every epoch (on the CPU, P numbers each) and draw the run on its principal
-            plane.
+        trajectory: Keep the weights of every epoch (on the CPU, as many numbers as move) and draw the run on its
+            principal plane: that of the parameters which require a gradient in the end and were there all along.
         check_curvatures: Compare the curvature of each slice with that of the Hessian; one product and four points
             more each. Left out where a layer has no second derivative.
         refine: Points to add to the line where it bends most.
-        resume: Folder where the points are kept as they come, and taken from if they are there; by default none. One
-            for each training and each callback, and not with ``every_n_epochs``: points of other weights are refused.
+        resume: Folder where the points of the lines and planes are kept as they come, with the eigenvectors, and taken
+            from if they are there; by default none. Below ``<name>/<split>/`` each has a file for the weights, the
+            sample and the direction, told by a digest in its name: epochs, trainings and callbacks do not meet, a run
+            of the same goes on. The files stay until you delete them.
         html: Also write ``landscape.html``, a page to turn the surfaces in, into the logger's folder.
         options: What all analyses share; see `AnalysisOptions`.
 
@@ -109,7 +115,7 @@ class LossLandscapeCallback(FitEndAnalysis):
         trajectory: bool = False,
         check_curvatures: bool = True,
         refine: int = 0,
-        resume: str | None = None,
+        resume: str | os.PathLike[str] | None = None,
         html: bool = False,
         **options: Unpack[AnalysisOptions],
     ) -> None:
@@ -125,6 +131,8 @@ class LossLandscapeCallback(FitEndAnalysis):
             {"trajectory": trajectory, "check_curvatures": check_curvatures, "html": html},
             plane_points,
         )
+        if resume is not None and (not isinstance(resume, (str, os.PathLike)) or not str(resume)):
+            raise ValueError(f"resume: expected a folder; got {resume!r}")
         if num_directions == 1:
             raise ValueError("num_directions: expected 0, or at least 2 that can be compared; got 1")
         self.plane_splits = checked_plane_splits(plane_splits, self.splits)
@@ -134,7 +142,7 @@ class LossLandscapeCallback(FitEndAnalysis):
         self.params = params
         self.num_directions, self.trajectory, self.refine = num_directions, trajectory, refine
         self.check_curvatures, self.resume, self.html = check_curvatures, resume, html
-        self._weights: dict[str, Tensor] = {}
+        self._trail = WeightTrail(params)
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -146,20 +154,23 @@ class LossLandscapeCallback(FitEndAnalysis):
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_fit_start(trainer, pl_module)
-        self._weights = {}
-        if not any(isinstance(p, nn.UninitializedParameter) for p in pl_module.parameters()):
-            self._remember("start", pl_module)
+        self._trail = WeightTrail(self.params)
+        if self.trajectory:
+            self._trail.remember("start", pl_module)
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._remember(f"epoch {trainer.current_epoch}", pl_module)
+        if self.trajectory:
+            self._trail.remember(f"epoch {trainer.current_epoch}", pl_module)
         super().on_train_epoch_end(trainer, pl_module)
 
     @override
     def compute(self, inputs: AnalysisInputs) -> Landscape:
-        found = Landscape(None, None)
+        found: Landscape = self.result_for(inputs) or Landscape(None, None)
         failure: Exception | None = None
         for name, measure in self._parts(inputs.split):
+            if name in found.parts:
+                continue
             try:
                 part = measure(inputs, found)
             except TimeUp:
@@ -178,6 +189,11 @@ class LossLandscapeCallback(FitEndAnalysis):
         return found
 
     @override
+    def is_enough(self, result: Landscape) -> bool:
+        # what was tracked after the last epoch has no trajectory yet
+        return not self._draws_trajectory or result.plane is None or result.trajectory is not None
+
+    @override
     def report(self, result: Landscape) -> Report:
         return landscape_report(result, html=self.html)
 
@@ -193,11 +209,15 @@ class LossLandscapeCallback(FitEndAnalysis):
         yield "plane", self._plane
         if self.num_directions:
             yield "sweep", self._sweep
-        if self.trajectory and not self.is_tracking:
-            if self._weights:
+        if self._draws_trajectory:
+            if self._trail:
                 yield "trajectory", self._trajectory
             else:
                 rank_zero_warn(f"{self.name}/{split}: no trajectory, since this callback has seen no training.")
+
+    @property
+    def _draws_trajectory(self) -> bool:
+        return self.trajectory and not self.is_tracking
 
     def _wants_plane(self, split: Split) -> bool:
         stand_ins = {other for wanted in self.plane_splits for other in self.fallbacks.get(wanted, ())}
@@ -232,15 +252,19 @@ class LossLandscapeCallback(FitEndAnalysis):
             check_curvatures=self.check_curvatures and found.line is not None,
         )
 
-    def _trajectory(self, inputs: AnalysisInputs, found: Landscape) -> LossLandscapeResult:
-        plane = trajectory_plane(
-            inputs.model, list(self._weights.values()), params=self.params, labels=list(self._weights)
-        )
+    def _trajectory(self, inputs: AnalysisInputs, found: Landscape) -> LossLandscapeResult | None:
+        name = f"{self.name}/{inputs.split}"
+        try:
+            plane, params = self._trail.plane(inputs.model, name)
+        except NoPlaneError as error:
+            rank_zero_warn(f"{name}: no trajectory: {error}. One epoch gives a line; train for two, or more.")
+            return None
         sides = [grid_through_zero(axis, self.plane_points) for axis in plane.trajectory.coordinates.T]
         return self._landscape(
             inputs,
             found,
             "trajectory",
+            params=params,
             direction1=plane.direction1,
             direction2=plane.direction2,
             alphas=sides[0],
@@ -267,23 +291,34 @@ class LossLandscapeCallback(FitEndAnalysis):
 
     def _landscape(self, inputs: AnalysisInputs, found: Landscape, name: str, **how: Any) -> LossLandscapeResult:
         assert inputs.loss_fn is not None
+        directions = [how[key] for key in ("direction1", "direction2") if key in how]
         return loss_landscape(
             inputs.model,
             inputs.loss_fn,
             inputs.batches,
-            params=self.params,
             accuracy_fn=_accuracy_of(inputs.model),
             seed=self.seed,
-            resume=None if self.resume is None else Path(self.resume, inputs.split, f"{name}.npz"),
+            resume=None if self.resume is None else self._file(inputs, name, directions),
             monitor=inputs.monitor.part(lambda part: replace(found, **{name: part})),
             ranks=inputs.ranks,
-            **how,
+            **({"params": self.params} | how),
         )
 
     def _random_direction(self, model: nn.Module, seed: int) -> Tensor:
         return normalized_random_direction(model, seed, self.normalization, params=self.params, biases=self.biases)
 
+    def _file(self, inputs: AnalysisInputs, part: str, depends_on: Sequence[Any]) -> Path:
+        assert self.resume is not None
+        return points_file(Path(self.resume, self.name), inputs, part, depends_on)
+
     def _top_eigenvectors(self, inputs: AnalysisInputs, number: int) -> Tensor:
+        if self.resume is None:
+            return self._new_eigenvectors(inputs, number)
+        names = [*trainable_parameters(inputs.model, self.params)]
+        file = self._file(inputs, "eigenvectors", [number, self.seed, "\n".join(names)])
+        return kept_eigenvectors(file, inputs, lambda: self._new_eigenvectors(inputs, number))
+
+    def _new_eigenvectors(self, inputs: AnalysisInputs, number: int) -> Tensor:
         """Of a sharpness run on the same weights, samples, loss and parameters; computed where there is none."""
         callbacks = [] if inputs.trainer is None else inputs.trainer.callbacks  # type: ignore[attr-defined]
         names = (*trainable_parameters(inputs.model, self.params),)
@@ -311,11 +346,6 @@ class LossLandscapeCallback(FitEndAnalysis):
             monitor=inputs.monitor,
             ranks=inputs.ranks,
         )
-
-    def _remember(self, label: str, model: nn.Module) -> None:
-        if self.trajectory:
-            named = trainable_parameters(model, self.params)
-            self._weights[label] = torch.cat([p.detach().reshape(-1).cpu() for p in named.values()])
 
 
 def _ended(found: Landscape, reason: str) -> Landscape:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_heads.callbacks.functional.common.batches import Batch, LossFn
+from moe_heads.callbacks.functional.common.counts import is_count
 from moe_heads.callbacks.functional.common.environment import device_of
 from moe_heads.callbacks.functional.common.microbatches import Microbatches
 from moe_heads.callbacks.functional.common.monitor import Monitor, TimeUp
@@ -105,9 +106,9 @@ def direction_sweep(
         >>> sweep.losses.shape
         torch.Size([4, 21])
     """
-    if not isinstance(num_directions, int) or num_directions < 2:
+    if not is_count(num_directions, 2):
         raise ValueError(f"num_directions: expected at least 2; got {num_directions!r}")
-    if num_points < 2 or not 0 < reach < float("inf"):
+    if not is_count(num_points, 2) or not 0 < reach < float("inf"):
         raise ValueError(f"num_points, reach: expected at least 2 and a positive number; got {num_points}, {reach}")
     axis = grid_of("alphas", alphas, reach, num_points)
     holds = can_hold_routing(model) if fixed_routing is None else fixed_routing
@@ -126,7 +127,8 @@ def direction_sweep(
 
         def measure(message: Tensor) -> Tensor:
             number, alpha = message.tolist()
-            survey.turn_to(fan.turned(round(number)))
+            is_new = not fan.has_seen(round(number))
+            survey.turn_to(fan.turned(round(number)), is_new=is_new)
             return survey.measure([alpha]).to(ranks.device)
 
         def lead(total: Callable[[Tensor], Tensor]) -> DirectionSweepResult:
@@ -147,14 +149,19 @@ class _Fan:
         original: Original,
     ) -> None:
         self._model, self._direction, self._params, self._original = model, direction, params, original
-        self._number = 0
+        self._number, self._seen = 0, {0}
         self.walk = self._walk()
+
+    def has_seen(self, number: int) -> bool:
+        """Whether it has walked along the direction of that number before."""
+        return number in self._seen
 
     def turned(self, number: int) -> Walk:
         """The walk along the direction of that number."""
         if number != self._number:
             self.walk.go([0.0])  # directions are scaled by the model as it was
             self._number = number
+            self._seen.add(number)
             self.walk = self._walk()
         return self.walk
 
@@ -166,14 +173,16 @@ class _Fan:
 def _swept(
     total: Callable[[Tensor], Tensor], axis: Tensor, num_directions: int, seed: int, monitor: Monitor
 ) -> DirectionSweepResult:
-    """Measure direction by direction, each from its ends inwards; the centre is the same of all."""
+    """Measure the end of each direction, then one after the other, inwards; the centre is the same of all."""
     centre = Point.of(total(torch.zeros(2, dtype=torch.float64)))
     if not math.isfinite(centre.loss):
         raise ValueError(f"loss_fn: expected a finite loss of the model as it is; got {centre.loss}")
     rows: list[list[Point]] = []
-    # both ends first: what is computed once is compared with plain passes there
+    known = [{0.0: centre} for _ in range(num_directions)]
     outside = sorted((alpha for alpha in axis.tolist() if alpha), key=lambda alpha: -abs(alpha))
-    num_steps = 1 + num_directions * len(outside)
+    # the far end of every direction first: what is computed once is compared with plain passes there
+    visits = [(number, outside[0]) for number in range(num_directions)]
+    visits += [(number, alpha) for number in range(num_directions) for alpha in outside[1:]]
 
     def result(partial: str = "") -> DirectionSweepResult:
         columns = torch.tensor([[point.values for point in row] for row in rows], dtype=torch.float64)
@@ -191,16 +200,13 @@ def _swept(
         )
 
     try:
-        monitor.step(1, num_steps)
-        for number in range(num_directions):
-            known = {0.0: centre}
-            for done, alpha in enumerate(outside, start=2 + number * len(outside)):
-                known[alpha] = Point.of(total(torch.tensor([number, alpha], dtype=torch.float64)))
-                if done < num_steps:
-                    monitor.step(done, num_steps)
-            rows.append([known[alpha] for alpha in axis.tolist()])
-            monitor.keep(result)
-        monitor.step(num_steps, num_steps)
+        monitor.step(1, 1 + len(visits))
+        for done, (number, alpha) in enumerate(visits, start=2):
+            known[number][alpha] = Point.of(total(torch.tensor([number, alpha], dtype=torch.float64)))
+            if known[number].keys() >= {*axis.tolist()}:
+                rows.append([known[number][place] for place in axis.tolist()])
+                monitor.keep(result)
+            monitor.step(done, 1 + len(visits))
     except TimeUp as error:
         in_time: DirectionSweepResult = monitor.result_in_time(error)
         return in_time

@@ -1,12 +1,14 @@
 """Loss landscape of a trained model: its loss along one direction, or on a plane, of its parameters."""
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from moe_heads.callbacks.functional.common.batches import Batch, LossFn, leaves_of
+from moe_heads.callbacks.functional.common.code import code_of
+from moe_heads.callbacks.functional.common.counts import is_count
 from moe_heads.callbacks.functional.common.digest import digest_of
 from moe_heads.callbacks.functional.common.environment import device_of
 from moe_heads.callbacks.functional.common.microbatches import Microbatches
@@ -94,7 +96,10 @@ def loss_landscape(
             Hessian-vector product and four more points each.
         refine: Points to add to a line, one after the other, where linear interpolation misses the loss the most.
         resume: A file to which the points are written as they come, and from which they are taken if it is there; by
-            default none. On several ranks rank zero's file counts, for as many ranks only.
+            default none. Weights, samples and directions have to be the same to the bit (keep an eigenvector with the
+            file: another process may find one that differs by rounding); loss and accuracy have to be of the same code,
+            as far as `code_of` sees it, and to give the same at the centre. On several ranks rank zero's file counts,
+            for as many ranks only.
         trajectory: The run whose `trajectory_plane` this is, to be drawn on it.
         seed: Seed of the random number generators at every point.
         monitor: Shows the points, the centre first, and ends the analysis when its time is over; see
@@ -109,7 +114,8 @@ def loss_landscape(
 
     Raises:
         ValueError: If a direction or grid does not fit, the data is empty, the loss is not a scalar or not finite at
-            the centre, a router cannot be held fixed, or the file belongs to another model, data, or directions.
+            the centre, a router cannot be held fixed, or the file is damaged, or of another model, data, direction,
+            loss or accuracy.
         RuntimeError: If the curvature is to be checked and a layer has no second derivative.
 
     Source:
@@ -137,11 +143,15 @@ def loss_landscape(
     with analysis_mode(model, seed) as original:
         record = None
         if resume is not None:
-            record = _record(resume, model, data, legs, [accuracy_fn is not None, holds, seed], ranks)
-        exact: Sequence[float] = ()
+            functions = {"loss_fn": loss_fn, "accuracy_fn": accuracy_fn}
+            record = _record(resume, model, data, legs, functions, [holds, seed], ranks)
+        exact: dict[int, float] = {}
         if check_curvatures:
-            flat = [direction for direction in (direction1, direction2) if isinstance(direction, Tensor)]
-            exact = directional_curvatures(model, loss_fn, data, flat, params=params, monitor=monitor, ranks=ranks)
+            flat = {dim: one for dim, one in enumerate((direction1, direction2)) if isinstance(one, Tensor)}
+            curvatures = directional_curvatures(
+                model, loss_fn, data, [*flat.values()], params=params, seed=seed, monitor=monitor, ranks=ranks
+            )
+            exact = dict(zip(flat, curvatures, strict=True))
         with ranks.together():
             microbatches = Microbatches(data, device_of(model), monitor if ranks.leads else Monitor())
             walk = Walk(model, legs, original)
@@ -168,8 +178,8 @@ def _axes(
 ) -> list[Tensor]:
     if betas is not None and not is_plane:
         raise ValueError("betas: expected None without a direction2; got coordinates")
-    if num_points < 2:
-        raise ValueError(f"num_points: expected at least 2; got {num_points}")
+    if not is_count(num_points, 2):
+        raise ValueError(f"num_points: expected at least 2; got {num_points!r}")
     reach = _REACH_2D if is_plane else _REACH_1D
     axes = [grid_of("alphas", alphas, reach, num_points)]
     return [*axes, grid_of("betas", betas, reach, num_points)] if is_plane else axes
@@ -177,7 +187,7 @@ def _axes(
 
 def _checked_options(model: nn.Module, refine: int, fixed_routing: bool | None, *, is_plane: bool) -> bool:
     """Whether routing is to be held fixed."""
-    if not isinstance(refine, int) or refine < 0 or (refine and is_plane):
+    if not is_count(refine, 0) or (refine and is_plane):
         raise ValueError(f"refine: expected a number of points to add to a line, 0 for a plane; got {refine!r}")
     can_hold = can_hold_routing(model)
     if fixed_routing and not can_hold:
@@ -193,6 +203,7 @@ def _record(
     model: nn.Module,
     data: Sequence[Batch],
     legs: Sequence[Legs],
+    functions: Mapping[str, Callable[..., Tensor] | None],
     options: Sequence[bool | int],
     ranks: Ranks,
 ) -> Record:
@@ -200,4 +211,5 @@ def _record(
     samples = ranks.gather(digest_of(leaf for batch in data for leaf in leaves_of(batch)))
     ways = [part for way in legs for name, leg in way.items() for part in (name, getattr(leg, "end", leg))]
     weights = [*model.parameters(), *model.buffers()]
-    return Record(path, {"weights": weights, "samples": samples, "directions": ways, "options": options})
+    codes = {name: [code_of(function)] for name, function in functions.items()}
+    return Record(path, {"weights": weights, "samples": samples, "directions": ways, **codes, "options": options})

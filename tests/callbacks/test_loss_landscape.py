@@ -63,7 +63,8 @@ def test_everything_is_in_tensorboard_and_in_its_folder(everything: dict[str, An
     tensorboard, table = everything["loggers"]
     tags = read_events(Path(tensorboard.log_dir)).Tags()
     parts = ["line", "plane", "trajectory", "sweep"]
-    assert {f"loss_landscape/train/{part}" for part in parts} <= set(tags["images"])
+    maps = ["plane_flips", "plane_fixed_routing", "plane_accuracy"]
+    assert {f"loss_landscape/train/{part}" for part in [*parts, *maps]} <= set(tags["images"])
     assert {
         "loss_landscape/train/line_curvature_1_exact",
         "loss_landscape/train/plane_routing_gap_max",
@@ -79,8 +80,9 @@ def test_everything_is_in_tensorboard_and_in_its_folder(everything: dict[str, An
 
 
 def test_points_are_kept_where_they_were_asked_for(everything: dict[str, Any]) -> None:
-    kept = everything["folder"] / "points" / "train"
-    assert sorted(path.name for path in kept.iterdir()) == ["line.npz", "plane.npz", "trajectory.npz"]
+    kept = everything["folder"] / "points" / "loss_landscape" / "train"
+    parts = [path.name.partition("_")[0] for path in sorted(kept.iterdir())]
+    assert parts == ["eigenvectors", "line", "plane", "trajectory"]
 
 
 def test_only_the_head_moves_and_the_body_is_computed_once() -> None:
@@ -122,6 +124,12 @@ def test_a_wrong_name_is_told_before_training() -> None:
     ("options", "message"),
     [
         ({"refine": -1}, "refine: expected at least 0; got -1"),
+        ({"refine": True}, "refine: expected at least 0; got True"),
+        ({"plane_points": 3.0}, r"plane_points: expected 3 to 256; got 3\.0"),
+        ({"line_reach": "far"}, "line_reach: expected a finite number above 0; got 'far'"),
+        ({"plane_reach": True}, "plane_reach: expected a finite number above 0; got True"),
+        ({"resume": True}, "resume: expected a folder; got True"),
+        ({"resume": ""}, "resume: expected a folder; got ''"),
         ({"num_directions": 1}, "num_directions: expected 0, or at least 2 that can be compared; got 1"),
         ({"plane_directions": "pca"}, "plane_directions: expected 'random' or 'eigenvectors'; got 'pca'"),
         ({"normalization": "weight"}, "normalization: expected 'filter' or 'layer' or 'none'; got 'weight'"),

@@ -26,7 +26,8 @@ def preserved(model: nn.Module) -> Iterator[Original]:
     Covers parameters, buffers, ``.grad``, ``requires_grad`` and train / eval flags, all other attributes of the model
     and its submodules (counters, lists, dicts, hidden states, the states of torchmetrics metrics), and the generators
     of Python, NumPy, torch and every CUDA device. Tensors and containers keep their identity, so optimisers and views
-    stay attached. Costs one copy of the model's tensors while the block runs.
+    stay attached. Costs one copy of the model's tensors while the block runs; gradients are put aside as they are, so
+    that ``.grad`` is None in the block.
 
     Yields:
         What gives a parameter or buffer as it was when the block began: that copy, not to be written to.
@@ -49,6 +50,8 @@ def preserved(model: nn.Module) -> Iterator[Original]:
     generators = _generator_states()
     originals = {id(state.tensor): state.values for state in tensors}
     try:
+        for tensor in tensors:
+            tensor.put_grad_aside()
         yield lambda tensor: originals[id(tensor)]
     finally:
         with HeldInterrupts():
@@ -102,17 +105,19 @@ class _TensorState:
         self._requires_grad = tensor.requires_grad
         self._grad = tensor.grad if tensor.is_leaf else None
         self.values = tensor.detach().clone()
-        self._grad_values = None if self._grad is None else self._grad.detach().clone()
         # torch.compile leaves marks on the tensors that it has seen
         self._attributes = dict(vars(tensor))
+
+    def put_grad_aside(self) -> None:
+        """Nobody writes into a gradient that is not there, so it needs no copy."""
+        if self._grad is not None:
+            self.tensor.grad = None
 
     def restore(self) -> None:
         write_back(self.tensor, self.values)
         if self.tensor.is_leaf:
             self.tensor.requires_grad_(self._requires_grad)
             self.tensor.grad = self._grad
-        if self._grad is not None and self._grad_values is not None:
-            write_back(self._grad, self._grad_values)
         vars(self.tensor).clear()
         vars(self.tensor).update(self._attributes)
 

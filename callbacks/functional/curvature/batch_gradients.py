@@ -25,6 +25,7 @@ class BatchGradients:
         model: The model, in evaluation mode.
         loss_fn: ``loss_fn(model, batch) -> scalar``.
         params: The parameters to differentiate by, by name.
+        seed: Seed of torch's random numbers in the first batch; each batch has the next.
 
     Attributes:
         model: The model.
@@ -34,19 +35,19 @@ class BatchGradients:
         folds: Batch norms that are folded into the layer before them.
     """
 
-    def __init__(self, model: nn.Module, loss_fn: LossFn, params: dict[str, Tensor]) -> None:
+    def __init__(self, model: nn.Module, loss_fn: LossFn, params: dict[str, Tensor], seed: int = 0) -> None:
         self.model, self.loss_fn, self.params = model, loss_fn, params
-        self.device = next(iter(params.values())).device
+        self.device, self._seed = next(iter(params.values())).device, seed
         self.folds: list[Fold] = []
         chosen = {id(p) for p in params.values()}
         self._others = [p for p in model.parameters() if p.requires_grad and id(p) not in chosen]
 
     @contextmanager
-    def evaluation(self, seed: int) -> Iterator[None]:
+    def evaluation(self, index: int) -> Iterator[None]:
         """Batch norms folded, the random numbers of the batch, and no graph of the parameters that stay as they are."""
         with ExitStack() as stack:
             stack.enter_context(folded(self.folds))
-            stack.enter_context(_replayed(self.device, seed))
+            stack.enter_context(_replayed(self.device, self._seed + index))
             for other in self._others:
                 other.requires_grad_(False)
                 stack.callback(other.requires_grad_, True)

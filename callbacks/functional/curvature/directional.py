@@ -57,5 +57,5 @@ def directional_curvatures(
     with analysis_mode(model, seed):
         # a few products are not worth what makes many of them cheaper
         return shared_hessian(
-            ranks or Ranks(), lead, model, loss_fn, batches, params=params, mode="rebuilt", monitor=monitor
+            ranks or Ranks(), lead, model, loss_fn, batches, params=params, mode="rebuilt", monitor=monitor, seed=seed
         )

@@ -75,6 +75,7 @@ class HessianOperator:
             of what is free, and half of the free memory on a GPU.
         mode: "linearized", "kept" or "rebuilt": the fastest way that is tried; by default the one that pays.
         monitor: Looked at before each batch.
+        seed: Seed of torch's random numbers in the first batch; each batch has the next.
 
     Attributes:
         names: Names of the parameters, in the order of the flat vector.
@@ -108,6 +109,7 @@ class HessianOperator:
         graph_memory: int | None = None,
         mode: GraphMode | None = None,
         monitor: Monitor | None = None,
+        seed: int = 0,
     ) -> None:
         named = selected_parameters(model, params)
         self.names = tuple(named)
@@ -124,7 +126,7 @@ class HessianOperator:
         self._num_differentiated = 0
         self._total: Callable[[Tensor, int | None], Tensor] | None = None  # this process alone
         self._products = BatchProducts(
-            model, loss_fn, named, self._data, monitor or Monitor(), memory=graph_memory, mode=mode
+            model, loss_fn, named, self._data, monitor or Monitor(), memory=graph_memory, mode=mode, seed=seed
         )
 
     @property

@@ -73,10 +73,11 @@ class BatchProducts:
         *,
         memory: int | None = None,
         mode: GraphMode | None = None,
+        seed: int = 0,
     ) -> None:
         if mode is not None and mode not in get_args(GraphMode):
             raise ValueError(f"mode: expected one of {get_args(GraphMode)} or None; got {mode!r}")
-        self._gradients = BatchGradients(model, loss_fn, params)
+        self._gradients = BatchGradients(model, loss_fn, params, seed)
         self._monitor = monitor
         self._program: LinearizedGradient | None = None
         self._kept: list[Product] = []
@@ -176,7 +177,7 @@ class BatchProducts:
         if not forced and (sum(alike) < _TRACE_ABOVE or _TRACING_FACTOR * sizes[0] > memory):
             return None
         try:
-            with self._gradients.evaluation(seed=0):
+            with self._gradients.evaluation(0):
                 program = LinearizedGradient(
                     self._gradients.model, self._gradients.loss_fn, self._gradients.params, first
                 )

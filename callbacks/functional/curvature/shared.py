@@ -29,6 +29,7 @@ def shared_hessian(
     graph_memory: int | None = None,
     mode: GraphMode | None = None,
     monitor: Monitor | None = None,
+    seed: int = 0,
 ) -> T:
     """Run ``lead(operator)`` on rank zero, with the Hessian of the mean loss over the samples of all ranks.
 
@@ -42,6 +43,7 @@ def shared_hessian(
         graph_memory: See `HessianOperator`.
         mode: See `HessianOperator`.
         monitor: See `HessianOperator`.
+        seed: See `HessianOperator`.
 
     Returns:
         What ``lead`` returned, on every rank.
@@ -50,7 +52,7 @@ def shared_hessian(
         # only rank zero looks at the clock
         watched = monitor if ranks.leads else None
         operator = HessianOperator(
-            model, loss_fn, batches, params, graph_memory=graph_memory, mode=mode, monitor=watched
+            model, loss_fn, batches, params, graph_memory=graph_memory, mode=mode, monitor=watched, seed=seed
         )
     try:
         if ranks.size == 1:

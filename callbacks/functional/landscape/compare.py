@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from moe_heads.callbacks.functional.common.figures import axes_of
+from moe_heads.callbacks.functional.landscape.figure import CARD, legend_above
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -34,16 +35,14 @@ def plot_lines(results: "Mapping[str, LossLandscapeResult]", ax: "Axes | None" =
     """
     if not results or any(result.betas is not None for result in results.values()):
         raise ValueError(f"results: expected landscapes along a line; got {'a plane' if results else 'none'}")
-    figure, ax = axes_of(ax, (5.0, 3.6))
+    figure, ax = axes_of(ax, CARD)
     for number, (name, result) in enumerate(results.items()):
         rises = (result.losses - result.center_loss).nan_to_num(math.nan, math.nan)
         ax.plot(result.alphas.numpy(), rises.numpy(), marker=".", color=f"C{number}", label=name)
         if result.losses_fixed_routing is not None:
             fixed = (result.losses_fixed_routing - result.center_loss).nan_to_num(math.nan, math.nan)
             ax.plot(result.alphas.numpy(), fixed.numpy(), linestyle="--", color=f"C{number}")
-    ax.set_title("rise of the loss (dashed: routing held fixed)", fontsize=9)
-    ax.set_xlabel("α (step along direction 1)", fontsize=9)
-    ax.set_ylabel("loss less that at the centre", fontsize=9)
-    ax.tick_params(labelsize=8)
-    ax.legend(fontsize=8)
+    ax.set_xlabel("α (step along direction 1)", fontsize=8)
+    ax.set_ylabel("rise of the loss", fontsize=8)
+    legend_above(ax, "rise of the loss (dashed: routing held fixed)")
     return figure, ax

@@ -10,6 +10,8 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvTransposeNd
 
 from moe_heads.callbacks.functional.common.parameters import Selection, trainable_parameters
 from moe_heads.callbacks.functional.common.walk import Legs, Towards
@@ -22,6 +24,9 @@ Direction = Tensor | Mapping[str, Tensor]
 
 Biases = Literal["zero", "normalized"]
 """What becomes of biases and the parameters of norm layers."""
+
+# Of other classes the parameters are told by their shape; these may have several dimensions.
+_NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
 
 
 def legs_of(model: nn.Module, direction: Direction, name: str, params: Selection | None = None) -> Legs:
@@ -100,9 +105,10 @@ def filter_normalized(
     surfaces of different models incomparable. A filter f is what feeds one output unit: a row of a matrix, a channel of
     a convolution.
 
-    The first dimension of a weight counts its filters. A module whose weights stack several layers says how many
-    leading dimensions do by an integer attribute ``num_filter_dims``: 2 for experts and their units. A parameter with
-    no dimension beyond these is a bias, as are the parameters of norm layers.
+    The first dimension of a weight counts its filters, in a transposed convolution the second, within each group. A
+    module whose weights stack several layers says how many leading dimensions do by an integer attribute
+    ``num_filter_dims``: 2 for experts and their units. A parameter with no dimension beyond these is a bias, as are the
+    parameters of norm layers, whatever their shape (told by their class, or by an attribute ``normalized_shape``).
 
     Args:
         model: The model :math:`\theta`; not changed.
@@ -158,23 +164,38 @@ def _normalized(
     parts = split_direction(model, direction, params=params)
     scaled = []
     for name, parameter in trainable_parameters(model, params).items():
-        first = _num_filter_dims(model, name)
-        is_bias = parameter.dim() <= first
-        if is_bias and biases == "zero":
-            scaled.append(torch.zeros_like(parts[name]))
+        owner = model.get_submodule(name.rpartition(".")[0])
+        if not _is_bias(owner, parameter):
+            scaled.append(
+                _scaled(owner, parameter.detach(), parts[name]) if by_filter else _resized(parameter, parts[name])
+            )
         else:
-            scaled.append(_scaled(parameter.detach(), parts[name], 0 if is_bias or not by_filter else first))
+            scaled.append(_resized(parameter, parts[name]) if biases == "normalized" else torch.zeros_like(parts[name]))
     return torch.cat([part.reshape(-1).to(direction.device, direction.dtype) for part in scaled])
 
 
-def _num_filter_dims(model: nn.Module, parameter_name: str) -> int:
-    owner = model.get_submodule(parameter_name.rpartition(".")[0])
+def _num_filter_dims(owner: nn.Module) -> int:
     return int(getattr(owner, "num_filter_dims", 1))
 
 
-def _scaled(parameter: Tensor, part: Tensor, num_filter_dims: int) -> Tensor:
+def _is_bias(owner: nn.Module, parameter: Tensor) -> bool:
+    is_norm = isinstance(owner, _NORMS) or hasattr(owner, "normalized_shape")
+    return is_norm or parameter.dim() <= _num_filter_dims(owner)
+
+
+def _scaled(owner: nn.Module, parameter: Tensor, part: Tensor) -> Tensor:
+    """Each filter to its norm in the model."""
+    if not isinstance(owner, _ConvTransposeNd):
+        return _resized(parameter, part, _num_filter_dims(owner))
+    # (in, out / groups, ...): an output channel takes from the inputs of its group
+    weight, step = (t.unflatten(0, (owner.groups, -1)).transpose(1, 2) for t in (parameter, part))
+    return _resized(weight, step, 2).transpose(1, 2).reshape(part.shape)
+
+
+def _resized(parameter: Tensor, part: Tensor, num_filter_dims: int = 0) -> Tensor:
+    """Scaled to the norm of the parameter over all dimensions but the first ones."""
     within = tuple(range(num_filter_dims, parameter.dim()))
-    wanted = torch.linalg.vector_norm(parameter, dim=within, keepdim=True)
+    wanted = torch.linalg.vector_norm(parameter.detach(), dim=within, keepdim=True)
     length = torch.linalg.vector_norm(part, dim=within, keepdim=True)
     return torch.where(length > 0, part * (wanted / length), 0)
 

@@ -1,8 +1,8 @@
 """One landscape from its centre to its last point, and the result at any moment on the way."""
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -42,18 +42,18 @@ class Exploration:
     trajectory: Trajectory | None = None
     checks: list[CurvatureCheck] = field(default_factory=list)
 
-    def run(self, exact: Sequence[float], refine: int) -> LossLandscapeResult:
+    def run(self, exact: Mapping[int, float], refine: int) -> LossLandscapeResult:
         """Measure everything, or what there is time for.
 
         Args:
-            exact: Curvature along each direction that is to be checked.
+            exact: Curvature along each direction that is to be checked, by the number of its axis.
             refine: Points to add to the grid.
         """
         self.scan.build = self.result
         try:
             self.scan.start()
             self.scan.visit_ends(anew=self.survey.saves)
-            for dim, value in enumerate(exact):
+            for dim, value in exact.items():
                 self._check(dim, value)
             self.scan.visit_grid()
             self.scan.refine(refine)
@@ -87,6 +87,7 @@ class Exploration:
             not_reused=features.reason,
             not_shared=self.survey.not_shared,
             trajectory=self.trajectory,
+            is_soft=self.survey.is_soft,
         )
 
     def _check(self, dim: int, exact: float) -> None:
@@ -98,7 +99,8 @@ class Exploration:
             return _smooth(self.scan.measure(place))
 
         epsilon = torch.finfo(self.survey.dtype).eps
-        self.checks.append(check_curvature(loss_at, _smooth(self.scan.centre), exact, spacing, epsilon))
+        check = check_curvature(loss_at, _smooth(self.scan.centre), exact, spacing, epsilon)
+        self.checks.append(replace(check, direction=dim + 1))
 
 
 def _smooth(point: Point) -> float:

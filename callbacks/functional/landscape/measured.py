@@ -40,12 +40,13 @@ class MeasuredLandscape:
         losses_fixed_routing: Mean loss with the choices of the centre held, same shape as ``losses``: what remains of
             the difference between dense and sparse heads when no sample changes its experts. None without a sparse
             head, or where it was not asked for.
-        checks: For each direction whose curvature was asked for, that of the slice beside that of the Hessian.
+        checks: For each flat direction, where it was asked for, the curvature of the slice beside that of the Hessian.
         direction_norms: Length of each direction, in units of the parameters: of a step by 1.
         reused: Modules that were computed once for all points, since nothing moves in or before them.
         not_reused: Why they were not, although something lies before what moves; "" where they were.
         not_shared: Why accuracy or the loss at fixed routing took passes of their own; "" where they shared one.
         trajectory: The way of a training run on this plane; None where there is none.
+        is_soft: Whether all routers that ran are soft ones: their loss does not jump at a flip.
     """
 
     alphas: Tensor
@@ -66,6 +67,12 @@ class MeasuredLandscape:
     not_reused: str = ""
     not_shared: str = ""
     trajectory: Trajectory | None = None
+    is_soft: bool = False
+
+    @property
+    def flip(self) -> str:
+        """What a routing flip is."""
+        return "another largest gate" if self.is_soft else "other experts chosen"
 
     @property
     def axes(self) -> tuple[Tensor, ...]:
@@ -111,8 +118,8 @@ class MeasuredLandscape:
 
     @property
     def reach(self) -> float:
-        """Distance from the centre up to which the grid goes in every direction."""
-        return min(min(-float(axis[0]), float(axis[-1])) for axis in self.axes)
+        """Distance from the centre up to which the grid goes in every direction; 0 where it is on one side of it."""
+        return max(0.0, min(min(-float(axis[0]), float(axis[-1])) for axis in self.axes))
 
     def radius(self, rise: float, *, relative: bool = True) -> float:
         """Smallest distance, in units of the coordinates, at which the loss has risen by some amount.
@@ -129,11 +136,16 @@ class MeasuredLandscape:
         level = self.center_loss + rise * (abs(self.center_loss) if relative else 1.0)
         # what was not measured has not risen
         losses = self.losses if not self.num_unmeasured else self.losses.nan_to_num(-math.inf, posinf=math.inf)
-        return crossing_radius(self.axes, losses, level)
+        return crossing_radius(self.axes, losses, level, self.center_loss)
 
     def rise_within(self, radius: float) -> float:
-        """Sharpness of the basin: the largest rise of the loss at the points within a distance; inf if not finite."""
-        return largest_rise(self.axes, self.losses, self.center_loss, radius)
+        """Sharpness of the basin: the largest rise of the loss at the points within a distance.
+
+        Returns:
+            The rise, at least 0; inf if a loss is not finite; nan where no point lies so near, or one is not measured.
+        """
+        rise = largest_rise(self.axes, self.losses, self.center_loss, radius)
+        return math.nan if self.num_unmeasured and math.isinf(rise) else rise
 
     @property
     def routing_gap(self) -> Tensor | None:

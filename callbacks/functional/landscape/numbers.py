@@ -3,11 +3,18 @@
 import math
 
 from moe_heads.callbacks.functional.landscape.measured import MeasuredLandscape
+from moe_heads.callbacks.functional.landscape.validity import CurvatureCheck
 from moe_heads.callbacks.functional.spectrum.tables import markdown_table
 
 __all__ = ["landscape_metrics", "landscape_summary"]
 
 _KINKS = "**they do not agree**, the slice has kinks (of ReLU) or jumps, which the Hessian does not see"
+
+_SPARSE_FLIPS = "Some samples choose other experts than at the centre: a sparse head's loss jumps there."
+_SOFT_FLIPS = (
+    "For some samples another expert has the largest gate than at the centre; the loss of a soft head, which mixes all"
+    " of them, does not jump there."
+)
 
 # Rises of the loss, as parts of that at the centre, whose distance is told.
 _RISES = (0.1, 0.5, 1.0)
@@ -21,15 +28,16 @@ def landscape_metrics(result: MeasuredLandscape) -> dict[str, float]:
         values |= {"loss_min": float(finite.min()), "loss_mean": float(finite.mean())}
         values["loss_max"] = float(finite.max())
     values |= {f"curvature_{rank}": value for rank, value in enumerate(result.curvatures, start=1)}
-    for rank, check in enumerate(result.checks, start=1):
-        values[f"curvature_{rank}_exact"] = check.exact
-        values[f"curvature_{rank}_slice"] = check.second_difference
-        values[f"curvature_{rank}_agrees"] = float(check.agrees)
+    for check in result.checks:
+        values[f"curvature_{check.direction}_exact"] = check.exact
+        values[f"curvature_{check.direction}_slice"] = check.second_difference
+        values[f"curvature_{check.direction}_agrees"] = float(check.agrees)
     values |= {f"radius_{rise:.0%}".removesuffix("%"): result.radius(rise) for rise in _RISES}
     values["rise_half_reach"] = result.rise_within(result.reach / 2)
     if result.center_accuracy is not None and result.accuracies is not None:
         values["center_accuracy"] = result.center_accuracy
-        values["accuracy_min"] = float(result.accuracies.nan_to_num(1.0).min())
+        accuracies = result.accuracies[~result.accuracies.isnan()]
+        values |= {"accuracy_min": float(accuracies.min())} if len(accuracies) else {}
     values |= _routing_numbers(result)
     values["num_samples"] = float(result.num_samples)
     if result.partial:
@@ -69,14 +77,9 @@ def _notes(result: MeasuredLandscape) -> list[str]:
     beyond = [f"{rise:.0%}" for rise in _RISES if math.isinf(result.radius(rise))]
     if beyond:
         notes.append(f"A rise of the loss by {', '.join(beyond)} is not within reach.")
-    for rank, check in enumerate(result.checks, start=1):
-        notes.append(
-            f"Curvature along direction {rank}: {check.exact:.5g} by the Hessian, {check.second_difference:.5g} by the"
-            f" slice at ±{check.step:.3g} (truncation {check.truncation:.1g}, rounding {check.rounding:.1g}):"
-            f" {'they agree' if check.agrees else _KINKS}."
-        )
+    notes.extend(map(_told, result.checks))
     if result.routing_flips is not None and bool(result.routing_flips.any()):
-        notes.append("Some samples choose other experts than at the centre: a sparse head's loss jumps there.")
+        notes.append(_SOFT_FLIPS if result.is_soft else _SPARSE_FLIPS)
     if result.reused:
         notes.append(f"Computed once for all points: {', '.join(result.reused)}.")
     if result.not_reused:
@@ -86,3 +89,11 @@ def _notes(result: MeasuredLandscape) -> list[str]:
     if result.trajectory is not None:
         notes.append(result.trajectory.summary())
     return notes
+
+
+def _told(check: CurvatureCheck) -> str:
+    return (
+        f"Curvature along direction {check.direction}: {check.exact:.5g} by the Hessian, {check.second_difference:.5g}"
+        f" by the slice at ±{check.step:.3g} (truncation {check.truncation:.1g}, rounding {check.rounding:.1g}):"
+        f" {'they agree' if check.agrees else _KINKS}."
+    )

@@ -13,12 +13,11 @@ if TYPE_CHECKING:
 
 __all__ = ["landscape_page"]
 
-# What is offered, in this order, by its name on the page.
+# What is offered before the flips, in this order, by its name on the page.
 _QUANTITIES = {
     "loss": "losses",
     "loss, routing held fixed": "losses_fixed_routing",
     "accuracy": "accuracies",
-    "share of other experts": "routing_flips",
 }
 
 
@@ -53,7 +52,7 @@ def landscape_page(cuts: "Mapping[str, LossLandscapeResult]", title: str = "Loss
 
 
 def _data_of(cut: "LossLandscapeResult") -> dict[str, Any]:
-    there = {name: getattr(cut, field) for name, field in _QUANTITIES.items()}
+    there = {name: getattr(cut, field) for name, field in _QUANTITIES.items()} | {cut.flip: cut.routing_flips}
     path = cut.trajectory
     return {
         "alphas": cut.alphas.tolist(),

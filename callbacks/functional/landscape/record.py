@@ -10,6 +10,7 @@ import numpy as np
 
 from moe_heads.callbacks.functional.common.digest import digest_of
 from moe_heads.callbacks.functional.landscape.point import Point
+from moe_heads.callbacks.functional.landscape.stored import damaged, read_arrays, write_arrays
 
 __all__ = ["Place", "Record"]
 
@@ -27,8 +28,8 @@ class Record:
 
     Args:
         path: The file, ``.npz``.
-        belongs_to: What the points depend on, by name: weights, samples, directions, options. Any collection of tensors
-            and plain values; a digest of each is in the file.
+        belongs_to: What the points depend on, by name: weights, samples, directions, functions. Any collection of
+            tensors and plain values; a digest of each is in the file.
     """
 
     def __init__(self, path: str | os.PathLike[str], belongs_to: Mapping[str, Iterable[Any]]) -> None:
@@ -40,27 +41,27 @@ class Record:
         """The points in the file; none where there is no file.
 
         Raises:
-            ValueError: If they belong to something else, or it is another kind of file.
+            ValueError: If they belong to something else, or it is damaged or another kind of file.
         """
-        if not self._path.exists():
+        arrays = read_arrays(self._path)
+        if arrays is None:
             return {}
         try:
-            with np.load(self._path) as stored:
-                arrays = {name: stored[name] for name in stored.files}
             digests = {name: arrays[name].tobytes() for name in self._digests}
             places, values = arrays["places"].tolist(), arrays["values"].tolist()
-        except (OSError, ValueError, KeyError, EOFError) as error:
-            raise ValueError(f"resume: expected a file that loss_landscape wrote; got {self._path}: {error}") from error
+            points = {
+                tuple(place): Point(loss, fixed, accuracy, flips, round(num_samples))
+                for place, (loss, fixed, accuracy, flips, num_samples) in zip(places, values, strict=True)
+            }
+        except (KeyError, TypeError, ValueError) as error:
+            raise damaged(self._path, error) from error
         for name, digest in self._digests.items():
             if digests[name] != digest:
                 raise ValueError(
                     f"resume: expected points of the same {name.removeprefix('digest_')}; those in {self._path} belong"
                     " to others: give another file, or delete it"
                 )
-        return {
-            tuple(place): Point(loss, fixed, accuracy, flips, round(num_samples))
-            for place, (loss, fixed, accuracy, flips, num_samples) in zip(places, values, strict=True)
-        }
+        return points
 
     def write(self, found: Mapping[Place, Point], *, now: bool = False) -> None:
         """Write the points, if some time has gone by since the last time or it has to be now."""
@@ -69,10 +70,5 @@ class Record:
         arrays: dict[str, Any] = {name: np.frombuffer(digest, np.uint8) for name, digest in self._digests.items()}
         arrays["places"] = np.array(list(found), dtype=np.float64)
         arrays["values"] = np.array([[*point.values, point.num_samples] for point in found.values()])
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        # a run that is killed while it writes leaves the file of before
-        partial = self._path.with_name(f"{self._path.name}.partial")
-        with partial.open("wb") as file:
-            np.savez(file, **arrays)
-        partial.replace(self._path)
+        write_arrays(self._path, arrays)
         self._last_write = time.monotonic()

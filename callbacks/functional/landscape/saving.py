@@ -46,6 +46,10 @@ class Saving:
         self.num_proofs_left -= 1
         self.was_used = False
 
+    def doubt(self) -> None:
+        """What is moved from here on is moved along another direction: prove it there as well."""
+        self.num_proofs_left = max(self.num_proofs_left, 1)
+
     def give_up(self, reason: str) -> None:
         """Go on without."""
         self.is_on, self.reason = False, reason

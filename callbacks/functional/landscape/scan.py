@@ -55,18 +55,17 @@ class Scan:
         """Measure the centre, and take over what the file holds.
 
         Raises:
-            ValueError: If the loss is not finite, or not the one in the file.
+            ValueError: If the loss is not finite, or loss or accuracy are not those in the file.
         """
         known = {} if self.record is None else self.record.load()
         centre = Point.of(self.total(torch.tensor(self._origin, dtype=torch.float64)))
         if not math.isfinite(centre.loss):
             raise ValueError(f"loss_fn: expected a finite loss of the model as it is; got {centre.loss}")
-        before = known.get(self._origin, centre)
-        if not math.isclose(before.loss, centre.loss, rel_tol=_SAME_CENTER):
-            raise ValueError(
-                f"resume: expected the same loss_fn, {centre.loss} at the centre; got {before.loss} in the file"
-            )
+        _check_same("loss_fn", known.get(self._origin, centre).loss, centre.loss)
+        _check_same("accuracy_fn", known.get(self._origin, centre).accuracy, centre.accuracy)
         self.found = known | {self._origin: centre}
+        if self.record is not None:
+            self.record.write(self.found, now=True)  # from here on another loss is noticed
         self._num_to_come = sum(place not in self.found for place in self._places()) + self.num_extra
         self._num_done = 0
         self.monitor.step(1, 1 + self._num_to_come)
@@ -134,6 +133,12 @@ class Scan:
 
     def _places(self) -> Iterable[Place]:
         return _product(self.axes)
+
+
+def _check_same(name: str, before: float, now: float) -> None:
+    is_same = math.isclose(before, now, rel_tol=_SAME_CENTER) or (math.isnan(before) and math.isnan(now))
+    if not is_same:
+        raise ValueError(f"resume: expected the same {name}, {now} at the centre; got {before} in the file")
 
 
 def _product(axes: Sequence[Tensor]) -> list[Place]:

@@ -47,7 +47,7 @@ class Survey:
         accuracy_fn: The accuracy; None for none.
         data: The samples.
         hold_routing: Whether to measure the loss at fixed routing.
-        seed: Seed of the random numbers at every point.
+        seed: Seed of the random numbers in the first batch, at every point; each batch has the next.
 
     Attributes:
         features: What is computed once.
@@ -88,9 +88,22 @@ class Survey:
         named = {"accuracy": self._for_accuracy.reason, "fixed routing": self._for_fixed.reason}
         return "; ".join(f"{name}: {reason}" for name, reason in named.items() if reason)
 
-    def turn_to(self, walk: Walk) -> None:
-        """Go along another walk, which moves the same tensors, from the same centre."""
+    @property
+    def is_soft(self) -> bool:
+        """Whether routers ran at the centre and none of them chose."""
+        return any(known.choices for known in self._references) and not any(known.sparse for known in self._references)
+
+    def turn_to(self, walk: Walk, *, is_new: bool) -> None:
+        """Go along another walk, which moves the same tensors, from the same centre.
+
+        Args:
+            walk: The walk.
+            is_new: Whether what is saved has to be proved there.
+        """
         self._walk = walk
+        if is_new:
+            for saving in self._savings:
+                saving.doubt()
 
     def measure(self, point: Sequence[float]) -> Tensor:
         """The sums at a point, (NUM_SUMS,), float64, see `point`; the centre has to be the first."""
@@ -147,7 +160,6 @@ class Survey:
 
     def _rows(self, *, records: bool) -> Tensor:
         """The sums of each batch, (batches, NUM_SUMS)."""
-        torch.manual_seed(self._seed)
         evaluated = self._data.evaluate(
             lambda index, batch: self._graph(lambda: self._of_batch(index, batch, records=records))
         )
@@ -158,6 +170,7 @@ class Survey:
         if not records and self._is_outdated:
             return torch.zeros(NUM_SUMS, dtype=torch.float64)  # cut a moment ago: all is measured again
         self.features.begin(index, records=records)
+        torch.manual_seed(self._seed + index)  # the numbers that the Hessian's loss draws, whose slice this is
         device = self.features.device
         start = random_states(device)
         with self._for_accuracy.recorded(), self._for_fixed.recorded():

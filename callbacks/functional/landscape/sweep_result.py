@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from moe_heads.callbacks.functional.common.figures import axes_of
+from moe_heads.callbacks.functional.landscape.figure import CARD, legend_above
 from moe_heads.callbacks.functional.landscape.validity import crossing_radius, second_difference
 from moe_heads.callbacks.functional.spectrum.tables import markdown_table
 
@@ -50,6 +51,11 @@ class DirectionSweepResult:
     partial: str = ""
 
     @property
+    def num_nonfinite(self) -> int:
+        """Points whose loss is nan or inf; where there is one, mean and band of its step are not finite either."""
+        return int((~self.losses.isfinite()).sum())
+
+    @property
     def mean(self) -> Tensor:
         """Mean over the directions, (A,)."""
         return self.losses.mean(0)
@@ -72,11 +78,12 @@ class DirectionSweepResult:
     def radii(self, rise: float) -> tuple[float, ...]:
         """Distance at which the loss has risen by a part of that at the centre, of each direction; inf beyond reach."""
         level = self.center_loss + rise * abs(self.center_loss)
-        return tuple(crossing_radius([self.alphas], row, level) for row in self.losses)
+        return tuple(crossing_radius([self.alphas], row, level, self.center_loss) for row in self.losses)
 
     def metrics(self) -> dict[str, float]:
         """The finite numbers to log; ``<quantity>_stderr`` is the standard error of a mean over the directions."""
         values = {"center_loss": self.center_loss, "num_directions": float(len(self.losses))}
+        values["num_nonfinite"] = float(self.num_nonfinite)
         ends = self.losses[:, [0, -1]].mean(1)
         for name, numbers in (
             ("curvature", self.curvatures),
@@ -84,11 +91,11 @@ class DirectionSweepResult:
             ("end_loss", ends.tolist()),
         ):
             values |= _mean_and_error(name, torch.tensor(numbers, dtype=torch.float64))
-        values["relative_spread"] = float((self.losses.std(0) / self.mean.abs()).max())
+        values["relative_spread"] = _largest(self.losses.std(0) / self.mean.abs())
         if self.routing_flips is not None:
-            values["flips_max"] = float(self.routing_flips.max())
+            values["flips_max"] = _largest(self.routing_flips)
         if self.losses_fixed_routing is not None:
-            values["routing_gap_max"] = float((self.losses - self.losses_fixed_routing).abs().max())
+            values["routing_gap_max"] = _largest((self.losses - self.losses_fixed_routing).abs())
         values |= {"num_samples": float(self.num_samples)} | ({"partial": 1.0} if self.partial else {})
         return {key: value for key, value in values.items() if math.isfinite(value)}
 
@@ -98,25 +105,26 @@ class DirectionSweepResult:
         Args:
             ax: Axes to draw into; by default those of a new figure that pyplot does not know.
         """
-        figure, ax = axes_of(ax, (5.0, 3.6))
+        figure, ax = axes_of(ax, CARD)
         alphas = self.alphas.numpy()
         low, high = self.quantile(_LOW), self.quantile(_HIGH)
         ax.fill_between(alphas, low.numpy(), high.numpy(), alpha=0.25, label=f"{_LOW:.0%} to {_HIGH:.0%} of them")
-        ax.plot(alphas, self.mean.numpy(), marker=".", label="mean loss")
+        ax.plot(alphas, self.mean.numpy(), marker=".", markersize=4, label="mean")
         if self.losses_fixed_routing is not None:
             fixed = self.losses_fixed_routing.mean(0).numpy()
-            ax.plot(alphas, fixed, linestyle="--", color="tab:green", label="mean loss, routing held fixed")
-        ax.set_title(f"{len(self.losses)} random directions ({self.num_samples} samples)", fontsize=9)
-        ax.set_xlabel("α (step along the direction)", fontsize=9)
-        ax.set_ylabel("loss", fontsize=9)
-        ax.tick_params(labelsize=8)
-        ax.legend(fontsize=8)
+            ax.plot(alphas, fixed, linestyle="--", color="tab:green", label="mean at fixed routing")
+        lost = f", {self.num_nonfinite} points not finite" if self.num_nonfinite else ""
+        ax.set_xlabel("α (step along the direction)", fontsize=8)
+        ax.set_ylabel("loss", fontsize=8)
+        legend_above(ax, f"{len(self.losses)} random directions ({self.num_samples} samples{lost})")
         return figure, ax
 
     def summary(self) -> str:
         """Markdown table of the numbers."""
         rows = [(name.replace("_", " "), f"{value:.5g}") for name, value in self.metrics().items()]
         notes = [f"Spread is that over the directions at one step. {len(self.alphas)} steps along each."]
+        if self.num_nonfinite:
+            notes.append(f"{self.num_nonfinite} points have a loss that is nan or inf: no mean and no band there.")
         if self.partial:
             notes.append(f"**Partial**: {self.partial}; {self.num_unmeasured} directions are missing.")
         return "\n".join([markdown_table(("quantity", "value"), rows), *(f"\n{note}" for note in notes)])
@@ -127,6 +135,11 @@ class DirectionSweepResult:
         arrays: dict[str, Any] = {name: tensor for name, tensor in tensors.items() if tensor is not None}
         arrays |= {"alphas": self.alphas, "losses": self.losses, "center_loss": self.center_loss}
         np.savez(file, **arrays)
+
+
+def _largest(values: Tensor) -> float:
+    finite = values[values.isfinite()]
+    return float(finite.max()) if len(finite) else math.nan
 
 
 def _mean_and_error(name: str, numbers: Tensor) -> dict[str, float]:

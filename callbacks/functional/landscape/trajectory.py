@@ -12,10 +12,14 @@ from torch import Tensor, nn
 
 from moe_heads.callbacks.functional.common.parameters import Selection, trainable_parameters
 
-__all__ = ["Trajectory", "TrajectoryPlane", "read_states", "trajectory_plane"]
+__all__ = ["NoPlaneError", "Trajectory", "TrajectoryPlane", "read_states", "trajectory_plane"]
 
 # Parameters that are held in double precision at once.
 _PIECE = 2**18
+
+
+class NoPlaneError(ValueError):
+    """The weights of a run span no plane."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,7 +88,8 @@ def trajectory_plane(
         The directions on the CPU, and the run on them.
 
     Raises:
-        ValueError: If there are fewer than two states, one does not fit, or all lie on a line through the model.
+        ValueError: If a state does not fit.
+        NoPlaneError: If there are fewer than two, or all lie on a line through the model.
 
     Source:
         Li, Xu, Taylor, Studer and Goldstein, 2018, arXiv 1712.09913, section 7.
@@ -102,7 +107,7 @@ def trajectory_plane(
     named = trainable_parameters(model, params)
     here = torch.cat([p.detach().cpu().reshape(-1) for p in named.values()])
     if len(states) < 2:
-        raise ValueError(f"states: expected at least two; got {len(states)}")
+        raise NoPlaneError(f"states: expected at least two; got {len(states)}")
     if labels is not None and len(labels) != len(states):
         raise ValueError(f"labels: expected one for each of {len(states)} states; got {len(labels)}")
     flat = [_flat(state, named, number) for number, state in enumerate(states)]
@@ -112,7 +117,7 @@ def trajectory_plane(
     # principal components by the T × T matrix: a run has far fewer states than parameters
     values, vectors = torch.linalg.eigh(gram)
     if values[-2] <= 1e-12 * values[-1] or values[-1] <= 0:
-        raise ValueError("states: expected at least two that are not on one line through the model; got a line")
+        raise NoPlaneError("states: expected at least two that are not on one line through the model; got a line")
     weights = vectors[:, [-1, -2]] / values[[-1, -2]].sqrt()  # (T, 2): of the states in each unit direction
     directions = torch.cat([(weights.T @ steps).to(here.dtype) for steps in _pieces(flat, here)], dim=1)
     coordinates = gram @ weights

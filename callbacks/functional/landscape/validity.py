@@ -28,6 +28,7 @@ class CurvatureCheck:
         truncation: Estimate of what the second difference misses by the length of its step, a third of its change from
             h to 2h; with the noise that rounding adds to it.
         rounding: Bound for its error by the rounding of three losses, :math:`4 \epsilon |L| / h^2`.
+        direction: Which of the directions, counted from 1.
     """
 
     exact: float
@@ -35,6 +36,7 @@ class CurvatureCheck:
     step: float
     truncation: float
     rounding: float
+    direction: int = 1
 
     @property
     def agrees(self) -> bool:
@@ -80,16 +82,17 @@ def second_difference(axis: Tensor, losses: Tensor) -> float | None:
     return None
 
 
-def crossing_radius(axes: Sequence[Tensor], losses: Tensor, level: float) -> float:
+def crossing_radius(axes: Sequence[Tensor], losses: Tensor, level: float, center_loss: float) -> float:
     """Smallest distance from the centre at which the loss reaches a level, between the points by a straight line.
 
-    Looked for along the lines of the grid. A loss that is inf or nan counts as one above any level, at its own place.
+    Looked for along the lines of the grid, and from a centre that is not on it to the points around. A loss that is inf
+    or nan counts as one above any level, at its own place.
 
     Returns:
         The distance, in units of the coordinates; inf when the level is not reached within the grid.
     """
     above = ~(losses < level)
-    radius = math.inf
+    radius = _crossing_from_center(axes, losses, level, center_loss)
     for dim, axis in enumerate(axes):
         here, there = (losses.narrow(dim, start, len(axis) - 1) for start in (0, 1))
         up_here, up_there = (above.narrow(dim, start, len(axis) - 1) for start in (0, 1))
@@ -107,10 +110,32 @@ def crossing_radius(axes: Sequence[Tensor], losses: Tensor, level: float) -> flo
     return radius
 
 
+def _crossing_from_center(axes: Sequence[Tensor], losses: Tensor, level: float, center_loss: float) -> float:
+    """The same on the way to the nearest point on either side of the centre along each axis, or at it."""
+    sides = [_around_zero(axis) for axis in axes]
+    around = losses[torch.meshgrid(*sides, indexing="ij")]
+    places = torch.meshgrid(*(axis[side] for axis, side in zip(axes, sides, strict=True)), indexing="ij")
+    distances = torch.stack(places).square().sum(0).sqrt()
+    shares = torch.where(around.isfinite(), (level - center_loss) / (around - center_loss), 1.0)
+    crossed = ~(around < level) & (distances > 0)
+    return float((shares * distances)[crossed].min()) if bool(crossed.any()) else math.inf
+
+
+def _around_zero(axis: Tensor) -> Tensor:
+    """Where zero is on an axis, or its neighbours."""
+    if bool((axis == 0).any()):
+        return (axis == 0).nonzero()[0]
+    first_above = int((axis < 0).sum())
+    return torch.arange(max(first_above - 1, 0), min(first_above + 1, len(axis)))
+
+
 def largest_rise(axes: Sequence[Tensor], losses: Tensor, center_loss: float, radius: float) -> float:
-    """Largest loss at a distance of at most ``radius``, less that of the centre; inf where one is not finite there."""
+    """Largest loss at a distance of at most ``radius``, less that of the centre; inf where one is not finite there.
+
+    Nan where there is no point but the centre.
+    """
     distances = torch.stack(torch.meshgrid(*axes, indexing="ij")).square().sum(0).sqrt()
-    inside = losses[distances <= radius * (1 + 1e-9)]
-    if not bool(inside.isfinite().all()):
-        return math.inf
-    return max(0.0, float((inside - center_loss).max())) if len(inside) else 0.0
+    inside = losses[(distances > 0) & (distances <= radius * (1 + 1e-9))]
+    if not len(inside):
+        return math.nan
+    return max(0.0, float((inside - center_loss).max())) if bool(inside.isfinite().all()) else math.inf

@@ -87,7 +87,7 @@ def test_features_are_kept_over_all_directions() -> None:
     forward = model[0].forward
     model[0].forward = lambda x: calls.append(1) or forward(x)  # type: ignore[func-returns-value]
     direction_sweep(model, cross_entropy, [batch], num_directions=4, num_points=5, params=["2"])
-    assert len(calls) == 1 + 3  # the centre, and three proofs
+    assert len(calls) == 1 + 4  # the centre, and a proof for each direction
     handle.remove()
 
 
@@ -95,7 +95,7 @@ def test_time_ends_it_after_whole_directions() -> None:
     model, batch = problem()
 
     def show(done: int, total: int | None, quantities: Any) -> None:
-        if done == 2 * 4 + 2:
+        if done == 1 + 4 + 2 * 3:  # the centre, the ends of all, the rest of two
             monitor._deadline = 0.0
 
     monitor = Monitor(max_time=100, show=show)
@@ -103,6 +103,22 @@ def test_time_ends_it_after_whole_directions() -> None:
     assert len(sweep.losses) == 2
     assert sweep.num_unmeasured == 2
     assert "**Partial**" in sweep.summary() and sweep.metrics()["partial"] == 1
+
+
+def test_what_is_not_finite_is_told() -> None:
+    model, batch = problem()
+    start = model[0].weight.detach().clone()
+
+    def loss(m: nn.Module, b: Any) -> Tensor:
+        distance = (m[0].weight.detach() - start).norm()  # type: ignore[index]
+        return cross_entropy(m, b) + torch.where(distance > 0.9 * start.norm(), math.nan, 0.0)
+
+    sweep = direction_sweep(model, loss, [batch], num_directions=3, num_points=5)
+    assert sweep.num_nonfinite == sweep.metrics()["num_nonfinite"] == 6
+    assert "6 points have a loss that is nan or inf" in sweep.summary()
+    assert "6 points not finite" in sweep.plot()[1].get_title()
+    assert 0 < sweep.metrics()["relative_spread"] < 10  # of the steps where all are finite
+    assert direction_sweep(model, cross_entropy, [batch], num_directions=3).metrics()["num_nonfinite"] == 0
 
 
 def test_figure_summary_and_arrays(tmp_path: Any) -> None:
@@ -122,6 +138,8 @@ def test_figure_summary_and_arrays(tmp_path: Any) -> None:
     [
         ({"num_directions": 1}, "num_directions: expected at least 2; got 1"),
         ({"num_points": 1}, "num_points, reach: expected at least 2 and a positive number; got 1, 1.0"),
+        ({"num_points": 2.5}, r"num_points, reach: .* got 2\.5, 1\.0"),
+        ({"num_directions": True}, "num_directions: expected at least 2; got True"),
         ({"reach": -1.0}, "num_points, reach: .* got 21, -1.0"),
         ({"normalization": "weight"}, "normalization: expected 'filter', 'layer' or 'none'; got 'weight'"),
         ({"biases": "kept"}, "biases: expected 'zero' or 'normalized'; got 'kept'"),

@@ -244,6 +244,8 @@ def test_progress_counts_the_points() -> None:
         ({"direction2": torch.ones(2), "betas": [0.0, 0.0]}, "betas: expected at least two finite, increasing"),
         ({"betas": [0.0, 1.0]}, "betas: expected None without a direction2; got coordinates"),
         ({"num_points": 1}, "num_points: expected at least 2; got 1"),
+        ({"num_points": 2.5}, r"num_points: expected at least 2; got 2\.5"),
+        ({"refine": True}, "refine: expected a number of points to add to a line, 0 for a plane; got True"),
         ({"batches": []}, "batches: expected at least one batch"),
         ({"loss_fn": lambda m, b: m(b)}, r"loss_fn: expected a scalar tensor, .* got shape \(4, 1\)"),
         ({"loss_fn": lambda m, b: 1.0}, "loss_fn: expected a scalar tensor, .* got float"),

@@ -1,17 +1,14 @@
 """Landscapes towards checkpoints, of parts of a model, on the plane of a run, refined, resumed, and checked."""
 
 import math
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 from moe_heads import SparseMoE
 from moe_heads.callbacks.functional import (
-    Monitor,
     filter_normalized,
     layer_normalized,
     loss_landscape,
@@ -152,6 +149,41 @@ def test_kinks_are_told() -> None:
     assert "**they do not agree**" in line.summary()
 
 
+def test_a_curvature_belongs_to_its_direction() -> None:
+    """A state to go towards has no check; the one of the flat direction beside it is along the second axis."""
+    model, data = network().double().eval(), batch(torch.float64)
+    state = {name: value + 0.1 for name, value in model.state_dict().items()}
+    flat = random_direction(model)
+    plane = loss_landscape(
+        model, cross_entropy, [data], direction1=state, direction2=flat, num_points=3, check_curvatures=True
+    )
+    (check,) = plane.checks
+    assert check.direction == 2
+    assert check.exact == directional_curvatures(model, cross_entropy, [data], [flat])[0]
+    assert check.agrees
+    assert check.second_difference == pytest.approx(check.exact, rel=1e-4)
+    assert "curvature_1_exact" not in plane.metrics() and plane.metrics()["curvature_2_agrees"] == 1
+    assert "Curvature along direction 2:" in plane.summary()
+
+
+def test_the_curvature_is_that_of_the_loss_with_the_random_numbers_of_the_seed() -> None:
+    model, data = nn.Linear(4, 3).double(), batch(torch.float64)
+
+    def noisy(m: nn.Module, b: tuple[Tensor, Tensor]) -> Tensor:
+        return cross_entropy(m, (b[0] * (1 + torch.randn(1, dtype=torch.float64)), b[1]))
+
+    line = loss_landscape(
+        model,
+        noisy,
+        [data, batch(torch.float64)],
+        direction1=random_direction(model),
+        num_points=3,
+        check_curvatures=True,
+        seed=5,
+    )
+    assert line.checks[0].agrees
+
+
 def test_directional_curvatures_are_quadratic_forms() -> None:
     model, data = network().double().eval(), batch(torch.float64)
     vectors = [random_direction(model, seed) for seed in range(3)]
@@ -209,89 +241,6 @@ def test_refinement_finds_the_jump_of_a_sparse_head() -> None:
     assert fine.alphas.diff()[steps.argmax()] < 0.25  # the largest jump is between two points that are close
 
 
-def counted(limit: int = 10**9) -> tuple[Any, list[int]]:
-    calls: list[int] = []
-
-    def loss(m: nn.Module, b: tuple[Tensor, Tensor]) -> Tensor:
-        calls.append(1)
-        if len(calls) > limit:
-            raise KeyboardInterrupt
-        return cross_entropy(m, b)
-
-    return loss, calls
-
-
-def test_a_scan_that_was_cut_short_goes_on(tmp_path: Path) -> None:
-    model, data, file = network().eval(), batch(), tmp_path / "deep" / "plane.npz"
-    options: dict[str, Any] = {
-        "direction1": random_direction(model),
-        "direction2": random_direction(model, 1),
-        "num_points": 5,
-    }
-    expected = loss_landscape(model, cross_entropy, [data], **options)
-    cut, _ = counted(limit=11)
-    with untouched(model), pytest.raises(KeyboardInterrupt):
-        loss_landscape(model, cut, [data], resume=file, **options)
-    rest, calls = counted()
-    found = loss_landscape(model, rest, [data], resume=file, **options)
-    assert len(calls) == 25 - 10  # ten points besides the centre, which is always measured
-    assert torch.equal(found.losses, expected.losses)
-    again, calls = counted()
-    assert torch.equal(loss_landscape(model, again, [data], resume=file, **options).losses, expected.losses)
-    assert len(calls) == 1
-    # a finer grid takes over what it shares
-    finer, calls = counted()
-    loss_landscape(model, finer, [data], resume=file, **(options | {"num_points": 9}))
-    assert len(calls) == 81 - 25 + 1
-    assert not list(file.parent.glob("*.partial"))
-
-
-def test_a_file_of_something_else_is_refused(tmp_path: Path) -> None:
-    model, data, file = network().eval(), batch(), tmp_path / "line.npz"
-    direction = random_direction(model)
-
-    def line(m: nn.Module = model, b: Any = data, loss: Any = cross_entropy, **options: Any) -> LossLandscapeResult:
-        return loss_landscape(m, loss, [b], **({"direction1": direction, "num_points": 3, "resume": file} | options))
-
-    line()
-    with pytest.raises(ValueError, match=r"resume: expected points of the same weights; those in .*line\.npz belong"):
-        line(network())
-    with pytest.raises(ValueError, match="resume: expected points of the same samples"):
-        line(b=batch())
-    with pytest.raises(ValueError, match="resume: expected points of the same directions"):
-        line(direction1=2 * direction)
-    with pytest.raises(ValueError, match="resume: expected points of the same options"):
-        line(accuracy_fn=cross_entropy)
-    with pytest.raises(ValueError, match=r"resume: expected the same loss_fn, .* at the centre; got"):
-        line(loss=lambda m, b: 2 * cross_entropy(m, b))
-    file.write_text("nothing of the kind")
-    with pytest.raises(ValueError, match=r"resume: expected a file that loss_landscape wrote; got .*line\.npz"):
-        line()
-    np.savez(file, other=np.ones(2))
-    with pytest.raises(ValueError, match="resume: expected a file that loss_landscape wrote"):
-        line()
-
-
-def test_what_there_is_when_the_time_is_over_is_on_disk(tmp_path: Path) -> None:
-    model, file = network().eval(), tmp_path / "line.npz"
-    seen = []
-
-    def show(done: int, total: int | None, quantities: Any) -> None:
-        seen.append(done)
-        if done == 4:
-            monitor._deadline = 0.0
-
-    monitor = Monitor(max_time=100, show=show)
-    options: dict[str, Any] = {"direction1": random_direction(model), "resume": file}
-    data = batch()
-    found = loss_landscape(model, cross_entropy, [data], monitor=monitor, **options)
-    assert found.partial and found.num_unmeasured == 21 - 4
-    assert math.isinf(found.radius(1e9)) and found.num_nonfinite == 0
-    rest, calls = counted()
-    assert loss_landscape(model, rest, [data], **options).num_unmeasured == 0
-    assert len(calls) == 1 + 21 - 4
-
-
 @pytest.mark.parametrize("refine", [-1, 1.5])
 def test_refine_is_a_number_of_points(refine: Any) -> None:
     model = network()
@@ -308,7 +257,8 @@ def test_refine_is_a_number_of_points(refine: Any) -> None:
         )
 
 
-def test_no_memory_beside_the_directions_and_one_copy_of_the_parameters() -> None:
+@pytest.mark.parametrize("has_gradients", [False, True])
+def test_no_memory_beside_the_directions_and_one_copy_of_the_parameters(has_gradients: bool) -> None:
     from examples.benchmarks.bench.peak_memory import peak_memory
 
     model = nn.Sequential(nn.Linear(600, 600), nn.Tanh(), nn.Linear(600, 600))
@@ -316,5 +266,7 @@ def test_no_memory_beside_the_directions_and_one_copy_of_the_parameters() -> Non
     first, second = (random_direction(model, seed) for seed in (0, 1))
     x = torch.randn(2, 600)
     options: dict[str, Any] = {"direction1": first, "direction2": second, "num_points": 3}
+    if has_gradients:
+        model(x).sum().backward()
     peak = peak_memory(lambda: loss_landscape(model, lambda m, b: m(b).square().mean(), [x], **options))
     assert size < peak < 1.05 * size

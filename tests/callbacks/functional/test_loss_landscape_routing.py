@@ -151,3 +151,16 @@ def test_a_sweep_has_both_too() -> None:
     assert sweep.losses_fixed_routing is not None and sweep.routing_flips is not None
     assert sweep.losses_fixed_routing.shape == sweep.routing_flips.shape == (3, 3)
     assert sweep.metrics()["routing_gap_max"] > 0
+
+
+def test_a_landscape_knows_whether_its_routers_choose() -> None:
+    x, y = torch.randn(20, 6), torch.randint(3, (20,))
+    for head, is_soft in (
+        (SoftMoE(6, 3, num_experts=4, expert_width=5), True),
+        (SparseMoE(6, 3, num_experts=4, expert_width=5), False),
+        (nn.Linear(6, 3), False),
+    ):
+        line = loss_landscape(head, cross_entropy, [(x, y)], direction1=random_direction(head), alphas=[-9.0, 0.0, 9.0])
+        assert line.is_soft == is_soft
+        assert ("a sparse head" in line.summary()) == isinstance(head, SparseMoE)
+        assert ("of a soft head" in line.summary()) == is_soft

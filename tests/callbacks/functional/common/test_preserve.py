@@ -129,6 +129,18 @@ def test_lazy_parameters_pass() -> None:
     assert lazy.has_uninitialized_params()
 
 
+def test_gradients_are_put_aside_and_not_copied() -> None:
+    layer = torch.nn.Linear(3, 2)
+    layer(torch.ones(1, 3)).sum().backward()
+    gradient = layer.weight.grad
+    with preserved(layer):
+        assert layer.weight.grad is None
+        layer(torch.ones(1, 3)).square().sum().backward()
+        assert layer.weight.grad is not gradient
+    assert layer.weight.grad is gradient
+    assert torch.equal(gradient, torch.ones(2, 3))
+
+
 def test_analysis_mode_is_deterministic_evaluation_with_gradients() -> None:
     built = model()
     samples = []

@@ -5,6 +5,7 @@ from torch import nn
 from moe_heads import SparseMoE
 from moe_heads.callbacks.functional.landscape.directions import (
     filter_normalized,
+    layer_normalized,
     random_direction,
     split_direction,
     trainable_parameters,
@@ -45,6 +46,47 @@ def test_each_filter_gets_the_norm_of_the_models_own_and_keeps_its_orientation()
             torch.testing.assert_close(part, given / given.norm() * own.norm())
     for name in ("0.bias", "1.weight", "1.bias", "3.bias"):
         assert not parts[name].any()
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_a_filter_of_a_transposed_convolution_is_what_feeds_one_output_channel(groups: int) -> None:
+    model = nn.ConvTranspose2d(4, 6, 3, groups=groups)
+    direction = random_direction(model)
+    scaled = split_direction(model, filter_normalized(model, direction))["weight"]
+    raw, own = split_direction(model, direction)["weight"], model.weight.detach()
+    for channel in range(6):
+        group, place = divmod(channel, 6 // groups)
+        inputs = slice(group * 4 // groups, (group + 1) * 4 // groups)
+        given, length = raw[inputs, place], own[inputs, place].norm()
+        torch.testing.assert_close(scaled[inputs, place], given / given.norm() * length)
+        # that those are the weights of the channel: without them it gives its bias
+        silent = own.clone()
+        silent[inputs, place] = 0
+        output = torch.nn.functional.conv_transpose2d(torch.randn(1, 4, 5, 5), silent, groups=groups)
+        assert not output[:, channel].any() and bool(output.any())
+
+
+@pytest.mark.parametrize(
+    "norm",
+    [
+        nn.LayerNorm((3, 4)),
+        nn.RMSNorm((3, 4)),
+        nn.GroupNorm(1, 3),
+        nn.BatchNorm1d(3),
+        nn.InstanceNorm1d(3, affine=True),
+    ],
+)
+def test_parameters_of_norm_layers_stay_whatever_their_shape(norm: nn.Module) -> None:
+    model = nn.Sequential(norm, nn.Flatten(), nn.Linear(12, 2, bias=False))
+    for parameter in norm.parameters():
+        nn.init.normal_(parameter)
+    direction = random_direction(model)
+    for normalize in (filter_normalized, layer_normalized):
+        parts = split_direction(model, normalize(model, direction))
+        assert not any(parts[f"0.{name}"].any() for name, _ in norm.named_parameters())
+        parts = split_direction(model, normalize(model, direction, biases="normalized"))
+        for name, own in norm.named_parameters():
+            assert parts[f"0.{name}"].norm() == pytest.approx(own.norm().item(), rel=1e-5)  # each as a whole
 
 
 def test_a_zero_filter_stays_zero() -> None:

@@ -69,6 +69,33 @@ def test_its_script_is_a_program(tmp_path: Path) -> None:
     subprocess.run(["node", "--check", tmp_path / "page.js"], check=True)
 
 
+# Stands in for a browser: writes down what is written on the canvas.
+BROWSER = """
+const texts = [], paper = new Proxy({ fillText: (text) => texts.push(text) }, { get: (t, k) => t[k] ?? (() => {}) });
+const elements = {};
+globalThis.Option = class { constructor(name) { this.value = name; } };
+globalThis.document = { getElementById: (id) => elements[id] ??= {
+  textContent: id === "data" ? DATA : "", width: 860, height: 560, value: "", getContext: () => paper,
+  addEventListener: () => {}, replaceChildren(...options) { this.value = options[0].value; },
+} };
+"""
+
+
+@pytest.mark.skipif(shutil.which("node") is None, reason="needs node")
+def test_axes_have_numbers(tmp_path: Path) -> None:
+    written = {}
+    for name, losses in (("line", torch.tensor([2.0, 1.0, 5.0])), ("plane", torch.tensor([[2.0, 3.0], [7.0, 6.0]]))):
+        whole = landscape_page({name: landscape(losses)})
+        data, script = (re.search(f"<script{kind}>(.*?)</script>", whole, re.DOTALL) for kind in (" [^>]*", ""))
+        assert data is not None and script is not None
+        stub = BROWSER.replace("DATA", json.dumps(data[1]))
+        (tmp_path / "page.js").write_text(f"{stub}{script[1]}\nconsole.log(JSON.stringify(texts));")
+        ran = subprocess.run(["node", tmp_path / "page.js"], check=True, capture_output=True, text=True)
+        written[name] = json.loads(ran.stdout)
+    assert written["line"] == ["loss", "-1", "-0.5", "0", "0.5", "1", "1", "2", "3", "4", "5", "α"]
+    assert written["plane"] == [*2 * ["-1", "-0.5", "0", "0.5", "1"], "α", "β", "2", "3", "4", "5", "6", "7"]
+
+
 def test_nothing_to_show() -> None:
     with pytest.raises(ValueError, match="cuts: expected at least one landscape; got none"):
         landscape_page({})

@@ -9,9 +9,28 @@ import torch
 from torch import Tensor, nn
 
 from moe_heads import SparseMoE, collect_routing, fixed_routing
-from moe_heads.callbacks.functional import direction_sweep, loss_landscape, random_direction
+from moe_heads.callbacks.functional import (
+    direction_sweep,
+    loss_landscape,
+    normalized_random_direction,
+    random_direction,
+)
 
 Batch = tuple[Tensor, Tensor]
+
+
+class Peeking(nn.Module):
+    """Looks at one weight of the head, which it does not hold, when that has moved far."""
+
+    def __init__(self, head: nn.Linear, far: float) -> None:
+        super().__init__()
+        self.layer, self.far = nn.Linear(6, 8), far
+        self.seen = lambda: head.weight[0, 0].detach()
+        self.start = float(self.seen())
+
+    def forward(self, x: Tensor) -> Tensor:
+        moved = abs(float(self.seen()) - self.start)
+        return self.layer(x) + (moved if moved > self.far else 0.0)
 
 
 def cross_entropy(model: nn.Module, batch: Batch) -> Tensor:
@@ -235,3 +254,30 @@ def test_a_reference_to_a_moved_weight_shows_at_the_ends() -> None:
         weights = [1 + alpha for alpha in alphas]
         assert line.losses.tolist() == pytest.approx([w * round(w) for w in weights])
         assert line.not_reused == "a module gave another output for the same inputs"
+
+
+def test_a_sweep_proves_along_every_direction_what_it_saves() -> None:
+    """The backbone gives something else only along the direction that moves one weight most."""
+    head, batch = nn.Linear(8, 3), (torch.randn(10, 6), torch.randint(3, (10,)))
+    steps = [abs(float(normalized_random_direction(head, seed)[0])) for seed in range(4)]
+    assert max(steps) != steps[0]
+    model = nn.Sequential(Peeking(head, far=sum(sorted(steps)[-2:]) / 2), head)
+    options: dict[str, Any] = {"num_directions": 4, "params": ["1"], "num_points": 9}
+    found = direction_sweep(model, cross_entropy, [batch], **options)
+    model[0].register_forward_hook(lambda *_: None)
+    model[0].layer.register_forward_hook(lambda *_: None)  # somebody listens inside: nothing is computed once
+    torch.testing.assert_close(
+        found.losses, direction_sweep(model, cross_entropy, [batch], **options).losses, rtol=0, atol=0
+    )
+
+
+def test_a_sweep_makes_one_plain_pass_for_each_direction() -> None:
+    passes: list[int] = []
+    model, batch = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 3)), (torch.randn(10, 6), torch.randint(3, (10,)))
+
+    def loss(m: nn.Module, b: Batch) -> Tensor:
+        passes.append(1)
+        return cross_entropy(m, b)
+
+    direction_sweep(model, loss, [batch], num_directions=5, params=["1"], num_points=9)
+    assert len(passes) == 1 + 5 * (8 + 1)
