@@ -21,28 +21,32 @@ import torch
 from study import report, results, run
 from study.build import build_data, build_model, check_accelerator, describe_data
 from study.options import Options, parse
-from study.storage import claimed
+from study.storage import claimed, locked
 from study.tables import main_table
 from study.training import TimeIsUp
 
-_FAILED, _REFUSED, _TIME_IS_UP = 1, 2, 3
+from moe_heads.lightning_modules import ImageDataModule
+
+_FAILED, _REFUSED, _NOT_FINISHED = 1, 2, 3
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the study.
 
     Returns:
-        0; 1 when a run could not be finished, 2 when it was asked for something impossible, 3 when its time was up.
+        0 when every run is finished; 1 when one failed, 2 when something impossible was asked for, 3 when time was up
+        or other processes have not finished theirs.
     """
     started = time.monotonic()
     _quiet_lightning()
     try:
         options = parse(arguments)
-        results.finished(options, options.config())  # what the folder forbids is told before the images are read
+        results.check_new(options)
+        results.finished(options.out, options.config())  # what the folder forbids is told before the images are read
         data = build_data(options)
         description = describe_data(options, data)
-        config = options.config() | {"test_sha256": description["test_sha256"]}
-        done = results.finished(options, config)
+        config = options.config() | {"data_sha256": description["sha256"]}
+        results.finished(options.out, config)
         check_accelerator(options)
         for head in options.heads:
             build_model(options, head, data)  # a head that cannot be had is told before the first one trains
@@ -52,64 +56,78 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     deadline = started + 60 * (options.max_minutes or float("inf"))
-    report.write_columns(options)
-    status = 0
     try:
-        _run_all(options, data, config, done, deadline)
-    except TimeIsUp as reached:
-        print(f"compare_heads.py: time is up, {reached}; carry on with --resume", file=sys.stderr)
-        status = _TIME_IS_UP
-    except (RuntimeError, OSError) as error:
-        status = _tell(error, _FAILED)
-    if done and status != _FAILED:
-        _finish(options, description, done, time.monotonic() - started)
+        with locked(options.out):
+            report.write_columns(options)
+        status = _run_all(options, data, config, deadline)
+        with locked(options.out):
+            _finish(options, description, config, time.monotonic() - started)
+    except (ValueError, OSError) as error:
+        return _tell(error, _FAILED)
     return status
 
 
-def _run_all(
-    options: Options, data: Any, config: dict[str, Any], done: dict[tuple[str, int], results.Run], deadline: float
-) -> None:
-    """Do what is not done, seed by seed, so that what there is can be compared at any time."""
+def _run_all(options: Options, data: ImageDataModule, config: dict[str, Any], deadline: float) -> int:
+    """Do what is not done, seed by seed, so that what there is can be compared at any time.
+
+    A run that fails, since it diverged for instance, does not keep the others from theirs.
+
+    Returns:
+        Exit status.
+    """
     runs = [(head, seed) for seed in range(options.seeds) for head in options.heads]
-    has_begun = False
+    status, has_begun = 0, False
     for number, (head, seed) in enumerate(runs, start=1):
         label = f"[{number}/{len(runs)}] {head}, seed {seed}"
-        if (head, seed) in done:
-            print(f"{label}: finished before", flush=True)
-            continue
         folder = options.run_dir(head, seed)
         with claimed(folder) as is_mine:
             if not is_mine:
                 print(f"{label}: another process works on it", flush=True)
+                status = status or _NOT_FINISHED
                 continue
-            if (folder / "result.json").exists():  # finished by another process since this one began
-                done[head, seed] = results.load(folder, config)
+            if (folder / "result.json").exists():
+                print(f"{label}: finished before", flush=True)
                 continue
             if has_begun and time.monotonic() > deadline:
-                raise TimeIsUp(f"{len(done)} of {len(runs)} runs are finished")
+                return _time_is_up(label, "not begun")
             print(f"{label}: training and analysing ...", flush=True)
             has_begun = True
+            results.check_begun(folder, config)
             results.begin(folder, config)
-            done[head, seed] = run.run(options, head, seed, data, config, deadline, show_progress=sys.stderr.isatty())
-        print(f"{label}: {_headline(done[head, seed])}", flush=True)
+            try:
+                result = run.run(options, head, seed, data, config, deadline, show_progress=sys.stderr.isatty())
+            except TimeIsUp as reached:
+                return _time_is_up(label, str(reached))
+            except (RuntimeError, ValueError) as error:
+                status = _tell(error, _FAILED, f"{label}: ")
+                continue
+        print(f"{label}: {_headline(result)}", flush=True)
+    return status
 
 
-def _finish(options: Options, data: dict[str, Any], done: dict[tuple[str, int], results.Run], seconds: float) -> None:
-    runs = [done[key] for key in sorted(done, key=lambda key: (key[1], options.heads.index(key[0])))]
-    path = report.write(options, data, runs)
-    print(f"\n{main_table(runs, options.heads)}\n\n{len(runs)} runs, {seconds:.0f} s. Report: {path}")
-    print(f"Browse the results: tensorboard --logdir {options.out}")
+def _finish(options: Options, data: dict[str, Any], config: dict[str, Any], seconds: float) -> None:
+    """Report on all runs of the folder, whoever made them and when."""
+    runs = [*results.finished(options.out, config).values()]
+    if runs:
+        path = report.write(options, data, runs)
+        print(f"\n{main_table(runs)}\n\n{len(runs)} runs, {seconds:.0f} s. Report: {path}")
+        print(f"Browse the results: tensorboard --logdir {options.out}")
 
 
 def _headline(result: results.Run) -> str:
     metrics = result["metrics"]
     sharpness = metrics.get("sharpness/train/lambda_max", float("nan"))
-    accuracy = metrics["test/accuracy"]
-    return f"test accuracy {accuracy:.2%}, λmax on training data {sharpness:.3g}, {result['seconds']:.0f} s"
+    minutes = f"{result['training_seconds']:.0f} s of training, {result['analysis_seconds']:.0f} s of analyses"
+    return f"test accuracy {metrics['plain/test/accuracy']:.2%}, λmax on training data {sharpness:.3g}, {minutes}"
 
 
-def _tell(error: Exception, status: int) -> int:
-    print(f"compare_heads.py: error: {error}", file=sys.stderr)
+def _time_is_up(label: str, reached: str) -> int:
+    print(f"compare_heads.py: time is up ({label}: {reached}); carry on with --resume", file=sys.stderr)
+    return _NOT_FINISHED
+
+
+def _tell(error: Exception, status: int, label: str = "") -> int:
+    print(f"compare_heads.py: error: {label}{error}", file=sys.stderr)
     return status
 
 

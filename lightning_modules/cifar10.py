@@ -40,6 +40,7 @@ class CIFAR10DataModule(ImageDataModule):
         seed: Seed of the splits.
         augment: Crop and flip the training images at random.
         limit_train: Train on a random subset of that many images, classes in proportion; None for all.
+        crop_padding: Pixels by which a crop may move each way, 0 for no crop.
         crop_border: What a crop sees beyond the image: "black", or its pixels mirrored at the edge ("reflect").
 
     Attributes:
@@ -64,12 +65,15 @@ class CIFAR10DataModule(ImageDataModule):
         seed: int = 42,
         augment: bool = True,
         limit_train: int | None = None,
+        crop_padding: int = 4,
         crop_border: CropBorder = "black",
     ) -> None:
         super().__init__(CIFAR10_MEAN, CIFAR10_STD, batch_size, num_workers, val_split, seed, augment, limit_train)
         self.data_dir = Path(data_dir)
+        if crop_padding < 0:
+            raise ValueError(f"crop_padding: expected an integer of at least 0; got {crop_padding!r}")
         check_option("crop_border", crop_border, get_args(CropBorder))
-        self.crop_border = crop_border
+        self.crop_padding, self.crop_border = crop_padding, crop_border
 
     @override
     def prepare_data(self) -> None:
@@ -114,7 +118,7 @@ class CIFAR10DataModule(ImageDataModule):
     @override
     def transform(self, augment: bool) -> ImageTransform:
         """Normalised floats; crops and flips with ``augment``."""
-        padding = 4 if augment else 0
+        padding = self.crop_padding if augment else 0
         return ImageTransform(self.mean, self.std, padding, flip=augment, border=self.crop_border)
 
     def _load(self, train: bool) -> RawSplit:

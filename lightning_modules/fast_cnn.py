@@ -5,6 +5,7 @@ Shapes: B batch, C channels, H and W pixels, F features.
 
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -56,6 +57,10 @@ class FastCNN(nn.Module):
         self.num_features = widths[-1]
         num_filters = 2 * min(_NUM_DIRECTIONS, in_channels * _PATCH**2)
         self.first = nn.Conv2d(in_channels, num_filters, _PATCH)
+        # in the state dict, so that a layer that was fixed is fixed where it is loaded
+        self.is_whitened: Tensor
+        self.register_buffer("is_whitened", torch.tensor(False))
+        self.register_load_state_dict_post_hook(_fix_where_whitened)
         stages = [layer for before, width in pairwise((num_filters, *widths)) for layer in _stage(before, width)]
         self.layers = nn.Sequential(nn.ReLU(), *stages, nn.AdaptiveMaxPool2d(1), nn.Flatten())
 
@@ -74,7 +79,8 @@ class FastCNN(nn.Module):
         """Fix the first layer to the whitening of 2x2 patches of these images.
 
         With the largest eigenvalues and their eigenvectors of the patches' second moments, E[p pᵀ] = Σ λ v vᵀ, its
-        filters are ±v / √(λ + 5e-4), without a bias. It takes no gradient from then on.
+        filters are ±v / √(λ + 5e-4), without a bias. It takes no gradient from then on, nor where
+        its state dict is loaded.
 
         Args:
             images: Training images (N, C, H, W) as the network gets them, normalised; a few thousand are enough.
@@ -95,7 +101,13 @@ class FastCNN(nn.Module):
         filters = (directions / (variances + _WHITENING_EPS).sqrt()).T.flip(0)[: self.first.out_channels // 2]
         self.first.weight.copy_(torch.cat([filters, -filters]).view_as(self.first.weight))
         nn.init.zeros_(self.first.bias)  # type: ignore[arg-type]
-        self.first.requires_grad_(False)
+        self.is_whitened.fill_(True)
+        _fix_where_whitened(self)
+
+
+def _fix_where_whitened(backbone: FastCNN, *_: Any) -> None:
+    if bool(backbone.is_whitened):
+        backbone.first.requires_grad_(False)
 
 
 def _stage(before: int, width: int) -> list[nn.Module]:

@@ -78,6 +78,8 @@ def _random_crop(images: Tensor, padding: int, border: CropBorder) -> Tensor:
 
 def _mirrored(images: Tensor, padding: int) -> Tensor:
     """Reflected borders by indices, since torch's own padding does not take integers."""
+    if padding >= min(images.shape[2:]):
+        raise ValueError(f"padding: expected less than the image's side for border='reflect'; got {padding}")
     rows, columns = (torch.arange(-padding, size + padding).abs() for size in images.shape[2:])
     height, width = images.shape[2:]
     rows, columns = torch.minimum(rows, 2 * (height - 1) - rows), torch.minimum(columns, 2 * (width - 1) - columns)

@@ -32,32 +32,34 @@ def build_data(options: Options) -> ImageDataModule:
         "limit_train": options.limit_train,
         "augment": options.augment,
     }
+    crops: dict[str, Any] = {"crop_padding": options.crop_padding, "crop_border": options.crop_border}
     data: ImageDataModule
     if kind == "digits":
         data = DigitsDataModule(**shared)
     elif kind == "cifar10":
-        data = CIFAR10DataModule(**shared, crop_border=options.crop_border)
+        data = CIFAR10DataModule(**shared, **crops)
     else:
-        data = ImageFolderDataModule(path, image_size=options.image_size, crop_border=options.crop_border, **shared)
+        data = ImageFolderDataModule(path, image_size=options.image_size, **shared, **crops)
     data.prepare_data()
     data.setup()
     return data
 
 
 def describe_data(options: Options, data: ImageDataModule) -> dict[str, Any]:
-    """What the runs of a study were trained on: sizes, kind of files, and a digest of the test images."""
-    test = data.analysis_dataset("test")
-    assert isinstance(test, LabelledImages)
-    digest = hashlib.sha256(test.labels.numpy().tobytes())
-    images = test.images
-    kind = options.data.partition(":")[0]
-    if isinstance(images, torch.Tensor):
-        digest.update(images.contiguous().numpy().tobytes())
-    else:
-        digest.update("\n".join(path.name for path in images.paths).encode())
+    """What the runs of a study were trained on: sizes, kind of files, and a digest of the images."""
+    kind, digest = options.data.partition(":")[0], hashlib.sha256()
+    for split in ("train", "val", "test"):
+        part = data.analysis_dataset(split)
+        assert isinstance(part, LabelledImages)
+        digest.update(part.labels.numpy().tobytes())
+        if isinstance(part.images, torch.Tensor):
+            digest.update(part.images.contiguous().numpy().tobytes())
+        else:
+            digest.update("\n".join(f"{path.name} {path.stat().st_size}" for path in part.images.paths).encode())
     sizes = {split: len(data.analysis_dataset(split)) for split in ("train", "val", "test")}
     suffixes = data.suffixes if isinstance(data, ImageFolderDataModule) else ()
-    return {"kind": kind, "files": list(suffixes), **sizes, "test_sha256": digest.hexdigest()[:16]}
+    about = {"kind": kind, "name": options.data_name, "files": list(suffixes), "num_classes": data.num_classes}
+    return {**about, **sizes, "sha256": digest.hexdigest()[:16]}
 
 
 def check_accelerator(options: Options) -> None:

@@ -7,16 +7,20 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from study import quantities as q
+from study.presets import HEADS
 from study.quantities import Quantity
-from study.results import Run
+from study.results import Run, heads_of
 from study.statistics import estimate, values_of
 
 _SIZE = 8
 
+FIGURES = ("accuracy", "utilisation", "sharpness", "generalisation", "landscape", "speed")
+"""Names of the figures."""
 
-def figures(runs: Sequence[Run], heads: Sequence[str]) -> dict[str, Figure]:
+
+def figures(runs: Sequence[Run]) -> dict[str, Figure]:
     """Figures by name, as the verdicts refer to them; those that have no numbers are absent."""
-    present = [head for head in heads if any(run["head"] == head for run in runs)]
+    present = heads_of(runs)
     drawn: dict[str, Callable[[], Figure | None]] = {
         "accuracy": lambda: _panels(runs, present, (q.ACCURACY, q.VAL_ACCURACY)),
         "utilisation": lambda: _loads(runs, present),
@@ -31,7 +35,7 @@ def figures(runs: Sequence[Run], heads: Sequence[str]) -> dict[str, Figure]:
 
 def color(head: str) -> str:
     """The colour of a head, the same in every figure of a study."""
-    return f"C{('dense', 'soft', 'sparse', 'hard').index(head)}"
+    return f"C{HEADS.index(head)}"
 
 
 def _panels(runs: Sequence[Run], heads: Sequence[str], wanted: Sequence[Quantity]) -> Figure | None:
@@ -64,7 +68,7 @@ def _panels(runs: Sequence[Run], heads: Sequence[str], wanted: Sequence[Quantity
 
 
 def _loads(runs: Sequence[Run], heads: Sequence[str]) -> Figure | None:
-    """Load of every expert on test data in fair shares, experts in the order of their load, a line a seed."""
+    """Use of every expert on test data in fair shares, experts in its order, a line a seed."""
     routed = [head for head in heads if any(run["head"] == head and run["loads"] for run in runs)]
     if not routed:
         return None
@@ -72,15 +76,14 @@ def _loads(runs: Sequence[Run], heads: Sequence[str]) -> Figure | None:
     axes = np.ravel(figure.subplots(1, len(routed), sharey=True))
     for ax, head in zip(axes, routed, strict=True):
         for run in runs:
-            load = run["loads"].get("test", {}).get("load") if run["head"] == head else None
-            if load:
-                shares = sorted((share * len(load) for share in load), reverse=True)
-                ax.plot(range(1, len(load) + 1), shares, ".-", color=color(head), linewidth=0.8, alpha=0.8)
+            shares = sorted(q.shares_of_experts(run), reverse=True) if run["head"] == head else []
+            if shares:
+                ax.plot(range(1, len(shares) + 1), shares, ".-", color=color(head), linewidth=0.8, alpha=0.8)
         ax.axhline(1, color="grey", linewidth=0.8)
         ax.axhline(0.25, color="red", linewidth=0.8, linestyle=":")
-        _dress(ax, title=head, xlabel="expert, by its load")
+        _dress(ax, title=head, xlabel="expert, by its use")
         ax.set_ylim(bottom=0)
-    axes[0].set_ylabel("load, in fair shares", fontsize=_SIZE)
+    axes[0].set_ylabel("use, in fair shares", fontsize=_SIZE)
     return figure
 
 

@@ -12,7 +12,7 @@ from study.presets import HEADS, PRESET_OF, PRESETS, Protocol
 _DATA = "digits, cifar10 or imagefolder:PATH"
 
 # What is not part of a run: other runs, other places, and what changes no number.
-_UNSHARED = ("preset", "heads", "seeds", "out", "resume", "accelerator", "threads", "max_minutes")
+_UNSHARED = ("preset", "heads", "seeds", "out", "resume", "accelerator", "threads", "max_minutes", "data_name")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +27,7 @@ class Options(Protocol):
     accelerator: str = "auto"
     resume: bool = False
     max_minutes: float | None = None
+    data_name: str | None = None
 
     def __post_init__(self) -> None:
         kind, _, path = self.data.partition(":")
@@ -42,6 +43,8 @@ class Options(Protocol):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{_flag(name)}: expected an integer of at least 1; got {value}")
+        if self.crop_padding < 0:
+            raise ValueError(f"--crop-padding: expected an integer of at least 0; got {self.crop_padding}")
         if self.learning_rate <= 0:
             raise ValueError(f"--learning-rate: expected a number above 0; got {self.learning_rate}")
         if not 3 <= self.plane_points <= 256:
@@ -66,13 +69,23 @@ class Options(Protocol):
 def parse(arguments: Sequence[str] | None = None) -> Options:
     """Options of the command line: those of the preset, where it does not say otherwise."""
     given = vars(_parser().parse_args(arguments))
-    kind = (given["data"] or "digits").partition(":")[0]
+    by_preset = PRESETS[given["preset"] or "digits"].data
+    kind = (given["data"] or by_preset).partition(":")[0]
+    _check_data_options(kind, given)
     preset = given.pop("preset") or PRESET_OF.get(kind, "digits")
     chosen = asdict(PRESETS[preset]) | {name: value for name, value in given.items() if value is not None}
     chosen["heads"] = tuple(dict.fromkeys(chosen["heads"]))
     # a folder by its kind of data, as the presets of one kind are variants of the same study
     chosen["out"] = given["out"] or Path("runs") / preset
     return Options(preset=preset, **chosen)
+
+
+def _check_data_options(kind: str, given: dict[str, Any]) -> None:
+    """Refuse what the data would leave out."""
+    unused = {"digits": ("crop_padding", "crop_border", "image_size"), "cifar10": ("image_size",)}.get(kind, ())
+    for name in unused:
+        if given[name] is not None:
+            raise ValueError(f"{_flag(name)}: expected data with such an option, not {kind}; got {given[name]!r}")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -84,6 +97,7 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--preset", choices=[*PRESETS], help="protocol; every option below changes it. By default that of the data")
     add("--data", help=f"{_DATA}; default that of the preset")
+    add("--data-name", help="what the report calls the data")
     add("--backbone", help="digits_cnn, fast_cnn, resnet8, resnet20, resnet18, torchvision:NAME or timm:NAME")
     add("--heads", nargs="+", metavar="HEAD", help=f"some of {', '.join(HEADS)}")
     add("--seeds", type=int, help="number of seeds: 0, 1, …")
@@ -95,6 +109,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--weight-decay", type=float)
     add("--label-smoothing", type=float)
     add("--augment", action=argparse.BooleanOptionalAction, help="random crops and flips of the training images")
+    add("--crop-padding", type=int, help="pixels by which a crop may move each way; 0 for no crop")
     add("--crop-border", choices=_choices("crop_border"), help="what a crop sees beyond the image")
     add("--precision", choices=_choices("precision"), help="of the training; the analyses compute in fp32")
     add("--channels-last", action=argparse.BooleanOptionalAction, help="memory format of backbone and images")

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from moe_heads.callbacks.functional.spectrum.result import Engine
-from moe_heads.lightning_modules import Schedule
+from moe_heads.lightning_modules import CropBorder, Schedule
 
 HEADS = ("dense", "soft", "sparse", "hard")
 
@@ -26,6 +26,7 @@ class Protocol:
         weight_decay: L2 coefficient.
         label_smoothing: Of the training loss.
         augment: Random crops and flips of the training images.
+        crop_padding: Pixels by which a crop may move each way.
         crop_border: What a crop sees beyond the image: "black", or the image mirrored ("reflect").
         precision: Of the training, as Lightning names it; analyses compute in fp32.
         channels_last: Memory format of backbone and images.
@@ -50,7 +51,8 @@ class Protocol:
     weight_decay: float = 5e-4
     label_smoothing: float = 0.0
     augment: bool = True
-    crop_border: Literal["black", "reflect"] = "black"
+    crop_padding: int = 4
+    crop_border: CropBorder = "black"
     precision: Literal["32-true", "bf16-mixed"] = "32-true"
     channels_last: bool = False
     whiten: bool = False
@@ -90,6 +92,7 @@ PRESETS = {
         schedule="linear",
         nesterov=True,
         label_smoothing=0.1,
+        crop_padding=2,
         crop_border="reflect",
         precision="bf16-mixed",
         channels_last=True,

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 from study.results import Run
 
@@ -24,6 +25,10 @@ class Quantity:
         pattern: Format of the number.
         is_ratio: Compared between heads by its logarithm: differences are factors.
         scale: Factor in tables and figures, 100 for percent.
+        is_compared: Whether runs may be held against each other: a time of one process against that of another says
+            more about the machine than about the heads.
+        is_censored: Whether a run without the number has one that is too large to be seen: then a head of which any
+            run lacks it is not compared, as the runs that have it are not like the others.
     """
 
     key: str
@@ -32,6 +37,8 @@ class Quantity:
     pattern: str = ".3g"
     is_ratio: bool = False
     scale: float = 1.0
+    is_compared: bool = True
+    is_censored: bool = False
 
     def of(self, run: Run) -> float | None:
         """The number of a run; None where there is none, or none that is finite (and above 0, for a ratio)."""
@@ -54,10 +61,18 @@ def _difference(first: str, second: str) -> Value:
     return value
 
 
+def shares_of_experts(run: Run) -> list[float]:
+    """Use of every expert on test data in parts of its fair share 1/E; empty for a head without experts.
+
+    The load of a head that chooses experts, the mixing weight of one that runs all.
+    """
+    found = run["loads"].get("test", {})
+    shares = found.get("importance" if run["head"] == "soft" else "load", [])
+    return [share * len(shares) for share in shares]
+
+
 def _share_of_least_used(run: Run) -> float | None:
-    """Load of the expert with the least, on test data, in parts of its fair share 1/E."""
-    load = run["loads"].get("test", {}).get("load")
-    return None if not load else min(load) * len(load)
+    return min(shares_of_experts(run), default=None)
 
 
 def _beyond_quadratic(run: Run) -> float | None:
@@ -66,20 +81,22 @@ def _beyond_quadratic(run: Run) -> float | None:
     curvature = run["metrics"].get("sharpness/train/lambda_max")
     if line is None or not curvature:
         return None
-    rises = _rises(line)
-    if rises is None:
-        return None
     reach = max(map(abs, line["alphas"]))
-    return max(rises) / (0.5 * curvature * reach**2)
+    return max(_rises(line)) / (0.5 * curvature * reach**2)
+
+
+def _largest_rise(run: Run) -> float | None:
+    """Largest rise of the loss on the line of the training split, nats."""
+    line = run["lines"].get("train")
+    return None if line is None else max(_rises(line))
 
 
 def _radius(run: Run) -> float | None:
     """Distance along the top eigenvector of the training split at which the loss has risen by 0.1 nats, either way."""
     line = run["lines"].get("train")
-    rises = None if line is None else _rises(line)
-    if line is None or rises is None:
+    if line is None:
         return None
-    alphas = line["alphas"]
+    alphas, rises = line["alphas"], _rises(line)
     center = min(range(len(alphas)), key=lambda i: abs(alphas[i]))
     found = [_crossing(alphas, rises, range(center, end, step), 0.1) for end, step in ((len(alphas), 1), (-1, -1))]
     return min((distance for distance in found if distance is not None), default=None)
@@ -89,15 +106,14 @@ def _crossing(alphas: list[float], rises: list[float], path: range, level: float
     """|α| at which the rise first reaches a level on the way, between grid points in a straight line."""
     for before, after in pairwise(path):
         if rises[after] >= level:
-            share = (level - rises[before]) / (rises[after] - rises[before])
+            share = 0.0 if math.isinf(rises[after]) else (level - rises[before]) / (rises[after] - rises[before])
             return abs(alphas[before] + share * (alphas[after] - alphas[before]))
     return None
 
 
-def _rises(line: dict[str, list[float]]) -> list[float] | None:
-    losses = line["losses"]
-    if any(loss is None for loss in losses):
-        return None
+def _rises(line: dict[str, list[Any]]) -> list[float]:
+    # what JSON holds as null was infinite or nan
+    losses = [math.inf if loss is None else loss for loss in line["losses"]]
     center = min(range(len(losses)), key=lambda i: abs(line["alphas"][i]))
     return [loss - losses[center] for loss in losses]
 
@@ -112,16 +128,19 @@ def _model_speedup(run: Run) -> float | None:
     return (model - head + dense) / model
 
 
-ACCURACY = Quantity("accuracy", "test accuracy, %", metric("test/accuracy"), ".2f", scale=100)
+ACCURACY = Quantity("accuracy", "test accuracy, %", metric("plain/test/accuracy"), ".2f", scale=100)
 VAL_ACCURACY = Quantity("val_accuracy", "validation accuracy, %", metric("plain/val/accuracy"), ".2f", scale=100)
-GAP = Quantity("gap", "generalisation gap (test − train loss), nats", _difference("test/loss", "plain/train/loss"))
+GAP = Quantity(
+    "gap", "generalisation gap (test − train loss), nats", _difference("plain/test/loss", "plain/train/loss")
+)
 LAMBDA_TRAIN = Quantity("lambda_train", "λmax train", metric("sharpness/train/lambda_max"), is_ratio=True)
 TRACE_TRAIN = Quantity("trace_train", "trace train", metric("sharpness/train/trace"), is_ratio=True)
 LAMBDA_TEST = Quantity("lambda_test", "λmax test", metric("sharpness/test/lambda_max"), is_ratio=True)
 TRACE_TEST = Quantity("trace_test", "trace test", metric("sharpness/test/trace"), is_ratio=True)
-RADIUS = Quantity("radius", "radius (train), α at +0.1 nats", _radius, is_ratio=True)
+RADIUS = Quantity("radius", "radius (train), α at +0.1 nats", _radius, is_ratio=True, is_censored=True)
+RISE = Quantity("rise", "largest rise on the line (train), nats", _largest_rise, is_ratio=True)
 SHAPE = Quantity("shape", "largest rise on the line by that of its parabola (train)", _beyond_quadratic, is_ratio=True)
-BALANCE = Quantity("balance", "load of the least used expert, in fair shares", _share_of_least_used, ".2f")
+BALANCE = Quantity("balance", "use of the least used expert, in fair shares", _share_of_least_used, ".2f")
 SPEEDUP = Quantity("speedup", "speed of the model, dense = 1 (B = 256)", _model_speedup, is_ratio=True)
 HEAD_SPEEDUP = Quantity(
     "head_speedup",
@@ -140,19 +159,28 @@ QUANTITIES = (
     TRACE_TRAIN,
     TRACE_TEST,
     RADIUS,
+    RISE,
     SHAPE,
     Quantity("experts", "experts in effect", metric("expert_utilization/test/head/effective_experts"), ".2f"),
     BALANCE,
     Quantity(
-        "head_ms", "head, ms (B = 256)", metric(f"inference_timing/test/head/batch{_BATCH}/p50_ms"), is_ratio=True
+        "head_ms",
+        "head, ms (B = 256)",
+        metric(f"inference_timing/test/head/batch{_BATCH}/p50_ms"),
+        is_ratio=True,
+        is_compared=False,
     ),
     Quantity(
-        "model_ms", "model, ms (B = 256)", metric(f"inference_timing/test/model/batch{_BATCH}/p50_ms"), is_ratio=True
+        "model_ms",
+        "model, ms (B = 256)",
+        metric(f"inference_timing/test/model/batch{_BATCH}/p50_ms"),
+        is_ratio=True,
+        is_compared=False,
     ),
     HEAD_SPEEDUP,
     SPEEDUP,
 )
 """Rows of the report's table."""
 
-SHARPNESS = (LAMBDA_TRAIN, LAMBDA_TEST, TRACE_TRAIN, TRACE_TEST, RADIUS, SHAPE)
+SHARPNESS = (LAMBDA_TRAIN, LAMBDA_TEST, TRACE_TRAIN, TRACE_TEST, RADIUS, RISE, SHAPE)
 """What the generalisation gap is held against."""

@@ -3,7 +3,8 @@
 import base64
 import html
 import json
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,10 @@ from tensorboard.plugins.hparams import summary_v2 as hparams
 from torch.utils.tensorboard import SummaryWriter
 
 from study import quantities as q
-from study.figures import figures
+from study.figures import FIGURES, figures
 from study.options import Options
-from study.results import Run
+from study.presets import PRESETS, Protocol
+from study.results import Run, heads_of
 from study.statistics import correlate
 from study.storage import replace
 from study.tables import comparison_table, correlation_table, main_table, verdict_table
@@ -34,13 +36,17 @@ _COLUMNS = {
 }
 _COLUMNS_SUFFIX = ".columns"
 
-_METHOD = """The unit is the seed; heads are paired by seed, as a seed fixes the backbone's first weights and the order
-of the images. Means stand with Student's 95 % interval (geometric means for λ, trace, radius and times, where
-differences are factors). p is that of the paired t-test, corrected for all comparisons of the study (Benjamini and
-Yekutieli, which holds for dependent tests); d_z is the paired effect size with Hedges' correction. "Above" asks for a
-corrected p below 0.05; "alike" for two one-sided tests at 5 % with the margin that is stated. Intervals of rank
-correlations draw whole seeds. Curvature and landscape are those of the plain cross-entropy on {samples:,} samples of
-each split, without augmentation, in evaluation mode and fp32."""
+_METHOD = """The unit is the seed. Heads are paired by seed, which fixes the first weights of the backbone and the
+split of the data; order and augmentation of the images differ between heads from the first step on, as heads draw
+random numbers of their own. Means stand with Student's 95 % interval (geometric means for λ, trace, radius, rise and
+times, where differences are factors). p is that of the paired t-test; corrected (Benjamini and Yekutieli, which holds
+for dependent tests) are the tests of "above" that decide a claim, all of them together. Nothing else is corrected: not
+the other rows of the table between heads, nor the tests of "alike" (two one-sided tests at 5 % against the margin that
+is stated). d_z is the paired effect size with Hedges' correction. Intervals of rank correlations draw whole seeds.
+Losses and accuracies of a split are those of the whole split, without augmentation, in evaluation mode and fp32, and so
+are curvature and landscape, of the plain cross-entropy on {samples:,} samples. The line of the landscape is that of the
+paper: 21 points up to 0.5 along the unit top eigenvector, so that every head goes equally far along its own. The use
+of an expert is its share of the choices, and of the mixing weights for a head that runs all."""
 
 
 def write(options: Options, data: dict[str, Any], runs: Sequence[Run]) -> Path:
@@ -50,9 +56,12 @@ def write(options: Options, data: dict[str, Any], runs: Sequence[Run]) -> Path:
         The markdown report.
     """
     replace(options.out / "results.json", json.dumps({"data": data, "runs": list(runs)}, indent=1))
-    for name, figure in figures(runs, options.heads).items():
+    drawn = figures(runs)
+    for name in FIGURES:
+        (options.out / f"{name}.png").unlink(missing_ok=True)
+    for name, figure in drawn.items():
         figure.savefig(options.out / f"{name}.png", dpi=150)
-    text = _text(options, data, runs)
+    text = _text(options, data, runs, drawn)
     report = options.out / "report.md"
     replace(report, text)
     replace(options.out / "report.html", _page(text, options.out))
@@ -67,61 +76,93 @@ def write_columns(options: Options) -> None:
         metrics=[hparams.Metric(metric, display_name=title) for metric, title in _COLUMNS.items()],
     )
     for old in options.out.glob(f"events.out.tfevents.*{_COLUMNS_SUFFIX}"):
-        old.unlink()
+        old.unlink(missing_ok=True)
     with SummaryWriter(options.out, filename_suffix=_COLUMNS_SUFFIX) as writer:
         writer._get_file_writer().add_summary(summary)
 
 
-def _text(options: Options, data: dict[str, Any], runs: Sequence[Run]) -> str:
-    num_seeds = len({run["seed"] for run in runs})
-    comparisons = comparisons_of(runs, options.heads)
-    found = verdicts(runs, comparisons, num_seeds)
+def _text(options: Options, data: dict[str, Any], runs: Sequence[Run], drawn: Container[str]) -> str:
+    heads = heads_of(runs)
+    comparisons = comparisons_of(runs, heads)
+    found = verdicts(runs, comparisons)
     correlations = [correlate(runs, quantity, q.GAP) for quantity in q.SHARPNESS]
     known = [correlation for correlation in correlations if correlation is not None]
-    shown = [name for name in (verdict.figure for verdict in found) if (options.out / f"{name}.png").exists()]
     sections = [
-        f"# {', '.join(options.heads)} on {_data_title(data)}",
-        _setting(options, data, runs, num_seeds),
+        f"# {', '.join(heads)} on {_data_title(data)}",
+        _setting(options, data, runs),
         "## The claims of arXiv 2601.15021",
         verdict_table(found),
-        *(_evidence(verdict, verdict.figure in shown) for verdict in found),
+        *(_evidence(verdict, verdict.figure in drawn) for verdict in found),
         "## All numbers",
-        main_table(runs, options.heads),
-        "### Between heads",
-        comparison_table(comparisons),
+        main_table(runs),
+        *(["### Between heads", comparison_table(comparisons)] if comparisons else []),
         *(["### Sharpness and generalisation", correlation_table(known)] if known else []),
         "## Method",
         _METHOD.format(samples=options.analysis_samples),
-        *(_head_section(options, head) for head in options.heads),
+        "The protocol in full: " + ", ".join(f"{name} {value}" for name, value in runs[0]["config"].items()) + ".",
+        *filter(None, (_head_section(options, head) for head in heads)),
         f"Everything interactively: `tensorboard --logdir {options.out.name}`",
     ]
     return "\n\n".join(sections) + "\n"
 
 
-def _setting(options: Options, data: dict[str, Any], runs: Sequence[Run], num_seeds: int) -> str:
+def _setting(options: Options, data: dict[str, Any], runs: Sequence[Run]) -> str:
     machines = [run["machine"] for run in runs]
+    counts = {head: sum(run["head"] == head for run in runs) for head in heads_of(runs)}
     told = [
-        f"{len(runs)} runs, {num_seeds} seed{'s' if num_seeds != 1 else ''}; preset `{options.preset}`:"
+        f"Runs: {', '.join(f'{count} {head}' for head, count in counts.items())}. Preset `{options.preset}`:"
         f" {options.backbone}, {options.epochs} epochs, batches of {options.batch_size}, learning rate"
         f" {options.learning_rate:g} ({options.schedule}), {options.precision},"
         f" {'with' if options.augment else 'without'} augmentation.",
+        *_warnings(options),
         f"Data: {_data_title(data)}; {data['train']:,} / {data['val']:,} / {data['test']:,} images for training,"
         " validation and test.",
-        f"Machine: {_all(machine['name'] for machine in machines)}, {_all(machine['threads'] for machine in machines)}"
-        f" threads a process; Python {_all(machine['python'] for machine in machines)},"
+        f"Machine: {_all(machine['name'] for machine in machines)}, threads a process:"
+        f" {_all(machine['threads'] for machine in machines)};"
+        f" Python {_all(machine['python'] for machine in machines)},"
         f" torch {_all(machine['packages']['torch'] for machine in machines)},"
         f" lightning {_all(machine['packages']['lightning'] for machine in machines)};"
         f" commit {_all(machine['commit'] for machine in machines)}.",
-        f"Training took {_range([run['training_seconds'] / 60 for run in runs])} minutes a run, with validation; a run"
-        f" with its analyses in one piece {_range([run['seconds'] / 60 for run in runs])}.",
+        f"Minutes a run: {_range([run['training_seconds'] / 60 for run in runs])} of training with validation,"
+        f" {_range([run['analysis_seconds'] / 60 for run in runs])} of analyses.",
+        f"Command: `{_command(options)}`",
     ]
     return "\n".join(f"- {line}" for line in told)
 
 
+def _warnings(options: Options) -> list[str]:
+    """What a reader would else take for what it is not."""
+    told = []
+    if options.engine == "pyhessian":
+        told.append("Curvature by PyHessian with its own stopping rule: its eigenvalues need not have converged.")
+    if options.load_loss == "importance":
+        told.append("The load loss is the importance loss once more, as in the published code.")
+    return told
+
+
+def _command(options: Options) -> str:
+    """The command line, without the places of this machine."""
+    protocol = PRESETS[options.preset]
+    parts = ["python examples/compare_heads.py", f"--preset {options.preset}"]
+    for field in fields(Protocol):
+        value = getattr(options, field.name)
+        if field.name == "data" and value.startswith("imagefolder:"):
+            parts.append("--data imagefolder:PATH")
+        elif value != getattr(protocol, field.name):
+            flag = field.name.replace("_", "-")
+            if isinstance(value, bool):
+                parts.append(f"--{'' if value else 'no-'}{flag}")
+            else:
+                parts.append(f"--{flag} {' '.join(map(str, value)) if isinstance(value, tuple) else value}")
+    return " ".join(parts)
+
+
 def _data_title(data: dict[str, Any]) -> str:
-    names = {"digits": "the digits of scikit-learn", "cifar10": "CIFAR-10", "imagefolder": "a folder of images"}
-    files = "".join(f" ({', '.join(data['files'])} files)" if data["files"] else "")
-    return names[data["kind"]] + files
+    names = {"digits": "the digits of scikit-learn", "cifar10": "CIFAR-10"}
+    files = f"{', '.join(data['files'])} files of {data['num_classes']} classes"
+    if data["kind"] in names:
+        return data["name"] or names[data["kind"]]
+    return f"{data['name']} ({files})" if data["name"] else f"a folder of images ({files})"
 
 
 def _evidence(verdict: Verdict, is_drawn: bool) -> str:
@@ -136,7 +177,7 @@ def _evidence(verdict: Verdict, is_drawn: bool) -> str:
 def _head_section(options: Options, head: str) -> str:
     folder = options.run_dir(head, seed=0)
     images = [f"![{path.stem}]({path.relative_to(options.out)})" for path in sorted(folder.glob("*.png"))]
-    return "\n\n".join([f"## {head}, seed 0", *images])
+    return "\n\n".join([f"## {head}, seed 0", *images]) if images else ""
 
 
 def _page(text: str, folder: Path) -> str:
@@ -167,5 +208,5 @@ def _all(values: Any) -> str:
 
 
 def _range(values: Sequence[float]) -> str:
-    low, high = f"{min(values):.2g}", f"{max(values):.2g}"
+    low, high = f"{min(values):.1f}", f"{max(values):.1f}"
     return low if low == high else f"{low} to {high}"

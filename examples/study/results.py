@@ -1,37 +1,61 @@
 """The runs of a study's folder: which are finished, and whether the others may be carried on."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from study.options import Options
+from study.presets import HEADS
 from study.storage import replace
 
 Run = dict[str, Any]
 """What `study.run.run` stores of a run."""
 
 
-def finished(options: Options, config: dict[str, Any]) -> dict[tuple[str, int], Run]:
-    """Results of the finished runs in the study's folder.
+def heads_of(runs: Sequence[Run]) -> list[str]:
+    """Heads that have a run, in the order of the study."""
+    return [head for head in HEADS if any(run["head"] == head for run in runs)]
 
-    Args:
-        options: What is asked for.
-        config: What every run has to agree with, see `Options.config`.
+
+def check_new(options: Options) -> None:
+    """Refuse to work in a folder that holds runs, unless they are to be kept.
 
     Raises:
-        ValueError: If there are runs without ``--resume``, or some were made with other options.
+        ValueError: If there are runs without ``--resume``.
+    """
+    if not options.resume and _folders(options.out):
+        raise ValueError(f"--out: {str(options.out)!r} holds runs already; pass --resume or another folder")
+
+
+def finished(out: Path, config: dict[str, Any]) -> dict[tuple[str, int], Run]:
+    """Results of all finished runs in the study's folder, also of heads and seeds that are not asked for now.
+
+    Args:
+        out: Folder of the study.
+        config: What every run of the folder has to agree with, see `Options.config`.
+
+    Raises:
+        ValueError: If a run was made with other options.
     """
     found = {}
-    for head in options.heads:
-        for seed in range(options.seeds):
-            folder = options.run_dir(head, seed)
-            if folder.exists() and not options.resume:
-                raise ValueError(f"--out: {str(options.out)!r} holds runs already; pass --resume or another folder")
-            if (folder / "result.json").exists():
-                found[head, seed] = load(folder, config)
-            elif (folder / "config.json").exists():
-                _check(folder / "config.json", _read(folder / "config.json"), config)
+    for key, folder in _folders(out).items():
+        if (folder / "result.json").exists():
+            found[key] = load(folder, config)
+        else:
+            check_begun(folder, config)
     return found
+
+
+def check_begun(folder: Path, config: dict[str, Any]) -> None:
+    """Refuse to carry on a run that began with other options.
+
+    Raises:
+        ValueError: If it did.
+    """
+    path = folder / "config.json"
+    if path.exists():
+        _check(path, _read(path), config)
 
 
 def load(folder: Path, config: dict[str, Any]) -> Run:
@@ -49,6 +73,16 @@ def load(folder: Path, config: dict[str, Any]) -> Run:
 def begin(folder: Path, config: dict[str, Any]) -> None:
     """Write down with which options a run begins, so that it is not carried on with others."""
     replace(folder / "config.json", json.dumps(config, indent=1))
+
+
+def _folders(out: Path) -> dict[tuple[str, int], Path]:
+    """Folders of runs by head and seed, in this order."""
+    found = {}
+    for folder in out.glob("*/seed*"):
+        head, seed = folder.parent.name, folder.name.removeprefix("seed")
+        if head in HEADS and seed.isdigit():
+            found[head, int(seed)] = folder
+    return dict(sorted(found.items(), key=lambda item: (HEADS.index(item[0][0]), item[0][1])))
 
 
 def _read(path: Path) -> Run:

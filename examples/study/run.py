@@ -26,7 +26,7 @@ from study.build import build_model
 from study.machine import describe_machine
 from study.options import Options
 from study.storage import replace
-from study.training import LAST, Deadline, TrainingClock, checkpoints, missing
+from study.training import LAST, Deadline, TrainingClock, checked, checkpoints, missing
 
 
 def run(
@@ -56,14 +56,13 @@ def run(
         TimeIsUp: When the deadline is over before the run is; what is done is kept.
         RuntimeError: If an analysis could not be finished.
     """
-    started = time.perf_counter()
     folder = options.run_dir(head, seed)
     pl.seed_everything(seed, verbose=False)
     model = build_model(options, head, data)
     last = folder / "checkpoints" / LAST
     logger = TensorBoardLogger(options.out, name=head, version=folder.name, default_hp_metric=False)
     logger.log_hyperparams({"seed": seed, "data": options.data.partition(":")[0]})
-    clock = TrainingClock()
+    clock, gate = TrainingClock(), Deadline(deadline)
     analyses = _analyses(options)
     trainer = pl.Trainer(
         max_epochs=options.epochs,
@@ -71,17 +70,20 @@ def run(
         devices=1,
         precision=options.precision,
         logger=logger,
-        callbacks=[Deadline(deadline), *analyses, clock, RandomStates(), checkpoints(last.parent)],
+        callbacks=[gate, *analyses, clock, RandomStates(), checkpoints(last.parent)],
         enable_progress_bar=show_progress,
         enable_model_summary=False,
         log_every_n_steps=10,
     )
-    trainer.fit(model, datamodule=data, ckpt_path=last if last.exists() else None)
+    trainer.fit(model, datamodule=data, ckpt_path=checked(last) if last.exists() else None)
     # of the trained model only: what was logged while training is not known to the piece that analyses
     found = tuple(f"{analysis.name}/{split}/" for analysis in analyses for split in analysis.results)
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith(found)}
     metrics |= trainer.test(model, datamodule=data, verbose=False)[0]
-    metrics |= _evaluated(model, data, "train") | _evaluated(model, data, "val")
+    analysis_seconds = time.perf_counter() - gate.fit_ended
+    model.to(trainer.strategy.root_device)  # the Trainer has taken it back to the CPU
+    for split in ("train", "val", "test"):
+        metrics |= _evaluated(model, data, split)
     logger.finalize("success")
     if undone := missing(analyses):
         raise RuntimeError(f"{folder}: not finished, for want of {', '.join(undone)}; start again with --resume")
@@ -97,7 +99,7 @@ def run(
         "lines": _lines(analyses),
         "loads": _loads(analyses),
         "training_seconds": clock.seconds,
-        "seconds": time.perf_counter() - started,
+        "analysis_seconds": analysis_seconds,
         "machine": describe_machine(trainer),
     }
     # written last: a run without it is not finished

@@ -56,8 +56,8 @@ class Comparison:
         effect_size: Mean of the paired differences by their standard deviation (Cohen's d_z), with Hedges' correction
             for few values; None for fewer than three seeds, or without any spread.
         p_value: Of the paired t-test; None for fewer than two seeds.
-        adjusted_p_value: The same with the correction for all comparisons of the study (Benjamini and Yekutieli);
-            filled in by `adjusted`.
+        adjusted_p_value: The same with the correction for all tests that decide a claim (Benjamini and Yekutieli); None
+            for one that decides none.
         differences: Of every seed, logarithms for a ratio.
     """
 
@@ -147,7 +147,9 @@ def student_interval(data: Sequence[float] | Values, confidence: float = CONFIDE
 
 
 def compare(runs: Sequence[Run], quantity: Quantity, head: str, baseline: str) -> Comparison | None:
-    """Paired by seed; None where no seed has both."""
+    """Paired by seed; None where no seed has both, or where some run is censored."""
+    if quantity.is_censored and any(quantity.of(run) is None for run in runs if run["head"] in (head, baseline)):
+        return None
     first, second = values_of(runs, quantity, head), values_of(runs, quantity, baseline)
     seeds = sorted(set(first) & set(second))
     if not seeds:
@@ -168,7 +170,7 @@ def compare(runs: Sequence[Run], quantity: Quantity, head: str, baseline: str) -
 
 
 def adjusted(comparisons: Sequence[Comparison]) -> list[Comparison]:
-    """With p-values for the number of comparisons.
+    """With p-values for their number.
 
     Benjamini and Yekutieli's, which hold for dependent tests: all heads share the seeds, and λmax and trace a Hessian.
     """
@@ -179,6 +181,8 @@ def adjusted(comparisons: Sequence[Comparison]) -> list[Comparison]:
 
 def correlate(runs: Sequence[Run], quantity: Quantity, gap: Quantity, num_resamples: int = 2000) -> Correlation | None:
     """A quantity against the generalisation gap; None for fewer than four runs, or if it never changes."""
+    if quantity.is_censored and any(quantity.of(run) is None for run in runs):
+        return None
     both = [(run["head"], run["seed"], quantity.of(run), gap.of(run)) for run in runs]
     rows = [(head, seed, x, y) for head, seed, x, y in both if x is not None and y is not None]
     if len(rows) < 4:

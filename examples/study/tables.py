@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 
 from study.quantities import QUANTITIES, Quantity
-from study.results import Run
-from study.statistics import Comparison, Correlation, Estimate, estimate, values_of
+from study.results import Run, heads_of
+from study.statistics import Comparison, Correlation, estimate, values_of
 from study.verdicts import Verdict
 
 
@@ -19,19 +19,16 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(lines)
 
 
-def main_table(runs: Sequence[Run], heads: Sequence[str]) -> str:
-    """A row a quantity, a column a head: mean over the seeds and its 95 % interval."""
-    rows = []
+def main_table(runs: Sequence[Run]) -> str:
+    """A row a quantity, a column a head: mean over the seeds and its 95 % interval, and how many had it if not all."""
     sizes = {run["head"]: run["capacity"] for run in runs}
-    heads = [head for head in heads if head in sizes]
-    rows.append([
-        "parameters of the head (active)",
-        *(f"{sizes[h]['total']:,} ({sizes[h]['active']:,})" for h in heads),
-    ])
+    heads = heads_of(runs)
+    sized = [f"{sizes[head]['total']:,} ({sizes[head]['active']:,})" for head in heads]
+    rows = [["parameters of the head (active)", *sized]]
     for quantity in QUANTITIES:
-        found = [estimate(list(values_of(runs, quantity, head).values()), quantity.is_ratio) for head in heads]
-        if any(found):
-            rows.append([quantity.title, *(_cell(quantity, value) for value in found)])
+        cells = [_cell(runs, quantity, head) for head in heads]
+        if any(cell != _NOTHING for cell in cells):
+            rows.append([quantity.title, *cells])
     return markdown(["", *heads], rows)
 
 
@@ -41,6 +38,7 @@ def comparison_table(comparisons: Sequence[Comparison]) -> str:
         [
             c.quantity.title,
             f"{c.head} {'/' if c.quantity.is_ratio else '−'} {c.baseline}",
+            str(c.difference.num_seeds),
             c.difference.format(".3g" if c.quantity.is_ratio else "+.3g", c.quantity.scale),
             "–" if c.effect_size is None else f"{c.effect_size:+.2f}",
             "–" if c.p_value is None else f"{c.p_value:.2g}",
@@ -48,7 +46,7 @@ def comparison_table(comparisons: Sequence[Comparison]) -> str:
         ]
         for c in comparisons
     ]
-    return markdown(["quantity", "heads", "difference or factor [95 %]", "d_z", "p", "p, corrected"], rows)
+    return markdown(["quantity", "heads", "n", "difference or factor [95 %]", "d_z", "p", "p, corrected"], rows)
 
 
 def correlation_table(correlations: Sequence[Correlation]) -> str:
@@ -70,5 +68,16 @@ def verdict_table(verdicts: Sequence[Verdict]) -> str:
     return markdown(["", "claim", "verdict"], [[str(v.number), v.claim, f"**{v.outcome}**"] for v in verdicts])
 
 
-def _cell(quantity: Quantity, found: Estimate | None) -> str:
-    return "–" if found is None else found.format(quantity.pattern, quantity.scale)
+def _cell(runs: Sequence[Run], quantity: Quantity, head: str) -> str:
+    values = list(values_of(runs, quantity, head).values())
+    found = estimate(values, quantity.is_ratio)
+    num_runs = sum(run["head"] == head for run in runs)
+    if quantity.is_censored and values and len(values) < num_runs:
+        return f"{min(values):{quantity.pattern}} and more; beyond reach in {num_runs - len(values)} of {num_runs} runs"
+    if found is None:
+        return "beyond reach" if quantity.is_censored and num_runs else _NOTHING
+    some = f" (n = {len(values)})" if len(values) < num_runs else ""
+    return found.format(quantity.pattern, quantity.scale) + some
+
+
+_NOTHING = "–"

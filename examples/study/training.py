@@ -3,6 +3,7 @@
 import time
 from pathlib import Path
 
+import torch
 from lightning import pytorch as pl
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -22,10 +23,14 @@ class Deadline(Callback):
 
     Args:
         at: `time.monotonic` of the end; infinity for none.
+
+    Attributes:
+        fit_ended: `time.perf_counter` of the end of fit, before the analyses.
     """
 
     def __init__(self, at: float) -> None:
         self.at = at
+        self.fit_ended = float("nan")
         self._has_begun = False
 
     @override
@@ -40,6 +45,7 @@ class Deadline(Callback):
         # after a piece that did nothing but load what was trained before, there is a whole piece's time
         if self._has_begun and time.monotonic() > self.at:
             raise TimeIsUp("trained, to be analysed")
+        self.fit_ended = time.perf_counter()
 
 
 class TrainingClock(Callback):
@@ -83,6 +89,19 @@ def checkpoints(folder: Path) -> ModelCheckpoint:
         save_on_train_epoch_end=True,
         enable_version_counter=False,
     )
+
+
+def checked(path: Path) -> Path:
+    """A checkpoint that can be read.
+
+    Raises:
+        RuntimeError: Names the file that cannot, and what to do.
+    """
+    try:
+        torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise RuntimeError(f"{path} is damaged ({error}); remove it to train this run anew") from error
+    return path
 
 
 def missing(analyses: list[FitEndAnalysis]) -> list[str]:

@@ -53,6 +53,15 @@ def test_whitened_layer_stays_through_a_training_step() -> None:
     assert backbone.first.bias is not None and not backbone.first.bias.any()
 
 
+def test_a_loaded_layer_is_as_fixed_as_the_saved_one() -> None:
+    backbone, other = FastCNN(widths=(4,)), FastCNN(widths=(4,))
+    other.load_state_dict(backbone.state_dict())
+    assert other.first.weight.requires_grad
+    backbone.whiten(torch.randn(20, 3, 8, 8))
+    other.load_state_dict(backbone.state_dict())
+    assert not other.first.weight.requires_grad and not other.first.bias.requires_grad
+
+
 @pytest.mark.parametrize(
     ("images", "message"),
     [

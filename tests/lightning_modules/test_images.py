@@ -144,6 +144,12 @@ def test_reflected_border_is_that_of_torch(padding: int) -> None:
         assert (possible.movedim(1, 0) == crop).flatten(1).all(1).any()
 
 
+def test_a_border_wider_than_the_image_cannot_be_its_mirror() -> None:
+    transform = ImageTransform(**IDENTITY, padding=4, border="reflect")
+    with pytest.raises(ValueError, match=r"padding: expected less than the image's side .* got 4"):
+        transform(torch.zeros(1, 3, 8, 4, dtype=torch.uint8))
+
+
 def test_unknown_border_is_refused() -> None:
     with pytest.raises(ValueError, match="border: expected one of 'black', 'reflect'; got 'white'"):
         ImageTransform(**IDENTITY, border="white")

@@ -23,10 +23,10 @@ def make_run(head: str, seed: int, **metrics: float) -> dict[str, Any]:
     lambda_max = metrics.get("sharpness/train/lambda_max", 10.0)
     alphas = np.linspace(-0.5, 0.5, 21)
     rises = 0.5 * lambda_max * alphas**2
-    routed = head != "dense"
+    routed, shares = head != "dense", [0.13, 0.12, 0.125, 0.125, 0.13, 0.12, 0.125, 0.125]
     base = {
-        "test/accuracy": 0.9 + 0.001 * jitter[0],
-        "test/loss": 0.35 + 0.005 * jitter[1],
+        "plain/test/accuracy": 0.9 + 0.001 * jitter[0],
+        "plain/test/loss": 0.35 + 0.005 * jitter[1],
         "test/calibration_error": 0.02 + 0.001 * jitter[2],
         "plain/train/loss": 0.2 + 0.005 * jitter[1],
         "plain/val/accuracy": 0.9 + 0.001 * jitter[3],
@@ -46,13 +46,13 @@ def make_run(head: str, seed: int, **metrics: float) -> dict[str, Any]:
     return {
         "head": head,
         "seed": seed,
-        "config": {},
+        "config": {"backbone": "abacus"},
         "capacity": {"total": 1000, "active": 400 if routed else 1000, "backbone": 5000},
         "metrics": base | metrics,
         "lines": {"train": {"alphas": alphas.tolist(), "losses": (0.2 + rises).tolist()}},
-        "loads": {"test": {"load": [0.13, 0.12, 0.125, 0.125, 0.13, 0.12, 0.125, 0.125]}} if routed else {},
+        "loads": {"test": {"load": shares, "importance": shares}} if routed else {},
         "training_seconds": 60.0,
-        "seconds": 90.0,
+        "analysis_seconds": 30.0,
         "machine": MACHINE,
     }
 

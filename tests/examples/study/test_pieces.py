@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import study.run
 import torch
 from PIL import Image
 from study.storage import claimed
@@ -21,6 +22,7 @@ SMALL = (
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The number of training batches"),
     pytest.mark.filterwarnings("ignore:.*exists and is not empty"),
+    pytest.mark.filterwarnings("ignore:expert_utilization. epoch"),
     pytest.mark.filterwarnings("ignore:Found keys that are in the model state dict"),
 ]
 
@@ -80,7 +82,7 @@ def test_the_preset_for_a_cpu_on_a_folder_of_images(tmp_path: Path, capsys: pyte
     few = ("--heads", "sparse", "--seeds", "1", "--epochs", "2", "--batch-size", "8")
     assert main(tmp_path / "out", "--max-minutes", "1e-9", base=[*data, *few]) == 3
     assert main(tmp_path / "out", base=[*data, *few]) == 0
-    assert "a folder of images (.jpg files)" in (tmp_path / "out" / "report.md").read_text()
+    assert "a folder of images (.jpg files of 2 classes)" in (tmp_path / "out" / "report.md").read_text()
     assert str(tmp_path) not in (tmp_path / "out" / "results.json").read_text()
 
 
@@ -100,12 +102,52 @@ def test_other_images_under_the_old_name_are_refused(
     assert main(tmp_path) == 0
     monkeypatch.setattr("moe_heads.lightning_modules.digits._TEST_SHARE", 0.3)
     assert main(tmp_path, "--resume") == 2
-    assert "was made with test_sha256=" in capsys.readouterr().err
+    assert "was made with data_sha256=" in capsys.readouterr().err
+
+
+def test_a_diverged_run_keeps_no_other_from_its_own(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build = study.run.build_model
+
+    def diverging(options: Any, head: str, data: Any) -> Any:
+        model = build(options, head, data)
+        if head == "dense":
+            torch.nn.init.constant_(next(model.head.parameters()), float("nan"))
+        return model
+
+    monkeypatch.setattr("study.run.build_model", diverging)
+    assert main(tmp_path, "--heads", "dense", "sparse") == 1
+    assert "[1/2] dense, seed 0: " in (error := capsys.readouterr().err) and "NaN or infinity" in error
+    assert "Runs: 1 sparse." in (tmp_path / "report.md").read_text()
+
+
+def test_a_damaged_checkpoint_is_told_by_its_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(tmp_path, "--max-minutes", "1e-9") == 3
+    last = tmp_path / "sparse" / "seed0" / "checkpoints" / "last.ckpt"
+    last.write_bytes(last.read_bytes()[:1000])
+    assert main(tmp_path, "--resume") == 1
+    assert "last.ckpt is damaged" in (error := capsys.readouterr().err) and "remove it" in error
+    last.unlink()
+    assert main(tmp_path, "--resume") == 0
+
+
+def test_the_report_is_about_all_runs_of_the_folder(tmp_path: Path) -> None:
+    assert main(tmp_path) == 0
+    assert main(tmp_path, "--resume", "--heads", "dense") == 0
+    runs = json.loads((tmp_path / "results.json").read_text())["runs"]
+    assert [(run["head"], run["seed"]) for run in runs] == [("dense", 0), ("sparse", 0)]
+
+
+def test_another_head_with_other_options_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(tmp_path) == 0
+    assert main(tmp_path, "--resume", "--heads", "dense", "--learning-rate", "0.3") == 2
+    assert "was made with learning_rate=0.1 (now 0.3)" in capsys.readouterr().err
 
 
 def test_a_run_that_another_process_works_on_is_left_to_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with claimed(tmp_path / "sparse" / "seed0"):
-        assert main(tmp_path, "--resume") == 0
+        assert main(tmp_path, "--resume") == 3
     assert "another process works on it" in capsys.readouterr().out
     assert not list(tmp_path.rglob("result.json"))
 

@@ -11,7 +11,7 @@ from study.statistics import Comparison, adjusted, compare, correlate, estimate,
 from tests.support.study_runs import make_run
 
 
-def pair(ours: list[float], theirs: list[float], key: str = "test/accuracy") -> list[dict[str, object]]:
+def pair(ours: list[float], theirs: list[float], key: str = "plain/test/accuracy") -> list[dict[str, object]]:
     runs = [make_run("soft", seed, **{key: value}) for seed, value in enumerate(ours)]
     return runs + [make_run("dense", seed, **{key: value}) for seed, value in enumerate(theirs)]
 
@@ -119,7 +119,9 @@ def test_margins_of_ratios_are_factors() -> None:
 
 
 def test_correlation_of_what_rises_together() -> None:
-    made = [make_run("dense", s, **{"sharpness/train/lambda_max": 2.0**s, "test/loss": 0.3 + s}) for s in range(6)]
+    made = [
+        make_run("dense", s, **{"sharpness/train/lambda_max": 2.0**s, "plain/test/loss": 0.3 + s}) for s in range(6)
+    ]
     found = correlate(made, LAMBDA_TRAIN, GAP)
     assert found is not None
     assert found.rho == pytest.approx(1) and found.within_heads == pytest.approx(1)
@@ -132,7 +134,7 @@ def test_correlation_that_only_tells_heads_apart_vanishes_within_them() -> None:
 
     def metrics(level: float) -> dict[str, float]:
         lambda_max = level * math.exp(rng.normal() / 10)
-        return {"sharpness/train/lambda_max": lambda_max, "test/loss": level + rng.normal() / 100}
+        return {"sharpness/train/lambda_max": lambda_max, "plain/test/loss": level + rng.normal() / 100}
 
     levels = {"dense": 1.0, "soft": 10.0, "sparse": 100.0}
     runs = [make_run(head, seed, **metrics(level)) for head, level in levels.items() for seed in range(12)]

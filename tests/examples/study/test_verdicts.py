@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from study.tables import main_table
 from study.verdicts import Verdict, comparisons_of, verdicts
 
 from tests.support.study_runs import Change, make_runs
@@ -13,8 +14,7 @@ HEADS = ("dense", "soft", "sparse")
 
 
 def judged(runs: list[dict[str, Any]]) -> dict[int, Verdict]:
-    num_seeds = len({run["seed"] for run in runs})
-    return {verdict.number: verdict for verdict in verdicts(runs, comparisons_of(runs, HEADS), num_seeds)}
+    return {verdict.number: verdict for verdict in verdicts(runs, comparisons_of(runs, HEADS))}
 
 
 def shifted(metric: str, level: float, noise: float) -> Change:
@@ -27,11 +27,11 @@ def scaled(factors: Mapping[str, float], noise: float = 0.03) -> Change:
 
 
 def test_more_accurate() -> None:
-    better = {head: shifted("test/accuracy", 0.915, 0.0005) for head in ("soft", "sparse")}
+    better = {head: shifted("plain/test/accuracy", 0.915, 0.0005) for head in ("soft", "sparse")}
     assert judged(make_runs(6, better))[1].outcome == "holds"
-    mixed = {**better, "sparse": shifted("test/accuracy", 0.88, 0.0005)}
+    mixed = {**better, "sparse": shifted("plain/test/accuracy", 0.88, 0.0005)}
     assert judged(make_runs(6, mixed))[1].outcome == "does not hold"
-    noisy = {head: shifted("test/accuracy", 0.905, 0.02) for head in ("soft", "sparse")}
+    noisy = {head: shifted("plain/test/accuracy", 0.905, 0.02) for head in ("soft", "sparse")}
     assert judged(make_runs(6, noisy))[1].outcome == "cannot be decided with 6 seeds"
 
 
@@ -60,11 +60,11 @@ def test_sharper() -> None:
 
 
 def test_generalise_alike() -> None:
-    jitter = {head: shifted("test/loss", 0.35, 0.002) for head in HEADS}
+    jitter = {head: shifted("plain/test/loss", 0.35, 0.002) for head in HEADS}
     assert judged(make_runs(6, jitter))[4].outcome == "holds"
-    worse = jitter | {"soft": shifted("test/loss", 0.6, 0.002)}
+    worse = jitter | {"soft": shifted("plain/test/loss", 0.6, 0.002)}
     assert judged(make_runs(6, worse))[4].outcome == "does not hold"
-    noisy = {head: shifted("test/loss", 0.35, 0.2) for head in HEADS}
+    noisy = {head: shifted("plain/test/loss", 0.35, 0.2) for head in HEADS}
     assert judged(make_runs(6, noisy))[4].outcome == "cannot be decided with 6 seeds"
 
 
@@ -105,8 +105,47 @@ def test_one_seed_decides_nothing() -> None:
 def test_a_head_that_is_missing_leaves_its_claims_open(missing: str) -> None:
     runs = [run for run in make_runs(5) if run["head"] != missing]
     found = judged(runs)
-    assert found[4].outcome == "cannot be decided with 5 seeds"
+    assert found[4].outcome == "cannot be decided with 0 seeds"
     assert any("not measured for both" in statement.text for statement in found[4].statements)
+
+
+def test_soft_experts_are_judged_by_their_weight() -> None:
+    """All of them run: the largest gate of a row is no load."""
+    runs = make_runs(4)
+    for run in runs:
+        if run["head"] == "soft":
+            run["loads"]["test"]["load"] = [0.0, *[1 / 7] * 7]
+    assert judged(runs)[2].outcome == "holds"
+
+
+def test_equal_accuracy_is_no_advantage() -> None:
+    equal = {head: shifted("plain/test/accuracy", 0.9, 0.0001) for head in HEADS}
+    assert judged(make_runs(12, equal))[1].outcome == "does not hold"
+
+
+def test_other_heads_change_no_verdict() -> None:
+    better = {head: shifted("plain/test/accuracy", 0.902, 0.0008) for head in ("soft", "sparse")}
+    runs = make_runs(5, better)
+    more = [run | {"head": "hard"} for run in make_runs(5) if run["head"] == "sparse"]
+    assert judged(runs)[1] == judged(runs + more)[1]
+
+
+def test_one_kind_of_difference_is_enough() -> None:
+    """Claim 5 is about some quantity, not about all of them."""
+    runs = reshaped(6, 0.02, 1.5)
+    for run in runs:  # a curvature that goes with the rise: the shape is the same
+        rise = max(run["lines"]["train"]["losses"]) - 0.2
+        run["metrics"]["sharpness/train/lambda_max"] = 8 * rise
+    assert judged(runs)[5].outcome == "holds"
+
+
+def test_a_radius_beyond_reach_is_not_left_out_in_silence() -> None:
+    runs = make_runs(4)
+    flat = next(run for run in runs if run["head"] == "sparse")["lines"]["train"]
+    flat["losses"] = [0.2 + (loss - 0.2) / 1e3 for loss in flat["losses"]]
+    assert not any(c.quantity.key == "radius" and "sparse" in (c.head, c.baseline) for c in comparisons_of(runs, HEADS))
+    row = next(line for line in main_table(runs).splitlines() if line.startswith("| radius"))
+    assert "beyond reach in 1 of 4 runs" in row
 
 
 def test_evidence_names_numbers() -> None:
