@@ -1,0 +1,132 @@
+"""What each choice of FastCNN and of the preset for a CPU is worth: validation accuracy and speed without it.
+
+Each variant is the preset `cpu` of compare_heads.py with one choice taken back, trained for fewer epochs with the dense
+head, once a seed. The variants take turns, seed by seed.
+
+    python examples/benchmarks/fast_cnn.py --images FOLDER --epochs 5 --seeds 2 --out fast_cnn.json
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from bench.timing import machine
+from lightning import pytorch as pl
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from study.build import build_data, build_model
+from study.options import Options
+from study.presets import PRESETS
+
+from moe_heads.lightning_modules import MoEClassifier
+
+Change = Callable[[MoEClassifier], None]
+
+
+def _replaced(model: MoEClassifier, kind: type[nn.Module], other: Callable[[], nn.Module]) -> None:
+    for index, layer in enumerate(model.backbone.layers):
+        if isinstance(layer, kind):
+            model.backbone.layers[index] = other()
+
+
+def _random_start(model: MoEClassifier) -> None:
+    for layer in model.backbone.layers:
+        if isinstance(layer, nn.Conv2d):
+            nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
+
+
+def _trained_first_layer(model: MoEClassifier) -> None:
+    model.backbone.first.requires_grad_(True)
+
+
+def _long_memory(model: MoEClassifier) -> None:
+    for layer in model.backbone.layers:
+        if isinstance(layer, nn.BatchNorm2d):
+            layer.momentum = 0.1
+
+
+# name: options that differ from the preset, and what is done to the model
+VARIANTS: Mapping[str, tuple[dict[str, Any], Change | None]] = {
+    "preset": ({}, None),
+    "first layer not whitened": ({"whiten": False}, None),
+    "first layer whitened, then trained": ({}, _trained_first_layer),
+    "convolutions start at random": ({}, _random_start),
+    "mean over the pixels": ({}, lambda m: _replaced(m, nn.AdaptiveMaxPool2d, lambda: nn.AdaptiveAvgPool2d(1))),
+    "GELU": ({}, lambda m: _replaced(m, nn.ReLU, nn.GELU)),
+    "batch norm with momentum 0.1": ({}, _long_memory),
+    "cosine by epoch": ({"schedule": "cosine"}, None),
+    "no label smoothing": ({"label_smoothing": 0.0}, None),
+    "momentum without Nesterov": ({"nesterov": False}, None),
+    "black border": ({"crop_border": "black"}, None),
+    "crops by up to 4 pixels": ({"crop_padding": 4}, None),
+    "no augmentation": ({"augment": False}, None),
+    "batches of 512": ({"batch_size": 512, "learning_rate": 2 * PRESETS["cpu"].learning_rate}, None),
+    "channels first": ({"channels_last": False}, None),
+    "fp32": ({"precision": "32-true"}, None),
+}
+
+
+def train(options: Options, change: Change | None, seed: int) -> dict[str, float]:
+    """Validation accuracy at the end, and images a second with everything around the steps."""
+    pl.seed_everything(seed, verbose=False)
+    data = build_data(options)
+    model = build_model(options, "dense", data)
+    if change is not None:
+        change(model)
+    trainer = pl.Trainer(
+        max_epochs=options.epochs,
+        precision=options.precision,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+    )
+    started = time.perf_counter()
+    trainer.fit(model, datamodule=data)
+    seconds = time.perf_counter() - started
+    num_images = options.epochs * len(data.train_dataloader().dataset)  # type: ignore[arg-type]
+    return {"accuracy": float(trainer.callback_metrics["val/accuracy"]), "images_per_s": num_images / seconds}
+
+
+def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
+    """Train, print and write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", required=True, help="folder with train/<class>/ and test/<class>/")
+    parser.add_argument("--epochs", type=int, default=5)
+    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--only", nargs="+", choices=[*VARIANTS], default=[*VARIANTS], metavar="VARIANT")
+    parser.add_argument("--limit-train", type=int, default=None, help="train on that many images")
+    parser.add_argument("--out", type=Path, default=None, help="JSON file to write, after every run")
+    given = parser.parse_args(arguments)
+    protocol = replace(PRESETS["cpu"], data=f"imagefolder:{given.images}", epochs=given.epochs)
+    base = Options(preset="cpu", out=Path("runs"), limit_train=given.limit_train, **vars(protocol))
+    runs: dict[str, list[dict[str, float]]] = {name: [] for name in given.only}
+    report: dict[str, Any] = {"machine": machine(), "epochs": given.epochs, "variants": {}}
+    for seed in range(given.seeds):
+        for name in given.only:
+            options, change = VARIANTS[name]
+            runs[name].append(train(replace(base, **options), change, seed))
+            report["variants"][name] = row = _row(runs[name])
+            print(f"{name}, seed {seed}: {row['accuracy']:.2%}, {row['images_per_s']:.0f} images/s", flush=True)
+            if given.out is not None:
+                given.out.write_text(json.dumps(report, indent=1) + "\n")
+    return report
+
+
+def _row(runs: Sequence[Mapping[str, float]]) -> dict[str, Any]:
+    accuracies = [run["accuracy"] for run in runs]
+    speed = statistics.median(run["images_per_s"] for run in runs)
+    return {"accuracy": statistics.mean(accuracies), "accuracies": accuracies, "images_per_s": speed}
+
+
+if __name__ == "__main__":
+    main()
