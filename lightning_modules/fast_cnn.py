@@ -51,7 +51,7 @@ class FastCNN(nn.Module):
 
     def __init__(self, widths: Sequence[int] = (32, 128, 128), in_channels: int = 3) -> None:
         super().__init__()
-        if not isinstance(widths, Sequence) or isinstance(widths, str) or not widths:
+        if not isinstance(widths, Sequence) or not widths:
             raise ValueError(f"widths: expected the channels of each stage; got {widths!r}")
         check_at_least_one(in_channels=in_channels, **{f"widths[{i}]": width for i, width in enumerate(widths)})
         self.num_features = widths[-1]
@@ -60,7 +60,7 @@ class FastCNN(nn.Module):
         # in the state dict, so that a layer that was fixed is fixed where it is loaded
         self.is_whitened: Tensor
         self.register_buffer("is_whitened", torch.tensor(False))
-        self.register_load_state_dict_post_hook(_fix_where_whitened)
+        self.register_load_state_dict_post_hook(_fix_where_whitened)  # type: ignore[no-untyped-call]
         stages = [layer for before, width in pairwise((num_filters, *widths)) for layer in _stage(before, width)]
         self.layers = nn.Sequential(nn.ReLU(), *stages, nn.AdaptiveMaxPool2d(1), nn.Flatten())
 
