@@ -188,8 +188,10 @@ def own_loss(entry: Entry, module: LightningModule, run: Trainer, split: Split) 
     batches = map(run.precision_plugin.convert_input, loader_of(entry, split))
     with torch.no_grad():
         module.eval()
-        torch.manual_seed(SEED)
-        losses = [evaluate(module, batch) for batch in batches]
+        losses = []
+        for index, batch in enumerate(batches):
+            torch.manual_seed(SEED + index)  # as the Hessian's loss, whose slice the landscape is
+            losses.append(evaluate(module, batch))
     del vars(module)["log"]
     return float(sum(loss["loss"] if isinstance(loss, dict) else loss for loss in losses)) / len(losses)
 
