@@ -23,10 +23,10 @@ class FastCNN(nn.Module):
     """A whitening layer and three stages of two 3x3 convolutions, each halving the resolution: (B, C, H, W) → (B, F).
 
     In the spirit of the fast CIFAR-10 networks (Jordan, arXiv 2404.00498; Page, "How to train your ResNet", 2019): few
-    layers, all of the arithmetic in wide convolutions, which a CPU runs near its peak in channels_last and bf16, with
-    channels in the multiples of 16 that its vectors hold; convolutions that start as the identity on the channels that
-    they share with their input; batch norm with a short memory, since a training has few steps; the maximum over the
-    pixels at the end.
+    layers, nearly all of the arithmetic in wide convolutions, for channels_last and bf16, with channels in the
+    multiples of 16 that a CPU's vectors hold; convolutions that start as the identity on the channels that they share
+    with their input; batch norm with a short memory, since a training has few steps; the maximum over the pixels at the
+    end.
 
     `whiten` fixes the first layer before training: the 8 directions in which 2x2 patches vary most become uncorrelated
     numbers of variance one, of both signs. A fixed layer costs no backward pass. Without it the layer is trained like
@@ -79,8 +79,8 @@ class FastCNN(nn.Module):
         """Fix the first layer to the whitening of 2x2 patches of these images.
 
         With the largest eigenvalues and their eigenvectors of the patches' second moments, E[p pᵀ] = Σ λ v vᵀ, its
-        filters are ±v / √(λ + 5e-4), without a bias. It takes no gradient from then on, nor where
-        its state dict is loaded.
+        filters are ±v / √(λ + 5e-4), without a bias. It takes no gradient from then on, nor where its state dict is
+        loaded.
 
         Args:
             images: Training images (N, C, H, W) as the network gets them, normalised; a few thousand are enough.

@@ -82,9 +82,8 @@ def build_model(options: Options, head: str, data: ImageDataModule) -> MoEClassi
         if not isinstance(backbone, FastCNN):
             raise ValueError(f"--whiten: expected fast_cnn as --backbone; got {options.backbone}")
         train = data.analysis_dataset("train")
-        count = min(_WHITENING_IMAGES, len(train))
-        images = [train[index][0] for index in range(count)]
-        backbone.whiten(torch.stack(images))
+        assert isinstance(train, LabelledImages)
+        backbone.whiten(train.transform(train.images[torch.arange(min(_WHITENING_IMAGES, len(train)))]))
     features = int(backbone.num_features)
     # as in the study, 512 units for 512 features; below 128 eight experts of equal total would have a few units each
     dense = Dense(features, data.num_classes, width=options.head_width or max(128, features))

@@ -11,7 +11,7 @@ from study.presets import HEADS, PRESET_OF, PRESETS, Protocol
 
 _DATA = "digits, cifar10 or imagefolder:PATH"
 
-# What is not part of a run: other runs, other places, and what changes no number.
+# What is not part of a run: other runs, other places, and the machine, which the report tells.
 _UNSHARED = ("preset", "heads", "seeds", "out", "resume", "accelerator", "threads", "max_minutes", "data_name")
 
 
@@ -75,7 +75,6 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
     preset = given.pop("preset") or PRESET_OF.get(kind, "digits")
     chosen = asdict(PRESETS[preset]) | {name: value for name, value in given.items() if value is not None}
     chosen["heads"] = tuple(dict.fromkeys(chosen["heads"]))
-    # a folder by its kind of data, as the presets of one kind are variants of the same study
     chosen["out"] = given["out"] or Path("runs") / preset
     return Options(preset=preset, **chosen)
 

@@ -5,7 +5,7 @@ import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from lightning import pytorch as pl
@@ -22,6 +22,7 @@ from moe_heads.callbacks import (
     SharpnessCallback,
 )
 from moe_heads.lightning_modules import ImageDataModule, MoEClassifier, RandomStates
+from moe_heads.lightning_modules.data import Split
 from study.build import build_model
 from study.machine import describe_machine
 from study.options import Options
@@ -76,17 +77,17 @@ def run(
         log_every_n_steps=10,
     )
     trainer.fit(model, datamodule=data, ckpt_path=checked(last) if last.exists() else None)
+    if undone := missing(analyses):
+        raise RuntimeError(f"{folder}: not finished, for want of {', '.join(undone)}; start again with --resume")
     # of the trained model only: what was logged while training is not known to the piece that analyses
     found = tuple(f"{analysis.name}/{split}/" for analysis in analyses for split in analysis.results)
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith(found)}
     metrics |= trainer.test(model, datamodule=data, verbose=False)[0]
     analysis_seconds = time.perf_counter() - gate.fit_ended
     model.to(trainer.strategy.root_device)  # the Trainer has taken it back to the CPU
-    for split in ("train", "val", "test"):
+    for split in get_args(Split):
         metrics |= _evaluated(model, data, split)
     logger.finalize("success")
-    if undone := missing(analyses):
-        raise RuntimeError(f"{folder}: not finished, for want of {', '.join(undone)}; start again with --resume")
     size = capacity(model.head)
     if seed == 0:
         _save_figures(folder, analyses)
@@ -118,7 +119,7 @@ def _analyses(options: Options) -> list[FitEndAnalysis]:
 
 
 @torch.no_grad()
-def _evaluated(model: MoEClassifier, data: ImageDataModule, split: Any) -> dict[str, float]:
+def _evaluated(model: MoEClassifier, data: ImageDataModule, split: Split) -> dict[str, float]:
     """Loss and accuracy on a whole split as it is, in fp32: what a gap between splits is made of."""
     model.eval()
     losses, hits, count = 0.0, 0, 0

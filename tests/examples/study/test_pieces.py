@@ -161,7 +161,6 @@ def test_a_full_disk_fails_the_run_and_names_the_file(
     monkeypatch.setattr("study.run.replace", full)
     assert main(tmp_path) == 1
     assert "No space left on device" in (error := capsys.readouterr().err) and "result.json" in error
-    monkeypatch.undo()
 
 
 def test_a_damaged_start_is_told_by_its_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
