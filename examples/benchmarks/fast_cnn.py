@@ -21,7 +21,7 @@ from lightning import pytorch as pl
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from study.build import build_data, build_model
+from study.build import build_data, build_model, precision_of
 from study.options import Options
 from study.presets import PRESETS
 
@@ -82,7 +82,7 @@ def train(options: Options, change: Change | None, seed: int) -> dict[str, float
         change(model)
     trainer = pl.Trainer(
         max_epochs=options.epochs,
-        precision=options.precision,
+        precision=precision_of(options),
         accelerator="cpu",
         logger=False,
         enable_checkpointing=False,

@@ -1,7 +1,7 @@
 """Data, model and trainer of a run."""
 
 import hashlib
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning import pytorch as pl
@@ -17,6 +17,7 @@ from moe_heads.lightning_modules import (
     LabelledImages,
     MoEClassifier,
     build_backbone,
+    fastest_precision,
 )
 from study.options import Options
 
@@ -64,11 +65,20 @@ def describe_data(options: Options, data: ImageDataModule) -> dict[str, Any]:
 
 def check_accelerator(options: Options) -> None:
     """Refuse an accelerator that this machine has not."""
-    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
     try:
-        pl.Trainer(accelerator=options.accelerator, devices=1, logger=False, **quiet)
+        _device(options)
     except (MisconfigurationException, RuntimeError, ValueError) as error:
         raise ValueError(f"--accelerator: cannot train on {options.accelerator!r} here: {error}") from error
+
+
+def precision_of(options: Options) -> Literal["bf16-mixed", "32-true"]:
+    """Precision for the Trainer: that of the options, or the fastest of the device that they train on."""
+    return fastest_precision(_device(options)) if options.precision == "auto" else options.precision
+
+
+def _device(options: Options) -> torch.device:
+    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
+    return pl.Trainer(accelerator=options.accelerator, devices=1, logger=False, **quiet).strategy.root_device
 
 
 def build_model(options: Options, head: str, data: ImageDataModule) -> MoEClassifier:

@@ -11,7 +11,7 @@ from lightning import pytorch as pl
 
 
 def describe_machine(trainer: pl.Trainer) -> dict[str, Any]:
-    """Device, processor, threads, versions and commit."""
+    """Device, processor, threads, precision of the training, versions and commit."""
     device = trainer.strategy.root_device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
     packages = ("torch", "torchvision", "lightning", "numpy", "scipy")
@@ -20,6 +20,7 @@ def describe_machine(trainer: pl.Trainer) -> dict[str, Any]:
         "name": name,
         "capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
+        "precision": trainer.precision,
         "python": platform.python_version(),
         "packages": {package: version(package) for package in packages},
         "commit": _commit(),

@@ -110,7 +110,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--augment", action=argparse.BooleanOptionalAction, help="random crops and flips of the training images")
     add("--crop-padding", type=int, help="pixels by which a crop may move each way; 0 for no crop")
     add("--crop-border", choices=_choices("crop_border"), help="what a crop sees beyond the image")
-    add("--precision", choices=_choices("precision"), help="of the training; the analyses compute in fp32")
+    add(
+        "--precision",
+        choices=_choices("precision"),
+        help="of the training; auto: bf16 where the device has it",
+    )
     add("--channels-last", action=argparse.BooleanOptionalAction, help="memory format of backbone and images")
     add("--whiten", action=argparse.BooleanOptionalAction, help="whiten the first layer of fast_cnn")
     add("--load-loss", choices=_choices("load_loss"), help="balance of the sparse heads")

@@ -112,8 +112,8 @@ def _setting(options: Options, data: dict[str, Any], runs: Sequence[Run]) -> str
     told = [
         f"Runs: {', '.join(f'{count} {head}' for head, count in counts.items())}. Preset `{options.preset}`:"
         f" {options.backbone}, {options.epochs} epochs, batches of {options.batch_size}, learning rate"
-        f" {options.learning_rate:g} ({options.schedule}), {options.precision},"
-        f" {'with' if options.augment else 'without'} augmentation.",
+        f" {options.learning_rate:g} ({options.schedule}), {'with' if options.augment else 'without'} augmentation,"
+        f" precision {_all(machine['precision'] for machine in machines)}.",
         *_warnings(options),
         f"Data: {_data_title(data)}; {data['train']:,} / {data['val']:,} / {data['test']:,} images for training,"
         " validation and test.",

@@ -23,7 +23,7 @@ from moe_heads.callbacks import (
 )
 from moe_heads.lightning_modules import ImageDataModule, MoEClassifier, RandomStates
 from moe_heads.lightning_modules.data import Split
-from study.build import build_model
+from study.build import build_model, precision_of
 from study.machine import describe_machine
 from study.options import Options
 from study.storage import replace
@@ -69,7 +69,7 @@ def run(
         max_epochs=options.epochs,
         accelerator=options.accelerator,
         devices=1,
-        precision=options.precision,
+        precision=precision_of(options),
         logger=logger,
         callbacks=[gate, *analyses, clock, RandomStates(), checkpoints(last.parent)],
         enable_progress_bar=show_progress,

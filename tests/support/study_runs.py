@@ -10,6 +10,7 @@ MACHINE = {
     "name": "abacus",
     "capability": "BEADS",
     "threads": 1,
+    "precision": "32-true",
     "python": "3.11.9",
     "packages": {"torch": "2.15.0", "lightning": "2.6.6"},
     "commit": "abc1234",
