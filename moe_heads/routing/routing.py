@@ -73,14 +73,14 @@ class Routing:
         Args:
             probs: Softmax, or other scores from 0 on, of all experts, (N, E), or (B, T, E) for tokens: then what
                 belongs to a sample is known.
-            indices: Experts that each row chose, of the same shape but for the last dimension, K; None for a soft
-                router, which runs all.
+            indices: Experts that each row chose, none twice, of the same shape but for the last dimension, K; None for
+                a soft router, which runs all.
             weights: Mixing weights of the choices, of the shape of ``indices``; by default their scores as given.
             rows_per_sample: T, where the rows of B samples are one after the other, (B·T, E); by default T of (B, T,
                 E), else 1.
 
         Raises:
-            ValueError: If the shapes do not fit, or (on a CPU, in eager mode) an index is out of range.
+            ValueError: If the shapes do not fit, or (on a CPU, in eager mode) an index is out of range or there twice.
 
         Example:
             >>> import torch
@@ -151,6 +151,8 @@ class Routing:
     @property
     def valid(self) -> Tensor:
         """Rows whose logits are finite, (N,)."""
+        if self._is_known_valid():
+            return torch.ones(len(self.logits), dtype=torch.bool)
         # twice as fast as isfinite().all(-1); the largest of a row with nan is nan
         return self.logits.abs().amax(-1).isfinite()
 
@@ -195,21 +197,41 @@ class Routing:
     def stats(self) -> RoutingStats:
         """Statistics of this batch; no synchronisation with the host."""
         valid = self.valid
-        invalid_row = ~valid.unsqueeze(-1)
+        invalid = None if self._is_known_valid() else ~valid
+        num_rows = valid.sum()
+
+        def counted(values: Tensor) -> Tensor:
+            """Zero in the rows that do not count."""
+            return values if invalid is None else values.masked_fill(invalid.view(-1, *[1] * (values.dim() - 1)), 0)
+
         wide = torch.float32 if self.logits.device.type == "mps" else torch.float64
-        selected = self.selected
-        probs = self.probs.masked_fill(invalid_row, 0)
+        probs = counted(self.probs)
+        if self.logits.device.type == "cpu" and self.indices is not None and self.weights is not None:
+            # a fifth of the time; on a GPU all rows would wait for the few numbers that they are added to
+            ones = torch.ones((), dtype=torch.int64).expand(self.indices.shape)
+            counts, gate_sum = self._by_expert(counted(ones)), self._by_expert(counted(self.weights).to(wide))
+            num_dropped, margin = torch.tensor(0), self._margin_of(self._scores, self.indices)
+        else:
+            selected = self.selected
+            counts, gate_sum = counted(selected).sum(0), counted(self.gates).sum(0, dtype=wide)
+            num_dropped, margin = (~selected.any(-1) & valid).sum(), self._margin(selected)
         return RoutingStats(
-            counts=selected.masked_fill(invalid_row, False).sum(0),
-            gate_sum=self.gates.masked_fill(invalid_row, 0).sum(0, dtype=wide),
+            counts=counts,
+            gate_sum=gate_sum,
             prob_sum=probs.sum(0, dtype=wide),
             # over all at once, since a sum over rows of a few experts each is slow; entr takes twice as long
             entropy_sum=-(probs * probs.clamp_min(torch.finfo(probs.dtype).tiny).log()).sum(dtype=wide),
-            margin_sum=self._margin(selected).masked_fill(~valid, 0).sum(dtype=wide),
-            num_dropped=(~selected.any(-1) & valid).sum(),
-            num_rows=valid.sum(),
-            num_nonfinite=(~valid).sum(),
+            margin_sum=counted(margin).sum(dtype=wide),
+            num_dropped=num_dropped,
+            num_rows=num_rows,
+            num_nonfinite=len(valid) - num_rows,
         )
+
+    def _is_known_valid(self) -> bool:
+        """Whether all rows are valid, where the host can tell at once: a device would have to be waited for."""
+        # the sum is not finite if a logit is not; it may overflow, then the rows tell
+        on_host = self.logits.device.type == "cpu" and can_read_values(self.logits)
+        return on_host and bool(self.logits.sum().isfinite())
 
     def _margin(self, selected: Tensor) -> Tensor:
         scores = self._scores
@@ -233,6 +255,11 @@ class Routing:
     def _scores(self) -> Tensor:
         return self.deciding_logits if self.scores is None else self.scores
 
+    def _by_expert(self, values: Tensor) -> Tensor:
+        """Sums of the values of the rows' choices by expert, (E,)."""
+        assert self.indices is not None
+        return values.new_zeros(self.num_experts).index_add_(0, self.indices.flatten(), values.flatten())
+
     def _spread(self, values: Tensor) -> Tensor:
         """Values of the choices at their places among all rows and experts, (N, E), zero elsewhere."""
         zeros = torch.zeros(self.probs.shape, dtype=values.dtype, device=values.device)
@@ -253,6 +280,8 @@ def _check_indices(indices: Tensor, probs: Tensor) -> None:
         lowest, highest = (int(bound) for bound in indices.aminmax())
         if lowest < 0 or highest >= probs.shape[-1]:
             raise ValueError(f"indices: expected 0 to {probs.shape[-1] - 1}; got {lowest} to {highest}")
+        if bool((indices.sort(-1).values.diff() == 0).any()):
+            raise ValueError("indices: expected every expert at most once a row; got rows with one of them twice")
 
 
 def _lowest(scores: Tensor, among: Tensor, dim: int) -> Tensor:

@@ -71,10 +71,9 @@ class ExpertUtilizationMetric(Metric):
         for f in fields(RoutingStats):
             setattr(self, f.name, getattr(self, f.name) + getattr(stats, f.name).to(self.device))
         if routing.noisy_logits is not None and routing.indices is not None:
-            agrees = routing.agrees_without_noise.to(self.device)
-            valid = routing.valid.to(self.device)
-            self.num_compared = self.num_compared + valid.sum()
-            self.num_agreeing = self.num_agreeing + (agrees & valid).sum()
+            agreeing = (routing.agrees_without_noise & routing.valid).sum()
+            self.num_compared = self.num_compared + stats.num_rows.to(self.device)
+            self.num_agreeing = self.num_agreeing + agreeing.to(self.device)
 
     def compute(self) -> dict[str, Tensor]:
         """The numbers, over all ranks; see the class. nan without a row."""

@@ -76,7 +76,7 @@ class RoutingWatch:
         for name, router in routers.items():
             gradients = [p.grad.detach() for p in router.parameters() if p in its_own and p.grad is not None]
             if gradients:
-                norm = torch.stack([gradient.norm() for gradient in gradients]).double().norm()
+                norm = torch.nn.utils.get_total_norm(gradients).double()
                 self._norms[name] = self._norms[name] + norm if name in self._norms else norm
                 self._num_norms[name] = self._num_norms.get(name, 0) + 1
 

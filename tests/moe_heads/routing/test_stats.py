@@ -82,6 +82,30 @@ def test_no_value_is_read_by_the_host() -> None:
         assert (stats + stats).counts.shape == (4,)
 
 
+@pytest.mark.parametrize("bad", [None, math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("k", [None, 1, 2])
+def test_sums_are_those_of_the_valid_rows(k: int | None, bad: float | None) -> None:
+    logits = torch.randn(9, 4)
+    if bad is not None:
+        logits[2, 1] = bad
+    indices = None if k is None else logits.topk(k).indices
+    weights = None if indices is None else logits.softmax(-1).gather(-1, indices)
+    routing = Routing(logits=logits, probs=logits.softmax(-1), indices=indices, weights=weights)
+    stats, rows = routing.stats(), [row for row in range(9) if bad is None or row != 2]
+    assert routing.valid.nonzero().flatten().tolist() == rows
+    assert torch.equal(stats.counts, routing.selected[rows].sum(0))
+    torch.testing.assert_close(stats.gate_sum, routing.gates[rows].double().sum(0))
+    torch.testing.assert_close(stats.prob_sum, routing.probs[rows].double().sum(0))
+    torch.testing.assert_close(stats.margin_sum, routing.margin[rows].double().sum())
+    assert (stats.num_rows, stats.num_nonfinite, stats.num_dropped) == (len(rows), 9 - len(rows), 0)
+
+
+def test_finite_logits_with_an_infinite_sum_are_valid() -> None:
+    logits = torch.full((3, 4), torch.finfo(torch.float32).max)
+    routing = Routing(logits=logits, probs=torch.full((3, 4), 0.25))
+    assert routing.valid.all() and routing.stats().num_rows == 3
+
+
 def of_rank(rank: int) -> RoutingStats:
     torch.manual_seed(0)
     router = head_with("noisy_top_k").router
