@@ -14,9 +14,8 @@ def fastest_precision(device: torch.device | str) -> Literal["bf16-mixed", "32-t
     """The precision for the Trainer in which convolutions and matrix products of this device are fastest.
 
     Mixed bf16 where the device multiplies bf16 by instructions of its own, else fp32: a processor without them converts
-    each number. Measured on two AVX-512 cores, a 3x3 convolution of 128 channels, forward and backward: 400 GFLOP/s in
-    bf16 and 220 in fp32 with such instructions; 53 and 210 without (torch 2.15,
-    ``examples/benchmarks/convolution_precision.py``).
+    each number. On two AVX-512 cores without them, the convolutions of `FastCNN` trained at 89 to 128 GFLOP/s in fp32
+    and at 37 to 41 in bf16 (torch 2.15, ``examples/benchmarks/convolution_precision.py``).
 
     Args:
         device: A CPU or CUDA device of this machine. Others, and processors that are not x86, were not measured: fp32.

@@ -1,27 +1,19 @@
 """The benchmark of several points at once, tiny."""
 
 import json
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.support.sources import ROOT
+from tests.support.benchmark_scripts import benchmark_script
 
 
 @pytest.fixture
 def script(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    before = set(sys.modules)
-    monkeypatch.syspath_prepend(str(ROOT / "examples" / "benchmarks"))
-    monkeypatch.setattr("torch.set_num_threads", lambda threads: None)
-    import landscape_vmap
-
-    yield landscape_vmap
-    for name in set(sys.modules) - before:
-        if name.partition(".")[0] in {"bench", "landscape_vmap"}:
-            del sys.modules[name]
+    with benchmark_script("landscape_vmap", monkeypatch) as script:
+        yield script
 
 
 def test_all_ways_give_the_same_losses(

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.support.sources import ROOT
+from tests.support.benchmark_scripts import benchmark_script
 
 Main = Callable[[Sequence[str]], dict[str, Any]]
 
@@ -18,17 +18,10 @@ Main = Callable[[Sequence[str]], dict[str, Any]]
 @pytest.fixture
 def main(monkeypatch: pytest.MonkeyPatch) -> Iterator[Main]:
     """The script's main function; the other libraries are hidden."""
-    before = set(sys.modules)
-    monkeypatch.syspath_prepend(str(ROOT / "examples" / "benchmarks"))
-    monkeypatch.setattr("torch.set_num_threads", lambda threads: None)
     for name in ("loss_landscapes", "landscaper"):
         monkeypatch.setitem(sys.modules, name, None)
-    import loss_landscape
-
-    yield loss_landscape.main
-    for name in set(sys.modules) - before:
-        if name.partition(".")[0] in {"bench", "loss_landscape"}:
-            del sys.modules[name]
+    with benchmark_script("loss_landscape", monkeypatch) as script:
+        yield script.main
 
 
 def test_it_measures_ratios_memory_and_what_is_left_behind(
