@@ -125,7 +125,8 @@ def _lines(runs: Sequence[Run], heads: Sequence[str]) -> Figure | None:
             ax.plot(line["alphas"], _floats(line["losses"]), color=color(head), linewidth=0.9, label=label)
             if "losses_fixed_routing" in line:
                 fixed = _floats(line["losses_fixed_routing"])
-                ax.plot(line["alphas"], fixed, color=color(head), linewidth=0.7, linestyle="--")
+                held = label and f"{label}, routing held"
+                ax.plot(line["alphas"], fixed, color=color(head), linewidth=0.7, linestyle="--", label=held)
         _dress(ax, title=split, xlabel="α along the unit top eigenvector")
         _log_where_wide(ax)
         ax.legend(fontsize=_SIZE - 1)

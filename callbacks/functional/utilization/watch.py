@@ -5,7 +5,8 @@ time. So a step pays for a few references, and nothing waits for the device.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -24,6 +25,10 @@ _MAX_WAITING = 2**17
 _STEPS_BETWEEN_NORMS = 20
 
 _COUNTED = ("logits", "probs", "indices", "weights", "rows", "scores", "noisy_logits")
+_counted = attrgetter(*_COUNTED)
+
+# rows_per_sample and what is counted: to build a Routing of them costs a step more than to keep them
+_Kept = tuple[int, tuple[Tensor | None, ...]]
 
 
 @dataclass(frozen=True)
@@ -51,7 +56,7 @@ class RoutingWatch:
     def __init__(self) -> None:
         self.kinds: dict[str, RouterKind] = {}
         self._metrics: dict[str, ExpertUtilizationMetric] = {}
-        self._waiting: dict[str, list[Routing]] = {}
+        self._waiting: dict[str, list[_Kept]] = {}
         self._num_waiting: dict[str, int] = {}
         self._norms: dict[str, Tensor] = {}
         self._num_norms: dict[str, int] = {}
@@ -112,28 +117,29 @@ class RoutingWatch:
             self.metric(name, self.kinds[name]).update(routing)
 
 
-def _kept(routing: Routing) -> Routing:
+def _kept(routing: Routing) -> _Kept:
     """What is counted of a routing: without the graph, and safe from a CUDA graph that writes the next step there."""
-    tensors: dict[str, Any] = {}
-    for name in _COUNTED:
-        value = getattr(routing, name)
-        if value is not None:
-            value = value.detach() if value.requires_grad else value
-            tensors[name] = value.clone() if value.is_cuda else value
-    return Routing(**tensors, rows_per_sample=routing.rows_per_sample)
+    return routing.rows_per_sample, tuple(None if value is None else _safe(value) for value in _counted(routing))
 
 
-def _joined(routings: Sequence[Routing]) -> list[Routing]:
+def _safe(value: Tensor) -> Tensor:
+    value = value.detach() if value.requires_grad else value
+    return value.clone() if value.is_cuda else value
+
+
+def _joined(waiting: Sequence[_Kept]) -> list[Routing]:
     """As few routings with the same rows; where experts choose rows of a batch, the batches stay apart."""
-    groups: dict[tuple[object, ...], list[Routing]] = {}
-    for number, routing in enumerate(routings):
-        form = tuple(None if (t := getattr(routing, name)) is None else (t.shape[1:], t.dtype) for name in _COUNTED)
-        alone = None if routing.rows is None else number
-        groups.setdefault((alone, routing.rows_per_sample, *form), []).append(routing)
-    return [group[0] if len(group) == 1 else _cat(group) for group in groups.values()]
+    groups: dict[tuple[object, ...], list[_Kept]] = {}
+    chosen_rows = _COUNTED.index("rows")
+    for number, (rows_per_sample, values) in enumerate(waiting):
+        form = tuple(None if value is None else (value.shape[1:], value.dtype) for value in values)
+        alone = None if values[chosen_rows] is None else number
+        groups.setdefault((alone, rows_per_sample, *form), []).append((rows_per_sample, values))
+    return [_cat(group) for group in groups.values()]
 
 
-def _cat(group: Sequence[Routing]) -> Routing:
-    parts = {f.name: [getattr(routing, f.name) for routing in group] for f in fields(Routing) if f.name in _COUNTED}
-    tensors: dict[str, Any] = {name: torch.cat(values) for name, values in parts.items() if values[0] is not None}
-    return Routing(**tensors, rows_per_sample=group[0].rows_per_sample)
+def _cat(group: Sequence[_Kept]) -> Routing:
+    columns = zip(_COUNTED, zip(*(values for _, values in group), strict=True), strict=True)
+    several = {name: parts for name, parts in columns if parts[0] is not None}
+    tensors: dict[str, Any] = {n: parts[0] if len(parts) == 1 else torch.cat(parts) for n, parts in several.items()}
+    return Routing(**tensors, rows_per_sample=group[0][0])
