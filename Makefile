@@ -10,8 +10,9 @@ export PYTHONDONTWRITEBYTECODE =
 demo: $(READY)
 	$(BIN)/python examples/compare_heads.py --resume $(ARGS)
 
+# two processes: the tests themselves compute on one thread each
 test: $(READY)
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m slow $(ARGS)
