@@ -151,8 +151,6 @@ class Routing:
     @property
     def valid(self) -> Tensor:
         """Rows whose logits are finite, (N,)."""
-        if self._is_known_valid():
-            return torch.ones(len(self.logits), dtype=torch.bool)
         # twice as fast as isfinite().all(-1); the largest of a row with nan is nan
         return self.logits.abs().amax(-1).isfinite()
 
@@ -196,8 +194,9 @@ class Routing:
     @torch.no_grad()
     def stats(self) -> RoutingStats:
         """Statistics of this batch; no synchronisation with the host."""
-        valid = self.valid
-        invalid = None if self._is_known_valid() else ~valid
+        all_valid = self._is_known_valid()
+        valid = torch.ones(len(self.logits), dtype=torch.bool) if all_valid else self.valid
+        invalid = None if all_valid else ~valid
         num_rows = valid.sum()
 
         def counted(values: Tensor) -> Tensor:
