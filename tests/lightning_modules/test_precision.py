@@ -15,16 +15,16 @@ from moe_heads.lightning_modules import fastest_precision
         ({"neon": True, "bf16": True}, "32-true"),
     ],
 )
-def test_cpu_by_its_instructions(capabilities, expected, monkeypatch):
+def test_cpu_by_its_instructions(capabilities: dict[str, bool], expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
     assert fastest_precision("cpu") == expected
 
 
 @pytest.mark.parametrize("has_bf16", [True, False])
-def test_cuda_by_its_hardware_and_not_by_emulation(has_bf16, monkeypatch):
+def test_cuda_by_its_hardware_and_not_by_emulation(has_bf16: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = {}
 
-    def is_supported(including_emulation=True):
+    def is_supported(including_emulation: bool = True) -> bool:
         asked["including_emulation"] = including_emulation
         return has_bf16
 
@@ -33,5 +33,5 @@ def test_cuda_by_its_hardware_and_not_by_emulation(has_bf16, monkeypatch):
     assert asked == {"including_emulation": False}
 
 
-def test_an_unmeasured_device_trains_in_fp32():
+def test_an_unmeasured_device_trains_in_fp32() -> None:
     assert fastest_precision("meta") == "32-true"

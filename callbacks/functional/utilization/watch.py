@@ -25,7 +25,7 @@ _MAX_WAITING = 2**17
 _STEPS_BETWEEN_NORMS = 20
 
 _COUNTED = ("logits", "probs", "indices", "weights", "rows", "scores", "noisy_logits")
-_counted = attrgetter(*_COUNTED)
+_tensors_of = attrgetter(*_COUNTED)
 
 # rows_per_sample and what is counted: to build a Routing of them costs a step more than to keep them
 _Kept = tuple[int, tuple[Tensor | None, ...]]
@@ -119,7 +119,7 @@ class RoutingWatch:
 
 def _kept(routing: Routing) -> _Kept:
     """What is counted of a routing: without the graph, and safe from a CUDA graph that writes the next step there."""
-    return routing.rows_per_sample, tuple(None if value is None else _safe(value) for value in _counted(routing))
+    return routing.rows_per_sample, tuple(None if value is None else _safe(value) for value in _tensors_of(routing))
 
 
 def _safe(value: Tensor) -> Tensor:
