@@ -6,8 +6,8 @@
     python examples/compare_heads.py --data imagefolder:PATH --backbone resnet8 --epochs 10
 
 Each run writes `<out>/<head>/seed<k>/`; the study writes `report.md`, `report.html` and `results.json` beside them.
-Interrupted, it loses an epoch at most and goes on with `--resume`. Several processes, one for each device, may work on
-one folder.
+Interrupted, it loses an epoch or an analysis at most and goes on with `--resume`. Several processes, one for each
+device, may work on one folder.
 """
 
 import logging
@@ -137,6 +137,8 @@ def _quiet_lightning() -> None:
     warnings.filterwarnings("ignore", message=".*does not have many workers")
     warnings.filterwarnings("ignore", message="`isinstance.treespec, LeafSpec.` is deprecated")
     warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
+    # an analysis that an earlier piece has done is left out
+    warnings.filterwarnings("ignore", message=".*callbacks used to create the checkpoint need to be provided")
 
 
 if __name__ == "__main__":

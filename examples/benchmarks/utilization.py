@@ -1,8 +1,8 @@
 """What it costs a training step that ExpertUtilizationCallback follows the routers.
 
-A training step (forward, cross entropy, backward, SGD) with the callback's hooks around it and without, in blocks of
-steps that take turns; each block with the hooks ends like an epoch: what waits is counted. CPU time, fp32, one thread.
-Paired ratios of the blocks, their median and quartiles.
+A training step (forward, cross entropy, backward, SGD) with the callback's hooks around it and without. The two take
+turns every few steps, so that a machine whose speed changes slows both; a pair is an epoch's worth of each, and ends
+like an epoch: what waits is counted. CPU time, fp32, one thread. Ratios of the pairs, their median and quartiles.
 
     python examples/benchmarks/utilization.py --out utilization.json
     python examples/benchmarks/utilization.py --only head --compile
@@ -29,8 +29,12 @@ from moe_heads.lightning_modules import ResNet18Cifar
 HEADS: dict[str, Callable[[], nn.Module]] = {"soft": lambda: SoftMoE(512, 10), "sparse": lambda: SparseMoE(512, 10)}
 
 
+# Steps until the other one's turn: speed changes over seconds, and a turn has to be long enough to run warm.
+_TURN = 8
+
+
 def cases(only: Sequence[str]) -> dict[str, tuple[nn.Module, Tensor, int]]:
-    """Model, inputs and steps of a block."""
+    """Model, inputs and steps of an epoch."""
     found: dict[str, tuple[nn.Module, Tensor, int]] = {}
     for name, head in HEADS.items():
         if "head" in only:
@@ -42,7 +46,7 @@ def cases(only: Sequence[str]) -> dict[str, tuple[nn.Module, Tensor, int]]:
 
 
 def measure(model: nn.Module, x: Tensor, steps: int, pairs: int, compiled: bool) -> dict[str, Any]:
-    """Milliseconds of CPU time of a step in each block, with and without."""
+    """Milliseconds of CPU time of a step, with and without."""
     y = torch.randint(10, (len(x),))
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
     run = torch.compile(model) if compiled else model
@@ -62,15 +66,19 @@ def measure(model: nn.Module, x: Tensor, steps: int, pairs: int, compiled: bool)
     with collect_routing(model) as collection:
         routers = TrainingRouters(model, collection, None, 0.01, 0.25)  # one for the whole training
         for number in range(-1, pairs):  # the first is to warm up
-            for watched in random.Random(number).sample([True, False], 2):
-                step(None)
-                start = time.process_time()
-                for _ in range(steps):
-                    step(routers if watched else None)
-                if watched:
-                    routers.end_epoch(Ranks())
-                if number >= 0:
-                    times[watched].append(1e3 * (time.process_time() - start) / steps)
+            spent = {True: 0.0, False: 0.0}
+            for done in range(0, steps, _TURN):
+                turn = min(_TURN, steps - done)
+                for watched in random.sample([True, False], 2):
+                    start = time.process_time()
+                    for _ in range(turn):
+                        step(routers if watched else None)
+                    if watched and done + turn == steps:
+                        routers.end_epoch(Ranks())
+                    spent[watched] += time.process_time() - start
+            if number >= 0:
+                for watched, seconds in spent.items():
+                    times[watched].append(1e3 * seconds / steps)
     ratios = [with_it / without for with_it, without in zip(times[True], times[False], strict=True)]
     low, middle, high = statistics.quantiles(ratios, n=4)
     return {
@@ -78,7 +86,7 @@ def measure(model: nn.Module, x: Tensor, steps: int, pairs: int, compiled: bool)
         "ms_with": statistics.median(times[True]),
         "overhead": middle - 1,
         "quartiles": [low - 1, high - 1],
-        "steps_a_block": steps,
+        "steps_of_an_epoch": steps,
         "pairs": pairs,
     }
 
@@ -87,12 +95,13 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     """Measure, print and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", default=["head", "resnet18"], choices=["head", "resnet18"])
-    parser.add_argument("--pairs", type=int, default=15, help="blocks of steps with the hooks, and as many without")
+    parser.add_argument("--pairs", type=int, default=15, help="epochs with the hooks, and as many without")
     parser.add_argument("--compile", action="store_true", help="with torch.compile")
     parser.add_argument("--out", type=Path, default=None, help="JSON file to write")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     torch.manual_seed(0)
+    random.seed(0)
     report: dict[str, Any] = {"machine": machine(), "compiled": options.compile, "cases": {}}
     for name, (model, x, steps) in cases(options.only).items():
         row = report["cases"][name] = measure(model, x, steps, options.pairs, options.compile)

@@ -18,7 +18,7 @@ from study.options import Options
 from study.presets import PRESETS, Protocol
 from study.results import Run, heads_of
 from study.statistics import correlate
-from study.storage import replace
+from study.storage import replace, save_figure
 from study.tables import comparison_table, correlation_table, main_table, verdict_table
 from study.verdicts import Verdict, comparisons_of, verdicts
 
@@ -58,9 +58,10 @@ def write(options: Options, data: dict[str, Any], runs: Sequence[Run]) -> Path:
     replace(options.out / "results.json", json.dumps({"data": data, "runs": list(runs)}, indent=1))
     drawn = figures(runs)
     for name in FIGURES:
-        (options.out / f"{name}.png").unlink(missing_ok=True)
+        if name not in drawn:
+            (options.out / f"{name}.png").unlink(missing_ok=True)
     for name, figure in drawn.items():
-        figure.savefig(options.out / f"{name}.png", dpi=150)
+        save_figure(options.out / f"{name}.png", figure)
     text = _text(options, data, runs, drawn)
     report = options.out / "report.md"
     replace(report, text)

@@ -1,5 +1,6 @@
 """Training a model of the study, in as many pieces as it takes."""
 
+import math
 import time
 from pathlib import Path
 
@@ -7,45 +8,52 @@ import torch
 from lightning import pytorch as pl
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor
 from typing_extensions import override
-
-from moe_heads.callbacks import FitEndAnalysis
 
 LAST = "last.ckpt"
 
 
 class TimeIsUp(Exception):
-    """The time of this piece is over; everything up to the last epoch is kept."""
+    """The time of this piece is over; everything up to the last epoch or analysis is kept."""
 
 
 class Deadline(Callback):
     """Begins no epoch, and no analysis at the end of fit, once the time of this process is over.
 
+    One thing is begun at least: else a short time would never lead anywhere.
+
     Args:
         at: `time.monotonic` of the end; infinity for none.
 
     Attributes:
-        fit_ended: `time.perf_counter` of the end of fit, before the analyses.
+        began: `time.perf_counter` at which the last thing was begun.
     """
 
     def __init__(self, at: float) -> None:
         self.at = at
-        self.fit_ended = float("nan")
-        self._has_begun = False
+        self.began = float("nan")
+
+    def begin(self, done: str) -> None:
+        """Begin something more.
+
+        Args:
+            done: What is on the disk by now.
+
+        Raises:
+            TimeIsUp: When there is no time for it; says what is done.
+        """
+        if not math.isnan(self.began) and time.monotonic() > self.at:
+            raise TimeIsUp(done)
+        self.began = time.perf_counter()
 
     @override
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        # one epoch at least, else a short time would never lead anywhere; its predecessor is on the disk by now
-        if self._has_begun and time.monotonic() > self.at:
-            raise TimeIsUp(f"trained {trainer.current_epoch} of {trainer.max_epochs} epochs")
-        self._has_begun = True
+        self.begin(f"trained {trainer.current_epoch} of {trainer.max_epochs} epochs")
 
     @override
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        # after a piece that did nothing but load what was trained before, there is a whole piece's time
-        if self._has_begun and time.monotonic() > self.at:
-            raise TimeIsUp("trained, to be analysed")
-        self.fit_ended = time.perf_counter()
+        self.begin("trained, to be analysed")
 
 
 class TrainingClock(Callback):
@@ -91,23 +99,14 @@ def checkpoints(folder: Path) -> ModelCheckpoint:
     )
 
 
-def checked(path: Path) -> Path:
-    """A checkpoint that can be read.
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """The weights in a checkpoint that can be read.
 
     Raises:
         RuntimeError: Names the file that cannot, and what to do.
     """
     try:
-        torch.load(path, map_location="cpu", weights_only=True)
+        weights: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
     except Exception as error:
         raise RuntimeError(f"{path} is damaged ({error}); remove it to train this run anew") from error
-    return path
-
-
-def missing(analyses: list[FitEndAnalysis]) -> list[str]:
-    """Names of the analyses that are not whole."""
-    return [
-        analysis.name
-        for analysis in analyses
-        if set(analysis.results) != set(analysis.splits) or any(r.partial for r in analysis.results.values())
-    ]
+    return weights

@@ -12,17 +12,19 @@ import torch
 from PIL import Image
 from study.storage import claimed
 
-from moe_heads.callbacks import ExpertUtilizationCallback
+from moe_heads.callbacks import ExpertUtilizationCallback, FitEndAnalysis, InferenceTimingCallback
 
 SMALL = (
     *("--heads", "sparse", "--seeds", "1", "--epochs", "3", "--limit-train", "64"),
     *("--analysis-samples", "20", "--plane-points", "3", "--schedule", "linear", "--channels-last"),
 )
+ONE_EPOCH = ("--epochs", "1")
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The number of training batches"),
     pytest.mark.filterwarnings("ignore:.*exists and is not empty"),
     pytest.mark.filterwarnings("ignore:expert_utilization. epoch"),
+    pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint need to be provided"),
     pytest.mark.filterwarnings("ignore:Found keys that are in the model state dict"),
 ]
 
@@ -31,8 +33,7 @@ pytestmark = [
 def _fewer_analyses(monkeypatch: pytest.MonkeyPatch) -> None:
     """One analysis, since what is tested is what happens around them."""
     monkeypatch.setattr("torch.set_num_threads", lambda threads: None)
-    monkeypatch.setattr("study.run._analyses", lambda options: [ExpertUtilizationCallback()])
-    monkeypatch.setattr("study.run._lines", lambda analyses: {})
+    monkeypatch.setattr("study.run.analyses_of", lambda options, folder: [ExpertUtilizationCallback()])
 
 
 def main(folder: Path, *arguments: str, base: Sequence[str] = SMALL) -> int:
@@ -56,17 +57,80 @@ def test_pieces_make_the_same_run_as_one_go(tmp_path: Path, capsys: pytest.Captu
     assert main(tmp_path / "whole") == 0
     pieces = tmp_path / "pieces"
     told = []
-    for _ in range(3):
+    for _ in range(4):
         assert main(pieces, "--resume", "--max-minutes", "1e-9") == 3
         told.append(capsys.readouterr().err.strip().splitlines()[-1])
         assert not list(pieces.rglob("result.json"))
     assert "trained 1 of 3 epochs" in told[0] and "trained 2 of 3 epochs" in told[1] and "to be analysed" in told[2]
+    assert "trained, and analysed as far as expert_utilization" in told[3]
     assert main(pieces, "--resume", "--max-minutes", "1e-9") == 0
     whole, parts = weights(tmp_path / "whole"), weights(pieces)
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
     metrics = result(tmp_path / "whole")["metrics"]
     assert result(pieces)["metrics"] == pytest.approx(metrics)
+    assert result(pieces)["loads"] == result(tmp_path / "whole")["loads"]
     assert result(pieces)["training_seconds"] > 0
+    assert not (pieces / "sparse" / "seed0" / "analyses").exists()
+
+
+@pytest.fixture
+def computed(monkeypatch: pytest.MonkeyPatch) -> Sequence[str]:
+    """A second analysis, and which of the two computed, in their order."""
+    seen: list[str] = []
+    for kind in (ExpertUtilizationCallback, InferenceTimingCallback):
+
+        def compute(self: Any, inputs: Any, original: Any = kind.compute) -> Any:
+            seen.append(f"{self.name}/{inputs.split}")
+            return original(self, inputs)
+
+        monkeypatch.setattr(kind, "compute", compute)
+
+    def analyses(options: Any, folder: Path) -> list[FitEndAnalysis]:
+        return [ExpertUtilizationCallback(), InferenceTimingCallback(batch_sizes=[1], splits=["test"])]
+
+    monkeypatch.setattr("study.run.analyses_of", analyses)
+    return seen
+
+
+def test_an_analysis_that_is_done_is_not_repeated(
+    tmp_path: Path, computed: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with monkeypatch.context() as failing, pytest.warns(UserWarning, match="inference_timing/test: failed"):
+        failing.setattr(InferenceTimingCallback, "compute", lambda self, inputs: 1 / 0)
+        assert main(tmp_path, *ONE_EPOCH) == 1
+    assert "not finished, for want of inference_timing; start again" in capsys.readouterr().err
+    assert computed == ["expert_utilization/train", "expert_utilization/test"]
+    computed.clear()
+    assert main(tmp_path, *ONE_EPOCH, "--resume") == 0
+    assert computed == ["inference_timing/test"]
+    found = result(tmp_path)
+    assert found["loads"].keys() == {"train", "test"}
+    assert {name.partition("/")[0] for name in found["metrics"]} >= {"expert_utilization", "inference_timing"}
+    pictures = [path.name for path in (tmp_path / "sparse" / "seed0").glob("*.png")]
+    assert any(name.startswith("expert_utilization") for name in pictures)
+
+
+def test_what_was_found_on_other_weights_is_not_taken(tmp_path: Path, computed: list[str]) -> None:
+    for _ in range(2):
+        assert main(tmp_path, *ONE_EPOCH, "--resume", "--max-minutes", "1e-9") == 3
+    kept = tmp_path / "sparse" / "seed0" / "analyses" / "expert_utilization.json"
+    stale = json.loads(kept.read_text())
+    kept.write_text(json.dumps(stale | {"weights": "of another training", "loads": {}}))
+    computed.clear()
+    assert main(tmp_path, *ONE_EPOCH, "--resume") == 0
+    assert computed == ["expert_utilization/train", "expert_utilization/test", "inference_timing/test"]
+    assert result(tmp_path)["loads"] == stale["loads"]
+
+
+def test_a_damaged_analysis_is_told_by_its_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for _ in range(2):
+        assert main(tmp_path, *ONE_EPOCH, "--resume", "--max-minutes", "1e-9") == 3
+    kept = tmp_path / "sparse" / "seed0" / "analyses" / "expert_utilization.json"
+    kept.write_text(kept.read_text()[:50])
+    assert main(tmp_path, *ONE_EPOCH, "--resume") == 1
+    assert "expert_utilization.json is damaged" in (error := capsys.readouterr().err) and "remove it to repeat" in error
+    kept.unlink()
+    assert main(tmp_path, *ONE_EPOCH, "--resume") == 0
 
 
 def test_the_preset_for_a_cpu_on_a_folder_of_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

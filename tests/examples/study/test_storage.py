@@ -14,13 +14,13 @@ from tests.support.sources import ROOT
 def test_a_full_disk_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "result.json"
     replace(path, "old")
-    write = Path.write_text
+    write = Path.write_bytes
 
-    def full(self: Path, text: str, **options: str) -> int:
-        write(self, text[:1], **options)
+    def full(self: Path, content: bytes) -> int:
+        write(self, content[:1])
         raise OSError(errno.ENOSPC, "No space left on device", str(self))
 
-    monkeypatch.setattr(Path, "write_text", full)
+    monkeypatch.setattr(Path, "write_bytes", full)
     with pytest.raises(OSError, match="No space left"):
         replace(path, "new")
     assert path.read_text() == "old"
