@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from moe_heads.callbacks.functional.common.figures import plain_text
 from moe_heads.callbacks.functional.utilization.examples import ExpertExamples
 
@@ -10,6 +12,11 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 __all__ = ["plot_examples"]
+
+# Inches: an image with the gap beside it, and the number of the expert before a row. Share of an image's width: the
+# gap, and the room for two lines of text above it.
+_CELL, _NUMBER = 0.6, 0.3
+_GAP, _TEXT = 0.1, 0.65
 
 
 def plot_examples(examples: ExpertExamples, class_names: Sequence[str]) -> "Figure":
@@ -21,21 +28,27 @@ def plot_examples(examples: ExpertExamples, class_names: Sequence[str]) -> "Figu
     """
     from matplotlib.figure import Figure
 
-    num_experts, count = examples.gates.shape
-    figure = Figure(figsize=(0.5 + 0.6 * count, 0.9 * num_experts), layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.01, h_pad=0.03, wspace=0, hspace=0)  # type: ignore[union-attr, call-arg]
-    axes = figure.subplots(num_experts, count, squeeze=False)
+    # one picture of all of them: axes for each would take four times as long to draw
+    num_experts, count, _, height, width = examples.images.shape
+    across, above = width + max(1, round(_GAP * width)), max(1, round(_TEXT * width))
+    down = height + above
+    sheet = np.full((num_experts * down, count * across, 3), 255, dtype=np.uint8)
+    size = _NUMBER + _CELL * count, _CELL * num_experts * down / across
+    figure = Figure(figsize=size)
+    left = _NUMBER / size[0]
+    ax = figure.add_axes((left, 0, 1 - left, 1))
+    ax.set_axis_off()
     for expert in range(num_experts):
+        top = expert * down + above
+        ax.text(-0.06 * width, top + height / 2, f"{expert}", fontsize=9, ha="right", va="center")
         for place in range(count):
-            ax = axes[expert, place]
-            ax.set(xticks=[], yticks=[], frame_on=False)
             gate = float(examples.gates[expert, place])
             if gate > 0:
-                image = examples.images[expert, place]
-                shown = image[0] if len(image) == 1 else image.permute(1, 2, 0)
-                ax.imshow(shown.numpy(), cmap="gray", vmin=0, vmax=255)
-                ax.set_title(_title(int(examples.labels[expert, place]), gate, class_names), fontsize=7, pad=1)
-        axes[expert, 0].set_ylabel(f"{expert}", fontsize=9, rotation=0, ha="right", va="center")
+                start, image = place * across, examples.images[expert, place]
+                sheet[top : top + height, start : start + width] = image.permute(1, 2, 0).numpy()
+                title = _title(int(examples.labels[expert, place]), gate, class_names)
+                ax.text(start + width / 2, top - 0.06 * width, title, fontsize=7, ha="center", va="bottom")
+    ax.imshow(sheet, extent=(0, sheet.shape[1], sheet.shape[0], 0))
     return figure
 
 

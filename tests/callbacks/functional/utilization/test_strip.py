@@ -1,0 +1,31 @@
+"""The figure of what each expert sees."""
+
+import torch
+
+from moe_heads.callbacks.functional.utilization.examples import ExpertExamples
+from moe_heads.callbacks.functional.utilization.strip import plot_examples
+
+
+def test_every_image_stands_in_its_expert_s_row_below_its_class_and_gate() -> None:
+    images = torch.arange(1, 7, dtype=torch.uint8).view(2, 3, 1, 1, 1).expand(2, 3, 3, 4, 6)
+    gates = torch.tensor([[0.9, 0.8, 0.7], [0.6, 0.0, 0.0]])
+    figure = plot_examples(ExpertExamples(images, gates, torch.tensor([[0, 1, 2], [-1, 0, 0]])), ["cat", "dog"])
+    (ax,) = figure.axes
+    (drawn,) = ax.images
+    sheet = torch.tensor(drawn.get_array()[..., 0])
+    for place in range(1, 5):
+        rows, columns = (sheet == place).nonzero(as_tuple=True)
+        assert len(rows) == 4 * 6  # whole, and in one piece
+        assert int(rows.max() - rows.min()) == 3 and int(columns.max() - columns.min()) == 5
+    assert not ((sheet == 5) | (sheet == 6)).any()  # an expert that received one image shows one
+    told = {text.get_text(): text.get_position() for text in ax.texts}
+    assert told.keys() == {"0", "1", "cat\n0.90", "dog\n0.80", "2\n0.70", "\n0.60"}
+    assert told["cat\n0.90"][1] == told["dog\n0.80"][1] < told["\n0.60"][1]
+    assert told["cat\n0.90"][0] < told["dog\n0.80"][0] < told["2\n0.70"][0]
+
+
+def test_grey_images() -> None:
+    images = torch.full((1, 1, 1, 8, 8), 7, dtype=torch.uint8)
+    figure = plot_examples(ExpertExamples(images, torch.ones(1, 1), torch.tensor([[3]])), [])
+    (drawn,) = figure.axes[0].images
+    assert int((torch.tensor(drawn.get_array()) == 7).all(-1).sum()) == 64
