@@ -2,14 +2,15 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
+import torch
 from lightning.pytorch import Trainer
 from torch import nn
 
 from moe_heads.callbacks.evaluation import check_initialised, draws_random_numbers, loss_of, warn_of_a_sum
 from moe_heads.callbacks.functional.common.batches import Batch, LossFn, cut, is_divisible, leaves_of
-from moe_heads.callbacks.functional.common.digest import digest_of
+from moe_heads.callbacks.functional.common.digest import digest_of, digest_of_rows
 from moe_heads.callbacks.functional.common.monitor import Monitor
 from moe_heads.callbacks.functional.common.preserve import seed_generators
 from moe_heads.callbacks.functional.common.ranks import Ranks
@@ -30,7 +31,7 @@ class AnalysisInputs:
         loss_fn: ``loss_fn(model, batch) -> scalar``; None where the analysis needs no loss.
         batches: Batches on the same device: all of the sample, or this rank's share of it.
         split: Where they come from.
-        key: Fingerprint of the weights and the sample: equal for an analysis of the same.
+        key: Fingerprint of the weights and the sample: equal for an analysis of the same, in whatever batches.
         monitor: To be given to the functions, or told of each step by hand.
         ranks: The processes that share the sample; one alone unless the analysis says that it shares.
         trainer: The trainer; None in a plain call.
@@ -121,8 +122,23 @@ def prepare(
 
 
 def _key(model: nn.Module, sample: Sample) -> bytes:
-    inside = [leaf for batch in sample.batches for leaf in leaves_of(batch)]
-    return digest_of([*model.parameters(), *model.buffers(), [p.requires_grad for p in model.parameters()], *inside])
+    weights = [*model.parameters(), *model.buffers(), [p.requires_grad for p in model.parameters()]]
+    return digest_of([*weights, *_contents(sample.batches)])
+
+
+def _contents(batches: Sequence[Batch]) -> list[Any]:
+    """What the batches hold; where samples can be told apart it does not matter into which batches they are cut."""
+    inside = [leaves_of(batch) for batch in batches]
+    forms = {tuple(leaf is None for leaf in leaves) for leaves in inside}
+    if len(forms) > 1 or not all(map(_has_rows, batches)):
+        return [leaf for leaves in inside for leaf in leaves]
+    return [None if column[0] is None else digest_of_rows(column) for column in zip(*inside, strict=True)]
+
+
+def _has_rows(batch: Batch) -> bool:
+    """Whether it holds plain tensors only, with a row for each sample."""
+    tensors = [leaf for leaf in leaves_of(batch) if leaf is not None]
+    return is_divisible(batch) and not any(leaf.is_nested or leaf.layout != torch.strided for leaf in tensors)
 
 
 def _share(batches: Sequence[Batch], ranks: Ranks) -> list[Batch] | None:

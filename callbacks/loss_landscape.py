@@ -309,7 +309,8 @@ class LossLandscapeCallback(FitEndAnalysis):
 
     def _file(self, inputs: AnalysisInputs, part: str, depends_on: Sequence[Any]) -> Path:
         assert self.resume is not None
-        return points_file(Path(self.resume, self.name), inputs, part, depends_on)
+        # other batches sum in another order: their points differ by rounding
+        return points_file(Path(self.resume, self.name), inputs, part, [self.batch_size, *depends_on])
 
     def _top_eigenvectors(self, inputs: AnalysisInputs, number: int) -> Tensor:
         if self.resume is None:

@@ -107,6 +107,14 @@ def test_eigenvectors_of_the_same_parameters_are_not_computed_twice(monkeypatch:
         trainer(SharpnessCallback(splits=["train"], params=["body"]), landscape).fit(PlainModule(), loader())
 
 
+def test_eigenvectors_are_those_of_the_same_samples_in_other_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("moe_heads.callbacks.loss_landscape.top_eigenvectors", None)
+    sharpness, landscape = SharpnessCallback(splits=["train"], batch_size=7), LossLandscapeCallback(**SMALL)
+    trainer(sharpness, landscape).fit(PlainModule(), loader())
+    assert sharpness.results["train"].num_samples > 7
+    assert landscape.results["train"].line is not None
+
+
 def test_a_trajectory_needs_a_training() -> None:
     landscape = LossLandscapeCallback(**SMALL, trajectory=True, check_curvatures=False)
     with pytest.warns(UserWarning, match="no trajectory, since this callback has seen no training"):

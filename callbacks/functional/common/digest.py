@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["digest_of"]
+__all__ = ["digest_of", "digest_of_rows"]
 
 
 def digest_of(values: Iterable[Any]) -> bytes:
@@ -25,13 +25,28 @@ def digest_of(values: Iterable[Any]) -> bytes:
             coalesced = value.detach().coalesce()
             digest.update(digest_of((coalesced.indices(), coalesced.values(), tuple(value.shape))))
         elif isinstance(value, Tensor):
-            dense = value.detach().to_dense() if value.layout != torch.strided else value.detach()
             digest.update(f"{value.dtype}{tuple(value.shape)}".encode())
-            bits = dense.to("cpu").contiguous().reshape(-1)
-            digest.update(bits.view(torch.uint8).numpy().data if value.numel() else b"")
+            digest.update(_bits(value))
         else:
             digest.update(_pickled(value))
     return digest.digest()
+
+
+def digest_of_rows(parts: Iterable[Tensor]) -> bytes:
+    """Fingerprint of the rows of tensors, one after the other: the same however they are cut into tensors."""
+    digest = hashlib.blake2b()
+    kind = ""
+    for part in parts:
+        if kind != (kind := f"{part.dtype}{tuple(part.shape[1:])}"):
+            digest.update(kind.encode())
+        digest.update(_bits(part))
+    return digest.digest()
+
+
+def _bits(value: Tensor) -> memoryview | bytes:
+    dense = value.detach().to_dense() if value.layout != torch.strided else value.detach()
+    bits = dense.to("cpu").contiguous().reshape(-1)
+    return bits.view(torch.uint8).numpy().data if value.numel() else b""
 
 
 def _pickled(value: Any) -> bytes:

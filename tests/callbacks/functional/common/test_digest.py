@@ -2,7 +2,7 @@
 
 import torch
 
-from moe_heads.callbacks.functional.common.digest import digest_of
+from moe_heads.callbacks.functional.common.digest import digest_of, digest_of_rows
 
 
 def test_equal_bits_have_equal_digests_and_others_have_others() -> None:
@@ -47,3 +47,11 @@ def test_sparse_tensors_and_other_values_count() -> None:
     assert digest_of(packed[:1]) != digest_of(packed[1:])
     unpicklable = [lambda: 0]
     assert digest_of(unpicklable) != digest_of(unpicklable)
+
+
+def test_rows_are_the_same_however_they_are_cut() -> None:
+    rows = torch.arange(12.0).view(6, 2)
+    whole = digest_of_rows([rows])
+    assert digest_of_rows(rows.split(4)) == whole
+    others = [rows[:5], rows.flip(0), rows.double(), rows.view(12, 1), rows.view(3, 4)]
+    assert len({whole, *(digest_of_rows([other]) for other in others)}) == 6
