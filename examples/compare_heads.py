@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from study import report, results, run
+from study import analyses, report, results, run
 from study.build import build_data, build_model, check_accelerator, describe_data
 from study.options import Options, parse
 from study.storage import claimed, locked
@@ -87,9 +87,10 @@ def _run_all(options: Options, data: ImageDataModule, config: dict[str, Any], de
                 continue
             if (folder / "result.json").exists():
                 print(f"{label}: finished before", flush=True)
+                analyses.forget(folder)  # where the process ended just before it would have done so
                 continue
             if has_begun and time.monotonic() > deadline:
-                return _time_is_up(label, "not begun")
+                return status or _time_is_up(label, "not begun")
             print(f"{label}: training and analysing ...", flush=True)
             has_begun = True
             results.check_begun(folder, config)
@@ -97,7 +98,7 @@ def _run_all(options: Options, data: ImageDataModule, config: dict[str, Any], de
             try:
                 result = run.run(options, head, seed, data, config, deadline, show_progress=sys.stderr.isatty())
             except TimeIsUp as reached:
-                return _time_is_up(label, str(reached))
+                return status or _time_is_up(label, str(reached))
             except (RuntimeError, ValueError) as error:
                 status = _tell(error, _FAILED, f"{label}: ")
                 continue

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import shutil
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -25,8 +26,7 @@ from study.options import Options
 from study.storage import replace, save_figure
 from study.training import Deadline
 
-FOLDER = "analyses"
-"""Of what a run has found before it is finished, in the run's folder."""
+_FOLDER = "analyses"
 
 
 class Found(TypedDict):
@@ -34,8 +34,8 @@ class Found(TypedDict):
 
     Attributes:
         weights: Digest of the weights that were analysed.
-        seconds: How long it took.
-        metrics: What was logged, by name.
+        seconds: How long it took, in the piece that ended it.
+        metrics: Its numbers by name; finite ones.
         lines: Loss along the top eigenvector by split, and with the routing held fixed.
         loads: Hard load and importance of every expert of the head, by split.
     """
@@ -47,32 +47,45 @@ class Found(TypedDict):
     loads: dict[str, dict[str, list[float]]]
 
 
-def analyses_of(options: Options, folder: Path) -> list[FitEndAnalysis]:
-    """All analyses of the run in a folder."""
+def folder_of(run: Path, machine: Mapping[str, Any]) -> Path:
+    """Where a run keeps what it has found before it is finished.
+
+    One for each machine, version and commit: a result names one, so all of its numbers have to come from there.
+    """
+    return run / _FOLDER / hashlib.sha256(json.dumps(machine).encode()).hexdigest()[:16]
+
+
+def forget(run: Path) -> None:
+    """Remove what was kept of a run that is finished."""
+    shutil.rmtree(run / _FOLDER, ignore_errors=True)
+
+
+def analyses_of(options: Options, kept: Path) -> list[FitEndAnalysis]:
+    """All analyses of a run; the landscape keeps its points in the folder of what is kept."""
     analysed = {"num_samples": options.analysis_samples}
     return [
         SharpnessCallback(engine=options.engine, **analysed),
-        LossLandscapeCallback(plane_points=options.plane_points, resume=folder / FOLDER, **analysed),
+        LossLandscapeCallback(plane_points=options.plane_points, resume=kept, **analysed),
         ExpertUtilizationCallback(),
         InferenceTimingCallback(),
     ]
 
 
-def found_before(folder: Path, weights: Mapping[str, Tensor]) -> dict[str, Found]:
-    """What earlier pieces of a run have found on these weights, by the name of the analysis.
+def found_in(kept: Path, weights: Mapping[str, Tensor]) -> dict[str, Found]:
+    """What was found on these weights, by the name of the analysis.
 
     Raises:
         RuntimeError: Names the file that cannot be read, and what to do.
     """
     digest, found = _digest(weights), {}
-    for path in sorted((folder / FOLDER).glob("*.json")):
+    for path in sorted(kept.glob("*.json")):
         try:
-            kept: Found = json.loads(path.read_text(encoding="utf-8"))
-            is_of_these = kept["weights"] == digest
+            analysis: Found = json.loads(path.read_text(encoding="utf-8"))
+            is_of_these = analysis["weights"] == digest
         except (ValueError, TypeError, KeyError) as error:
             raise RuntimeError(f"{path} is damaged ({error}); remove it to repeat this analysis") from error
         if is_of_these:
-            found[path.stem] = kept
+            found[path.stem] = analysis
     return found
 
 
@@ -84,38 +97,48 @@ class Keeper(Callback):
     Args:
         analysis: The one before it in the Trainer's list.
         gate: Says when time is up.
-        folder: Of the run.
-        with_figures: Also save the figures of the training split as files there.
+        kept: Folder for what is found.
+        figures: Folder for the figures of one split, for the report; None for no figures.
+
+    Attributes:
+        has_failed: Whether the analysis ended without a whole result.
     """
 
-    def __init__(self, analysis: FitEndAnalysis, gate: Deadline, folder: Path, with_figures: bool) -> None:
-        self.found: Found | None = None
-        self.analysis = analysis
-        self._gate, self._folder, self._with_figures = gate, folder, with_figures
+    def __init__(self, analysis: FitEndAnalysis, gate: Deadline, kept: Path, figures: Path | None) -> None:
+        self.analysis, self.has_failed = analysis, False
+        self._gate, self._kept, self._figures = gate, kept, figures
 
     @override
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        assert self._gate.began is not None
         seconds = time.perf_counter() - self._gate.began
         if _is_whole(self.analysis):
-            self._keep(trainer, _digest(pl_module.state_dict()), seconds)
+            self._keep(_digest(pl_module.state_dict()), seconds)
+        else:
+            self.has_failed = True
         self._gate.begin(f"trained, and analysed as far as {self.analysis.name}")
 
-    def _keep(self, trainer: pl.Trainer, weights: str, seconds: float) -> None:
-        # what was logged while training is not known to a later piece
-        logged = tuple(f"{self.analysis.name}/{split}/" for split in self.analysis.results)
-        metrics = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith(logged)}
-        self.found = {
+    def _keep(self, weights: str, seconds: float) -> None:
+        analysis = self.analysis
+        reports = {split: analysis.report(result) for split, result in analysis.results.items()}
+        named = {
+            f"{analysis.name}/{split}/{quantity}": float(value)
+            for split, report in reports.items()
+            for quantity, value in report.metrics.items()
+        }
+        found: Found = {
             "weights": weights,
             "seconds": seconds,
-            "metrics": {name: value for name, value in metrics.items() if math.isfinite(value)},
-            "lines": _lines(self.analysis) if isinstance(self.analysis, LossLandscapeCallback) else {},
-            "loads": _loads(self.analysis) if isinstance(self.analysis, ExpertUtilizationCallback) else {},
+            "metrics": {name: value for name, value in named.items() if math.isfinite(value)},
+            "lines": _lines(analysis) if isinstance(analysis, LossLandscapeCallback) else {},
+            "loads": _loads(analysis) if isinstance(analysis, ExpertUtilizationCallback) else {},
         }
-        if self._with_figures:
-            _save_figures(self._folder, self.analysis)
-        path = self._folder / FOLDER / f"{self.analysis.name}.json"
-        path.parent.mkdir(exist_ok=True)
-        replace(path, json.dumps(self.found))
+        shown = reports.get("train", reports.get("test"))
+        if self._figures is not None and shown is not None:
+            for name, figure in shown.figures.items():
+                save_figure(self._figures / f"{analysis.name}_{name.replace('/', '_')}.png", figure)
+        self._kept.mkdir(parents=True, exist_ok=True)
+        replace(self._kept / f"{analysis.name}.json", json.dumps(found))
 
 
 def _digest(weights: Mapping[str, Tensor]) -> str:
@@ -157,10 +180,3 @@ def _loads(utilization: ExpertUtilizationCallback) -> dict[str, dict[str, list[f
         for split, result in utilization.results.items()
         for found in result.heads.values()
     }
-
-
-def _save_figures(folder: Path, analysis: FitEndAnalysis) -> None:
-    """For the report, which shows those of the first seed."""
-    result: Any = next((analysis.results[split] for split in ("train", "test") if split in analysis.results), None)
-    for name, figure in {} if result is None else analysis.report(result).figures.items():
-        save_figure(folder / f"{analysis.name}_{name.replace('/', '_')}.png", figure)

@@ -66,17 +66,18 @@ def describe_data(options: Options, data: ImageDataModule) -> dict[str, Any]:
 def check_accelerator(options: Options) -> None:
     """Refuse an accelerator that this machine has not."""
     try:
-        _device(options)
+        device_of(options)
     except (MisconfigurationException, RuntimeError, ValueError) as error:
         raise ValueError(f"--accelerator: cannot train on {options.accelerator!r} here: {error}") from error
 
 
 def precision_of(options: Options) -> Literal["bf16-mixed", "32-true"]:
     """Precision for the Trainer: that of the options, or the fastest of the device that they train on."""
-    return fastest_precision(_device(options)) if options.precision == "auto" else options.precision
+    return fastest_precision(device_of(options)) if options.precision == "auto" else options.precision
 
 
-def _device(options: Options) -> torch.device:
+def device_of(options: Options) -> torch.device:
+    """Where the study trains and analyses."""
     quiet = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
     return pl.Trainer(accelerator=options.accelerator, devices=1, logger=False, **quiet).strategy.root_device
 

@@ -7,12 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning import pytorch as pl
 
 
-def describe_machine(trainer: pl.Trainer) -> dict[str, Any]:
+def describe_machine(device: torch.device, precision: str) -> dict[str, Any]:
     """Device, processor, threads, precision of the training, versions and commit."""
-    device = trainer.strategy.root_device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
     packages = ("torch", "torchvision", "lightning", "numpy", "scipy")
     return {
@@ -20,7 +18,7 @@ def describe_machine(trainer: pl.Trainer) -> dict[str, Any]:
         "name": name,
         "capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
-        "precision": trainer.precision,
+        "precision": precision,
         "python": platform.python_version(),
         "packages": {package: version(package) for package in packages},
         "commit": _commit(),

@@ -101,7 +101,7 @@ def _text(options: Options, data: dict[str, Any], runs: Sequence[Run], drawn: Co
         "## Method",
         _METHOD.format(samples=options.analysis_samples),
         "The protocol in full: " + ", ".join(f"{name} {value}" for name, value in runs[0]["config"].items()) + ".",
-        *filter(None, (_head_section(options, head) for head in heads)),
+        *filter(None, (_head_section(options, run["head"]) for run in runs if run["seed"] == 0)),
         f"Everything interactively: `tensorboard --logdir {options.out.name}`",
     ]
     return "\n\n".join(sections) + "\n"

@@ -2,7 +2,6 @@
 
 import json
 import math
-import shutil
 from typing import Any, get_args
 
 import torch
@@ -14,13 +13,12 @@ from torch.utils.data import DataLoader
 from moe_heads import capacity
 from moe_heads.lightning_modules import ImageDataModule, MoEClassifier, RandomStates
 from moe_heads.lightning_modules.data import Split
-from study.analyses import FOLDER as ANALYSES
-from study.analyses import Keeper, analyses_of, found_before
-from study.build import build_model, precision_of
+from study.analyses import Keeper, analyses_of, folder_of, forget, found_in
+from study.build import build_model, device_of, precision_of
 from study.machine import describe_machine
 from study.options import Options
 from study.storage import replace
-from study.training import LAST, Deadline, TrainingClock, checkpoints, read_weights
+from study.training import LAST, Deadline, TimeIsUp, TrainingClock, checkpoints, read_weights
 
 
 def run(
@@ -54,12 +52,15 @@ def run(
     pl.seed_everything(seed, verbose=False)
     model = build_model(options, head, data)
     last = folder / "checkpoints" / LAST
-    found = found_before(folder, read_weights(last)) if last.exists() else {}
+    machine = describe_machine(device_of(options), precision_of(options))
+    kept = folder_of(folder, machine)
+    before = found_in(kept, read_weights(last)) if last.exists() else {}
     logger = TensorBoardLogger(options.out, name=head, version=folder.name, default_hp_metric=False)
     logger.log_hyperparams({"seed": seed, "data": options.data.partition(":")[0]})
     clock, gate = TrainingClock(), Deadline(deadline)
-    analyses = [analysis for analysis in analyses_of(options, folder) if analysis.name not in found]
-    keepers = [Keeper(analysis, gate, folder, with_figures=seed == 0) for analysis in analyses]
+    figures = folder if seed == 0 else None
+    analyses = analyses_of(options, kept)
+    keepers = [Keeper(analysis, gate, kept, figures) for analysis in analyses if analysis.name not in before]
     analysing = [callback for keeper in keepers for callback in (keeper.analysis, keeper)]
     trainer = pl.Trainer(
         max_epochs=options.epochs,
@@ -72,11 +73,16 @@ def run(
         enable_model_summary=False,
         log_every_n_steps=10,
     )
-    trainer.fit(model, datamodule=data, ckpt_path=last if last.exists() else None)
-    found |= {keeper.analysis.name: keeper.found for keeper in keepers if keeper.found is not None}
+    try:
+        trainer.fit(model, datamodule=data, ckpt_path=last if last.exists() else None)
+    except TimeIsUp:
+        # more time would not help a piece whose analysis fails: it is told, not tried again and again
+        if not any(keeper.has_failed for keeper in keepers):
+            raise
+    found = found_in(kept, model.state_dict())
     if missing := [analysis.name for analysis in analyses if analysis.name not in found]:
         raise RuntimeError(f"{folder}: not finished, for want of {', '.join(missing)}; start again with --resume")
-    metrics = {name: value for kept in found.values() for name, value in kept["metrics"].items()}
+    metrics = {name: value for analysis in found.values() for name, value in analysis["metrics"].items()}
     metrics |= trainer.test(model, datamodule=data, verbose=False)[0]
     model.to(trainer.strategy.root_device)  # the Trainer has taken it back to the CPU
     for split in get_args(Split):
@@ -89,15 +95,15 @@ def run(
         "config": config,
         "capacity": {"total": size.total, "active": size.active, "backbone": _num_parameters(model.backbone)},
         "metrics": {name: value for name, value in metrics.items() if math.isfinite(value)},
-        "lines": {split: line for kept in found.values() for split, line in kept["lines"].items()},
-        "loads": {split: load for kept in found.values() for split, load in kept["loads"].items()},
+        "lines": {split: line for analysis in found.values() for split, line in analysis["lines"].items()},
+        "loads": {split: load for analysis in found.values() for split, load in analysis["loads"].items()},
         "training_seconds": clock.seconds,
-        "analysis_seconds": sum(kept["seconds"] for kept in found.values()),
-        "machine": describe_machine(trainer),
+        "analysis_seconds": sum(analysis["seconds"] for analysis in found.values()),
+        "machine": machine,
     }
     # written last: a run without it is not finished
     replace(folder / "result.json", json.dumps(result, indent=1))
-    shutil.rmtree(folder / ANALYSES, ignore_errors=True)  # all of it is in the result
+    forget(folder)
     return result
 
 

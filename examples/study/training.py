@@ -1,6 +1,5 @@
 """Training a model of the study, in as many pieces as it takes."""
 
-import math
 import time
 from pathlib import Path
 
@@ -27,12 +26,12 @@ class Deadline(Callback):
         at: `time.monotonic` of the end; infinity for none.
 
     Attributes:
-        began: `time.perf_counter` at which the last thing was begun.
+        began: `time.perf_counter` at which the last thing was begun; None before the first.
     """
 
     def __init__(self, at: float) -> None:
         self.at = at
-        self.began = float("nan")
+        self.began: float | None = None
 
     def begin(self, done: str) -> None:
         """Begin something more.
@@ -43,7 +42,7 @@ class Deadline(Callback):
         Raises:
             TimeIsUp: When there is no time for it; says what is done.
         """
-        if not math.isnan(self.began) and time.monotonic() > self.at:
+        if self.began is not None and time.monotonic() > self.at:
             raise TimeIsUp(done)
         self.began = time.perf_counter()
 

@@ -113,7 +113,7 @@ def test_an_analysis_that_is_done_is_not_repeated(
 def test_what_was_found_on_other_weights_is_not_taken(tmp_path: Path, computed: list[str]) -> None:
     for _ in range(2):
         assert main(tmp_path, *ONE_EPOCH, "--resume", "--max-minutes", "1e-9") == 3
-    kept = tmp_path / "sparse" / "seed0" / "analyses" / "expert_utilization.json"
+    (kept,) = tmp_path.rglob("expert_utilization.json")
     stale = json.loads(kept.read_text())
     kept.write_text(json.dumps(stale | {"weights": "of another training", "loads": {}}))
     computed.clear()
@@ -122,10 +122,47 @@ def test_what_was_found_on_other_weights_is_not_taken(tmp_path: Path, computed: 
     assert result(tmp_path)["loads"] == stale["loads"]
 
 
+def test_what_another_machine_has_found_is_not_taken(
+    tmp_path: Path, computed: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A result names one machine: times of one and curvature of another would pass for what it is not."""
+    for _ in range(2):
+        assert main(tmp_path, *ONE_EPOCH, "--resume", "--max-minutes", "1e-9") == 3
+    monkeypatch.setattr("study.machine._processor", lambda: "another one")
+    computed.clear()
+    assert main(tmp_path, *ONE_EPOCH, "--resume") == 0
+    assert computed == ["expert_utilization/train", "expert_utilization/test", "inference_timing/test"]
+    assert result(tmp_path)["machine"]["name"] == "another one"
+
+
+def test_an_analysis_that_fails_when_time_is_up_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """More pieces would fail in the same way: the loop of pieces has to end."""
+    assert main(tmp_path, *ONE_EPOCH, "--max-minutes", "1e-9") == 3
+    monkeypatch.setattr(ExpertUtilizationCallback, "compute", lambda self, inputs: 1 / 0)
+    with pytest.warns(UserWarning, match="expert_utilization/train: failed"):
+        assert main(tmp_path, *ONE_EPOCH, "--resume", "--max-minutes", "1e-9", "--seeds", "2") == 1
+    assert "not finished, for want of expert_utilization" in capsys.readouterr().err
+
+
+def test_an_analysis_whose_report_fails_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its numbers would be missing for good."""
+    with monkeypatch.context() as failing, pytest.warns(UserWarning, match="failed with ValueError: no room"):
+
+        def no_room(self: ExpertUtilizationCallback, result: Any) -> None:
+            raise ValueError("no room")
+
+        failing.setattr(ExpertUtilizationCallback, "report", no_room)
+        assert main(tmp_path, *ONE_EPOCH) == 1
+    assert main(tmp_path, *ONE_EPOCH, "--resume") == 0
+    assert "expert_utilization/test/head/effective_experts" in result(tmp_path)["metrics"]
+
+
 def test_a_damaged_analysis_is_told_by_its_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for _ in range(2):
         assert main(tmp_path, *ONE_EPOCH, "--resume", "--max-minutes", "1e-9") == 3
-    kept = tmp_path / "sparse" / "seed0" / "analyses" / "expert_utilization.json"
+    (kept,) = tmp_path.rglob("expert_utilization.json")
     kept.write_text(kept.read_text()[:50])
     assert main(tmp_path, *ONE_EPOCH, "--resume") == 1
     assert "expert_utilization.json is damaged" in (error := capsys.readouterr().err) and "remove it to repeat" in error
