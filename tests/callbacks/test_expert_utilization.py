@@ -102,7 +102,7 @@ def test_collapse_and_dead_experts_are_told_once() -> None:
     told = [str(w.message) for w in caught if str(w.message).startswith("expert_utilization: epoch")]
     assert len(told) == 2
     assert told[0].startswith("expert_utilization: epoch 0, head 'head': the routing collapses")
-    assert told[1].startswith("expert_utilization: epoch 0, head 'head': of 4 experts dead: ")
+    assert told[1].startswith("expert_utilization: epoch 0, head 'head': dead among 4 experts: number")
     assert all("Raise the coefficients of balance" in line for line in told)
 
 

@@ -214,20 +214,22 @@ def test_health_tells_each_thing_once_and_what_to_change() -> None:
     router = health()
     assert list(router.news(stats_of([0.25] * 4))) == []
     (starving,) = router.news(stats_of([0.35, 0.3, 0.3, 0.05]))
-    assert starving.startswith("of 4 experts starving: 3 (20.0%) of the fair share of the load; the limit is 25%.")
+    assert starving.startswith(
+        "starving among 4 experts: number 3 (20.0%) of the fair share of the load; the limit is 25%."
+    )
     assert "BiasBalancedRouter" in starving
     (dead,) = router.news(stats_of([0.35, 0.3, 0.35, 0.0]))
-    assert dead.startswith("of 4 experts dead: 3 (0.0%)")
+    assert dead.startswith("dead among 4 experts: number 3 (0.0%)")
     assert list(router.news(stats_of([0.35, 0.3, 0.35, 0.0]))) == []
     collapse, more = router.news(stats_of([0.98, 0.01, 0.01, 0.0]))
     assert collapse.startswith("the routing collapses: 1.1 of 4 experts are in effect.")
-    assert more.startswith("of 4 experts starving: 1 (4.0%), 2 (4.0%)")
+    assert more.startswith("starving among 4 experts: numbers 1 (4.0%), 2 (4.0%)")
 
 
 def test_an_expert_that_recovers_is_no_news_and_one_that_dies_again_is() -> None:
     router, sick, well = health(), stats_of([0.5, 0.5, 0.0]), stats_of([0.4, 0.3, 0.3])
     (dead,) = router.news(sick)
-    assert "dead: 2" in dead
+    assert "dead among 3 experts: number 2" in dead
     assert list(router.news(stats_of([0.5, 0.48, 0.02]))) == []  # it starves on
     assert list(router.news(well)) == []
     assert list(router.news(sick)) == [dead]
@@ -236,7 +238,18 @@ def test_an_expert_that_recovers_is_no_news_and_one_that_dies_again_is() -> None
 def test_two_experts_can_collapse_and_without_a_limit_the_dead_do_not_starve() -> None:
     collapse, dead = health(dead_below=0.0).news(stats_of([1.0, 0.0]))
     assert "1.0 of 2 experts" in collapse
-    assert "dead: 1 (0.0%)" in dead
+    assert ": number 1 (0.0%)" in dead
+
+
+def test_a_few_choices_tell_nothing() -> None:
+    """An even router of 40 experts leaves 12 of them without any of 48 choices, by chance."""
+    few = torch.randint(40, (48,), generator=torch.Generator().manual_seed(0)).bincount(minlength=40)
+    assert int((few == 0).sum()) > 5
+    stats = stats_of([1 / 40] * 40)
+    assert list(health().news(RoutingStats(**{**vars(stats), "counts": few}))) == []
+    many = torch.tensor([*[10] * 38, 20, 0])
+    (dead,) = health().news(RoutingStats(**{**vars(stats), "counts": many}))
+    assert "number 39 (0.0%)" in dead
 
 
 def test_a_soft_router_is_told_by_its_weights() -> None:
