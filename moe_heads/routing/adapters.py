@@ -1,5 +1,6 @@
 """Find the routers inside any model: those of this package by their class, anybody else's by an adapter."""
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from fnmatch import fnmatchcase
 from typing import Any, TypeVar
@@ -64,10 +65,12 @@ def _fits(key: type[nn.Module] | str, path: str, module: nn.Module) -> bool:
 
 
 def _by_owner(modules: Mapping[str, M], taken: set[str]) -> dict[str, M]:
-    """The modules by the names of those that own them; "head" stands for the model itself."""
-    named: dict[str, M] = {}
-    for path, module in modules.items():
-        owner = path.rpartition(".")[0] or "head"
-        # a module with two routers: the second goes by its own name
-        named[path if owner in named or owner in taken else owner] = module
-    return named
+    """The modules by the names of those that own them; "head" stands for the model itself.
+
+    Modules that share their owner, among themselves or with what is taken, go by their own names, all of them.
+    """
+    owners = {path: path.rpartition(".")[0] or "head" for path in modules}
+    num_owned = Counter(owners.values())
+    by_own_name = {path for path, owner in owners.items() if num_owned[owner] > 1 or owner in taken}
+    is_free = {path: path not in by_own_name and owner not in by_own_name for path, owner in owners.items()}
+    return {owners[path] if is_free[path] else path: module for path, module in modules.items()}

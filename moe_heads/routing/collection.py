@@ -33,8 +33,8 @@ class RoutingCollection:
     def routings(self) -> dict[str, list[Routing]]:
         """The `Routing` of every forward pass, by the name of the head that owns the router.
 
-        The name is "head" when the model is itself the head. The lists are the collection's own: what is taken out of
-        them is forgotten.
+        The name is "head" when the model is itself the head; routers that share an owner go by their own names. The
+        lists are the collection's own: what is taken out of them is forgotten.
         """
         for name, recorder in self._recorders.items():
             self._routings.setdefault(name, []).extend(recorder.taken())
@@ -162,7 +162,11 @@ class _Recorder:
         return _Recorder, (self._name, None, None)
 
     def _routing(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Routing:
-        routing = output if self._adapter is None else self._adapter(module, args, output)
+        try:
+            routing = output if self._adapter is None else self._adapter(module, args, output)
+        except Exception as error:
+            error.add_note(f"adapters: raised by the adapter of router {self._name!r}, a {type(module).__name__}")
+            raise
         if isinstance(routing, Routing):
             return routing
         raise ValueError(

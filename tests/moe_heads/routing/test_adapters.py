@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_heads import Routing, SparseMoE, collect_routing
+from moe_heads.routing import adapted_routers
 
 
 class ForeignRouter(nn.Module):
@@ -57,6 +58,53 @@ def test_beside_routers_of_ours_and_the_first_adapter_that_fits() -> None:
         model(torch.randn(5, 4))
     assert set(collection.routings) == {"0", "1"}
     assert collection.routings["0"][0].soft
+
+
+class Pair(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = ForeignRouter(), ForeignRouter()
+
+
+@pytest.mark.parametrize("keys", [(ForeignRouter,), ("*first", "*second"), ("*second", "*first")])
+def test_routers_that_share_an_owner_go_by_their_own_names(keys: tuple[Any, ...]) -> None:
+    adapters = dict.fromkeys(keys, adapter)
+    assert set(adapted_routers(Pair(), adapters)) == {"first", "second"}
+    assert set(adapted_routers(nn.Sequential(Pair(), Layer()), {ForeignRouter: adapter})) == {
+        "0.first",
+        "0.second",
+        "1",
+    }
+
+
+def test_no_two_routers_have_one_name() -> None:
+    model = Pair()
+    model.first.inner = ForeignRouter()  # the owner's name is that of a router
+    found = adapted_routers(model, {"first.inner": adapter, ForeignRouter: adapter})
+    assert len({module for module, _ in found.values()}) == len(found)
+    assert found["first"][0] is model.first
+    assert found["first.inner"][0] is model.first.inner
+
+
+def test_a_router_beside_one_of_ours() -> None:
+    model = nn.Module()
+    model.head = SparseMoE(4, 3, num_experts=4, expert_width=2)
+    model.head.other = ForeignRouter()
+    with collect_routing(model, {ForeignRouter: adapter}) as collection:
+        model.head(torch.randn(5, 4))
+        model.head.other(torch.randn(5, 4))
+    assert {name: len(passes) for name, passes in collection.routings.items()} == {"head": 1, "head.other": 1}
+
+
+def test_an_error_names_the_router_whose_adapter_raised_it() -> None:
+    def broken(module: nn.Module, args: tuple[Any, ...], output: Any) -> Routing:
+        return Routing.from_probs(output["probs"])
+
+    model = nn.Sequential(Layer())
+    with pytest.raises(TypeError) as raised, collect_routing(model, {ForeignRouter: broken}) as collection:
+        model(torch.randn(5, 4))
+    assert not collection.routings["0"]
+    assert raised.value.__notes__ == ["adapters: raised by the adapter of router '0', a ForeignRouter"]
 
 
 def test_tokens_know_their_sample() -> None:

@@ -44,7 +44,7 @@ def test_two_routers_of_one_module_are_kept_apart() -> None:
     model = nn.Sequential(TwoRouters())
     with collect_routing(model) as routing:
         model(torch.randn(3, 4))
-    assert {name: len(stats.counts) for name, stats in routing.stats.items()} == {"0": 2, "0.fine": 5}
+    assert {name: len(stats.counts) for name, stats in routing.stats.items()} == {"0.coarse": 2, "0.fine": 5}
 
 
 def test_aux_loss_sums_over_heads_and_passes() -> None:
