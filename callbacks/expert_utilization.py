@@ -41,7 +41,7 @@ class ExpertUtilizationCallback(FitEndAnalysis):
     ======================  ===========================================================================
 
     An expert that dies or starves, and a routing that collapses, are told when the epoch ends in which it happens, once
-    each, with what to change.
+    each, with what to change. So is what only the validation batches show, where nothing disturbs the routing.
 
     At the end of fit, below ``expert_utilization/<split>/``: the numbers of `functional.ExpertUtilizationResult` for
     each head; to TensorBoard also figures of load and classes, of co-activation, of the load over the epochs and of
@@ -53,7 +53,8 @@ class ExpertUtilizationCallback(FitEndAnalysis):
     Args:
         class_names: Names of the classes; by default those of the data module, else numbers.
         forward_fn: ``forward_fn(pl_module, batch)``; by default the module is called with a batch's first entry.
-        label_fn: ``label_fn(batch) -> labels (B,)``, or None; by default the second entry of a batch, or "labels".
+        label_fn: ``label_fn(batch) -> labels (B,)``, -100 for a sample without a class, or None; by default the second
+            entry of a batch, or "labels".
         image_fn: ``image_fn(batch) -> images (B, C, H, W)``, or None; by default the first entry, if it has this form.
         adapters: For routers that are not of this package; see `moe_heads.collect_routing`.
         dead_below: Fraction of the fair share 1/E of the load (of the weight, for a soft router) under which an expert

@@ -21,6 +21,7 @@ from moe_heads.callbacks.functional.common.preserve import analysis_mode
 from moe_heads.callbacks.functional.common.ranks import Ranks
 from moe_heads.callbacks.functional.utilization.ablation import AblationHits, ablated_heads, ablation_hits
 from moe_heads.callbacks.functional.utilization.examples import images_of
+from moe_heads.callbacks.functional.utilization.labels import names_of_classes, num_classes_of
 from moe_heads.callbacks.functional.utilization.result import ExpertUtilizationResult
 from moe_heads.callbacks.functional.utilization.sums import ReportOptions, UtilizationSums
 from moe_heads.routing import Adapters, Routing, adapted_routers, collect_routing, named_routers
@@ -59,7 +60,9 @@ def expert_utilization(
         num_classes: C; by default the number of ``class_names``, else the largest label plus one.
         class_names: Names of the classes for figures and tables.
         forward_fn: ``forward_fn(model, batch)`` runs the model; its output is not used.
-        label_fn: ``label_fn(batch) -> labels (B,)``, or None for data without labels: then there is no class map.
+        label_fn: ``label_fn(batch) -> labels (B,)``, or None for data without labels: then there is no class map. A
+            label of -100 marks a sample without a class, as for `torch.nn.functional.cross_entropy`: it counts in all
+            but what is told of classes. By default the second entry of a batch, or "labels"; see `labels_of`.
         image_fn: ``image_fn(batch) -> images (B, C, H, W)`` with one channel or three, or None; by default the first
             entry of a batch, where it has this form.
         adapters: For routers that are not of this package; see `collect_routing`. Rows that are a multiple of the
@@ -102,14 +105,14 @@ def expert_utilization(
     sums = _Sums(options)
     if not named_routers(model) and not adapted_routers(model, adapters):
         sums.num_samples = sum(map(batch_size, listed))
-        return _result(ranks.gather(sums), _names(num_classes, class_names))
+        return _result(ranks.gather(sums), names_of_classes(num_classes, class_names))
     with ranks.together():
         found_labels = [label_fn(batch) for batch in listed]
-        num_classes = _num_classes(found_labels, num_classes, class_names)
-        if ablation and any(labels is None for labels in found_labels):
-            raise ValueError("ablation: expected labels, to tell the accuracy; got data without")
+        num_classes = num_classes_of(found_labels, num_classes, class_names)
     num_classes = max((known for known in ranks.gather(num_classes) if known is not None), default=None)
-    names = _names(num_classes, class_names)
+    if ablation and num_classes is None:
+        raise ValueError("ablation: expected labels, to tell the accuracy; got data without")
+    names = names_of_classes(num_classes, class_names)
     with ranks.together(), analysis_mode(model, seed), torch.no_grad():
         data = Microbatches(listed, device_of(model), monitor)
         foreign = adapted_routers(model, adapters)
@@ -199,33 +202,6 @@ def _result(found: Sequence[_Sums], names: tuple[str, ...]) -> ExpertUtilization
         for name, head in sums.heads.items():
             heads[name] = heads[name] + head if name in heads else head
     return ExpertUtilizationResult({name: head.result() for name, head in heads.items()}, names, num_samples, partial)
-
-
-def _num_classes(found: list[Tensor | None], num_classes: int | None, class_names: Sequence[str] | None) -> int | None:
-    """C; None without labels."""
-    if class_names is not None and not all(isinstance(name, str) for name in class_names):
-        raise ValueError(f"class_names: expected strings; got {class_names!r}")
-    if class_names is not None and num_classes is not None and len(class_names) != num_classes:
-        raise ValueError(f"class_names: expected num_classes = {num_classes} names; got {len(class_names)}")
-    given = [labels.cpu() for labels in found if labels is not None]
-    if not given:
-        return None
-    if len(given) < len(found):
-        raise ValueError(f"label_fn: expected labels for every batch or for none; {len(found) - len(given)} have none")
-    if any(labels.dim() != 1 or labels.is_floating_point() for labels in given):
-        raise ValueError("label_fn: expected one whole number a sample, shape (B,); got another shape or data type")
-    lowest, highest = (int(bound) for bound in torch.cat(given).aminmax())
-    if num_classes is None:
-        num_classes = highest + 1 if class_names is None else len(class_names)
-    if lowest < 0 or highest >= num_classes:
-        raise ValueError(f"labels: expected classes 0 to {num_classes - 1}; got {lowest} to {highest}")
-    return num_classes
-
-
-def _names(num_classes: int | None, class_names: Sequence[str] | None) -> tuple[str, ...]:
-    if num_classes is None:
-        return ()
-    return tuple(class_names) if class_names is not None else tuple(str(index) for index in range(num_classes))
 
 
 def _in_float64(routing: Routing) -> Routing:

@@ -106,6 +106,39 @@ def test_collapse_and_dead_experts_are_told_once() -> None:
     assert all("Raise the coefficients of balance" in line for line in told)
 
 
+class HiddenByNoise(PlainModule):
+    """Its noise is so strong that training sees every expert; without it one of them has all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = SparseMoE(5, 3, num_experts=4, k=1, expert_width=4, balance={})
+        self.body = nn.Identity()
+        with torch.no_grad():
+            self.head.router.gate.weight.zero_()
+            self.head.router.gate.bias.copy_(torch.tensor([0.1, 0.0, 0.0, 0.0]))
+            self.head.router.noise.weight.zero_()
+            self.head.router.noise.bias.fill_(50.0)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.0)
+
+
+def test_experts_that_only_noise_keeps_alive_are_told() -> None:
+    with pytest.warns(UserWarning) as caught:
+        fit(HiddenByNoise(), utilization(warn=True), max_epochs=2, num_sanity_val_steps=2)
+    told = [str(w.message) for w in caught if str(w.message).startswith("expert_utilization: epoch")]
+    beginning = "expert_utilization: epoch 0, head 'head': on the validation data, and not in training, "
+    assert [line.removeprefix(beginning)[:20] for line in told] == ["the routing collapse", "dead among 4 experts"]
+    assert "numbers 1 (0.0%), 2 (0.0%), 3 (0.0%)" in told[1]
+
+
+def test_without_validation_data_the_training_speaks_alone(recwarn: pytest.WarningsRecorder) -> None:
+    usage = utilization(warn=True)
+    trainer(usage, max_epochs=1).fit(HiddenByNoise(), loader())
+    assert len(usage.history["head"]) == 1
+    assert not [w for w in recwarn if "expert_utilization: epoch" in str(w.message)]
+
+
 def test_no_warning_where_none_is_wanted(recwarn: pytest.WarningsRecorder) -> None:
     fit(Collapsing(), utilization(), max_epochs=1)
     assert not [w for w in recwarn if "expert_utilization: epoch" in str(w.message)]

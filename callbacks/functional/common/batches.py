@@ -35,6 +35,9 @@ ForwardFn = Callable[[nn.Module, Batch], Any]
 """``forward_fn(model, batch) -> output`` of the model."""
 
 
+_BY_NAME = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+
+
 def as_batches(batches: Iterable[Batch]) -> list[Batch]:
     """List of the batches.
 
@@ -131,6 +134,9 @@ def call_model(model: nn.Module, batch: Batch) -> Any:
     """Default `ForwardFn`: ``model(batch[0])`` for a tuple or list, ``model(batch)`` for a tensor.
 
     Of a mapping or a dataclass, the entries that ``forward`` has parameters for are passed by name.
+
+    Raises:
+        ValueError: If a mapping has no entry for a parameter without a default.
     """
     if dataclasses.is_dataclass(batch) and not isinstance(batch, type):
         batch = {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}
@@ -138,14 +144,21 @@ def call_model(model: nn.Module, batch: Batch) -> Any:
         parameters = inspect.signature(model.forward).parameters.values()
         takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
         names = {parameter.name for parameter in parameters}
-        return model(**{name: value for name, value in batch.items() if takes_all or name in names})
+        given = {name: value for name, value in batch.items() if takes_all or name in names}
+        missing = [p.name for p in parameters if p.default is p.empty and p.kind in _BY_NAME and p.name not in given]
+        if missing:
+            raise ValueError(
+                f"batch: expected an entry for each parameter that {type(model).__name__}.forward needs; got"
+                f" {list(batch)}, without {missing}. Say with forward_fn=lambda model, batch: ... how to call it"
+            )
+        return model(**given)
     return model(batch[0] if isinstance(batch, (tuple, list)) else batch)
 
 
 def labels_of(batch: Batch) -> Tensor | None:
-    """Class labels of an ``(inputs, labels)`` batch, or of a mapping or dataclass with "labels" or "label".
+    """Class labels (B,) of an ``(inputs, labels)`` batch, or of a mapping or dataclass with "labels" or "label".
 
-    None unless they are a 1-D tensor of whole numbers.
+    None unless they are whole numbers of shape (B,) or (B, 1): one-hot and soft labels are no classes.
     """
     labels: Any = None
     if isinstance(batch, (tuple, list)):
@@ -154,5 +167,8 @@ def labels_of(batch: Batch) -> Tensor | None:
         labels = batch.get("labels", batch.get("label"))
     elif not isinstance(batch, Tensor):
         labels = getattr(batch, "labels", getattr(batch, "label", None))
-    is_labels = isinstance(labels, Tensor) and labels.dim() == 1 and not labels.is_floating_point()
-    return labels if is_labels else None
+    if not isinstance(labels, Tensor) or labels.is_floating_point():
+        return None
+    if labels.dim() == 2 and labels.shape[1] == 1:
+        return labels.squeeze(1)
+    return labels if labels.dim() == 1 else None

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_heads.callbacks.functional.common.batches import Batch, ForwardFn
+from moe_heads.callbacks.functional.utilization.labels import IGNORED
 from moe_heads.surgery import ablate
 
 __all__ = ["AblationHits", "ExpertAblation", "ablated_heads", "ablation_hits"]
@@ -41,7 +42,7 @@ class AblationHits:
     """Sums over samples from which an `ExpertAblation` follows.
 
     Attributes:
-        num_samples: B.
+        num_samples: Samples with a class.
         right: Samples classified rightly.
         lost: Samples that are right with all experts and wrong without expert e, (E,), int64.
         won: The other way round, (E,), int64.
@@ -106,7 +107,7 @@ def ablation_hits(
         model: The model, in evaluation mode.
         forward_fn: Runs it; returns logits (B, C), or something that has them as ``logits``.
         batch: The batch.
-        labels: (B,).
+        labels: (B,); `IGNORED` for a sample without a class.
         smaller: The heads without one expert; see `ablated_heads`.
 
     Raises:
@@ -132,7 +133,7 @@ def ablation_hits(
                 now = _right(_replaced(head, without, lambda: forward_fn(model, batch)), labels)
             lost.append((right & ~now).sum())
             won.append((~right & now).sum())
-        found[name] = AblationHits(len(labels), int(right.sum()), torch.stack(lost).cpu(), torch.stack(won).cpu())
+        found[name] = AblationHits(len(right), int(right.sum()), torch.stack(lost).cpu(), torch.stack(won).cpu())
     return found
 
 
@@ -146,8 +147,10 @@ def _replaced(head: nn.Module, by: nn.Module, run: Callable[[], Any]) -> Any:
 
 
 def _right(output: Any, labels: Tensor) -> Tensor:
+    """Who is classified rightly, among the samples with a class."""
     logits = getattr(output, "logits", output)
     if not isinstance(logits, Tensor) or logits.dim() != 2 or len(logits) != len(labels):
         got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise ValueError(f"ablation: expected a model that returns logits ({len(labels)}, C); got {got}")
-    return logits.argmax(-1) == labels.to(logits.device)
+    labels = labels.to(logits.device)
+    return (logits.argmax(-1) == labels)[labels != IGNORED]

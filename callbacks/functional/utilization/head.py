@@ -52,6 +52,7 @@ class HeadUtilization:
         mutual_information_p_value: Share of the permutations with at least as much as was found.
         soft: Whether the router mixes all experts.
         num_rows: Rows (samples, or their tokens) that were routed.
+        num_choices: Pairs of a row and an expert that was chosen for it, the sum behind ``load``.
         num_nonfinite: Rows with nan or inf logits, counted in nothing else.
         ablation: What the accuracy loses without each expert; None if it was not asked for or no expert can be spared.
         examples: Images that each expert received with the highest gate; None without images.
@@ -77,6 +78,7 @@ class HeadUtilization:
     mutual_information_p_value: float | None
     soft: bool
     num_rows: int
+    num_choices: int
     num_nonfinite: int
     ablation: ExpertAblation | None = None
     examples: ExpertExamples | None = None

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from moe_heads.callbacks.functional.utilization.head import HeadUtilization, relative_load_percentiles
+from moe_heads.callbacks.functional.utilization.health import LEAST_EXPECTED
 from moe_heads.callbacks.functional.utilization.tables import experts_table, quantities_table
 
 if TYPE_CHECKING:
@@ -109,7 +110,7 @@ class ExpertUtilizationResult:
             if head.coactivation is not None:
                 drawn[f"{name}/coactivation"] = plot_coactivation(name, head.coactivation)[0]
             if head.examples is not None:
-                drawn[f"{name}/what_each_expert_sees"] = plot_examples(head.examples, self.class_names)
+                drawn[f"{name}/what_each_expert_sees"] = plot_examples(head.examples, self.class_names, len(head.load))
         return drawn
 
     def summary(self) -> str:
@@ -119,16 +120,28 @@ class ExpertUtilizationResult:
         columns = {name: head.metrics() for name, head in self.heads.items()}
         told = [
             f"\n{state.title()} in {name}: {len(experts)} of {len(head.load)} experts, number "
-            f"{', '.join(map(str, experts))}."
+            f"{', '.join(map(str, experts))}.{_by_chance(head)}"
             for name, head in self.heads.items()
             for state, experts in (("dead", head.dead_experts), ("starved", head.starved_experts))
             if experts
         ]
         partial = [f"\n**Partial**: {self.partial}."] if self.partial else []
-        note = f"\n{self.num_samples} samples; entropies and information in nats."
-        return "\n".join([*quantities_table(columns), note, *told, *partial])
+        notes = [f"\n{self.num_samples} samples; entropies and information in nats."]
+        if not self.class_names:
+            notes.append(
+                "\nNo classes: the batches have no labels of shape (B,), or none is a class. `label_fn` can give them."
+            )
+        return "\n".join([*quantities_table(columns), *notes, *told, *partial])
 
     def texts(self) -> dict[str, str]:
         """The summary, and a table of the experts of each head."""
         experts = {f"{name}/experts": experts_table(head, self.class_names) for name, head in self.heads.items()}
         return {"summary": self.summary(), **experts}
+
+
+def _by_chance(head: HeadUtilization) -> str:
+    """What to say of experts without rows where the rows are too few to tell."""
+    share = head.num_choices / len(head.load)
+    if head.soft or share >= LEAST_EXPECTED:
+        return ""
+    return f" The fair share is {share:.1f} choices: chance alone leaves experts of an even router with so few."

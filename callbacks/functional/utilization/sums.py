@@ -14,6 +14,7 @@ from torch import Tensor
 from moe_heads.callbacks.functional.utilization.ablation import AblationHits
 from moe_heads.callbacks.functional.utilization.examples import ExpertExamples
 from moe_heads.callbacks.functional.utilization.head import HeadUtilization
+from moe_heads.callbacks.functional.utilization.labels import IGNORED
 from moe_heads.callbacks.functional.utilization.mutual_information import mutual_information
 from moe_heads.callbacks.functional.utilization.permutation import permutation_baseline
 from moe_heads.routing import Routing, RoutingStats
@@ -87,7 +88,7 @@ class UtilizationSums:
 
         Args:
             passes: What the router decided each time that it ran for the batch, on the CPU.
-            labels: Class of each sample, (B,), on the CPU.
+            labels: Class of each sample, (B,), on the CPU; `IGNORED` for one without.
             images: What the samples look like, (B, C, H, W).
             hits: What the accuracy of the batch loses without each expert.
 
@@ -103,8 +104,11 @@ class UtilizationSums:
         if hits is not None:
             self._hits = hits if self._hits is None else self._hits + hits
         if labels is not None and self._num_classes is not None:
-            self._labels.append(labels.long())
-            self._tops.append(torch.stack([self._tops_of(routing, labels.long()) for routing in passes]).sum(0))
+            labels, counted = labels.long(), labels != IGNORED
+            tops = torch.stack([self._tops_of(routing, labels) for routing in passes]).sum(0)
+            if counted.any():
+                self._labels.append(labels[counted])
+                self._tops.append(tops[counted])
 
     def _add_rows(self, routing: Routing) -> None:
         stats = routing.stats()
@@ -122,7 +126,9 @@ class UtilizationSums:
                 f"label_fn: expected a label for each of the {num_samples} samples that head {self.name!r} routed; got"
                 f" {len(labels)} labels"
             )
-        self._class_gates.index_add_(0, labels.repeat_interleave(routing.rows_per_sample)[valid], routing.gates[valid])
+        of_rows = labels.repeat_interleave(routing.rows_per_sample)
+        counted = valid & (of_rows != IGNORED)
+        self._class_gates.index_add_(0, of_rows[counted], routing.gates[counted])
         # a row that no expert took has no top expert
         taken = (valid & ~routing.dropped).unsqueeze(-1)
         tops = torch.zeros(len(valid), self._num_experts, dtype=torch.int64)
@@ -173,8 +179,9 @@ class UtilizationSums:
             **information,
             soft=self._soft,
             num_rows=num_rows,
+            num_choices=int(stats.counts.sum()),
             num_nonfinite=int(stats.num_nonfinite),
-            ablation=None if self._hits is None else self._hits.result(),
+            ablation=self._hits.result() if self._hits is not None and self._hits.num_samples else None,
             examples=self._examples,
         )
 

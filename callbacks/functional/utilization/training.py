@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import reduce
+from operator import add
 
 from torch import nn
 from torch.optim import Optimizer
@@ -10,6 +12,7 @@ from moe_heads.callbacks.functional.common.batches import Batch
 from moe_heads.callbacks.functional.common.ranks import Ranks
 from moe_heads.callbacks.functional.utilization.flips import EpochChoices
 from moe_heads.callbacks.functional.utilization.health import RouterHealth
+from moe_heads.callbacks.functional.utilization.remedies import remedies_for
 from moe_heads.callbacks.functional.utilization.watch import RouterKind, RoutingWatch
 from moe_heads.routing import Adapters, RoutingCollection, RoutingStats, adapted_routers, named_routers
 
@@ -59,7 +62,8 @@ class TrainingRouters:
         self._health: dict[str, RouterHealth] = {}
         self._routers: dict[str, nn.Module] = {**named_routers(model)}
         self._routers |= {name: router for name, (router, _) in adapted_routers(model, adapters).items()}
-        self._watch = RoutingWatch()
+        self._watch, self._validation_watch = RoutingWatch(), RoutingWatch()
+        self._in_evaluation: dict[str, RoutingStats] = {}
         self._choices = {name: EpochChoices() for name in self._routers}
         self._flips: dict[str, tuple[int, int]] = {}
         collection.paused = True
@@ -80,11 +84,15 @@ class TrainingRouters:
         self._collection.paused = True
         for name, passes in self._collection.routings.items():
             self._choices[name].add(passes, batch)
-            passes.clear()
+        self._validation_watch.take(self._collection)
 
     def end_validation(self) -> None:
-        """Compare the choices with those of the validation before."""
+        """Compare the choices with those of the validation before, and sum up what the routers did."""
         self._flips = {name: choices.end_epoch() for name, choices in self._choices.items()}
+        watch = self._validation_watch
+        watch.count()
+        self._in_evaluation = {name: watch.metric(name, kind).stats.cpu() for name, kind in watch.kinds.items()}
+        watch.reset()
 
     def note_gradients(self, optimizer: Optimizer) -> None:
         """Note the gradients that an optimizer is about to follow."""
@@ -95,7 +103,9 @@ class TrainingRouters:
         # a module may end its epoch in on_train_batch_start: the batch then has no end
         self._collection.paused = True
         self._watch.count()
-        of_this_rank = _RankEpoch(self._watch.kinds, self._watch.gradient_norms(), self._flips, self._has_other_data)
+        of_this_rank = _RankEpoch(
+            self._watch.kinds, self._watch.gradient_norms(), self._flips, self._in_evaluation, self._has_other_data
+        )
         # what ran on one rank alone is told by all: they have to add up, and log, the same
         found = ranks.gather(of_this_rank)
         self.has_other_data = any(rank.has_other_data for rank in found)
@@ -108,11 +118,18 @@ class TrainingRouters:
             scalars |= _mean("router_gradient_norm", [rank.norms[name] for rank in found if name in rank.norms])
             scalars |= _mean("routing_flips", [rank.flips[name] for rank in found if name in rank.flips])
             if int(stats.num_rows):
-                health = self._health.setdefault(name, RouterHealth(kind.soft, *self._bounds))
-                reports[name] = EpochReport(stats, scalars, tuple(health.news(stats)))
+                evaluated = [rank.in_evaluation[name] for rank in found if name in rank.in_evaluation]
+                news = self._health_of(name, kind.soft).news(stats, reduce(add, evaluated) if evaluated else None)
+                reports[name] = EpochReport(stats, scalars, tuple(news))
         self._watch.reset()
-        self._flips = {}
+        self._flips, self._in_evaluation = {}, {}
         return reports
+
+    def _health_of(self, name: str, soft: bool) -> RouterHealth:
+        if name not in self._health:
+            remedies = remedies_for(self._routers[name], soft)
+            self._health[name] = RouterHealth(soft, remedies, *self._bounds)
+        return self._health[name]
 
     @property
     def _has_other_data(self) -> bool:
@@ -121,11 +138,15 @@ class TrainingRouters:
 
 @dataclass(frozen=True)
 class _RankEpoch:
-    """What one rank tells the others of an epoch, by the name of the router: norms and flips with their counts."""
+    """What one rank tells the others of an epoch, by the name of the router: norms and flips with their counts.
+
+    The statistics in evaluation are those of the last validation.
+    """
 
     kinds: dict[str, RouterKind]
     norms: dict[str, tuple[float, int]]
     flips: dict[str, tuple[int, int]]
+    in_evaluation: dict[str, RoutingStats]
     has_other_data: bool
 
 

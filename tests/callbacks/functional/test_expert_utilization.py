@@ -138,6 +138,24 @@ def test_tokens_belong_to_the_class_of_their_sample() -> None:
     torch.testing.assert_close(head.class_map, torch.eye(2, dtype=torch.float64))
 
 
+def test_samples_without_a_class_count_in_all_but_the_classes() -> None:
+    """Label -100, which the cross-entropy ignores: the classes are those of the data without these samples."""
+    labels, experts = torch.arange(3).repeat(8), torch.randint(3, (24,)).tolist()
+    x, ignored = chosen(experts, 3), torch.arange(24) % 5 == 0
+    marked = torch.where(ignored, -100, labels)
+    batches = [(x[:10], marked[:10]), (x[ignored], marked[ignored]), (x[10:], marked[10:])]
+    head = only_head(expert_utilization(HandModel(3, 1), batches))
+    without = only_head(expert_utilization(HandModel(3, 1), [(x[~ignored], labels[~ignored])]))
+    assert torch.equal(head.class_map, without.class_map)
+    assert torch.equal(head.class_counts, without.class_counts)
+    assert head.mutual_information == without.mutual_information
+    assert head.mutual_information_by_chance == without.mutual_information_by_chance
+    assert head.num_rows == 24 + int(ignored.sum())
+    none = only_head(expert_utilization(HandModel(3, 1), [(x, torch.full((24,), -100))]))
+    assert none.class_map is None
+    assert torch.equal(none.load, only_head(expert_utilization(HandModel(3, 1), [x])).load)
+
+
 def test_equal_tokens_know_no_more_than_one() -> None:
     x, labels = torch.randn(40, 3), torch.randint(2, (40,))
     one = only_head(expert_utilization(HandModel(3, 1), [(x, labels)]))
@@ -201,13 +219,13 @@ def test_progress() -> None:
         (
             [(torch.zeros(2, 2), torch.tensor([0, 3]))],
             {"num_classes": 3},
-            "labels: expected classes 0 to 2; got 0 to 3",
+            "labels: expected classes 0 to 2, or -100 for a sample without a class; got 0 to 3",
         ),
-        ([(torch.zeros(2, 2), torch.tensor([-1, 1]))], {}, "labels: expected classes 0 to 1; got -1 to 1"),
+        ([(torch.zeros(2, 2), torch.tensor([-1, 1]))], {}, "labels: expected classes 0 to 1, or .*; got -1 to 1"),
         (
             [(torch.zeros(2, 2), torch.tensor([0, 2]))],
             {"class_names": ("cat", "dog")},
-            "labels: expected classes 0 to 1; got 0 to 2",
+            "labels: expected classes 0 to 1, or .*; got 0 to 2",
         ),
         (
             [torch.zeros(2, 2)],
@@ -219,7 +237,16 @@ def test_progress() -> None:
             {},
             "label_fn: expected labels for every batch or for none; 1 have none",
         ),
-        ([torch.zeros(2, 2)], {"label_fn": lambda b: torch.zeros(2)}, "label_fn: expected one whole number a sample"),
+        (
+            [torch.zeros(2, 2)],
+            {"label_fn": lambda b: torch.zeros(2)},
+            r"label_fn: expected one whole number a sample.* got \(2,\), torch.float32",
+        ),
+        (
+            [(torch.zeros(2, 2), torch.tensor([-100, -100]))],
+            {"ablation": True},
+            "ablation: expected labels, to tell the accuracy; got data without",
+        ),
         (
             [torch.zeros(2, 2)],
             {"label_fn": lambda b: torch.tensor([0, 1, 1])},

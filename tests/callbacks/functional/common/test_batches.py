@@ -84,13 +84,16 @@ def test_model_is_called_with_a_batchs_inputs() -> None:
     assert torch.equal(call_model(Named(), x), x)
     assert torch.equal(call_model(Named(), (x, "label")), x)
     assert torch.equal(call_model(Named(), {"x": x, "scale": 2.0, "label": 1}), 2 * x)
+    with pytest.raises(ValueError, match=r"Named.forward needs; got \['image', 'scale'\], without \['x'\]. Say with"):
+        call_model(Named(), {"image": x, "scale": 2.0})
 
 
 def test_labels_are_the_second_entry_if_they_look_like_classes() -> None:
     labels = torch.tensor([0, 1])
     assert labels_of((torch.zeros(2), labels)) is labels
     assert labels_of([torch.zeros(2), torch.zeros(2)]) is None
-    assert labels_of((torch.zeros(2), labels.unsqueeze(1))) is None
+    assert torch.equal(labels_of((torch.zeros(2), labels.unsqueeze(1))), labels)
+    assert labels_of((torch.zeros(2), torch.eye(2, dtype=torch.int64))) is None  # one-hot
     assert labels_of(torch.zeros(2)) is None
     assert labels_of((torch.zeros(2),)) is None
 

@@ -14,7 +14,9 @@ from moe_heads.callbacks.functional import ExpertUtilizationMetric
 from moe_heads.callbacks.functional.utilization import watch as watch_module
 from moe_heads.callbacks.functional.utilization.flips import EpochChoices
 from moe_heads.callbacks.functional.utilization.health import RouterHealth
+from moe_heads.callbacks.functional.utilization.remedies import remedies_for
 from moe_heads.callbacks.functional.utilization.watch import RoutingWatch
+from moe_heads.routers import BiasBalancedRouter
 from tests.support.head_zoo import FEATURES, ROUTERS, head_with
 from tests.support.processes import NUM_RANKS, run_on_ranks
 
@@ -206,8 +208,11 @@ def stats_of(shares: list[float]) -> RoutingStats:
     return RoutingStats(counts, load, load, zero, zero, torch.tensor(0), rows, torch.tensor(0))
 
 
+ROUTER = SparseMoE(8, 3, num_experts=4, expert_width=2).router
+
+
 def health(soft: bool = False, dead_below: float = 0.01) -> RouterHealth:
-    return RouterHealth(soft, dead_below=dead_below, starved_below=0.25)
+    return RouterHealth(soft, remedies_for(ROUTER, soft), dead_below=dead_below, starved_below=0.25)
 
 
 def test_health_tells_each_thing_once_and_what_to_change() -> None:
@@ -239,6 +244,45 @@ def test_two_experts_can_collapse_and_without_a_limit_the_dead_do_not_starve() -
     collapse, dead = health(dead_below=0.0).news(stats_of([1.0, 0.0]))
     assert "1.0 of 2 experts" in collapse
     assert ": number 1 (0.0%)" in dead
+
+
+def test_what_only_evaluation_shows_is_told_once_and_apart() -> None:
+    router, even = health(), stats_of([0.25] * 4)
+    assert list(router.news(even, even)) == []
+    (dead,) = router.news(even, stats_of([0.35, 0.3, 0.35, 0.0]))
+    assert dead.startswith("on the validation data, and not in training, dead among 4 experts: number 3 (0.0%)")
+    assert "noisy=False" in dead and "noisy=True" not in dead
+    assert list(router.news(even, stats_of([0.35, 0.3, 0.35, 0.0]))) == []
+    # what training shows as well is told of training
+    (dead,) = router.news(*[stats_of([0.35, 0.3, 0.35, 0.0])] * 2)
+    assert dead.startswith("dead among 4 experts: number 3 (0.0%)")
+    # an expert that starves in training and is dead in evaluation
+    assert list(health().news(stats_of([0.35, 0.3, 0.31, 0.04]), stats_of([0.35, 0.3, 0.35, 0.0])))[1].startswith(
+        "on the validation data, and not in training, dead among 4 experts: number 3"
+    )
+    collapse, starving = health().news(even, stats_of([0.94, 0.02, 0.02, 0.02]))
+    assert collapse.startswith("on the validation data, and not in training, the routing collapses: 1.3 of 4")
+    assert starving.startswith("on the validation data, and not in training, starving among 4")
+
+
+class Gate(nn.Linear):
+    """Somebody's router."""
+
+
+@pytest.mark.parametrize(
+    ("router", "soft", "advised", "not_advised"),
+    [
+        (ROUTER, False, "balance={...}", "update_rate"),
+        (SoftMoE(8, 3, num_experts=4).router, True, "balance={'kl': ...}", "noisy"),
+        (BiasBalancedRouter(8, 4), False, "update_rate", "balance="),
+        (Gate(8, 4), False, "its balance loss", "balance="),
+        (Gate(8, 4), True, "its temperature", "balance="),
+    ],
+)
+def test_only_what_the_router_has_is_advised(router: nn.Module, soft: bool, advised: str, not_advised: str) -> None:
+    remedies = remedies_for(router, soft)
+    assert advised in remedies.in_training
+    assert not_advised not in remedies.in_training + remedies.in_evaluation
 
 
 def test_a_few_choices_tell_nothing() -> None:

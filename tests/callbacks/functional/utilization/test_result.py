@@ -8,7 +8,7 @@ from moe_heads.callbacks.functional.utilization.head import HeadUtilization
 from moe_heads.callbacks.functional.utilization.result import ExpertUtilizationResult
 
 
-def utilization(labelled: bool = True, num_classes: int = 2) -> HeadUtilization:
+def utilization(labelled: bool = True, num_classes: int = 2, num_choices: int = 1000) -> HeadUtilization:
     class_map = torch.full((num_classes, 3), 1 / 3, dtype=torch.float64)
     class_map[-1] = math.nan
     return HeadUtilization(
@@ -32,6 +32,7 @@ def utilization(labelled: bool = True, num_classes: int = 2) -> HeadUtilization:
         mutual_information_p_value=None,
         soft=False,
         num_rows=10,
+        num_choices=num_choices,
         num_nonfinite=0,
     )
 
@@ -54,7 +55,16 @@ def test_summary_names_heads_and_dead_experts() -> None:
     text = result(first=utilization(), second=utilization()).summary()
     assert text.startswith("| quantity | first | second |\n|---|---|---|\n| entropy | 0.1 | 0.1 |")
     assert "Dead in second: 1 of 3 experts, number 2." in text
+    assert "chance alone" not in text
+    assert "No classes" not in text
     assert "there are no experts to report on" in result().summary()
+
+
+def test_summary_says_what_the_data_cannot_tell() -> None:
+    few = result(head=utilization(num_choices=10)).summary()
+    assert "number 2. The fair share is 3.3 choices: chance alone leaves experts of an even router with so few." in few
+    unlabelled = ExpertUtilizationResult({"head": utilization(labelled=False)}, (), num_samples=10).summary()
+    assert "No classes: the batches have no labels of shape (B,)" in unlabelled
 
 
 @pytest.mark.parametrize("head", [utilization(), utilization(labelled=False), utilization(num_classes=100)])

@@ -9,7 +9,7 @@ from moe_heads.callbacks.functional.utilization.strip import plot_examples
 def test_every_image_stands_in_its_expert_s_row_below_its_class_and_gate() -> None:
     images = torch.arange(1, 7, dtype=torch.uint8).view(2, 3, 1, 1, 1).expand(2, 3, 3, 4, 6)
     gates = torch.tensor([[0.9, 0.8, 0.7], [0.6, 0.0, 0.0]])
-    figure = plot_examples(ExpertExamples(images, gates, torch.tensor([[0, 1, 2], [-1, 0, 0]])), ["cat", "dog"])
+    figure = plot_examples(ExpertExamples(images, gates, torch.tensor([[0, 1, 2], [-1, 0, 0]])), ["cat", "dog"], 2)
     (ax,) = figure.axes
     (drawn,) = ax.images
     sheet = torch.tensor(drawn.get_array()[..., 0])
@@ -19,13 +19,30 @@ def test_every_image_stands_in_its_expert_s_row_below_its_class_and_gate() -> No
         assert int(rows.max() - rows.min()) == 3 and int(columns.max() - columns.min()) == 5
     assert not ((sheet == 5) | (sheet == 6)).any()  # an expert that received one image shows one
     told = {text.get_text(): text.get_position() for text in ax.texts}
-    assert told.keys() == {"0", "1", "cat\n0.90", "dog\n0.80", "2\n0.70", "\n0.60"}
-    assert told["cat\n0.90"][1] == told["dog\n0.80"][1] < told["\n0.60"][1]
+    assert told.keys() == {"0", "1", "cat\n0.90", "dog\n0.80", "2\n0.70", "0.60"}
+    assert told["cat\n0.90"][1] == told["dog\n0.80"][1] < told["0.60"][1]
     assert told["cat\n0.90"][0] < told["dog\n0.80"][0] < told["2\n0.70"][0]
 
 
 def test_grey_images() -> None:
     images = torch.full((1, 1, 1, 8, 8), 7, dtype=torch.uint8)
-    figure = plot_examples(ExpertExamples(images, torch.ones(1, 1), torch.tensor([[3]])), [])
+    figure = plot_examples(ExpertExamples(images, torch.ones(1, 1), torch.tensor([[3]])), [], 1)
     (drawn,) = figure.axes[0].images
     assert int((torch.tensor(drawn.get_array()) == 7).all(-1).sum()) == 64
+
+
+def test_an_expert_without_a_sample_and_experts_that_are_not_shown_are_told() -> None:
+    images, gates = torch.zeros(2, 3, 3, 8, 8, dtype=torch.uint8), torch.tensor([[0.9, 0.8, 0.7], [0.0, 0.0, 0.0]])
+    figure = plot_examples(ExpertExamples(images, gates, torch.full((2, 3), -1)), [], 40)
+    assert [text.get_text() for text in figure.axes[0].texts] == ["0", "0.90", "0.80", "0.70", "1", "no sample"]
+    assert [text.get_text() for text in figure.texts] == ["the first 2 of 40 experts"]
+
+
+def test_a_long_name_goes_over_lines_and_costs_no_dollar() -> None:
+    labels = torch.tensor([[0, 1, 2]])
+    examples = ExpertExamples(torch.zeros(1, 3, 3, 8, 8, dtype=torch.uint8), torch.ones(1, 3), labels)
+    names = ["golden retriever", "$5\n$6", "an unconscionably long name of a class"]
+    figure = plot_examples(examples, names, 1)
+    told = [text.get_text() for text in figure.axes[0].texts][1:]
+    assert told[:2] == ["golden\nretriever\n1.00", r"\$5 \$6" + "\n1.00"]
+    assert told[2].splitlines()[-2].endswith("…") and len(told[2].splitlines()) == 4

@@ -1,0 +1,60 @@
+"""The classes of the samples: which labels count, and how many classes there are."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+__all__ = ["IGNORED", "names_of_classes", "num_classes_of"]
+
+IGNORED = -100
+"""Label of a sample without a class: what `torch.nn.functional.cross_entropy` ignores by default."""
+
+
+def num_classes_of(
+    found: Sequence[Tensor | None], num_classes: int | None, class_names: Sequence[str] | None
+) -> int | None:
+    """C; None without labels.
+
+    Args:
+        found: Labels of each batch.
+        num_classes: C as the caller gave it.
+        class_names: Names as the caller gave them.
+
+    Raises:
+        ValueError: If names and number disagree, some batches have no labels, or a label is no class.
+    """
+    if class_names is not None and not all(isinstance(name, str) for name in class_names):
+        raise ValueError(f"class_names: expected strings; got {class_names!r}")
+    if class_names is not None and num_classes is not None and len(class_names) != num_classes:
+        raise ValueError(f"class_names: expected num_classes = {num_classes} names; got {len(class_names)}")
+    given = [labels.cpu() for labels in found if labels is not None]
+    if not given:
+        return None
+    if len(given) < len(found):
+        raise ValueError(f"label_fn: expected labels for every batch or for none; {len(found) - len(given)} have none")
+    for labels in given:
+        if labels.dim() != 1 or labels.is_floating_point() or labels.is_complex():
+            raise ValueError(
+                f"label_fn: expected one whole number a sample, shape (B,); got {tuple(labels.shape)}, {labels.dtype}"
+            )
+    counted = torch.cat(given)
+    counted = counted[counted != IGNORED]
+    if not len(counted):
+        return None
+    lowest, highest = (int(bound) for bound in counted.aminmax())
+    if num_classes is None:
+        num_classes = highest + 1 if class_names is None else len(class_names)
+    if lowest < 0 or highest >= num_classes:
+        raise ValueError(
+            f"labels: expected classes 0 to {num_classes - 1}, or {IGNORED} for a sample without a class; got {lowest}"
+            f" to {highest}"
+        )
+    return num_classes
+
+
+def names_of_classes(num_classes: int | None, class_names: Sequence[str] | None) -> tuple[str, ...]:
+    """The names of the classes, numbers where none are given; none without labels."""
+    if num_classes is None:
+        return ()
+    return tuple(class_names) if class_names is not None else tuple(str(index) for index in range(num_classes))
