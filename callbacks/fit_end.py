@@ -41,6 +41,7 @@ class FitEndAnalysis(Analysis, Callback):
         results: Result by split.
         tracked: Metrics by split and epoch, of ``every_n_epochs``.
         is_tracking: Whether what runs at the moment is one of these.
+        was_interrupted: Whether Ctrl-C ended a split of what ran last. The run goes on; who wants it to end can raise.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -49,7 +50,7 @@ class FitEndAnalysis(Analysis, Callback):
     def __init__(self, **options: Unpack[AnalysisOptions]) -> None:
         super().__init__(**options)
         self.tracked: dict[Split, dict[int, Mapping[str, float]]] = {}
-        self.is_tracking = False
+        self.is_tracking, self.was_interrupted = False, False
         self._has_fitted = False
 
     @override
@@ -139,12 +140,14 @@ class FitEndAnalysis(Analysis, Callback):
         """
         site = TrainerSite(trainer, type(self).__name__)
         done: dict[Split, Mapping[str, float]] = {}
+        self.was_interrupted = False
         for split in splits:
             name = f"{self.name}/{split}"
             try:
                 analysed = self.analyse_split(site, pl_module, split, weights)
                 done.update([] if analysed is None else [analysed])
             except KeyboardInterrupt as error:
+                self.was_interrupted = True
                 rank_zero_warn(f"{name}: {described(error)}. The trained model is as it was.")
             except Exception as error:
                 if self.on_error == "raise":

@@ -136,6 +136,7 @@ class SharpnessCallback(FitEndAnalysis):
         if engine == "pyhessian":
             self.over_ranks = "first"
         self._threshold: float | None = None
+        self._threshold_before: float | None = None
         self._starts: dict[Split, Tensor] = {}
         self._weights: dict[Split, bytes] = {}
 
@@ -154,7 +155,27 @@ class SharpnessCallback(FitEndAnalysis):
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_fit_start(trainer, pl_module)
-        self._starts, self._threshold = {}, None
+        # a fit that goes on where a checkpoint left it may take no further step
+        self._threshold, self._threshold_before = self._threshold_before, None
+        self._starts = {}
+
+    @override
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._threshold_before = None
+        super().teardown(trainer, pl_module, stage)
+
+    @property
+    @override
+    def state_key(self) -> str:
+        return self._generate_state_key(name=self.name)
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {} if self._threshold is None else {"stability_threshold": self._threshold}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._threshold_before = state_dict["stability_threshold"]
 
     @override
     def is_enough(self, result: SharpnessResult) -> bool:

@@ -92,7 +92,7 @@ def found_in(kept: Path, weights: Mapping[str, Tensor]) -> dict[str, Found]:
 class Keeper(Callback):
     """Stands behind an analysis: keeps what it found, then sees whether there is time for what follows.
 
-    An analysis that was cut short or failed is not kept.
+    An analysis that was cut short or failed is not kept. Ctrl-C in an analysis ends the study, as in the training.
 
     Args:
         analysis: The one before it in the Trainer's list.
@@ -116,6 +116,8 @@ class Keeper(Callback):
             self._keep(_digest(pl_module.state_dict()), seconds)
         else:
             self.has_failed = True
+        if self.analysis.was_interrupted:
+            raise KeyboardInterrupt
         self._gate.begin(f"trained, and analysed as far as {self.analysis.name}")
 
     def _keep(self, weights: str, seconds: float) -> None:

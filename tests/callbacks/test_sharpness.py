@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
@@ -93,6 +94,21 @@ def test_tracked_epochs_start_from_the_last_and_draw_the_threshold(tmp_path: Any
     events.Reload()
     assert "sharpness/train/tracking" in events.Tags()["images"]
     assert len(events.Scalars("sharpness/train/stability_threshold")) >= 3
+
+
+@pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint need to be provided")
+def test_the_threshold_of_a_fit_that_is_analysed_in_a_later_run(tmp_path: Any) -> None:
+    """A checkpoint of the last epoch is resumed: there is no further step, and the last one had its threshold."""
+    options = {"splits": ["train"], "num_eigenvalues": 1, "density": False}
+    keeper = ModelCheckpoint(tmp_path, save_last=True, save_on_train_epoch_end=True)
+    trainer(SharpnessCallback(stages=["test"], **options), keeper, enable_checkpointing=True).fit(Momentum(), loader())
+    again = SharpnessCallback(**options)
+    trainer(again).fit(Momentum(), loader(), ckpt_path=keeper.last_model_path)
+    assert again.results["train"].stability_threshold == pytest.approx(2 * 1.5 / 0.1)
+    trainer(again).fit(PlainModule(), loader())
+    assert again.results["train"].stability_threshold == pytest.approx(2 * 1.9 / 0.05)
+    assert SharpnessCallback(name="other").state_key != again.state_key
+    assert SharpnessCallback().state_dict() == {}
 
 
 def test_without_density_the_last_tracked_epoch_is_the_end_of_fit(monkeypatch: pytest.MonkeyPatch) -> None:
