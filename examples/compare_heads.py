@@ -111,7 +111,8 @@ def _finish(options: Options, data: dict[str, Any], config: dict[str, Any], seco
     runs = [*results.finished(options.out, config).values()]
     if runs:
         path = report.write(options, data, runs)
-        print(f"\n{main_table(runs)}\n\n{len(runs)} runs, {seconds:.0f} s. Report: {path}")
+        count = "1 run" if len(runs) == 1 else f"{len(runs)} runs"
+        print(f"\n{main_table(runs)}\n\n{count} by now; this took {seconds:.0f} s. Report: {path}")
         print(f"Browse the results: tensorboard --logdir {options.out}")
 
 
