@@ -1,6 +1,6 @@
 """Callback: who does what among the experts, over training and at the end of fit."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any, ClassVar
 
@@ -36,12 +36,14 @@ class ExpertUtilizationCallback(FitEndAnalysis):
     training batches as they were routed, noise included: what `functional.ExpertUtilizationMetric` gives, and
 
     ======================  ===========================================================================
+    num_dead_experts        experts below ``dead_below``, and likewise num_starved_experts
     router_gradient_norm    norm of the router's gradient, mean over every twentieth optimizer step
     routing_flips           share of the validation samples with other experts than one validation before
     ======================  ===========================================================================
 
     An expert that dies or starves, and a routing that collapses, are told when the epoch ends in which it happens, once
-    each, with what to change. So is what only the validation batches show, where nothing disturbs the routing.
+    each, with what to change. So is what only the validation batches show, where nothing disturbs the routing, once it
+    lasts for two validations.
 
     At the end of fit, below ``expert_utilization/<split>/``: the numbers of `functional.ExpertUtilizationResult` for
     each head; to TensorBoard also figures of load and classes, of co-activation, of the load over the epochs and of
@@ -69,7 +71,8 @@ class ExpertUtilizationCallback(FitEndAnalysis):
             map needs some of each class for each expert.
 
     Attributes:
-        history: Statistics of each finished training epoch by name of the head. Checkpoints keep it.
+        history: Statistics of each finished training epoch, by name of the head and number of the epoch. Checkpoints
+            keep it; one that is written before its epoch ends, as by a validation, is without that epoch.
 
     Example:
         >>> from moe_heads.callbacks import ExpertUtilizationCallback
@@ -107,15 +110,17 @@ class ExpertUtilizationCallback(FitEndAnalysis):
         self.label_fn, self.image_fn = label_fn, image_fn
         self.dead_below, self.starved_below, self.warn = dead_below, starved_below, warn
         self.num_examples, self.num_permutations, self.ablation = num_examples, num_permutations, ablation
-        self.history: dict[str, list[RoutingStats]] = {}
-        self._has_told_order = False
+        self.history: dict[str, dict[int, RoutingStats]] = {}
+        self._has_told_order, self._has_told_silence = False, False
         self._listening = ExitStack()
         self._routers: TrainingRouters | None = None
-        self._is_resumed = False
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
+        if stage == "fit" and trainer.current_epoch == 0:
+            # neither a Trainer that goes on, nor, as yet, a checkpoint
+            self.history = {}
         # the modules that adapters name may not be there yet: they are looked for when the fit starts
         if named_routers(pl_module) or self.adapters:
             check_forward(self, pl_module, self.forward_fn)
@@ -123,9 +128,7 @@ class ExpertUtilizationCallback(FitEndAnalysis):
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_fit_start(trainer, pl_module)
-        if not self._is_resumed:
-            self.history = {}
-        self._is_resumed, self._has_told_order = False, False
+        self._has_told_order, self._has_told_silence = False, False
         self._close()
         # once for the whole fit: a compiled model that loses its hooks and gets others is compiled anew
         collection = self._listening.enter_context(collect_routing(pl_module, self.adapters))
@@ -192,23 +195,17 @@ class ExpertUtilizationCallback(FitEndAnalysis):
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._close()
-        self._is_resumed = False
         super().teardown(trainer, pl_module, stage)
 
-    @property
     @override
-    def state_key(self) -> str:
-        return self._generate_state_key(name=self.name)
+    def kept_in_checkpoints(self) -> dict[str, Any]:
+        return {head: {epoch: vars(stats) for epoch, stats in epochs.items()} for head, epochs in self.history.items()}
 
     @override
-    def state_dict(self) -> dict[str, Any]:
-        return {"history": {name: [vars(stats) for stats in epochs] for name, epochs in self.history.items()}}
-
-    @override
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        kept: Mapping[str, list[dict[str, Any]]] = state_dict["history"]
-        self.history = {name: [RoutingStats(**stats) for stats in epochs] for name, epochs in kept.items()}
-        self._is_resumed = True
+    def restore(self, kept: dict[str, Any]) -> None:
+        self.history = {
+            head: {epoch: RoutingStats(**stats) for epoch, stats in epochs.items()} for head, epochs in kept.items()
+        }
 
     @override
     def compute(self, inputs: AnalysisInputs) -> ExpertUtilizationResult:
@@ -216,7 +213,7 @@ class ExpertUtilizationCallback(FitEndAnalysis):
         return expert_utilization(
             inputs.model,
             inputs.batches,
-            class_names=self.class_names or getattr(datamodule, "class_names", None),
+            class_names=self.class_names or _class_names_of(datamodule),
             forward_fn=self.forward_fn or call_model,
             label_fn=self.label_fn or labels_of,
             image_fn=self.image_fn or images_of,
@@ -246,8 +243,16 @@ class ExpertUtilizationCallback(FitEndAnalysis):
                 f"{self.name}: the validation data are others each time, or come in another order, so routing flips"
                 " between epochs cannot be told. Give the validation loader shuffle=False, and no random transform."
             )
+        if routers.are_silent and not self._has_told_silence:
+            self._has_told_silence = True
+            rank_zero_warn(
+                f"{self.name}: no router ran in epoch {trainer.current_epoch}, so nothing is known of it. A model that"
+                " was compiled and run before this fit does not call forward hooks: attach the callback to its first"
+                " fit, or compile it anew (torch._dynamo.reset())."
+            )
         for head, report in reports.items():
-            self.history.setdefault(head, []).append(report.stats)
+            if int(report.stats.num_rows):
+                self.history.setdefault(head, {})[trainer.current_epoch] = report.stats
             # equal on every rank already; without sync_dist Lightning warns
             named = {f"{self.name}/epoch/{head}/{key}": value for key, value in report.scalars.items()}
             pl_module.log_dict(named, sync_dist=True)
@@ -257,3 +262,9 @@ class ExpertUtilizationCallback(FitEndAnalysis):
     def _close(self) -> None:
         self._listening.close()
         self._routers = None
+
+
+def _class_names_of(datamodule: object) -> Sequence[str] | None:
+    """The class names that a data module offers, where it does so as a list of names."""
+    names = getattr(datamodule, "class_names", None)
+    return names if isinstance(names, (list, tuple)) and all(isinstance(name, str) for name in names) else None

@@ -1,6 +1,7 @@
 """The base of the callbacks: when an analysis runs, and what an error or Ctrl-C in it costs."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -84,6 +85,29 @@ class FitEndAnalysis(Analysis, Callback):
         # before any analysis of this fit: another one may ask for these results
         self.results, self.tracked, self._known = {}, {}, {}
         self._has_fitted = True
+
+    @override
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        # not by state_dict: Lightning would ask whoever resumes without this callback to add it, and refuse two without
+        # a name in its own words
+        if kept := self.kept_in_checkpoints():
+            checkpoint[self._checkpoint_key] = kept
+
+    @override
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        if self._checkpoint_key in checkpoint:
+            self.restore(checkpoint[self._checkpoint_key])
+
+    def kept_in_checkpoints(self) -> dict[str, Any]:
+        """What a fit that is resumed has to know of the one before; tensors and plain data."""
+        return {}
+
+    def restore(self, kept: dict[str, Any]) -> None:
+        """Take what `kept_in_checkpoints` gave."""
+
+    @property
+    def _checkpoint_key(self) -> str:
+        return f"moe_heads/{self.name}"
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

@@ -164,18 +164,13 @@ class SharpnessCallback(FitEndAnalysis):
         self._threshold_before = None
         super().teardown(trainer, pl_module, stage)
 
-    @property
     @override
-    def state_key(self) -> str:
-        return self._generate_state_key(name=self.name)
-
-    @override
-    def state_dict(self) -> dict[str, Any]:
+    def kept_in_checkpoints(self) -> dict[str, Any]:
         return {} if self._threshold is None else {"stability_threshold": self._threshold}
 
     @override
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._threshold_before = state_dict["stability_threshold"]
+    def restore(self, kept: dict[str, Any]) -> None:
+        self._threshold_before = kept["stability_threshold"]
 
     @override
     def is_enough(self, result: SharpnessResult) -> bool:

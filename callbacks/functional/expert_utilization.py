@@ -20,9 +20,10 @@ from moe_heads.callbacks.functional.common.monitor import Monitor, TimeUp
 from moe_heads.callbacks.functional.common.preserve import analysis_mode
 from moe_heads.callbacks.functional.common.ranks import Ranks
 from moe_heads.callbacks.functional.utilization.ablation import AblationHits, ablated_heads, ablation_hits
-from moe_heads.callbacks.functional.utilization.examples import images_of
-from moe_heads.callbacks.functional.utilization.labels import names_of_classes, num_classes_of
+from moe_heads.callbacks.functional.utilization.examples import images_by, images_of
+from moe_heads.callbacks.functional.utilization.labels import labels_by, names_of_classes, num_classes_of
 from moe_heads.callbacks.functional.utilization.result import ExpertUtilizationResult
+from moe_heads.callbacks.functional.utilization.rows import of_samples
 from moe_heads.callbacks.functional.utilization.sums import ReportOptions, UtilizationSums
 from moe_heads.routing import Adapters, Routing, adapted_routers, collect_routing, named_routers
 
@@ -57,7 +58,8 @@ def expert_utilization(
     Args:
         model: The model. One without a router of ours is not run and gives a result without heads.
         batches: The data.
-        num_classes: C; by default the number of ``class_names``, else the largest label plus one.
+        num_classes: C; by default the number of ``class_names``, else the largest label plus one. Labels that would
+            make more than a thousand classes, and more than there are samples, are then taken for no classes.
         class_names: Names of the classes for figures and tables.
         forward_fn: ``forward_fn(model, batch)`` runs the model; its output is not used.
         label_fn: ``label_fn(batch) -> labels (B,)``, or None for data without labels: then there is no class map. A
@@ -107,7 +109,7 @@ def expert_utilization(
         sums.num_samples = sum(map(batch_size, listed))
         return _result(ranks.gather(sums), names_of_classes(num_classes, class_names))
     with ranks.together():
-        found_labels = [label_fn(batch) for batch in listed]
+        found_labels = [labels_by(label_fn, batch) for batch in listed]
         num_classes = num_classes_of(found_labels, num_classes, class_names)
     num_classes = max((known for known in ranks.gather(num_classes) if known is not None), default=None)
     if ablation and num_classes is None:
@@ -122,10 +124,10 @@ def expert_utilization(
             with collect_routing(model, adapters) as collection:
                 forward_fn(model, batch)
             for name in foreign:
-                collection.routings[name][:] = [_of_samples(r, batch_size(batch)) for r in collection.routings[name]]
-            labels = label_fn(batch)
+                collection.routings[name][:] = [of_samples(routing, batch) for routing in collection.routings[name]]
+            labels = labels_by(label_fn, batch) if num_classes is not None else None
             hits = {} if labels is None else ablation_hits(model, forward_fn, batch, labels, smaller)
-            return _Found(collection.routings, labels, image_fn(batch) if num_examples else None, hits)
+            return _Found(collection.routings, labels, images_by(image_fn, batch) if num_examples else None, hits)
 
         try:
             for size, found in data.evaluate(route):
@@ -144,17 +146,12 @@ def checked_options(
     for name, value in {"dead_below": dead_below, "starved_below": starved_below}.items():
         if not 0 <= value < 1:
             raise ValueError(f"{name}: expected a fraction in [0, 1); got {value}")
+    if starved_below < dead_below:
+        raise ValueError(f"starved_below: expected at least dead_below = {dead_below}; got {starved_below}")
     for name, number in {"num_permutations": num_permutations, "num_examples": num_examples}.items():
         if not isinstance(number, int) or number < 0:
             raise ValueError(f"{name}: expected a whole number from 0 on; got {number!r}")
     return ReportOptions(dead_below, starved_below, num_permutations, num_examples, seed)
-
-
-def _of_samples(routing: Routing, num_samples: int) -> Routing:
-    """The routing of somebody else's router, which may see the tokens of all samples one after the other."""
-    num_rows = len(routing.logits)
-    is_flat = routing.rows_per_sample == 1 and num_rows > num_samples and num_rows % num_samples == 0
-    return replace(routing, rows_per_sample=num_rows // num_samples) if is_flat else routing
 
 
 def _sizes(model: nn.Module) -> dict[str, int]:

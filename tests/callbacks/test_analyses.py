@@ -118,10 +118,11 @@ def test_landscape_takes_the_eigenvector_of_the_sharpness_run(
 
 def test_utilisation_has_a_point_an_epoch_that_counts_every_row(fitted: dict[str, Any]) -> None:
     callback = fitted["callbacks"]["ExpertUtilizationCallback"]
-    assert [stats.num_rows.item() for stats in callback.history["head"]] == [40, 40]
-    assert [stats.counts.sum().item() for stats in callback.history["head"]] == [80, 80]
+    assert [stats.num_rows.item() for stats in callback.history["head"].values()] == [40, 40]
+    assert [stats.counts.sum().item() for stats in callback.history["head"].values()] == [80, 80]
     points = fitted["events"].Scalars("expert_utilization/epoch/head/load_0")
-    assert [point.value for point in points] == pytest.approx([s.load[0].item() for s in callback.history["head"]])
+    loads = [stats.load[0].item() for stats in callback.history["head"].values()]
+    assert [point.value for point in points] == pytest.approx(loads)
 
 
 def test_timing_has_the_head_by_itself(fitted: dict[str, Any]) -> None:

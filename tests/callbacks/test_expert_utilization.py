@@ -1,11 +1,13 @@
 """The utilisation while a model trains: series, warnings, resumption, and nothing in the way of the training."""
 
 import copy
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -56,8 +58,9 @@ def test_what_is_drawn_of_each_epoch() -> None:
     names = {name.removeprefix(f"{PREFIX}/") for name in second if name.startswith(PREFIX)}
     per_expert = {f"{kind}_{expert}" for kind in ("load", "importance") for expert in range(4)}
     percentiles = {f"relative_load_p{level}" for level in (10, 50, 90)}
-    others = {"load_cv", "max_violation", "effective_experts", "entropy", "margin", "dropped", "noise_agreement"}
-    assert names == per_expert | percentiles | others | {"router_gradient_norm", "routing_flips"}
+    balance = {"num_dead_experts", "num_starved_experts", "load_cv", "max_violation", "effective_experts"}
+    rows = {"entropy", "margin", "dropped", "nonfinite", "noise_agreement"}
+    assert names == per_expert | percentiles | balance | rows | {"router_gradient_norm", "routing_flips"}
     assert f"{PREFIX}/routing_flips" not in first  # there is nothing before it
     assert second[f"{PREFIX}/router_gradient_norm"] > 0
 
@@ -100,10 +103,10 @@ def test_collapse_and_dead_experts_are_told_once() -> None:
     with pytest.warns(UserWarning) as caught:
         fit(Collapsing(), utilization(warn=True), max_epochs=3)
     told = [str(w.message) for w in caught if str(w.message).startswith("expert_utilization: epoch")]
-    assert len(told) == 2
-    assert told[0].startswith("expert_utilization: epoch 0, head 'head': the routing collapses")
-    assert told[1].startswith("expert_utilization: epoch 0, head 'head': dead among 4 experts: number")
-    assert all("Raise the coefficients of balance" in line for line in told)
+    (line,) = told
+    assert line.startswith("expert_utilization: epoch 0, head 'head': the routing collapses, 1.0 of 4 experts are in")
+    assert "; 3 of 4 experts dead: numbers" in line
+    assert line.count("Raise the coefficients of balance") == 1
 
 
 class HiddenByNoise(PlainModule):
@@ -125,11 +128,12 @@ class HiddenByNoise(PlainModule):
 
 def test_experts_that_only_noise_keeps_alive_are_told() -> None:
     with pytest.warns(UserWarning) as caught:
-        fit(HiddenByNoise(), utilization(warn=True), max_epochs=2, num_sanity_val_steps=2)
-    told = [str(w.message) for w in caught if str(w.message).startswith("expert_utilization: epoch")]
-    beginning = "expert_utilization: epoch 0, head 'head': on the validation data, and not in training, "
-    assert [line.removeprefix(beginning)[:20] for line in told] == ["the routing collapse", "dead among 4 experts"]
-    assert "numbers 1 (0.0%), 2 (0.0%), 3 (0.0%)" in told[1]
+        fit(HiddenByNoise(), utilization(warn=True), max_epochs=3, num_sanity_val_steps=2)
+    (told,) = [str(w.message) for w in caught if str(w.message).startswith("expert_utilization: epoch")]
+    assert told.startswith(
+        "expert_utilization: epoch 1, head 'head': on the validation data, and not in training, the routing collapses"
+    )
+    assert "3 of 4 experts dead: numbers 1 (0.0% of the fair share of the load), 2 (0.0%), 3 (0.0%)" in told
 
 
 def test_without_validation_data_the_training_speaks_alone(recwarn: pytest.WarningsRecorder) -> None:
@@ -151,16 +155,61 @@ def test_history_goes_on_where_a_checkpoint_left_it(tmp_path: Path) -> None:
     again = utilization()
     run = trainer(again, ModelCheckpoint(tmp_path, save_last=True), max_epochs=4, enable_checkpointing=True)
     run.fit(PlainModule(), loader(), loader(seed=1), ckpt_path=keeper.last_model_path)
-    assert len(again.history["head"]) == 4
-    for before, after in zip(first.history["head"], again.history["head"], strict=False):
-        assert torch.equal(before.counts, after.counts)
-    # the next fit begins anew
+    assert list(again.history["head"]) == [0, 1, 2, 3]
+    for epoch, stats in first.history["head"].items():
+        assert torch.equal(stats.counts, again.history["head"][epoch].counts)
+    # a Trainer that goes on keeps it, another one begins anew
+    run.fit_loop.max_epochs = 5
+    run.fit(PlainModule(), loader(), loader(seed=1))
+    assert list(again.history["head"]) == [0, 1, 2, 3, 4]
     fit(PlainModule(), again, max_epochs=1)
-    assert len(again.history["head"]) == 1
+    assert list(again.history["head"]) == [0]
 
 
-def test_two_of_them_keep_two_histories() -> None:
-    assert utilization().state_key != utilization(name="other").state_key
+def test_whoever_resumes_without_it_is_not_asked_to_add_it(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    keeper = ModelCheckpoint(tmp_path, save_last=True, save_on_train_epoch_end=True)
+    fit(PlainModule(), utilization(), keeper, enable_checkpointing=True)
+    run = trainer(ModelCheckpoint(tmp_path, save_last=True), max_epochs=2, enable_checkpointing=True)
+    run.fit(PlainModule(), loader(), loader(seed=1), ckpt_path=keeper.last_model_path)
+    assert not [w for w in recwarn if "ExpertUtilization" in str(w.message)]
+
+
+def test_two_of_them_need_names() -> None:
+    with pytest.raises(MisconfigurationException, match="Give one of them another name: ExpertUtilizationCallback"):
+        fit(PlainModule(), utilization(), utilization())
+
+
+def test_logits_that_are_not_finite_are_told_and_leave_no_old_number() -> None:
+    class Broken(PlainModule):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x * torch.nan if self.training and self.current_epoch == 1 else x)
+
+    usage = utilization(warn=True, stages=["test"])
+    with pytest.warns(UserWarning, match="epoch 1, head 'head': 40 of 40 rows had router logits that are nan"):
+        first, second = fit(Broken(), usage, max_epochs=2)
+    assert (first[f"{PREFIX}/nonfinite"], second[f"{PREFIX}/nonfinite"]) == (0, 1)
+    assert math.isnan(second[f"{PREFIX}/load_0"])
+    assert list(usage.history["head"]) == [0]
+
+
+class Compiled(PlainModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.whole = torch.compile(nn.Sequential(self.body, self.head), backend="aot_eager")
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.whole(x)
+
+
+def test_a_model_whose_hooks_are_not_called_is_told() -> None:
+    torch._dynamo.reset()
+    module = Compiled()
+    fit(module)
+    usage = utilization(stages=["test"])
+    with pytest.warns(UserWarning, match="expert_utilization: no router ran in epoch 0") as caught:
+        trainer(usage, max_epochs=2).fit(module, loader())
+    assert len([w for w in caught if "no router ran" in str(w.message)]) == 1
+    assert usage.history == {}
 
 
 def test_a_tracked_sharpness_is_not_listened_to() -> None:
@@ -176,7 +225,7 @@ def test_a_tracked_sharpness_is_not_listened_to() -> None:
     sharpness = SharpnessCallback(splits=["train"], every_n_epochs=1, num_samples=16)
     fit(PlainModule(), usage, sharpness, Look(), max_epochs=2)
     assert seen == [0, 0]
-    assert [int(stats.num_rows) for stats in usage.history["head"]] == [40, 40]
+    assert [int(stats.num_rows) for stats in usage.history["head"].values()] == [40, 40]
 
 
 def test_a_copy_of_the_model_is_not_listened_to() -> None:
@@ -192,14 +241,6 @@ def test_a_copy_of_the_model_is_not_listened_to() -> None:
 def test_a_compiled_model_has_the_same_graphs_with_and_without() -> None:
     from torch._dynamo.utils import counters
 
-    class Compiled(PlainModule):
-        def __init__(self) -> None:
-            super().__init__()
-            self.whole = torch.compile(nn.Sequential(self.body, self.head), backend="aot_eager")
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.whole(x)
-
     def graphs(*callbacks: Any) -> tuple[int, int]:
         torch._dynamo.reset()
         counters.clear()
@@ -210,7 +251,7 @@ def test_a_compiled_model_has_the_same_graphs_with_and_without() -> None:
     usage = utilization(stages=["test"])
     assert graphs(usage) == graphs()
     assert graphs()[1] == 0
-    assert [int(stats.num_rows) for stats in usage.history["head"]] == [48] * 3
+    assert [int(stats.num_rows) for stats in usage.history["head"].values()] == [48] * 3
 
 
 class Foreign(PlainModule):

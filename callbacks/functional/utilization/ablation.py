@@ -148,9 +148,12 @@ def _replaced(head: nn.Module, by: nn.Module, run: Callable[[], Any]) -> Any:
 
 def _right(output: Any, labels: Tensor) -> Tensor:
     """Who is classified rightly, among the samples with a class."""
-    logits = getattr(output, "logits", output)
-    if not isinstance(logits, Tensor) or logits.dim() != 2 or len(logits) != len(labels):
-        got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-        raise ValueError(f"ablation: expected a model that returns logits ({len(labels)}, C); got {got}")
+    logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", output)
+    if not isinstance(logits, Tensor) or logits.dim() != 2 or len(logits) != len(labels) or logits.shape[1] < 2:
+        got = tuple(logits.shape) if isinstance(logits, Tensor) else type(output).__name__
+        raise ValueError(
+            f"ablation: expected a model that returns logits ({len(labels)}, C) of C ≥ 2 classes, alone or as 'logits';"
+            f" got {got}"
+        )
     labels = labels.to(logits.device)
     return (logits.argmax(-1) == labels)[labels != IGNORED]

@@ -3,25 +3,26 @@
 Shapes: B samples of a batch, E experts, n examples an expert, (C, H, W) an image.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from moe_heads.callbacks.functional.common.batches import Batch
+from moe_heads.callbacks.functional.common.batches import Batch, batch_size
 from moe_heads.routing import Routing
 
-__all__ = ["ExpertExamples", "images_of"]
+__all__ = ["ExpertExamples", "images_by", "images_of"]
 
 
-# Pixels of a side, and experts, beyond which a strip shows no more.
-_MAX_SIDE, _MAX_EXPERTS = 64, 32
+# Pixels of a side beyond which an image is made smaller, and experts of which images are kept: 25 MB with eight each.
+_MAX_SIDE, _MAX_EXPERTS = 64, 256
 
 
 @dataclass(frozen=True, eq=False)
 class ExpertExamples:
-    """The images that each of the first 32 experts received with the highest gate, the highest first; on the CPU.
+    """The images that each of the first 256 experts received with the highest gate, the highest first; on the CPU.
 
     Attributes:
         images: At most 64 pixels a side, each stretched to its own range of values since it may come normalised, uint8,
@@ -77,6 +78,23 @@ def _thumbnails(images: Tensor) -> Tensor:
         images = F.adaptive_avg_pool2d(images, (max(1, round(height / scale)), max(1, round(width / scale))))
     low, high = images.amin((1, 2, 3), keepdim=True), images.amax((1, 2, 3), keepdim=True)
     return (255 * (images - low) / (high - low).clamp_min(torch.finfo(images.dtype).tiny)).to(torch.uint8)
+
+
+def images_by(image_fn: Callable[[Batch], Tensor | None], batch: Batch) -> Tensor | None:
+    """The images of a batch, or None.
+
+    Raises:
+        ValueError: If they are not one image with one channel or three for each sample.
+    """
+    images = image_fn(batch)
+    if images is None:
+        return None
+    got = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
+    if not isinstance(images, Tensor) or images.dim() != 4 or images.shape[1] not in (1, 3):
+        raise ValueError(f"image_fn: expected images (B, C, H, W) with one channel or three, or None; got {got}")
+    if len(images) != batch_size(batch):
+        raise ValueError(f"image_fn: expected an image for each of the {batch_size(batch)} samples; got {got}")
+    return images
 
 
 def images_of(batch: Batch) -> Tensor | None:

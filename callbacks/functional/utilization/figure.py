@@ -59,7 +59,7 @@ def plot_utilization(
 
 
 def plot_load(name: str, head: HeadUtilization, ax: "Axes | None" = None) -> "tuple[Figure, Axes]":
-    """Bars of load and importance with the fair share; dead and starved experts are named.
+    """Bars of load and importance with the fair share; dead and starved experts are named, many of them marked.
 
     Args:
         name: Name of the head.
@@ -76,11 +76,15 @@ def plot_load(name: str, head: HeadUtilization, ax: "Axes | None" = None) -> "tu
     ax.axhline(1 / len(head.load), color="black", linestyle=":", linewidth=1, label="fair share")
     ax.set_ylabel("share", fontsize=_SMALL)
     ax.tick_params(axis="y", labelsize=_SMALL)
-    ax.legend(fontsize=7, ncols=3, loc="upper center", handlelength=1, columnspacing=0.8, frameon=False)
     ax.set_ylim(0, 1.35 * max(float(head.load.max()), float(head.importance.max())))
-    for state, those in (("dead", head.dead_experts), ("starved", head.starved_experts)):
-        for expert in those:
+    many = len(head.load) > _MAX_LABELLED_EXPERTS
+    for state, those, marker in (("dead", head.dead_experts, "x"), ("starved", head.starved_experts, "|")):
+        if many and those:
+            # words would stand on one another
+            ax.plot(those, [0.0] * len(those), marker, color="tab:red", markersize=4, label=state, clip_on=False)
+        for expert in () if many else those:
             ax.annotate(state, (expert, 0), ha="center", va="bottom", fontsize=7, color="tab:red", rotation=90)
+    ax.legend(fontsize=7, ncols=5, loc="upper center", handlelength=1, columnspacing=0.8, frameon=False)
     _label_experts(ax, len(head.load))
     ax.set_title(_title(name, head), fontsize=9)
     return figure, ax

@@ -44,9 +44,12 @@ class HeadUtilization:
             expert without rows nan. None where every row has one expert, or all.
         class_map: Share of the mixing weight that the samples of a class gave to each expert, (C, E); where gates sum
             to one, their mean. Rows sum to 1; nan for a class without samples. None without labels.
-        class_counts: Rows of each class whose top expert is e, (C, E), int64. None without labels.
-        mutual_information: I(class; top expert), plug-in estimate; log C for perfect specialists. None without labels.
-        mutual_information_corrected: The same with Miller's bias correction.
+        class_counts: Choices of each expert by the rows of each class, (C, E), int64; a soft router chooses its largest
+            gate. None without labels.
+        mutual_information: I(class; expert) of a choice, plug-in estimate; log C for perfect specialists. None without
+            labels.
+        mutual_information_corrected: The same with Miller's bias correction, for choices of a sample that depend on one
+            another.
         mutual_information_stderr: Standard error of both, over samples.
         mutual_information_by_chance: Mean of the plug-in estimate with permuted labels; None without permutations.
         mutual_information_p_value: Share of the permutations with at least as much as was found.
@@ -103,7 +106,7 @@ class HeadUtilization:
         r"""How far the classes of an expert are from those of all: :math:`KL(p(c|e) \| p(c))`, (E,), nats.
 
         0 for an expert that sees the classes as they come, :math:`-\log p(c)` for one that sees class c alone, nan for
-        one without rows. Weighted by the share of the rows, it sums to ``mutual_information``. None without labels.
+        one without a choice. Weighted by the load, it sums to ``mutual_information``. None without labels.
         """
         if self.class_counts is None:
             return None

@@ -1,7 +1,7 @@
 """What to tell about a router whose experts die or collapse, and what to change."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,10 +15,15 @@ __all__ = ["LEAST_EXPECTED", "RouterHealth"]
 _COLLAPSED_BELOW = 0.5
 
 LEAST_EXPECTED = 10
-"""Choices that are each expert's fair share before one that got few tells something: where it is one choice, chance
-leaves every third expert of an even router without any."""
+"""Choices that are each expert's fair share before one that got none tells something: where it is one choice, chance
+leaves every third expert of an even router without any, where it is ten, one in 20,000."""
 
-_IN_EVALUATION = "on the validation data, and not in training, "
+# Likewise before a quarter of the fair share tells something: at ten choices an even router of 64 experts shows one
+# such expert in every sixth epoch, at twenty in one of a thousand.
+_LEAST_EXPECTED_OF_STARVING = 20
+
+# Numbers of experts that a sentence names.
+_MAX_NAMED = 8
 
 
 @dataclass(frozen=True)
@@ -26,15 +31,19 @@ class _Findings:
     """What statistics show of a router.
 
     Attributes:
+        what: What the experts have shares of.
         relative: Share of each expert in units of the fair share.
         in_effect: Effective number of experts.
-        collapsed: Whether they are nearer to one than to all.
+        is_judged: Whether there were choices enough to tell who is dead.
+        collapsed: Whether the experts in effect are nearer to one than to all.
         dead: Experts that are dead.
         ill: Experts that are dead or starve.
     """
 
+    what: str
     relative: list[float]
     in_effect: float
+    is_judged: bool
     collapsed: bool
     dead: frozenset[int]
     ill: frozenset[int]
@@ -53,69 +62,103 @@ class RouterHealth:
     def __init__(self, soft: bool, remedies: Remedies, dead_below: float, starved_below: float) -> None:
         self._soft, self._remedies = soft, remedies
         self._dead_below, self._starved_below = dead_below, starved_below
-        self._told: set[tuple[str, str, int]] = set()
+        self._had_nonfinite = False
+        self._told: set[tuple[str, int]] = set()
+        self._told_in_evaluation: set[tuple[str, int]] = set()
+        self._seen_in_evaluation: set[tuple[str, int]] = set()
 
     def news(self, stats: RoutingStats, in_evaluation: RoutingStats | None = None) -> Iterator[str]:
         """What an epoch shows and no earlier one did.
 
         Args:
             stats: Statistics of the epoch's training batches.
-            in_evaluation: Those of the validation batches, if there were any: what only they show is told too, since
-                noise in training can keep an expert busy that nobody gets to see afterwards.
+            in_evaluation: Those of the validation batches, if there were any. What only they show, twice in a row, is
+                told too: noise in training can keep an expert busy that nobody gets to see afterwards. The first time
+                proves little, since the weights of a validation are those of the end of the epoch.
 
         Yields:
-            A sentence for collapse, for dead experts and for starving ones, and what to change. Of a router that
-            chooses the last two need a fair share of 10 choices: fewer leave experts of an even router without any.
+            A sentence on the training and one on the validation: collapse, dead experts and starving ones, and what to
+            change. A router that chooses has to have chosen: dead experts and a collapse need a fair share of 10
+            choices, starving ones of 20, since fewer leave experts of an even router without any.
         """
-        trained = self._findings(stats)
-        yield from self._told_of(trained, "", self._remedies.in_training)
-        if in_evaluation is not None and int(in_evaluation.num_rows):
-            found = self._findings(in_evaluation)
-            only_there = _Findings(
-                found.relative,
-                found.in_effect,
-                found.collapsed and not trained.collapsed,
-                found.dead - trained.dead,
-                found.ill - trained.ill | (found.dead - trained.dead),
+        has_nonfinite, had_nonfinite = int(stats.num_nonfinite) > 0, self._had_nonfinite
+        self._had_nonfinite = has_nonfinite
+        if has_nonfinite and not had_nonfinite:
+            number = int(stats.num_rows) + int(stats.num_nonfinite)
+            yield (
+                f"{int(stats.num_nonfinite)} of {number} rows had router logits that are nan or infinite, and counted"
+                " in nothing. Lower the learning rate, or clip the gradients."
             )
-            yield from self._told_of(only_there, _IN_EVALUATION, self._remedies.in_evaluation)
+        trained = self._findings(stats)
+        if new := _new(trained, _signs(trained), self._told):
+            yield f"{new}. {self._remedies.in_training}"
+        if in_evaluation is None or not int(in_evaluation.num_rows) or not trained.is_judged:
+            return
+        found = self._findings(in_evaluation)
+        signs = _signs(found) - _signs(trained)
+        lasting, self._seen_in_evaluation = signs & self._seen_in_evaluation, signs
+        if new := _new(found, lasting, self._told_in_evaluation):
+            yield f"on the validation data, and not in training, {new}. {self._remedies.in_evaluation}"
+
+    def counts(self, stats: RoutingStats) -> dict[str, float]:
+        """How many experts are dead or starve, however few choices there were; nothing without a row."""
+        if not int(stats.num_rows):
+            return {}
+        dead, ill = self._dead_and_ill(self._relative(stats))
+        return {"num_dead_experts": float(len(dead)), "num_starved_experts": float(len(ill - dead))}
+
+    def _relative(self, stats: RoutingStats) -> list[float]:
+        share = (stats.importance if self._soft else stats.load).double().cpu()
+        found: list[float] = (share * len(share)).tolist()
+        return found
+
+    def _dead_and_ill(self, relative: Sequence[float]) -> tuple[frozenset[int], frozenset[int]]:
+        dead = {e for e, share in enumerate(relative) if share == 0 or share < self._dead_below}
+        return frozenset(dead), frozenset(dead | {e for e, r in enumerate(relative) if r < self._starved_below})
 
     def _findings(self, stats: RoutingStats) -> _Findings:
-        share = (stats.importance if self._soft else stats.load).double().cpu()
-        num_experts = len(share)
+        relative = self._relative(stats)
+        num_experts = len(relative)
+        fair_share = math.inf if self._soft else int(stats.counts.sum()) / num_experts
         in_effect = math.exp(float(torch.special.entr(stats.importance.double()).sum()))
-        is_told = self._soft or int(stats.counts.sum()) >= LEAST_EXPECTED * num_experts
-        relative = (share * num_experts).tolist()
-        dead = {e for e, r in enumerate(relative) if is_told and (r == 0 or r < self._dead_below)}
-        starving = {e for e, r in enumerate(relative) if is_told and r < self._starved_below}
-        collapsed = in_effect < 1 + _COLLAPSED_BELOW * (num_experts - 1)
-        return _Findings(relative, in_effect, collapsed, frozenset(dead), frozenset(dead | starving))
+        is_judged = fair_share >= LEAST_EXPECTED and int(stats.num_rows) > 0
+        dead, ill = self._dead_and_ill(relative) if is_judged else (frozenset(), frozenset())
+        collapsed = is_judged and in_effect < 1 + _COLLAPSED_BELOW * (num_experts - 1)
+        if fair_share < _LEAST_EXPECTED_OF_STARVING:
+            ill = dead
+        what = "mixing weight" if self._soft else "load"
+        return _Findings(what, relative, in_effect, is_judged, collapsed, dead, ill)
 
-    def _told_of(self, found: _Findings, where: str, remedy: str) -> Iterator[str]:
-        num_experts = len(found.relative)
-        if self._is_news(where, "collapse", -1, found.collapsed):
-            in_effect = f"{found.in_effect:.1f} of {num_experts} experts"
-            yield f"{where}the routing collapses: {in_effect} are in effect. {remedy}"
-        experts = range(num_experts)
-        dead = [e for e in experts if self._is_news(where, "dead", e, e in found.dead)]
-        # one that recovers from death is no news, and one that is told to be dead need not be told to starve
-        starving = [e for e in experts if self._is_news(where, "ill", e, e in found.ill) and e not in found.dead]
-        for state, new, below in (("dead", dead, self._dead_below), ("starving", starving, self._starved_below)):
-            if new:
-                told = ", ".join(f"{expert} ({found.relative[expert]:.1%})" for expert in new)
-                numbers = "number" if len(new) == 1 else "numbers"
-                what = "mixing weight" if self._soft else "load"
-                yield (
-                    f"{where}{state} among {num_experts} experts: {numbers} {told} of the fair share of the {what};"
-                    f" the limit is {below:.0%}. {remedy}"
-                )
 
-    def _is_news(self, where: str, state: str, expert: int, holds: bool) -> bool:
-        """Whether something holds that did not hold before; then it is told once, until it is over."""
-        key = where, state, expert
-        was = key in self._told
-        if holds:
-            self._told.add(key)
-        else:
-            self._told.discard(key)
-        return holds and not was
+def _signs(found: _Findings) -> set[tuple[str, int]]:
+    """What is wrong, each with the expert; -1 for all of them."""
+    signs = {("dead", expert) for expert in found.dead} | {("ill", expert) for expert in found.ill}
+    return signs | ({("collapse", -1)} if found.collapsed else set())
+
+
+def _new(found: _Findings, signs: set[tuple[str, int]], told: set[tuple[str, int]]) -> str:
+    """What to say of the signs that were not told; they are told from now on, and those that are over no longer."""
+    new = signs - told
+    told &= signs
+    told |= signs
+    num_experts = len(found.relative)
+    parts = []
+    if ("collapse", -1) in new:
+        parts.append(f"the routing collapses, {found.in_effect:.1f} of {num_experts} experts are in effect")
+    dead = sorted(expert for sign, expert in new if sign == "dead")
+    # one that recovers from death is no news, and one that is told to be dead need not be told to starve
+    starving = sorted(expert for sign, expert in new if sign == "ill" and ("dead", expert) not in signs)
+    for state, experts in (("dead", dead), ("starving", starving)):
+        if experts:
+            parts.append(f"{len(experts)} of {num_experts} experts {state}: {_named(experts, found)}")
+    return "; ".join(parts)
+
+
+def _named(experts: Sequence[int], found: _Findings) -> str:
+    """The experts by number, each with its part of the fair share."""
+    shares = [f"{found.relative[expert]:.1%}" for expert in experts[:_MAX_NAMED]]
+    shares[0] += f" of the fair share of the {found.what}"
+    named = ", ".join(f"{expert} ({share})" for expert, share in zip(experts, shares, strict=False))
+    numbers = "number" if len(experts) == 1 else "numbers"
+    more = f" and {len(experts) - _MAX_NAMED} more" if len(experts) > _MAX_NAMED else ""
+    return f"{numbers} {named}{more}"

@@ -1,23 +1,51 @@
 """The classes of the samples: which labels count, and how many classes there are."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-__all__ = ["IGNORED", "names_of_classes", "num_classes_of"]
+from moe_heads.callbacks.functional.common.batches import Batch
+
+__all__ = ["IGNORED", "labels_by", "names_of_classes", "num_classes_of"]
 
 IGNORED = -100
 """Label of a sample without a class: what `torch.nn.functional.cross_entropy` ignores by default."""
 
 
+_SAY_NONE = "Pass label_fn=lambda batch: None to do without classes"
+
+# Whole numbers that go further than this, and than there are samples, are counts or targets rather than classes.
+_MOST_CLASSES = 1000
+
+
+def labels_by(label_fn: Callable[[Batch], Tensor | None], batch: Batch) -> Tensor | None:
+    """The labels (B,) of a batch, or None.
+
+    Raises:
+        ValueError: If they are not one whole number a sample.
+    """
+    labels = label_fn(batch)
+    if labels is None:
+        return None
+    if not isinstance(labels, Tensor):
+        raise ValueError(f"label_fn: expected a tensor (B,) or None; got {type(labels).__name__}. {_SAY_NONE}")
+    flat = labels.squeeze(1) if labels.dim() == 2 and labels.shape[1] == 1 else labels
+    if flat.dim() != 1 or flat.is_floating_point() or flat.is_complex():
+        raise ValueError(
+            f"label_fn: expected one whole number a sample, shape (B,); got {tuple(labels.shape)}, {labels.dtype}."
+            f" {_SAY_NONE}"
+        )
+    return flat
+
+
 def num_classes_of(
     found: Sequence[Tensor | None], num_classes: int | None, class_names: Sequence[str] | None
 ) -> int | None:
-    """C; None without labels.
+    """C; None without labels, and where they are no classes: more of them than samples, and than a thousand.
 
     Args:
-        found: Labels of each batch.
+        found: Labels of each batch; see `labels_by`.
         num_classes: C as the caller gave it.
         class_names: Names as the caller gave them.
 
@@ -33,22 +61,20 @@ def num_classes_of(
         return None
     if len(given) < len(found):
         raise ValueError(f"label_fn: expected labels for every batch or for none; {len(found) - len(given)} have none")
-    for labels in given:
-        if labels.dim() != 1 or labels.is_floating_point() or labels.is_complex():
-            raise ValueError(
-                f"label_fn: expected one whole number a sample, shape (B,); got {tuple(labels.shape)}, {labels.dtype}"
-            )
     counted = torch.cat(given)
     counted = counted[counted != IGNORED]
     if not len(counted):
         return None
     lowest, highest = (int(bound) for bound in counted.aminmax())
+    if num_classes is None and class_names is None and highest >= max(_MOST_CLASSES, len(counted)):
+        return None
     if num_classes is None:
         num_classes = highest + 1 if class_names is None else len(class_names)
     if lowest < 0 or highest >= num_classes:
+        named = f" (there are {len(class_names)} class_names)" if class_names is not None else ""
         raise ValueError(
-            f"labels: expected classes 0 to {num_classes - 1}, or {IGNORED} for a sample without a class; got {lowest}"
-            f" to {highest}"
+            f"labels: expected classes 0 to {num_classes - 1}{named}, or {IGNORED} for a sample without a class; got"
+            f" {lowest} to {highest}. {_SAY_NONE}"
         )
     return num_classes
 

@@ -63,8 +63,10 @@ class ExpertUtilizationMetric(Metric):
         """Add the rows of a batch.
 
         Raises:
-            ValueError: If the router has another number of experts.
+            ValueError: If it is no `Routing`, or its router has another number of experts.
         """
+        if not isinstance(routing, Routing):
+            raise ValueError(f"routing: expected a moe_heads.Routing; got {type(routing).__name__}")
         if routing.num_experts != self.num_experts:
             raise ValueError(f"routing: expected {self.num_experts} experts; got {routing.num_experts}")
         stats = routing.stats()
@@ -80,7 +82,8 @@ class ExpertUtilizationMetric(Metric):
         stats = self.stats
         scalars = utilization_scalars(stats)
         if not int(stats.num_rows):
-            scalars = dict.fromkeys(scalars, math.nan)
+            known = {"nonfinite": scalars["nonfinite"]} if int(stats.num_nonfinite) else {}
+            scalars = dict.fromkeys(scalars, math.nan) | known
         if int(self.num_compared):
             scalars |= {"noise_agreement": float(self.num_agreeing / self.num_compared)}
         return {name: torch.tensor(value, dtype=torch.float64) for name, value in scalars.items()}
@@ -103,6 +106,7 @@ def utilization_scalars(stats: RoutingStats) -> dict[str, float]:
     entropy                       mean entropy of a row's full softmax, nats
     margin                        mean distance from another choice; absent where there is none
     dropped                       share of the rows that no expert took
+    nonfinite                     share of the rows with nan or infinite logits, counted in nothing else
     ============================  ======================================================================
 
     Args:
@@ -121,6 +125,7 @@ def utilization_scalars(stats: RoutingStats) -> dict[str, float]:
         "effective_experts": math.exp(float(torch.special.entr(importance).sum())),
         "entropy": float(stats.entropy),
         "dropped": float(stats.dropped),
+        "nonfinite": float(stats.num_nonfinite / (stats.num_rows + stats.num_nonfinite).clamp_min(1)),
     }
     margin = float(stats.margin)
     return scalars | ({"margin": margin} if math.isfinite(margin) else {})

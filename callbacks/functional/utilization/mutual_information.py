@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["MutualInformation", "mutual_information"]
+__all__ = ["MutualInformation", "information_of_samples", "mutual_information"]
 
 
 @dataclass(frozen=True)
@@ -64,3 +64,40 @@ def mutual_information(counts: Tensor) -> MutualInformation:
     occupied = [int((cells > 0).sum()) for cells in (joint.sum(1), joint.sum(0), joint)]
     correction = (occupied[0] + occupied[1] - occupied[2] - 1) / (2 * total)
     return MutualInformation(max(plugin, 0.0), plugin + correction, (variance / total) ** 0.5)
+
+
+def information_of_samples(labels: Tensor, chosen: Tensor, num_classes: int) -> MutualInformation:
+    r"""I(class; expert) of a random choice, where a sample makes several that are not independent.
+
+    The correction of `mutual_information` counts every choice as an observation. It is multiplied by how much more
+    (equal tokens) or less (k different experts) the choices of a sample spread than independent ones,
+
+    .. math:: \frac{1}{E - 1} \sum_e \frac{\mathrm{Var}(t_e)}{\mathrm{mean}(t_e)},
+
+    :math:`t_e` being the choices of expert e by a sample: 1 for one choice a sample, T for T equal tokens. The standard
+    error is that of the delta method over samples.
+
+    Args:
+        labels: Class of each sample, (B,).
+        chosen: Choices of each expert by each sample, (B, E), whole numbers.
+        num_classes: C.
+
+    Example:
+        >>> import torch
+        >>> from moe_heads.callbacks.functional.utilization.mutual_information import information_of_samples
+        >>> labels = torch.arange(2).repeat(50)
+        >>> round(information_of_samples(labels, torch.eye(2, dtype=torch.int64)[labels], 2).plugin, 4)  # log 2
+        0.6931
+    """
+    counts = torch.zeros(num_classes, chosen.shape[1], dtype=torch.float64).index_add_(0, labels, chosen.double())
+    found, total = mutual_information(counts), float(counts.sum())
+    if total == 0:
+        return found
+    mean, variance = chosen.double().mean(0), chosen.double().var(0, correction=0)
+    used = mean > 0
+    spread = float((variance[used] / mean[used]).sum()) / max(int(used.sum()) - 1, 1)
+    joint = counts / total
+    information = torch.where(joint > 0, (joint / (joint.sum(1, keepdim=True) * joint.sum(0))).log(), 0)
+    of_sample = (chosen * (information[labels] - found.plugin)).sum(1) / total
+    corrected = found.plugin + spread * (found.corrected - found.plugin)
+    return MutualInformation(found.plugin, corrected, float(of_sample.square().sum()) ** 0.5)

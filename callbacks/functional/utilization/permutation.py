@@ -27,14 +27,14 @@ class PermutationBaseline:
 def permutation_baseline(
     labels: Tensor, chosen: Tensor, num_classes: int, num_permutations: int, seed: int
 ) -> PermutationBaseline:
-    """Permutation test of I(class; top expert): classes and experts independent, with the frequencies of both as found.
+    """Permutation test of I(class; expert): classes and experts independent, with the frequencies of both as found.
 
     The labels of whole samples are permuted, so that tokens of one sample stay together. The order of the samples does
     not matter: they are sorted first, so that the ranks of a distributed run may hold any part of them.
 
     Args:
         labels: Class of each sample, (B,).
-        chosen: Rows of each sample whose top expert is e, (B, E), whole numbers.
+        chosen: Choices of each expert by each sample, (B, E), whole numbers.
         num_classes: C.
         num_permutations: Permutations.
         seed: Seed of the permutations; the global generator is not touched.

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from moe_heads.routers import BiasBalancedRouter
+from moe_heads.routers import BiasBalancedRouter, ExpertChoiceRouter, NoisyTopKRouter, SwitchRouter
 from moe_heads.routing import Router
 
 __all__ = ["Remedies", "remedies_for"]
@@ -16,39 +16,16 @@ class Remedies:
 
     Attributes:
         in_training: Where the experts go without work in training.
-        in_evaluation: Where they go without work in evaluation alone.
+        in_evaluation: Where they go without work on the validation data alone.
     """
 
     in_training: str
     in_evaluation: str
 
 
-_SPARSE = Remedies(
-    "Raise the coefficients of balance={...}, route with noise (noisy=True) or by a router that balances by itself"
-    " (moe_heads.routers.BiasBalancedRouter, ExpertChoiceRouter), or lower the learning rate of the router.",
-    "Noise on the router, dropout or batch statistics give them work in training: raise the coefficients of"
-    " balance={...}, or route without noise (noisy=False), so that the balance is that of evaluation.",
-)
-_SOFT = Remedies(
-    "Raise the temperature or the coefficient of balance={'kl': ...}, or lower the learning rate.",
-    "Dropout or batch statistics give them weight in training: raise the temperature or the coefficient of"
-    " balance={'kl': ...}.",
-)
-_BIAS_BALANCED = Remedies(
-    "Raise the update_rate of the router's bias, or lower the learning rate of the router.",
-    "Dropout or batch statistics give them work in training: lessen the dropout before the router, or train on larger"
-    " batches.",
-)
-_FOREIGN = Remedies(
-    "Raise the coefficient of its balance loss, add noise to its logits in training, or lower its learning rate.",
-    "Noise on the router, dropout or batch statistics give them work in training: raise the coefficient of its balance"
-    " loss, or lessen the noise.",
-)
-_FOREIGN_SOFT = Remedies(
-    "Raise its temperature, add a loss that evens out its mean weights, or lower its learning rate.",
-    "Noise, dropout or batch statistics give them weight in training: lessen them, or add a loss that evens out its"
-    " mean weights.",
-)
+_BALANCING_ROUTER = "use a router that balances by itself (moe_heads.routers.BiasBalancedRouter, ExpertChoiceRouter)"
+_SLOWER = "or lower the learning rate of the router."
+_OTHER_DATA = "The validation data may differ, or dropout and batch statistics give them work in training: "
 
 
 def remedies_for(router: nn.Module, soft: bool) -> Remedies:
@@ -59,7 +36,33 @@ def remedies_for(router: nn.Module, soft: bool) -> Remedies:
         soft: Whether it mixes all experts.
     """
     if not isinstance(router, Router):
-        return _FOREIGN_SOFT if soft else _FOREIGN
+        return _foreign(soft)
+    if soft or isinstance(router, ExpertChoiceRouter):
+        raised = "raise the temperature or the coefficient of balance={'kl': ...}"
+        return Remedies(f"{raised.capitalize()}, {_SLOWER}", f"{_OTHER_DATA}{raised}.")
     if isinstance(router, BiasBalancedRouter):
-        return _BIAS_BALANCED
-    return _SOFT if soft else _SPARSE
+        larger = "train on larger batches, or lessen the dropout before the router."
+        return Remedies(f"Raise the update_rate of the router's bias, {_SLOWER}", _OTHER_DATA + larger)
+    balance = "raise the coefficients of balance={...}"
+    if isinstance(router, NoisyTopKRouter):
+        if router.noise is None:
+            noisier = f"Raise the coefficients of balance={{...}}, route with noise (noisy=True), {_BALANCING_ROUTER},"
+            return Remedies(f"{noisier} {_SLOWER}", f"{_OTHER_DATA}{balance}.")
+        quieter = "Its noise may give them work in training: route without it (noisy=False), or "
+        return Remedies(f"{balance.capitalize()}, {_BALANCING_ROUTER}, {_SLOWER}", f"{quieter}{balance}.")
+    if isinstance(router, SwitchRouter) and router.jitter:
+        quieter = "Its jitter may give them work in training: lessen it, or "
+        return Remedies(f"{balance.capitalize()}, {_BALANCING_ROUTER}, {_SLOWER}", f"{quieter}{balance}.")
+    return Remedies(f"{balance.capitalize()}, {_BALANCING_ROUTER}, {_SLOWER}", f"{_OTHER_DATA}{balance}.")
+
+
+def _foreign(soft: bool) -> Remedies:
+    if soft:
+        return Remedies(
+            "Raise its temperature, add a loss that evens out its mean weights, or lower its learning rate.",
+            f"{_OTHER_DATA}add a loss that evens out its mean weights.",
+        )
+    return Remedies(
+        "Raise the coefficient of its balance loss, add noise to its logits in training, or lower its learning rate.",
+        f"{_OTHER_DATA}so may noise on its logits; lessen it, or raise the coefficient of its balance loss.",
+    )

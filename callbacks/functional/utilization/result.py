@@ -67,7 +67,8 @@ class ExpertUtilizationResult:
     @property
     def relative_load_percentiles(self) -> dict[str, float]:
         """Percentiles of the load over the experts of all heads, in units of each head's fair share."""
-        return relative_load_percentiles(torch.cat([head.relative_load for head in self.heads.values()]))
+        loads = [head.relative_load for head in self.heads.values()]
+        return relative_load_percentiles(torch.cat(loads)) if loads else {}
 
     def metrics(self) -> dict[str, float]:
         """The numbers to log, ``<head>/<quantity>``; empty for a model without a router.
@@ -88,11 +89,13 @@ class ExpertUtilizationResult:
             head: Name of the head; by default the first.
 
         Raises:
-            ValueError: If there is no such head.
+            ValueError: If there is no such head, or none at all.
         """
         from moe_heads.callbacks.functional.utilization.figure import plot_utilization
 
-        name = next(iter(self.heads), "head") if head is None else head
+        if not self.heads:
+            raise ValueError("head: expected a model with a router that ran; this one has none, and nothing to draw")
+        name = next(iter(self.heads)) if head is None else head
         if name not in self.heads:
             raise ValueError(f"head: expected one of {list(self.heads)}; got {name!r}")
         return plot_utilization(name, self.heads[name], self.class_names, ax)
@@ -110,7 +113,7 @@ class ExpertUtilizationResult:
             if head.coactivation is not None:
                 drawn[f"{name}/coactivation"] = plot_coactivation(name, head.coactivation)[0]
             if head.examples is not None:
-                drawn[f"{name}/what_each_expert_sees"] = plot_examples(head.examples, self.class_names, len(head.load))
+                drawn[f"{name}/what_each_expert_sees"] = plot_examples(head.examples, self.class_names, head.load)
         return drawn
 
     def summary(self) -> str:

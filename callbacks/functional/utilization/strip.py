@@ -5,6 +5,7 @@ from textwrap import wrap
 from typing import TYPE_CHECKING
 
 import numpy as np
+from torch import Tensor
 
 from moe_heads.callbacks.functional.common.figures import plain_text
 from moe_heads.callbacks.functional.utilization.examples import ExpertExamples
@@ -16,49 +17,68 @@ __all__ = ["plot_examples"]
 
 # Inches: an image with the gap beside it, and the number of the expert before a row. Share of an image's width: the
 # gap, and the room above it for the gate and for each line of the class. Letters of such a line, and its lines at most.
-_CELL, _NUMBER, _LINE = 0.6, 0.3, 0.2
+_CELL, _NUMBER, _LINE = 0.6, 0.3, 0.16
 _GAP, _TEXT, _TEXT_OF_LINE = 0.1, 0.35, 0.3
 _LETTERS, _LINES = 11, 3
 
+# Experts that are shown; images that leave room for a note, and its letters to an inch.
+_MAX_ROWS, _FEWEST, _LETTERS_OF_INCH = 32, 4, 14
 
-def plot_examples(examples: ExpertExamples, class_names: Sequence[str], num_experts: int) -> "Figure":
-    """A row of images for each expert, with class and gate above each.
+
+def plot_examples(examples: ExpertExamples, class_names: Sequence[str], load: Tensor) -> "Figure":
+    """A row of images for each expert, with class and gate above each; of more than 32, those with the highest load.
 
     Args:
-        examples: The images, of the first experts where there are too many.
+        examples: The images.
         class_names: Names of the classes; may be empty.
-        num_experts: E.
+        load: Load of the experts, (E,).
     """
     from matplotlib.figure import Figure
 
     # one picture of all of them: axes for each would take four times as long to draw
-    shown, count, _, height, width = examples.images.shape
+    experts, note = _shown(examples, load)
+    count, _, height, width = examples.images.shape[1:]
     names = _wrapped_names(examples, class_names)
     text = _TEXT + _TEXT_OF_LINE * max(len(lines) for lines in names.values())
     across, above = width + max(1, round(_GAP * width)), max(1, round(text * width))
     down = height + above
-    sheet = np.full((shown * down, count * across, 3), 255, dtype=np.uint8)
-    note = f"the first {shown} of {num_experts} experts" if shown < num_experts else ""
-    head = _LINE if note else 0.0
-    size = _NUMBER + _CELL * count, head + _CELL * shown * down / across
+    sheet = np.full((max(1, len(experts)) * down, count * across, 3), 255, dtype=np.uint8)
+    across_inches = _NUMBER + _CELL * max(count, _FEWEST)
+    lines = wrap(note, int(_LETTERS_OF_INCH * across_inches))
+    head = _LINE * len(lines)
+    size = across_inches, head + _CELL * sheet.shape[0] / across
     figure = Figure(figsize=size)
-    figure.text(_NUMBER / size[0], 1 - 0.05 / size[1], note, fontsize=8, va="top")
     left = _NUMBER / size[0]
-    ax = figure.add_axes((left, 0, 1 - left, 1 - head / size[1]))
+    figure.text(left, 1 - 0.05 / size[1], "\n".join(lines), fontsize=8, va="top")
+    ax = figure.add_axes((left, 0, _CELL * count / size[0], 1 - head / size[1]))
     ax.set_axis_off()
-    for expert in range(shown):
-        top = expert * down + above
+    for row, expert in enumerate(experts):
+        top = row * down + above
         ax.text(-0.06 * width, top + height / 2, f"{expert}", fontsize=9, ha="right", va="center")
-        received = [(place, gate) for place, gate in enumerate(examples.gates[expert].tolist()) if gate > 0]
-        if not received:
-            ax.text(0.1 * width, top + height / 2, "no sample", fontsize=8, color="0.4", va="center")
-        for place, gate in received:
-            start, image = place * across, examples.images[expert, place]
-            sheet[top : top + height, start : start + width] = image.permute(1, 2, 0).numpy()
-            title = "\n".join([*names[int(examples.labels[expert, place])], f"{gate:.2f}"])
-            ax.text(start + width / 2, top - 0.06 * width, title, fontsize=7, ha="center", va="bottom")
+        for place, gate in enumerate(examples.gates[expert].tolist()):
+            if gate > 0:
+                start, image = place * across, examples.images[expert, place]
+                sheet[top : top + height, start : start + width] = image.permute(1, 2, 0).numpy()
+                title = "\n".join([*names[int(examples.labels[expert, place])], f"{gate:.2f}"])
+                ax.text(start + width / 2, top - 0.06 * width, title, fontsize=7, ha="center", va="bottom")
     ax.imshow(sheet, extent=(0, sheet.shape[1], sheet.shape[0], 0))
     return figure
+
+
+def _shown(examples: ExpertExamples, load: Tensor) -> tuple[list[int], str]:
+    """The experts to show, ascending, and what is to be said of the others."""
+    received = (examples.gates > 0).any(1)
+    having, empty = received.nonzero().flatten(), (~received).nonzero().flatten().tolist()
+    first = having[load[having].argsort(descending=True, stable=True)[:_MAX_ROWS]].sort().values.tolist()
+    notes = []
+    if len(first) < len(having):
+        notes.append(f"the {len(first)} experts of {len(load)} with the highest load")
+    elif len(received) < len(load):
+        notes.append(f"of the first {len(received)} of {len(load)} experts")
+    if empty:
+        more = f" and {len(empty) - _MAX_ROWS} more" if len(empty) > _MAX_ROWS else ""
+        notes.append(f"no sample: {', '.join(map(str, empty[:_MAX_ROWS]))}{more}")
+    return first, "; ".join(notes)
 
 
 def _wrapped_names(examples: ExpertExamples, class_names: Sequence[str]) -> dict[int, list[str]]:

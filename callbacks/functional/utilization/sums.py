@@ -15,7 +15,7 @@ from moe_heads.callbacks.functional.utilization.ablation import AblationHits
 from moe_heads.callbacks.functional.utilization.examples import ExpertExamples
 from moe_heads.callbacks.functional.utilization.head import HeadUtilization
 from moe_heads.callbacks.functional.utilization.labels import IGNORED
-from moe_heads.callbacks.functional.utilization.mutual_information import mutual_information
+from moe_heads.callbacks.functional.utilization.mutual_information import information_of_samples
 from moe_heads.callbacks.functional.utilization.permutation import permutation_baseline
 from moe_heads.routing import Routing, RoutingStats
 
@@ -57,21 +57,20 @@ class UtilizationSums:
         self._options = options
         self._num_experts = routing.num_experts
         self._stats: RoutingStats | None = None
-        self._num_samples = 0
         self._gate_entropy = 0.0
         self._pairs = torch.zeros(self._num_experts, self._num_experts, dtype=torch.float64)
         self._num_classes = num_classes
         self._class_gates = torch.zeros(num_classes or 0, self._num_experts, dtype=torch.float64)
-        # of each sample: its class and how many of its rows went to each expert first
+        # of each sample: its class and how often it chose each expert
         self._labels: list[Tensor] = []
-        self._tops: list[Tensor] = []
+        self._chosen: list[Tensor] = []
         self._hits: AblationHits | None = None
         self._examples: ExpertExamples | None = None
 
     def __add__(self, other: "UtilizationSums") -> "UtilizationSums":
         """The sums of both: of one head on two ranks."""
         total = copy.copy(self)
-        for name in ("_stats", "_num_samples", "_gate_entropy", "_pairs", "_class_gates", "_labels", "_tops", "_hits"):
+        for name in ("_stats", "_gate_entropy", "_pairs", "_class_gates", "_labels", "_chosen", "_hits"):
             mine, others = getattr(self, name), getattr(other, name)
             setattr(total, name, others if mine is None else mine if others is None else mine + others)
         total._show(other._examples)
@@ -99,16 +98,14 @@ class UtilizationSums:
             self._add_rows(routing)
             if images is not None and len(images) * routing.rows_per_sample == len(routing.logits):
                 self._show(ExpertExamples.of(routing, images, labels, self._options.num_examples))
-        # a router that runs twice for a sample tells no more of independent samples
-        self._num_samples += max(len(routing.logits) // routing.rows_per_sample for routing in passes)
         if hits is not None:
             self._hits = hits if self._hits is None else self._hits + hits
         if labels is not None and self._num_classes is not None:
             labels, counted = labels.long(), labels != IGNORED
-            tops = torch.stack([self._tops_of(routing, labels) for routing in passes]).sum(0)
+            chosen = torch.stack([self._choices_of(routing, labels) for routing in passes]).sum(0)
             if counted.any():
                 self._labels.append(labels[counted])
-                self._tops.append(tops[counted])
+                self._chosen.append(chosen[counted])
 
     def _add_rows(self, routing: Routing) -> None:
         stats = routing.stats()
@@ -118,22 +115,19 @@ class UtilizationSums:
         self._gate_entropy += float(torch.special.entr(shares).sum())
         self._pairs += chosen.t() @ chosen
 
-    def _tops_of(self, routing: Routing, labels: Tensor) -> Tensor:
-        """Rows of each sample whose top expert is e, (B, E), int64; their gates are added to those of the classes."""
+    def _choices_of(self, routing: Routing, labels: Tensor) -> Tensor:
+        """Choices of each expert by each sample, (B, E), int64; their gates are added to those of the classes."""
         valid, num_samples = routing.valid, len(routing.logits) // routing.rows_per_sample
         if len(labels) != num_samples:
             raise ValueError(
                 f"label_fn: expected a label for each of the {num_samples} samples that head {self.name!r} routed; got"
-                f" {len(labels)} labels"
+                f" {len(labels)} labels. Pass label_fn=lambda batch: None to do without classes"
             )
         of_rows = labels.repeat_interleave(routing.rows_per_sample)
         counted = valid & (of_rows != IGNORED)
         self._class_gates.index_add_(0, of_rows[counted], routing.gates[counted])
-        # a row that no expert took has no top expert
-        taken = (valid & ~routing.dropped).unsqueeze(-1)
-        tops = torch.zeros(len(valid), self._num_experts, dtype=torch.int64)
-        tops.scatter_(-1, routing.top.unsqueeze(-1), taken.long())
-        return tops.view(num_samples, routing.rows_per_sample, -1).sum(1)
+        chosen = routing.selected & valid.unsqueeze(-1)
+        return chosen.view(num_samples, routing.rows_per_sample, -1).sum(1)
 
     def _show(self, more: ExpertExamples | None) -> None:
         if more is not None:
@@ -158,10 +152,7 @@ class UtilizationSums:
         relative = ((importance if self._soft else load) * self._num_experts).tolist()
         dead = [expert for expert, share in enumerate(relative) if share == 0 or share < options.dead_below]
         starved = [expert for expert, share in enumerate(relative) if share < options.starved_below]
-        information = {
-            f"mutual_information{name}": value
-            for name, value in self._information(num_rows + int(stats.num_nonfinite)).items()
-        }
+        information = {f"mutual_information{name}": value for name, value in self._information().items()}
         return HeadUtilization(
             load=load,
             importance=importance,
@@ -192,22 +183,18 @@ class UtilizationSums:
 
     def _class_counts(self) -> Tensor:
         counts = torch.zeros(self._num_classes or 0, self._num_experts, dtype=torch.int64)
-        return counts.index_add_(0, torch.cat(self._labels), torch.cat(self._tops))
+        return counts.index_add_(0, torch.cat(self._labels), torch.cat(self._chosen))
 
-    def _information(self, num_routed: int) -> dict[str, float | None]:
+    def _information(self) -> dict[str, float | None]:
         """What the mutual information's field names end in, and their values."""
         found: dict[str, float | None] = dict.fromkeys(("", "_corrected", "_stderr", "_by_chance", "_p_value"))
-        if not self._labels:
+        if not self._labels or self._num_classes is None:
             return found
-        information = mutual_information(self._class_counts())
-        # the tokens of a sample are not independent: only the samples are counted for the standard error
-        widening = math.sqrt(num_routed / self._num_samples)
-        found |= {"": information.plugin, "_corrected": information.corrected, "_stderr": information.stderr * widening}
-        if self._options.num_permutations and self._num_classes:
-            labels, tops = torch.cat(self._labels), torch.cat(self._tops)
-            chance = permutation_baseline(
-                labels, tops, self._num_classes, self._options.num_permutations, self._options.seed
-            )
+        samples = torch.cat(self._labels), torch.cat(self._chosen), self._num_classes
+        information = information_of_samples(*samples)
+        found |= {"": information.plugin, "_corrected": information.corrected, "_stderr": information.stderr}
+        if self._options.num_permutations:
+            chance = permutation_baseline(*samples, self._options.num_permutations, self._options.seed)
             found |= {"_by_chance": chance.mean, "_p_value": chance.p_value}
         return found
 

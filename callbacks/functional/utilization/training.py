@@ -13,6 +13,7 @@ from moe_heads.callbacks.functional.common.ranks import Ranks
 from moe_heads.callbacks.functional.utilization.flips import EpochChoices
 from moe_heads.callbacks.functional.utilization.health import RouterHealth
 from moe_heads.callbacks.functional.utilization.remedies import remedies_for
+from moe_heads.callbacks.functional.utilization.rows import of_samples
 from moe_heads.callbacks.functional.utilization.watch import RouterKind, RoutingWatch
 from moe_heads.routing import Adapters, RoutingCollection, RoutingStats, adapted_routers, named_routers
 
@@ -47,6 +48,7 @@ class TrainingRouters:
     Attributes:
         has_other_data: Whether, on any rank, the last validation of the epoch that ended last was on other data than
             the one before it.
+        are_silent: Whether training batches came in the epoch that ended last and no router ran in any.
     """
 
     def __init__(
@@ -57,11 +59,13 @@ class TrainingRouters:
         dead_below: float,
         starved_below: float,
     ) -> None:
-        self._collection, self.has_other_data = collection, False
+        self._collection, self.has_other_data, self.are_silent = collection, False, False
+        self._num_batches = 0
         self._bounds = dead_below, starved_below
         self._health: dict[str, RouterHealth] = {}
         self._routers: dict[str, nn.Module] = {**named_routers(model)}
-        self._routers |= {name: router for name, (router, _) in adapted_routers(model, adapters).items()}
+        self._foreign = {name: router for name, (router, _) in adapted_routers(model, adapters).items()}
+        self._routers |= self._foreign
         self._watch, self._validation_watch = RoutingWatch(), RoutingWatch()
         self._in_evaluation: dict[str, RoutingStats] = {}
         self._choices = {name: EpochChoices() for name in self._routers}
@@ -77,12 +81,15 @@ class TrainingRouters:
     def end_training_batch(self) -> None:
         """Take what was heard of a training batch."""
         self._collection.paused = True
+        self._num_batches += 1
         self._watch.take(self._collection)
 
     def end_validation_batch(self, batch: Batch) -> None:
         """Take what was heard of a validation batch."""
         self._collection.paused = True
         for name, passes in self._collection.routings.items():
+            if name in self._foreign:
+                passes[:] = [of_samples(routing, batch) for routing in passes]
             self._choices[name].add(passes, batch)
         self._validation_watch.take(self._collection)
 
@@ -109,6 +116,8 @@ class TrainingRouters:
         # what ran on one rank alone is told by all: they have to add up, and log, the same
         found = ranks.gather(of_this_rank)
         self.has_other_data = any(rank.has_other_data for rank in found)
+        self.are_silent = bool(self._routers) and self._num_batches > 0 and not any(rank.kinds for rank in found)
+        self._num_batches = 0
         kinds = {name: kind for rank in found for name, kind in rank.kinds.items()}
         reports: dict[str, EpochReport] = {}
         for name, kind in sorted(kinds.items()):
@@ -117,10 +126,11 @@ class TrainingRouters:
             stats = metric.stats.all_reduce().cpu()
             scalars |= _mean("router_gradient_norm", [rank.norms[name] for rank in found if name in rank.norms])
             scalars |= _mean("routing_flips", [rank.flips[name] for rank in found if name in rank.flips])
-            if int(stats.num_rows):
+            if int(stats.num_rows) or int(stats.num_nonfinite):
                 evaluated = [rank.in_evaluation[name] for rank in found if name in rank.in_evaluation]
-                news = self._health_of(name, kind.soft).news(stats, reduce(add, evaluated) if evaluated else None)
-                reports[name] = EpochReport(stats, scalars, tuple(news))
+                health = self._health_of(name, kind.soft)
+                news = health.news(stats, reduce(add, evaluated) if evaluated else None)
+                reports[name] = EpochReport(stats, scalars | health.counts(stats), tuple(news))
         self._watch.reset()
         self._flips, self._in_evaluation = {}, {}
         return reports

@@ -97,8 +97,8 @@ def test_mutual_information_equals_scikit_learns() -> None:
     result = expert_utilization(model, [(x, labels)])
     with collect_routing(model) as routing:
         model(x)
-    top = routing.routings["1"][0].top
-    expected = mutual_info_score(labels, top)
+    chosen = routing.routings["1"][0].indices  # both choices of a row count
+    expected = mutual_info_score(labels.repeat_interleave(2), chosen.flatten())
     assert result.mutual_information["1"] == pytest.approx(expected, rel=1e-9)
 
 
@@ -156,6 +156,15 @@ def test_samples_without_a_class_count_in_all_but_the_classes() -> None:
     assert torch.equal(none.load, only_head(expert_utilization(HandModel(3, 1), [x])).load)
 
 
+def test_whole_numbers_that_are_no_classes() -> None:
+    """As the targets of a regression: a class map of a million rows would tell nothing."""
+    x, targets = torch.randn(20, 3), torch.randint(1_000_000, (20,)) + 1000
+    assert only_head(expert_utilization(HandModel(3, 1), [(x, targets)])).class_map is None
+    assert only_head(expert_utilization(HandModel(3, 1), [(x, targets % 1000)])).class_map is not None
+    column = only_head(expert_utilization(HandModel(3, 1), [x], label_fn=lambda b: targets[:, None] % 3))
+    assert column.class_map is not None
+
+
 def test_equal_tokens_know_no_more_than_one() -> None:
     x, labels = torch.randn(40, 3), torch.randint(2, (40,))
     one = only_head(expert_utilization(HandModel(3, 1), [(x, labels)]))
@@ -163,6 +172,17 @@ def test_equal_tokens_know_no_more_than_one() -> None:
     assert five.mutual_information == pytest.approx(one.mutual_information)
     assert one.mutual_information_stderr is not None and one.mutual_information_stderr > 0.01
     assert five.mutual_information_stderr == pytest.approx(one.mutual_information_stderr)
+    assert five.mutual_information_corrected == pytest.approx(one.mutual_information_corrected)
+
+
+def test_a_second_choice_is_a_choice() -> None:
+    """Expert 0 is everybody's first choice, each of the others is the second one of a class."""
+    labels = torch.arange(4).repeat(10)
+    x = nn.functional.pad(2 * nn.functional.one_hot(labels, 4).float(), (1, 0), value=3.0)
+    head = only_head(expert_utilization(HandModel(5, 2), [(x, labels)]))
+    assert head.specialization.tolist() == pytest.approx([0.0, *[math.log(4)] * 4], abs=1e-12)
+    assert head.mutual_information == pytest.approx(math.log(4) / 2)
+    assert head.class_counts.sum(0).tolist() == (80 * head.load).tolist()
 
 
 def test_rows_that_are_not_finite_count_in_nothing_else() -> None:
@@ -225,7 +245,7 @@ def test_progress() -> None:
         (
             [(torch.zeros(2, 2), torch.tensor([0, 2]))],
             {"class_names": ("cat", "dog")},
-            "labels: expected classes 0 to 1, or .*; got 0 to 2",
+            r"labels: expected classes 0 to 1 \(there are 2 class_names\), or .*; got 0 to 2. Pass label_fn=",
         ),
         (
             [torch.zeros(2, 2)],
@@ -257,6 +277,9 @@ def test_progress() -> None:
             {},
             "model: expected finite router logits; all 2 rows of head 'head' have nan",
         ),
+        ([torch.zeros(2, 2)], {"label_fn": lambda b: [0, 1]}, r"label_fn: expected a tensor \(B,\) or None; got list"),
+        ([torch.zeros(2, 2)], {"dead_below": 0.5}, "starved_below: expected at least dead_below = 0.5; got 0.25"),
+        ([torch.zeros(2, 2)], {"adapters": [print]}, "adapters: expected a mapping from classes or names"),
         ([torch.zeros(2, 2)], {"dead_below": 1.0}, r"dead_below: expected a fraction in \[0, 1\); got 1.0"),
     ],
 )

@@ -141,7 +141,12 @@ def test_a_head_that_cannot_lose_one_costs_the_others_nothing() -> None:
         (
             nn.Sequential(SoftMoE(5, 3, num_experts=2, expert_width=4), nn.Flatten(0)),
             (torch.randn(3, 5), torch.zeros(3, dtype=torch.int64)),
-            r"ablation: expected a model that returns logits \(3, C\); got \(9,\)",
+            r"ablation: expected a model that returns logits \(3, C\) of C ≥ 2 .*; got \(9,\)",
+        ),
+        (
+            Last(SparseMoE(8, 1, num_experts=4, expert_width=4)),
+            (torch.randn(3, 5), torch.zeros(3, dtype=torch.int64)),
+            r"ablation: expected a model that returns logits \(3, C\) of C ≥ 2 classes.*; got \(3, 1\)",
         ),
     ],
 )
@@ -184,10 +189,40 @@ def test_a_sample_of_tokens_counts_by_its_best_token() -> None:
 def test_images_are_kept_small_and_of_one_size() -> None:
     routing = routing_of([[1.0] + 39 * [0.0]])
     large = ExpertExamples.of(routing, torch.randn(1, 3, 256, 128), None, 4)
-    assert large.images.shape == (32, 1, 3, 64, 32)
+    assert large.images.shape == (40, 1, 3, 64, 32)
     assert large.images.dtype == torch.uint8
     for other in (torch.randn(1, 3, 10, 10), torch.randn(1, 1, 64, 32)):
-        assert large.merged(ExpertExamples.of(routing, other, None, 4), 4).images.shape == (32, 2, 3, 64, 32)
+        assert large.merged(ExpertExamples.of(routing, other, None, 4), 4).images.shape == (40, 2, 3, 64, 32)
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        (
+            torch.zeros(2, 2, 4, 4),
+            r"image_fn: expected images \(B, C, H, W\) with one channel or three.*\(2, 2, 4, 4\)",
+        ),
+        (torch.zeros(2, 4, 4), r"image_fn: expected images .*; got \(2, 4, 4\)"),
+        ([1, 2], "image_fn: expected images .*; got list"),
+        (torch.zeros(3, 1, 4, 4), r"image_fn: expected an image for each of the 2 samples; got \(3, 1, 4, 4\)"),
+    ],
+)
+def test_images_that_cannot_be(images: Any, message: str) -> None:
+    model = SparseMoE(5, 3, num_experts=4, expert_width=4)
+    with pytest.raises(ValueError, match=message):
+        expert_utilization(model, [torch.randn(2, 5)], image_fn=lambda batch: images, num_examples=1)
+
+
+def test_a_model_that_returns_its_logits_in_a_mapping() -> None:
+    class Named(Last):
+        def forward(self, x: Tensor) -> Any:
+            return {"logits": super().forward(x)}
+
+    model, batch = Named(HEADS["sparse"]()).eval(), (torch.randn(9, 5), torch.randint(3, (9,)))
+    found = expert_utilization(model, [batch], ablation=True).heads["head"].ablation
+    assert found is not None and found.accuracy == pytest.approx(
+        float((model(batch[0])["logits"].argmax(-1) == batch[1]).double().mean())
+    )
 
 
 def test_what_can_be_shown() -> None:

@@ -16,7 +16,7 @@ from moe_heads.callbacks.functional.utilization.flips import EpochChoices
 from moe_heads.callbacks.functional.utilization.health import RouterHealth
 from moe_heads.callbacks.functional.utilization.remedies import remedies_for
 from moe_heads.callbacks.functional.utilization.watch import RoutingWatch
-from moe_heads.routers import BiasBalancedRouter
+from moe_heads.routers import BiasBalancedRouter, ExpertChoiceRouter, NoisyTopKRouter, SwitchRouter
 from tests.support.head_zoo import FEATURES, ROUTERS, head_with
 from tests.support.processes import NUM_RANKS, run_on_ranks
 
@@ -219,50 +219,83 @@ def test_health_tells_each_thing_once_and_what_to_change() -> None:
     router = health()
     assert list(router.news(stats_of([0.25] * 4))) == []
     (starving,) = router.news(stats_of([0.35, 0.3, 0.3, 0.05]))
-    assert starving.startswith(
-        "starving among 4 experts: number 3 (20.0%) of the fair share of the load; the limit is 25%."
-    )
+    assert starving.startswith("1 of 4 experts starving: number 3 (20.0% of the fair share of the load).")
     assert "BiasBalancedRouter" in starving
     (dead,) = router.news(stats_of([0.35, 0.3, 0.35, 0.0]))
-    assert dead.startswith("dead among 4 experts: number 3 (0.0%)")
+    assert dead.startswith("1 of 4 experts dead: number 3 (0.0%")
     assert list(router.news(stats_of([0.35, 0.3, 0.35, 0.0]))) == []
-    collapse, more = router.news(stats_of([0.98, 0.01, 0.01, 0.0]))
-    assert collapse.startswith("the routing collapses: 1.1 of 4 experts are in effect.")
-    assert more.startswith("starving among 4 experts: numbers 1 (4.0%), 2 (4.0%)")
+    # one sentence for an epoch, and the advice once
+    (told,) = router.news(stats_of([0.98, 0.01, 0.01, 0.0]))
+    assert told.startswith(
+        "the routing collapses, 1.1 of 4 experts are in effect; 2 of 4 experts starving: numbers 1 ("
+    )
+    assert "numbers 1 (4.0% of the fair share of the load), 2 (4.0%). Raise" in told
+    assert told.count("Raise the coefficients") == 1
 
 
 def test_an_expert_that_recovers_is_no_news_and_one_that_dies_again_is() -> None:
     router, sick, well = health(), stats_of([0.5, 0.5, 0.0]), stats_of([0.4, 0.3, 0.3])
     (dead,) = router.news(sick)
-    assert "dead among 3 experts: number 2" in dead
+    assert "1 of 3 experts dead: number 2" in dead
     assert list(router.news(stats_of([0.5, 0.48, 0.02]))) == []  # it starves on
     assert list(router.news(well)) == []
     assert list(router.news(sick)) == [dead]
 
 
 def test_two_experts_can_collapse_and_without_a_limit_the_dead_do_not_starve() -> None:
-    collapse, dead = health(dead_below=0.0).news(stats_of([1.0, 0.0]))
-    assert "1.0 of 2 experts" in collapse
-    assert ": number 1 (0.0%)" in dead
+    (told,) = health(dead_below=0.0).news(stats_of([1.0, 0.0]))
+    assert "1.0 of 2 experts are in effect; 1 of 2 experts dead: number 1 (0.0%" in told
+    assert "starving" not in told
 
 
-def test_what_only_evaluation_shows_is_told_once_and_apart() -> None:
-    router, even = health(), stats_of([0.25] * 4)
+def test_what_only_evaluation_shows_twice_is_told_once_and_apart() -> None:
+    router, even, sick = health(), stats_of([0.25] * 4), stats_of([0.35, 0.3, 0.35, 0.0])
     assert list(router.news(even, even)) == []
-    (dead,) = router.news(even, stats_of([0.35, 0.3, 0.35, 0.0]))
-    assert dead.startswith("on the validation data, and not in training, dead among 4 experts: number 3 (0.0%)")
+    assert list(router.news(even, sick)) == []  # it may have died at the end of the epoch: the next one shows it
+    (dead,) = router.news(even, sick)
+    assert dead.startswith("on the validation data, and not in training, 1 of 4 experts dead: number 3 (0.0%")
     assert "noisy=False" in dead and "noisy=True" not in dead
-    assert list(router.news(even, stats_of([0.35, 0.3, 0.35, 0.0]))) == []
-    # what training shows as well is told of training
-    (dead,) = router.news(*[stats_of([0.35, 0.3, 0.35, 0.0])] * 2)
-    assert dead.startswith("dead among 4 experts: number 3 (0.0%)")
+    assert list(router.news(even, sick)) == []
+    # what training shows as well is told of training alone
+    router = health()
+    (dead,) = [*router.news(even, sick), *router.news(sick, sick), *router.news(sick, sick)]
+    assert dead.startswith("1 of 4 experts dead: number 3 (0.0%")
     # an expert that starves in training and is dead in evaluation
-    assert list(health().news(stats_of([0.35, 0.3, 0.31, 0.04]), stats_of([0.35, 0.3, 0.35, 0.0])))[1].startswith(
-        "on the validation data, and not in training, dead among 4 experts: number 3"
-    )
-    collapse, starving = health().news(even, stats_of([0.94, 0.02, 0.02, 0.02]))
-    assert collapse.startswith("on the validation data, and not in training, the routing collapses: 1.3 of 4")
-    assert starving.startswith("on the validation data, and not in training, starving among 4")
+    router, starving = health(), stats_of([0.35, 0.3, 0.31, 0.04])
+    told = [line for _ in range(2) for line in router.news(starving, sick)]
+    assert [line[:45] for line in told] == [
+        "1 of 4 experts starving: number 3 (16.0% of t",
+        "on the validation data, and not in training, ",
+    ]
+    # nobody can say "not in training" of an epoch too short to tell
+    few = RoutingStats(**{**vars(even), "counts": torch.tensor([9] * 4)})
+    assert [line for _ in range(3) for line in health().news(few, sick)] == []
+
+
+def test_an_even_router_that_made_few_choices_has_not_collapsed() -> None:
+    """20 choices are in effect 20 experts at most."""
+    share = [1 / 20] * 20 + [0.0] * 44
+    few = RoutingStats(**{**vars(stats_of(share)), "counts": torch.tensor([1] * 20 + [0] * 44)})
+    assert list(health().news(few)) == []
+
+
+def test_many_experts_are_not_all_named() -> None:
+    (told,) = health().news(stats_of([0.125] * 8 + [0.0] * 12))
+    assert "12 of 20 experts dead: numbers 8 (0.0% of the fair share of the load)," in told
+    assert ", 15 (0.0%) and 4 more" in told
+
+
+def test_rows_without_finite_logits_are_told_while_they_last() -> None:
+    router, broken = health(), RoutingStats(**{**vars(stats_of([0.25] * 4)), "num_nonfinite": torch.tensor(500)})
+    (told,) = router.news(broken)
+    assert told.startswith("500 of 1500 rows had router logits that are nan or infinite")
+    assert list(router.news(broken)) == []
+    assert list(router.news(stats_of([0.25] * 4))) == []
+    assert len(list(router.news(broken))) == 1
+
+
+def test_health_counts() -> None:
+    assert health().counts(stats_of([0.5, 0.45, 0.05, 0.0])) == {"num_dead_experts": 1, "num_starved_experts": 1}
 
 
 class Gate(nn.Linear):
@@ -272,7 +305,11 @@ class Gate(nn.Linear):
 @pytest.mark.parametrize(
     ("router", "soft", "advised", "not_advised"),
     [
-        (ROUTER, False, "balance={...}", "update_rate"),
+        (ROUTER, False, "(noisy=False)", "noisy=True"),
+        (NoisyTopKRouter(8, 4, 2, noisy=False), False, "noisy=True", "noisy=False"),
+        (SwitchRouter(8, 4), False, "jitter", "noisy"),
+        (SwitchRouter(8, 4, jitter=0.0), False, "balance={...}", "jitter"),
+        (ExpertChoiceRouter(8, 4), False, "temperature", "noisy"),
         (SoftMoE(8, 3, num_experts=4).router, True, "balance={'kl': ...}", "noisy"),
         (BiasBalancedRouter(8, 4), False, "update_rate", "balance="),
         (Gate(8, 4), False, "its balance loss", "balance="),
@@ -281,7 +318,7 @@ class Gate(nn.Linear):
 )
 def test_only_what_the_router_has_is_advised(router: nn.Module, soft: bool, advised: str, not_advised: str) -> None:
     remedies = remedies_for(router, soft)
-    assert advised in remedies.in_training
+    assert advised in remedies.in_training + remedies.in_evaluation
     assert not_advised not in remedies.in_training + remedies.in_evaluation
 
 
@@ -293,7 +330,7 @@ def test_a_few_choices_tell_nothing() -> None:
     assert list(health().news(RoutingStats(**{**vars(stats), "counts": few}))) == []
     many = torch.tensor([*[10] * 38, 20, 0])
     (dead,) = health().news(RoutingStats(**{**vars(stats), "counts": many}))
-    assert "number 39 (0.0%)" in dead
+    assert "1 of 40 experts dead: number 39 (0.0%" in dead
 
 
 def test_a_soft_router_is_told_by_its_weights() -> None:

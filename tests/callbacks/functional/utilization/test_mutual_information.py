@@ -4,7 +4,10 @@ import pytest
 import torch
 from sklearn.metrics import mutual_info_score
 
-from moe_heads.callbacks.functional.utilization.mutual_information import mutual_information
+from moe_heads.callbacks.functional.utilization.mutual_information import (
+    information_of_samples,
+    mutual_information,
+)
 
 
 def test_plug_in_estimate_equals_scikit_learns() -> None:
@@ -41,6 +44,46 @@ def test_correction_removes_the_bias() -> None:
     stderr = (corrected.std() / len(estimates) ** 0.5).item()
     assert plugin.mean().item() == pytest.approx(12 / 200, abs=5 * stderr)
     assert corrected.mean().item() == pytest.approx(0, abs=5 * stderr)
+
+
+@pytest.mark.parametrize("kind", ["two different experts", "like tokens"])
+def test_correction_and_stderr_where_the_choices_of_a_sample_depend_on_one_another(kind: str) -> None:
+    """300 data sets of 150 samples whose labels are independent of the experts."""
+    estimates, plain = [], []
+    for _ in range(300):
+        labels = torch.randint(4, (150,))
+        if kind == "like tokens":  # of six, each is that of its sample or, one in three, any
+            of_sample, of_token = torch.randint(5, (150, 1)), torch.randint(5, (150, 6))
+            experts = torch.where(torch.rand(150, 6) < 1 / 3, of_token, of_sample)
+        else:
+            experts = torch.rand(150, 5).topk(2).indices
+        chosen = torch.nn.functional.one_hot(experts, 5).sum(1)
+        estimates.append(information_of_samples(labels, chosen, 4).corrected)
+        plain.append(mutual_information(torch.zeros(4, 5).index_add_(0, labels, chosen.float())).corrected)
+    corrected = torch.tensor(estimates)
+    stderr = float(corrected.std()) / 300**0.5
+    assert abs(float(corrected.mean())) < 4 * stderr
+    assert abs(float(torch.tensor(plain).mean())) > 8 * stderr  # what every choice alone would give
+
+
+def test_stderr_over_samples_is_the_spread_over_repetitions() -> None:
+    estimates = []
+    for _ in range(400):
+        labels = torch.randint(2, (250,))
+        liked = torch.where(torch.rand(250) < 0.8, labels, 1 - labels)  # of the sample, and all of its tokens mostly
+        experts = torch.where(torch.rand(250, 4) < 0.7, liked.unsqueeze(1), 2)
+        chosen = torch.nn.functional.one_hot(experts, 3).sum(1)
+        estimates.append(information_of_samples(labels, chosen, 2))
+    spread = float(torch.tensor([e.plugin for e in estimates]).std())
+    assert float(torch.tensor([e.stderr for e in estimates]).mean()) == pytest.approx(spread, rel=0.15)
+
+
+def test_one_choice_a_sample_is_the_table() -> None:
+    labels, experts = torch.randint(3, (80,)), torch.randint(4, (80,))
+    chosen = torch.nn.functional.one_hot(experts, 4)
+    table = torch.zeros(3, 4).index_add_(0, labels, chosen.float())
+    found, expected = information_of_samples(labels, chosen, 3), mutual_information(table)
+    assert vars(found) == pytest.approx(vars(expected))
 
 
 def test_stderr_is_the_spread_over_repetitions() -> None:

@@ -1,0 +1,24 @@
+"""Which rows of somebody else's router belong to one sample."""
+
+from dataclasses import replace
+
+from moe_heads.callbacks.functional.common.batches import Batch, batch_size
+from moe_heads.routing import Routing
+
+__all__ = ["of_samples"]
+
+
+def of_samples(routing: Routing, batch: Batch) -> Routing:
+    """The routing with its rows taken for the tokens of one sample after the other, where their number allows it.
+
+    Args:
+        routing: Of an adapter; one that tells ``rows_per_sample`` stays as it is.
+        batch: What the model was run on.
+    """
+    try:
+        num_samples = batch_size(batch)
+    except ValueError:  # no tensor in it: nobody knows how many samples
+        return routing
+    num_rows = len(routing.logits)
+    is_flat = routing.rows_per_sample == 1 and num_rows > num_samples and num_rows % num_samples == 0
+    return replace(routing, rows_per_sample=num_rows // num_samples) if is_flat else routing
