@@ -23,6 +23,7 @@ ALLOWED = {
         "moe_heads.callbacks.functional",
         "moe_heads.callbacks.functional.common",
         "moe_heads.routing",
+        "moe_heads.routers",
         "moe_heads.capacity",
         "moe_heads.head",
         "moe_heads.surgery",
