@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeGuard
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -102,8 +102,7 @@ class ExpertUtilizationCallback(FitEndAnalysis):
         **options: Unpack[AnalysisOptions],
     ) -> None:
         super().__init__(**options)
-        is_names = isinstance(class_names, (list, tuple)) and all(isinstance(name, str) for name in class_names)
-        if class_names is not None and not is_names:
+        if class_names is not None and not _are_names(class_names):
             raise ValueError(f"class_names: expected a list of names; got {class_names!r}")
         checked_options(dead_below, starved_below, num_permutations, num_examples, self.seed)
         self.class_names, self.forward_fn, self.adapters = class_names, forward_fn, adapters
@@ -264,7 +263,11 @@ class ExpertUtilizationCallback(FitEndAnalysis):
         self._routers = None
 
 
+def _are_names(names: object) -> TypeGuard[Sequence[str]]:
+    return isinstance(names, (list, tuple)) and all(isinstance(name, str) for name in names)
+
+
 def _class_names_of(datamodule: object) -> Sequence[str] | None:
     """The class names that a data module offers, where it does so as a list of names."""
     names = getattr(datamodule, "class_names", None)
-    return names if isinstance(names, (list, tuple)) and all(isinstance(name, str) for name in names) else None
+    return names if _are_names(names) else None

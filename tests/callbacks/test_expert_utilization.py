@@ -174,6 +174,14 @@ def test_whoever_resumes_without_it_is_not_asked_to_add_it(tmp_path: Path, recwa
     assert not [w for w in recwarn if "ExpertUtilization" in str(w.message)]
 
 
+def test_two_of_them_keep_two_histories(tmp_path: Path) -> None:
+    keeper = ModelCheckpoint(tmp_path, save_last=True, save_on_train_epoch_end=True)
+    fit(PlainModule(), utilization(), utilization(name="other"), keeper, enable_checkpointing=True)
+    kept = torch.load(keeper.last_model_path, weights_only=True)
+    for name in ("expert_utilization", "other"):
+        assert list(kept[f"moe_heads/{name}"]["head"]) == [0]
+
+
 def test_two_of_them_need_names() -> None:
     with pytest.raises(MisconfigurationException, match="Give one of them another name: ExpertUtilizationCallback"):
         fit(PlainModule(), utilization(), utilization())

@@ -1,6 +1,7 @@
 """How the experts of one head are used."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 from moe_heads.callbacks.functional.utilization.ablation import ExpertAblation
 from moe_heads.callbacks.functional.utilization.examples import ExpertExamples
 
-__all__ = ["HeadUtilization", "relative_load_percentiles"]
+__all__ = ["HeadUtilization", "dead_and_starved", "relative_load_percentiles"]
 
 _PERCENTILES = (10, 50, 90)
 
@@ -19,6 +20,20 @@ def relative_load_percentiles(load: Tensor) -> dict[str, float]:
     levels = torch.tensor(_PERCENTILES, dtype=torch.float64) / 100
     found = torch.quantile(load.double(), levels).tolist()
     return {f"relative_load_p{level}": value for level, value in zip(_PERCENTILES, found, strict=True)}
+
+
+def dead_and_starved(
+    relative: Sequence[float], dead_below: float, starved_below: float
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Experts that are dead, and those that are not and starve.
+
+    Args:
+        relative: Share of each expert in units of the fair share.
+        dead_below: Below it, or without anything, an expert is dead.
+        starved_below: Below it one starves.
+    """
+    dead = tuple(expert for expert, share in enumerate(relative) if share == 0 or share < dead_below)
+    return dead, tuple(e for e, share in enumerate(relative) if share < starved_below and e not in dead)
 
 
 @dataclass(frozen=True, eq=False)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from moe_heads.callbacks.functional.utilization.head import dead_and_starved
 from moe_heads.callbacks.functional.utilization.remedies import Remedies
 from moe_heads.routing import RoutingStats
 
@@ -77,9 +78,10 @@ class RouterHealth:
                 proves little, since the weights of a validation are those of the end of the epoch.
 
         Yields:
-            A sentence on the training and one on the validation: collapse, dead experts and starving ones, and what to
-            change. A router that chooses has to have chosen: dead experts and a collapse need a fair share of 10
-            choices, starving ones of 20, since fewer leave experts of an even router without any.
+            A sentence on rows without finite logits, one on the training and one on the validation: collapse, dead
+            experts and starving ones, and what to change. A router that chooses has to have chosen: dead experts and a
+            collapse need a fair share of 10 choices, starving ones of 20, since fewer leave experts of an even router
+            without any.
         """
         has_nonfinite, had_nonfinite = int(stats.num_nonfinite) > 0, self._had_nonfinite
         self._had_nonfinite = has_nonfinite
@@ -104,17 +106,13 @@ class RouterHealth:
         """How many experts are dead or starve, however few choices there were; nothing without a row."""
         if not int(stats.num_rows):
             return {}
-        dead, ill = self._dead_and_ill(self._relative(stats))
-        return {"num_dead_experts": float(len(dead)), "num_starved_experts": float(len(ill - dead))}
+        dead, starved = dead_and_starved(self._relative(stats), self._dead_below, self._starved_below)
+        return {"num_dead_experts": float(len(dead)), "num_starved_experts": float(len(starved))}
 
     def _relative(self, stats: RoutingStats) -> list[float]:
         share = (stats.importance if self._soft else stats.load).double().cpu()
         found: list[float] = (share * len(share)).tolist()
         return found
-
-    def _dead_and_ill(self, relative: Sequence[float]) -> tuple[frozenset[int], frozenset[int]]:
-        dead = {e for e, share in enumerate(relative) if share == 0 or share < self._dead_below}
-        return frozenset(dead), frozenset(dead | {e for e, r in enumerate(relative) if r < self._starved_below})
 
     def _findings(self, stats: RoutingStats) -> _Findings:
         relative = self._relative(stats)
@@ -122,12 +120,11 @@ class RouterHealth:
         fair_share = math.inf if self._soft else int(stats.counts.sum()) / num_experts
         in_effect = math.exp(float(torch.special.entr(stats.importance.double()).sum()))
         is_judged = fair_share >= LEAST_EXPECTED and int(stats.num_rows) > 0
-        dead, ill = self._dead_and_ill(relative) if is_judged else (frozenset(), frozenset())
+        dead, starved = dead_and_starved(relative, self._dead_below, self._starved_below) if is_judged else ((), ())
         collapsed = is_judged and in_effect < 1 + _COLLAPSED_BELOW * (num_experts - 1)
-        if fair_share < _LEAST_EXPECTED_OF_STARVING:
-            ill = dead
+        ill = {*dead, *starved} if fair_share >= _LEAST_EXPECTED_OF_STARVING else {*dead}
         what = "mixing weight" if self._soft else "load"
-        return _Findings(what, relative, in_effect, is_judged, collapsed, dead, ill)
+        return _Findings(what, relative, in_effect, is_judged, collapsed, frozenset(dead), frozenset(ill))
 
 
 def _signs(found: _Findings) -> set[tuple[str, int]]:

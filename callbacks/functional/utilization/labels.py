@@ -7,13 +7,14 @@ from torch import Tensor
 
 from moe_heads.callbacks.functional.common.batches import Batch
 
-__all__ = ["IGNORED", "labels_by", "names_of_classes", "num_classes_of"]
+__all__ = ["IGNORED", "SAY_NONE", "labels_by", "names_of_classes", "num_classes_of"]
 
 IGNORED = -100
 """Label of a sample without a class: what `torch.nn.functional.cross_entropy` ignores by default."""
 
 
-_SAY_NONE = "Pass label_fn=lambda batch: None to do without classes"
+SAY_NONE = "Pass label_fn=lambda batch: None to do without classes"
+"""The way out that a message about labels names."""
 
 # Whole numbers that go further than this, and than there are samples, are counts or targets rather than classes.
 _MOST_CLASSES = 1000
@@ -29,12 +30,12 @@ def labels_by(label_fn: Callable[[Batch], Tensor | None], batch: Batch) -> Tenso
     if labels is None:
         return None
     if not isinstance(labels, Tensor):
-        raise ValueError(f"label_fn: expected a tensor (B,) or None; got {type(labels).__name__}. {_SAY_NONE}")
+        raise ValueError(f"label_fn: expected a tensor (B,) or None; got {type(labels).__name__}. {SAY_NONE}")
     flat = labels.squeeze(1) if labels.dim() == 2 and labels.shape[1] == 1 else labels
     if flat.dim() != 1 or flat.is_floating_point() or flat.is_complex():
         raise ValueError(
             f"label_fn: expected one whole number a sample, shape (B,); got {tuple(labels.shape)}, {labels.dtype}."
-            f" {_SAY_NONE}"
+            f" {SAY_NONE}"
         )
     return flat
 
@@ -74,7 +75,7 @@ def num_classes_of(
         named = f" (there are {len(class_names)} class_names)" if class_names is not None else ""
         raise ValueError(
             f"labels: expected classes 0 to {num_classes - 1}{named}, or {IGNORED} for a sample without a class; got"
-            f" {lowest} to {highest}. {_SAY_NONE}"
+            f" {lowest} to {highest}. {SAY_NONE}"
         )
     return num_classes
 

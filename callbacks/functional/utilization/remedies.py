@@ -23,9 +23,10 @@ class Remedies:
     in_evaluation: str
 
 
+_BALANCE = "raise the coefficients of balance={...}"
 _BALANCING_ROUTER = "use a router that balances by itself (moe_heads.routers.BiasBalancedRouter, ExpertChoiceRouter)"
 _SLOWER = "or lower the learning rate of the router."
-_OTHER_DATA = "The validation data may differ, or dropout and batch statistics give them work in training: "
+_OTHER_DATA = "The validation data may differ, or dropout and batch statistics give them work in training"
 
 
 def remedies_for(router: nn.Module, soft: bool) -> Remedies:
@@ -36,33 +37,34 @@ def remedies_for(router: nn.Module, soft: bool) -> Remedies:
         soft: Whether it mixes all experts.
     """
     if not isinstance(router, Router):
-        return _foreign(soft)
+        return _FOREIGN_SOFT if soft else _FOREIGN
     if soft or isinstance(router, ExpertChoiceRouter):
-        raised = "raise the temperature or the coefficient of balance={'kl': ...}"
-        return Remedies(f"{raised.capitalize()}, {_SLOWER}", f"{_OTHER_DATA}{raised}.")
+        return _WEIGHTS
     if isinstance(router, BiasBalancedRouter):
-        larger = "train on larger batches, or lessen the dropout before the router."
-        return Remedies(f"Raise the update_rate of the router's bias, {_SLOWER}", _OTHER_DATA + larger)
-    balance = "raise the coefficients of balance={...}"
-    if isinstance(router, NoisyTopKRouter):
-        if router.noise is None:
-            noisier = f"Raise the coefficients of balance={{...}}, route with noise (noisy=True), {_BALANCING_ROUTER},"
-            return Remedies(f"{noisier} {_SLOWER}", f"{_OTHER_DATA}{balance}.")
-        quieter = "Its noise may give them work in training: route without it (noisy=False), or "
-        return Remedies(f"{balance.capitalize()}, {_BALANCING_ROUTER}, {_SLOWER}", f"{quieter}{balance}.")
-    if isinstance(router, SwitchRouter) and router.jitter:
-        quieter = "Its jitter may give them work in training: lessen it, or "
-        return Remedies(f"{balance.capitalize()}, {_BALANCING_ROUTER}, {_SLOWER}", f"{quieter}{balance}.")
-    return Remedies(f"{balance.capitalize()}, {_BALANCING_ROUTER}, {_SLOWER}", f"{_OTHER_DATA}{balance}.")
+        return _BIAS
+    noisier, cause = "", f"{_OTHER_DATA}: "
+    if isinstance(router, NoisyTopKRouter) and router.noise is None:
+        noisier = "route with noise (noisy=True), "
+    elif isinstance(router, NoisyTopKRouter):
+        cause = "Its noise may give them work in training: route without it (noisy=False), or "
+    elif isinstance(router, SwitchRouter) and router.jitter:
+        cause = "Its jitter may give them work in training: lessen it, or "
+    return Remedies(f"{_BALANCE.capitalize()}, {noisier}{_BALANCING_ROUTER}, {_SLOWER}", f"{cause}{_BALANCE}.")
 
 
-def _foreign(soft: bool) -> Remedies:
-    if soft:
-        return Remedies(
-            "Raise its temperature, add a loss that evens out its mean weights, or lower its learning rate.",
-            f"{_OTHER_DATA}add a loss that evens out its mean weights.",
-        )
-    return Remedies(
-        "Raise the coefficient of its balance loss, add noise to its logits in training, or lower its learning rate.",
-        f"{_OTHER_DATA}so may noise on its logits; lessen it, or raise the coefficient of its balance loss.",
-    )
+_WEIGHTS = Remedies(
+    f"Raise the temperature or the coefficient of balance={{'kl': ...}}, {_SLOWER}",
+    f"{_OTHER_DATA}: raise the temperature or the coefficient of balance={{'kl': ...}}.",
+)
+_BIAS = Remedies(
+    f"Raise the update_rate of the router's bias, {_SLOWER}",
+    f"{_OTHER_DATA}: train on larger batches, or lessen the dropout before the router.",
+)
+_FOREIGN_SOFT = Remedies(
+    "Raise its temperature, add a loss that evens out its mean weights, or lower its learning rate.",
+    f"{_OTHER_DATA}: add a loss that evens out its mean weights.",
+)
+_FOREIGN = Remedies(
+    "Raise the coefficient of its balance loss, add noise to its logits in training, or lower its learning rate.",
+    f"{_OTHER_DATA}, as noise on its logits would: lessen the noise, or raise the coefficient of its balance loss.",
+)

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from moe_heads.callbacks.functional.utilization.ablation import AblationHits
 from moe_heads.callbacks.functional.utilization.examples import ExpertExamples
-from moe_heads.callbacks.functional.utilization.head import HeadUtilization
-from moe_heads.callbacks.functional.utilization.labels import IGNORED
+from moe_heads.callbacks.functional.utilization.head import HeadUtilization, dead_and_starved
+from moe_heads.callbacks.functional.utilization.labels import IGNORED, SAY_NONE
 from moe_heads.callbacks.functional.utilization.mutual_information import information_of_samples
 from moe_heads.callbacks.functional.utilization.permutation import permutation_baseline
 from moe_heads.routing import Routing, RoutingStats
@@ -121,7 +121,7 @@ class UtilizationSums:
         if len(labels) != num_samples:
             raise ValueError(
                 f"label_fn: expected a label for each of the {num_samples} samples that head {self.name!r} routed; got"
-                f" {len(labels)} labels. Pass label_fn=lambda batch: None to do without classes"
+                f" {len(labels)} labels. {SAY_NONE}"
             )
         of_rows = labels.repeat_interleave(routing.rows_per_sample)
         counted = valid & (of_rows != IGNORED)
@@ -150,8 +150,7 @@ class UtilizationSums:
             )
         load, importance = stats.load, stats.importance
         relative = ((importance if self._soft else load) * self._num_experts).tolist()
-        dead = [expert for expert, share in enumerate(relative) if share == 0 or share < options.dead_below]
-        starved = [expert for expert, share in enumerate(relative) if share < options.starved_below]
+        dead, starved = dead_and_starved(relative, options.dead_below, options.starved_below)
         information = {f"mutual_information{name}": value for name, value in self._information().items()}
         return HeadUtilization(
             load=load,
@@ -162,8 +161,8 @@ class UtilizationSums:
             effective_experts_per_row=math.exp(self._gate_entropy / num_rows),
             margin=float(stats.margin),
             dropped=float(stats.dropped),
-            dead_experts=tuple(dead),
-            starved_experts=tuple(expert for expert in starved if expert not in dead),
+            dead_experts=dead,
+            starved_experts=starved,
             coactivation=self._coactivation(),
             class_map=self._class_gates / self._class_gates.sum(1, keepdim=True) if self._labels else None,
             class_counts=self._class_counts() if self._labels else None,

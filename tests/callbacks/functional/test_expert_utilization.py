@@ -138,33 +138,6 @@ def test_tokens_belong_to_the_class_of_their_sample() -> None:
     torch.testing.assert_close(head.class_map, torch.eye(2, dtype=torch.float64))
 
 
-def test_samples_without_a_class_count_in_all_but_the_classes() -> None:
-    """Label -100, which the cross-entropy ignores: the classes are those of the data without these samples."""
-    labels, experts = torch.arange(3).repeat(8), torch.randint(3, (24,)).tolist()
-    x, ignored = chosen(experts, 3), torch.arange(24) % 5 == 0
-    marked = torch.where(ignored, -100, labels)
-    batches = [(x[:10], marked[:10]), (x[ignored], marked[ignored]), (x[10:], marked[10:])]
-    head = only_head(expert_utilization(HandModel(3, 1), batches))
-    without = only_head(expert_utilization(HandModel(3, 1), [(x[~ignored], labels[~ignored])]))
-    assert torch.equal(head.class_map, without.class_map)
-    assert torch.equal(head.class_counts, without.class_counts)
-    assert head.mutual_information == without.mutual_information
-    assert head.mutual_information_by_chance == without.mutual_information_by_chance
-    assert head.num_rows == 24 + int(ignored.sum())
-    none = only_head(expert_utilization(HandModel(3, 1), [(x, torch.full((24,), -100))]))
-    assert none.class_map is None
-    assert torch.equal(none.load, only_head(expert_utilization(HandModel(3, 1), [x])).load)
-
-
-def test_whole_numbers_that_are_no_classes() -> None:
-    """As the targets of a regression: a class map of a million rows would tell nothing."""
-    x, targets = torch.randn(20, 3), torch.randint(1_000_000, (20,)) + 1000
-    assert only_head(expert_utilization(HandModel(3, 1), [(x, targets)])).class_map is None
-    assert only_head(expert_utilization(HandModel(3, 1), [(x, targets % 1000)])).class_map is not None
-    column = only_head(expert_utilization(HandModel(3, 1), [x], label_fn=lambda b: targets[:, None] % 3))
-    assert column.class_map is not None
-
-
 def test_equal_tokens_know_no_more_than_one() -> None:
     x, labels = torch.randn(40, 3), torch.randint(2, (40,))
     one = only_head(expert_utilization(HandModel(3, 1), [(x, labels)]))

@@ -1,0 +1,39 @@
+"""Labels that are no classes, and samples without one."""
+
+import torch
+from torch import nn
+
+from moe_heads.callbacks.functional.expert_utilization import expert_utilization
+from moe_heads.callbacks.functional.utilization.head import HeadUtilization
+from tests.support.hand_routers import HandModel
+
+
+def utilization(batches: list, **options: object) -> HeadUtilization:
+    return expert_utilization(HandModel(3, 1), batches, **options).heads["head"]
+
+
+def test_samples_without_a_class_count_in_all_but_the_classes() -> None:
+    """Label -100, which the cross-entropy ignores: the classes are those of the data without these samples."""
+    labels, experts = torch.arange(3).repeat(8), torch.randint(3, (24,))
+    x, ignored = 50.0 * nn.functional.one_hot(experts, 3).float(), torch.arange(24) % 5 == 0
+    marked = torch.where(ignored, -100, labels)
+    batches = [(x[:10], marked[:10]), (x[ignored], marked[ignored]), (x[10:], marked[10:])]
+    head = utilization(batches)
+    without = utilization([(x[~ignored], labels[~ignored])])
+    assert torch.equal(head.class_map, without.class_map)
+    assert torch.equal(head.class_counts, without.class_counts)
+    assert head.mutual_information == without.mutual_information
+    assert head.mutual_information_by_chance == without.mutual_information_by_chance
+    assert head.num_rows == 24 + int(ignored.sum())
+    none = utilization([(x, torch.full((24,), -100))])
+    assert none.class_map is None
+    assert torch.equal(none.load, utilization([x]).load)
+
+
+def test_whole_numbers_that_are_no_classes() -> None:
+    """As the targets of a regression: a class map of a million rows would tell nothing."""
+    x, targets = torch.randn(20, 3), torch.randint(1_000_000, (20,)) + 1000
+    assert utilization([(x, targets)]).class_map is None
+    assert utilization([(x, targets % 1000)]).class_map is not None
+    column = utilization([x], label_fn=lambda b: targets[:, None] % 3)
+    assert column.class_map is not None
