@@ -68,7 +68,7 @@ def _panels(runs: Sequence[Run], heads: Sequence[str], wanted: Sequence[Quantity
 
 
 def _loads(runs: Sequence[Run], heads: Sequence[str]) -> Figure | None:
-    """Use of every expert on test data in fair shares, experts in its order, a line a seed."""
+    """Use of every expert on test data in fair shares, the most used first, a line a seed."""
     routed = [head for head in heads if any(run["head"] == head and run["loads"] for run in runs)]
     if not routed:
         return None
@@ -82,7 +82,7 @@ def _loads(runs: Sequence[Run], heads: Sequence[str]) -> Figure | None:
         ax.axhline(1, color="grey", linewidth=0.8)
         ax.axhline(0.25, color="red", linewidth=0.8, linestyle=":")
         _dress(ax, title=head, xlabel="expert, by its use")
-        ax.set_ylim(bottom=0)
+    axes[0].set_ylim(bottom=0)  # of all panels, once their lines are there: a limit that is set stays as it is
     axes[0].set_ylabel("use, in fair shares", fontsize=_SIZE)
     return figure
 

@@ -71,6 +71,18 @@ def test_a_figure_for_every_claim() -> None:
     }
 
 
+def test_use_of_the_busiest_expert_is_not_cut_off() -> None:
+    """The first panel had fixed the limit of all before the others were drawn."""
+    runs = make_runs(2)
+    for run in runs:
+        if run["head"] == "sparse":
+            run["loads"]["test"]["load"] = [0.9] + [0.1 / 7] * 7
+    for ax in figures(runs)["utilisation"].axes:
+        lines = [line for line in ax.lines if line.get_marker() == "."]
+        assert lines and ax.get_ylim()[0] == 0
+        assert max(max(line.get_ydata()) for line in lines) < ax.get_ylim()[1]
+
+
 def test_a_page_written_again_is_the_same(tmp_path: Path) -> None:
     first = written(tmp_path, 3)
     assert written(tmp_path, 3) == first
