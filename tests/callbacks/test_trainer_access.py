@@ -146,7 +146,7 @@ def test_an_empty_list_of_loaders_is_no_data() -> None:
     assert found == [None, None]
 
 
-def test_what_a_step_tells_the_trainer_is_taken_back() -> None:
+def test_what_a_step_tells_the_trainer_is_taken_back(tmp_path: Path) -> None:
     module = PlainModule()
 
     def look(t: Trainer, m: LightningModule) -> Any:
@@ -159,7 +159,7 @@ def test_what_a_step_tells_the_trainer_is_taken_back() -> None:
         assert dict(t.callback_metrics) == metrics
         return t.should_stop
 
-    logger = CSVLogger("unused")
+    logger = CSVLogger(tmp_path)
     logger.log_metrics = lambda metrics, step=None: pytest.fail("written")  # type: ignore[method-assign]
     logger.save = logger.finalize = lambda *args: None  # type: ignore[method-assign]
     logger.log_hyperparams = lambda *args: None  # type: ignore[method-assign]
