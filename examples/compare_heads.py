@@ -27,7 +27,7 @@ from study.training import TimeIsUp
 
 from moe_heads.lightning_modules import ImageDataModule
 
-_FAILED, _REFUSED, _NOT_FINISHED = 1, 2, 3
+_FAILED, _REFUSED, _NOT_FINISHED, _INTERRUPTED = 1, 2, 3, 130
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -35,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Returns:
         0 when every run is finished; 1 when one failed, 2 when something impossible was asked for, 3 when time was up
-        or other processes have not finished theirs.
+        or other processes have not finished theirs, 130 after Ctrl-C.
     """
     started = time.monotonic()
     _quiet_lightning()
@@ -64,6 +64,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             _finish(options, description, config, time.monotonic() - started)
     except (ValueError, OSError) as error:
         return _tell(error, _FAILED)
+    except (KeyboardInterrupt, SystemExit):  # the latter is what Lightning makes of Ctrl-C
+        print("compare_heads.py: interrupted; what is done is kept, carry on with --resume", file=sys.stderr)
+        return _INTERRUPTED
     return status
 
 

@@ -1,6 +1,7 @@
 """Data, model and trainer of a run."""
 
 import hashlib
+import re
 from typing import Any, Literal
 
 import torch
@@ -26,7 +27,11 @@ _WHITENING_IMAGES = 2000
 
 
 def build_data(options: Options) -> ImageDataModule:
-    """Data module of the options, its images loaded: what is wrong with them shows before anything is written."""
+    """Data module of the options, its images loaded: what is wrong with them shows before anything is written.
+
+    Raises:
+        ValueError: If the data cannot be had or is not what a study can be made of.
+    """
     kind, _, path = options.data.partition(":")
     shared: dict[str, Any] = {
         "batch_size": options.batch_size,
@@ -35,14 +40,18 @@ def build_data(options: Options) -> ImageDataModule:
     }
     crops: dict[str, Any] = {"crop_padding": options.crop_padding, "crop_border": options.crop_border}
     data: ImageDataModule
-    if kind == "digits":
-        data = DigitsDataModule(**shared)
-    elif kind == "cifar10":
-        data = CIFAR10DataModule(**shared, **crops)
-    else:
-        data = ImageFolderDataModule(path, image_size=options.image_size, **shared, **crops)
-    data.prepare_data()
-    data.setup()
+    try:
+        if kind == "digits":
+            data = DigitsDataModule(**shared)
+        elif kind == "cifar10":
+            data = CIFAR10DataModule(**shared, **crops)
+        else:
+            data = ImageFolderDataModule(path, image_size=options.image_size, **shared, **crops)
+        data.prepare_data()
+        data.setup()
+    except ValueError as error:
+        # what the module calls root is a part of --data to whoever calls the study
+        raise ValueError(re.sub("^root: ", "--data: ", str(error))) from error
     return data
 
 

@@ -1,6 +1,6 @@
 """One figure a claim: each seed a point, each head a colour."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -109,33 +109,39 @@ def _gaps(runs: Sequence[Run], heads: Sequence[str]) -> Figure | None:
 
 
 def _lines(runs: Sequence[Run], heads: Sequence[str]) -> Figure | None:
-    """Loss along the top eigenvector of each run; dashed with the routing held fixed."""
+    """Loss along the top eigenvector: a row a split, a column a head, a line a run; dashed with the routing held fixed.
+
+    An eigenvector has no sign: every line is turned so that its higher end lies right.
+    """
     splits = [split for split in ("train", "test") if any(split in run["lines"] for run in runs)]
-    if not splits:
+    drawn = [head for head in heads if any(run["head"] == head and run["lines"] for run in runs)]
+    if not splits or not drawn:
         return None
-    figure = Figure(figsize=(4 * len(splits), 3), layout="constrained")
-    for ax, split in zip(np.ravel(figure.subplots(1, len(splits))), splits, strict=True):
-        named = set()
-        for run in runs:
-            line, head = run["lines"].get(split), run["head"]
-            if line is None or head not in heads:
-                continue
-            label = None if head in named else head
-            named.add(head)
-            ax.plot(line["alphas"], _floats(line["losses"]), color=color(head), linewidth=0.9, label=label)
-            if "losses_fixed_routing" in line:
-                fixed = _floats(line["losses_fixed_routing"])
-                held = label and f"{label}, routing held"
-                ax.plot(line["alphas"], fixed, color=color(head), linewidth=0.7, linestyle="--", label=held)
-        _dress(ax, title=split, xlabel="α along the unit top eigenvector")
-        _log_where_wide(ax)
-        ax.legend(fontsize=_SIZE - 1)
-    figure.axes[0].set_ylabel("mean cross-entropy, nats", fontsize=_SIZE)
+    figure = Figure(figsize=(2 * len(drawn) + 0.6, 2 * len(splits) + 0.6), layout="constrained")
+    axes = figure.subplots(len(splits), len(drawn), sharex=True, sharey=True, squeeze=False)
+    for row, split in zip(axes, splits, strict=True):
+        for ax, head in zip(row, drawn, strict=True):
+            for run in runs:
+                if run["head"] == head and split in run["lines"]:
+                    _line(ax, run["lines"][split], color(head))
+            _dress(ax, title=f"{head}, {split}", xlabel="α" if split == splits[-1] else "")
+        row[0].set_ylabel("cross-entropy, nats", fontsize=_SIZE)
+    _log_where_wide(axes[0, 0])
     return figure
 
 
+def _line(ax: Any, line: Mapping[str, Sequence[float | None]], shade: str) -> None:
+    losses = _floats(line["losses"])
+    alphas = np.array(_floats(line["alphas"])) * (-1 if losses[0] > losses[-1] else 1)
+    ax.plot(alphas, losses, color=shade, linewidth=0.9, alpha=0.8)
+    if "losses_fixed_routing" in line:
+        fixed = _floats(line["losses_fixed_routing"])
+        ax.plot(alphas, fixed, color="black", linewidth=0.6, linestyle="--", alpha=0.6)
+
+
 def _log_where_wide(ax: Any) -> None:
-    low, high = ax.dataLim.intervaly
+    limits = np.array([other.dataLim.intervaly for other in ax.get_shared_y_axes().get_siblings(ax)])
+    low, high = limits.min(), limits.max()
     if low > 0 and high > 30 * low:
         ax.set_yscale("log")
 

@@ -25,8 +25,8 @@ class Quantity:
         pattern: Format of the number.
         is_ratio: Compared between heads by its logarithm: differences are factors.
         scale: Factor in tables and figures, 100 for percent.
-        is_compared: Whether runs may be held against each other: a time of one process against that of another says
-            more about the machine than about the heads.
+        is_compared: Whether runs are held against each other: a time of one process against that of another says
+            more about the machine than about the heads, and a speed is one against the dense head already.
         is_censored: Whether a run without the number has one that is too large to be seen: then a head of which any
             run lacks it is not compared, as the runs that have it are not like the others.
     """
@@ -119,7 +119,11 @@ def _rises(line: dict[str, list[Any]]) -> list[float]:
 
 
 def _model_speedup(run: Run) -> float | None:
-    """Time of the model with the dense head of equal capacity by that with its own, timed in turns in one process."""
+    """Time of the model with the dense head of equal capacity by that with its own.
+
+    Model, head and dense head are timed in turns in one process; that of the model with the dense head is the model's
+    without its head's, and with the dense head's.
+    """
     prefix = "inference_timing/test"
     names = [f"{prefix}/{module}/batch{_BATCH}/p50_ms" for module in ("model", "head", "head_dense")]
     if not all(name in run["metrics"] for name in names):
@@ -141,7 +145,9 @@ RADIUS = Quantity("radius", "radius (train), α at +0.1 nats", _radius, is_ratio
 RISE = Quantity("rise", "largest rise on the line (train), nats", _largest_rise, is_ratio=True)
 SHAPE = Quantity("shape", "largest rise on the line by that of its parabola (train)", _beyond_quadratic, is_ratio=True)
 BALANCE = Quantity("balance", "use of the least used expert, in fair shares", _share_of_least_used, ".2f")
-SPEEDUP = Quantity("speedup", "speed of the model, dense = 1 (B = 256)", _model_speedup, is_ratio=True)
+SPEEDUP = Quantity(
+    "speedup", "speed of the model, dense = 1 (B = 256)", _model_speedup, ".4f", is_ratio=True, is_compared=False
+)
 HEAD_SPEEDUP = Quantity(
     "head_speedup",
     "speed of the head, dense = 1 (B = 256)",

@@ -3,6 +3,7 @@
 import base64
 import html
 import json
+import shlex
 from collections.abc import Container, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -20,7 +21,7 @@ from study.results import Run, heads_of
 from study.statistics import correlate
 from study.storage import replace, save_figure
 from study.tables import comparison_table, correlation_table, main_table, verdict_table
-from study.verdicts import Verdict, comparisons_of, verdicts
+from study.verdicts import RULES, Verdict, comparisons_of, verdicts
 
 # Scalars of a run that TensorBoard's table of runs shows, with their titles there.
 _COLUMNS = {
@@ -35,6 +36,7 @@ _COLUMNS = {
     "inference_timing/test/model/batch256/p50_ms": "model, ms a batch of 256",
 }
 _COLUMNS_SUFFIX = ".columns"
+_LINE_CHECK = "loss_landscape/train/line_curvature_1_agrees"
 
 _METHOD = """The unit is the seed. Heads are paired by seed, which fixes the first weights of the backbone and the
 split of the data; order and augmentation of the images differ between heads from the first step on, as heads draw
@@ -42,11 +44,26 @@ random numbers of their own. Means stand with Student's 95 % interval (geometric
 times, where differences are factors). p is that of the paired t-test; corrected (Benjamini and Yekutieli, which holds
 for dependent tests) are the tests of "above" that decide a claim, all of them together. Nothing else is corrected: not
 the other rows of the table between heads, nor the tests of "alike" (two one-sided tests at 5 % against the margin that
-is stated). d_z is the paired effect size with Hedges' correction. Intervals of rank correlations draw whole seeds.
+is stated). d_z is the paired effect size with Hedges' correction, of the logarithms for a factor. Intervals of rank
+correlations draw whole seeds and keep the heads: they say how steady the order of these heads is, not what other heads
+would do. *ρ within heads* is the correlation of what is left without each head's mean.
+
 Losses and accuracies of a split are those of the whole split, without augmentation, in evaluation mode and fp32, and so
 are curvature and landscape, of the plain cross-entropy on {samples:,} samples. The line of the landscape is that of the
-paper: 21 points up to 0.5 along the unit top eigenvector, so that every head goes equally far along its own. The use
-of an expert is its share of the choices, and of the mixing weights for a head that runs all."""
+paper: 21 points up to 0.5 along the unit top eigenvector, so that every head goes equally far along its own; an
+eigenvector has no sign, and the figure turns every line so that its higher end lies right. *Routing held* (dashed):
+every sample keeps the experts that it has at α = 0. The *parabola* is ½ λmax α². Between two points the loss is taken
+for straight: the radius is no finer than their distance allows. {line_check}
+
+A dense head has one hidden layer; soft and sparse heads have experts of such layers and a router, of which soft runs
+all and mixes them, sparse runs two of them a sample and hard one. *Active* parameters are those that a sample meets.
+The use of an expert is its share of the choices, and of the mixing weights for a head that runs all; its *fair share*
+is 1/E. *Experts in effect* is exp of the entropy of these weights, E where all are used alike. The *calibration error*
+is the expected difference of confidence and accuracy in 15 bins (torchmetrics).
+
+Times are medians of forward passes in evaluation mode. Those of different runs are of different hours of the machine
+and are not compared; model, head and dense head of equal capacity are timed in turns in one process, and the *speed of
+the model* is its time with the dense head's in place of its own head's, by its time."""
 
 
 def write(options: Options, data: dict[str, Any], runs: Sequence[Run]) -> Path:
@@ -98,8 +115,10 @@ def _text(options: Options, data: dict[str, Any], runs: Sequence[Run], drawn: Co
         main_table(runs),
         *(["### Between heads", comparison_table(comparisons)] if comparisons else []),
         *(["### Sharpness and generalisation", correlation_table(known)] if known else []),
+        "## How a claim is decided",
+        RULES,
         "## Method",
-        _METHOD.format(samples=options.analysis_samples),
+        _METHOD.format(samples=options.analysis_samples, line_check=_line_check(runs)),
         "The protocol in full: " + ", ".join(f"{name} {value}" for name, value in runs[0]["config"].items()) + ".",
         *filter(None, (_head_section(options, run["head"]) for run in runs if run["seed"] == 0)),
         f"Everything interactively: `tensorboard --logdir {options.out.name}`",
@@ -155,6 +174,8 @@ def _command(options: Options) -> str:
                 parts.append(f"--{'' if value else 'no-'}{flag}")
             else:
                 parts.append(f"--{flag} {' '.join(map(str, value)) if isinstance(value, tuple) else value}")
+    if options.data_name is not None:
+        parts.append(f"--data-name {shlex.quote(options.data_name)}")
     return " ".join(parts)
 
 
@@ -173,6 +194,17 @@ def _evidence(verdict: Verdict, is_drawn: bool) -> str:
     if is_drawn:
         lines.append(f"![{verdict.figure}]({verdict.figure}.png)")
     return "\n\n".join(lines)
+
+
+def _line_check(runs: Sequence[Run]) -> str:
+    """Whether the line, at its spacing, sees the curvature that the eigenvalue says."""
+    found = [value for run in runs if (value := run["metrics"].get(_LINE_CHECK)) is not None]
+    if not found:
+        return ""
+    return (
+        f"The second difference of its three middle points agrees with λmax in {sum(map(bool, found))} of"
+        f" {len(found)} runs; where it does not, the loss is no parabola over one step of the line."
+    )
 
 
 def _head_section(options: Options, head: str) -> str:

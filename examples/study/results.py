@@ -12,6 +12,8 @@ from study.storage import replace
 Run = dict[str, Any]
 """What `study.run.run` stores of a run."""
 
+_FIELDS = ("head", "seed", "config", "capacity", "metrics", "lines", "loads", "machine")
+
 
 def heads_of(runs: Sequence[Run]) -> list[str]:
     """Heads that have a run, in the order of the study."""
@@ -67,6 +69,8 @@ def load(folder: Path, config: dict[str, Any]) -> Run:
     path = folder / "result.json"
     result = _read(path)
     _check(path, result.get("config"), config)
+    if missing := [name for name in _FIELDS if name not in result]:
+        raise ValueError(f"--resume: {path} lacks {', '.join(missing)}; {_remedy(path)}")
     return result
 
 
@@ -89,15 +93,20 @@ def _read(path: Path) -> Run:
     try:
         result = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"--resume: {path} is not the result of a run ({error}); remove its folder") from error
+        raise ValueError(f"--resume: {path} is not what a run has written ({error}); {_remedy(path)}") from error
     if not isinstance(result, dict):
-        raise ValueError(f"--resume: {path} is not the result of a run; remove its folder")
+        raise ValueError(f"--resume: {path} is not what a run has written; {_remedy(path)}")
     return result
+
+
+def _remedy(path: Path) -> str:
+    """What to do about a damaged file: a training outlives its result, but not the words that say what it was."""
+    return "remove its folder" if path.name == "config.json" else "remove the file: the training is kept"
 
 
 def _check(path: Path, made_with: Any, config: dict[str, Any]) -> None:
     if not isinstance(made_with, dict):
-        raise ValueError(f"--resume: {path} does not say what it was made with; remove its folder")
+        raise ValueError(f"--resume: {path} does not say what it was made with; {_remedy(path)}")
     asked = json.loads(json.dumps(config))
     differing = sorted(name for name in asked if made_with.get(name) != asked[name])
     if differing:

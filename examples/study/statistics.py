@@ -16,6 +16,7 @@ from study.quantities import Quantity
 from study.results import Run
 
 CONFIDENCE = 0.95
+_ALIKE_CONFIDENCE = 2 * CONFIDENCE - 1  # of the interval that stands for two one-sided tests
 
 Values = npt.NDArray[Any]
 
@@ -77,13 +78,25 @@ class Comparison:
             return 0
         return 1 if np.mean(self.differences) > 0 else -1
 
+    @property
+    def narrow(self) -> tuple[float, float] | None:
+        """The 90 % interval of the difference, or of the factor: what decides whether the two are alike."""
+        ends = self._ends(_ALIKE_CONFIDENCE)
+        return (math.exp(ends[0]), math.exp(ends[1])) if ends is not None and self.quantity.is_ratio else ends
+
+    @property
+    def is_wholly_above(self) -> bool:
+        """Whether the 95 % interval lies above no difference: so it does before any correction."""
+        ends = self._ends(CONFIDENCE)
+        return ends is not None and ends[0] > 0
+
     def is_within(self, margin: float) -> bool:
         """Whether the two are alike: the 90 % interval lies within ±margin (two one-sided tests at 5 %).
 
         Args:
             margin: Largest difference that does not matter; a factor above 1 for a ratio.
         """
-        ends = self._ends(0.90)
+        ends = self._ends(_ALIKE_CONFIDENCE)
         limit = math.log(margin) if self.quantity.is_ratio else margin
         return ends is not None and -limit < ends[0] and ends[1] < limit
 

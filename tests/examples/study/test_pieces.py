@@ -13,6 +13,7 @@ from PIL import Image
 from study.storage import claimed
 
 from moe_heads.callbacks import ExpertUtilizationCallback, FitEndAnalysis, InferenceTimingCallback
+from moe_heads.lightning_modules import MoEClassifier
 
 SMALL = (
     *("--heads", "sparse", "--seeds", "1", "--epochs", "3", "--limit-train", "64"),
@@ -269,4 +270,27 @@ def test_a_damaged_start_is_told_by_its_name(tmp_path: Path, capsys: pytest.Capt
     folder.mkdir(parents=True)
     (folder / "config.json").write_text('{"backbone"')
     assert main(tmp_path, "--resume") == 2
-    assert "seed0/config.json is not the result of a run" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "seed0/config.json is not what a run has written" in error and "remove its folder" in error
+
+
+def test_a_result_in_part_is_told_by_what_it_lacks_and_its_training_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(tmp_path, *ONE_EPOCH) == 0
+    path, before = tmp_path / "sparse" / "seed0" / "result.json", result(tmp_path)
+    path.write_text(json.dumps({"config": before["config"]}))
+    assert main(tmp_path, *ONE_EPOCH, "--resume") == 2
+    assert "result.json lacks head, seed, capacity" in (error := capsys.readouterr().err)
+    assert "remove the file: the training is kept" in error
+    path.unlink()
+    monkeypatch.setattr(MoEClassifier, "training_step", lambda *args: pytest.fail("trained again"))
+    assert main(tmp_path, *ONE_EPOCH, "--resume") == 0
+    assert result(tmp_path)["metrics"]["plain/test/loss"] == before["metrics"]["plain/test/loss"]
+
+
+def test_a_folder_of_one_class_is_told_as_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "images" / "train" / "cat").mkdir(parents=True)
+    assert main(tmp_path / "runs", "--data", f"imagefolder:{tmp_path / 'images'}") == 2
+    assert "error: --data: expected at least two class folders" in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
