@@ -5,6 +5,7 @@ from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from typing_extensions import Unpack, override
 
@@ -95,7 +96,9 @@ class FitEndAnalysis(Analysis, Callback):
 
     @override
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        if self._checkpoint_key in checkpoint:
+        # an evaluation with the weights of another epoch takes nothing from what this fit has gathered
+        is_wanted = trainer.state.fn == TrainerFn.FITTING or not self.kept_in_checkpoints()
+        if self._checkpoint_key in checkpoint and is_wanted:
             self.restore(checkpoint[self._checkpoint_key])
 
     def kept_in_checkpoints(self) -> dict[str, Any]:

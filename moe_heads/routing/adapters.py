@@ -12,6 +12,8 @@ from moe_heads.routing.routing import Routing
 
 __all__ = ["Adapters", "RoutingAdapter", "adapted_routers", "named_routers"]
 
+_MAX_NAMED = 8  # names of modules in a message
+
 M = TypeVar("M", bound=nn.Module)
 
 RoutingAdapter = Callable[[nn.Module, tuple[Any, ...], Any], Routing]
@@ -52,7 +54,12 @@ def adapted_routers(model: nn.Module, adapters: Adapters | None) -> dict[str, tu
             )
         fitting = {path: module for path, module in model.named_modules() if _fits(key, path, module)}
         if not fitting:
-            raise ValueError(f"adapters: expected classes or names of modules inside the model; nothing fits {key!r}")
+            names = [path for path, _ in model.named_modules() if path]
+            ending = [path for path in names if isinstance(key, str) and path.endswith(key.rpartition(".")[2])]
+            raise ValueError(
+                f"adapters: expected classes or names of modules inside the model; nothing fits {key!r}."
+                f" Names are {', '.join(map(repr, (ending or names)[:_MAX_NAMED]))} …"
+            )
         if any(isinstance(module, Router) for module in fitting.values()):
             raise ValueError(f"adapters: expected modules that are no routers of moe_heads; {key!r} fits some that are")
         for path, module in fitting.items():

@@ -68,7 +68,8 @@ class Routing:
         """The decisions of a router that is not of this package, for an adapter of `collect_routing`.
 
         The logits are the logarithms of what is given, so that margins are ratios of probabilities, in nats; a row with
-        a negative number counts as one without finite logits. Scores that do not sum to one are normalised.
+        a negative score, or a weight that is nan or infinite, counts as one without finite logits. Scores that do not
+        sum to one are normalised.
 
         Args:
             probs: Softmax, or other scores from 0 on, of all experts, (N, E), or (B, T, E) for tokens: then what
@@ -80,7 +81,8 @@ class Routing:
                 E), else 1.
 
         Raises:
-            ValueError: If the shapes do not fit, or (on a CPU, in eager mode) an index is out of range or there twice.
+            ValueError: If the shapes do not fit, or (on a CPU, in eager mode) an index is out of range or there twice,
+                or a score or weight is negative.
 
         Example:
             >>> import torch
@@ -94,6 +96,9 @@ class Routing:
             _check_indices(indices, probs)
         if weights is not None and (indices is None or weights.shape != indices.shape):
             raise ValueError(f"weights: expected the shape of indices; got {tuple(weights.shape)}")
+        _check_signs("probs", probs, ": pass logits.softmax(-1), not logits")
+        if weights is not None:
+            _check_signs("weights", weights)
         if rows_per_sample is None:
             rows_per_sample = probs.shape[1] if probs.dim() == 3 else 1
         probs = probs.flatten(0, -2)
@@ -105,6 +110,8 @@ class Routing:
         tiny = torch.finfo(probs.dtype).tiny
         # a score that is zero in its precision is no row without finite logits; the logarithm of a negative one is nan
         logits = torch.where(probs == 0, tiny, probs).log()
+        if weights is not None:
+            logits = torch.where(weights.isfinite().all(-1, keepdim=True), logits, torch.nan)
         probs = probs / probs.sum(-1, keepdim=True).clamp_min(tiny)
         return cls(logits, probs, indices, weights, rows_per_sample=rows_per_sample)
 
@@ -281,6 +288,11 @@ def _check_indices(indices: Tensor, probs: Tensor) -> None:
             raise ValueError(f"indices: expected 0 to {probs.shape[-1] - 1}; got {lowest} to {highest}")
         if bool((indices.sort(-1).values.diff() == 0).any()):
             raise ValueError("indices: expected every expert at most once a row; got rows with one of them twice")
+
+
+def _check_signs(name: str, values: Tensor, advice: str = "") -> None:
+    if values.device.type == "cpu" and can_read_values(values) and bool((values < 0).any()):
+        raise ValueError(f"{name}: expected numbers from 0 on; got {float(values.min()):.3g}{advice}")
 
 
 def _lowest(scores: Tensor, among: Tensor, dim: int) -> Tensor:

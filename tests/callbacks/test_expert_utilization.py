@@ -162,6 +162,9 @@ def test_history_goes_on_where_a_checkpoint_left_it(tmp_path: Path) -> None:
     run.fit_loop.max_epochs = 5
     run.fit(PlainModule(), loader(), loader(seed=1))
     assert list(again.history["head"]) == [0, 1, 2, 3, 4]
+    # an evaluation with the weights of an earlier epoch takes nothing from it
+    run.validate(PlainModule(), loader(), ckpt_path=keeper.last_model_path, verbose=False)
+    assert list(again.history["head"]) == [0, 1, 2, 3, 4]
     fit(PlainModule(), again, max_epochs=1)
     assert list(again.history["head"]) == [0]
 

@@ -4,11 +4,15 @@ import copy
 import dataclasses
 import inspect
 from collections.abc import Callable, Iterable, Mapping, MutableMapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
+from torch.utils.data import DataLoader
+
+from moe_heads.callbacks.functional.common.preserve import generators_kept
 
 __all__ = [
     "Batch",
@@ -46,7 +50,9 @@ def as_batches(batches: Iterable[Batch]) -> list[Batch]:
     """
     if isinstance(batches, Tensor):
         raise ValueError(f"batches: expected a list of batches; got one tensor, {tuple(batches.shape)}: pass [tensor]")
-    listed = list(batches)
+    # a loader draws its seed, its order and its augmentation from the global generators, which are the user's
+    with generators_kept() if isinstance(batches, DataLoader) else nullcontext():
+        listed = list(batches)
     if not listed or any(batch_size(batch) == 0 for batch in listed):
         raise ValueError(
             "batches: expected at least one batch with at least one sample each; got an empty loader or batch"

@@ -126,6 +126,16 @@ def _is_lazy(tensor: Tensor) -> bool:
     return isinstance(tensor, (nn.UninitializedParameter, nn.UninitializedBuffer))
 
 
+@contextmanager
+def generators_kept() -> Iterator[None]:
+    """Put the global random number generators back when the block ends."""
+    states = _generator_states()
+    try:
+        yield
+    finally:
+        _restore_generators(states)
+
+
 def _generator_states() -> tuple[Any, ...]:
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() and torch.cuda.is_initialized() else []
     return random.getstate(), np.random.get_state(), torch.get_rng_state(), cuda

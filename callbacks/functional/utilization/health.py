@@ -23,6 +23,12 @@ leaves every third expert of an even router without any, where it is ten, one in
 # such expert in every sixth epoch, at twenty in one of a thousand.
 _LEAST_EXPECTED_OF_STARVING = 20
 
+# A collapse shows in all choices together: of two a fair share and a hundred in all, an even router spreads its choices
+# over more than three quarters of its experts.
+_LEAST_EXPECTED_OF_COLLAPSE, _LEAST_CHOICES_OF_COLLAPSE = 2, 100
+
+_COLLAPSE = ("collapse", -1)
+
 # Numbers of experts that a sentence names.
 _MAX_NAMED = 8
 
@@ -35,7 +41,8 @@ class _Findings:
         what: What the experts have shares of.
         relative: Share of each expert in units of the fair share.
         in_effect: Effective number of experts.
-        is_judged: Whether there were choices enough to tell who is dead.
+        is_judged: Whether there were choices enough to tell a collapse.
+        tells_experts: Whether there were enough to tell who is dead.
         collapsed: Whether the experts in effect are nearer to one than to all.
         dead: Experts that are dead.
         ill: Experts that are dead or starve.
@@ -45,6 +52,7 @@ class _Findings:
     relative: list[float]
     in_effect: float
     is_judged: bool
+    tells_experts: bool
     collapsed: bool
     dead: frozenset[int]
     ill: frozenset[int]
@@ -79,9 +87,9 @@ class RouterHealth:
 
         Yields:
             A sentence on rows without finite logits, one on the training and one on the validation: collapse, dead
-            experts and starving ones, and what to change. A router that chooses has to have chosen: dead experts and a
-            collapse need a fair share of 10 choices, starving ones of 20, since fewer leave experts of an even router
-            without any.
+            experts and starving ones, and what to change. A router that chooses has to have chosen: dead experts need
+            a fair share of 10 choices, starving ones of 20, since fewer leave experts of an even router without any; a
+            collapse needs 10, or 2 and a hundred choices in all.
         """
         has_nonfinite, had_nonfinite = int(stats.num_nonfinite) > 0, self._had_nonfinite
         self._had_nonfinite = has_nonfinite
@@ -98,6 +106,8 @@ class RouterHealth:
             return
         found = self._findings(in_evaluation)
         signs = _signs(found) - _signs(trained)
+        if not trained.tells_experts:  # nobody can say "not in training" of them
+            signs &= {_COLLAPSE}
         lasting, self._seen_in_evaluation = signs & self._seen_in_evaluation, signs
         if new := _new(found, lasting, self._told_in_evaluation):
             yield f"on the validation data, and not in training, {new}. {self._remedies.in_evaluation}"
@@ -117,20 +127,24 @@ class RouterHealth:
     def _findings(self, stats: RoutingStats) -> _Findings:
         relative = self._relative(stats)
         num_experts = len(relative)
-        fair_share = math.inf if self._soft else int(stats.counts.sum()) / num_experts
+        num_choices = int(stats.counts.sum())
+        fair_share = math.inf if self._soft else num_choices / num_experts
         in_effect = math.exp(float(torch.special.entr(stats.importance.double()).sum()))
-        is_judged = fair_share >= LEAST_EXPECTED and int(stats.num_rows) > 0
-        dead, starved = dead_and_starved(relative, self._dead_below, self._starved_below) if is_judged else ((), ())
+        is_many = fair_share >= _LEAST_EXPECTED_OF_COLLAPSE and num_choices >= _LEAST_CHOICES_OF_COLLAPSE
+        is_judged = (fair_share >= LEAST_EXPECTED or is_many) and int(stats.num_rows) > 0
+        tells_experts = is_judged and fair_share >= LEAST_EXPECTED
+        dead, starved = dead_and_starved(relative, self._dead_below, self._starved_below) if tells_experts else ((), ())
         collapsed = is_judged and in_effect < 1 + _COLLAPSED_BELOW * (num_experts - 1)
         ill = {*dead, *starved} if fair_share >= _LEAST_EXPECTED_OF_STARVING else {*dead}
         what = "mixing weight" if self._soft else "load"
-        return _Findings(what, relative, in_effect, is_judged, collapsed, frozenset(dead), frozenset(ill))
+        dead_ones, ill_ones = frozenset(dead), frozenset(ill)
+        return _Findings(what, relative, in_effect, is_judged, tells_experts, collapsed, dead_ones, ill_ones)
 
 
 def _signs(found: _Findings) -> set[tuple[str, int]]:
     """What is wrong, each with the expert; -1 for all of them."""
     signs = {("dead", expert) for expert in found.dead} | {("ill", expert) for expert in found.ill}
-    return signs | ({("collapse", -1)} if found.collapsed else set())
+    return signs | ({_COLLAPSE} if found.collapsed else set())
 
 
 def _new(found: _Findings, signs: set[tuple[str, int]], told: set[tuple[str, int]]) -> str:
@@ -140,7 +154,7 @@ def _new(found: _Findings, signs: set[tuple[str, int]], told: set[tuple[str, int
     told |= signs
     num_experts = len(found.relative)
     parts = []
-    if ("collapse", -1) in new:
+    if _COLLAPSE in new:
         parts.append(f"the routing collapses, {found.in_effect:.1f} of {num_experts} experts are in effect")
     dead = sorted(expert for sign, expert in new if sign == "dead")
     # one that recovers from death is no news, and one that is told to be dead need not be told to starve

@@ -21,7 +21,7 @@ _MOST_CLASSES = 1000
 
 
 def labels_by(label_fn: Callable[[Batch], Tensor | None], batch: Batch) -> Tensor | None:
-    """The labels (B,) of a batch, or None.
+    """The labels (B,) of a batch, int64, or None.
 
     Raises:
         ValueError: If they are not one whole number a sample.
@@ -37,7 +37,7 @@ def labels_by(label_fn: Callable[[Batch], Tensor | None], batch: Batch) -> Tenso
             f"label_fn: expected one whole number a sample, shape (B,); got {tuple(labels.shape)}, {labels.dtype}."
             f" {SAY_NONE}"
         )
-    return flat
+    return flat.long()  # in an unsigned type the label of no class would be that of some class
 
 
 def num_classes_of(

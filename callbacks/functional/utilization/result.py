@@ -1,5 +1,6 @@
 """What an expert utilisation analysis found, and how it is reported."""
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -143,8 +144,12 @@ class ExpertUtilizationResult:
 
 
 def _by_chance(head: HeadUtilization) -> str:
-    """What to say of experts without rows where the rows are too few to tell."""
-    share = head.num_choices / len(head.load)
+    """What to say of experts without rows where the rows are too few to tell, and so few are without by chance."""
+    num_experts, share = len(head.load), head.num_choices / len(head.load)
     if head.soft or share >= LEAST_EXPECTED:
+        return ""
+    # counts of an even router are about Poisson's; more empty experts than five standard deviations are no chance
+    empty, expected = int((head.load == 0).sum()), num_experts * math.exp(-share)
+    if empty > expected + 5 * math.sqrt(expected):
         return ""
     return f" The fair share is {share:.1f} choices: chance alone leaves experts of an even router with so few."

@@ -87,7 +87,7 @@ class UtilizationSums:
 
         Args:
             passes: What the router decided each time that it ran for the batch, on the CPU.
-            labels: Class of each sample, (B,), on the CPU; `IGNORED` for one without.
+            labels: Class of each sample, (B,), int64, on the CPU; `IGNORED` for one without.
             images: What the samples look like, (B, C, H, W).
             hits: What the accuracy of the batch loses without each expert.
 
@@ -101,8 +101,10 @@ class UtilizationSums:
         if hits is not None:
             self._hits = hits if self._hits is None else self._hits + hits
         if labels is not None and self._num_classes is not None:
-            labels, counted = labels.long(), labels != IGNORED
             chosen = torch.stack([self._choices_of(routing, labels) for routing in passes]).sum(0)
+            # one of which no row had finite logits is no observation, unlike one that no expert chose
+            routed = torch.stack([r.valid.view(-1, r.rows_per_sample).any(1) for r in passes]).any(0)
+            counted = routed & (labels != IGNORED)
             if counted.any():
                 self._labels.append(labels[counted])
                 self._chosen.append(chosen[counted])

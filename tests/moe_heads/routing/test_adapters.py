@@ -126,10 +126,17 @@ def test_a_probability_of_zero_is_no_row_without_finite_logits() -> None:
 
 
 def test_scores_that_do_not_sum_to_one_and_those_that_cannot_be() -> None:
-    routing = Routing.from_probs(torch.tensor([[0.9, 0.3], [2.0, -1.0]]), torch.tensor([[0], [0]]))
+    scores = torch.tensor([[0.9, 0.3], [2.0, torch.nan]])
+    routing = Routing.from_probs(scores, torch.tensor([[0], [0]]))
     torch.testing.assert_close(routing.probs[0], torch.tensor([0.75, 0.25]))
     assert routing.weights[0] == 0.9
     assert routing.valid.tolist() == [True, False]
+    weights = torch.tensor([[torch.nan], [0.5]])
+    assert Routing.from_probs(torch.ones(2, 2), torch.tensor([[0], [0]]), weights).valid.tolist() == [False, True]
+    with pytest.raises(ValueError, match=r"probs: expected numbers from 0 on; got -1: pass logits.softmax"):
+        Routing.from_probs(torch.tensor([[0.9, 0.3], [2.0, -1.0]]))
+    with pytest.raises(ValueError, match=r"weights: expected numbers from 0 on; got -0.5"):
+        Routing.from_probs(torch.ones(2, 2), torch.tensor([[0], [0]]), torch.tensor([[0.5], [-0.5]]))
 
 
 def test_rows_of_a_sample_can_be_told() -> None:
@@ -156,7 +163,7 @@ def test_paused_and_copied_models_record_nothing() -> None:
     [
         (
             {"nowhere": adapter},
-            "adapters: expected classes or names of modules inside the model; nothing fits 'nowhere'",
+            "adapters: expected classes or names of modules inside the model; nothing fits 'nowhere'. Names are '0', ",
         ),
         ({int: adapter}, r"adapters: expected adapter\(module, args, output\) by a class of modules or a name"),
         ({ForeignRouter: None}, r"adapters: expected adapter\(module, args, output\)"),

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from moe_heads.callbacks.functional.common.batches import (
     as_batches,
@@ -63,6 +64,12 @@ def test_empty_data_are_refused(batches: Any) -> None:
 def test_a_tensor_in_place_of_a_list_is_refused() -> None:
     with pytest.raises(ValueError, match=r"batches: expected a list of batches; got one tensor, \(5, 2\)"):
         as_batches(torch.zeros(5, 2))
+
+
+def test_a_loader_leaves_the_global_generators_where_they_were() -> None:
+    states = torch.get_rng_state()
+    as_batches(DataLoader(TensorDataset(torch.arange(8)), batch_size=2, shuffle=True))
+    assert torch.equal(torch.get_rng_state(), states)
 
 
 def test_generators_are_read_once() -> None:

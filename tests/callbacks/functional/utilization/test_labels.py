@@ -1,5 +1,6 @@
 """Labels that are no classes, and samples without one."""
 
+import pytest
 import torch
 from torch import nn
 
@@ -28,6 +29,24 @@ def test_samples_without_a_class_count_in_all_but_the_classes() -> None:
     none = utilization([(x, torch.full((24,), -100))])
     assert none.class_map is None
     assert torch.equal(none.load, utilization([x]).load)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16, torch.int16])
+def test_labels_of_any_whole_type(dtype: torch.dtype) -> None:
+    """In uint8 the label -100 would be 156."""
+    x, labels = torch.randn(600, 3), torch.arange(200).repeat(3)
+    expected, head = utilization([(x, labels)]), utilization([(x, labels.to(dtype))])
+    assert torch.equal(head.class_counts, expected.class_counts)
+    assert head.mutual_information == expected.mutual_information
+    assert int(head.class_counts[156].sum()) == 3
+
+
+def test_samples_without_finite_logits_count_in_nothing_of_the_classes() -> None:
+    x, labels = torch.randn(120, 3), torch.arange(3).repeat(40)
+    expected = utilization([(x, labels)])
+    head = utilization([(torch.cat([x, torch.full((120, 3), torch.nan)]), torch.cat([labels, labels]))])
+    for name in ("", "_corrected", "_stderr", "_by_chance", "_p_value"):
+        assert getattr(head, f"mutual_information{name}") == getattr(expected, f"mutual_information{name}"), name
 
 
 def test_whole_numbers_that_are_no_classes() -> None:

@@ -279,6 +279,23 @@ def test_an_even_router_that_made_few_choices_has_not_collapsed() -> None:
     assert list(health().news(few)) == []
 
 
+def test_many_experts_collapse_though_each_has_few_choices() -> None:
+    """600 choices of 64 experts, all of the same one; which experts are dead needs more."""
+    one = RoutingStats(**{**vars(stats_of([1.0] + [0.0] * 63)), "counts": torch.tensor([600] + [0] * 63)})
+    (told,) = health().news(one)
+    assert told.startswith("the routing collapses, 1.0 of 64 experts are in effect. ")
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(200):
+        counts = torch.bincount(torch.randint(50, (100,), generator=generator), minlength=50)
+        even = RoutingStats(**{**vars(stats_of((counts / 100).tolist())), "counts": counts})
+        assert list(health().news(even)) == []
+    # in validation alone: experts of which training said too little are not told
+    even = RoutingStats(**{**vars(stats_of([1 / 64] * 64)), "counts": torch.tensor([9] * 64)})
+    router = health()
+    told = [line for _ in range(3) for line in router.news(even, stats_of([1.0] + [0.0] * 63))]
+    assert [line.count("dead") for line in told] == [0]
+
+
 def test_many_experts_are_not_all_named() -> None:
     (told,) = health().news(stats_of([0.125] * 8 + [0.0] * 12))
     assert "12 of 20 experts dead: numbers 8 (0.0% of the fair share of the load)," in told

@@ -1,3 +1,4 @@
+import dataclasses
 import math
 import warnings
 
@@ -63,6 +64,9 @@ def test_summary_names_heads_and_dead_experts() -> None:
 def test_summary_says_what_the_data_cannot_tell() -> None:
     few = result(head=utilization(num_choices=10)).summary()
     assert "number 2. The fair share is 3.3 choices: chance alone leaves experts of an even router with so few." in few
+    # two of three empty at 9 choices each is no chance
+    gone = dataclasses.replace(utilization(num_choices=27), load=torch.tensor([1.0, 0.0, 0.0], dtype=torch.float64))
+    assert "chance alone" not in result(head=gone).summary()
     unlabelled = ExpertUtilizationResult({"head": utilization(labelled=False)}, (), num_samples=10).summary()
     assert "No classes: the batches have no labels of shape (B,)" in unlabelled
 
