@@ -1,14 +1,9 @@
 """The six claims of arXiv 2601.15021, each decided by code from the runs.
 
-A claim is a conjunction of statements about heads. A statement is held up, refuted, or open with the seeds that there
-are; the claim holds when all are held up, does not hold when one is refuted, and cannot be decided otherwise.
-
-Three kinds of statements compare heads, paired by seed. *Above*: held up by a t-test at 5 %, corrected for all such
-tests of the six claims; refuted by one the other way, or where the two are alike and the 95 % interval does not lie
-above: the correction may leave a claim open, it is no evidence against it. *Alike*: held up where the 90 % interval of
-the difference lies within a margin, refuted where the 95 % interval lies outside. *Different*: held up where the 95 %
-interval of some quantity lies outside of its margin, refuted where all quantities are alike. `RULES` says so to the
-readers of the report.
+A claim is a conjunction of statements, each held up, refuted, or open with the seeds that there are. Three kinds of
+statements compare heads, paired by seed: that one is *above* another, that two are *alike*, that they are *different*.
+`RULES` says to the readers of the report what decides each. The correction of the tests of "above" may leave a claim
+open; it is no evidence against it.
 """
 
 from collections.abc import Callable, Sequence
@@ -230,9 +225,10 @@ def _speed(runs: Sequence[Run], head: str) -> Statement:
 
 def _said(c: Comparison, is_true: bool | None, more: str = "") -> Statement:
     sign = "/" if c.quantity.is_ratio else "−"
-    told = c.difference.format(".3f" if c.quantity.is_ratio else "+.3g", c.quantity.scale)
+    pattern, scale = ".3f" if c.quantity.is_ratio else "+.3g", c.quantity.scale
+    told = c.difference.format(pattern, scale)
     if c.narrow is not None:
-        low, high = (format(c.quantity.scale * end, ".3f" if c.quantity.is_ratio else "+.3g") for end in c.narrow)
+        low, high = (format(scale * end, pattern) for end in c.narrow)
         told += f" (90 %: [{low}, {high}])"
     p_value = "" if c.adjusted_p_value is None else f", p = {c.adjusted_p_value:.2g}"
     text = f"{c.quantity.title}: {c.head} {sign} {c.baseline} = {told}{p_value}{more}"

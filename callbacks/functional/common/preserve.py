@@ -133,7 +133,8 @@ def generators_kept() -> Iterator[None]:
     try:
         yield
     finally:
-        _restore_generators(states)
+        with HeldInterrupts():
+            _restore_generators(states)
 
 
 def _generator_states() -> tuple[Any, ...]:
