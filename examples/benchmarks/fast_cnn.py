@@ -1,9 +1,10 @@
 """What each choice of FastCNN and of the preset for a CPU is worth: validation accuracy and speed without it.
 
 Each variant is the preset `cpu` of compare_heads.py with one choice taken back, trained for fewer epochs with the dense
-head, once a seed. The variants take turns, seed by seed.
+head, once a seed. `--jobs` trains that many at a time, the seeds of a variant together, which is faster than one on all
+threads; a speed is then that of a busy machine.
 
-    python examples/benchmarks/fast_cnn.py --images FOLDER --epochs 5 --seeds 2 --out fast_cnn.json
+    python examples/benchmarks/fast_cnn.py --images FOLDER --epochs 3 --seeds 2 --jobs 2 --out fast_cnn.json
 """
 
 import argparse
@@ -11,11 +12,15 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
+from itertools import repeat
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+import torch
 from bench.timing import machine
 from lightning import pytorch as pl
 from torch import nn
@@ -73,8 +78,10 @@ VARIANTS: Mapping[str, tuple[dict[str, Any], Change | None]] = {
 }
 
 
-def train(options: Options, change: Change | None, seed: int) -> dict[str, float]:
+def train(base: Options, variant: str, seed: int) -> dict[str, float]:
     """Validation accuracy at the end, and images a second with everything around the steps."""
+    differences, change = VARIANTS[variant]
+    options = replace(base, **differences)
     pl.seed_everything(seed, verbose=False)
     data = build_data(options)
     model = build_model(options, "dense", data)
@@ -97,34 +104,44 @@ def train(options: Options, change: Change | None, seed: int) -> dict[str, float
     return {"accuracy": float(trainer.callback_metrics["val/accuracy"]), "images_per_s": num_images / seconds}
 
 
+def train_all(base: Options, runs: Sequence[tuple[str, int]], jobs: int) -> Iterator[dict[str, float]]:
+    """Results of the runs (variant, seed) in their order; ``jobs`` at a time, each on its share of the threads."""
+    if jobs == 1:
+        yield from (train(base, *run) for run in runs)
+        return
+    threads = max(1, torch.get_num_threads() // jobs)
+    with ProcessPoolExecutor(jobs, get_context("spawn"), torch.set_num_threads, (threads,)) as pool:
+        yield from pool.map(train, repeat(base), *zip(*runs, strict=True))
+
+
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     """Train, print and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", required=True, help="folder with train/<class>/ and test/<class>/")
     parser.add_argument("--epochs", type=int, default=5)
     parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, each on its share of the threads")
     parser.add_argument("--only", nargs="+", choices=[*VARIANTS], default=[*VARIANTS], metavar="VARIANT")
     parser.add_argument("--limit-train", type=int, default=None, help="train on that many images")
     parser.add_argument("--out", type=Path, default=None, help="JSON file to write, after every run")
     given = parser.parse_args(arguments)
     protocol = replace(PRESETS["cpu"], data=f"imagefolder:{given.images}", epochs=given.epochs)
     base = Options(preset="cpu", out=Path("runs"), limit_train=given.limit_train, **vars(protocol))
-    runs: dict[str, list[dict[str, float]]] = {name: [] for name in given.only}
-    report: dict[str, Any] = {"machine": machine(), "epochs": given.epochs, "variants": {}}
-    for seed in range(given.seeds):
-        for name in given.only:
-            options, change = VARIANTS[name]
-            runs[name].append(train(replace(base, **options), change, seed))
-            report["variants"][name] = row = _row(runs[name])
-            print(f"{name}, seed {seed}: {row['accuracy']:.2%}, {row['images_per_s']:.0f} images/s", flush=True)
-            if given.out is not None:
-                given.out.write_text(json.dumps(report, indent=1) + "\n")
+    results: dict[str, list[dict[str, float]]] = {name: [] for name in given.only}
+    report: dict[str, Any] = {"machine": machine(), "epochs": given.epochs, "jobs": given.jobs, "variants": {}}
+    runs = [(name, seed) for name in given.only for seed in range(given.seeds)]
+    for (name, seed), result in zip(runs, train_all(base, runs, given.jobs), strict=True):
+        results[name].append(result)
+        report["variants"][name] = row = _row(results[name])
+        print(f"{name}, seed {seed}: {row['accuracy']:.2%}, {row['images_per_s']:.0f} images/s", flush=True)
+        if given.out is not None:
+            given.out.write_text(json.dumps(report, indent=1) + "\n")
     return report
 
 
-def _row(runs: Sequence[Mapping[str, float]]) -> dict[str, Any]:
-    accuracies = [run["accuracy"] for run in runs]
-    speed = statistics.median(run["images_per_s"] for run in runs)
+def _row(results: Sequence[Mapping[str, float]]) -> dict[str, Any]:
+    accuracies = [result["accuracy"] for result in results]
+    speed = statistics.median(result["images_per_s"] for result in results)
     return {"accuracy": statistics.mean(accuracies), "accuracies": accuracies, "images_per_s": speed}
 
 
