@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from typing import Any, ClassVar, TypeGuard
+from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -18,6 +18,7 @@ from moe_heads.callbacks.functional.common.ranks import Ranks
 from moe_heads.callbacks.functional.expert_utilization import checked_options
 from moe_heads.callbacks.functional.utilization.examples import images_of
 from moe_heads.callbacks.functional.utilization.history import plot_load_history
+from moe_heads.callbacks.functional.utilization.labels import are_names, check_class_names
 from moe_heads.callbacks.functional.utilization.training import TrainingRouters
 from moe_heads.callbacks.inputs import AnalysisInputs
 from moe_heads.callbacks.options import AnalysisOptions, OverRanks
@@ -102,8 +103,7 @@ class ExpertUtilizationCallback(FitEndAnalysis):
         **options: Unpack[AnalysisOptions],
     ) -> None:
         super().__init__(**options)
-        if class_names is not None and not _are_names(class_names):
-            raise ValueError(f"class_names: expected a list of names; got {class_names!r}")
+        check_class_names(class_names)
         checked_options(dead_below, starved_below, num_permutations, num_examples, self.seed)
         self.class_names, self.forward_fn, self.adapters = class_names, forward_fn, adapters
         self.label_fn, self.image_fn = label_fn, image_fn
@@ -263,11 +263,7 @@ class ExpertUtilizationCallback(FitEndAnalysis):
         self._routers = None
 
 
-def _are_names(names: object) -> TypeGuard[Sequence[str]]:
-    return isinstance(names, (list, tuple)) and all(isinstance(name, str) for name in names)
-
-
 def _class_names_of(datamodule: object) -> Sequence[str] | None:
     """The class names that a data module offers, where it does so as a list of names."""
     names = getattr(datamodule, "class_names", None)
-    return names if _are_names(names) else None
+    return names if are_names(names) else None

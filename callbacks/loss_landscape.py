@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -32,7 +32,7 @@ from moe_heads.callbacks.functional.landscape.directions import Biases
 from moe_heads.callbacks.functional.landscape.grid import grid_through_zero
 from moe_heads.callbacks.functional.landscape.trajectory import NoPlaneError
 from moe_heads.callbacks.inputs import AnalysisInputs
-from moe_heads.callbacks.landscape_options import check_landscape_options, checked_plane_splits
+from moe_heads.callbacks.landscape_options import check_plane_points, checked_plane_splits
 from moe_heads.callbacks.landscape_points import kept_eigenvectors, points_file
 from moe_heads.callbacks.landscape_record import Landscape, landscape_report
 from moe_heads.callbacks.landscape_trail import WeightTrail
@@ -41,6 +41,7 @@ from moe_heads.callbacks.reporting import Report
 from moe_heads.callbacks.sharpness import SharpnessCallback
 from moe_heads.callbacks.sharpness_options import check_names
 from moe_heads.callbacks.trainer_access import Split
+from moe_heads.checks import check_at_least, check_flags, check_option, check_positive
 
 __all__ = ["Landscape", "LossLandscapeCallback"]
 
@@ -120,17 +121,14 @@ class LossLandscapeCallback(FitEndAnalysis):
         **options: Unpack[AnalysisOptions],
     ) -> None:
         super().__init__(**options)
-        check_landscape_options(
-            {"line_points": (line_points, 3), "refine": (refine, 0), "num_directions": (num_directions, 0)},
-            {"line_reach": line_reach, "plane_reach": plane_reach},
-            {
-                "plane_directions": (plane_directions, ("random", "eigenvectors")),
-                "normalization": (normalization, ("filter", "layer", "none")),
-                "biases": (biases, ("zero", "normalized")),
-            },
-            {"trajectory": trajectory, "check_curvatures": check_curvatures, "html": html},
-            plane_points,
-        )
+        check_at_least(3, line_points=line_points)
+        check_plane_points(plane_points)
+        check_at_least(0, refine=refine, num_directions=num_directions)
+        check_positive(line_reach=line_reach, plane_reach=plane_reach)
+        check_option("plane_directions", plane_directions, ("random", "eigenvectors"))
+        check_option("normalization", normalization, get_args(Normalization))
+        check_option("biases", biases, get_args(Biases))
+        check_flags(trajectory=trajectory, check_curvatures=check_curvatures, html=html)
         if resume is not None and (not isinstance(resume, (str, os.PathLike)) or not str(resume)):
             raise ValueError(f"resume: expected a folder; got {resume!r}")
         if num_directions == 1:

@@ -1,11 +1,12 @@
 """The options that all analyses share, and what is refused of them."""
 
 from collections.abc import Sequence
-from typing import Any, Literal, Protocol, TypedDict, get_args
+from typing import Literal, Protocol, TypedDict, get_args
 
 from moe_heads.callbacks.functional.common.batches import LossFn
 from moe_heads.callbacks.functional.common.monitor import check_max_time
 from moe_heads.callbacks.trainer_access import Split
+from moe_heads.checks import check_at_least_one, check_choices, check_option, check_seed
 
 __all__ = ["AnalysisOptions", "OnError", "Options", "OverRanks", "Stage", "Weights", "check_options"]
 
@@ -87,18 +88,15 @@ def check_options(options: Options, *, needs_loss: bool) -> None:
     Raises:
         ValueError: If one of them is out of range; names it, what was expected and what came.
     """
-    _check_choices("splits", options.splits, get_args(Split))
+    check_choices("splits", options.splits, get_args(Split))
     if options.stages is not None:
-        _check_choices("stages", options.stages, get_args(Stage))
-    _check_count("num_samples", options.num_samples, 1)
-    _check_count("batch_size", options.batch_size, 1)
-    _check_count("seed", options.seed, 0)
-    if options.seed >= 2**63:
-        raise ValueError(f"seed: expected an integer below 2**63; got {options.seed}")
+        check_choices("stages", options.stages, get_args(Stage))
+    check_at_least_one(num_samples=options.num_samples, batch_size=options.batch_size)
+    check_seed(options.seed)
     if options.every_n_epochs is not None:
-        _check_count("every_n_epochs", options.every_n_epochs, 1)
-    _check_choice("weights", options.weights, get_args(Weights))
-    _check_choice("on_error", options.on_error, get_args(OnError))
+        check_at_least_one(every_n_epochs=options.every_n_epochs)
+    check_option("weights", options.weights, get_args(Weights))
+    check_option("on_error", options.on_error, get_args(OnError))
     check_max_time(options.max_time)
     if not isinstance(options.name, str) or not options.name.strip("/ ") or options.name != options.name.strip("/ "):
         raise ValueError(f"name: expected the beginning of a key, such as 'sharpness_head'; got {options.name!r}")
@@ -106,18 +104,3 @@ def check_options(options: Options, *, needs_loss: bool) -> None:
         raise ValueError(f"loss_fn: expected loss_fn(module, batch) -> scalar; got {options.loss_fn!r}")
     if options.loss_fn is not None and not needs_loss:
         raise ValueError(f"loss_fn: expected None, as this analysis evaluates no loss; got {options.loss_fn!r}")
-
-
-def _check_choices(argument: str, values: Any, allowed: tuple[str, ...]) -> None:
-    if not isinstance(values, (list, tuple)) or not values or set(values) - set(allowed):
-        raise ValueError(f"{argument}: expected a list of {', '.join(map(repr, allowed))}; got {values!r}")
-
-
-def _check_choice(argument: str, value: Any, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise ValueError(f"{argument}: expected {' or '.join(map(repr, allowed))}; got {value!r}")
-
-
-def _check_count(argument: str, value: Any, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{argument}: expected an integer of at least {least}; got {value!r}")

@@ -1,12 +1,12 @@
 """What is refused of the options of the sharpness callback, before any work starts."""
 
-import math
 from collections.abc import Iterable, Mapping
 from typing import Any, get_args
 
 from torch import nn
 
 from moe_heads.callbacks.functional.spectrum.result import Engine
+from moe_heads.checks import check_flags, check_option, check_positive
 
 __all__ = ["check_names", "check_report_options"]
 
@@ -24,9 +24,7 @@ def check_report_options(flags: Mapping[str, Any], params: Any, blocks: Any, rou
     Raises:
         ValueError: Names the option, what was expected and what came.
     """
-    for name, value in flags.items():
-        if not isinstance(value, bool):
-            raise ValueError(f"{name}: expected True or False; got {value!r}")
+    check_flags(**flags)
     if params is not None:
         _check_list("params", params)
     if blocks is not None:
@@ -34,12 +32,12 @@ def check_report_options(flags: Mapping[str, Any], params: Any, blocks: Any, rou
             raise ValueError(f"blocks: expected lists of names by the name of the block; got {blocks!r}")
         for block, members in blocks.items():
             _check_list(f"blocks[{block!r}]", members)
-    if not isinstance(routing_steps, (list, tuple)) or not all(map(_is_length, routing_steps)):
+    if not isinstance(routing_steps, (list, tuple)):
         raise ValueError(f"routing_steps: expected a list of finite numbers above 0; got {routing_steps!r}")
+    check_positive(**{f"routing_steps[{place}]": step for place, step in enumerate(routing_steps)})
     if len(set(routing_steps)) < len(routing_steps):
         raise ValueError(f"routing_steps: expected different numbers; got {routing_steps!r}")
-    if engine not in get_args(Engine):
-        raise ValueError(f"engine: expected one of {get_args(Engine)}; got {engine!r}")
+    check_option("engine", engine, get_args(Engine))
     if engine == "pyhessian":
         asked = {
             "blocks": blocks,
@@ -72,7 +70,3 @@ def check_names(model: nn.Module, params: Iterable[str] | None, blocks: Mapping[
 def _check_list(option: str, names: Any) -> None:
     if not isinstance(names, (list, tuple)) or not names or not all(isinstance(name, str) for name in names):
         raise ValueError(f"{option}: expected a list of names of parameters or modules; got {names!r}")
-
-
-def _is_length(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < math.inf

@@ -12,7 +12,7 @@ from torchvision.datasets import CIFAR10
 from torchvision.datasets.utils import check_integrity, download_url
 from typing_extensions import override
 
-from moe_heads.checks import check_option
+from moe_heads.checks import check_at_least, check_option
 from moe_heads.lightning_modules.data import ImageDataModule, RawSplit, Split
 from moe_heads.lightning_modules.images import CropBorder, ImageTransform
 
@@ -70,8 +70,7 @@ class CIFAR10DataModule(ImageDataModule):
     ) -> None:
         super().__init__(CIFAR10_MEAN, CIFAR10_STD, batch_size, num_workers, val_split, seed, augment, limit_train)
         self.data_dir = Path(data_dir)
-        if crop_padding < 0:
-            raise ValueError(f"crop_padding: expected an integer of at least 0; got {crop_padding!r}")
+        check_at_least(0, crop_padding=crop_padding)
         check_option("crop_border", crop_border, get_args(CropBorder))
         self.crop_padding, self.crop_border = crop_padding, crop_border
 

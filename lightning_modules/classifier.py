@@ -1,6 +1,5 @@
 """A classifier from a backbone and a head, trained with the settings of arXiv 2601.15021."""
 
-import math
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibratio
 from typing_extensions import override
 
 from moe_heads import Head, Router, capacity, collect_routing
-from moe_heads.checks import check_at_least_one, check_option, check_positive
+from moe_heads.checks import check_at_least_one, check_not_negative, check_option, check_positive, check_shares
 from moe_heads.lightning_modules.schedules import SCHEDULES, Schedule, schedule_config
 
 __all__ = ["MoEClassifier"]
@@ -84,11 +83,8 @@ class MoEClassifier(LightningModule):
                     f"only: call load_from_checkpoint(path, backbone=..., head=...)"
                 )
         check_positive(learning_rate=learning_rate)
-        for name, share in (("momentum", momentum), ("label_smoothing", label_smoothing)):
-            if not 0 <= share < 1:
-                raise ValueError(f"{name}: expected a number in [0, 1); got {share!r}")
-        if not 0 <= weight_decay < math.inf:
-            raise ValueError(f"weight_decay: expected a finite number of at least 0; got {weight_decay!r}")
+        check_shares(momentum=momentum, label_smoothing=label_smoothing)
+        check_not_negative(weight_decay=weight_decay)
         if nesterov and momentum == 0:
             raise ValueError("nesterov: expected False with momentum 0; got True")
         check_option("schedule", schedule, SCHEDULES)

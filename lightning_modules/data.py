@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from typing_extensions import override
 
-from moe_heads.checks import check_at_least_one
+from moe_heads.checks import check_at_least, check_at_least_one
 from moe_heads.lightning_modules.images import ImageFiles, ImageTransform, LabelledImages
 
 __all__ = ["ImageDataModule", "RawSplit", "Split", "choose_stratified"]
@@ -105,8 +105,7 @@ class ImageDataModule(LightningDataModule, ABC):
     ) -> None:
         super().__init__()
         check_at_least_one(batch_size=batch_size)
-        if num_workers < 0:
-            raise ValueError(f"num_workers: expected an integer of at least 0; got {num_workers!r}")
+        check_at_least(0, num_workers=num_workers)
         if not 0 < val_split < 1:
             raise ValueError(f"val_split: expected a share between 0 and 1; got {val_split!r}")
         if limit_train is not None:

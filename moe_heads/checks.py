@@ -1,36 +1,85 @@
-"""Checks of constructor arguments: each raises a ValueError that names the argument, what was expected, what came."""
+"""Checks of arguments: each raises a ValueError that names the argument, what was expected, what came."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from numbers import Integral
+from typing import Any
 
-__all__ = ["check_at_least_one", "check_balance", "check_dropout", "check_option", "check_positive"]
+__all__ = [
+    "check_at_least",
+    "check_at_least_one",
+    "check_balance",
+    "check_choices",
+    "check_flags",
+    "check_not_negative",
+    "check_option",
+    "check_positive",
+    "check_seed",
+    "check_shares",
+]
 
 
-def check_at_least_one(**sizes: int) -> None:
-    """Refuse anything but whole numbers from 1 on."""
+def check_at_least(least: int, **counts: Any) -> None:
+    """Refuse anything but whole numbers, NumPy's too, from ``least`` on. True and False are none."""
+    for name, value in counts.items():
+        if isinstance(value, bool) or not isinstance(value, Integral) or int(value) < least:
+            raise ValueError(f"{name}: expected an integer of at least {least}; got {value!r}")
+
+
+def check_at_least_one(**sizes: Any) -> None:
+    """Refuse anything but an int from 1 on: sizes end up in checkpoints, where numbers of NumPy are not loaded."""
     for name, value in sizes.items():
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(f"{name}: expected an integer of at least 1; got {value!r}")
 
 
-def check_positive(**values: float) -> None:
+def check_positive(**values: Any) -> None:
     """Refuse anything but finite numbers above zero."""
     for name, value in values.items():
         if not _is_number(value) or not 0 < value < math.inf:
             raise ValueError(f"{name}: expected a finite number above 0; got {value!r}")
 
 
-def check_dropout(dropout: float) -> None:
-    """Refuse a probability outside [0, 1)."""
-    if not _is_number(dropout) or not 0 <= dropout < 1:
-        raise ValueError(f"dropout: expected a probability in [0, 1); got {dropout!r}")
+def check_not_negative(**values: Any) -> None:
+    """Refuse anything but finite numbers from zero on."""
+    for name, value in values.items():
+        if not _is_number(value) or not 0 <= value < math.inf:
+            raise ValueError(f"{name}: expected a finite number of at least 0; got {value!r}")
 
 
-def check_option(name: str, value: object, choices: Iterable[str]) -> None:
+def check_shares(**shares: Any) -> None:
+    """Refuse anything but numbers in [0, 1)."""
+    for name, share in shares.items():
+        if not _is_number(share) or not 0 <= share < 1:
+            raise ValueError(f"{name}: expected a number in [0, 1); got {share!r}")
+
+
+def check_flags(**flags: Any) -> None:
+    """Refuse anything but True and False."""
+    for name, flag in flags.items():
+        if not isinstance(flag, bool):
+            raise ValueError(f"{name}: expected True or False; got {flag!r}")
+
+
+def check_seed(seed: Any) -> None:
+    """Refuse what is no seed of `torch.Generator`, which takes no whole numbers of NumPy."""
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
+        raise ValueError(f"seed: expected an int from 0 to 2**63 - 1; got {seed!r}")
+
+
+def check_option(name: str, value: Any, choices: Iterable[str]) -> None:
     """Refuse a value that is not among the choices."""
     listed = tuple(choices)
     if value not in listed:
         raise ValueError(f"{name}: expected one of {', '.join(map(repr, listed))}; got {value!r}")
+
+
+def check_choices(name: str, values: Any, choices: Iterable[str]) -> None:
+    """Refuse anything but a list of some of the choices, each once."""
+    allowed = tuple(choices)
+    listed = values if isinstance(values, (list, tuple)) else ()
+    if not listed or any(value not in allowed for value in listed) or len(set(listed)) < len(listed):
+        raise ValueError(f"{name}: expected a list of some of {', '.join(map(repr, allowed))}; got {values!r}")
 
 
 def check_balance(balance: Mapping[str, float], terms: Sequence[str]) -> None:
@@ -39,9 +88,8 @@ def check_balance(balance: Mapping[str, float], terms: Sequence[str]) -> None:
         raise ValueError(f"balance: expected a mapping such as {{{next(iter(terms))!r}: 0.2}}; got {balance!r}")
     for name, coefficient in balance.items():
         check_option("balance", name, terms)
-        if not _is_number(coefficient) or not 0 <= coefficient < math.inf:
-            raise ValueError(f"balance[{name!r}]: expected a finite coefficient of at least 0; got {coefficient!r}")
+        check_not_negative(**{f"balance[{name!r}]": coefficient})
 
 
-def _is_number(value: object) -> bool:
+def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)

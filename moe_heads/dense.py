@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from moe_heads.checks import check_at_least_one, check_dropout
+from moe_heads.checks import check_at_least_one, check_shares
 from moe_heads.flops import Flops
 from moe_heads.head import Head
 from moe_heads.routing import Routing
@@ -34,7 +34,7 @@ class Dense(Head):
     def __init__(self, in_features: int, num_classes: int, width: int = 512, dropout: float = 0.1) -> None:
         super().__init__(in_features, num_classes)
         check_at_least_one(width=width)
-        check_dropout(dropout)
+        check_shares(dropout=dropout)
         self.width, self.dropout = width, dropout
         self.layers = nn.Sequential(
             nn.Linear(in_features, width), nn.ReLU(), nn.Dropout(dropout), nn.Linear(width, num_classes)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from moe_heads.checks import check_at_least_one, check_dropout
+from moe_heads.checks import check_at_least_one, check_shares
 
 __all__ = ["Experts"]
 
@@ -39,7 +39,7 @@ class Experts(nn.Module):
         check_at_least_one(
             num_experts=num_experts, in_features=in_features, expert_width=width, num_classes=out_features
         )
-        check_dropout(dropout)
+        check_shares(dropout=dropout)
         self.num_experts = num_experts
         self.in_features, self.width, self.out_features = in_features, width, out_features
         self.dropout = dropout

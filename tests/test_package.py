@@ -22,6 +22,7 @@ ALLOWED = {
     "moe_heads.callbacks.functional": {
         "moe_heads.callbacks.functional",
         "moe_heads.callbacks.functional.common",
+        "moe_heads.checks",
         "moe_heads.routing",
         "moe_heads.routers",
         "moe_heads.capacity",
@@ -32,6 +33,7 @@ ALLOWED = {
         "moe_heads.callbacks",
         "moe_heads.callbacks.functional",
         "moe_heads.callbacks.functional.common",
+        "moe_heads.checks",
         "moe_heads.routing",
         "moe_heads.capacity",
     },

@@ -2,13 +2,12 @@
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from moe_heads.callbacks.functional.common.batches import Batch, LossFn
-from moe_heads.callbacks.functional.common.counts import is_count
 from moe_heads.callbacks.functional.common.environment import device_of
 from moe_heads.callbacks.functional.common.microbatches import Microbatches
 from moe_heads.callbacks.functional.common.monitor import Monitor, TimeUp
@@ -27,6 +26,7 @@ from moe_heads.callbacks.functional.landscape.grid import grid_of
 from moe_heads.callbacks.functional.landscape.point import NUM_SUMS, Point
 from moe_heads.callbacks.functional.landscape.survey import Survey, can_hold_routing
 from moe_heads.callbacks.functional.landscape.sweep_result import DirectionSweepResult
+from moe_heads.checks import check_at_least, check_option, check_positive
 
 __all__ = ["Normalization", "direction_sweep", "normalized_random_direction"]
 
@@ -43,12 +43,11 @@ def normalized_random_direction(
     biases: Biases = "zero",
 ) -> Tensor:
     """A random direction, scaled; see `filter_normalized`, `layer_normalized`; "none" gives one of unit length."""
+    check_option("normalization", normalization, get_args(Normalization))
     direction = random_direction(model, seed, params)
     if normalization == "none":
         unit: Tensor = direction / torch.linalg.vector_norm(direction)
         return unit
-    if normalization not in {"filter", "layer"}:
-        raise ValueError(f"normalization: expected 'filter', 'layer' or 'none'; got {normalization!r}")
     scale = filter_normalized if normalization == "filter" else layer_normalized
     return scale(model, direction, params=params, biases=biases)
 
@@ -106,10 +105,8 @@ def direction_sweep(
         >>> sweep.losses.shape
         torch.Size([4, 21])
     """
-    if not is_count(num_directions, 2):
-        raise ValueError(f"num_directions: expected at least 2; got {num_directions!r}")
-    if not is_count(num_points, 2) or not 0 < reach < float("inf"):
-        raise ValueError(f"num_points, reach: expected at least 2 and a positive number; got {num_points}, {reach}")
+    check_at_least(2, num_directions=num_directions, num_points=num_points)
+    check_positive(reach=reach)
     axis = grid_of("alphas", alphas, reach, num_points)
     holds = can_hold_routing(model) if fixed_routing is None else fixed_routing
     monitor, ranks = monitor or Monitor(), ranks or Ranks()

@@ -21,10 +21,16 @@ from moe_heads.callbacks.functional.common.preserve import analysis_mode
 from moe_heads.callbacks.functional.common.ranks import Ranks
 from moe_heads.callbacks.functional.utilization.ablation import AblationHits, ablated_heads, ablation_hits
 from moe_heads.callbacks.functional.utilization.examples import images_by, images_of
-from moe_heads.callbacks.functional.utilization.labels import labels_by, names_of_classes, num_classes_of
+from moe_heads.callbacks.functional.utilization.labels import (
+    check_class_names,
+    labels_by,
+    names_of_classes,
+    num_classes_of,
+)
 from moe_heads.callbacks.functional.utilization.result import ExpertUtilizationResult
 from moe_heads.callbacks.functional.utilization.rows import of_samples
 from moe_heads.callbacks.functional.utilization.sums import ReportOptions, UtilizationSums
+from moe_heads.checks import check_at_least, check_shares
 from moe_heads.routing import Adapters, Routing, adapted_routers, collect_routing, named_routers
 
 __all__ = ["checked_options", "expert_utilization"]
@@ -102,6 +108,7 @@ def expert_utilization(
         >>> result.load["1"].shape, result.class_map["1"].shape
         (torch.Size([4]), torch.Size([3, 4]))
     """
+    check_class_names(class_names)
     options = checked_options(dead_below, starved_below, num_permutations, num_examples, seed)
     monitor, ranks, listed = monitor or Monitor(), ranks or Ranks(), as_batches(batches)
     sums = _Sums(options)
@@ -143,14 +150,10 @@ def checked_options(
     dead_below: float, starved_below: float, num_permutations: int, num_examples: int, seed: int
 ) -> ReportOptions:
     """The options of the report, where they are in range."""
-    for name, value in {"dead_below": dead_below, "starved_below": starved_below}.items():
-        if not 0 <= value < 1:
-            raise ValueError(f"{name}: expected a fraction in [0, 1); got {value}")
+    check_shares(dead_below=dead_below, starved_below=starved_below)
     if starved_below < dead_below:
         raise ValueError(f"starved_below: expected at least dead_below = {dead_below}; got {starved_below}")
-    for name, number in {"num_permutations": num_permutations, "num_examples": num_examples}.items():
-        if not isinstance(number, int) or number < 0:
-            raise ValueError(f"{name}: expected a whole number from 0 on; got {number!r}")
+    check_at_least(0, num_permutations=num_permutations, num_examples=num_examples)
     return ReportOptions(dead_below, starved_below, num_permutations, num_examples, seed)
 
 

@@ -8,7 +8,6 @@ from torch import Tensor, nn
 
 from moe_heads.callbacks.functional.common.batches import Batch, LossFn, leaves_of
 from moe_heads.callbacks.functional.common.code import code_of
-from moe_heads.callbacks.functional.common.counts import is_count
 from moe_heads.callbacks.functional.common.digest import digest_of
 from moe_heads.callbacks.functional.common.environment import device_of
 from moe_heads.callbacks.functional.common.microbatches import Microbatches
@@ -27,6 +26,7 @@ from moe_heads.callbacks.functional.landscape.result import LossLandscapeResult
 from moe_heads.callbacks.functional.landscape.scan import Scan
 from moe_heads.callbacks.functional.landscape.survey import AccuracyFn, Survey, can_hold_routing
 from moe_heads.callbacks.functional.landscape.trajectory import Trajectory
+from moe_heads.checks import check_at_least
 
 __all__ = ["loss_landscape"]
 
@@ -178,8 +178,7 @@ def _axes(
 ) -> list[Tensor]:
     if betas is not None and not is_plane:
         raise ValueError("betas: expected None without a direction2; got coordinates")
-    if not is_count(num_points, 2):
-        raise ValueError(f"num_points: expected at least 2; got {num_points!r}")
+    check_at_least(2, num_points=num_points)
     reach = _REACH_2D if is_plane else _REACH_1D
     axes = [grid_of("alphas", alphas, reach, num_points)]
     return [*axes, grid_of("betas", betas, reach, num_points)] if is_plane else axes
@@ -187,8 +186,9 @@ def _axes(
 
 def _checked_options(model: nn.Module, refine: int, fixed_routing: bool | None, *, is_plane: bool) -> bool:
     """Whether routing is to be held fixed."""
-    if not is_count(refine, 0) or (refine and is_plane):
-        raise ValueError(f"refine: expected a number of points to add to a line, 0 for a plane; got {refine!r}")
+    check_at_least(0, refine=refine)
+    if refine and is_plane:
+        raise ValueError(f"refine: expected 0 for a plane: points are added to a line; got {refine!r}")
     can_hold = can_hold_routing(model)
     if fixed_routing and not can_hold:
         raise ValueError(

@@ -1,6 +1,5 @@
 """Sharpness that survives rescaling of the weights: rise of the loss under average and worst-case perturbations."""
 
-import math
 from collections.abc import Iterable
 
 from torch import nn
@@ -17,6 +16,7 @@ from moe_heads.callbacks.functional.perturbation.findings import Findings
 from moe_heads.callbacks.functional.perturbation.losses import PerturbedLosses
 from moe_heads.callbacks.functional.perturbation.result import Norm, PerturbationSharpnessResult
 from moe_heads.callbacks.functional.perturbation.weights import PerturbedWeights
+from moe_heads.checks import check_at_least, check_flags, check_option, check_positive, check_seed
 
 __all__ = ["check_perturbation_options", "perturbation_sharpness"]
 
@@ -162,20 +162,10 @@ def check_perturbation_options(
     seed: int,
 ) -> None:
     """Refuse what no model could be analysed with."""
-    for name, value in {"radius": radius, "average_radius": average_radius}.items():
-        if value is not None and (not _is_number(value, (int, float)) or not 0 < value < math.inf):
-            raise ValueError(f"{name}: expected a positive number or None; got {value!r}")
-    if not isinstance(adaptive, bool):
-        raise ValueError(f"adaptive: expected True or False; got {adaptive!r}")
-    if norm not in ("l2", "linf"):
-        raise ValueError(f"norm: expected 'l2' or 'linf'; got {norm!r}")
-    # a standard error takes two draws
-    for name, count, least in (("num_draws", num_draws, 2), ("num_steps", num_steps, 0)):
-        if not _is_number(count, int) or count < least:
-            raise ValueError(f"{name}: expected an integer of at least {least}; got {count!r}")
-    if not _is_number(seed, int):
-        raise ValueError(f"seed: expected an integer; got {seed!r}")
-
-
-def _is_number(value: object, kind: type | tuple[type, ...]) -> bool:
-    return isinstance(value, kind) and not isinstance(value, bool)
+    lengths = {"radius": radius, "average_radius": average_radius}
+    check_positive(**{name: length for name, length in lengths.items() if length is not None})
+    check_flags(adaptive=adaptive)
+    check_option("norm", norm, ("l2", "linf"))
+    check_at_least(2, num_draws=num_draws)  # a standard error takes two draws
+    check_at_least(0, num_steps=num_steps)
+    check_seed(seed)

@@ -27,6 +27,7 @@ from moe_heads.callbacks.functional.curvature.trace import (
 )
 from moe_heads.callbacks.functional.spectrum.block import BlockCurvature
 from moe_heads.callbacks.functional.spectrum.result import SharpnessResult
+from moe_heads.checks import check_at_least, check_positive
 
 __all__ = ["check_sharpness_options", "sharpness"]
 
@@ -282,14 +283,8 @@ def check_sharpness_options(
     num_eigenvalues: int, tolerance: float, trace_tolerance: float, max_steps: int, max_probes: int
 ) -> None:
     """Refuse what no model could be analysed with."""
-    counts = {"num_eigenvalues": num_eigenvalues, "max_steps": max_steps, "max_probes": max_probes}
-    for name, count in counts.items():
-        if not isinstance(count, int) or count < 1:
-            raise ValueError(f"{name}: expected an integer of at least 1; got {count!r}")
-    for name, value in {"tolerance": tolerance, "trace_tolerance": trace_tolerance}.items():
-        if not isinstance(value, (int, float)) or not 0 < value < math.inf:
-            raise ValueError(f"{name}: expected a positive number; got {value!r}")
+    check_at_least(1, num_eigenvalues=num_eigenvalues, max_steps=max_steps)
+    check_at_least(MIN_PROBES, max_probes=max_probes)
+    check_positive(tolerance=tolerance, trace_tolerance=trace_tolerance)
     if max_steps < num_eigenvalues:
         raise ValueError(f"max_steps: expected at least num_eigenvalues = {num_eigenvalues}; got {max_steps}")
-    if max_probes < MIN_PROBES:
-        raise ValueError(f"max_probes: expected at least {MIN_PROBES}; got {max_probes}")

@@ -105,7 +105,11 @@ def train(base: Options, variant: str, seed: int) -> dict[str, float]:
 
 
 def train_all(base: Options, runs: Sequence[tuple[str, int]], jobs: int) -> Iterator[dict[str, float]]:
-    """Results of the runs (variant, seed) in their order; ``jobs`` at a time, each on its share of the threads."""
+    """Train the runs, (variant, seed), ``jobs`` at a time, each on its share of the threads.
+
+    Yields:
+        The result of each, in their order.
+    """
     if jobs == 1:
         yield from (train(base, *run) for run in runs)
         return

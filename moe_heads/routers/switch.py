@@ -6,6 +6,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from moe_heads.checks import check_shares
 from moe_heads.routers.linear import LinearRouter
 from moe_heads.routing import Routing
 
@@ -53,8 +54,7 @@ class SwitchRouter(LinearRouter):
         balance: Mapping[str, float] | None = {"switch": 0.01},
     ) -> None:
         super().__init__(in_features, num_experts, temperature, balance)
-        if isinstance(jitter, bool) or not isinstance(jitter, (int, float)) or not 0 <= jitter < 1:
-            raise ValueError(f"jitter: expected a number in [0, 1); got {jitter!r}")
+        check_shares(jitter=jitter)
         self.jitter = jitter
 
     def forward(self, x: Tensor, rows_per_sample: int = 1) -> Routing:

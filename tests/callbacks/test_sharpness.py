@@ -144,9 +144,9 @@ def test_the_published_engine_says_what_is_wrong_with_it() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"engine": "scipy"}, r"engine: expected one of \('lanczos', 'pyhessian'\); got 'scipy'"),
-        ({"routing_steps": [0.1, -1]}, r"routing_steps: expected a list of finite numbers above 0; got \[0.1, -1\]"),
-        ({"trace_tolerance": 0}, "trace_tolerance: expected a positive number; got 0"),
+        ({"engine": "scipy"}, r"engine: expected one of 'lanczos', 'pyhessian'; got 'scipy'"),
+        ({"routing_steps": [0.1, -1]}, r"routing_steps\[1\]: expected a finite number above 0; got -1"),
+        ({"trace_tolerance": 0}, "trace_tolerance: expected a finite number above 0; got 0"),
     ],
 )
 def test_bad_options(options: dict[str, Any], message: str) -> None:

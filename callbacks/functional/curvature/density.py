@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from moe_heads.callbacks.functional.curvature.lanczos import LanczosResult
+from moe_heads.checks import check_positive
 
 __all__ = ["SpectralDensity", "density_of", "spectral_density"]
 
@@ -82,8 +83,7 @@ def density_of(
         # A spectrum of one point, up to rounding, has no range: take its position, or one.
         size = max(abs(low), abs(high))
         sigma = (high - low if high - low > 1e-6 * size else size or 1.0) / 100
-    if not sigma > 0:
-        raise ValueError(f"sigma: expected a positive number; got {sigma}")
+    check_positive(sigma=sigma)
     needed = int((high - low + 10 * sigma) / sigma) + 2
     if num_points < needed:
         raise ValueError(f"num_points: expected at least {needed}, one per sigma = {sigma:.3g}; got {num_points}")

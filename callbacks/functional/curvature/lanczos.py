@@ -15,6 +15,7 @@ from moe_heads.callbacks.functional.common.memory import memory_budget
 from moe_heads.callbacks.functional.common.microbatches import unless_out_of_memory
 from moe_heads.callbacks.functional.curvature.basis import Basis, dot, norm, rademacher
 from moe_heads.callbacks.functional.curvature.operator import SymmetricOperator
+from moe_heads.checks import check_positive
 
 __all__ = ["CPU_BASIS_MEMORY", "LanczosResult", "lanczos"]
 
@@ -368,8 +369,7 @@ def _most_vectors(operator: SymmetricOperator, num_eigenvalues: int, basis_memor
 def _check(dim: int, num_eigenvalues: int, tolerance: float, max_steps: int, start: Tensor | None) -> None:
     if not 1 <= num_eigenvalues <= dim:
         raise ValueError(f"num_eigenvalues: expected 1 to {dim}, the number of parameters; got {num_eigenvalues}")
-    if not tolerance > 0:
-        raise ValueError(f"tolerance: expected a positive number; got {tolerance}")
+    check_positive(tolerance=tolerance)
     if max_steps < num_eigenvalues:
         raise ValueError(f"max_steps: expected at least num_eigenvalues = {num_eigenvalues}; got {max_steps}")
     if start is not None and (start.shape != (dim,) or not bool(start.isfinite().all()) or not bool(start.any())):

@@ -20,6 +20,7 @@ from moe_heads.callbacks.functional.curvature.folding import Fold, find_folds
 from moe_heads.callbacks.functional.curvature.linearized import BoundGradient, LinearizedGradient, form_of
 from moe_heads.callbacks.functional.curvature.loss_graph import checked_loss
 from moe_heads.callbacks.functional.curvature.product_check import Product, ProductCheck
+from moe_heads.checks import check_option
 
 __all__ = ["CPU_GRAPH_MEMORY", "BatchProducts", "GraphMode"]
 
@@ -75,8 +76,8 @@ class BatchProducts:
         mode: GraphMode | None = None,
         seed: int = 0,
     ) -> None:
-        if mode is not None and mode not in get_args(GraphMode):
-            raise ValueError(f"mode: expected one of {get_args(GraphMode)} or None; got {mode!r}")
+        if mode is not None:
+            check_option("mode", mode, get_args(GraphMode))
         self._gradients = BatchGradients(model, loss_fn, params, seed)
         self._monitor = monitor
         self._program: LinearizedGradient | None = None

@@ -14,6 +14,7 @@ from moe_heads.callbacks.functional.curvature.lanczos import LanczosResult, lanc
 from moe_heads.callbacks.functional.curvature.operator import HessianOperator
 from moe_heads.callbacks.functional.curvature.parameters import Selection, selected_parameters
 from moe_heads.callbacks.functional.curvature.shared import shared_hessian
+from moe_heads.checks import check_at_least_one
 
 __all__ = ["top_eigenvector", "top_eigenvectors"]
 
@@ -66,7 +67,8 @@ def top_eigenvectors(
         ValueError: If there are fewer parameters than eigenvectors wanted.
     """
     num_parameters = sum(p.numel() for p in selected_parameters(model, params).values())
-    if not 1 <= num_eigenvectors <= num_parameters:
+    check_at_least_one(num_eigenvectors=num_eigenvectors)
+    if num_eigenvectors > num_parameters:
         raise ValueError(f"num_eigenvectors: expected 1 to {num_parameters}; got {num_eigenvectors}")
     monitor, ranks = monitor or Monitor(), ranks or Ranks()
 

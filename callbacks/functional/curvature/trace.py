@@ -10,6 +10,7 @@ from torch import Tensor
 from moe_heads.callbacks.functional.curvature.basis import dot, rademacher
 from moe_heads.callbacks.functional.curvature.lanczos import LanczosResult
 from moe_heads.callbacks.functional.curvature.operator import SymmetricOperator
+from moe_heads.checks import check_at_least, check_positive
 
 __all__ = ["MIN_PROBES", "BlockTrace", "Places", "TraceResult", "deflated_trace"]
 
@@ -94,10 +95,8 @@ def deflated_trace(
     Raises:
         ValueError: If an argument is out of range.
     """
-    if not tolerance > 0:
-        raise ValueError(f"tolerance: expected a positive number; got {tolerance}")
-    if max_probes < MIN_PROBES:
-        raise ValueError(f"max_probes: expected at least {MIN_PROBES}; got {max_probes}")
+    check_positive(tolerance=tolerance)
+    check_at_least(MIN_PROBES, max_probes=max_probes)
     sampling = _Sampling(operator, krylov, blocks or {}, generator)
     if len(krylov.basis) == operator.shape[0]:
         return sampling.result(tolerance)

@@ -6,7 +6,7 @@ the weights and buffers that are reached at coordinate 1.
 """
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from torch.nn.modules.conv import _ConvTransposeNd
 
 from moe_heads.callbacks.functional.common.parameters import Selection, trainable_parameters
 from moe_heads.callbacks.functional.common.walk import Legs, Towards
+from moe_heads.checks import check_option
 
 __all__ = ["Biases", "Direction", "filter_normalized", "layer_normalized", "legs_of", "random_direction"]
 __all__ += ["split_direction"]
@@ -159,8 +160,7 @@ def layer_normalized(
 def _normalized(
     model: nn.Module, direction: Tensor, params: Selection | None, biases: Biases, *, by_filter: bool
 ) -> Tensor:
-    if biases not in {"zero", "normalized"}:
-        raise ValueError(f"biases: expected 'zero' or 'normalized'; got {biases!r}")
+    check_option("biases", biases, get_args(Biases))
     parts = split_direction(model, direction, params=params)
     scaled = []
     for name, parameter in trainable_parameters(model, params).items():

@@ -1,12 +1,12 @@
 """How a timing is to be done: sizes, modes, numbers of runs, and the time that it may take."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import get_args
 
 from moe_heads.callbacks.functional.timing.rounds import FEWEST_ROUNDS, Cache
 from moe_heads.callbacks.functional.timing.row import TimingMode
+from moe_heads.checks import check_at_least, check_at_least_one, check_choices, check_positive
 
 __all__ = ["DEFAULT_SIZES", "TimingPlan"]
 
@@ -28,20 +28,18 @@ class TimingPlan:
 
     def __post_init__(self) -> None:
         sizes = self.batch_sizes if isinstance(self.batch_sizes, (list, tuple)) else ()
-        if not sizes or not all(_is_count(size, 1) for size in sizes) or len(set(sizes)) < len(sizes):
+        check_at_least_one(**{f"batch_sizes[{place}]": size for place, size in enumerate(sizes)})
+        if not sizes or len(set(sizes)) < len(sizes):
             raise ValueError(
                 f"batch_sizes: expected a list of different whole numbers from 1 on; got {self.batch_sizes!r}"
             )
-        _check_choices("modes", self.modes, get_args(TimingMode))
-        _check_choices("caches", self.caches, get_args(Cache))
-        if not _is_count(self.num_runs, 1):
-            raise ValueError(f"num_runs: expected at least 1; got {self.num_runs}")
-        if self.warmup_runs is not None and not _is_count(self.warmup_runs, 0):
-            raise ValueError(f"warmup_runs: expected at least 0, or None: until stable; got {self.warmup_runs}")
+        check_choices("modes", self.modes, get_args(TimingMode))
+        check_choices("caches", self.caches, get_args(Cache))
+        check_at_least_one(num_runs=self.num_runs)
+        if self.warmup_runs is not None:
+            check_at_least(0, warmup_runs=self.warmup_runs)
         for name in ("warmup_tolerance", "seconds_per_size", "max_seconds"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
-                raise ValueError(f"{name}: expected a positive number; got {value!r}")
+            check_positive(**{name: getattr(self, name)})
 
     def why_not(self, needed: float, elapsed: float) -> str:
         """Why there is no time for something; "" if there is.
@@ -66,13 +64,3 @@ class TimingPlan:
     def fewest_rounds(self) -> int:
         """Rounds at least, with those to warm up."""
         return (1 if self.warmup_runs is None else self.warmup_runs) + min(FEWEST_ROUNDS, self.num_runs)
-
-
-def _is_count(value: Any, least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
-
-
-def _check_choices(argument: str, values: Any, allowed: tuple[str, ...]) -> None:
-    listed = values if isinstance(values, (list, tuple)) else ()
-    if not listed or set(listed) - set(allowed) or len(set(listed)) < len(listed):
-        raise ValueError(f"{argument}: expected a list of {', '.join(map(repr, allowed))}; got {values!r}")

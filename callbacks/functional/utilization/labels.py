@@ -1,13 +1,14 @@
 """The classes of the samples: which labels count, and how many classes there are."""
 
 from collections.abc import Callable, Sequence
+from typing import TypeGuard
 
 import torch
 from torch import Tensor
 
 from moe_heads.callbacks.functional.common.batches import Batch
 
-__all__ = ["IGNORED", "SAY_NONE", "labels_by", "names_of_classes", "num_classes_of"]
+__all__ = ["IGNORED", "SAY_NONE", "are_names", "check_class_names", "labels_by", "names_of_classes", "num_classes_of"]
 
 IGNORED = -100
 """Label of a sample without a class: what `torch.nn.functional.cross_entropy` ignores by default."""
@@ -78,6 +79,17 @@ def num_classes_of(
             f" {lowest} to {highest}. {SAY_NONE}"
         )
     return num_classes
+
+
+def are_names(names: object) -> TypeGuard[Sequence[str]]:
+    """Whether this is a list of names."""
+    return isinstance(names, (list, tuple)) and all(isinstance(name, str) for name in names)
+
+
+def check_class_names(class_names: object) -> None:
+    """Refuse what cannot name the classes."""
+    if class_names is not None and not are_names(class_names):
+        raise ValueError(f"class_names: expected a list of names; got {class_names!r}")
 
 
 def names_of_classes(num_classes: int | None, class_names: Sequence[str] | None) -> tuple[str, ...]:

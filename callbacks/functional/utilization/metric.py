@@ -9,6 +9,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from moe_heads.callbacks.functional.utilization.head import relative_load_percentiles
+from moe_heads.checks import check_at_least_one
 from moe_heads.routing import Routing, RoutingStats
 
 __all__ = ["ExpertUtilizationMetric", "utilization_scalars"]
@@ -48,8 +49,7 @@ class ExpertUtilizationMetric(Metric):
 
     def __init__(self, num_experts: int, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        if not isinstance(num_experts, int) or isinstance(num_experts, bool) or num_experts < 1:
-            raise ValueError(f"num_experts: expected a whole number from 1 on; got {num_experts!r}")
+        check_at_least_one(num_experts=num_experts)
         self.num_experts = num_experts
         for name in (f.name for f in fields(RoutingStats)):
             shape = (num_experts,) if name in ("counts", "gate_sum", "prob_sum") else ()

@@ -136,13 +136,13 @@ def test_figure_summary_and_arrays(tmp_path: Any) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"num_directions": 1}, "num_directions: expected at least 2; got 1"),
-        ({"num_points": 1}, "num_points, reach: expected at least 2 and a positive number; got 1, 1.0"),
-        ({"num_points": 2.5}, r"num_points, reach: .* got 2\.5, 1\.0"),
-        ({"num_directions": True}, "num_directions: expected at least 2; got True"),
-        ({"reach": -1.0}, "num_points, reach: .* got 21, -1.0"),
-        ({"normalization": "weight"}, "normalization: expected 'filter', 'layer' or 'none'; got 'weight'"),
-        ({"biases": "kept"}, "biases: expected 'zero' or 'normalized'; got 'kept'"),
+        ({"num_directions": 1}, "num_directions: expected an integer of at least 2; got 1"),
+        ({"num_points": 1}, "num_points: expected an integer of at least 2; got 1"),
+        ({"num_points": 2.5}, r"num_points: .* got 2\.5"),
+        ({"num_directions": True}, "num_directions: expected an integer of at least 2; got True"),
+        ({"reach": -1.0}, "reach: expected a finite number above 0; got -1.0"),
+        ({"normalization": "weight"}, "normalization: expected one of 'filter', 'layer', 'none'; got 'weight'"),
+        ({"biases": "kept"}, "biases: expected one of 'zero', 'normalized'; got 'kept'"),
         ({"loss_fn": lambda m, b: m(b[0]).sum() / 0}, "loss_fn: expected a finite loss of the model as it is"),
     ],
 )

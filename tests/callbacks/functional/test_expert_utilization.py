@@ -253,7 +253,7 @@ def test_progress() -> None:
         ([torch.zeros(2, 2)], {"label_fn": lambda b: [0, 1]}, r"label_fn: expected a tensor \(B,\) or None; got list"),
         ([torch.zeros(2, 2)], {"dead_below": 0.5}, "starved_below: expected at least dead_below = 0.5; got 0.25"),
         ([torch.zeros(2, 2)], {"adapters": [print]}, "adapters: expected a mapping from classes or names"),
-        ([torch.zeros(2, 2)], {"dead_below": 1.0}, r"dead_below: expected a fraction in \[0, 1\); got 1.0"),
+        ([torch.zeros(2, 2)], {"dead_below": 1.0}, r"dead_below: expected a number in \[0, 1\); got 1.0"),
     ],
 )
 def test_bad_input(batches: list, options: dict, message: str) -> None:
@@ -387,9 +387,11 @@ def test_experts_in_another_order_say_the_same() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"starved_below": 1.0}, r"starved_below: expected a fraction in \[0, 1\); got 1.0"),
-        ({"num_permutations": -1}, "num_permutations: expected a whole number from 0 on; got -1"),
-        ({"num_examples": 2.0}, "num_examples: expected a whole number from 0 on; got 2.0"),
+        ({"starved_below": 1.0}, r"starved_below: expected a number in \[0, 1\); got 1.0"),
+        ({"dead_below": "a"}, r"dead_below: expected a number in \[0, 1\); got 'a'"),
+        ({"class_names": "abc"}, "class_names: expected a list of names; got 'abc'"),
+        ({"num_permutations": -1}, "num_permutations: expected an integer of at least 0; got -1"),
+        ({"num_examples": 2.0}, "num_examples: expected an integer of at least 0; got 2.0"),
     ],
 )
 def test_options_out_of_range(options: dict, message: str) -> None:

@@ -247,10 +247,10 @@ def test_works_under_no_grad_and_inference_mode() -> None:
     [
         ({"num_eigenvalues": 0}, "num_eigenvalues: expected an integer of at least 1; got 0"),
         ({"num_eigenvalues": 58}, "num_eigenvalues: expected 1 to 57, .*got 58"),
-        ({"tolerance": 0.0}, "^tolerance: expected a positive number; got 0.0"),
-        ({"trace_tolerance": -1.0}, "trace_tolerance: expected a positive number; got -1.0"),
+        ({"tolerance": 0.0}, "^tolerance: expected a finite number above 0; got 0.0"),
+        ({"trace_tolerance": -1.0}, "trace_tolerance: expected a finite number above 0; got -1.0"),
         ({"max_steps": 4}, "max_steps: expected at least num_eigenvalues = 5; got 4"),
-        ({"max_probes": 2}, "max_probes: expected at least 8; got 2"),
+        ({"max_probes": 2}, "max_probes: expected an integer of at least 8; got 2"),
         ({"params": ["fc"]}, "params: expected parameters .*'fc' is none"),
         ({"blocks": {"head": ["2", "2.bias"]}}, r"each parameter once in a block; 'head' has \['2.bias'\] twice"),
         ({"blocks": {"head": ["2.weight", "fc"]}}, r"blocks: expected names .*'0.weight'; got 'fc' in 'head'"),

@@ -255,7 +255,7 @@ def test_bad_arguments() -> None:
     for number in (0, 5):
         with pytest.raises(ValueError, match=f"num_eigenvalues: expected 1 to 4, .*got {number}"):
             lanczos(operator, generator=seeded(), num_eigenvalues=number)
-    with pytest.raises(ValueError, match="tolerance: expected a positive number; got 0"):
+    with pytest.raises(ValueError, match="tolerance: expected a finite number above 0; got 0"):
         lanczos(operator, generator=seeded(), num_eigenvalues=2, tolerance=0)
     with pytest.raises(ValueError, match="max_steps: expected at least num_eigenvalues = 2; got 1"):
         lanczos(operator, generator=seeded(), num_eigenvalues=2, max_steps=1)
