@@ -18,7 +18,6 @@ from moe_heads.callbacks.fit_end import FitEndAnalysis
 from moe_heads.callbacks.functional import (
     DirectionSweepResult,
     LossLandscapeResult,
-    SharpnessResult,
     direction_sweep,
     loss_landscape,
     normalized_random_direction,
@@ -26,27 +25,23 @@ from moe_heads.callbacks.functional import (
 from moe_heads.callbacks.functional.common.batches import Batch
 from moe_heads.callbacks.functional.common.monitor import TimeUp
 from moe_heads.callbacks.functional.common.parameters import trainable_parameters
-from moe_heads.callbacks.functional.curvature import top_eigenvectors
 from moe_heads.callbacks.functional.direction_sweep import Normalization
 from moe_heads.callbacks.functional.landscape.directions import Biases
 from moe_heads.callbacks.functional.landscape.grid import grid_through_zero
 from moe_heads.callbacks.functional.landscape.trajectory import NoPlaneError
 from moe_heads.callbacks.inputs import AnalysisInputs
+from moe_heads.callbacks.landscape_eigenvectors import top_eigenvectors_of
 from moe_heads.callbacks.landscape_options import check_plane_points, checked_plane_splits
 from moe_heads.callbacks.landscape_points import kept_eigenvectors, points_file
 from moe_heads.callbacks.landscape_record import Landscape, landscape_report
 from moe_heads.callbacks.landscape_trail import WeightTrail
 from moe_heads.callbacks.options import AnalysisOptions, OverRanks
 from moe_heads.callbacks.reporting import Report
-from moe_heads.callbacks.sharpness import SharpnessCallback
 from moe_heads.callbacks.sharpness_options import check_names
 from moe_heads.callbacks.trainer_access import Split
 from moe_heads.checks import check_at_least, check_flags, check_option, check_positive
 
 __all__ = ["Landscape", "LossLandscapeCallback"]
-
-# Relative residual at which an eigenvector is good enough to be drawn along, and steps after which it is taken anyway.
-_EIGENVECTOR_TOLERANCE, _EIGENVECTOR_STEPS = 1e-3, 200
 
 _Part = Callable[[AnalysisInputs, Landscape], LossLandscapeResult | DirectionSweepResult | None]
 
@@ -311,39 +306,12 @@ class LossLandscapeCallback(FitEndAnalysis):
         return points_file(Path(self.resume, self.name), inputs, part, [self.batch_size, *depends_on])
 
     def _top_eigenvectors(self, inputs: AnalysisInputs, number: int) -> Tensor:
+        find = partial(top_eigenvectors_of, inputs, number, self.loss_fn, self.params, self.seed)
         if self.resume is None:
-            return self._new_eigenvectors(inputs, number)
+            return find()
         names = [*trainable_parameters(inputs.model, self.params)]
-        file = self._file(inputs, "eigenvectors", [number, self.seed, "\n".join(names)])
-        return kept_eigenvectors(file, inputs, lambda: self._new_eigenvectors(inputs, number))
-
-    def _new_eigenvectors(self, inputs: AnalysisInputs, number: int) -> Tensor:
-        """Of a sharpness run on the same weights, samples, loss and parameters; computed where there is none."""
-        callbacks = [] if inputs.trainer is None else inputs.trainer.callbacks  # type: ignore[attr-defined]
-        names = (*trainable_parameters(inputs.model, self.params),)
-        for callback in callbacks:
-            if isinstance(callback, SharpnessCallback) and callback.loss_fn == self.loss_fn:
-                found: SharpnessResult | None = callback.result_for(inputs)
-                vectors = None if found is None else found.eigenvectors
-                if found is None or vectors is None or found.parameter_names != names or len(vectors) < number:
-                    continue
-                # more steps than that would not be taken here either
-                if max(found.residuals[:number]) <= _EIGENVECTOR_TOLERANCE or (
-                    found.engine == "lanczos" and found.num_steps >= _EIGENVECTOR_STEPS
-                ):
-                    return vectors[:number]
-        assert inputs.loss_fn is not None
-        return top_eigenvectors(
-            inputs.model,
-            inputs.loss_fn,
-            inputs.batches,
-            num_eigenvectors=number,
-            params=self.params,
-            tolerance=_EIGENVECTOR_TOLERANCE,
-            max_steps=_EIGENVECTOR_STEPS,
-            seed=self.seed,
-            monitor=inputs.monitor,
-            ranks=inputs.ranks,
+        return kept_eigenvectors(
+            self._file(inputs, "eigenvectors", [number, self.seed, "\n".join(names)]), inputs, find
         )
 
 

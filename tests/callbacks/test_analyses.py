@@ -104,7 +104,7 @@ def test_landscape_takes_the_eigenvector_of_the_sharpness_run(
     module = fitted["module"].eval()
     x, y = (torch.cat(parts) for parts in zip(*loader(), strict=True))
     assert line.center_loss == pytest.approx(torch.nn.functional.cross_entropy(module(x), y).item(), rel=1e-5)
-    monkeypatch.setattr("moe_heads.callbacks.loss_landscape.top_eigenvectors", None)
+    monkeypatch.setattr("moe_heads.callbacks.landscape_eigenvectors.top_eigenvectors", None)
     alone = LossLandscapeCallback(plane_splits=[], line_points=3, splits=["train"], on_error="raise")
     trainer(SharpnessCallback(splits=["train"]), alone).fit(PlainModule(), loader())
     # one that stands after the landscape has nothing to give, not even from an earlier fit

@@ -99,7 +99,7 @@ def test_only_the_head_moves_and_the_body_is_computed_once() -> None:
 
 
 def test_eigenvectors_of_the_same_parameters_are_not_computed_twice(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("moe_heads.callbacks.loss_landscape.top_eigenvectors", None)
+    monkeypatch.setattr("moe_heads.callbacks.landscape_eigenvectors.top_eigenvectors", None)
     landscape = LossLandscapeCallback(**SMALL, params=["head"], plane_directions="eigenvectors")
     trainer(SharpnessCallback(splits=["train"], params=["head"]), landscape).fit(PlainModule(), loader())
     assert landscape.results["train"].plane is not None
@@ -108,7 +108,7 @@ def test_eigenvectors_of_the_same_parameters_are_not_computed_twice(monkeypatch:
 
 
 def test_eigenvectors_are_those_of_the_same_samples_in_other_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("moe_heads.callbacks.loss_landscape.top_eigenvectors", None)
+    monkeypatch.setattr("moe_heads.callbacks.landscape_eigenvectors.top_eigenvectors", None)
     sharpness, landscape = SharpnessCallback(splits=["train"], batch_size=7), LossLandscapeCallback(**SMALL)
     trainer(sharpness, landscape).fit(PlainModule(), loader())
     assert sharpness.results["train"].num_samples > 7
