@@ -92,9 +92,8 @@ def check_options(options: Options, *, needs_loss: bool) -> None:
     if options.stages is not None:
         check_choices("stages", options.stages, get_args(Stage))
     check_at_least_one(num_samples=options.num_samples, batch_size=options.batch_size)
+    check_at_least_one(or_none=True, every_n_epochs=options.every_n_epochs)
     check_seed(options.seed)
-    if options.every_n_epochs is not None:
-        check_at_least_one(every_n_epochs=options.every_n_epochs)
     check_option("weights", options.weights, get_args(Weights))
     check_option("on_error", options.on_error, get_args(OnError))
     check_max_time(options.max_time)

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import numpy as np
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
@@ -94,7 +95,9 @@ class MoEClassifier(LightningModule):
         self.head = head
         # modules and LightningCLI's own entries stay out: the table of runs and load_from_checkpoint need scalars
         self.save_hyperparameters(ignore=["backbone", "head", "_instantiator", "_class_path"])
-        self.save_hyperparameters(dict(self.hparams) | _describe(backbone, head))
+        # numbers of NumPy, as a sweep gives them, would keep load_from_checkpoint from reading the checkpoint
+        plain = {name: value.item() if isinstance(value, np.generic) else value for name, value in self.hparams.items()}
+        self.save_hyperparameters(plain | _describe(backbone, head))
         self._head_returns_all = isinstance(head, Head) and not any(isinstance(m, Router) for m in backbone.modules())
         self.train_accuracy = MulticlassAccuracy(self.num_classes, average="micro")
         self.val_accuracy = MulticlassAccuracy(self.num_classes, average="micro")

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from typing_extensions import override
 
-from moe_heads.checks import check_at_least, check_at_least_one
+from moe_heads.checks import check_at_least, check_at_least_one, check_option, check_positive
 from moe_heads.lightning_modules.images import ImageFiles, ImageTransform, LabelledImages
 
 __all__ = ["ImageDataModule", "RawSplit", "Split", "choose_stratified"]
@@ -106,10 +106,10 @@ class ImageDataModule(LightningDataModule, ABC):
         super().__init__()
         check_at_least_one(batch_size=batch_size)
         check_at_least(0, num_workers=num_workers)
-        if not 0 < val_split < 1:
+        check_positive(val_split=val_split)
+        if val_split >= 1:
             raise ValueError(f"val_split: expected a share between 0 and 1; got {val_split!r}")
-        if limit_train is not None:
-            check_at_least_one(limit_train=limit_train)
+        check_at_least_one(or_none=True, limit_train=limit_train)
         if not len(mean) == len(std) or not all(deviation > 0 for deviation in std):
             raise ValueError(f"mean, std: expected one number a channel, std above 0; got {mean!r}, {std!r}")
         self.mean, self.std = tuple(mean), tuple(std)
@@ -184,8 +184,7 @@ class ImageDataModule(LightningDataModule, ABC):
     def _dataset(self, split: Split, augment: bool) -> LabelledImages:
         self.setup()
         assert self._splits is not None
-        if split not in self._splits:
-            raise ValueError(f"split: expected one of {', '.join(map(repr, self._splits))}; got {split!r}")
+        check_option("split", split, self._splits)
         return LabelledImages(*self._splits[split], self.transform(augment))
 
     def _loader(self, dataset: LabelledImages, shuffle: bool = False) -> DataLoader[tuple[Tensor, Tensor]]:

@@ -53,7 +53,8 @@ class FastCNN(nn.Module):
         super().__init__()
         if not isinstance(widths, Sequence) or not widths:
             raise ValueError(f"widths: expected the channels of each stage; got {widths!r}")
-        check_at_least_one(in_channels=in_channels, **{f"widths[{i}]": width for i, width in enumerate(widths)})
+        sizes: dict[str, Any] = {f"widths[{place}]": width for place, width in enumerate(widths)}
+        check_at_least_one(in_channels=in_channels, **sizes)
         self.num_features = widths[-1]
         num_filters = 2 * min(_NUM_DIRECTIONS, in_channels * _PATCH**2)
         self.first = nn.Conv2d(in_channels, num_filters, _PATCH)

@@ -11,7 +11,7 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from moe_heads.checks import check_at_least_one
+from moe_heads.checks import check_at_least_one, check_option
 
 __all__ = ["FeatureExtractor", "TimmBackbone", "TorchvisionBackbone"]
 
@@ -79,8 +79,7 @@ class TorchvisionBackbone(FeatureExtractor):
         if in_channels not in {1, 3}:
             raise ValueError(f"in_channels: expected 3 or 1 for a torchvision model; got {in_channels!r}")
         known = torchvision.models.list_models(module=torchvision.models)
-        if name not in known:
-            raise ValueError(f"torchvision model: expected one of {', '.join(known)}; got {name!r}")
+        check_option("torchvision model", name, known)
         options: dict[str, int | bool] = {}
         if name.startswith("vit_"):
             options["image_size"] = image_size

@@ -9,7 +9,7 @@ from PIL import Image, UnidentifiedImageError
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from typing_extensions import override
 
-from moe_heads.checks import check_at_least, check_at_least_one, check_not_negative, check_option
+from moe_heads.checks import check_at_least, check_at_least_one, check_option
 from moe_heads.lightning_modules.cifar10 import CIFAR10_MEAN, CIFAR10_STD
 from moe_heads.lightning_modules.data import ImageDataModule, RawSplit, Split
 from moe_heads.lightning_modules.images import CropBorder, ImageFiles, ImageTransform, check_size
@@ -71,10 +71,10 @@ class ImageFolderDataModule(ImageDataModule):
         super().__init__(mean, std, batch_size, num_workers, val_split, seed, augment, limit_train)
         if len(mean) != 3:
             raise ValueError(f"mean, std: expected three numbers (red, green, blue); got {mean!r}, {std!r}")
-        if image_size is not None:
-            check_at_least_one(image_size=image_size)
+        check_at_least_one(or_none=True, image_size=image_size)
         check_at_least(0, crop_padding=crop_padding)
-        check_not_negative(memory_limit_mb=memory_limit_mb)
+        if not memory_limit_mb >= 0:
+            raise ValueError(f"memory_limit_mb: expected at least 0; got {memory_limit_mb!r}")
         self.root = Path(root)
         self.image_size = image_size
         self.crop_padding = crop_padding

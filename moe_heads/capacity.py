@@ -92,7 +92,8 @@ def match_capacity(
     measure = "total" if active is None else "active"
     target = total if active is None else active
     assert target is not None
-    check_at_least_one(**{measure: target})
+    wanted: dict[str, Any] = {measure: target}
+    check_at_least_one(**wanted)
     head_class, width_name = _KINDS[kind]
     if width_name in options:
         raise ValueError(

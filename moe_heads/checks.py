@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Any
 
 __all__ = [
@@ -19,25 +19,27 @@ __all__ = [
 ]
 
 
-def check_at_least(least: int, **counts: Any) -> None:
-    """Refuse anything but whole numbers, NumPy's too, from ``least`` on. True and False are none."""
+def check_at_least(least: int, *, or_none: bool = False, **counts: Any) -> None:
+    """Refuse anything but whole numbers, NumPy's too, from ``least`` on, or None. True and False are none."""
     for name, value in counts.items():
-        if isinstance(value, bool) or not isinstance(value, Integral) or int(value) < least:
-            raise ValueError(f"{name}: expected an integer of at least {least}; got {value!r}")
+        is_whole = isinstance(value, Integral) and not isinstance(value, bool)
+        if not ((is_whole and int(value) >= least) or (or_none and value is None)):
+            raise ValueError(f"{name}: expected an integer of at least {least}{_or_none(or_none)}; got {value!r}")
 
 
-def check_at_least_one(**sizes: Any) -> None:
-    """Refuse anything but an int from 1 on: sizes end up in checkpoints, where numbers of NumPy are not loaded."""
+def check_at_least_one(*, or_none: bool = False, **sizes: Any) -> None:
+    """Refuse anything but an int from 1 on, or None: modules and loaders are built of sizes, and take no NumPy."""
     for name, value in sizes.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name}: expected an integer of at least 1; got {value!r}")
+        is_whole = isinstance(value, int) and not isinstance(value, bool)
+        if not ((is_whole and value >= 1) or (or_none and value is None)):
+            raise ValueError(f"{name}: expected an integer of at least 1{_or_none(or_none)}; got {value!r}")
 
 
-def check_positive(**values: Any) -> None:
-    """Refuse anything but finite numbers above zero."""
+def check_positive(*, or_none: bool = False, **values: Any) -> None:
+    """Refuse anything but finite numbers above zero, or None."""
     for name, value in values.items():
-        if not _is_number(value) or not 0 < value < math.inf:
-            raise ValueError(f"{name}: expected a finite number above 0; got {value!r}")
+        if not ((_is_number(value) and 0 < value < math.inf) or (or_none and value is None)):
+            raise ValueError(f"{name}: expected a finite number above 0{_or_none(or_none)}; got {value!r}")
 
 
 def check_not_negative(**values: Any) -> None:
@@ -62,7 +64,7 @@ def check_flags(**flags: Any) -> None:
 
 
 def check_seed(seed: Any) -> None:
-    """Refuse what is no seed of `torch.Generator`, which takes no whole numbers of NumPy."""
+    """Refuse anything but an int from 0 to 2**63 - 1: a `torch.Generator` takes no whole numbers of NumPy."""
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
         raise ValueError(f"seed: expected an int from 0 to 2**63 - 1; got {seed!r}")
 
@@ -70,7 +72,7 @@ def check_seed(seed: Any) -> None:
 def check_option(name: str, value: Any, choices: Iterable[str]) -> None:
     """Refuse a value that is not among the choices."""
     listed = tuple(choices)
-    if value not in listed:
+    if not isinstance(value, str) or value not in listed:
         raise ValueError(f"{name}: expected one of {', '.join(map(repr, listed))}; got {value!r}")
 
 
@@ -78,8 +80,10 @@ def check_choices(name: str, values: Any, choices: Iterable[str]) -> None:
     """Refuse anything but a list of some of the choices, each once."""
     allowed = tuple(choices)
     listed = values if isinstance(values, (list, tuple)) else ()
-    if not listed or any(value not in allowed for value in listed) or len(set(listed)) < len(listed):
-        raise ValueError(f"{name}: expected a list of some of {', '.join(map(repr, allowed))}; got {values!r}")
+    known = [value for value in listed if isinstance(value, str) and value in allowed]
+    if not listed or len(set(known)) < len(listed):
+        some = ", ".join(map(repr, allowed))
+        raise ValueError(f"{name}: expected a list of some of {some}, each once; got {values!r}")
 
 
 def check_balance(balance: Mapping[str, float], terms: Sequence[str]) -> None:
@@ -92,4 +96,8 @@ def check_balance(balance: Mapping[str, float], terms: Sequence[str]) -> None:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def _or_none(or_none: bool) -> str:
+    return " or None" if or_none else ""

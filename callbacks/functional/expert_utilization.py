@@ -30,7 +30,7 @@ from moe_heads.callbacks.functional.utilization.labels import (
 from moe_heads.callbacks.functional.utilization.result import ExpertUtilizationResult
 from moe_heads.callbacks.functional.utilization.rows import of_samples
 from moe_heads.callbacks.functional.utilization.sums import ReportOptions, UtilizationSums
-from moe_heads.checks import check_at_least, check_shares
+from moe_heads.checks import check_at_least, check_seed, check_shares
 from moe_heads.routing import Adapters, Routing, adapted_routers, collect_routing, named_routers
 
 __all__ = ["checked_options", "expert_utilization"]
@@ -153,6 +153,7 @@ def checked_options(
     check_shares(dead_below=dead_below, starved_below=starved_below)
     if starved_below < dead_below:
         raise ValueError(f"starved_below: expected at least dead_below = {dead_below}; got {starved_below}")
+    check_seed(seed)
     check_at_least(0, num_permutations=num_permutations, num_examples=num_examples)
     return ReportOptions(dead_below, starved_below, num_permutations, num_examples, seed)
 

@@ -1,6 +1,7 @@
 """Sharpness that survives rescaling of the weights: rise of the loss under average and worst-case perturbations."""
 
 from collections.abc import Iterable
+from typing import get_args
 
 from torch import nn
 
@@ -162,10 +163,9 @@ def check_perturbation_options(
     seed: int,
 ) -> None:
     """Refuse what no model could be analysed with."""
-    lengths = {"radius": radius, "average_radius": average_radius}
-    check_positive(**{name: length for name, length in lengths.items() if length is not None})
+    check_positive(or_none=True, radius=radius, average_radius=average_radius)
     check_flags(adaptive=adaptive)
-    check_option("norm", norm, ("l2", "linf"))
+    check_option("norm", norm, get_args(Norm))
     check_at_least(2, num_draws=num_draws)  # a standard error takes two draws
     check_at_least(0, num_steps=num_steps)
     check_seed(seed)

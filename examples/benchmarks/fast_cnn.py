@@ -1,8 +1,8 @@
 """What each choice of FastCNN and of the preset for a CPU is worth: validation accuracy and speed without it.
 
 Each variant is the preset `cpu` of compare_heads.py with one choice taken back, trained for fewer epochs with the dense
-head, once a seed. `--jobs` trains that many at a time, the seeds of a variant together, which is faster than one on all
-threads; a speed is then that of a busy machine.
+head, once a seed. `--jobs` trains that many seeds of a variant at a time, which is faster than one on all threads; a
+speed is then that of a busy machine.
 
     python examples/benchmarks/fast_cnn.py --images FOLDER --epochs 3 --seeds 2 --jobs 2 --out fast_cnn.json
 """
@@ -30,6 +30,7 @@ from study.build import build_data, build_model, precision_of
 from study.options import Options
 from study.presets import PRESETS
 
+from moe_heads.checks import check_at_least_one
 from moe_heads.lightning_modules import MoEClassifier
 
 Change = Callable[[MoEClassifier], None]
@@ -104,18 +105,24 @@ def train(base: Options, variant: str, seed: int) -> dict[str, float]:
     return {"accuracy": float(trainer.callback_metrics["val/accuracy"]), "images_per_s": num_images / seconds}
 
 
-def train_all(base: Options, runs: Sequence[tuple[str, int]], jobs: int) -> Iterator[dict[str, float]]:
-    """Train the runs, (variant, seed), ``jobs`` at a time, each on its share of the threads.
+def train_all(
+    base: Options, variants: Sequence[str], seeds: int, jobs: int, threads: int
+) -> Iterator[tuple[str, int, dict[str, float]]]:
+    """Train each variant once a seed, the next ``jobs`` seeds of a variant at the same time.
 
     Yields:
-        The result of each, in their order.
+        Variant, seed and result.
     """
+    groups = [range(first, min(first + jobs, seeds)) for first in range(0, seeds, jobs)]
     if jobs == 1:
-        yield from (train(base, *run) for run in runs)
+        yield from ((variant, seed, train(base, variant, seed)) for (seed,) in groups for variant in variants)
         return
-    threads = max(1, torch.get_num_threads() // jobs)
     with ProcessPoolExecutor(jobs, get_context("spawn"), torch.set_num_threads, (threads,)) as pool:
-        yield from pool.map(train, repeat(base), *zip(*runs, strict=True))
+        for group in groups:
+            for variant in variants:
+                # no more than run at once: what waits in the pool would still be trained after an error or Ctrl-C
+                results = pool.map(train, repeat(base), repeat(variant), group)
+                yield from ((variant, seed, result) for seed, result in zip(group, results, strict=True))
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
@@ -127,14 +134,16 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, each on its share of the threads")
     parser.add_argument("--only", nargs="+", choices=[*VARIANTS], default=[*VARIANTS], metavar="VARIANT")
     parser.add_argument("--limit-train", type=int, default=None, help="train on that many images")
-    parser.add_argument("--out", type=Path, default=None, help="JSON file to write, after every run")
+    parser.add_argument("--out", type=Path, default=None, help="JSON file to write, also after each variant")
     given = parser.parse_args(arguments)
+    check_at_least_one(**{"--epochs": given.epochs, "--seeds": given.seeds, "--jobs": given.jobs})
     protocol = replace(PRESETS["cpu"], data=f"imagefolder:{given.images}", epochs=given.epochs)
     base = Options(preset="cpu", out=Path("runs"), limit_train=given.limit_train, **vars(protocol))
     results: dict[str, list[dict[str, float]]] = {name: [] for name in given.only}
-    report: dict[str, Any] = {"machine": machine(), "epochs": given.epochs, "jobs": given.jobs, "variants": {}}
-    runs = [(name, seed) for name in given.only for seed in range(given.seeds)]
-    for (name, seed), result in zip(runs, train_all(base, runs, given.jobs), strict=True):
+    threads = max(1, torch.get_num_threads() // given.jobs)
+    how = {"epochs": given.epochs, "jobs": given.jobs, "threads_per_job": threads}
+    report: dict[str, Any] = {"machine": machine(), **how, "variants": {}}
+    for name, seed, result in train_all(base, given.only, given.seeds, given.jobs, threads):
         results[name].append(result)
         report["variants"][name] = row = _row(results[name])
         print(f"{name}, seed {seed}: {row['accuracy']:.2%}, {row['images_per_s']:.0f} images/s", flush=True)

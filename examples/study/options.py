@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
+from moe_heads.checks import check_at_least, check_at_least_one, check_positive
 from study.presets import HEADS, PRESET_OF, PRESETS, Protocol
 
 _DATA = "digits, cifar10 or imagefolder:PATH"
@@ -39,18 +40,14 @@ class Options(Protocol):
         if unknown:
             raise ValueError(f"--heads: expected some of {', '.join(HEADS)}; got {', '.join(unknown)}")
         counts = ("seeds", "epochs", "batch_size", "analysis_samples", "head_width", "limit_train", "image_size")
-        for name in (*counts, "threads"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{_flag(name)}: expected an integer of at least 1; got {value}")
-        if self.crop_padding < 0:
-            raise ValueError(f"--crop-padding: expected an integer of at least 0; got {self.crop_padding}")
-        if self.learning_rate <= 0:
-            raise ValueError(f"--learning-rate: expected a number above 0; got {self.learning_rate}")
+        given = {_flag(name): getattr(self, name) for name in (*counts, "threads")}
+        check_at_least_one(**{flag: value for flag, value in given.items() if value is not None})
+        check_at_least(0, **{"--crop-padding": self.crop_padding})
+        check_positive(**{"--learning-rate": self.learning_rate})
         if not 3 <= self.plane_points <= 256:
             raise ValueError(f"--plane-points: expected 3 to 256; got {self.plane_points}")
-        if self.max_minutes is not None and not self.max_minutes > 0:
-            raise ValueError(f"--max-minutes: expected a number above 0; got {self.max_minutes}")
+        if self.max_minutes is not None:
+            check_positive(**{"--max-minutes": self.max_minutes})
         for head in self.heads:
             _check_writable(self.run_dir(head, seed=0))
 

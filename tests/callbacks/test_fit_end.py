@@ -193,15 +193,18 @@ def test_runs_of_two_fits_do_not_mix() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"splits": "train"}, "splits: expected a list of some of 'train', 'val', 'test'; got 'train'"),
+        ({"splits": "train"}, "splits: expected a list of some of 'train', 'val', 'test', each once; got 'train'"),
         ({"splits": ["dev"]}, r"splits: expected a list of .*; got \['dev'\]"),
         ({"splits": []}, "splits: expected a list"),
         ({"num_samples": 0}, "num_samples: expected an integer of at least 1; got 0"),
         ({"batch_size": 2.5}, "batch_size: expected an integer of at least 1; got 2.5"),
         ({"seed": None}, "seed: expected an int from 0 to .*; got None"),
         ({"on_error": "ignore"}, "on_error: expected one of 'warn', 'raise'; got 'ignore'"),
-        ({"stages": ["predict"]}, r"stages: expected a list of some of 'fit', 'validate', 'test'; got \['predict'\]"),
-        ({"every_n_epochs": 0}, "every_n_epochs: expected an integer of at least 1; got 0"),
+        (
+            {"stages": ["predict"]},
+            r"stages: expected a list of some of 'fit', .*, each once; got \['predict'\]",
+        ),
+        ({"every_n_epochs": 0}, "every_n_epochs: expected an integer of at least 1 or None; got 0"),
         ({"weights": "mean"}, "weights: expected one of 'last', 'best'; got 'mean'"),
         ({"max_time": 0}, "max_time: expected a positive number of seconds or None; got 0"),
         ({"name": "/"}, "name: expected the beginning of a key, such as 'sharpness_head'; got '/'"),

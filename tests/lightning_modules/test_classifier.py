@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -247,6 +248,15 @@ def test_checkpoint_round_trip(head: nn.Module, tmp_path: Path) -> None:
     assert loaded.head is new_head
     x = torch.randn(5, NUM_FEATURES)
     assert torch.equal(loaded.eval()(x), model.eval()(x))
+
+
+def test_rates_of_numpy_as_a_sweep_gives_them_stay_loadable(tmp_path: Path) -> None:
+    fit = trainer()
+    rates = {"learning_rate": np.logspace(-2, -1, 2)[0], "weight_decay": np.float32(1e-4), "momentum": np.float64(0.5)}
+    fit.fit(MoEClassifier(backbone(), sparse(), **rates), loader())
+    fit.save_checkpoint(tmp_path / "model.ckpt")
+    loaded = MoEClassifier.load_from_checkpoint(tmp_path / "model.ckpt", backbone=backbone(), head=sparse())
+    assert loaded.hparams["learning_rate"] == 0.01 and type(loaded.hparams["weight_decay"]) is float
 
 
 def test_checkpoint_without_the_modules_says_what_to_pass(tmp_path: Path) -> None:

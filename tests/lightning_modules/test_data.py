@@ -152,9 +152,9 @@ def test_hyper_parameters_for_the_table_of_runs() -> None:
     [
         ({"batch_size": 0}, "batch_size: expected an integer of at least 1; got 0"),
         ({"num_workers": -1}, "num_workers: expected an integer of at least 0; got -1"),
-        ({"val_split": 0.0}, r"val_split: expected a share between 0 and 1; got 0\.0"),
+        ({"val_split": 0.0}, r"val_split: expected a finite number above 0; got 0\.0"),
         ({"val_split": 1.0}, r"val_split: expected a share between 0 and 1; got 1\.0"),
-        ({"limit_train": 0}, "limit_train: expected an integer of at least 1; got 0"),
+        ({"limit_train": 0}, "limit_train: expected an integer of at least 1 or None; got 0"),
     ],
 )
 def test_bad_arguments(options: dict[str, Any], message: str) -> None:

@@ -71,7 +71,7 @@ def test_googlenet_has_one_output_in_training() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"name": "resnet19"}, "torchvision model: expected one of alexnet, .*; got 'resnet19'"),
+        ({"name": "resnet19"}, "torchvision model: expected one of 'alexnet', .*; got 'resnet19'"),
         ({"name": "resnet18", "in_channels": 4}, "in_channels: expected 3 or 1 for a torchvision model; got 4"),
         ({"name": "resnet18", "image_size": 0}, "image_size: expected an integer of at least 1; got 0"),
         ({"name": "squeezenet1_1"}, "squeezenet1_1: expected a linear classifier at the end; got AdaptiveAvgPool2d"),

@@ -179,9 +179,9 @@ def test_a_file_that_is_no_image(root: Path, memory_limit_mb: int) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"image_size": 0}, "image_size: expected an integer of at least 1; got 0"),
+        ({"image_size": 0}, "image_size: expected an integer of at least 1 or None; got 0"),
         ({"crop_padding": -1}, "crop_padding: expected an integer of at least 0; got -1"),
-        ({"memory_limit_mb": -2}, "memory_limit_mb: expected a finite number of at least 0; got -2"),
+        ({"memory_limit_mb": -2}, "memory_limit_mb: expected at least 0; got -2"),
         ({"mean": (0.5,), "std": (0.5,)}, "mean, std: expected three numbers"),
         ({"batch_size": 0}, "batch_size: expected an integer of at least 1; got 0"),
     ],

@@ -22,6 +22,9 @@ from moe_heads.checks import (
 
 def test_the_edges_of_what_is_taken() -> None:
     check_at_least(3, count=np.int64(3))
+    check_at_least(3, or_none=True, count=None)
+    check_at_least_one(or_none=True, size=None)
+    check_positive(or_none=True, value=None, other=np.float32(0.5))
     check_at_least(0, count=0)
     check_not_negative(value=0)
     check_shares(zero=0, most=math.nextafter(1, 0))
@@ -39,6 +42,10 @@ def test_the_edges_of_what_is_taken() -> None:
         (lambda: check_at_least(0, count=2.0), r"count: expected an integer of at least 0; got 2\.0"),
         (lambda: check_at_least(0, count=None), "count: expected an integer of at least 0; got None"),
         (lambda: check_at_least_one(width=np.int64(3)), "width: expected an integer of at least 1; got"),
+        (lambda: check_at_least(2, or_none=True, count=1), "count: expected an integer of at least 2 or None; got 1"),
+        (lambda: check_at_least_one(or_none=True, size=0), "size: expected an integer of at least 1 or None; got 0"),
+        (lambda: check_positive(or_none=True, value=0), "value: expected a finite number above 0 or None; got 0"),
+        (lambda: check_option("mode", np.array(["a", "b"]), "ab"), "mode: expected one of 'a', 'b'; got array"),
         (lambda: check_positive(value=0), "value: expected a finite number above 0; got 0"),
         (lambda: check_positive(value=math.nan), "value: expected a finite number above 0; got nan"),
         (lambda: check_positive(value=math.inf), "value: expected a finite number above 0; got inf"),
@@ -54,8 +61,8 @@ def test_the_edges_of_what_is_taken() -> None:
         (lambda: check_seed(np.int64(1)), "seed: expected an int from 0 to"),
         (lambda: check_seed(True), "seed: expected an int from 0 to .*; got True"),
         (lambda: check_option("mode", ["a"], "ab"), r"mode: expected one of 'a', 'b'; got \['a'\]"),
-        (lambda: check_choices("modes", "a", "ab"), "modes: expected a list of some of 'a', 'b'; got 'a'"),
-        (lambda: check_choices("modes", [], "ab"), r"modes: expected a list of some of 'a', 'b'; got \[\]"),
+        (lambda: check_choices("modes", "a", "ab"), "modes: expected a list of some of 'a', 'b', each once; got 'a'"),
+        (lambda: check_choices("modes", [], "ab"), r"modes: expected a list of some of 'a', 'b', each once; got \[\]"),
         (lambda: check_choices("modes", ["a", "a"], "ab"), r"modes: .* got \['a', 'a'\]"),
         (lambda: check_choices("modes", ["a", ["b"]], "ab"), r"modes: .* got \['a', \['b'\]\]"),
     ],

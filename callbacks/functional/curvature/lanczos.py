@@ -15,7 +15,7 @@ from moe_heads.callbacks.functional.common.memory import memory_budget
 from moe_heads.callbacks.functional.common.microbatches import unless_out_of_memory
 from moe_heads.callbacks.functional.curvature.basis import Basis, dot, norm, rademacher
 from moe_heads.callbacks.functional.curvature.operator import SymmetricOperator
-from moe_heads.checks import check_positive
+from moe_heads.checks import check_at_least, check_positive
 
 __all__ = ["CPU_BASIS_MEMORY", "LanczosResult", "lanczos"]
 
@@ -367,7 +367,8 @@ def _most_vectors(operator: SymmetricOperator, num_eigenvalues: int, basis_memor
 
 
 def _check(dim: int, num_eigenvalues: int, tolerance: float, max_steps: int, start: Tensor | None) -> None:
-    if not 1 <= num_eigenvalues <= dim:
+    check_at_least(1, num_eigenvalues=num_eigenvalues, max_steps=max_steps)
+    if num_eigenvalues > dim:
         raise ValueError(f"num_eigenvalues: expected 1 to {dim}, the number of parameters; got {num_eigenvalues}")
     check_positive(tolerance=tolerance)
     if max_steps < num_eigenvalues:

@@ -76,7 +76,7 @@ class BatchProducts:
         mode: GraphMode | None = None,
         seed: int = 0,
     ) -> None:
-        if mode is not None:
+        if mode is not None:  # by default the cheapest that is right
             check_option("mode", mode, get_args(GraphMode))
         self._gradients = BatchGradients(model, loss_fn, params, seed)
         self._monitor = monitor

@@ -14,7 +14,7 @@ from moe_heads.callbacks.functional.curvature.lanczos import LanczosResult, lanc
 from moe_heads.callbacks.functional.curvature.operator import HessianOperator
 from moe_heads.callbacks.functional.curvature.parameters import Selection, selected_parameters
 from moe_heads.callbacks.functional.curvature.shared import shared_hessian
-from moe_heads.checks import check_at_least_one
+from moe_heads.checks import check_at_least
 
 __all__ = ["top_eigenvector", "top_eigenvectors"]
 
@@ -67,7 +67,7 @@ def top_eigenvectors(
         ValueError: If there are fewer parameters than eigenvectors wanted.
     """
     num_parameters = sum(p.numel() for p in selected_parameters(model, params).values())
-    check_at_least_one(num_eigenvectors=num_eigenvectors)
+    check_at_least(1, num_eigenvectors=num_eigenvectors)
     if num_eigenvectors > num_parameters:
         raise ValueError(f"num_eigenvectors: expected 1 to {num_parameters}; got {num_eigenvectors}")
     monitor, ranks = monitor or Monitor(), ranks or Ranks()

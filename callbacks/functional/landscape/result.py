@@ -12,6 +12,7 @@ from moe_heads.callbacks.functional.landscape.figure import plot_line, plot_plan
 from moe_heads.callbacks.functional.landscape.measured import MeasuredLandscape
 from moe_heads.callbacks.functional.landscape.mesh import surface_mesh, triangles
 from moe_heads.callbacks.functional.landscape.numbers import landscape_metrics, landscape_summary
+from moe_heads.checks import check_option
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -47,8 +48,7 @@ class LossLandscapeResult(MeasuredLandscape):
         Raises:
             ValueError: If it was not measured, or there is no plane to show it on.
         """
-        if quantity != "losses" and quantity not in self.maps:
-            raise ValueError(f"quantity: expected one of {self.maps or ('losses',)}; got {quantity!r}")
+        check_option("quantity", quantity, self.maps or ("losses",))
         title = self._title(quantity)
         if self.betas is not None:
             is_loss = quantity in _LOSSES

@@ -36,8 +36,7 @@ class TimingPlan:
         check_choices("modes", self.modes, get_args(TimingMode))
         check_choices("caches", self.caches, get_args(Cache))
         check_at_least_one(num_runs=self.num_runs)
-        if self.warmup_runs is not None:
-            check_at_least(0, warmup_runs=self.warmup_runs)
+        check_at_least(0, or_none=True, warmup_runs=self.warmup_runs)
         for name in ("warmup_tolerance", "seconds_per_size", "max_seconds"):
             check_positive(**{name: getattr(self, name)})
 

@@ -1,6 +1,6 @@
 """The classes of the samples: which labels count, and how many classes there are."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import TypeGuard
 
 import torch
@@ -54,8 +54,6 @@ def num_classes_of(
     Raises:
         ValueError: If names and number disagree, some batches have no labels, or a label is no class.
     """
-    if class_names is not None and not all(isinstance(name, str) for name in class_names):
-        raise ValueError(f"class_names: expected strings; got {class_names!r}")
     if class_names is not None and num_classes is not None and len(class_names) != num_classes:
         raise ValueError(f"class_names: expected num_classes = {num_classes} names; got {len(class_names)}")
     given = [labels.cpu() for labels in found if labels is not None]
@@ -82,8 +80,8 @@ def num_classes_of(
 
 
 def are_names(names: object) -> TypeGuard[Sequence[str]]:
-    """Whether this is a list of names."""
-    return isinstance(names, (list, tuple)) and all(isinstance(name, str) for name in names)
+    """Whether these are names that can be counted, and not one name."""
+    return isinstance(names, Collection) and not isinstance(names, str) and all(isinstance(name, str) for name in names)
 
 
 def check_class_names(class_names: object) -> None:

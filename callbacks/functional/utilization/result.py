@@ -10,6 +10,7 @@ from torch import Tensor
 from moe_heads.callbacks.functional.utilization.head import HeadUtilization, relative_load_percentiles
 from moe_heads.callbacks.functional.utilization.health import LEAST_EXPECTED
 from moe_heads.callbacks.functional.utilization.tables import experts_table, quantities_table
+from moe_heads.checks import check_option
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -97,8 +98,7 @@ class ExpertUtilizationResult:
         if not self.heads:
             raise ValueError("head: expected a model with a router that ran; this one has none, and nothing to draw")
         name = next(iter(self.heads)) if head is None else head
-        if name not in self.heads:
-            raise ValueError(f"head: expected one of {list(self.heads)}; got {name!r}")
+        check_option("head", name, self.heads)
         return plot_utilization(name, self.heads[name], self.class_names, ax)
 
     def figures(self) -> "dict[str, Figure]":

@@ -13,8 +13,6 @@ import torch
 
 __all__ = ["machine", "time_interleaved"]
 
-_FLUSH = torch.zeros(2**26)  # 256 MiB
-
 
 def time_interleaved(
     contenders: Mapping[str, Callable[[], object]], rounds: int = 11, block_ms: float = 2.0, cold: bool = False
@@ -35,10 +33,11 @@ def time_interleaved(
         calls[name] = 1 if cold else max(1, round(block_ms / 1e3 / (time.perf_counter() - start)))
     times: dict[str, list[float]] = {name: [] for name in contenders}
     order = random.Random(0)
+    flushing = torch.zeros(2**26 if cold else 0)  # 256 MiB
     for _ in range(rounds):
         for name, call in order.sample(list(contenders.items()), len(contenders)):
             if cold:
-                _FLUSH.add_(1)
+                flushing.add_(1)
             for _ in range(0 if cold else 1 + calls[name] // 4):
                 call()
             start = time.perf_counter()

@@ -389,6 +389,7 @@ def test_experts_in_another_order_say_the_same() -> None:
     [
         ({"starved_below": 1.0}, r"starved_below: expected a number in \[0, 1\); got 1.0"),
         ({"dead_below": "a"}, r"dead_below: expected a number in \[0, 1\); got 'a'"),
+        ({"seed": None}, "seed: expected an int from 0 to .*; got None"),
         ({"class_names": "abc"}, "class_names: expected a list of names; got 'abc'"),
         ({"num_permutations": -1}, "num_permutations: expected an integer of at least 0; got -1"),
         ({"num_examples": 2.0}, "num_examples: expected an integer of at least 0; got 2.0"),

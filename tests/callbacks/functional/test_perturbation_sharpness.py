@@ -393,12 +393,12 @@ class Unreadable:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"radius": 0}, "radius: expected a finite number above 0; got 0"),
-        ({"radius": math.inf}, "radius: expected a finite number above 0; got inf"),
-        ({"radius": math.nan}, "radius: expected a finite number above 0; got nan"),
-        ({"radius": True}, "radius: expected a finite number above 0; got True"),
-        ({"average_radius": -0.1}, "average_radius: expected a finite number above 0; got -0.1"),
-        ({"average_radius": "0.1"}, "average_radius: expected a finite number above 0; got '0.1'"),
+        ({"radius": 0}, "radius: expected a finite number above 0 or None; got 0"),
+        ({"radius": math.inf}, "radius: expected a finite number above 0 or None; got inf"),
+        ({"radius": math.nan}, "radius: expected a finite number above 0 or None; got nan"),
+        ({"radius": True}, "radius: expected a finite number above 0 or None; got True"),
+        ({"average_radius": -0.1}, "average_radius: expected a finite number above 0 or None; got -0.1"),
+        ({"average_radius": "0.1"}, "average_radius: expected a finite number above 0 or None; got '0.1'"),
         ({"adaptive": 1}, "adaptive: expected True or False; got 1"),
         ({"norm": "l1"}, "norm: expected one of 'l2', 'linf'; got 'l1'"),
         ({"num_draws": 1}, "num_draws: expected an integer of at least 2; got 1"),

@@ -252,8 +252,8 @@ def test_certificates_in_float32_hold_in_float64() -> None:
 
 def test_bad_arguments() -> None:
     operator = DenseOperator(torch.eye(4))
-    for number in (0, 5):
-        with pytest.raises(ValueError, match=f"num_eigenvalues: expected 1 to 4, .*got {number}"):
+    for number, expected in ((0, "an integer of at least 1"), (5, "1 to 4, .*")):
+        with pytest.raises(ValueError, match=f"num_eigenvalues: expected {expected}; got {number}"):
             lanczos(operator, generator=seeded(), num_eigenvalues=number)
     with pytest.raises(ValueError, match="tolerance: expected a finite number above 0; got 0"):
         lanczos(operator, generator=seeded(), num_eigenvalues=2, tolerance=0)
