@@ -84,6 +84,7 @@ PRESETS = {
     # the importance loss, and eigenvalues by a power iteration that stops before it has converged.
     "paper-as-published": Protocol(augment=False, load_loss="importance", engine="pyhessian"),
     # Two CPU cores: a narrow network for more epochs, nearly all of its arithmetic in convolutions.
+    # What each choice is worth: docs/results.md, by benchmarks/fast_cnn.py.
     "cpu": Protocol(
         backbone="fast_cnn",
         seeds=5,
