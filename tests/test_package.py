@@ -8,6 +8,7 @@ import sys
 import tomllib
 import zipfile
 from collections.abc import Iterable
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -49,6 +50,7 @@ FOREIGN = {
 DATA_FILES = {"moe_heads/py.typed", "moe_heads/callbacks/functional/landscape/page.html"}
 
 
+@cache
 def imports(path: Path) -> set[str]:
     names = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):

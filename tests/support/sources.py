@@ -1,5 +1,6 @@
 """The source files by the name under which they are imported."""
 
+from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -12,6 +13,7 @@ _ROOMS = {
 }
 
 
+@cache
 def sources() -> dict[str, Path]:
     """Source files by module name."""
     found = {}
