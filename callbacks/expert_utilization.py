@@ -24,6 +24,7 @@ from moe_heads.callbacks.inputs import AnalysisInputs
 from moe_heads.callbacks.options import AnalysisOptions, OverRanks
 from moe_heads.callbacks.reporting import Report
 from moe_heads.callbacks.trainer_access import Split, datamodule_of, process_group_of
+from moe_heads.checks import check_callables, check_flags
 from moe_heads.routing import Adapters, RoutingStats, collect_routing, named_routers
 
 __all__ = ["ExpertUtilizationCallback"]
@@ -105,7 +106,10 @@ class ExpertUtilizationCallback(FitEndAnalysis):
         super().__init__(**options)
         check_class_names(class_names)
         checked_options(dead_below, starved_below, num_permutations, num_examples, self.seed)
-        self.class_names, self.forward_fn, self.adapters = class_names, forward_fn, adapters
+        check_callables(forward_fn=forward_fn, label_fn=label_fn, image_fn=image_fn)
+        check_flags(ablation=ablation, warn=warn)
+        self.class_names = None if class_names is None else tuple(class_names)
+        self.forward_fn, self.adapters = forward_fn, adapters
         self.label_fn, self.image_fn = label_fn, image_fn
         self.dead_below, self.starved_below, self.warn = dead_below, starved_below, warn
         self.num_examples, self.num_permutations, self.ablation = num_examples, num_permutations, ablation

@@ -14,10 +14,12 @@ from moe_heads.callbacks.functional.common.batches import ForwardFn, call_model
 from moe_heads.callbacks.functional.timing.plan import DEFAULT_SIZES, TimingPlan
 from moe_heads.callbacks.functional.timing.rounds import Cache
 from moe_heads.callbacks.functional.timing.row import TimingMode
+from moe_heads.callbacks.functional.utilization.labels import are_names
 from moe_heads.callbacks.inputs import AnalysisInputs
 from moe_heads.callbacks.options import AnalysisOptions, OverRanks
 from moe_heads.callbacks.reporting import Report
 from moe_heads.callbacks.trainer_access import Split, forward_context
+from moe_heads.checks import check_callables
 
 __all__ = ["InferenceTimingCallback"]
 
@@ -89,7 +91,8 @@ class InferenceTimingCallback(FitEndAnalysis):
             seconds_per_size=seconds_per_size,
             max_seconds=max_seconds,
         )
-        if isinstance(modules, str):
+        check_callables(forward_fn=forward_fn)
+        if modules is not None and not are_names(modules):
             raise ValueError(f"modules: expected a list of dotted names; got {modules!r}")
         for argument in ("num_samples", "batch_size"):
             if options.get(argument) is not None:

@@ -37,7 +37,7 @@ from moe_heads.callbacks.landscape_record import Landscape, landscape_report
 from moe_heads.callbacks.landscape_trail import WeightTrail
 from moe_heads.callbacks.options import AnalysisOptions, OverRanks
 from moe_heads.callbacks.reporting import Report
-from moe_heads.callbacks.sharpness_options import check_names
+from moe_heads.callbacks.sharpness_options import check_list_of_names, check_names
 from moe_heads.callbacks.trainer_access import Split
 from moe_heads.checks import check_at_least, check_flags, check_option, check_positive
 
@@ -124,8 +124,12 @@ class LossLandscapeCallback(FitEndAnalysis):
         check_option("normalization", normalization, get_args(Normalization))
         check_option("biases", biases, get_args(Biases))
         check_flags(trajectory=trajectory, check_curvatures=check_curvatures, html=html)
-        if resume is not None and (not isinstance(resume, (str, os.PathLike)) or not str(resume)):
+        if resume is not None and (
+            not isinstance(resume, (str, os.PathLike)) or not str(resume) or Path(resume).is_file()
+        ):
             raise ValueError(f"resume: expected a folder; got {resume!r}")
+        if params is not None:
+            check_list_of_names("params", params)
         if num_directions == 1:
             raise ValueError("num_directions: expected 0, or at least 2 that can be compared; got 1")
         self.plane_splits = checked_plane_splits(plane_splits, self.splits)

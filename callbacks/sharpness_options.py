@@ -8,7 +8,7 @@ from torch import nn
 from moe_heads.callbacks.functional.spectrum.result import Engine
 from moe_heads.checks import check_flags, check_option, check_positive
 
-__all__ = ["check_names", "check_report_options"]
+__all__ = ["check_list_of_names", "check_names", "check_report_options"]
 
 
 def check_report_options(flags: Mapping[str, Any], params: Any, blocks: Any, routing_steps: Any, engine: Any) -> None:
@@ -26,12 +26,12 @@ def check_report_options(flags: Mapping[str, Any], params: Any, blocks: Any, rou
     """
     check_flags(**flags)
     if params is not None:
-        _check_list("params", params)
+        check_list_of_names("params", params)
     if blocks is not None:
         if not isinstance(blocks, Mapping) or not blocks or not all(isinstance(block, str) for block in blocks):
             raise ValueError(f"blocks: expected lists of names by the name of the block; got {blocks!r}")
         for block, members in blocks.items():
-            _check_list(f"blocks[{block!r}]", members)
+            check_list_of_names(f"blocks[{block!r}]", members)
     if not isinstance(routing_steps, (list, tuple)):
         raise ValueError(f"routing_steps: expected a list of finite numbers above 0; got {routing_steps!r}")
     check_positive(**{f"routing_steps[{place}]": step for place, step in enumerate(routing_steps)})
@@ -67,6 +67,7 @@ def check_names(model: nn.Module, params: Iterable[str] | None, blocks: Mapping[
                 raise ValueError(f"{option}: expected names of parameters or modules, such as {some}; got {name!r}")
 
 
-def _check_list(option: str, names: Any) -> None:
+def check_list_of_names(option: str, names: Any) -> None:
+    """Refuse anything but a list of names."""
     if not isinstance(names, (list, tuple)) or not names or not all(isinstance(name, str) for name in names):
         raise ValueError(f"{option}: expected a list of names of parameters or modules; got {names!r}")

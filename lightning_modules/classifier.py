@@ -12,7 +12,14 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibratio
 from typing_extensions import override
 
 from moe_heads import Head, Router, capacity, collect_routing
-from moe_heads.checks import check_at_least_one, check_not_negative, check_option, check_positive, check_shares
+from moe_heads.checks import (
+    check_at_least_one,
+    check_flags,
+    check_not_negative,
+    check_option,
+    check_positive,
+    check_shares,
+)
 from moe_heads.lightning_modules.schedules import SCHEDULES, Schedule, schedule_config
 
 __all__ = ["MoEClassifier"]
@@ -86,6 +93,7 @@ class MoEClassifier(LightningModule):
         check_positive(learning_rate=learning_rate)
         check_shares(momentum=momentum, label_smoothing=label_smoothing)
         check_not_negative(weight_decay=weight_decay)
+        check_flags(nesterov=nesterov, channels_last=channels_last)
         if nesterov and momentum == 0:
             raise ValueError("nesterov: expected False with momentum 0; got True")
         check_option("schedule", schedule, SCHEDULES)

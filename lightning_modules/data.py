@@ -1,5 +1,6 @@
 """Base of the image data modules: stratified splits, of which only the training loader augments."""
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple
@@ -10,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from typing_extensions import override
 
-from moe_heads.checks import check_at_least, check_at_least_one, check_option, check_positive
+from moe_heads.checks import check_at_least, check_at_least_one, check_flags, check_option, check_positive, check_seed
 from moe_heads.lightning_modules.images import ImageFiles, ImageTransform, LabelledImages
 
 __all__ = ["ImageDataModule", "RawSplit", "Split", "choose_stratified"]
@@ -110,7 +111,9 @@ class ImageDataModule(LightningDataModule, ABC):
         if val_split >= 1:
             raise ValueError(f"val_split: expected a share between 0 and 1; got {val_split!r}")
         check_at_least_one(or_none=True, limit_train=limit_train)
-        if not len(mean) == len(std) or not all(deviation > 0 for deviation in std):
+        check_seed(seed)
+        check_flags(augment=augment)
+        if not len(mean) == len(std) or not all(map(math.isfinite, (*mean, *std))) or min(std) <= 0:
             raise ValueError(f"mean, std: expected one number a channel, std above 0; got {mean!r}, {std!r}")
         self.mean, self.std = tuple(mean), tuple(std)
         self.batch_size = batch_size

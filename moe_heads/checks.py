@@ -9,6 +9,7 @@ __all__ = [
     "check_at_least",
     "check_at_least_one",
     "check_balance",
+    "check_callables",
     "check_choices",
     "check_flags",
     "check_not_negative",
@@ -61,6 +62,13 @@ def check_flags(**flags: Any) -> None:
     for name, flag in flags.items():
         if not isinstance(flag, bool):
             raise ValueError(f"{name}: expected True or False; got {flag!r}")
+
+
+def check_callables(**functions: Any) -> None:
+    """Refuse anything but what can be called, or None."""
+    for name, function in functions.items():
+        if function is not None and not callable(function):
+            raise ValueError(f"{name}: expected a function or None; got {function!r}")
 
 
 def check_seed(seed: Any) -> None:

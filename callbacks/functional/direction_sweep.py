@@ -26,7 +26,7 @@ from moe_heads.callbacks.functional.landscape.grid import grid_of
 from moe_heads.callbacks.functional.landscape.point import NUM_SUMS, Point
 from moe_heads.callbacks.functional.landscape.survey import Survey, can_hold_routing
 from moe_heads.callbacks.functional.landscape.sweep_result import DirectionSweepResult
-from moe_heads.checks import check_at_least, check_option, check_positive
+from moe_heads.checks import check_at_least, check_option, check_positive, check_seed
 
 __all__ = ["Normalization", "direction_sweep", "normalized_random_direction"]
 
@@ -107,13 +107,14 @@ def direction_sweep(
     """
     check_at_least(2, num_directions=num_directions, num_points=num_points)
     check_positive(reach=reach)
+    check_seed(seed)
     axis = grid_of("alphas", alphas, reach, num_points)
     holds = can_hold_routing(model) if fixed_routing is None else fixed_routing
     monitor, ranks = monitor or Monitor(), ranks or Ranks()
 
     def direction(number: int) -> Tensor:
         return normalized_random_direction(
-            model, seed * num_directions + number, normalization, params=params, biases=biases
+            model, seed * int(num_directions) + number, normalization, params=params, biases=biases
         )
 
     with analysis_mode(model, seed) as original:

@@ -30,7 +30,7 @@ from moe_heads.callbacks.functional.utilization.labels import (
 from moe_heads.callbacks.functional.utilization.result import ExpertUtilizationResult
 from moe_heads.callbacks.functional.utilization.rows import of_samples
 from moe_heads.callbacks.functional.utilization.sums import ReportOptions, UtilizationSums
-from moe_heads.checks import check_at_least, check_seed, check_shares
+from moe_heads.checks import check_at_least, check_flags, check_seed, check_shares
 from moe_heads.routing import Adapters, Routing, adapted_routers, collect_routing, named_routers
 
 __all__ = ["checked_options", "expert_utilization"]
@@ -109,6 +109,7 @@ def expert_utilization(
         (torch.Size([4]), torch.Size([3, 4]))
     """
     check_class_names(class_names)
+    check_flags(ablation=ablation)
     options = checked_options(dead_below, starved_below, num_permutations, num_examples, seed)
     monitor, ranks, listed = monitor or Monitor(), ranks or Ranks(), as_batches(batches)
     sums = _Sums(options)

@@ -21,6 +21,7 @@ from moe_heads.callbacks.functional.timing.rounds import Cache
 from moe_heads.callbacks.functional.timing.row import Skipped, TimingMode
 from moe_heads.callbacks.functional.timing.subject import Subject
 from moe_heads.callbacks.functional.timing.sweep import Sweep
+from moe_heads.checks import check_seed
 from moe_heads.head import Head
 
 __all__ = ["inference_timing"]
@@ -104,6 +105,7 @@ def inference_timing(
     plan = TimingPlan(
         batch_sizes, modes, caches, num_runs, warmup_runs, warmup_tolerance, seconds_per_size, max_seconds
     )
+    check_seed(seed)
     if batch_size(example_batch) == 0:
         raise ValueError("example_batch: expected at least one sample; got none")
     if any(size != batch_size(example_batch) for size in batch_sizes):

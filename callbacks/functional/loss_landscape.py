@@ -26,7 +26,7 @@ from moe_heads.callbacks.functional.landscape.result import LossLandscapeResult
 from moe_heads.callbacks.functional.landscape.scan import Scan
 from moe_heads.callbacks.functional.landscape.survey import AccuracyFn, Survey, can_hold_routing
 from moe_heads.callbacks.functional.landscape.trajectory import Trajectory
-from moe_heads.checks import check_at_least
+from moe_heads.checks import check_at_least, check_flags, check_seed
 
 __all__ = ["loss_landscape"]
 
@@ -132,6 +132,8 @@ def loss_landscape(
         >>> line.losses, line.curvatures
         (tensor([1., 4., 9.], dtype=torch.float64), (2.0,))
     """
+    check_seed(seed)
+    check_flags(check_curvatures=check_curvatures)
     legs = [legs_of(model, direction1, "direction1", params)]
     if direction2 is not None:
         legs.append(legs_of(model, direction2, "direction2", params))

@@ -15,7 +15,7 @@ from moe_heads.callbacks.functional.published.loader import Loader
 from moe_heads.callbacks.functional.published.loss_module import LossModule
 from moe_heads.callbacks.functional.published.reach import Reach
 from moe_heads.callbacks.functional.published.run import imported_pyhessian, run_pyhessian
-from moe_heads.checks import check_at_least
+from moe_heads.checks import check_at_least, check_seed
 
 __all__ = ["published_sharpness"]
 
@@ -81,6 +81,7 @@ def published_sharpness(
     selected = selected_parameters(model, params)
     num_parameters = sum(p.numel() for p in selected.values())
     check_at_least(1, num_eigenvalues=num_eigenvalues)
+    check_seed(seed)
     if num_eigenvalues > num_parameters:
         raise ValueError(
             f"num_eigenvalues: expected 1 to {num_parameters}, the number of parameters; got {num_eigenvalues!r}"

@@ -27,7 +27,7 @@ from moe_heads.callbacks.functional.curvature.trace import (
 )
 from moe_heads.callbacks.functional.spectrum.block import BlockCurvature
 from moe_heads.callbacks.functional.spectrum.result import SharpnessResult
-from moe_heads.checks import check_at_least, check_positive
+from moe_heads.checks import check_at_least, check_flags, check_positive, check_seed
 
 __all__ = ["check_sharpness_options", "sharpness"]
 
@@ -129,6 +129,8 @@ def sharpness(
         ([4.0, 1.0], 5.0)
     """
     check_sharpness_options(num_eigenvalues, tolerance, trace_tolerance, max_steps, max_probes)
+    check_flags(density=density, block_eigenvalues=block_eigenvalues, keep_eigenvectors=keep_eigenvectors)
+    check_seed(seed)
     selected = selected_parameters(model, params)
     num_parameters = sum(p.numel() for p in selected.values())
     if num_eigenvalues > num_parameters:

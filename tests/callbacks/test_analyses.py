@@ -244,6 +244,8 @@ def test_hooks_are_gone_after_an_error_in_training() -> None:
         (lambda: InferenceTimingCallback(num_runs=0), "num_runs: expected"),
         (lambda: InferenceTimingCallback(modes=["fast"]), "modes: expected a list of"),
         (lambda: InferenceTimingCallback(max_seconds=0), "max_seconds: expected a finite number above 0; got 0"),
+        (lambda: InferenceTimingCallback(forward_fn=3), "forward_fn: expected a function or None; got 3"),
+        (lambda: InferenceTimingCallback(modules=3), "modules: expected a list of dotted names; got 3"),
         (lambda: InferenceTimingCallback(modules="head"), "modules: expected a list of dotted names; got 'head'"),
     ],
 )

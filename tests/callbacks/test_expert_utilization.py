@@ -5,6 +5,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -313,6 +314,12 @@ def test_figures_and_tables_in_tensorboard(tmp_path: Path) -> None:
     assert table.count("\n| ") == 4
 
 
+def test_names_of_classes_as_numpy_keeps_them() -> None:
+    callback = utilization(class_names=np.array(["cat", "dog", "owl"]), on_error="raise")
+    fit(PlainModule(), callback)
+    assert callback.results["train"].class_names == ("cat", "dog", "owl")
+
+
 def test_a_model_without_a_router_writes_nothing(tmp_path: Path) -> None:
     module = PlainModule()
     module.head = nn.Linear(8, 3)
@@ -326,6 +333,9 @@ def test_a_model_without_a_router_writes_nothing(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"label_fn": 3}, "label_fn: expected a function or None; got 3"),
+        ({"warn": "no"}, "warn: expected True or False; got 'no'"),
+        ({"ablation": None}, "ablation: expected True or False; got None"),
         ({"dead_below": 1.0}, r"dead_below: expected a number in \[0, 1\); got 1.0"),
         ({"starved_below": -0.1}, r"starved_below: expected a number in \[0, 1\); got -0.1"),
         ({"num_examples": -1}, "num_examples: expected an integer of at least 0; got -1"),

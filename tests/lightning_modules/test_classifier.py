@@ -309,6 +309,7 @@ def test_number_of_classes() -> None:
         ({"label_smoothing": -0.1}, r"label_smoothing: expected a number in \[0, 1\); got -0\.1"),
         ({"weight_decay": -1e-4}, r"weight_decay: expected a finite number of at least 0; got -0\.0001"),
         ({"nesterov": True, "momentum": 0.0}, "nesterov: expected False with momentum 0; got True"),
+        ({"nesterov": "False"}, "nesterov: expected True or False; got 'False'"),
         ({"schedule": "step"}, "schedule: expected one of 'cosine', 'linear', 'constant'; got 'step'"),
         ({"head": nn.Identity()}, "num_classes: expected a number, as Identity has neither .* got None"),
         ({"num_classes": 4}, "num_classes: expected 3, the head's number of logits; got 4"),

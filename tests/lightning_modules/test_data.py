@@ -151,6 +151,8 @@ def test_hyper_parameters_for_the_table_of_runs() -> None:
     ("options", "message"),
     [
         ({"batch_size": 0}, "batch_size: expected an integer of at least 1; got 0"),
+        ({"seed": None}, "seed: expected an int from 0 to .* got None"),
+        ({"augment": "False"}, "augment: expected True or False; got 'False'"),
         ({"num_workers": -1}, "num_workers: expected an integer of at least 0; got -1"),
         ({"val_split": 0.0}, r"val_split: expected a finite number above 0; got 0\.0"),
         ({"val_split": 1.0}, r"val_split: expected a share between 0 and 1; got 1\.0"),

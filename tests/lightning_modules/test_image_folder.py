@@ -1,3 +1,4 @@
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -183,6 +184,7 @@ def test_a_file_that_is_no_image(root: Path, memory_limit_mb: int) -> None:
         ({"crop_padding": -1}, "crop_padding: expected an integer of at least 0; got -1"),
         ({"memory_limit_mb": -2}, "memory_limit_mb: expected at least 0; got -2"),
         ({"mean": (0.5,), "std": (0.5,)}, "mean, std: expected three numbers"),
+        ({"mean": (0.5, 0.5, math.nan)}, "mean, std: expected one number a channel"),
         ({"batch_size": 0}, "batch_size: expected an integer of at least 1; got 0"),
     ],
 )

@@ -133,6 +133,15 @@ def test_figure_summary_and_arrays(tmp_path: Any) -> None:
         assert np.array_equal(stored["losses"], sweep.losses.numpy())
 
 
+def test_whole_numbers_of_numpy() -> None:
+    model, batch = problem()
+    one, other = (
+        direction_sweep(model, cross_entropy, [batch], num_directions=number, num_points=np.int64(3), seed=2)
+        for number in (2, np.int64(2))
+    )
+    assert torch.equal(one.losses, other.losses)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -140,6 +149,7 @@ def test_figure_summary_and_arrays(tmp_path: Any) -> None:
         ({"num_points": 1}, "num_points: expected an integer of at least 2; got 1"),
         ({"num_points": 2.5}, r"num_points: .* got 2\.5"),
         ({"num_directions": True}, "num_directions: expected an integer of at least 2; got True"),
+        ({"seed": 0.5}, r"seed: expected an int from 0 to .* got 0\.5"),
         ({"reach": -1.0}, "reach: expected a finite number above 0; got -1.0"),
         ({"normalization": "weight"}, "normalization: expected one of 'filter', 'layer', 'none'; got 'weight'"),
         ({"biases": "kept"}, "biases: expected one of 'zero', 'normalized'; got 'kept'"),

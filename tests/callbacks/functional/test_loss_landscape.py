@@ -243,6 +243,7 @@ def test_progress_counts_the_points() -> None:
         ({"alphas": [1.0, 0.0]}, "alphas: expected at least two finite, increasing"),
         ({"direction2": torch.ones(2), "betas": [0.0, 0.0]}, "betas: expected at least two finite, increasing"),
         ({"betas": [0.0, 1.0]}, "betas: expected None without a direction2; got coordinates"),
+        ({"seed": None}, "seed: expected an int from 0 to .* got None"),
         ({"num_points": 1}, "num_points: expected an integer of at least 2; got 1"),
         ({"num_points": 2.5}, r"num_points: expected an integer of at least 2; got 2\.5"),
         ({"refine": True}, "refine: expected an integer of at least 0; got True"),

@@ -249,6 +249,8 @@ def test_works_under_no_grad_and_inference_mode() -> None:
         ({"num_eigenvalues": 58}, "num_eigenvalues: expected 1 to 57, .*got 58"),
         ({"tolerance": 0.0}, "^tolerance: expected a finite number above 0; got 0.0"),
         ({"trace_tolerance": -1.0}, "trace_tolerance: expected a finite number above 0; got -1.0"),
+        ({"seed": "0"}, "seed: expected an int from 0 to .* got '0'"),
+        ({"density": 1}, "density: expected True or False; got 1"),
         ({"max_steps": 4}, "max_steps: expected at least num_eigenvalues = 5; got 4"),
         ({"max_probes": 2}, "max_probes: expected an integer of at least 8; got 2"),
         ({"params": ["fc"]}, "params: expected parameters .*'fc' is none"),
