@@ -113,7 +113,11 @@ class ImageDataModule(LightningDataModule, ABC):
         check_at_least_one(or_none=True, limit_train=limit_train)
         check_seed(seed)
         check_flags(augment=augment)
-        if not len(mean) == len(std) or not all(map(math.isfinite, (*mean, *std))) or min(std) <= 0:
+        if (
+            not len(mean) == len(std)
+            or not all(map(math.isfinite, (*mean, *std)))
+            or not all(deviation > 0 for deviation in std)
+        ):
             raise ValueError(f"mean, std: expected one number a channel, std above 0; got {mean!r}, {std!r}")
         self.mean, self.std = tuple(mean), tuple(std)
         self.batch_size = batch_size

@@ -22,18 +22,12 @@ __all__ = [
 
 def check_at_least(least: int, *, or_none: bool = False, **counts: Any) -> None:
     """Refuse anything but whole numbers, NumPy's too, from ``least`` on, or None. True and False are none."""
-    for name, value in counts.items():
-        is_whole = isinstance(value, Integral) and not isinstance(value, bool)
-        if not ((is_whole and int(value) >= least) or (or_none and value is None)):
-            raise ValueError(f"{name}: expected an integer of at least {least}{_or_none(or_none)}; got {value!r}")
+    _check_whole(Integral, least, or_none, counts)
 
 
 def check_at_least_one(*, or_none: bool = False, **sizes: Any) -> None:
     """Refuse anything but an int from 1 on, or None: modules and loaders are built of sizes, and take no NumPy."""
-    for name, value in sizes.items():
-        is_whole = isinstance(value, int) and not isinstance(value, bool)
-        if not ((is_whole and value >= 1) or (or_none and value is None)):
-            raise ValueError(f"{name}: expected an integer of at least 1{_or_none(or_none)}; got {value!r}")
+    _check_whole(int, 1, or_none, sizes)
 
 
 def check_positive(*, or_none: bool = False, **values: Any) -> None:
@@ -101,6 +95,13 @@ def check_balance(balance: Mapping[str, float], terms: Sequence[str]) -> None:
     for name, coefficient in balance.items():
         check_option("balance", name, terms)
         check_not_negative(**{f"balance[{name!r}]": coefficient})
+
+
+def _check_whole(kind: type, least: int, or_none: bool, values: Mapping[str, Any]) -> None:
+    for name, value in values.items():
+        is_whole = isinstance(value, kind) and not isinstance(value, bool)
+        if not ((is_whole and value >= least) or (or_none and value is None)):
+            raise ValueError(f"{name}: expected an integer of at least {least}{_or_none(or_none)}; got {value!r}")
 
 
 def _is_number(value: Any) -> bool:

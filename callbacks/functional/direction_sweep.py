@@ -113,6 +113,7 @@ def direction_sweep(
     monitor, ranks = monitor or Monitor(), ranks or Ranks()
 
     def direction(number: int) -> Tensor:
+        # int: a generator takes no whole numbers of NumPy
         return normalized_random_direction(
             model, seed * int(num_directions) + number, normalization, params=params, biases=biases
         )
