@@ -1,8 +1,6 @@
 """Sharpness of a trained model: the spectrum of the Hessian of its loss."""
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -11,21 +9,21 @@ from moe_heads.callbacks.functional.common.batches import Batch, LossFn
 from moe_heads.callbacks.functional.common.monitor import Monitor, TimeUp
 from moe_heads.callbacks.functional.common.preserve import analysis_mode
 from moe_heads.callbacks.functional.common.ranks import Ranks
+from moe_heads.callbacks.functional.curvature.basis import norm
 from moe_heads.callbacks.functional.curvature.blocks import default_blocks, expert_places, places_of
-from moe_heads.callbacks.functional.curvature.density import spectral_density
-from moe_heads.callbacks.functional.curvature.lanczos import LanczosResult, lanczos
+from moe_heads.callbacks.functional.curvature.lanczos import check_basis_memory, lanczos
 from moe_heads.callbacks.functional.curvature.operator import HessianOperator
 from moe_heads.callbacks.functional.curvature.parameters import Selection, selected_parameters, slices_of
 from moe_heads.callbacks.functional.curvature.shared import shared_hessian
 from moe_heads.callbacks.functional.curvature.submatrix import DiagonalBlock
 from moe_heads.callbacks.functional.curvature.trace import (
     MIN_PROBES,
-    BlockTrace,
     Places,
-    TraceResult,
     deflated_trace,
+    sampling_stderr,
 )
-from moe_heads.callbacks.functional.spectrum.block import BlockCurvature
+from moe_heads.callbacks.functional.spectrum.checks import certified, from_krylov
+from moe_heads.callbacks.functional.spectrum.findings import Findings
 from moe_heads.callbacks.functional.spectrum.result import SharpnessResult
 from moe_heads.checks import check_at_least, check_flags, check_positive, check_seed
 
@@ -145,11 +143,11 @@ def sharpness(
     monitor, ranks = monitor or Monitor(), ranks or Ranks()
 
     def lead(operator: HessianOperator) -> SharpnessResult:
-        findings = _Findings(operator, places, experts, density, keep_eigenvectors, seed, monitor)
+        findings = Findings(operator, places, experts, density, keep_eigenvectors, seed, trace_tolerance, monitor)
         # One stream for all random vectors: the probes of the trace must not repeat the start of the Krylov space.
         generator = torch.Generator().manual_seed(seed)
         try:
-            findings.krylov = lanczos(
+            findings.krylov = krylov = lanczos(
                 operator,
                 generator=generator,
                 num_eigenvalues=num_eigenvalues,
@@ -160,9 +158,14 @@ def sharpness(
                 basis_memory=basis_memory,
                 on_step=findings.add_krylov,
             )
+            findings.certificate = certified(from_krylov(krylov), operator, krylov, seed, monitor)
+            first = krylov.basis.combined(krylov.coefficients[:1])[0]
+            product = operator.matvec(first)
+            findings.sampling_stderr = sampling_stderr(operator.forms, operator.stratum_weights)
+            findings.true_residual = norm(product.sub_(first, alpha=krylov.eigenvalues[0]))
             findings.trace = deflated_trace(
                 operator,
-                findings.krylov,
+                krylov,
                 generator=generator,
                 tolerance=trace_tolerance,
                 max_probes=max_probes,
@@ -172,8 +175,12 @@ def sharpness(
             for name in places if block_eigenvalues else ():
                 findings.add_block(name, _largest(operator, places[name], generator, tolerance, max_steps))
         except TimeUp as error:
+            if findings.krylov is None and operator.interrupted is not None:
+                findings.add_first_value(operator.interrupted, tolerance)
             result: SharpnessResult = monitor.result_in_time(error)
             return result
+        for sentence in findings.certificate.warnings():
+            monitor.warn(sentence)
         return findings.result()
 
     with analysis_mode(model, seed):
@@ -203,82 +210,6 @@ def _largest(
     block = DiagonalBlock(operator, places)
     found = lanczos(block, generator=generator, num_eigenvalues=1, tolerance=tolerance, max_steps=max_steps)
     return found.eigenvalues[0], found.residuals[0]
-
-
-@dataclass
-class _Findings:
-    """What a run has found so far."""
-
-    operator: HessianOperator
-    places: Places
-    experts: Places
-    density: bool
-    keep_eigenvectors: bool
-    seed: int
-    monitor: Monitor
-    krylov: LanczosResult | None = None
-    trace: TraceResult | None = None
-    largest: dict[str, tuple[float, float]] = field(default_factory=dict)
-
-    def add_krylov(self, krylov: LanczosResult) -> None:
-        self.krylov = krylov
-        self.monitor.keep(self.result)
-        self.monitor.step(self.operator.num_products, residual=max(krylov.residuals))
-
-    def add_trace(self, trace: TraceResult) -> None:
-        self.trace = trace
-        self.monitor.step(self.operator.num_products, trace=trace.estimate, stderr=trace.stderr)
-
-    def add_block(self, name: str, largest: tuple[float, float]) -> None:
-        self.largest[name] = largest
-        self.monitor.step(self.operator.num_products, largest=largest[0])
-
-    def result(self, partial: str = "") -> SharpnessResult:
-        krylov = self.krylov
-        assert krylov is not None
-        trace = self.trace or TraceResult(math.nan, math.inf, math.nan, 0, converged=False, blocks={})
-        return SharpnessResult(
-            eigenvalues=krylov.eigenvalues,
-            residuals=krylov.residuals,
-            lambda_min=krylov.lambda_min,
-            lambda_min_residual=krylov.lambda_min_residual,
-            trace=trace.estimate,
-            trace_stderr=trace.stderr,
-            frobenius_norm=trace.frobenius_norm,
-            density=spectral_density([krylov]) if self.density else None,
-            blocks=self._curvatures(self.places, "block", trace),
-            experts=self._curvatures(self.experts, "expert", trace),
-            num_steps=krylov.num_steps,
-            num_probes=trace.num_probes,
-            num_products=self.operator.num_products,
-            num_samples=self.operator.num_samples,
-            num_parameters=self.operator.num_parameters,
-            eigenvalues_converged=krylov.converged,
-            trace_converged=trace.converged,
-            graph_mode=self.operator.mode,
-            graph_reason=self.operator.reason,
-            seed=self.seed,
-            parameter_names=self.operator.names,
-            eigenvectors=krylov.vectors().cpu() if self.keep_eigenvectors else None,
-            partial=partial,
-        )
-
-    def _curvatures(self, places: Places, kind: str, trace: TraceResult) -> dict[str, BlockCurvature]:
-        assert self.krylov is not None
-        coefficients, found = self.krylov.coefficients, {}
-        for name, slices in places.items():
-            gram, _ = self.krylov.gram(slices)
-            shares = ((coefficients @ gram) * coefficients).sum(1)
-            block = trace.blocks.get(f"{kind} {name}", BlockTrace(math.nan, math.inf))
-            found[name] = BlockCurvature(
-                num_parameters=sum(place.stop - place.start for place in slices),
-                shares=tuple(shares.clamp(0, 1).tolist()),
-                trace=block.estimate,
-                trace_stderr=block.stderr,
-                lambda_max=self.largest.get(name, (None, None))[0],
-                lambda_max_residual=self.largest.get(name, (None, None))[1],
-            )
-        return found
 
 
 def check_sharpness_options(

@@ -21,9 +21,13 @@ class DenseOperator:
         self.dtype = matrix.dtype
         self.device = matrix.device
         self.num_products = 0.0
+        self.stratum_weights = torch.full((len(parts),), 1 / len(parts), dtype=torch.float64)
+        self.forms = torch.zeros(len(parts), dtype=torch.float64)
 
     def matvec(self, vector: Tensor, stratum: int | None = None) -> Tensor:
         self.num_products += 1 if stratum is None else 1 / self.num_strata
+        if stratum is None:
+            self.forms = torch.stack([vector @ part @ vector for part in self._parts]).double()
         return (self.matrix if stratum is None else self._parts[stratum]) @ vector
 
 

@@ -38,6 +38,8 @@ class Microbatches:
         self._monitor = monitor
         self.origins = list(range(len(self._batches)))
         self.num_samples = sum(map(batch_size, self._batches))
+        self.weights = [float(batch_size(batch)) for batch in self._batches]
+        self.total_weight = sum(self.weights)
 
     def __iter__(self) -> Iterator[Batch]:
         return iter(self._batches)

@@ -3,6 +3,7 @@
 import copy
 import math
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -53,6 +54,7 @@ class Monitor:
         self.end = end or f"max_time = {max_time} s was over"
         self._on_tick = on_tick
         self._deadline = math.inf if max_time is None else time.monotonic() + max_time
+        self._reserved = 0.0
         self._show = show
         self._build: Callable[[str], Any] | None = None
         self._forward: Callable[[Callable[[str], Any]], None] | None = None
@@ -76,8 +78,16 @@ class Monitor:
         """
         if self._on_tick is not None:
             self._on_tick()
-        if time.monotonic() > self._deadline:
+        if time.monotonic() > self._deadline - self._reserved:
             raise TimeUp(f"{self.end} before there was a result")
+
+    def warn(self, message: str) -> None:
+        """Say something about the data or the model that the user has to know."""
+        warnings.warn(message, UserWarning, stacklevel=2)
+
+    def reserve(self, seconds: float) -> None:
+        """Set time aside at the end for making a result of what was kept."""
+        self._reserved = seconds
 
     def keep(self, build: Callable[[str], Any]) -> None:
         """Hold ``build(reason)``, which makes a result of what there is so far, marked by the reason it ends with."""

@@ -8,8 +8,8 @@ from torch import Tensor
 
 __all__ = ["Basis", "dot", "norm", "rademacher"]
 
-# Rows allocated at a time: the basis grows without copying, and without memory for steps that are never taken.
-_ROWS = 16
+# Rows and bytes allocated at a time: the basis grows without copying, and without memory for steps never taken.
+_ROWS, _BLOCK_BYTES = 16, 2**27
 
 # Numbers that are summed in their own precision before float64 takes over.
 _CHUNK = 2**16
@@ -28,9 +28,10 @@ class Basis:
     """
 
     def __init__(self, dim: int, dtype: torch.dtype, device: torch.device) -> None:
-        self._dim, self._dtype, self._device = dim, dtype, device
+        self.dim, self.dtype, self.device = dim, dtype, device
         self._blocks: list[Tensor] = []
         self._length = 0
+        self._rows = min(max(_BLOCK_BYTES // max(dim * dtype.itemsize, 1), 1), _ROWS)
 
     def __len__(self) -> int:
         return self._length
@@ -38,76 +39,83 @@ class Basis:
     def __getitem__(self, index: int) -> Tensor:
         """The vector at a place, shape (P,); negative places count from the end."""
         index = index % self._length
-        return self._blocks[index // _ROWS][index % _ROWS]
+        return self._blocks[index // self._rows][index % self._rows]
 
     def reserve(self) -> bool:
         """Make room for one more vector; True."""
-        if self._length == _ROWS * len(self._blocks):
-            self._blocks.append(torch.empty(_ROWS, self._dim, dtype=self._dtype, device=self._device))
+        if self._length == self._rows * len(self._blocks):
+            self._blocks.append(torch.empty(self._rows, self.dim, dtype=self.dtype, device=self.device))
         return True
 
     def append(self, vector: Tensor) -> None:
         """Add a vector that is orthonormal to the others."""
         self.reserve()
-        self._blocks[self._length // _ROWS][self._length % _ROWS] = vector
+        self._blocks[self._length // self._rows][self._length % self._rows] = vector
         self._length += 1
 
     def complement(self, vectors: Tensor) -> Tensor:
-        r""":math:`(I - QQ^T)v` for one vector (P,) or several (n, P).
+        r""":math:`(I - QQ^T)v` for one vector (P,) or several (n, P)."""
+        return self.split(vectors)[0]
+
+    def split(self, vectors: Tensor) -> tuple[Tensor, Tensor]:
+        r"""Return :math:`(I - QQ^T)v` and :math:`Q^T v` for one vector (P,) or several (n, P).
 
         One pass of Gram-Schmidt leaves rounding errors of the size of ``v``. A second follows where these matter, since
         the first took away more than a third of a vector (Daniel, Gragg, Kaufman and Stewart 1976).
         """
-        rows = vectors.reshape(-1, self._dim)
+        rows = vectors.reshape(-1, self.dim)
         lengths = torch.linalg.vector_norm(rows, dim=1)
-        rows = self._one_pass(rows)
+        rows, coefficients = self._one_pass(rows)
         if bool((torch.linalg.vector_norm(rows, dim=1) < 0.7 * lengths).any()):
-            rows = self._one_pass(rows)
-        return rows.view_as(vectors)
+            rows, more = self._one_pass(rows)
+            coefficients = coefficients + more
+        return rows.view_as(vectors), coefficients.view(*vectors.shape[:-1], -1)
 
     def combined(self, coefficients: Tensor) -> Tensor:
         """Linear combinations :math:`CQ`, shape (k, P), for ``coefficients`` (k, m)."""
-        weights = coefficients.to(self._device, self._dtype)
-        total = torch.zeros(len(weights), self._dim, dtype=self._dtype, device=self._device)
-        for block, part in zip(self._filled(), weights.split(_ROWS, dim=1), strict=False):
+        weights = coefficients.to(self.device, self.dtype)
+        total = torch.zeros(len(weights), self.dim, dtype=self.dtype, device=self.device)
+        for block, part in zip(self._filled(), weights.split(self._rows, dim=1), strict=False):
             total += part @ block[: part.shape[1]]
         return total
 
     def replace(self, coefficients: Tensor) -> None:
         """Put the combinations :math:`CQ`, for C (k, m) with orthonormal rows, in the place of Q; needs no memory."""
-        weights = coefficients.to(self._device, self._dtype)
-        for start in range(0, self._dim, _COLUMNS):
+        weights = coefficients.to(self.device, self.dtype)
+        for start in range(0, self.dim, _COLUMNS):
             columns = torch.cat([block[:, start : start + _COLUMNS] for block in self._filled()])
-            for block, part in zip(self._blocks, (weights @ columns).split(_ROWS), strict=False):
+            for block, part in zip(self._blocks, (weights @ columns).split(self._rows), strict=False):
                 block[: len(part), start : start + _COLUMNS] = part
         self._length = len(weights)
-        del self._blocks[-(-self._length // _ROWS) :]
+        del self._blocks[-(-self._length // self._rows) :]
 
-    def gram(self, places: Sequence[slice], other: Tensor | None = None) -> Tensor:
+    def gram(self, places: Sequence[slice], others: Sequence[Tensor] = ()) -> Tensor:
         r""":math:`Q P Q^T` for the projection P on some places of the vectors, (m, m), float64 on the CPU.
 
         Args:
             places: Slices of the vectors.
-            other: A further vector (P,), which makes one more row and column.
+            others: Further vectors (P,), each of which makes one more row and column.
         """
-        size = self._length + (other is not None)
+        size = self._length + len(others)
         total = torch.zeros(size, size, dtype=torch.float64)
         for place in places:
             for start in range(place.start, place.stop, _COLUMNS):
                 columns = slice(start, min(start + _COLUMNS, place.stop))
                 parts = [block[:, columns] for block in self._filled()]
-                parts += [] if other is None else [other[None, columns]]
+                parts += [other[None, columns] for other in others]
                 rows = torch.cat(parts)
                 total += (rows @ rows.T).to("cpu", torch.float64)
         return total
 
-    def _one_pass(self, rows: Tensor) -> Tensor:
+    def _one_pass(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        found = []
         for block in self._filled():
-            rows = torch.addmm(rows, rows @ block.T, block, alpha=-1)
-        return rows
+            found.append(rows @ block.T)
+            rows = torch.addmm(rows, found[-1], block, alpha=-1)
+        return rows, torch.cat(found, dim=1) if found else rows.new_zeros(len(rows), 0)
 
     def _filled(self) -> list[Tensor]:
-        blocks = [block[: self._length - index * _ROWS] for index, block in enumerate(self._blocks)]
+        blocks = [block[: self._length - index * self._rows] for index, block in enumerate(self._blocks)]
         return [block for block in blocks if len(block)]
 
 

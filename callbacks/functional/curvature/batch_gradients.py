@@ -43,12 +43,17 @@ class BatchGradients:
         self._others = [p for p in model.parameters() if p.requires_grad and id(p) not in chosen]
 
     @contextmanager
-    def evaluation(self, index: int) -> Iterator[None]:
-        """Batch norms folded, the random numbers of the batch, and no graph of the parameters that stay as they are."""
+    def evaluation(self, index: int, *, freezes: bool = True) -> Iterator[None]:
+        """Batch norms folded, the random numbers of the batch, and no graph of the parameters that stay as they are.
+
+        Args:
+            index: Place of the batch.
+            freezes: False for a graph of those parameters too.
+        """
         with ExitStack() as stack:
             stack.enter_context(folded(self.folds))
             stack.enter_context(_replayed(self.device, self._seed + index))
-            for other in self._others:
+            for other in self._others if freezes else ():
                 other.requires_grad_(False)
                 stack.callback(other.requires_grad_, True)
             yield
@@ -58,8 +63,8 @@ class BatchGradients:
         with self.evaluation(index):
             return float(self.loss_fn(self.model, batch).detach())
 
-    def gradient(self, index: int, batch: Batch) -> tuple[Tensor, ...]:
-        """Gradient of a batch's mean loss, with its graph.
+    def gradient(self, index: int, batch: Batch) -> tuple[float, tuple[Tensor, ...]]:
+        """Mean loss of a batch, and its gradient with its graph.
 
         Raises:
             ValueError: If the loss is not what it should be.
@@ -67,7 +72,7 @@ class BatchGradients:
         """
         with self.evaluation(index):
             loss = checked_loss(self.loss_fn(self.model, batch), index)
-            return gradient_with_graph(loss, tuple(self.params.values()))
+            return float(loss.detach()), gradient_with_graph(loss, tuple(self.params.values()))
 
     def differentiate(
         self, gradient: tuple[Tensor, ...], tangents: Sequence[Tensor], *, retain_graph: bool

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = ["Fold", "find_folds", "folded"]
+__all__ = ["Fold", "find_folds", "folded", "has_norms"]
 
 _CONVOLUTIONS: dict[type[nn.Module], Callable[..., Tensor]] = {
     nn.Conv1d: F.conv1d,
@@ -26,6 +26,11 @@ class Fold:
 
     layer: nn.Module
     norm: nn.Module
+
+
+def has_norms(model: nn.Module) -> bool:
+    """Whether there is anything to fold: a batch norm that is constant."""
+    return any(_is_norm(module) for module in model.modules())
 
 
 def find_folds(model: nn.Module, run: Callable[[], object]) -> list[Fold]:

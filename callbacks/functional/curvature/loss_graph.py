@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-__all__ = ["NoSecondDerivative", "checked_loss", "gradient_with_graph", "saved_bytes", "second_order_errors"]
+__all__ = ["NoSecondDerivative", "check_checkpoints", "checked_loss", "gradient_with_graph", "saved_bytes", "second_order_errors"]
 
 # Parts of the messages with which torch refuses a second derivative: missing formulas, custom functions, torch.compile.
 _NO_SECOND_DERIVATIVE = (
@@ -39,12 +39,23 @@ def checked_loss(loss: object, index: int) -> Tensor:
         raise ValueError(
             f"loss_fn: expected a loss that depends on the model's parameters; the loss {where} has no graph"
         )
+    check_checkpoints(loss)
+    return loss.reshape(())
+
+
+def check_checkpoints(loss: Tensor) -> None:
+    """Refuse a loss whose graph went through a reentrant checkpoint.
+
+    ``torch.autograd.grad`` silently loses what lies inside, also of the parameters that are not asked for.
+
+    Raises:
+        ValueError: If it did.
+    """
     if any(node.name() == "CheckpointFunctionBackward" for node in _nodes([loss])):
         raise ValueError(
             "model: expected checkpoint(..., use_reentrant=False); got reentrant checkpointing, whose second "
             "derivatives are silently wrong"
         )
-    return loss.reshape(())
 
 
 def gradient_with_graph(loss: Tensor, params: Sequence[Tensor]) -> tuple[Tensor, ...]:

@@ -1,16 +1,19 @@
 """The Hessian of a mean loss as a linear operator, exact up to rounding (Pearlmutter 1994)."""
 
+import math
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
-from moe_heads.callbacks.functional.common.batches import Batch, LossFn, batch_size
+from moe_heads.callbacks.functional.common.batches import Batch, LossFn
 from moe_heads.callbacks.functional.common.microbatches import Microbatches, unless_out_of_memory
-from moe_heads.callbacks.functional.common.monitor import Monitor
+from moe_heads.callbacks.functional.common.monitor import Monitor, TimeUp
+from moe_heads.callbacks.functional.curvature.batch_gradients import BatchGradients
 from moe_heads.callbacks.functional.curvature.parameters import Selection, selected_parameters, slices_of
-from moe_heads.callbacks.functional.curvature.products import BatchProducts, GraphMode
+from moe_heads.callbacks.functional.curvature.products import BatchProducts, GraphMode, Product
 
 __all__ = ["HessianOperator", "SymmetricOperator"]
 
@@ -45,6 +48,16 @@ class SymmetricOperator(Protocol):
         """Number of parts whose sum is the matrix; 1 for one that has no parts."""
         ...
 
+    @property
+    def stratum_weights(self) -> Tensor:
+        """Share of each part in the data, (S,), float64; they sum to 1."""
+        ...
+
+    @property
+    def forms(self) -> Tensor:
+        """:math:`v^T H_s v` of each part and the last vector that the whole was multiplied with, (S,), float64."""
+        ...
+
     def matvec(self, vector: Tensor, stratum: int | None = None) -> Tensor:
         """Product with a vector of shape (P,), of the whole matrix or of one part."""
         ...
@@ -57,8 +70,7 @@ class HessianOperator:
     products are exact up to rounding. A parameter that no sample reaches (an idle expert) has a zero row. What the
     parameters do not touch, the backbone below a head, say, is computed once and kept with the rest.
 
-    A product costs about 1.8 gradients where the derivative of the gradient can be traced, 2 to 2.4 where the
-    first-order graph is kept, and 3 to 4 where it is rebuilt; `BatchProducts` finds the best way and checks it. As many
+    A product costs about 2 gradients where the first-order graph is kept, and 3 to 4 where it is rebuilt. As many
     batches are kept as fit into ``graph_memory``. Where memory runs out all the same, what is kept is given up, then
     the batches are halved: the product stays the same.
 
@@ -73,7 +85,7 @@ class HessianOperator:
             all that require a gradient, in the order of ``model.named_parameters()``.
         graph_memory: Bytes that may be kept between products; by default 4 GiB on a CPU, if that is not more than half
             of what is free, and half of the free memory on a GPU.
-        mode: "linearized", "kept" or "rebuilt": the fastest way that is tried; by default the one that pays.
+        mode: "rebuilt" to keep nothing and fold no batch norm; by default the fastest way.
         monitor: Looked at before each batch.
         seed: Seed of torch's random numbers in the first batch; each batch has the next.
 
@@ -82,6 +94,11 @@ class HessianOperator:
         slices: Place of each parameter in the flat vector, by name.
         num_samples: N.
         num_strata: Parts of the data that can be multiplied with alone: the batches, or groups of them, at most 16.
+        stratum_weights: Share of each part in the data, which sum to 1, (S,), float64.
+        forms: :math:`v^T H_s v` of each part and the last vector that the whole was multiplied with; they sum to
+            :math:`v^T H v`.
+        center_loss: Mean loss over the data, as it is differentiated; nan before the first product.
+        interrupted: What there is of a product that the end of the time interrupted.
 
     Raises:
         ValueError: If there is nothing to differentiate, the parameters are not all float32 or all float64 on one
@@ -119,15 +136,20 @@ class HessianOperator:
         self._shapes = [p.shape for p in named.values()]
         self._sizes = [p.numel() for p in named.values()]
         self.num_parameters = sum(self._sizes)
-        self._data = Microbatches(batches, self.device, monitor or Monitor())
-        self._batch_sizes = list(map(batch_size, self._data))
+        self._watch = _FirstValue(monitor or Monitor())
+        self._data = Microbatches(batches, self.device, self._watch)
+        self._batch_weights = list(self._data.weights)
         self.num_strata = min(len(self._data), _MOST_STRATA)
-        self.num_samples = self._data.num_samples
-        self._num_differentiated = 0
+        self.num_samples, self._total_weight = self._data.num_samples, self._data.total_weight
+        self._weight_differentiated = 0.0
         self._total: Callable[[Tensor, int | None], Tensor] | None = None  # this process alone
         self._products = BatchProducts(
             model, loss_fn, named, self._data, monitor or Monitor(), memory=graph_memory, mode=mode, seed=seed
         )
+        self.forms = torch.zeros(self.num_strata, dtype=torch.float64)
+        self.stratum_weights = self.own_stratum_weights() / self._total_weight
+        self.center_loss = math.nan
+        self.interrupted: InterruptedProduct | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -136,7 +158,7 @@ class HessianOperator:
 
     @property
     def mode(self) -> GraphMode:
-        """How a product is computed: "linearized", "kept" or "rebuilt"."""
+        """How a product is computed: "kept" or "rebuilt"."""
         return self._products.mode
 
     @property
@@ -157,20 +179,39 @@ class HessianOperator:
     @property
     def num_products(self) -> int:
         """Products so far; those with single strata count by their samples."""
-        return -(-self._num_differentiated // self._num_here(None))
+        return math.ceil(self._weight_differentiated / self._weight_here(None) - 1e-9)
+
+    @property
+    def data(self) -> Microbatches:
+        """The samples of this process."""
+        return self._data
+
+    @property
+    def gradients(self) -> BatchGradients:
+        """Loss and gradient of a batch, as the products evaluate them."""
+        return self._products.gradients
+
+    def own_stratum_weights(self) -> Tensor:
+        """Weight of the samples of this process in each stratum, (S,), float64."""
+        return torch.tensor([self._weight_here(s) for s in range(self.num_strata)], dtype=torch.float64)
 
     def over_ranks(
-        self, total: Callable[[Tensor, int | None], Tensor] | None, num_samples: int, num_strata: int
+        self,
+        total: Callable[[Tensor, int | None], Tensor] | None,
+        *,
+        num_samples: int,
+        stratum_weights: Tensor,
     ) -> None:
         """From now on multiply with the Hessian of all ranks' samples.
 
         Args:
             total: The sum of ``sample_sum(v, stratum)`` over the ranks; None on a rank that only adds its part.
             num_samples: Samples of all ranks.
-            num_strata: The most strata of a rank; all of them have to be given this number.
+            stratum_weights: Sum of the weights over the ranks, by stratum; as many as the rank with the most has.
         """
         self._total, self.num_samples = total, num_samples
-        self.num_strata = num_strata
+        self.num_strata, self._total_weight = len(stratum_weights), float(stratum_weights.sum())
+        self.stratum_weights = stratum_weights / self._total_weight
 
     def release(self) -> None:
         """Let go of what was kept and of the other ranks; a further product would compute everything anew."""
@@ -194,12 +235,19 @@ class HessianOperator:
         if vector.shape != (self.num_parameters,):
             raise ValueError(f"vector: expected shape ({self.num_parameters},); got {tuple(vector.shape)}")
         total = self._total or self.sample_sum
-        product = total(vector.to(self.device, self.dtype), stratum).div_(self.num_samples)
-        self._num_differentiated += self._num_here(stratum)
-        return product
+        sums = total(vector.to(self.device, self.dtype), stratum).div_(self._total_weight)
+        self._weight_differentiated += self._weight_here(stratum)
+        if stratum is None:
+            *forms, self.center_loss = sums[self.num_parameters :].tolist()
+            self.forms = torch.tensor(forms, dtype=torch.float64)
+        return sums[: self.num_parameters]
 
     def sample_sum(self, vector: Tensor, stratum: int | None = None) -> Tensor:
-        r""":math:`\sum_i \nabla^2 \ell_i v` over the samples of this process, or of one stratum, shape (P,).
+        r"""Return the sums over the samples of this process, or of one stratum, each with its weight.
+
+        Returns:
+            :math:`\sum_i w_i \nabla^2 \ell_i v`, then the part of each stratum in
+            :math:`\sum_i w_i v^T \nabla^2 \ell_i v`, then :math:`\sum_i w_i \ell_i`; (P + S + 1,).
 
         Raises:
             ValueError: If it is not finite; names the batch whose loss is not.
@@ -220,27 +268,71 @@ class HessianOperator:
         return total
 
     def _sum(self, parts: Sequence[Tensor], wanted: Callable[[int], bool]) -> Tensor:
-        total = torch.zeros(self.num_parameters, dtype=self.dtype, device=self.device)
-        places = [place.view(shape) for place, shape in zip(total.split(self._sizes), self._shapes, strict=True)]
+        total = torch.zeros(self.num_parameters + self.num_strata + 1, dtype=self.dtype, device=self.device)
+        in_parts = total[: self.num_parameters].split(self._sizes)
+        places = [place.view(shape) for place, shape in zip(in_parts, self._shapes, strict=True)]
+        forms, loss = total[self.num_parameters : -1], total[-1:]
+        done = 0.0
 
-        def product(index: int, batch: Batch) -> Sequence[Tensor]:
+        def product(index: int, batch: Batch) -> tuple[int, Product]:
             # by the batch it comes from: pieces of one that was cut draw the same numbers in every product
             origin = self._data.origins[index]
-            if origin >= self._products.num_kept:
-                return self._products.product(origin, batch, parts)
-            rows = unless_out_of_memory(lambda: self._products.product(origin, batch, parts))
-            if rows is None:
+            if not self._products.is_kept(origin):
+                return origin, self._products.product(origin, batch, parts)
+            found = unless_out_of_memory(lambda: self._products.product(origin, batch, parts))
+            if found is None:
                 raise _NoRoomForKept
-            return rows
+            return origin, found
 
-        for size, rows in self._data.evaluate(product, wanted=wanted):
-            for place, row in zip(places, rows, strict=True):
-                place.add_(row, alpha=size)
+        try:
+            for weight, (origin, found) in self._data.evaluate(product, wanted=wanted):
+                for place, row, part in zip(places, found.rows, parts, strict=True):
+                    place.add_(row, alpha=weight)
+                    forms[origin % self.num_strata].add_((row * part).sum(), alpha=weight)
+                loss.add_(found.loss, alpha=weight)
+                done += weight
+                self._watch.has_value = True
+        except TimeUp:
+            # the batches are in the order of the samples
+            num_samples = round(self.num_samples * done / self._total_weight)
+            vector = torch.cat([part.reshape(-1) for part in parts])
+            self.interrupted = InterruptedProduct(vector, total.div_(done), num_samples) if done else None
+            raise
         return total
 
-    def _num_here(self, stratum: int | None) -> int:
-        """Samples of this process, or of one of its strata."""
-        return sum(self._batch_sizes if stratum is None else self._batch_sizes[stratum :: self.num_strata])
+    def _weight_here(self, stratum: int | None) -> float:
+        """Weight of the samples of this process, or of one of its strata."""
+        return sum(self._batch_weights if stratum is None else self._batch_weights[stratum :: self.num_strata])
+
+
+@dataclass(frozen=True, eq=False)
+class InterruptedProduct:
+    """The product of the Hessian of the first samples.
+
+    Attributes:
+        vector: What was multiplied with, (P,).
+        sums: Product, forms and loss, as in `HessianOperator.sample_sum`, for the mean over these samples.
+        num_samples: How many these are, as far as the weights tell.
+    """
+
+    vector: Tensor
+    sums: Tensor
+    num_samples: int
+
+
+class _FirstValue(Monitor):
+    """Lets the time run out unnoticed until the product of one batch is there."""
+
+    def __init__(self, monitor: Monitor) -> None:
+        super().__init__()
+        self._watched, self.has_value = monitor, False
+
+    def tick(self) -> None:
+        try:
+            self._watched.tick()
+        except TimeUp:
+            if self.has_value:
+                raise
 
 
 class _NoRoomForKept(Exception):

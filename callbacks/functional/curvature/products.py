@@ -1,50 +1,47 @@
 """Products with the Hessian of one batch, by the cheapest way that is possible and right.
 
-The ladder: forward over reverse mode, traced (`LinearizedGradient`); double backward through a first-order graph that
-is kept; the same with the graph rebuilt. Measured in docs/results.md.
+The ladder: double backward through a first-order graph that is kept, batch norms folded; the same with the graph
+rebuilt in each product. Measured in docs/results.md.
 """
 
 from collections.abc import Sequence
 from functools import partial
-from itertools import accumulate
-from typing import Any, Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
+import torch
 from torch import Tensor, nn
 
 from moe_heads.callbacks.functional.common.batches import Batch, LossFn
-from moe_heads.callbacks.functional.common.memory import memory_budget
 from moe_heads.callbacks.functional.common.microbatches import Microbatches, free_memory, unless_out_of_memory
-from moe_heads.callbacks.functional.common.monitor import Monitor
+from moe_heads.callbacks.functional.common.monitor import Monitor, TimeUp
 from moe_heads.callbacks.functional.curvature.batch_gradients import BatchGradients
-from moe_heads.callbacks.functional.curvature.folding import Fold, find_folds
-from moe_heads.callbacks.functional.curvature.linearized import BoundGradient, LinearizedGradient, form_of
-from moe_heads.callbacks.functional.curvature.loss_graph import checked_loss
-from moe_heads.callbacks.functional.curvature.product_check import Product, ProductCheck
+from moe_heads.callbacks.functional.curvature.culprit import layer_of
+from moe_heads.callbacks.functional.curvature.folding import Fold, find_folds, has_norms
+from moe_heads.callbacks.functional.curvature.graph_memory import GraphMemory
+from moe_heads.callbacks.functional.curvature.loss_graph import NoSecondDerivative, check_checkpoints, checked_loss
 from moe_heads.checks import check_option
 
-__all__ = ["CPU_GRAPH_MEMORY", "BatchProducts", "GraphMode"]
+__all__ = ["BatchProducts", "GraphMode", "Product"]
 
-CPU_GRAPH_MEMORY = 4 * 2**30
-"""Bytes that may be kept between products on a CPU unless the caller says otherwise, or half of what is free."""
-
-GraphMode = Literal["linearized", "kept", "rebuilt"]
-
-# A trace takes seconds. It saves a fifth of each product, which pays in some fifty products of graphs of this size.
-_TRACE_ABOVE = 64 * 2**20
-
-# Memory of a batch's graph that tracing it takes for a moment.
-_TRACING_FACTOR = 4
+GraphMode = Literal["kept", "rebuilt"]
 
 # Relative difference of two losses that rounding explains.
 _SAME_LOSS = 1e-3
 
 
+class Product(NamedTuple):
+    """A batch's loss, and the derivative of its gradient in a direction, one tensor a parameter."""
+
+    loss: float
+    rows: Sequence[Tensor]
+
+
 class BatchProducts:
     r"""Products :math:`\nabla^2 \ell_b v` with the Hessians of single batches' mean losses.
 
-    What is kept between products, and whether batch norms are folded, is settled once. A traced program and a fold are
-    compared with the plain double backward on the first batch, and the folded loss with the plain one on every batch,
-    before anything relies on them.
+    A graph is kept when its batch is first multiplied with, as long as the memory lasts. A fold is compared with the
+    plain double backward on the first batch, and the folded loss with the plain one on every batch, before anything
+    relies on it.
 
     Args:
         model: The model, in evaluation mode.
@@ -53,16 +50,17 @@ class BatchProducts:
         data: The batches.
         monitor: Looked at before each batch.
         memory: Bytes that may be kept; None for the default.
-        mode: The first way to try, without folds for "rebuilt"; None for the best.
+        mode: "rebuilt" to keep and fold nothing; None for the best.
+        seed: Seed of torch's random numbers in the first batch; each batch has the next.
 
     Attributes:
-        mode: How the first batch is done, "linearized", "kept" or "rebuilt".
-        num_folded: Batch norms that are folded into the layer before them.
-        num_kept: Batches, the first ones, for which something is kept; the others are rebuilt in each product.
-        reason: Why a faster way was not taken; "" where there is none.
-    """
+        gradients: The model and its loss, as the products evaluate them.
+        reason: Why something was not kept or folded; "" where nothing spoke against it.
 
-    mode: GraphMode
+    Raises:
+        ValueError: If the loss of the first batch is not what it should be.
+        NoSecondDerivative: If a layer of a model with batch norms has none.
+    """
 
     def __init__(
         self,
@@ -76,168 +74,130 @@ class BatchProducts:
         mode: GraphMode | None = None,
         seed: int = 0,
     ) -> None:
-        if mode is not None:  # by default the cheapest that is right
+        if mode is not None:
             check_option("mode", mode, get_args(GraphMode))
-        self._gradients = BatchGradients(model, loss_fn, params, seed)
-        self._monitor = monitor
-        self._program: LinearizedGradient | None = None
-        self._kept: list[Product] = []
-        self.mode, self.reason = "rebuilt", ""
-        if memory is None:
-            memory = memory_budget(self._gradients.device, on_cpu=CPU_GRAPH_MEMORY, share_of_gpu=1 / 2)
-        if unless_out_of_memory(partial(self._settle, data, memory, mode)) is None:
-            self.release("memory ran out")
+        self.gradients = BatchGradients(model, loss_fn, params, seed)
+        self._monitor, self.reason = monitor, ""
+        self._kept: dict[int, tuple[float, tuple[Tensor, ...]]] = {}
+        self._memory: GraphMemory | None = None
+        first, *_ = data
+        with self.gradients.evaluation(0, freezes=False):
+            check_checkpoints(checked_loss(loss_fn(model, first), 0))
+        if mode != "rebuilt":
+            self._memory = GraphMemory(memory, self.gradients.device)
+            if has_norms(model) and unless_out_of_memory(partial(self._fold, data)) is None:
+                self.release("memory ran out")
+
+    @property
+    def mode(self) -> GraphMode:
+        """How a product is computed: "kept" if the graph of a batch may be kept, else "rebuilt"."""
+        return "kept" if self._kept else "rebuilt"
 
     @property
     def num_folded(self) -> int:
-        """Batch norms that are folded."""
-        return len(self._gradients.folds)
+        """Batch norms that are folded into the layer before them."""
+        return len(self.gradients.folds)
 
     @property
     def num_kept(self) -> int:
         """Batches for which something is kept."""
         return len(self._kept)
 
-    def product(self, index: int, batch: Batch, tangents: Sequence[Tensor]) -> Sequence[Tensor]:
-        """The product of a batch with a vector, both in the parts that belong to the parameters."""
-        if index < len(self._kept):
-            return self._kept[index](tangents)
-        gradient = self._gradients.gradient(index, batch)
-        return self._gradients.differentiate(gradient, tangents, retain_graph=False)
+    def is_kept(self, index: int) -> bool:
+        """Whether a graph of the batch is kept, or may be kept from now on."""
+        return index in self._kept or self._memory is not None
+
+    def product(self, index: int, batch: Batch, tangents: Sequence[Tensor]) -> Product:
+        """The product of a batch with a vector, both in the parts that belong to the parameters.
+
+        Raises:
+            NoSecondDerivative: If a layer has none; names it.
+        """
+        try:
+            if index not in self._kept and self._fits(index, batch):
+                self._kept[index] = self.gradients.gradient(index, batch)
+            keeps = index in self._kept
+            loss, gradient = self._kept[index] if keeps else self.gradients.gradient(index, batch)
+            return Product(loss, self.gradients.differentiate(gradient, tangents, retain_graph=keeps))
+        except NoSecondDerivative as error:
+            raise self._named(error, batch) from error.__cause__
 
     def check_loss(self, index: int, batch: Batch) -> None:
         """Refuse a batch whose loss is not what it should be."""
-        with self._gradients.evaluation(index):
-            checked_loss(self._gradients.loss_fn(self._gradients.model, batch), index)
+        with self.gradients.evaluation(index):
+            checked_loss(self.gradients.loss_fn(self.gradients.model, batch), index)
 
     def release(self, reason: str = "") -> None:
-        """Let go of all that is kept."""
-        self._kept, self._program = [], None
-        self.mode, self.reason = "rebuilt", reason or self.reason
+        """Let go of all that is kept, and keep nothing from now on."""
+        self._kept, self._memory = {}, None
+        self.reason = reason or self.reason
         free_memory()
 
-    def _settle(self, data: Microbatches, memory: int, mode: GraphMode | None) -> bool:
-        """Find the way; True."""
-        first, *_ = data
-        check = ProductCheck(self._gradients, first)
-        if mode == "rebuilt":
+    def _fits(self, index: int, batch: Batch) -> bool:
+        """Whether the graph of a batch may be kept; after the first that does not fit none is."""
+        if self._memory is None:
+            return False
+        # Each batch's gradient is held as well. Most of the time this alone tells for a large model.
+        gradient = sum(p.numel() * p.element_size() for p in self.gradients.params.values())
+        if self._memory.take(batch, gradient, lambda: self.gradients.gradient_bytes(index, batch)):
             return True
-        self._fold(check, data)
-        sizes = self._sizes(data, memory)
-        num_fitting = sum(total <= memory for total in accumulate(sizes))
-        if num_fitting == 0:
-            return True
-        bound = self._traced(data, sizes, memory, check, forced=mode == "linearized") if mode != "kept" else None
-        if bound is not None:
-            self.mode = "linearized"
-            self._keep(data, memory, bound)
-        else:
-            self.mode = "kept"
-            for index, batch in enumerate(list(data)[:num_fitting]):
-                self._monitor.tick()
-                self._kept.append(self._through_graph(index, batch))
-        return True
+        self._memory = None
+        return False
 
-    def _fold(self, check: ProductCheck, data: Microbatches) -> None:
-        """Fold batch norms that follow their layer in every batch, if that is the same function."""
-        folds = check.folds
+    def _named(self, error: NoSecondDerivative, batch: Batch) -> NoSecondDerivative:
+        gradients = self.gradients
+        layer = layer_of(gradients.model, lambda: gradients.loss_fn(gradients.model, batch), str(error))
+        return NoSecondDerivative(f"{layer}: {error}") if layer else error
+
+    def _fold(self, data: Microbatches) -> bool:
+        """Fold batch norms that follow their layer in every batch, if that is the same function; True."""
+        folds: list[Fold] = []
         try:
             for index, batch in enumerate(data):
-                if not folds:
-                    return
                 self._monitor.tick()
                 plain, there = self._unfolded(index, batch)
-                folds = [fold for fold in folds if fold in there]
-                self._gradients.folds = folds
-                is_right = index > 0 or check.passes(self._through_graph(0, batch))
-                folded = self._gradients.loss(index, batch)
+                folds = [fold for fold in (folds if index else there) if fold in there]
+                if not folds:
+                    return True
+                is_right = index > 0 or self._is_same_product(batch, folds)
+                self.gradients.folds = folds
+                folded = self.gradients.loss(index, batch)
                 if not is_right or abs(folded - plain) > _SAME_LOSS * max(abs(plain), abs(folded)):
-                    self.reason = "folded batch norms gave another product"
-                    return
-                self._gradients.folds = []
+                    self.reason, folds = "folded batch norms gave another product", []
+                    return True
+                self.gradients.folds = []
+        except TimeUp:
+            self.reason, folds = "there was no time to compare folded batch norms", []
+        except BaseException:
+            folds = []  # what was not seen to be right is not used
+            raise
         finally:
-            self._gradients.folds = []  # what was not seen to be right is not used
-        self._gradients.folds = folds
+            self.gradients.folds = folds
+        return True
 
     def _unfolded(self, index: int, batch: Batch) -> tuple[float, list[Fold]]:
         """Loss of the plain model at a batch, and the folds that are possible there."""
         losses: list[float] = []
-        there = find_folds(self._gradients.model, lambda: losses.append(self._gradients.loss(index, batch)))
+        there = find_folds(self.gradients.model, lambda: losses.append(self.gradients.loss(index, batch)))
         return losses[0], there
 
-    def _traced(
-        self, data: Microbatches, sizes: Sequence[int], memory: int, check: ProductCheck, forced: bool
-    ) -> BoundGradient | None:
-        """The derivative at the first batch, by a program that is seen to be right and worth its trace."""
-        first, *_ = data
-        form = form_of(first)
-        if form is None:
-            self.reason = "the first batch holds something else than tensors"
-            return None
-        alike = [size for size, batch in zip(sizes, data, strict=True) if form_of(batch) == form]
-        if not forced and (sum(alike) < _TRACE_ABOVE or _TRACING_FACTOR * sizes[0] > memory):
-            return None
-        try:
-            with self._gradients.evaluation(0):
-                program = LinearizedGradient(
-                    self._gradients.model, self._gradients.loss_fn, self._gradients.params, first
-                )
-                bound = program.bind(first)
-            is_right = check.passes(bound)
-        except Exception as error:  # of any kind: what cannot be traced is differentiated by autograd
-            self.reason = f"{type(error).__name__}: {error}"
-            return None
-        if not is_right:
-            self.reason = "the traced derivative gave another product"
-            return None
-        if not forced and bound.num_bytes * len(alike) > memory >= sum(sizes):
-            return None  # all of the graphs fit, and not all of what the program keeps
-        self._program = program
-        return bound
-
-    def _keep(self, data: Microbatches, memory: int, first: BoundGradient) -> None:
-        """What is kept for each batch, as long as it fits: counted as it is made."""
-        self._kept, held = [first], first.num_bytes
-        for index, batch in enumerate(data):
-            if index == 0:
-                continue
+    def _is_same_product(self, batch: Batch, folds: list[Fold]) -> bool:
+        """Whether the first batch has the same product with a random vector, folded and plain."""
+        generator = torch.Generator().manual_seed(0)
+        params = list(self.gradients.params.values())
+        tangents = [torch.randn(p.shape, generator=generator, dtype=p.dtype).to(p.device) for p in params]
+        # Rounding moves a few units across the kink of a ReLU: 1e-3 lets them pass, and no wrong formula.
+        tolerance = 1e-3 if params[0].dtype == torch.float32 else 1e-7
+        products = []
+        for chosen in ([], folds):
+            self.gradients.folds = chosen
             self._monitor.tick()
-            product, num_bytes = self._bound(index, batch)
-            held += num_bytes
-            if held > memory:
-                return
-            self._kept.append(product)
-
-    def _bound(self, index: int, batch: Batch) -> tuple[Product, int]:
-        program = self._program
-        if program is not None and form_of(batch) == program.form:
             try:
-                with self._gradients.evaluation(index):
-                    bound = program.bind(batch)
-                return bound, bound.num_bytes
-            except RuntimeError as error:
-                self.reason, self._program = f"batch {index}: {error}", None
-        return self._through_graph(index, batch), self._gradients.gradient_bytes(index, batch)
-
-    def _through_graph(self, index: int, batch: Batch) -> Product:
-        gradient = self._gradients.gradient(index, batch)
-        return partial(self._gradients.differentiate, gradient, retain_graph=True)
-
-    def _sizes(self, data: Microbatches, memory: int) -> list[int]:
-        """Bytes of each batch's gradient and graph, measured once for each form."""
-        # Each batch's gradient is held as well. Most of the time this alone tells for a large model.
-        gradient = sum(p.numel() * p.element_size() for p in self._gradients.params.values())
-        sizes: list[int] = []
-        known: list[tuple[Any, int]] = []
-        for index, batch in enumerate(data):
-            if gradient > memory or sum(sizes) > memory:
-                sizes.append(gradient)  # it does not fit any more: how large it is does not matter
-                continue
-            form = form_of(batch)
-            size = next((size for other, size in known if form is not None and other == form), None)
-            if size is None:
-                self._monitor.tick()
-                size = self._gradients.gradient_bytes(index, batch)
-                known.append((form, size))
-            sizes.append(size)
-        return sizes
+                _, gradient = self.gradients.gradient(0, batch)
+                products.append(self.gradients.differentiate(gradient, tangents, retain_graph=False))
+            except NoSecondDerivative as error:
+                raise self._named(error, batch) from error.__cause__
+        pairs = list(zip(*products, strict=True))
+        error = sum(float((a - b).square().sum(dtype=torch.float64)) for a, b in pairs)
+        size = sum(float(a.square().sum(dtype=torch.float64)) for a, _ in pairs)
+        return error <= tolerance**2 * size

@@ -64,9 +64,12 @@ def shared_hessian(
 
 def _led(ranks: Ranks, lead: Callable[[HessianOperator], T], operator: HessianOperator) -> T:
     num_samples = ranks.sum(operator.num_samples)
+    gathered = ranks.gather(operator.own_stratum_weights())
     # a rank that has nothing of the last batch, too small to be cut, adds nothing to its stratum
-    num_strata = max(ranks.gather(operator.num_strata))
-    operator.over_ranks(None, operator.num_samples, num_strata)
+    weights = torch.zeros(max(map(len, gathered)), dtype=torch.float64)
+    for own in gathered:
+        weights[: len(own)] += own
+    operator.over_ranks(None, num_samples=num_samples, stratum_weights=weights)
 
     def evaluate(message: Tensor) -> Tensor:
         stratum = int(message[-1])
@@ -76,8 +79,8 @@ def _led(ranks: Ranks, lead: Callable[[HessianOperator], T], operator: HessianOp
         def of_all(vector: Tensor, stratum: int | None) -> Tensor:
             return total(torch.cat([vector, vector.new_tensor([-1.0 if stratum is None else stratum])]))
 
-        operator.over_ranks(of_all, num_samples, num_strata)
+        operator.over_ranks(of_all, num_samples=num_samples, stratum_weights=weights)
         return lead(operator)
 
     vector = torch.zeros(operator.num_parameters, dtype=operator.dtype, device=operator.device)
-    return ranks.led(evaluate, with_total, torch.cat([vector, vector[:1]]), vector)
+    return ranks.led(evaluate, with_total, torch.cat([vector, vector[:1]]), torch.cat([vector, weights.to(vector), vector[:1]]))

@@ -24,6 +24,7 @@ class DiagonalBlock:
         self._operator, self._places = operator, places
         self._size = sum(place.stop - place.start for place in places)
         self.dtype, self.device = operator.dtype, operator.device
+        self.forms, self.stratum_weights = torch.zeros(1, dtype=torch.float64), torch.ones(1, dtype=torch.float64)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -39,4 +40,5 @@ class DiagonalBlock:
             whole[place] = vector[start : start + length]
             start += length
         product = self._operator.matvec(whole)
+        self.forms = self._operator.forms.sum(0, keepdim=True)
         return torch.cat([product[place] for place in self._places])

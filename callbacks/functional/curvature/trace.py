@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -12,13 +12,16 @@ from moe_heads.callbacks.functional.curvature.lanczos import LanczosResult
 from moe_heads.callbacks.functional.curvature.operator import SymmetricOperator
 from moe_heads.checks import check_at_least, check_positive
 
-__all__ = ["MIN_PROBES", "BlockTrace", "Places", "TraceResult", "deflated_trace"]
+__all__ = ["MIN_PROBES", "MIN_STRATA", "BlockTrace", "Places", "TraceResult", "deflated_trace", "sampling_stderr"]
 
 MIN_PROBES = 8
 """Degrees of freedom before the standard error is trusted: at eight it is itself known to 25 %."""
 
 Places = Mapping[str, Sequence[slice]]
 """Slices of the flat vector that belong to each block of parameters."""
+
+MIN_STRATA = 4
+"""Parts of the data from which the spread over samples is estimated at least."""
 
 # Bytes of random vectors that are held at a time.
 _PROBE_MEMORY = 2**28
@@ -45,6 +48,8 @@ class TraceResult:
             alone where there are strata.
         converged: Whether ``stderr`` met the tolerance.
         blocks: The same for each block of parameters.
+        sampling_stderr: Standard error of the trace from the choice of samples, by the spread of the traces of the
+            strata; nan where there are fewer than four, or a restart lost their parts.
     """
 
     estimate: float
@@ -53,6 +58,13 @@ class TraceResult:
     num_probes: int
     converged: bool
     blocks: Mapping[str, BlockTrace]
+    sampling_stderr: float = math.nan
+
+    def meets(self, stderr: float, tolerance: float) -> bool:
+        """Whether a standard error is within the tolerance, a share of the larger of the trace and the norm."""
+        # an overflow must not pass for a wide tolerance
+        is_finite = math.isfinite(self.frobenius_norm)
+        return is_finite and stderr <= tolerance * max(abs(self.estimate), self.frobenius_norm)
 
 
 def deflated_trace(
@@ -98,7 +110,7 @@ def deflated_trace(
     check_positive(tolerance=tolerance)
     check_at_least(MIN_PROBES, max_probes=max_probes)
     sampling = _Sampling(operator, krylov, blocks or {}, generator)
-    if len(krylov.basis) == operator.shape[0]:
+    if krylov.is_whole:
         return sampling.result(tolerance)
     sampling.draw(stratified=False)
     while True:
@@ -117,7 +129,7 @@ class _Sampling:
         self, operator: SymmetricOperator, krylov: LanczosResult, blocks: Places, generator: torch.Generator
     ) -> None:
         self._operator, self._krylov, self._blocks, self._generator = operator, krylov, blocks, generator
-        known = [float(krylov.projected.trace()), *_known_of_blocks(krylov, blocks)]
+        known = [float(krylov.projected.trace()), *map(krylov.block_trace, blocks.values())]
         self._known = torch.tensor(known, dtype=torch.float64)
         self._rounds: list[Tensor] = []  # (strata, 1 + blocks) each
         self._squares: list[float] = []
@@ -143,7 +155,7 @@ class _Sampling:
 
     def result(self, tolerance: float) -> TraceResult:
         """The estimates from what was drawn."""
-        squares = self._krylov.projected.square().sum() + self._krylov.beta * self._krylov.beta
+        squares = self._krylov.frobenius_square
         if self._squares:
             squares = squares + sum(self._squares) / len(self._squares)
         frobenius_norm = math.sqrt(float(squares))
@@ -152,17 +164,29 @@ class _Sampling:
         else:
             estimates, stderrs, freedom = self._estimates()
         estimate, stderr = float(estimates[0]), float(stderrs[0])
-        # an overflow must not pass for a wide tolerance
-        is_accurate = math.isfinite(frobenius_norm) and stderr <= tolerance * max(abs(estimate), frobenius_norm)
         pairs = zip(self._blocks, estimates[1:].tolist(), stderrs[1:].tolist(), strict=True)
-        return TraceResult(
+        found = TraceResult(
             estimate,
             stderr,
             frobenius_norm,
             self._num_probes,
-            is_accurate and freedom >= MIN_PROBES - 1,
+            freedom >= MIN_PROBES - 1,
             {name: BlockTrace(*found) for name, *found in pairs},
+            self._sampling_stderr(),
         )
+        return replace(found, converged=found.converged and found.meets(stderr, tolerance))
+
+    def _sampling_stderr(self) -> float:
+        """Spread of the traces of the strata, less what the probes add to it."""
+        forms = self._krylov.forms
+        if forms is None or forms.shape[1] < MIN_STRATA or (self._num_probes and len(self._rounds) < 2):
+            return math.nan
+        traces, noise = forms.sum(0), 0.0
+        if self._rounds:
+            samples = torch.stack(self._rounds)[:, :, 0]  # (rounds, strata)
+            traces = traces + samples.mean(0)
+            noise = float(samples.var(0).sum()) / len(samples)
+        return sampling_stderr(traces, self._operator.stratum_weights, noise)
 
     def _estimates(self) -> tuple[Tensor, Tensor, float]:
         """Estimates, their standard errors, and the degrees of freedom of the first."""
@@ -199,10 +223,20 @@ def _widening(freedom: Tensor) -> Tensor:
     return 1 + 1.21 / freedom + 1.43 / freedom.square()
 
 
-def _known_of_blocks(krylov: LanczosResult, blocks: Places) -> list[float]:
-    r""":math:`\operatorname{tr} Q^T P H Q` by block, from the Krylov relation: no product is needed."""
-    known = []
-    for places in blocks.values():
-        gram, rest = krylov.gram(places)
-        known.append(float((gram * krylov.projected).sum() + krylov.tail @ rest))
-    return known
+def sampling_stderr(parts: Tensor, weights: Tensor, noise: float = 0.0) -> float:
+    """Standard error of a mean over samples, from its parts by stratum.
+
+    Args:
+        parts: What each stratum adds to the mean, (S,).
+        weights: Share of each stratum in the samples, (S,); they sum to 1.
+        noise: Variance of the sum of the parts that has another cause.
+
+    Returns:
+        The standard error, widened for the few strata as in `TraceResult`; nan for fewer than `MIN_STRATA`.
+    """
+    count = len(parts)
+    if count < MIN_STRATA:
+        return math.nan
+    spread = float((parts - weights * parts.sum()).square().sum()) * count / (count - 1)
+    widening = float(_widening(torch.tensor(count - 1.0)))
+    return math.sqrt(max(spread - noise, 0.0)) * widening

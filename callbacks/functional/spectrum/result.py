@@ -12,6 +12,7 @@ from moe_heads.callbacks.functional.curvature.products import GraphMode
 from moe_heads.callbacks.functional.perturbation.result import PerturbationSharpnessResult
 from moe_heads.callbacks.functional.routing_response_result import RoutingResponse
 from moe_heads.callbacks.functional.spectrum.block import BlockCurvature
+from moe_heads.callbacks.functional.spectrum.certificate import Certificate
 from moe_heads.callbacks.functional.spectrum.tables import blocks_table, markdown_table
 
 if TYPE_CHECKING:
@@ -31,12 +32,12 @@ class SharpnessResult:
     Attributes:
         eigenvalues: The algebraically largest eigenvalues, descending; units of the loss per squared parameter. With
             PyHessian in the order in which it gives them.
-        residuals: :math:`\|Hv - \lambda v\| / |\lambda|` of each; a symmetric H has an eigenvalue within
-            ``residual`` · :math:`|\lambda|` of the one given.
+        residuals: :math:`\|Hv - \lambda v\| / |\lambda|` of each, rounding and asymmetry of the products included; a
+            symmetric H has an eigenvalue within ``residual`` · :math:`|\lambda|` of the one given.
         lambda_min: Estimate of the smallest eigenvalue, from above; nan with PyHessian.
         lambda_min_residual: Its relative residual; the analysis does not wait for it to become small.
         trace: Trace of H.
-        trace_stderr: Its standard error.
+        trace_stderr: Its standard error, from the random probes and from rounding.
         frobenius_norm: Estimate of :math:`\|H\|_F`, the root of the sum of squared eigenvalues; nan with PyHessian.
         density: Density of all eigenvalues (``grid``, ``values``, ``stderr``, ``sigma``, ...), or None.
         blocks: Curvature by block of parameters.
@@ -46,8 +47,9 @@ class SharpnessResult:
         num_products: Hessian-vector products in all.
         num_samples: Samples of the loss.
         num_parameters: Order of H.
-        eigenvalues_converged: Whether all of ``eigenvalues`` met their tolerance.
-        trace_converged: Whether ``trace_stderr`` met its tolerance.
+        eigenvalues_converged: Whether all of ``eigenvalues`` met their tolerance, none is missing, and no check of
+            ``certificate`` failed.
+        trace_converged: Whether ``trace_stderr`` met its tolerance, and no check failed.
         graph_mode: How the products were computed; see `HessianOperator`.
         graph_reason: Why no faster way was taken; "" where there is none, or nobody asked.
         seed: Seed of the random vectors.
@@ -55,6 +57,13 @@ class SharpnessResult:
         eigenvectors: Unit eigenvectors, shape (number of eigenvalues, num_parameters), on the CPU; None unless kept.
         partial: Why the analysis ended before its time; "" for one that is whole. There may be fewer eigenvalues than
             were asked for, and the trace is nan, with an infinite standard error, when it was not begun.
+        tolerance: Largest relative residual that was asked for.
+        certificate: What was checked on this model and these samples; None with PyHessian.
+        center_loss: Mean loss over the samples; nan with PyHessian.
+        lambda_max_sampling_stderr: Standard error of the largest eigenvalue from the choice of samples, by the spread
+            of its parts over batches (a jackknife to first order); nan with fewer than four batches. It is no part of
+            ``residuals``. The largest eigenvalue of few samples lies above that of many: this does not show in it.
+        trace_sampling_stderr: The same of the trace, where no restart lost its parts.
         engine: Who computed.
         failures: What PyHessian got wrong here, a sentence each.
         overlaps: By name of another result, the overlap of its top eigenvectors with these; see `subspace_overlap`.
@@ -87,6 +96,11 @@ class SharpnessResult:
     parameter_names: tuple[str, ...]
     eigenvectors: Tensor | None
     graph_reason: str = ""
+    tolerance: float = 1e-3
+    certificate: Certificate | None = None
+    center_loss: float = math.nan
+    lambda_max_sampling_stderr: float = math.nan
+    trace_sampling_stderr: float = math.nan
     partial: str = ""
     engine: Engine = "lanczos"
     failures: tuple[str, ...] = ()
@@ -112,6 +126,10 @@ class SharpnessResult:
             "trace": self.trace,
             "trace_stderr": self.trace_stderr,
             "frobenius_norm": self.frobenius_norm,
+            "center_loss": self.center_loss,
+            "lambda_max_sampling_stderr": self.lambda_max_sampling_stderr,
+            "trace_sampling_stderr": self.trace_sampling_stderr,
+            **({} if self.certificate is None else self.certificate.metrics()),
             **{f"trace_{_key(name)}": block.trace for name, block in self.blocks.items()},
             **{f"trace_stderr_{_key(name)}": block.trace_stderr for name, block in self.blocks.items()},
             **{f"share_{_key(name)}": block.shares[0] for name, block in self.blocks.items() if block.shares},
@@ -163,6 +181,7 @@ class SharpnessResult:
         """Markdown tables of the numbers, and a sentence for each that did not converge or is not there."""
         parts = [
             markdown_table(("quantity", "value", "relative residual"), self._rows()),
+            "" if self.certificate is None else markdown_table(("checked on this input", "error"), self.certificate.rows()),
             blocks_table("block", self.blocks),
             blocks_table("expert", self.experts),
             "" if self.perturbation is None else f"**Perturbations**\n\n{self.perturbation.summary()}",
@@ -181,13 +200,15 @@ class SharpnessResult:
         if self.stability_threshold is not None:
             rows.append(("stability threshold", f"{self.stability_threshold:.5g}", ""))
         rows.append(("trace", f"{self.trace:.5g} ± {self.trace_stderr:.2g}", ""))
+        sampling = (("λ1", self.lambda_max_sampling_stderr), ("trace", self.trace_sampling_stderr))
+        rows += [(f"{name}, over samples", f"± {error:.2g}", "") for name, error in sampling if math.isfinite(error)]
         if math.isfinite(self.frobenius_norm):
             rows.append(("Frobenius norm", f"{self.frobenius_norm:.5g}", ""))
         rows += [(f"overlap with {name}", f"{overlap:.3f}", "") for name, overlap in self.overlaps.items()]
         steps = "Lanczos" if self.engine == "lanczos" else "power iteration"
         rest = self.num_products - self.num_steps - self.num_probes
         spent = f"{self.num_products} ({self.num_steps} {steps}, {self.num_probes} trace"
-        spent += f", {rest} blocks)" if rest > 0 and self.engine == "lanczos" else ")"
+        spent += f", {rest} others)" if rest > 0 and self.engine == "lanczos" else ")"
         return [
             *rows,
             ("Hessian-vector products", spent, ""),
@@ -201,13 +222,11 @@ class SharpnessResult:
         ]
 
     def _shortfalls(self) -> list[str]:
-        shortfalls = [f"**Partial**: {self.partial}."] if self.partial else []
+        shortfalls = [f"**Partial**: {self.partial}, with {self.num_samples} samples."] if self.partial else []
         shortfalls += [f"**PyHessian**: {failure}" for failure in self.failures]
+        shortfalls += [] if self.certificate is None else self.certificate.warnings()
         if not self.eigenvalues_converged:
-            shortfalls.append(
-                f"The eigenvalues did not converge in {self.num_steps} steps: trust each only within its residual"
-                + (", or raise max_steps." if self.engine == "lanczos" else ".")
-            )
+            shortfalls.append(self._why_not_converged())
         if math.isnan(self.trace):
             shortfalls.append("The trace was not begun.")
         elif not self.trace_converged:
@@ -216,6 +235,30 @@ class SharpnessResult:
                 + (", or raise max_probes." if self.engine == "lanczos" else ".")
             )
         return shortfalls
+
+    def _why_not_converged(self) -> str:
+        if self.engine != "lanczos" or self.certificate is None:
+            return (
+                f"The eigenvalues did not converge in {self.num_steps} steps: trust each only within its residual."
+            )
+        rounding = self.certificate.rounding
+        lost = [rank for rank, value in enumerate(self.eigenvalues, start=1) if rounding > self.tolerance * abs(value)]
+        if lost:
+            names = ", ".join(f"λ{rank}" for rank in lost)
+            return (
+                f"{names} did not converge: {self.certificate.dtype} does not resolve eigenvalues of this size, since"
+                f" rounding changes them by about {rounding:.1g}. Analyze a copy in float64 (model.double(), with batches in float64), or ask for"
+                " fewer eigenvalues."
+            )
+        if max(self.residuals) <= self.tolerance and not self.certificate.is_complete:
+            return (
+                f"The residuals met the tolerance, and in {self.num_steps} steps it could not be excluded that a larger"
+                " eigenvalue is missing, a copy of a repeated one say: raise max_steps or basis_memory."
+            )
+        return (
+            f"The eigenvalues did not converge in {self.num_steps} steps: trust each only within its residual, or raise"
+            " max_steps."
+        )
 
 
 def _of_part(part: str, metrics: Mapping[str, float]) -> dict[str, float]:

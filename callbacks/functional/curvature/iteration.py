@@ -1,0 +1,245 @@
+"""Steps of a Lanczos iteration with several start vectors, full reorthogonalization and thick restarts."""
+
+import math
+import time
+
+import torch
+from torch import Tensor
+
+from moe_heads.callbacks.functional.common.microbatches import unless_out_of_memory
+from moe_heads.callbacks.functional.curvature.basis import Basis, dot, norm, rademacher
+from moe_heads.callbacks.functional.curvature.krylov import LanczosResult, ritz_pairs
+from moe_heads.callbacks.functional.curvature.operator import SymmetricOperator
+
+__all__ = ["FEWEST_BESIDES", "KrylovIteration"]
+
+# Rounding errors over the norm of the matrix. What is left of a Krylov space that is complete grows with each step from
+# the error of a product: some ten thousandfold in a dozen, which float64 can afford to call nothing.
+_ROUNDING = {torch.float32: 1e-5, torch.float64: 1e-10}
+
+# Ritz vectors beyond the wanted ones that a restart keeps where there is room.
+_KEPT_BESIDES = 3
+
+FEWEST_BESIDES = 3
+"""Vectors beyond the wanted ones without which nothing can be added after a restart."""
+
+
+class KrylovIteration:
+    """The state between two steps.
+
+    Args:
+        operator: The matrix.
+        generator: Source of the random start vectors.
+        num_eigenvalues: Number k of largest eigenvalues that a restart has to keep.
+        tolerance: For the results.
+        most_vectors: Vectors after which the basis is restarted.
+        start: The first start vector; by default random signs.
+
+    Attributes:
+        num_steps: Products so far.
+        num_sequences: Start vectors so far.
+        remainders: What the last product of each sequence left, orthogonal to the basis; see `LanczosResult`.
+        active: Place in ``remainders`` of what the last product left; None where that was nothing.
+        is_sequence_whole: Whether all steps since the last start vector went on from that vector.
+    """
+
+    def __init__(
+        self,
+        operator: SymmetricOperator,
+        generator: torch.Generator,
+        num_eigenvalues: int,
+        tolerance: float,
+        most_vectors: int,
+        start: Tensor | None,
+    ) -> None:
+        self._operator, self._generator = operator, generator
+        self._num_eigenvalues, self._tolerance, self._most_vectors = num_eigenvalues, tolerance, most_vectors
+        self._basis = Basis(operator.shape[0], operator.dtype, operator.device)
+        self.projected = torch.zeros(0, 0, dtype=torch.float64)
+        self.remainders: list[Tensor] = []
+        self.tails = torch.zeros(0, 0, dtype=torch.float64)
+        self.active: int | None = None
+        self._scale = self._antisymmetric = self._pass_seconds = 0.0
+        self._first_projected: Tensor | None = None
+        self._forms: list[Tensor] | None = []
+        self.num_steps, self.num_sequences, self._steps_before_check = 0, 1, 0
+        self.is_sequence_whole = True
+        self._alphas: list[float] = []
+        self._betas: list[float] = []
+        self._following = self._fresh(start)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the basis spans the whole space."""
+        return len(self._basis) == self._operator.shape[0]
+
+    @property
+    def dim(self) -> int:
+        """P, the order of the matrix."""
+        return self._basis.dim
+
+    @property
+    def rounding(self) -> float:
+        """Size of the rounding errors; see `LanczosResult`."""
+        return _ROUNDING[self._operator.dtype] * self._scale
+
+    @property
+    def sequence(self) -> tuple[Tensor, Tensor]:
+        r"""Ritz values, ascending, and residual norms of the last start vector in the complement of all before it.
+
+        That is :math:`\Pi H\Pi`, with :math:`\Pi` the projection on the complement, on its Krylov space.
+        """
+        inner = torch.tensor(self._betas[: len(self._alphas) - 1], dtype=torch.float64)
+        diagonal = torch.diag(torch.tensor(self._alphas, dtype=torch.float64))
+        values, vectors = torch.linalg.eigh(diagonal + torch.diag(inner, 1) + torch.diag(inner, -1))
+        return values, self._betas[-1] * vectors[-1].abs()
+
+    def step(self) -> None:
+        """Add the following vector to the basis; one product with it, orthogonalized against the basis."""
+        vector = self._following
+        size = len(self.projected)
+        # H is symmetric: what the earlier products left says how they couple to this vector
+        couplings = torch.tensor([dot(r, vector) for r in self.remainders], dtype=torch.float64)
+        column = self.tails @ couplings if size else torch.zeros(0, dtype=torch.float64)
+        remaining = [place for place in range(len(self.remainders)) if place != self.active]
+        self.remainders = [self.remainders[i].sub(vector, alpha=float(couplings[i])) for i in remaining]
+        self.tails = torch.cat([self.tails[:, remaining], torch.zeros(1, len(remaining), dtype=torch.float64)])
+        self._basis.append(vector)
+        product = self._operator.matvec(vector)
+        self.num_steps += 1
+        if self._forms is not None:
+            self._forms.append(self._operator.forms)
+        alpha = dot(vector, product)
+        # The two large terms first: then one pass over the whole basis is mostly enough.
+        product = product.sub(vector, alpha=alpha)
+        expected = column.clone()
+        if size:
+            product.sub_(self._basis[-2], alpha=float(column[-1]))
+            expected[-1] = 0
+        began = time.perf_counter()
+        remainder, found = self._basis.split(product)
+        self._pass_seconds = time.perf_counter() - began
+        coefficients = found.to("cpu", torch.float64)
+        self._antisymmetric = math.hypot(self._antisymmetric, float((coefficients[:-1] - expected).norm()))
+        grown = torch.zeros(size + 1, size + 1, dtype=torch.float64)
+        grown[:size, :size] = self.projected
+        grown[:size, size] = grown[size, :size] = column
+        grown[size, size] = alpha + float(coefficients[-1])
+        self.projected = grown
+        beta = norm(remainder)
+        # The largest entry of T is its norm up to a factor of three.
+        self._scale = max(self._scale, abs(alpha), beta)
+        self.active = None
+        if beta <= self.rounding or self.is_whole:
+            beta = 0.0
+        else:
+            self.active = len(self.remainders)
+            self.remainders.append(remainder)
+            last = torch.eye(size + 1, dtype=torch.float64)[:, -1:]
+            self.tails = torch.cat([self.tails, last], dim=1)
+        self._alphas.append(float(grown[size, size]))
+        self._betas.append(beta)
+
+    def proceed(self, place: int) -> bool:
+        """Go on from a remainder.
+
+        Returns:
+            Whether the basis was restarted.
+        """
+        is_full = self._restarted()
+        self.is_sequence_whole = self.is_sequence_whole and place == self.active
+        self.active = place
+        self._following = self.remainders[place] / norm(self.remainders[place])
+        return is_full
+
+    def begin(self, *, is_check: bool) -> bool:
+        """Go on from a fresh random vector, orthogonal to the basis.
+
+        Args:
+            is_check: Whether it is to find out if something is missing.
+
+        Returns:
+            Whether the basis was restarted.
+        """
+        self._keep_first_projected()
+        if is_check and not self._steps_before_check:
+            self._steps_before_check = self.num_steps
+        is_full = self._restarted()
+        self.num_sequences += 1
+        self.is_sequence_whole = True
+        self._alphas, self._betas = [], []
+        self.active = None
+        self._following = self._fresh(None)
+        return is_full
+
+    def result(self, *, is_complete: bool) -> LanczosResult:
+        """What is known now."""
+        return LanczosResult(
+            projected=self.projected,
+            remainders=tuple(self.remainders),
+            tails=self.tails,
+            basis=self._basis,
+            first_projected=self._first_projected,
+            forms=torch.stack(self._forms) if self._forms else None,
+            num_steps=self.num_steps,
+            rounding=self.rounding,
+            asymmetry=self._antisymmetric / math.sqrt(2),
+            num_eigenvalues=self._num_eigenvalues,
+            tolerance=self._tolerance,
+            is_complete=is_complete,
+            pass_seconds=self._pass_seconds,
+            steps_of_check=self.num_steps - self._steps_before_check if self._steps_before_check else 0,
+        )
+
+    def residual_gram(self) -> Tensor:
+        """Gram matrix of the columns of HQ - QT, (m, m), float64."""
+        return self.tails @ self.result(is_complete=False).remainder_gram @ self.tails.T
+
+    def ritz(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Ritz values, vectors and shares of the remainders in their residuals; see `ritz_pairs`."""
+        return ritz_pairs(self.projected, self.remainders, self.tails)
+
+    def _fresh(self, start: Tensor | None) -> Tensor:
+        """A unit vector orthogonal to the basis: of the start vector, or of random signs."""
+        dim, dtype, device = self._operator.shape[0], self._operator.dtype, self._operator.device
+        vector = rademacher(dim, dtype, device, self._generator) if start is None else start.to(device, dtype)
+        length = norm(vector)
+        vector = self._basis.complement(vector)
+        while norm(vector) < 1e-4 * length:
+            # in a small space signs may lie in the basis; normal numbers do not
+            vector = torch.randn(dim, generator=self._generator, dtype=dtype).to(device)
+            length, vector = norm(vector), self._basis.complement(vector)
+        # Normalize, then once more: next to a nearly complete basis little is left of the vector, and that is inexact.
+        for _ in range(2):
+            vector = self._basis.complement(vector / norm(vector))
+        return vector / norm(vector)
+
+    def _keep_first_projected(self) -> None:
+        if self._first_projected is None:
+            self._first_projected = self.projected
+
+    def _restarted(self) -> bool:
+        """Make room for another vector; keeps the Ritz vectors that matter most where there is none."""
+        held = len(self._basis) + max(len(self.remainders) - 1, 0)
+        if held < self._most_vectors and unless_out_of_memory(self._basis.reserve) is not None:
+            return False
+        self._keep_first_projected()
+        k = self._num_eigenvalues
+        # where memory ran out before, this is all there is
+        self._most_vectors = min(self._most_vectors, held)
+        if self._most_vectors < k + FEWEST_BESIDES:
+            raise MemoryError(
+                f"there is no memory for more than {self._most_vectors} vectors of {self._operator.shape[0]} numbers;"
+                " analyze fewer parameters (params), or on another device"
+            )
+        values, vectors = torch.linalg.eigh(self.projected)
+        spare = self._most_vectors - max(len(self.remainders) - 1, 0)
+        count = max(min(k + _KEPT_BESIDES, spare - 2), spare // 2, min(k + 1, len(values)))
+        order = values.abs()
+        order[-k:] = torch.inf
+        kept = order.topk(min(count, len(values))).indices.sort().values
+        self._basis.replace(vectors[:, kept].T)
+        self.projected = torch.diag(values[kept])
+        self.tails = vectors[:, kept].T @ self.tails
+        self._forms = None
+        return True

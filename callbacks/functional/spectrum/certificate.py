@@ -1,0 +1,108 @@
+"""What was checked of a sharpness result on its own input, and what could not be."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+__all__ = ["Certificate"]
+
+# Share of a directional derivative that rounding and kinks explain.
+_SAME_DERIVATIVE = 1e-2
+
+# Asymmetry over the norm of the matrix that rounding explains.
+_SYMMETRIC = {"float32": 1e-4, "float64": 1e-8}
+
+
+@dataclass(frozen=True)
+class Certificate:
+    r"""Errors that were measured on the model and the samples of a result.
+
+    Attributes:
+        asymmetry: Norm of the antisymmetric part of the products on the Krylov space, over the norm of H there:
+            rounding, unless the gradient is not the derivative of a loss.
+        rounding: Length of the difference between :math:`Hw` as it was computed and in float64, twice, for w the sum of
+            the unit eigenvectors with random signs: what rounding adds to each residual, in units of an eigenvalue. nan
+            where it was not measured.
+        trace_rounding: Error of the trace from rounding, estimated in the same way with random signs.
+        derivative_error: Relative difference between the gradient and a finite difference of the loss along a random
+            direction, in float64.
+        num_double: Samples that were evaluated in float64.
+        cut_dependence: Relative change of the loss when batches are cut in halves; 0 for a mean over samples up to
+            rounding.
+        is_complete: Whether a fresh random vector found no eigenvalue above the last one that is missing.
+        dtype: Data type of the parameters.
+        unchecked: Why a check could not be made, by its name.
+    """
+
+    asymmetry: float = 0.0
+    rounding: float = math.nan
+    trace_rounding: float = math.nan
+    derivative_error: float = math.nan
+    num_double: int = 0
+    cut_dependence: float = math.nan
+    is_complete: bool = False
+    dtype: str = "float32"
+    unchecked: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def is_symmetric(self) -> bool:
+        """Whether the products are those of a symmetric matrix, up to rounding."""
+        return self.asymmetry <= _SYMMETRIC.get(self.dtype, 1e-4)
+
+    @property
+    def is_derivative(self) -> bool:
+        """False where the gradient was seen not to be the derivative of the loss."""
+        return not self.derivative_error > _SAME_DERIVATIVE
+
+    @property
+    def is_hessian(self) -> bool:
+        """False where the products were seen not to be those of the loss's Hessian."""
+        return self.is_symmetric and self.is_derivative
+
+    def metrics(self) -> dict[str, float]:
+        """The errors that were measured, by name."""
+        return {
+            "asymmetry": self.asymmetry,
+            "rounding": self.rounding,
+            "trace_rounding": self.trace_rounding,
+            "derivative_error": self.derivative_error,
+            "cut_dependence": self.cut_dependence,
+        }
+
+    def warnings(self) -> list[str]:
+        """A sentence for each check that failed."""
+        found = []
+        if not self.is_symmetric:
+            found.append(
+                f"The products are not symmetric: ⟨u, Hv⟩ and ⟨Hu, v⟩ differ by {self.asymmetry:.1g} of the norm of H,"
+                " so no result is certified. The gradient is not the derivative of the loss: look for a custom"
+                " backward, a detach() in the loss, or a checkpoint that loses a part of the model."
+            )
+        if not self.is_derivative:
+            found.append(
+                "The gradient is not the derivative of the loss: along a random direction it differs from a finite"
+                f" difference of the loss by {self.derivative_error:.0%}, so no result is certified. Look for a custom"
+                " backward (a straight-through estimator, say), a detach() in the loss, or parameters that are used"
+                " without a graph."
+            )
+        return found
+
+    def rows(self) -> list[tuple[str, str]]:
+        """What was checked, with the error that was found or the reason why there is none; for a table."""
+        values = {
+            "symmetric products": f"{self.asymmetry:.1e} of the norm of H",
+            "products in float64": f"{self.rounding:.1e} in λ, {self.trace_rounding:.1e} in the trace"
+            f" ({self.num_double} samples)",
+            "gradient against finite difference": f"{self.derivative_error:.1e} ({self.num_double} samples)",
+            "loss is a mean over samples": f"{self.cut_dependence:.1e} when batches are halved",
+            "no eigenvalue missing": "none found from a fresh random vector",
+        }
+        there = {
+            "symmetric products": True,
+            "products in float64": math.isfinite(self.rounding),
+            "gradient against finite difference": math.isfinite(self.derivative_error),
+            "loss is a mean over samples": math.isfinite(self.cut_dependence),
+            "no eigenvalue missing": self.is_complete,
+        }
+        rows = [(name, values[name]) for name, is_there in there.items() if is_there]
+        return rows + [(name, f"not checked: {self.unchecked[name]}") for name in there if name in self.unchecked]

@@ -1,0 +1,55 @@
+"""Checks that a sharpness result gets on its own model and samples."""
+
+import math
+from dataclasses import replace
+
+import torch
+
+from moe_heads.callbacks.functional.common.monitor import Monitor
+from moe_heads.callbacks.functional.curvature.basis import rademacher
+from moe_heads.callbacks.functional.curvature.double_check import DoubleCheck, check_in_double
+from moe_heads.callbacks.functional.curvature.krylov import LanczosResult
+from moe_heads.callbacks.functional.curvature.operator import HessianOperator
+from moe_heads.callbacks.functional.spectrum.certificate import Certificate
+
+__all__ = ["certified", "from_krylov"]
+
+
+def from_krylov(krylov: LanczosResult) -> Certificate:
+    """What the Lanczos run itself says, without a further product."""
+    scale = float(krylov.projected.abs().max())
+    unchecked = {} if krylov.is_complete else {"no eigenvalue missing": "the steps ended before"}
+    return Certificate(
+        asymmetry=krylov.asymmetry / scale if scale else 0.0,
+        is_complete=krylov.is_complete,
+        dtype=str(krylov.basis.dtype).removeprefix("torch."),
+        unchecked={
+            **unchecked,
+            "products in float64": "the analysis ended before",
+            "gradient against finite difference": "the analysis ended before",
+        },
+    )
+
+
+def certified(
+    certificate: Certificate, operator: HessianOperator, krylov: LanczosResult, seed: int, monitor: Monitor
+) -> Certificate:
+    """Add what float64 says of the products and the gradient, on a part of this process's samples."""
+    generator = torch.Generator().manual_seed(seed)
+    signs = torch.randint(0, 2, (1, len(krylov.eigenvalues)), generator=generator).double() * 2 - 1
+    probe = rademacher(operator.num_parameters, operator.dtype, operator.device, generator)
+    vectors = [krylov.basis.combined(signs @ krylov.coefficients)[0], probe]
+    found = check_in_double(operator.gradients, operator.data, vectors, monitor, seed)
+    names = ("products in float64", "gradient against finite difference")
+    others = {name: reason for name, reason in certificate.unchecked.items() if name not in names}
+    if not isinstance(found, DoubleCheck):
+        return replace(certificate, unchecked={**others, **dict.fromkeys(names, found)})
+    certificate = replace(
+        certificate, derivative_error=found.derivative_error, num_double=found.num_samples, unchecked=others
+    )
+    if not found.differences:
+        return replace(certificate, unchecked={**others, names[0]: "the model is in float64 itself"})
+    along, sampled = found.differences
+    # z^T D z is one sample of the error of the trace, with a variance of at most 2 ‖D‖_F^2
+    error = math.hypot(float(probe.double() @ sampled), math.sqrt(2) * float(sampled.norm()))
+    return replace(certificate, rounding=2 * float(along.norm()), trace_rounding=error)
