@@ -22,6 +22,7 @@ from moe_heads.callbacks.functional import (
 )
 from moe_heads.callbacks.functional.common.digest import digest_of
 from moe_heads.callbacks.functional.curvature import subspace_overlap
+from moe_heads.callbacks.functional.curvature.lanczos import check_basis_memory
 from moe_heads.callbacks.functional.curvature.parameters import selected_parameters
 from moe_heads.callbacks.functional.published.conversion import as_sharpness_result
 from moe_heads.callbacks.functional.routing_response import has_sparse_router
@@ -33,6 +34,7 @@ from moe_heads.callbacks.reporting import Report
 from moe_heads.callbacks.sharpness_options import check_names, check_report_options
 from moe_heads.callbacks.stability import stability_threshold
 from moe_heads.callbacks.trainer_access import Split
+from moe_heads.checks import check_at_least
 
 __all__ = ["SharpnessCallback"]
 
@@ -61,6 +63,12 @@ class SharpnessCallback(FitEndAnalysis):
     routing_flips_<s>, …           share of samples that choose other experts at the step s along the first
                                    eigenvector; losses and curvatures with routing free and fixed (sparse heads)
     perturbation_average, …        rise of the loss under adaptive perturbations (``perturbation``)
+    center_loss                    mean loss over the samples
+    lambda_max_sampling_stderr,    standard errors from the choice of samples, by the spread over batches
+    trace_sampling_stderr
+    rounding, trace_rounding       change of the eigenvalues and of the trace by rounding, measured in float64
+    asymmetry                      antisymmetric part of the products over their norm
+    derivative_error               relative difference of the gradient from a finite difference of the loss
     num_products                   Hessian-vector products that were spent
     num_samples, converged         samples of the draw; 1 when every tolerance was met, with eigenvalues_converged and
                                    trace_converged
@@ -91,6 +99,11 @@ class SharpnessCallback(FitEndAnalysis):
             none.
         perturbation: Also give the adaptive and SAM-type sharpness of `functional.perturbation_sharpness`, which do not
             change when layers are rescaled; about forty gradients.
+        graph_memory: Bytes that may be kept between products; by default 4 GiB on a CPU, if that is not more than half
+            of what is free, and half of the free memory on a GPU. 0 rebuilds the graph in every product.
+        basis_memory: Bytes of the vectors of the Krylov space, by default 4 GiB on a CPU and a quarter of the free
+            memory on a GPU, or what ``num_eigenvalues`` + 3 vectors take if that is more. Eigenvectors that are kept
+            take ``num_eigenvalues`` vectors besides.
         engine: "lanczos", the default, or "pyhessian" for the procedure with which arXiv 2601.15021 was measured:
             PyHessian with its own settings, its failures caught and named. It gives eigenvalues, trace and density.
         options: What all analyses share: splits, num_samples, batch_size, seed, loss_fn, stages, every_n_epochs,
@@ -121,13 +134,17 @@ class SharpnessCallback(FitEndAnalysis):
         block_eigenvalues: bool = False,
         routing_steps: Sequence[float] = (0.01, 0.1, 0.5),
         perturbation: bool = False,
+        graph_memory: int | None = None,
+        basis_memory: int | None = None,
         engine: Engine = "lanczos",
         **options: Unpack[AnalysisOptions],
     ) -> None:
         check_sharpness_options(num_eigenvalues, tolerance, trace_tolerance, max_steps, max_probes)
         flags = {"density": density, "block_eigenvalues": block_eigenvalues, "perturbation": perturbation}
         check_report_options(flags, params, blocks, routing_steps, engine)
+        check_at_least(0, or_none=True, graph_memory=graph_memory, basis_memory=basis_memory)
         super().__init__(**options)
+        self.graph_memory, self.basis_memory = graph_memory, basis_memory
         self.num_eigenvalues, self.density = num_eigenvalues, density
         self.params, self.blocks, self.block_eigenvalues = params, blocks, block_eigenvalues
         self.tolerance, self.trace_tolerance = tolerance, trace_tolerance
@@ -146,6 +163,8 @@ class SharpnessCallback(FitEndAnalysis):
         if stage == "fit" and not is_overridden("configure_model", pl_module):
             # a name that is wrong is told before training, not after it
             check_names(pl_module, self.params, self.blocks)
+            if self.basis_memory is not None:
+                self._check_basis_memory(pl_module, self.basis_memory)
 
     @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
@@ -223,6 +242,8 @@ class SharpnessCallback(FitEndAnalysis):
             blocks=self.blocks,
             block_eigenvalues=self.block_eigenvalues,
             keep_eigenvectors=True,
+            graph_memory=self.graph_memory,
+            basis_memory=self.basis_memory,
             start=start if start is not None and len(start) == num_parameters else None,
             ranks=inputs.ranks,
             **shared,
@@ -280,6 +301,14 @@ class SharpnessCallback(FitEndAnalysis):
             ranks=inputs.ranks,
         )
         return replace(result, perturbation=found, partial=found.partial)
+
+    def _check_basis_memory(self, model: LightningModule, basis_memory: int) -> None:
+        try:
+            selected = list(selected_parameters(model, self.params).values())
+        except ValueError:
+            return  # what cannot be analyzed yet is refused when the analysis begins
+        size, first = sum(p.numel() for p in selected), selected[0]
+        check_basis_memory(basis_memory, size, first.dtype, first.device, min(self.num_eigenvalues, size))
 
     def _whole_direction(self, inputs: AnalysisInputs, vector: Tensor) -> Tensor:
         """A vector over the selected parameters as one over all that require a gradient."""

@@ -9,7 +9,6 @@ from moe_heads.callbacks.functional.common.batches import Batch, LossFn
 from moe_heads.callbacks.functional.common.monitor import Monitor, TimeUp
 from moe_heads.callbacks.functional.common.preserve import analysis_mode
 from moe_heads.callbacks.functional.common.ranks import Ranks
-from moe_heads.callbacks.functional.curvature.basis import norm
 from moe_heads.callbacks.functional.curvature.blocks import default_blocks, expert_places, places_of
 from moe_heads.callbacks.functional.curvature.lanczos import check_basis_memory, lanczos
 from moe_heads.callbacks.functional.curvature.operator import HessianOperator
@@ -20,7 +19,6 @@ from moe_heads.callbacks.functional.curvature.trace import (
     MIN_PROBES,
     Places,
     deflated_trace,
-    sampling_stderr,
 )
 from moe_heads.callbacks.functional.spectrum.checks import certified, from_krylov
 from moe_heads.callbacks.functional.spectrum.findings import Findings
@@ -159,10 +157,7 @@ def sharpness(
                 on_step=findings.add_krylov,
             )
             findings.certificate = certified(from_krylov(krylov), operator, krylov, seed, monitor)
-            first = krylov.basis.combined(krylov.coefficients[:1])[0]
-            product = operator.matvec(first)
-            findings.sampling_stderr = sampling_stderr(operator.forms, operator.stratum_weights)
-            findings.true_residual = norm(product.sub_(first, alpha=krylov.eigenvalues[0]))
+            findings.add_spread()
             findings.trace = deflated_trace(
                 operator,
                 krylov,

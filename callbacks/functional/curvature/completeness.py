@@ -1,31 +1,129 @@
-"""Bounds on eigenvalues that a Krylov space has missed."""
+"""Check that a Krylov space holds all of the largest eigenvalues, with every copy of those that are repeated."""
 
 import math
+from collections.abc import Callable
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-__all__ = ["are_none_above", "chance_of_missing"]
+from moe_heads.callbacks.functional.curvature.basis import dot, norm
+from moe_heads.callbacks.functional.curvature.iteration import KrylovIteration
+from moe_heads.callbacks.functional.curvature.operator import SymmetricOperator
+
+__all__ = ["CHANCE_OF_MISSING", "CompletenessCheck", "are_none_above", "bound_outside"]
+
+CHANCE_OF_MISSING = 1e-3
+"""Probability, over the random start of the check, with which a missing eigenvalue goes unnoticed, at most."""
+
+# Steps after which the check is given up.
+_MOST_STEPS = 60
 
 
-def chance_of_missing(ritz: Tensor, level: float, lowest: float, dim: int) -> float:
-    r"""Bound the probability that a symmetric matrix has an eigenvalue above ``level`` that its Lanczos run missed.
+class CompletenessCheck:
+    r"""Looks for eigenvalues above the k-th outside a Krylov space.
+
+    Some Lanczos steps with :math:`B = \Pi H \Pi`, :math:`\Pi` the projection on the complement of the basis, from a
+    random vector. Once the k largest Ritz pairs are accurate, B has none of the large eigenvalues but further copies of
+    repeated ones. They take three vectors of memory: the basis is not extended.
+
+    Args:
+        operator: The matrix H.
+        iteration: The Krylov space.
+        num_eigenvalues: k.
+        tolerance: Largest relative residual.
+        max_steps: Most products, those of the iteration included.
+        notify: Called after each product.
+    """
+
+    def __init__(
+        self,
+        operator: SymmetricOperator,
+        iteration: KrylovIteration,
+        num_eigenvalues: int,
+        tolerance: float,
+        max_steps: int,
+        notify: Callable[[], None],
+    ) -> None:
+        self._operator, self._iteration, self._k = operator, iteration, num_eigenvalues
+        self._tolerance, self._max_steps, self._notify = tolerance, max_steps, notify
+        self._missing_above, self._num_above = math.inf, 0
+
+    def is_still_missing(self, values: Tensor) -> bool:
+        """Whether the eigenvalue that the last check saw outside is not among these Ritz values yet."""
+        return self._missing_above < math.inf and int((values > self._missing_above).sum()) <= self._num_above
+
+    def run(self) -> Literal["complete", "missing", "unknown"] | int:
+        """Take as many steps as are needed.
+
+        Returns:
+            "complete": no eigenvalue above the k-th is missing. "missing": there is one. "unknown": there were not
+            enough steps to tell. A number: the place of the remainder that could still raise a further Ritz value above
+            the k-th.
+        """
+        iteration = self._iteration
+        values, _, shares = iteration.ritz()
+        if len(values) < self._k:
+            return "missing"
+        kth, rounding = float(values[-self._k]), iteration.rounding
+        level = kth + max(self._tolerance * abs(kth), rounding)
+        gram = iteration.residual_gram()
+        self._missing_above = math.inf
+        alphas: list[float] = []
+        betas: list[float] = []
+        before, vector = torch.zeros(0), iteration.fresh()
+        while iteration.num_steps < self._max_steps and len(alphas) < _MOST_STEPS:
+            product = self._operator.matvec(vector)
+            iteration.num_steps += 1
+            iteration.steps_of_check += 1
+            alphas.append(dot(vector, product))
+            rest = product.sub(vector, alpha=alphas[-1])
+            if betas:
+                rest.sub_(before, alpha=betas[-1])
+            rest = iteration.basis.complement(rest)
+            betas.append(norm(rest))
+            self._notify()
+            outside, residuals = _ritz(alphas, betas)
+            largest = float(outside[-1])
+            if largest > level:
+                self._missing_above, self._num_above = level, int((values > level).sum())
+                return "missing"
+            bound = bound_outside(outside, float(values[0]), iteration.dim - len(values))
+            if float(residuals[-1]) <= max(self._tolerance * abs(largest), rounding):
+                # nothing above it is missing; where it is a copy of the k-th, nothing more can be said
+                bound = largest
+                if level - largest < 2 * (level - kth):
+                    return "complete"
+            if bound < level:
+                if are_none_above(iteration.projected, gram, level, bound):
+                    return "complete"
+                if not are_none_above(iteration.projected, gram, level, largest):
+                    # a Ritz value below the k-th may rise: it has to become more accurate first
+                    return int(shares[:, int((values <= level).nonzero()[-1])].argmax())
+            before, vector = vector, rest / betas[-1]
+        return "unknown"
+
+
+def bound_outside(ritz: Tensor, lowest: float, dim: int) -> float:
+    r"""Bound the largest eigenvalue of a symmetric matrix by the Ritz values of a Lanczos run.
 
     After m steps from a random start in dimension n, the largest Ritz value :math:`\xi` satisfies
     :math:`P[\lambda_1 - \xi > \varepsilon (\lambda_1 - \lambda_n)] \le 1.648 \sqrt n \, e^{-\sqrt\varepsilon (2m - 1)}`
-    whatever the spectrum is (Kuczyński and Woźniakowski 1992, Theorem 4.1).
+    whatever the spectrum is (Kuczyński and Woźniakowski 1992, Theorem 4.1). With the probability `CHANCE_OF_MISSING`
+    this gives :math:`\lambda_1 \le (\xi - \varepsilon \lambda_n) / (1 - \varepsilon)`.
 
     Args:
         ritz: Ritz values of the run, ascending; m of them.
-        level: Eigenvalue in question.
         lowest: Estimate of the smallest eigenvalue :math:`\lambda_n`.
         dim: n.
+
+    Returns:
+        The bound; infinite after too few steps.
     """
-    largest = float(ritz[-1])
-    if level <= largest:
-        return 1.0
-    share = (level - largest) / (level - min(lowest, float(ritz[0])))
-    return min(1.0, 1.648 * math.sqrt(dim) * math.exp(-math.sqrt(share) * (2 * len(ritz) - 1)))
+    share = (math.log(1.648 * math.sqrt(max(dim, 1)) / CHANCE_OF_MISSING) / (2 * len(ritz) - 1)) ** 2
+    if share >= 1:
+        return math.inf
+    return (float(ritz[-1]) - share * min(lowest, float(ritz[0]))) / (1 - share)
 
 
 def are_none_above(projected: Tensor, residual_gram: Tensor, level: float, bound: float) -> bool:
@@ -41,5 +139,13 @@ def are_none_above(projected: Tensor, residual_gram: Tensor, level: float, bound
         level: x.
         bound: b.
     """
-    raised = projected + residual_gram / (level - bound)
-    return int((torch.linalg.eigvalsh(raised) > level).sum()) == int((torch.linalg.eigvalsh(projected) > level).sum())
+    raised = torch.linalg.eigvalsh(projected + residual_gram / (level - bound)) if bound < level else None
+    return raised is not None and int((raised > level).sum()) == int((torch.linalg.eigvalsh(projected) > level).sum())
+
+
+def _ritz(alphas: list[float], betas: list[float]) -> tuple[Tensor, Tensor]:
+    """Ritz values, ascending, and residual norms of a tridiagonal matrix; the last beta is that of the remainder."""
+    inner = torch.tensor(betas[:-1], dtype=torch.float64)
+    diagonal = torch.diag(torch.tensor(alphas, dtype=torch.float64))
+    values, vectors = torch.linalg.eigh(diagonal + torch.diag(inner, 1) + torch.diag(inner, -1))
+    return values, betas[-1] * vectors[-1].abs()

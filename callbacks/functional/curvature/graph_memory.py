@@ -21,12 +21,15 @@ class GraphMemory:
     Args:
         budget: Bytes; None for the default.
         device: Where the graphs are.
+
+    Attributes:
+        left: Bytes that are left.
     """
 
     def __init__(self, budget: int | None, device: torch.device) -> None:
         if budget is None:
             budget = memory_budget(device, on_cpu=CPU_GRAPH_MEMORY, share_of_gpu=1 / 2)
-        self._left = budget
+        self.left = budget
         self._known: list[tuple[Any, int]] = []
 
     def take(self, batch: Batch, least: int, measure: Callable[[], int]) -> bool:
@@ -37,16 +40,16 @@ class GraphMemory:
             least: Bytes that it takes at least.
             measure: Gives the bytes; called once for all batches of one form.
         """
-        if least > self._left:
+        if least > self.left:
             return False
         form = _form_of(batch)
         size = next((size for other, size in self._known if form is not None and other == form), None)
         if size is None:
             size = measure()
             self._known.append((form, size))
-        if size > self._left:
+        if size > self.left:
             return False
-        self._left -= size
+        self.left -= size
         return True
 
 

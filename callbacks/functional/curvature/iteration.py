@@ -8,7 +8,7 @@ from torch import Tensor
 
 from moe_heads.callbacks.functional.common.microbatches import unless_out_of_memory
 from moe_heads.callbacks.functional.curvature.basis import Basis, dot, norm, rademacher
-from moe_heads.callbacks.functional.curvature.krylov import LanczosResult, ritz_pairs
+from moe_heads.callbacks.functional.curvature.krylov import LanczosResult
 from moe_heads.callbacks.functional.curvature.operator import SymmetricOperator
 
 __all__ = ["FEWEST_BESIDES", "KrylovIteration"]
@@ -40,7 +40,7 @@ class KrylovIteration:
         num_sequences: Start vectors so far.
         remainders: What the last product of each sequence left, orthogonal to the basis; see `LanczosResult`.
         active: Place in ``remainders`` of what the last product left; None where that was nothing.
-        is_sequence_whole: Whether all steps since the last start vector went on from that vector.
+        steps_of_check: Products that checked whether something is missing, a part of ``num_steps``.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class KrylovIteration:
     ) -> None:
         self._operator, self._generator = operator, generator
         self._num_eigenvalues, self._tolerance, self._most_vectors = num_eigenvalues, tolerance, most_vectors
-        self._basis = Basis(operator.shape[0], operator.dtype, operator.device)
+        self.basis = Basis(operator.shape[0], operator.dtype, operator.device)
         self.projected = torch.zeros(0, 0, dtype=torch.float64)
         self.remainders: list[Tensor] = []
         self.tails = torch.zeros(0, 0, dtype=torch.float64)
@@ -62,37 +62,23 @@ class KrylovIteration:
         self._scale = self._antisymmetric = self._pass_seconds = 0.0
         self._first_projected: Tensor | None = None
         self._forms: list[Tensor] | None = []
-        self.num_steps, self.num_sequences, self._steps_before_check = 0, 1, 0
-        self.is_sequence_whole = True
-        self._alphas: list[float] = []
-        self._betas: list[float] = []
-        self._following = self._fresh(start)
+        self.num_steps, self.num_sequences, self.steps_of_check = 0, 1, 0
+        self._following = self.fresh(start)
 
     @property
     def is_whole(self) -> bool:
         """Whether the basis spans the whole space."""
-        return len(self._basis) == self._operator.shape[0]
+        return len(self.basis) == self._operator.shape[0]
 
     @property
     def dim(self) -> int:
         """P, the order of the matrix."""
-        return self._basis.dim
+        return self.basis.dim
 
     @property
     def rounding(self) -> float:
         """Size of the rounding errors; see `LanczosResult`."""
         return _ROUNDING[self._operator.dtype] * self._scale
-
-    @property
-    def sequence(self) -> tuple[Tensor, Tensor]:
-        r"""Ritz values, ascending, and residual norms of the last start vector in the complement of all before it.
-
-        That is :math:`\Pi H\Pi`, with :math:`\Pi` the projection on the complement, on its Krylov space.
-        """
-        inner = torch.tensor(self._betas[: len(self._alphas) - 1], dtype=torch.float64)
-        diagonal = torch.diag(torch.tensor(self._alphas, dtype=torch.float64))
-        values, vectors = torch.linalg.eigh(diagonal + torch.diag(inner, 1) + torch.diag(inner, -1))
-        return values, self._betas[-1] * vectors[-1].abs()
 
     def step(self) -> None:
         """Add the following vector to the basis; one product with it, orthogonalized against the basis."""
@@ -104,7 +90,7 @@ class KrylovIteration:
         remaining = [place for place in range(len(self.remainders)) if place != self.active]
         self.remainders = [self.remainders[i].sub(vector, alpha=float(couplings[i])) for i in remaining]
         self.tails = torch.cat([self.tails[:, remaining], torch.zeros(1, len(remaining), dtype=torch.float64)])
-        self._basis.append(vector)
+        self.basis.append(vector)
         product = self._operator.matvec(vector)
         self.num_steps += 1
         if self._forms is not None:
@@ -114,10 +100,10 @@ class KrylovIteration:
         product = product.sub(vector, alpha=alpha)
         expected = column.clone()
         if size:
-            product.sub_(self._basis[-2], alpha=float(column[-1]))
+            product.sub_(self.basis[-2], alpha=float(column[-1]))
             expected[-1] = 0
         began = time.perf_counter()
-        remainder, found = self._basis.split(product)
+        remainder, found = self.basis.split(product)
         self._pass_seconds = time.perf_counter() - began
         coefficients = found.to("cpu", torch.float64)
         self._antisymmetric = math.hypot(self._antisymmetric, float((coefficients[:-1] - expected).norm()))
@@ -137,8 +123,6 @@ class KrylovIteration:
             self.remainders.append(remainder)
             last = torch.eye(size + 1, dtype=torch.float64)[:, -1:]
             self.tails = torch.cat([self.tails, last], dim=1)
-        self._alphas.append(float(grown[size, size]))
-        self._betas.append(beta)
 
     def proceed(self, place: int) -> bool:
         """Go on from a remainder.
@@ -147,29 +131,21 @@ class KrylovIteration:
             Whether the basis was restarted.
         """
         is_full = self._restarted()
-        self.is_sequence_whole = self.is_sequence_whole and place == self.active
         self.active = place
         self._following = self.remainders[place] / norm(self.remainders[place])
         return is_full
 
-    def begin(self, *, is_check: bool) -> bool:
+    def begin(self) -> bool:
         """Go on from a fresh random vector, orthogonal to the basis.
-
-        Args:
-            is_check: Whether it is to find out if something is missing.
 
         Returns:
             Whether the basis was restarted.
         """
         self._keep_first_projected()
-        if is_check and not self._steps_before_check:
-            self._steps_before_check = self.num_steps
         is_full = self._restarted()
         self.num_sequences += 1
-        self.is_sequence_whole = True
-        self._alphas, self._betas = [], []
         self.active = None
-        self._following = self._fresh(None)
+        self._following = self.fresh(None)
         return is_full
 
     def result(self, *, is_complete: bool) -> LanczosResult:
@@ -178,7 +154,7 @@ class KrylovIteration:
             projected=self.projected,
             remainders=tuple(self.remainders),
             tails=self.tails,
-            basis=self._basis,
+            basis=self.basis,
             first_projected=self._first_projected,
             forms=torch.stack(self._forms) if self._forms else None,
             num_steps=self.num_steps,
@@ -188,7 +164,7 @@ class KrylovIteration:
             tolerance=self._tolerance,
             is_complete=is_complete,
             pass_seconds=self._pass_seconds,
-            steps_of_check=self.num_steps - self._steps_before_check if self._steps_before_check else 0,
+            steps_of_check=self.steps_of_check,
         )
 
     def residual_gram(self) -> Tensor:
@@ -196,22 +172,24 @@ class KrylovIteration:
         return self.tails @ self.result(is_complete=False).remainder_gram @ self.tails.T
 
     def ritz(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Ritz values, vectors and shares of the remainders in their residuals; see `ritz_pairs`."""
-        return ritz_pairs(self.projected, self.remainders, self.tails)
+        """Ritz values, ascending, their residual norms, and the part of each remainder in these, (R, m)."""
+        found = self.result(is_complete=False)
+        norms = found.remainder_gram.diagonal().sqrt()
+        return found.ritz[0], found.bare_residual_norms, (self.tails.T @ found.ritz[1]).abs() * norms[:, None]
 
-    def _fresh(self, start: Tensor | None) -> Tensor:
+    def fresh(self, start: Tensor | None = None) -> Tensor:
         """A unit vector orthogonal to the basis: of the start vector, or of random signs."""
         dim, dtype, device = self._operator.shape[0], self._operator.dtype, self._operator.device
         vector = rademacher(dim, dtype, device, self._generator) if start is None else start.to(device, dtype)
         length = norm(vector)
-        vector = self._basis.complement(vector)
+        vector = self.basis.complement(vector)
         while norm(vector) < 1e-4 * length:
             # in a small space signs may lie in the basis; normal numbers do not
             vector = torch.randn(dim, generator=self._generator, dtype=dtype).to(device)
-            length, vector = norm(vector), self._basis.complement(vector)
+            length, vector = norm(vector), self.basis.complement(vector)
         # Normalize, then once more: next to a nearly complete basis little is left of the vector, and that is inexact.
         for _ in range(2):
-            vector = self._basis.complement(vector / norm(vector))
+            vector = self.basis.complement(vector / norm(vector))
         return vector / norm(vector)
 
     def _keep_first_projected(self) -> None:
@@ -220,8 +198,8 @@ class KrylovIteration:
 
     def _restarted(self) -> bool:
         """Make room for another vector; keeps the Ritz vectors that matter most where there is none."""
-        held = len(self._basis) + max(len(self.remainders) - 1, 0)
-        if held < self._most_vectors and unless_out_of_memory(self._basis.reserve) is not None:
+        held = len(self.basis) + max(len(self.remainders) - 1, 0)
+        if held < self._most_vectors and unless_out_of_memory(self.basis.reserve) is not None:
             return False
         self._keep_first_projected()
         k = self._num_eigenvalues
@@ -238,7 +216,7 @@ class KrylovIteration:
         order = values.abs()
         order[-k:] = torch.inf
         kept = order.topk(min(count, len(values))).indices.sort().values
-        self._basis.replace(vectors[:, kept].T)
+        self.basis.replace(vectors[:, kept].T)
         self.projected = torch.diag(values[kept])
         self.tails = vectors[:, kept].T @ self.tails
         self._forms = None

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from moe_heads.callbacks.functional.curvature.basis import Basis, dot
 
-__all__ = ["LanczosResult", "ritz_pairs"]
+__all__ = ["LanczosResult"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,7 +36,7 @@ class LanczosResult:
         num_eigenvalues: Number k of eigenvalues asked for.
         tolerance: Largest relative residual asked for.
         is_complete: Whether a check with a fresh random vector found no eigenvalue above the k-th that is missing.
-        steps_of_check: Products that the check took, a part of ``num_steps``.
+        steps_of_check: Products that checked whether an eigenvalue is missing, a part of ``num_steps``.
         pass_seconds: Seconds of the last pass over the basis.
     """
 
@@ -179,10 +179,3 @@ class LanczosResult:
     def _relative_residuals(self) -> Tensor:
         tiny = torch.finfo(torch.float64).tiny
         return self.residual_norms / self.ritz[0].abs().clamp_min(tiny)
-
-
-def ritz_pairs(projected: Tensor, remainders: Sequence[Tensor], tails: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Ritz values, ascending, eigenvectors of T in columns, and the share of each remainder in the residuals, (R, m)."""
-    values, vectors = torch.linalg.eigh(projected)
-    norms = torch.tensor([dot(r, r) for r in remainders], dtype=torch.float64).sqrt()
-    return values, vectors, (tails.T @ vectors).abs() * norms[:, None]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from moe_heads.callbacks.functional.common.interrupts import HeldInterrupts
 from moe_heads.callbacks.functional.common.memory import available_memory, memory_budget
-from moe_heads.callbacks.functional.curvature.completeness import are_none_above, chance_of_missing
+from moe_heads.callbacks.functional.curvature.completeness import CHANCE_OF_MISSING, CompletenessCheck
 from moe_heads.callbacks.functional.curvature.iteration import FEWEST_BESIDES, KrylovIteration
 from moe_heads.callbacks.functional.curvature.krylov import LanczosResult
 from moe_heads.callbacks.functional.curvature.operator import SymmetricOperator
@@ -20,15 +20,6 @@ __all__ = ["CHANCE_OF_MISSING", "CPU_BASIS_MEMORY", "LanczosResult", "check_basi
 
 CPU_BASIS_MEMORY = 4 * 2**30
 """Bytes that the basis may take on a CPU unless the caller says otherwise, or half of what is free."""
-
-CHANCE_OF_MISSING = 1e-3
-"""Largest probability, over the random start of the check, with which an eigenvalue above the k-th may be missing."""
-
-# Steps from one random vector after which the check of completeness is given up.
-_MOST_CHECK_STEPS = 60
-
-# Where the bound on what is missing is asked for, between the largest Ritz value outside (0) and the k-th (1).
-_LEVEL = 0.8
 
 
 def lanczos(
@@ -47,11 +38,9 @@ def lanczos(
 
     Goes on until the k algebraically largest Ritz pairs all have :math:`\|Hv - \lambda v\| \le` ``tolerance``
     :math:`|\lambda|`, or a residual at the level of rounding. A Krylov space holds one copy of an eigenvalue that is
-    repeated, so for k > 1 (or a ``start``) the iteration then begins again from a random vector orthogonal to the
-    basis. What it finds above the k-th eigenvalue is taken in, until nothing above it is missing: the largest Ritz
-    value outside is accurate and no larger, or a larger eigenvalue would have been missed with a probability of at most
-    `CHANCE_OF_MISSING` (`chance_of_missing`), and what the space leaves over cannot raise a further Ritz value above
-    the k-th (`are_none_above`).
+    repeated, so for k > 1 (or a ``start``) some steps from a random vector orthogonal to the basis then look for an
+    eigenvalue above the k-th outside (`CompletenessCheck`). Where there is one, the iteration goes on from a further
+    start vector until it is found.
 
     Args:
         operator: The matrix H.
@@ -86,26 +75,31 @@ def lanczos(
     _check(dim, num_eigenvalues, tolerance, max_steps, start)
     most_vectors = check_basis_memory(basis_memory, dim, operator.dtype, operator.device, num_eigenvalues)
     iteration = KrylovIteration(operator, generator, num_eigenvalues, tolerance, most_vectors, start)
+
+    def notify() -> None:
+        if on_step is not None:
+            on_step(iteration.result(is_complete=False))
+
+    check = CompletenessCheck(operator, iteration, num_eigenvalues, tolerance, max_steps, notify)
     # a random vector has a part in every eigenspace: the largest eigenvalue alone is not missed
     needs_check = num_eigenvalues > 1 or start is not None
     while True:
         iteration.step()
-        if on_step is not None:
-            on_step(iteration.result(is_complete=False))
+        notify()
         if iteration.is_whole:
             return iteration.result(is_complete=True)
-        following = _following(iteration, num_eigenvalues, tolerance, min_steps, needs_check)
-        if following == "complete" or iteration.num_steps == max_steps or following == "given up":
-            return iteration.result(is_complete=following == "complete")
+        following = _following(iteration, num_eigenvalues, tolerance, min_steps, check)
+        if following is None:
+            found = check.run() if needs_check else "complete"
+            if found in {"complete", "unknown"}:
+                return iteration.result(is_complete=found == "complete")
+            following = found if isinstance(found, int) else None
+        if iteration.num_steps >= max_steps:
+            return iteration.result(is_complete=False)
         with HeldInterrupts():
-            is_restarted = (
-                iteration.proceed(following)
-                if isinstance(following, int)
-                else iteration.begin(is_check=following == "check")
-            )
-            if is_restarted and on_step is not None:
-                # the basis is another one: the result before does not fit it any more
-                on_step(iteration.result(is_complete=False))
+            is_restarted = iteration.begin() if following is None else iteration.proceed(following)
+            if is_restarted:
+                notify()  # the basis is another one: the result before does not fit it any more
 
 
 def check_basis_memory(
@@ -140,45 +134,18 @@ def check_basis_memory(
 
 
 def _following(
-    iteration: KrylovIteration, k: int, tolerance: float, min_steps: int, needs_check: bool
-) -> int | str:
-    """Say what to do next: go on from a remainder (its place), "begin" or "check" from a fresh vector, or stop."""
-    values, vectors, shares = iteration.ritz()
-    active = iteration.active
-    if len(values) < k:
-        return "begin" if active is None else active
+    iteration: KrylovIteration, k: int, tolerance: float, min_steps: int, check: CompletenessCheck
+) -> int | None:
+    """Return the remainder to go on from, by its place; None where the k largest are accurate or there is none."""
+    values, residuals, shares = iteration.ritz()
+    if len(values) < k or check.is_still_missing(values):
+        return iteration.active
     limits = (tolerance * values.abs()).clamp_min(iteration.rounding)
-    inaccurate = (shares.square().sum(0).sqrt() > limits)[-k:].nonzero().flatten()
+    inaccurate = (residuals > limits)[-k:].nonzero().flatten()
     if len(inaccurate):
         # what the largest of these lacks most
         return int(shares[:, len(values) - k + int(inaccurate[-1])].argmax())
-    if iteration.num_sequences == 1:
-        if iteration.num_steps < min_steps and active is not None:
-            return active
-        if needs_check or active is None:
-            return "check"
-        return "complete"
-    if not iteration.is_sequence_whole:
-        return "check"
-    # What no start vector has reached yet lies below the largest eigenvalue outside the space before the last one.
-    outside, residuals = iteration.sequence
-    floor = iteration.rounding
-    margin = max(tolerance * abs(float(values[-k])), floor)
-    level, largest = float(values[-k]) + margin, float(outside[-1])
-    if float(residuals[-1]) <= max(tolerance * abs(largest), floor):
-        # accurate: nothing above it is missing; what is above the k-th value was found one copy at a time
-        return "complete" if largest <= level else "check"
-    bound = largest + _LEVEL * (level - largest)
-    dim = iteration.projected.shape[0]
-    if largest < level and chance_of_missing(outside, bound, float(values[0]), iteration.dim - dim) <= CHANCE_OF_MISSING:
-        gram = iteration.residual_gram()
-        if are_none_above(iteration.projected, gram, level, bound):
-            return "complete"
-        raised = int((values <= level).nonzero()[-1])
-        return int(shares[:, raised].argmax())
-    if len(outside) >= _MOST_CHECK_STEPS:
-        return "given up"
-    return "check" if active is None else active
+    return iteration.active if iteration.num_sequences == 1 and iteration.num_steps < min_steps else None
 
 
 def _check(dim: int, num_eigenvalues: int, tolerance: float, max_steps: int, start: Tensor | None) -> None:

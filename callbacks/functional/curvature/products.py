@@ -81,17 +81,18 @@ class BatchProducts:
         self._kept: dict[int, tuple[float, tuple[Tensor, ...]]] = {}
         self._memory: GraphMemory | None = None
         first, *_ = data
-        with self.gradients.evaluation(0, freezes=False):
-            check_checkpoints(checked_loss(loss_fn(model, first), 0))
+        unless_out_of_memory(partial(self._check_checkpoints, first))
         if mode != "rebuilt":
-            self._memory = GraphMemory(memory, self.gradients.device)
+            graphs = GraphMemory(memory, self.gradients.device)
+            # Each batch's gradient is held as well. Most of the time this alone tells for a large model.
+            self._memory = graphs if graphs.left >= self._gradient_bytes else None
             if has_norms(model) and unless_out_of_memory(partial(self._fold, data)) is None:
                 self.release("memory ran out")
 
     @property
     def mode(self) -> GraphMode:
         """How a product is computed: "kept" if the graph of a batch may be kept, else "rebuilt"."""
-        return "kept" if self._kept else "rebuilt"
+        return "kept" if self._kept or self._memory is not None else "rebuilt"
 
     @property
     def num_folded(self) -> int:
@@ -133,16 +134,23 @@ class BatchProducts:
         self.reason = reason or self.reason
         free_memory()
 
+    def _check_checkpoints(self, first: Batch) -> None:
+        """Refuse reentrant checkpoints, with the graph of all parameters: without, they may leave no trace in it."""
+        with self.gradients.evaluation(0, freezes=False):
+            check_checkpoints(checked_loss(self.gradients.loss_fn(self.gradients.model, first), 0))
+
     def _fits(self, index: int, batch: Batch) -> bool:
         """Whether the graph of a batch may be kept; after the first that does not fit none is."""
         if self._memory is None:
             return False
-        # Each batch's gradient is held as well. Most of the time this alone tells for a large model.
-        gradient = sum(p.numel() * p.element_size() for p in self.gradients.params.values())
-        if self._memory.take(batch, gradient, lambda: self.gradients.gradient_bytes(index, batch)):
+        if self._memory.take(batch, self._gradient_bytes, lambda: self.gradients.gradient_bytes(index, batch)):
             return True
         self._memory = None
         return False
+
+    @property
+    def _gradient_bytes(self) -> int:
+        return sum(p.numel() * p.element_size() for p in self.gradients.params.values())
 
     def _named(self, error: NoSecondDerivative, batch: Batch) -> NoSecondDerivative:
         gradients = self.gradients

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from moe_heads.callbacks.functional.common.monitor import Monitor
+from moe_heads.callbacks.functional.curvature.basis import norm
 from moe_heads.callbacks.functional.curvature.density import spectral_density
 from moe_heads.callbacks.functional.curvature.krylov import LanczosResult
 from moe_heads.callbacks.functional.curvature.operator import HessianOperator, InterruptedProduct
-from moe_heads.callbacks.functional.curvature.trace import BlockTrace, Places, TraceResult
+from moe_heads.callbacks.functional.curvature.trace import BlockTrace, Places, TraceResult, sampling_stderr
 from moe_heads.callbacks.functional.spectrum.block import BlockCurvature
 from moe_heads.callbacks.functional.spectrum.certificate import Certificate
 from moe_heads.callbacks.functional.spectrum.checks import from_krylov
@@ -76,6 +77,15 @@ class Findings:
         self.krylov = first_value(interrupted, tolerance)
         self.num_samples, self.center_loss = interrupted.num_samples, float(interrupted.sums[-1])
         self.monitor.keep(self.result)
+
+    def add_spread(self) -> None:
+        """Multiply with the first eigenvector: its true residual, and the spread of its curvature over the samples."""
+        assert self.krylov is not None
+        first = self.krylov.basis.combined(self.krylov.coefficients[:1])[0]
+        product = self.operator.matvec(first)
+        self.sampling_stderr = sampling_stderr(self.operator.forms, self.operator.stratum_weights)
+        self.true_residual = norm(product.sub_(first, alpha=self.krylov.eigenvalues[0]))
+        self.monitor.step(self.operator.num_products, residual=max(self.krylov.residuals))
 
     def add_trace(self, trace: TraceResult) -> None:
         """Take the trace after a round."""

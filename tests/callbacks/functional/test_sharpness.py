@@ -27,7 +27,8 @@ def test_whole_spectrum_of_a_small_network() -> None:
     assert result.eigenvectors is not None and result.eigenvectors.shape == (5, 57)
     assert abs(float(result.eigenvectors[0] @ vectors[:, -1])) == pytest.approx(1, abs=1e-6)
     assert result.parameter_names == ("0.weight", "0.bias", "2.weight", "2.bias")
-    assert result.num_products == result.num_steps + result.num_probes
+    # one more for the spread over the samples
+    assert result.num_products == result.num_steps + result.num_probes + 1
     assert (result.num_samples, result.num_parameters) == (20, 57)
 
 
@@ -163,7 +164,7 @@ def test_batching_and_graph_mode_do_not_matter() -> None:
     assert (whole.graph_mode, split.graph_mode) == ("kept", "rebuilt")
     np.testing.assert_allclose(split.eigenvalues, whole.eigenvalues, rtol=1e-9)
     # each batch has random vectors of its own
-    assert abs(split.trace - whole.trace) < 4 * (split.trace_stderr + whole.trace_stderr)
+    assert abs(split.trace - whole.trace) < 4 * (split.trace_stderr + whole.trace_stderr) + 1e-12
     assert split.num_samples == 30
     kept = sharpness(model, cross_entropy, batches)
     assert kept.graph_mode == "kept" and split.trace == pytest.approx(kept.trace, rel=1e-9)

@@ -18,6 +18,7 @@ from moe_heads.callbacks.functional import (
 from moe_heads.callbacks.functional.common.microbatches import Microbatches, is_out_of_memory, unless_out_of_memory
 from moe_heads.callbacks.functional.common.monitor import Monitor
 from moe_heads.callbacks.functional.curvature import HessianOperator
+from moe_heads.callbacks.functional.curvature.batch_gradients import BatchGradients
 
 CPU = torch.device("cpu")
 
@@ -130,10 +131,14 @@ def test_graphs_are_given_up_when_memory_runs_out_between_products(monkeypatch: 
     expected = hessian.matvec(v)
     assert hessian.mode == "kept"
 
-    def full(tangents: Any) -> Any:
-        raise torch.OutOfMemoryError("full")
+    real = BatchGradients.differentiate
 
-    monkeypatch.setattr(hessian._products, "_kept", [full] * hessian.num_kept)
+    def full(gradients: BatchGradients, gradient: Any, tangents: Any, *, retain_graph: bool) -> Any:
+        if retain_graph:
+            raise torch.OutOfMemoryError("full")
+        return real(gradients, gradient, tangents, retain_graph=retain_graph)
+
+    monkeypatch.setattr(BatchGradients, "differentiate", full)
     torch.testing.assert_close(hessian.matvec(v), expected, rtol=1e-12, atol=1e-14)
     assert hessian.mode == "rebuilt"
 

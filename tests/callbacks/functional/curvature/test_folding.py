@@ -6,8 +6,7 @@ from torch import Tensor, nn
 
 from moe_heads.callbacks.functional.curvature.folding import find_folds, folded
 from moe_heads.callbacks.functional.curvature.operator import HessianOperator
-from moe_heads.callbacks.functional.curvature.product_check import ProductCheck
-from moe_heads.callbacks.functional.curvature.products import GraphMode
+from moe_heads.callbacks.functional.curvature.products import BatchProducts, GraphMode
 from tests.support.hessians import classification, cross_entropy, small_cnn
 
 
@@ -154,7 +153,7 @@ class _FoldsSometimes(nn.Module):
         return self.body[2:](self.body[1](between) if float(x.mean()) > 0 else between)
 
 
-@pytest.mark.parametrize("mode", ["linearized", "kept", "rebuilt", None])
+@pytest.mark.parametrize("mode", ["kept", "rebuilt", None])
 def test_a_fold_is_held_against_every_batch(mode: GraphMode | None) -> None:
     model = _FoldsSometimes().eval().double()
     x, y = classification(6, 1, 8, 8)
@@ -169,12 +168,12 @@ def test_a_fold_is_held_against_every_batch(mode: GraphMode | None) -> None:
 
 
 def test_a_fold_that_could_not_be_checked_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(check: ProductCheck, product: object) -> bool:
+    def full(products: BatchProducts, batch: object, folds: object) -> bool:
         raise torch.OutOfMemoryError("full")
 
     model, batch = _UsedTwice().eval().double(), classification(6, 1, 8, 8)
     expected = HessianOperator(model, cross_entropy, [batch], mode="rebuilt")
-    monkeypatch.setattr(ProductCheck, "passes", full)
+    monkeypatch.setattr(BatchProducts, "_is_same_product", full)
     operator = HessianOperator(model, cross_entropy, [batch])
     v = torch.randn(operator.num_parameters, dtype=torch.float64)
     assert (operator.num_folded, operator.reason) == (0, "memory ran out")

@@ -7,6 +7,7 @@ import torch
 from scipy.sparse.linalg import eigsh
 
 from moe_heads.callbacks.functional.curvature.basis import Basis
+from moe_heads.callbacks.functional.curvature.completeness import bound_outside
 from moe_heads.callbacks.functional.curvature.lanczos import LanczosResult, lanczos
 from moe_heads.callbacks.functional.curvature.operator import HessianOperator
 from tests.support.hessians import DenseOperator, classification, cross_entropy, dense_hessian, small_mlp, symmetric
@@ -54,7 +55,8 @@ def test_reported_residuals_are_the_true_ones(dtype: torch.dtype, max_steps: int
         true = float((operator.matvec(vector) - value * vector).norm()) / value
         floor = {torch.float32: 1e-5, torch.float64: 1e-10}[dtype] * 30 / value
         assert reported == pytest.approx(true, rel=0.02, abs=2 * floor)
-    assert result.converged == (max_steps == 60)
+    # float32 does not resolve 1e-5 of an eigenvalue that is a sixth of the largest
+    assert result.converged == (max_steps == 60 and dtype == torch.float64)
 
 
 def test_krylov_relation() -> None:
@@ -66,7 +68,7 @@ def test_krylov_relation() -> None:
     left = q @ operator.matrix - t @ q
     torch.testing.assert_close(q @ q.T, torch.eye(10, dtype=torch.float64), atol=1e-13, rtol=0)
     assert left[:-1].abs().max() < 1e-12
-    assert float(left[-1].norm()) == pytest.approx(result.beta, rel=1e-9)
+    assert float(left[-1].norm()) == pytest.approx(float(result.remainders[0].norm()), rel=1e-9)
 
 
 def test_not_converged_is_said_and_values_are_lower_bounds() -> None:
@@ -97,22 +99,64 @@ def test_multiple_eigenvalues_with_an_invariant_krylov_space(
 ) -> None:
     operator = DenseOperator(symmetric([5.0] * 3 + [1.0] + [0.0] * 46, dtype))
     result = lanczos(operator, generator=seeded(), num_eigenvalues=num_eigenvalues)
-    assert result.converged
+    # an eigenvalue of zero cannot be told from one of 1e-5 in float32
+    assert result.converged == (dtype == torch.float64 or 0.0 not in expected)
     np.testing.assert_allclose(result.eigenvalues, expected, atol=1e-4)
 
 
-def test_repeated_top_eigenvalue_of_a_rich_spectrum() -> None:
-    # The second copy enters through rounding; in float32, as for a network, within the steps that a density takes.
-    values = torch.cat([torch.tensor([10.0, 10.0, 4.0]), torch.linspace(-1, 1, 297)])
-    operator = DenseOperator(symmetric(values, torch.float32))
-    result = lanczos(operator, generator=seeded(), num_eigenvalues=3, min_steps=40)
-    np.testing.assert_allclose(result.eigenvalues, [10, 10, 4], rtol=1e-4)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("copies", [2, 3, 10])
+def test_all_copies_of_repeated_eigenvalues_of_a_rich_spectrum(dtype: torch.dtype, copies: int) -> None:
+    """A Krylov space holds one copy of each; the others come from fresh vectors."""
+    top = torch.tensor([10.0, 7.0, 4.0]).repeat_interleave(copies)
+    operator = DenseOperator(symmetric(torch.cat([top, torch.linspace(-1, 1, 300 - len(top))]), dtype))
+    for k in (2, 5):
+        result = lanczos(operator, generator=seeded(), num_eigenvalues=k)
+        assert result.converged
+        np.testing.assert_allclose(result.eigenvalues, top[:k], rtol=1e-4)
+
+
+def test_a_copy_that_was_not_looked_for_is_no_certificate() -> None:
+    operator = DenseOperator(symmetric(torch.cat([torch.tensor([10.0, 10.0, 4.0]), torch.linspace(-1, 1, 297)])))
+    whole = lanczos(operator, generator=seeded(), num_eigenvalues=3)
+    cut = lanczos(operator, generator=seeded(), num_eigenvalues=3, max_steps=whole.num_steps - whole.steps_of_check)
+    assert whole.converged and whole.steps_of_check < 25
+    assert cut.is_accurate and not cut.is_complete and not cut.converged
+
+
+def test_warm_start_orthogonal_to_the_largest_eigenvector() -> None:
+    matrix = symmetric(torch.cat([torch.tensor([10.0, 4.0, 3.0]), torch.linspace(-1, 1, 197)]))
+    values, vectors = torch.linalg.eigh(matrix)
+    result = lanczos(DenseOperator(matrix), generator=seeded(), num_eigenvalues=1, start=vectors[:, -2] + vectors[:, -3])
+    assert result.converged and result.eigenvalues[0] == pytest.approx(float(values[-1]), rel=1e-6)
+
+
+def test_asymmetry_is_measured() -> None:
+    matrix = decaying().matrix
+    skew = torch.randn(200, 200, dtype=torch.float64)
+    skew = 0.3 * (skew - skew.T) / float(torch.linalg.matrix_norm(skew - skew.T, 2))
+    found = lanczos(DenseOperator(matrix + skew), generator=seeded(), max_steps=40, num_eigenvalues=5)
+    assert 0.03 < found.asymmetry < 3 and not found.converged
+    assert lanczos(DenseOperator(matrix), generator=seeded(), max_steps=40).asymmetry < 1e-12
+
+
+def test_the_bound_on_what_is_outside_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over 300 starts, a Lanczos run of few steps misses the largest eigenvalue less often than the bound says."""
+    monkeypatch.setattr("moe_heads.callbacks.functional.curvature.completeness.CHANCE_OF_MISSING", 0.05)
+    exact = torch.cat([torch.tensor([1.3]), torch.linspace(-1, 1, 399)]).double()
+    missed = 0
+    for seed in range(300):
+        found = lanczos(DenseOperator(torch.diag(exact)), generator=seeded(seed), num_eigenvalues=1, max_steps=8)
+        missed += bound_outside(found.ritz[0], -1.0, 400) < 1.3
+    assert missed <= 25  # 15 and two and a half standard errors
+    assert bound_outside(torch.linspace(-1, 1, 60), -1.0, 400) < 1.1
+    assert bound_outside(torch.linspace(-1, 1, 2), -1.0, 400) == torch.inf
 
 
 @pytest.mark.parametrize("scale", [0.0, 3.0])
 def test_multiple_of_the_identity(scale: float) -> None:
     result = lanczos(DenseOperator(scale * torch.eye(20)), generator=seeded(), num_eigenvalues=4)
-    assert result.converged and result.num_steps == 4
+    assert result.converged and result.num_steps - result.steps_of_check == 4
     np.testing.assert_allclose(result.eigenvalues, [scale] * 4, rtol=1e-5)
 
 
@@ -126,7 +170,7 @@ def test_scaling_the_operator_scales_the_result() -> None:
 def test_min_steps_and_seed() -> None:
     operator = decaying()
     result = lanczos(operator, generator=seeded(), min_steps=40)
-    assert result.num_steps == 40 and result.converged
+    assert result.num_steps - result.steps_of_check == 40 and result.converged
     again = lanczos(operator, generator=seeded(), min_steps=40)
     other = lanczos(operator, generator=seeded(1), min_steps=40)
     assert torch.equal(result.projected, again.projected) and not torch.equal(result.projected, other.projected)
@@ -141,18 +185,20 @@ def test_a_small_basis_is_restarted_and_finds_the_same() -> None:
         # the relation holds at every moment, with the basis as it is then
         m = len(result.projected)
         q = result.basis.combined(torch.eye(m, dtype=torch.float64))
-        left = q @ operator.matrix - result.projected @ q - result.tail[:, None] * result.remainder
+        left = q @ operator.matrix - result.projected @ q
+        for tail, remainder in zip(result.tails.T, result.remainders, strict=True):
+            left -= tail[:, None] * remainder
         assert float(left.abs().max()) < 1e-10
 
     whole = lanczos(operator, generator=seeded(), tolerance=1e-6)
     result = lanczos(operator, generator=seeded(), tolerance=1e-6, basis_memory=24 * 400 * 8, on_step=check)
     assert whole.converged and result.converged
-    assert whole.num_steps == len(whole.basis) > 24 >= len(result.basis)
+    assert whole.num_steps - whole.steps_of_check == len(whole.basis) > 24 >= len(result.basis)
     assert whole.num_steps <= result.num_steps < 3 * whole.num_steps
     np.testing.assert_allclose(result.eigenvalues, whole.eigenvalues, rtol=1e-9)
     assert max(len(found.projected) for found in seen) == 24
     # the density is that of the start vector, from before the first restart
-    assert len(result.nodes) == 24 and float(result.weights.sum()) == pytest.approx(1)
+    assert len(result.quadrature) == 24 and not float(result.quadrature.triu(2).abs().max())
 
 
 def test_restarts_where_memory_runs_out(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -171,7 +217,7 @@ def test_restarts_where_memory_runs_out(monkeypatch: pytest.MonkeyPatch) -> None
     assert result.converged and len(result.basis) <= 22
     monkeypatch.setattr(Basis, "reserve", lambda basis: reserve(basis, 4))
     with pytest.raises(
-        MemoryError, match=r"no memory for more than 4 vectors of 200 numbers; analyse fewer parameters"
+        MemoryError, match=r"no memory for more than 4 vectors of 200 numbers; analyze fewer parameters"
     ):
         lanczos(operator, generator=seeded())
 
@@ -206,7 +252,7 @@ def test_multiple_eigenvalues_in_a_basis_that_is_restarted(num_values: int) -> N
     for seed in range(20):
         torch.manual_seed(seed)
         operator = DenseOperator(symmetric(values.repeat(20)))
-        result = lanczos(operator, generator=seeded(seed), basis_memory=1, max_steps=1000)
+        result = lanczos(operator, generator=seeded(seed), basis_memory=21 * operator.shape[0] * 8, max_steps=1000)
         assert len(result.basis) <= 21
         wrong += result.converged and not np.allclose(result.eigenvalues, num_values, rtol=1e-3)
     # a random vector may miss the rest of an eigenspace now and then
@@ -231,7 +277,7 @@ def test_ctrl_c_in_a_restart_waits_for_a_consistent_result(monkeypatch: pytest.M
 
     monkeypatch.setattr(Basis, "replace", replace)
     with pytest.raises(KeyboardInterrupt):
-        lanczos(operator, generator=seeded(), tolerance=1e-9, basis_memory=1, on_step=seen.append)
+        lanczos(operator, generator=seeded(), tolerance=1e-9, basis_memory=21 * 400 * 8, on_step=seen.append)
     last = seen[-1]
     assert last.num_steps == 21 > len(last.basis)
     for vector, value, reported in zip(last.vectors(), last.eigenvalues, last.residuals, strict=True):
@@ -262,4 +308,6 @@ def test_bad_arguments() -> None:
     for start in (torch.zeros(4), torch.ones(3), torch.full((4,), torch.nan)):
         with pytest.raises(ValueError, match=r"start: expected a finite vector of shape \(4,\) that is not zero; got"):
             lanczos(operator, generator=seeded(), num_eigenvalues=2, start=start)
+    with pytest.raises(ValueError, match=r"basis_memory: expected at least 64 bytes, 4 vectors of 4 parameters for"):
+        lanczos(operator, generator=seeded(), num_eigenvalues=2, basis_memory=60)
     assert operator.num_products == 0

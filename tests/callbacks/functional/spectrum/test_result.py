@@ -23,6 +23,9 @@ def test_metrics(result: SharpnessResult) -> None:
         "trace",
         "trace_stderr",
         "frobenius_norm",
+        "center_loss",
+        "asymmetry",
+        "derivative_error",
         "trace_0",
         "trace_2",
         "trace_stderr_0",
@@ -43,7 +46,8 @@ def test_metrics(result: SharpnessResult) -> None:
 def test_summary_is_a_table(result: SharpnessResult) -> None:
     lines = result.summary().splitlines()
     assert lines[0] == "| quantity | value | relative residual |"
-    table, blocks = result.summary().split("\n\n")
+    table, checks, blocks = result.summary().split("\n\n")
+    assert checks.splitlines()[0] == "| checked on this input | error |"
     assert all(line.count("|") == 4 for line in table.splitlines())
     assert blocks.splitlines()[0] == "| block | parameters | trace | share of v1 | share of v2 | share of v3 |"
     assert blocks.splitlines()[2].startswith("| 0 | 36 | ") and len(blocks.splitlines()) == 4
@@ -51,6 +55,23 @@ def test_summary_is_a_table(result: SharpnessResult) -> None:
     assert f"| trace | {result.trace:.5g} ± {result.trace_stderr:.2g} |" in result.summary()
     assert f"| Hessian-vector products | {result.num_products} (" in result.summary()
     assert "| samples | 20 |" in result.summary() and "converge" not in result.summary()
+
+
+def test_summary_names_what_rounding_hides(result: SharpnessResult) -> None:
+    assert result.certificate is not None
+    rounding = 0.9 * result.eigenvalues[1] * result.tolerance
+    hidden = replace(
+        result, eigenvalues_converged=False, certificate=replace(result.certificate, rounding=rounding, dtype="float32")
+    )
+    assert "λ3 did not converge: float32 does not resolve eigenvalues of this size" in hidden.summary()
+
+
+def test_summary_and_warnings_name_what_is_no_hessian(result: SharpnessResult) -> None:
+    assert result.certificate is not None and result.certificate.is_hessian and not result.certificate.warnings()
+    skew, foreign = (replace(result.certificate, **error) for error in ({"asymmetry": 0.1}, {"derivative_error": 0.5}))
+    assert not skew.is_hessian and not foreign.is_hessian
+    assert "The products are not symmetric" in replace(result, certificate=skew).summary()
+    assert "The gradient is not the derivative of the loss" in replace(result, certificate=foreign).summary()
 
 
 def test_summary_says_what_did_not_converge(result: SharpnessResult) -> None:
