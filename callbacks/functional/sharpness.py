@@ -7,7 +7,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from moe_heads.callbacks.functional.common.batch_list import Batches
 from moe_heads.callbacks.functional.common.batches import Batch, LossFn
+from moe_heads.callbacks.functional.common.counting import BatchSizeFn, BatchWeightFn
+from moe_heads.callbacks.functional.common.mean_check import check_mean
 from moe_heads.callbacks.functional.common.monitor import Monitor, TimeUp
 from moe_heads.callbacks.functional.common.preserve import analysis_mode
 from moe_heads.callbacks.functional.common.ranks import Ranks
@@ -59,6 +62,8 @@ def sharpness(
     basis_memory: int | None = None,
     monitor: Monitor | None = None,
     ranks: Ranks | None = None,
+    batch_size_fn: BatchSizeFn | None = None,
+    batch_weight_fn: BatchWeightFn | None = None,
 ) -> SharpnessResult:
     r"""Top eigenvalues, trace and spectral density of the Hessian of a model's mean loss.
 
@@ -105,6 +110,9 @@ def sharpness(
         monitor: Shows the progress and ends the analysis when its time is over; see `Monitor`.
         ranks: The processes that share the work, each with its part of the samples in ``batches``; all of them call
             this function and get the result. By default this process has all samples.
+        batch_size_fn: ``batch_size_fn(batch)``, the number of samples of a batch; by default its tensors tell.
+        batch_weight_fn: ``batch_weight_fn(batch)``, the weight of its loss, where that is no mean over the samples; by
+            default the number of samples.
 
     Returns:
         The numbers with their uncertainty. What did not reach its tolerance is marked, not hidden. When the time of the
@@ -176,9 +184,12 @@ def sharpness(
             return result
         return findings.result()
 
+    with ranks.together():
+        data = Batches.of(batches, batch_size_fn, batch_weight_fn)
+    check_mean(model, loss_fn, data, monitor=monitor, ranks=ranks, seed=seed)
     with analysis_mode(model, seed):
         return shared_hessian(
-            ranks, lead, model, loss_fn, batches, params=params, graph_memory=graph_memory, monitor=monitor
+            ranks, lead, model, loss_fn, data, params=params, graph_memory=graph_memory, monitor=monitor
         )
 
 

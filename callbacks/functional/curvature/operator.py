@@ -6,7 +6,8 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from moe_heads.callbacks.functional.common.batches import Batch, LossFn, batch_size
+from moe_heads.callbacks.functional.common.batches import Batch, LossFn
+from moe_heads.callbacks.functional.common.counting import BatchSizeFn, BatchWeightFn
 from moe_heads.callbacks.functional.common.microbatches import Microbatches, unless_out_of_memory
 from moe_heads.callbacks.functional.common.monitor import Monitor
 from moe_heads.callbacks.functional.curvature.parameters import Selection, selected_parameters, slices_of
@@ -53,9 +54,9 @@ class SymmetricOperator(Protocol):
 class HessianOperator:
     r"""The Hessian :math:`H = \nabla^2_\theta \frac{1}{N} \sum_i \ell_i(\theta)` of a loss, as products with vectors.
 
-    The batches are weighted by their number of samples, so uneven batches give the Hessian of one large batch. The
-    products are exact up to rounding. A parameter that no sample reaches (an idle expert) has a zero row. What the
-    parameters do not touch, the backbone below a head, say, is computed once and kept with the rest.
+    The batches are weighted by their number of samples (or by ``batch_weight_fn``), so uneven batches give the Hessian
+    of one large batch. The products are exact up to rounding. A parameter that no sample reaches (an idle expert) has a
+    zero row. What the parameters do not touch, the backbone below a head, say, is computed once and kept with the rest.
 
     A product costs about 1.8 gradients where the derivative of the gradient can be traced, 2 to 2.4 where the
     first-order graph is kept, and 3 to 4 where it is rebuilt; `BatchProducts` finds the best way and checks it. As many
@@ -76,11 +77,15 @@ class HessianOperator:
         mode: "linearized", "kept" or "rebuilt": the fastest way that is tried; by default the one that pays.
         monitor: Looked at before each batch.
         seed: Seed of torch's random numbers in the first batch; each batch has the next.
+        batch_size_fn: ``batch_size_fn(batch)``, the number of samples of a batch; by default its tensors tell.
+        batch_weight_fn: ``batch_weight_fn(batch)``, the weight of its loss, where that is no mean over the samples; by
+            default the number of samples.
 
     Attributes:
         names: Names of the parameters, in the order of the flat vector.
         slices: Place of each parameter in the flat vector, by name.
         num_samples: N.
+        total_weight: Sum of the weights of the batches, by which the products are divided: N by default.
         num_strata: Parts of the data that can be multiplied with alone: the batches, or groups of them, at most 16.
 
     Raises:
@@ -110,6 +115,8 @@ class HessianOperator:
         mode: GraphMode | None = None,
         monitor: Monitor | None = None,
         seed: int = 0,
+        batch_size_fn: BatchSizeFn | None = None,
+        batch_weight_fn: BatchWeightFn | None = None,
     ) -> None:
         named = selected_parameters(model, params)
         self.names = tuple(named)
@@ -119,10 +126,16 @@ class HessianOperator:
         self._shapes = [p.shape for p in named.values()]
         self._sizes = [p.numel() for p in named.values()]
         self.num_parameters = sum(self._sizes)
-        self._data = Microbatches(batches, self.device, monitor or Monitor())
-        self._batch_sizes = list(map(batch_size, self._data))
+        self._data = Microbatches(
+            batches,
+            self.device,
+            monitor or Monitor(),
+            batch_size_fn=batch_size_fn,
+            batch_weight_fn=batch_weight_fn,
+        )
+        self._batch_sizes = self._data.sizes
         self.num_strata = min(len(self._data), _MOST_STRATA)
-        self.num_samples = self._data.num_samples
+        self.num_samples, self.total_weight = self._data.num_samples, self._data.total_weight
         self._num_differentiated = 0
         self._total: Callable[[Tensor, int | None], Tensor] | None = None  # this process alone
         self._products = BatchProducts(
@@ -160,7 +173,11 @@ class HessianOperator:
         return -(-self._num_differentiated // self._num_here(None))
 
     def over_ranks(
-        self, total: Callable[[Tensor, int | None], Tensor] | None, num_samples: int, num_strata: int
+        self,
+        total: Callable[[Tensor, int | None], Tensor] | None,
+        num_samples: int,
+        num_strata: int,
+        total_weight: float,
     ) -> None:
         """From now on multiply with the Hessian of all ranks' samples.
 
@@ -168,9 +185,10 @@ class HessianOperator:
             total: The sum of ``sample_sum(v, stratum)`` over the ranks; None on a rank that only adds its part.
             num_samples: Samples of all ranks.
             num_strata: The most strata of a rank; all of them have to be given this number.
+            total_weight: Sum of the weights of all ranks.
         """
         self._total, self.num_samples = total, num_samples
-        self.num_strata = num_strata
+        self.num_strata, self.total_weight = num_strata, total_weight
 
     def release(self) -> None:
         """Let go of what was kept and of the other ranks; a further product would compute everything anew."""
@@ -194,12 +212,12 @@ class HessianOperator:
         if vector.shape != (self.num_parameters,):
             raise ValueError(f"vector: expected shape ({self.num_parameters},); got {tuple(vector.shape)}")
         total = self._total or self.sample_sum
-        product = total(vector.to(self.device, self.dtype), stratum).div_(self.num_samples)
+        product = total(vector.to(self.device, self.dtype), stratum).div_(self.total_weight)
         self._num_differentiated += self._num_here(stratum)
         return product
 
     def sample_sum(self, vector: Tensor, stratum: int | None = None) -> Tensor:
-        r""":math:`\sum_i \nabla^2 \ell_i v` over the samples of this process, or of one stratum, shape (P,).
+        r""":math:`\sum_i \nabla^2 \ell_i v`, weighted, over the samples of this process or of one stratum, shape (P,).
 
         Raises:
             ValueError: If it is not finite; names the batch whose loss is not.
@@ -233,9 +251,10 @@ class HessianOperator:
                 raise _NoRoomForKept
             return rows
 
-        for size, rows in self._data.evaluate(product, wanted=wanted):
+        # the gradients copy each batch that they hand on
+        for weight, rows in self._data.evaluate(product, wanted=wanted, copies=False):
             for place, row in zip(places, rows, strict=True):
-                place.add_(row, alpha=size)
+                place.add_(row, alpha=weight)
         return total
 
     def _num_here(self, stratum: int | None) -> int:

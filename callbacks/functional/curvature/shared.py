@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_heads.callbacks.functional.common.batches import Batch, LossFn
+from moe_heads.callbacks.functional.common.counting import BatchSizeFn, BatchWeightFn
 from moe_heads.callbacks.functional.common.monitor import Monitor
 from moe_heads.callbacks.functional.common.ranks import Ranks
 from moe_heads.callbacks.functional.curvature.operator import HessianOperator
@@ -30,6 +31,8 @@ def shared_hessian(
     mode: GraphMode | None = None,
     monitor: Monitor | None = None,
     seed: int = 0,
+    batch_size_fn: BatchSizeFn | None = None,
+    batch_weight_fn: BatchWeightFn | None = None,
 ) -> T:
     """Run ``lead(operator)`` on rank zero, with the Hessian of the mean loss over the samples of all ranks.
 
@@ -44,6 +47,8 @@ def shared_hessian(
         mode: See `HessianOperator`.
         monitor: See `HessianOperator`.
         seed: See `HessianOperator`.
+        batch_size_fn: See `HessianOperator`.
+        batch_weight_fn: See `HessianOperator`.
 
     Returns:
         What ``lead`` returned, on every rank.
@@ -52,7 +57,16 @@ def shared_hessian(
         # only rank zero looks at the clock
         watched = monitor if ranks.leads else None
         operator = HessianOperator(
-            model, loss_fn, batches, params, graph_memory=graph_memory, mode=mode, monitor=watched, seed=seed
+            model,
+            loss_fn,
+            batches,
+            params,
+            graph_memory=graph_memory,
+            mode=mode,
+            monitor=watched,
+            seed=seed,
+            batch_size_fn=batch_size_fn,
+            batch_weight_fn=batch_weight_fn,
         )
     try:
         if ranks.size == 1:
@@ -64,9 +78,10 @@ def shared_hessian(
 
 def _led(ranks: Ranks, lead: Callable[[HessianOperator], T], operator: HessianOperator) -> T:
     num_samples = ranks.sum(operator.num_samples)
+    total_weight = sum(ranks.gather(operator.total_weight))
     # a rank that has nothing of the last batch, too small to be cut, adds nothing to its stratum
     num_strata = max(ranks.gather(operator.num_strata))
-    operator.over_ranks(None, operator.num_samples, num_strata)
+    operator.over_ranks(None, operator.num_samples, num_strata, operator.total_weight)
 
     def evaluate(message: Tensor) -> Tensor:
         stratum = int(message[-1])
@@ -76,7 +91,7 @@ def _led(ranks: Ranks, lead: Callable[[HessianOperator], T], operator: HessianOp
         def of_all(vector: Tensor, stratum: int | None) -> Tensor:
             return total(torch.cat([vector, vector.new_tensor([-1.0 if stratum is None else stratum])]))
 
-        operator.over_ranks(of_all, num_samples, num_strata)
+        operator.over_ranks(of_all, num_samples, num_strata, total_weight)
         return lead(operator)
 
     vector = torch.zeros(operator.num_parameters, dtype=operator.dtype, device=operator.device)

@@ -163,7 +163,7 @@ def test_batches_of_another_structure_are_not_given_to_the_program() -> None:
         scale = 1.0 if batch[2] is None and batch[3] is not None else 2.0
         return cross_entropy(m, batch) * scale * (batch[4] if len(batch) > 4 else 1.0)
 
-    extra = torch.ones(1).double()
+    extra = torch.ones(()).double()
     for batches in (
         [(x, y, None, extra), (x, y, extra, None)],
         [{"x": x, "y": y, "reg": extra}, {"x": x, "y": y, "w": extra}],
