@@ -11,7 +11,9 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
+from moe_heads.callbacks.functional.common.batch_list import check_is_list
 from moe_heads.callbacks.functional.common.batches import LossFn
+from moe_heads.callbacks.functional.common.counting import BatchSizeFn, BatchWeightFn
 from moe_heads.callbacks.functional.common.monitor import Monitor, Show, TimeUp
 from moe_heads.callbacks.functional.common.ranks import Ranks
 from moe_heads.callbacks.inputs import AnalysisInputs, prepare
@@ -52,10 +54,14 @@ class Analysis(ABC):
         max_time: float | None = None,
         on_error: OnError = "warn",
         name: str | None = None,
+        batch_size_fn: BatchSizeFn | None = None,
+        batch_weight_fn: BatchWeightFn | None = None,
     ) -> None:
         self.splits: Sequence[Split] = self.default_splits if splits is None else splits
         self.num_samples = self.default_num_samples if num_samples is None else num_samples
         self.batch_size = self.default_batch_size if batch_size is None else batch_size
+        self.is_batch_size_default = batch_size is None
+        self.batch_size_fn, self.batch_weight_fn = batch_size_fn, batch_weight_fn
         self.seed, self.loss_fn, self.max_time, self.on_error = seed, loss_fn, max_time, on_error
         self.stages, self.every_n_epochs, self.weights = stages, every_n_epochs, weights
         self.name = type(self).name if name is None else name
@@ -111,8 +117,8 @@ class Analysis(ABC):
         if not given:
             raise ValueError("train, val, test: expected data for at least one split; got none")
         for split, loaders in given.items():
-            if isinstance(loaders, torch.Tensor):
-                raise ValueError(f"{split}: expected a loader or a list of batches; got one tensor: pass [tensor]")
+            if not isinstance(loaders, Mapping):  # a collection of loaders
+                check_is_list(loaders, split)
         self.results, self._known = {}, {}
         site = TrainerlessSite(given, device)
         for split in given:
@@ -219,13 +225,16 @@ class Analysis(ABC):
         return report.metrics
 
     def _monitor(self, site: Site, show: Show, ranks: Ranks) -> Monitor:
-        check = ranks.interrupts.check
+        options: dict[str, Any] = {
+            "on_tick": ranks.interrupts.check,
+            "on_warning": lambda message: rank_zero_warn(f"{ranks.name}: {message}"),
+        }
         limit = site.time_limit() if self.over_ranks == "first" else None
         if limit is None or (self.max_time is not None and self.max_time <= limit):
-            return Monitor(self.max_time, show, on_tick=check)
+            return Monitor(self.max_time, show, **options)
         # the other ranks wait for rank zero, and torch.distributed waits only so long
         end = f"half of the time for which the other ranks wait ({limit:g} s) was over"
-        return Monitor(limit, show, end=end, on_tick=check)
+        return Monitor(limit, show, end=end, **options)
 
 
 def _partial(monitor: Monitor, error: BaseException) -> Any | None:

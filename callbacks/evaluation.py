@@ -1,6 +1,6 @@
 """What an analysis evaluates of any LightningModule: its loss, or its forward pass."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -11,19 +11,18 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor, nn
 
-from moe_heads.callbacks.functional.common.batches import Batch, ForwardFn, LossFn, batch_size, cut, is_divisible
+from moe_heads.callbacks.functional.common.batches import Batch, ForwardFn, LossFn
+from moe_heads.callbacks.functional.common.copies import on_copies
 from moe_heads.callbacks.functional.common.environment import device_of
+from moe_heads.callbacks.functional.common.graph_on_demand import GraphOnDemand
 from moe_heads.callbacks.functional.common.microbatches import Microbatches
 from moe_heads.callbacks.functional.common.monitor import Monitor
 from moe_heads.callbacks.functional.common.preserve import analysis_mode
 
-__all__ = ["check_forward", "check_initialised", "draws_random_numbers", "loss_of", "warn_of_a_sum"]
+__all__ = ["check_forward", "check_initialised", "draws_random_numbers", "loss_of"]
 
 # What the order of a sum on several threads or on a GPU may change in single precision.
 _ROUNDING = 1e-5
-
-# Enough to notice a state that is carried on.
-_FEW_SAMPLES = 32
 
 _REMEDY = "Pass loss_fn=lambda model, batch: ... to the callback, or give the module a method analysis_loss(batch)."
 
@@ -79,22 +78,29 @@ def check_initialised(model: nn.Module) -> None:
         )
 
 
-def draws_random_numbers(model: nn.Module, loss_fn: LossFn, batch: Batch, name: str) -> bool:
-    """Evaluate the loss of a batch twice from the same random numbers, and once from others.
+def draws_random_numbers(model: nn.Module, loss_fn: LossFn, batches: Sequence[Batch], name: str) -> bool:
+    """Evaluate the loss of the first batch twice from the same random numbers, and once from others.
 
-    It is said when the first two differ, as by a hidden state that is carried on, or by random numbers that do not come
-    from torch: then there is no function of the weights whose curvature or landscape could be known.
+    A warning says when the first two differ, as by a hidden state that is carried on, or by random numbers that do not
+    come from torch: then there is no function of the weights whose curvature or landscape could be known.
+
+    The batch is evaluated as it is, since a module may need it whole.
 
     Returns:
         Whether the loss depends on torch's random numbers.
     """
-    few = cut(batch, 0, _FEW_SAMPLES) if is_divisible(batch) else batch
-    data = Microbatches([few], device_of(model), Monitor())
-    with analysis_mode(model):  # with gradients: a loss may take some itself
+    data, graph = Microbatches(batches, device_of(model), Monitor()), GraphOnDemand()
+    loss_fn = on_copies(loss_fn)
+    with analysis_mode(model):
         losses = []
         for seed in (0, 0, 1):
-            torch.manual_seed(seed)
-            losses.append(next(loss for _, loss in data.evaluate(lambda index, part: loss_fn(model, part))))
+
+            def evaluate(batch: Batch, seed: int = seed) -> Any:
+                torch.manual_seed(seed)
+                return loss_fn(model, batch)
+
+            found = data.evaluate(lambda index, batch: graph(lambda: evaluate(batch)), copies=False)
+            losses.append(next(loss for _, loss in found))
     if not all(isinstance(loss, Tensor) and loss.numel() == 1 for loss in losses):
         return False  # told by the analysis itself, with the same words as without a Trainer
     first, second, third = (float(loss.detach()) for loss in losses)
@@ -105,38 +111,6 @@ def draws_random_numbers(model: nn.Module, loss_fn: LossFn, batch: Batch, name: 
             f" the result is a mixture. {_REMEDY}"
         )
     return not _differ(first, second) and _differ(second, third)
-
-
-def warn_of_a_sum(model: nn.Module, loss_fn: LossFn, batch: Batch, name: str) -> None:
-    """Say when the loss of a batch is the sum over its samples: every result would grow with the size of the batches.
-
-    A loss that is a mean over the samples has, for two halves of equal size, the mean of their losses.
-    """
-    few = cut(batch, 0, _FEW_SAMPLES) if is_divisible(batch) else batch
-    half = batch_size(few) // 2
-    if not is_divisible(few) or half == 0:
-        return
-    parts = [cut(few, 0, 2 * half), cut(few, 0, half), cut(few, half, 2 * half)]
-    scalars = []
-    with analysis_mode(model):
-        for part in parts:
-            torch.manual_seed(0)
-            try:
-                loss = loss_fn(model, part)
-            except (
-                Exception
-            ):  # a module may take batches of one size only; what else fails, fails in the analysis again
-                return
-            scalars += [float(loss.detach())] if isinstance(loss, Tensor) and loss.numel() == 1 else []
-    if len(scalars) < len(parts):
-        return  # told by the analysis itself
-    whole, first, second = scalars
-    if not _differ(whole, first + second) and _differ(whole, (first + second) / 2):
-        rank_zero_warn(
-            f"{name}: the loss of {2 * half} samples is the sum of the losses of its halves, {first:.5g} and"
-            f" {second:.5g}. Expected their mean: the results are those of a sum over the samples of a batch. Give the"
-            f" loss reduction='mean'. {_REMEDY}"
-        )
 
 
 def check_forward(callback: Callback, pl_module: nn.Module, forward_fn: ForwardFn | None) -> None:

@@ -8,9 +8,12 @@ import torch
 from lightning.pytorch import Trainer
 from torch import nn
 
-from moe_heads.callbacks.evaluation import check_initialised, draws_random_numbers, loss_of, warn_of_a_sum
+from moe_heads.callbacks.evaluation import check_initialised, draws_random_numbers, loss_of
+from moe_heads.callbacks.functional.common.batch_list import Batches, Piece
 from moe_heads.callbacks.functional.common.batches import Batch, LossFn, cut, is_divisible, leaves_of
+from moe_heads.callbacks.functional.common.copies import own_copy
 from moe_heads.callbacks.functional.common.digest import digest_of, digest_of_rows
+from moe_heads.callbacks.functional.common.mean_check import check_mean
 from moe_heads.callbacks.functional.common.monitor import Monitor
 from moe_heads.callbacks.functional.common.preserve import seed_generators
 from moe_heads.callbacks.functional.common.ranks import Ranks
@@ -29,7 +32,8 @@ class AnalysisInputs:
     Attributes:
         model: The module, on the device of the analysis, in evaluation mode.
         loss_fn: ``loss_fn(model, batch) -> scalar``; None where the analysis needs no loss.
-        batches: Batches on the same device: all of the sample, or this rank's share of it.
+        batches: Batches on the same device, with their numbers of samples and weights: all of the sample, or this
+            rank's share of it.
         split: Where they come from.
         key: Fingerprint of the weights and the sample: equal for an analysis of the same, in whatever batches.
         monitor: To be given to the functions, or told of each step by hand.
@@ -39,7 +43,7 @@ class AnalysisInputs:
 
     model: nn.Module
     loss_fn: LossFn | None
-    batches: Sequence[Batch]
+    batches: Batches
     split: Split
     key: bytes
     monitor: Monitor
@@ -102,21 +106,30 @@ def prepare(
             dataset=site.dataset(split) if num_batches is None else None,
             num_batches=num_batches,
             monitor=monitor,
+            is_size_default=analysis.is_batch_size_default,
+            batch_size_fn=analysis.batch_size_fn,
         )
 
     sample = ranks.first(draw)
     with ranks.together():
-        first = site.transfer(sample.batches[0])
-        is_random = loss_fn is not None and draws_random_numbers(model, loss_fn, first, ranks.name)
-        if loss_fn is not None and not is_random:
-            warn_of_a_sum(model, loss_fn, first, ranks.name)
+        is_random, may_cut = False, True
+        if loss_fn is not None:
+            batch = site.transfer(own_copy(sample.batches[0]))
+            first = Batches([batch], sample.batches.sizes[:1], weight_fn=analysis.batch_weight_fn)
+            is_random = draws_random_numbers(model, loss_fn, first, ranks.name)
+            if shares and ranks.size > 1 and not is_random:
+                # what it shows of all batches is told by the analysis itself
+                may_cut = check_mean(model, loss_fn, first, monitor=Monitor(on_warning=lambda message: None)).may_cut
+    may_cut = all(ranks.gather(may_cut))
     if shares and ranks.size > 1 and any(ranks.gather(is_random)):
         # random numbers drawn for a part of a batch are not those that one process draws
         shares = False
     key = ranks.first(lambda: _key(model, sample))
-    share = _share(sample.batches, ranks) if shares else None
+    share = _share(sample.batches, ranks, may_cut=may_cut) if shares else None
     with ranks.together():
-        batches = [site.transfer(batch) for batch in share or sample.batches]
+        mine = share or sample.batches
+        there = [site.transfer(own_copy(batch)) for batch in mine]
+        batches = Batches(there, mine.sizes, weight_fn=analysis.batch_weight_fn)
     alone = Ranks(name=ranks.name)
     return AnalysisInputs(model, loss_fn, batches, split, key, monitor, ranks if share else alone, site.trainer), sample
 
@@ -141,20 +154,28 @@ def _has_rows(batch: Batch) -> bool:
     return is_divisible(batch) and not any(leaf.is_nested or leaf.layout != torch.strided for leaf in tensors)
 
 
-def _share(batches: Sequence[Batch], ranks: Ranks) -> list[Batch] | None:
+def _share(batches: Sequence[Batch], ranks: Ranks, *, may_cut: bool = True) -> Batches | None:
     """This rank's part of each batch; batches that cannot be cut go whole to one rank after the other.
 
     None for a single rank, and when a rank would be left with nothing.
+
+    Args:
+        batches: The batches of all ranks.
+        ranks: The processes.
+        may_cut: Whether a loss of a part of a batch is what it should be.
     """
     if ranks.size == 1:
         return None
-    shares: list[list[Batch]] = [[] for _ in range(ranks.size)]
-    for index, batch in enumerate(batches):
-        size = next((len(leaf) for leaf in leaves_of(batch) if leaf is not None), 0) if is_divisible(batch) else 0
-        if size < ranks.size:
-            shares[index % ranks.size].append(batch)
+    batches = Batches.of(batches)
+    shares: list[list[tuple[Batch, int]]] = [[] for _ in range(ranks.size)]
+    for index, (batch, size) in enumerate(zip(batches, batches.sizes, strict=True)):
+        if size < ranks.size or not Piece(batch, size, size, may_cut).is_divisible:
+            shares[index % ranks.size].append((batch, size))
             continue
         ends = [size * rank // ranks.size for rank in range(ranks.size + 1)]
         for rank, share in enumerate(shares):
-            share.append(cut(batch, ends[rank], ends[rank + 1]))
-    return shares[ranks.rank] if all(shares) else None
+            share.append((cut(batch, ends[rank], ends[rank + 1]), ends[rank + 1] - ends[rank]))
+    if not all(shares):
+        return None
+    mine = shares[ranks.rank]
+    return Batches([batch for batch, _ in mine], [size for _, size in mine])

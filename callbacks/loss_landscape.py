@@ -307,7 +307,7 @@ class LossLandscapeCallback(FitEndAnalysis):
     def _file(self, inputs: AnalysisInputs, part: str, depends_on: Sequence[Any]) -> Path:
         assert self.resume is not None
         # other batches sum in another order: their points differ by rounding
-        return points_file(Path(self.resume, self.name), inputs, part, [self.batch_size, *depends_on])
+        return points_file(Path(self.resume, self.name), inputs, part, [inputs.batches.weights, *depends_on])
 
     def _top_eigenvectors(self, inputs: AnalysisInputs, number: int) -> Tensor:
         find = partial(top_eigenvectors_of, inputs, number, self.loss_fn, self.params, self.seed)

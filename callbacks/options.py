@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Literal, Protocol, TypedDict, get_args
 
 from moe_heads.callbacks.functional.common.batches import LossFn
+from moe_heads.callbacks.functional.common.counting import BatchSizeFn, BatchWeightFn
 from moe_heads.callbacks.functional.common.monitor import check_max_time
 from moe_heads.callbacks.trainer_access import Split
 from moe_heads.checks import check_at_least_one, check_choices, check_option, check_seed
@@ -29,11 +30,16 @@ class AnalysisOptions(TypedDict, total=False):
             back to the validation data, and says so; a split without data is skipped, and says so.
         num_samples: Samples drawn of each split; by default 1,000 as in arXiv 2601.15021.
         batch_size: Samples a batch, cut among the processes that share the work; by default 250, and 50 for the
-            sharpness, whose trace needs fewer probes with more batches. It decides memory and speed, not what is
-            estimated.
+            sharpness, whose trace needs fewer probes with more batches, but no more than the loader's batches have. It
+            decides memory and speed, not what is estimated, as long as the loss is a mean over the samples of a batch:
+            where it is not, a warning says by how much. A batch sampler of the loader's own keeps its batches.
         seed: Seed of the draw and of the analysis, by default 0.
         loss_fn: ``loss_fn(pl_module, batch) -> scalar``; by default the module's ``analysis_loss(batch)``, else what
             its ``training_step`` returns.
+        batch_size_fn: ``batch_size_fn(batch) -> int``, the number of samples of a batch; by default the number that the
+            data set was asked for, and for data that come in whole batches what their tensors agree on.
+        batch_weight_fn: ``batch_weight_fn(batch) -> float``, the weight of a batch's loss, where that is a mean over
+            something else than samples, tokens say; by default the number of samples.
         stages: Calls of the Trainer at whose end to run, of "fit", "validate" and "test"; by default None: "fit", and
             the other two where this callback has seen no fit, so that ``trainer.test`` after a fit analyses nothing
             once more.
@@ -54,6 +60,8 @@ class AnalysisOptions(TypedDict, total=False):
     batch_size: int | None
     seed: int
     loss_fn: LossFn | None
+    batch_size_fn: BatchSizeFn | None
+    batch_weight_fn: BatchWeightFn | None
     stages: Sequence[Stage] | None
     every_n_epochs: int | None
     weights: Weights
@@ -68,8 +76,11 @@ class Options(Protocol):
     splits: Sequence[Split]
     num_samples: int
     batch_size: int
+    is_batch_size_default: bool
     seed: int
     loss_fn: LossFn | None
+    batch_size_fn: BatchSizeFn | None
+    batch_weight_fn: BatchWeightFn | None
     stages: Sequence[Stage] | None
     every_n_epochs: int | None
     weights: Weights
@@ -101,5 +112,12 @@ def check_options(options: Options, *, needs_loss: bool) -> None:
         raise ValueError(f"name: expected the beginning of a key, such as 'sharpness_head'; got {options.name!r}")
     if options.loss_fn is not None and not callable(options.loss_fn):
         raise ValueError(f"loss_fn: expected loss_fn(module, batch) -> scalar; got {options.loss_fn!r}")
+    for name, function in {"batch_size_fn": options.batch_size_fn, "batch_weight_fn": options.batch_weight_fn}.items():
+        if function is not None and not callable(function):
+            raise ValueError(f"{name}: expected {name}(batch) -> number; got {function!r}")
+    if options.batch_weight_fn is not None and not needs_loss:
+        raise ValueError(
+            f"batch_weight_fn: expected None, as this analysis evaluates no loss; got {options.batch_weight_fn!r}"
+        )
     if options.loss_fn is not None and not needs_loss:
         raise ValueError(f"loss_fn: expected None, as this analysis evaluates no loss; got {options.loss_fn!r}")

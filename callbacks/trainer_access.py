@@ -58,6 +58,9 @@ def loader_of(trainer: Trainer, split: Split) -> Any | None:
 
 def _any_loader_of(trainer: Trainer, split: Split) -> Any | None:
     if split == "train":
+        together = trainer.fit_loop._combined_loader
+        if together is not None and isinstance(together.iterables, (list, tuple, dict)) and together.iterables:
+            return together  # which knows how its loaders are combined
         return _set_up(trainer.train_dataloader, trainer.fit_loop._data_source)
     if split == "val":
         return _set_up(trainer.val_dataloaders, trainer.fit_loop.epoch_loop.val_loop._data_source)

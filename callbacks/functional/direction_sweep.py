@@ -7,8 +7,11 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from moe_heads.callbacks.functional.common.batch_list import Batches
 from moe_heads.callbacks.functional.common.batches import Batch, LossFn
+from moe_heads.callbacks.functional.common.counting import BatchSizeFn, BatchWeightFn
 from moe_heads.callbacks.functional.common.environment import device_of
+from moe_heads.callbacks.functional.common.mean_check import check_mean
 from moe_heads.callbacks.functional.common.microbatches import Microbatches
 from moe_heads.callbacks.functional.common.monitor import Monitor, TimeUp
 from moe_heads.callbacks.functional.common.parameters import Selection
@@ -68,6 +71,8 @@ def direction_sweep(
     seed: int = 0,
     monitor: Monitor | None = None,
     ranks: Ranks | None = None,
+    batch_size_fn: BatchSizeFn | None = None,
+    batch_weight_fn: BatchWeightFn | None = None,
 ) -> DirectionSweepResult:
     r"""Mean loss at :math:`\theta + \alpha d_k` for random directions :math:`d_1, \dots, d_K`.
 
@@ -90,6 +95,9 @@ def direction_sweep(
             number generators at every point.
         monitor: Shows the points and ends the analysis when its time is over; see `Monitor`.
         ranks: The processes that share the work; see `loss_landscape`.
+        batch_size_fn: ``batch_size_fn(batch)``, the number of samples of a batch; by default its tensors tell.
+        batch_weight_fn: ``batch_weight_fn(batch)``, the weight of its loss, where that is no mean over the samples; by
+            default the number of samples.
 
     Returns:
         The losses of all directions, those that were finished when the time of the monitor is over.
@@ -118,9 +126,12 @@ def direction_sweep(
             model, seed * int(num_directions) + number, normalization, params=params, biases=biases
         )
 
+    with ranks.together():
+        given = Batches.of(batches, batch_size_fn, batch_weight_fn)
+    check_mean(model, loss_fn, given, monitor=monitor, ranks=ranks, seed=seed)
     with analysis_mode(model, seed) as original:
         with ranks.together():
-            data = Microbatches(batches, device_of(model), monitor if ranks.leads else Monitor())
+            data = Microbatches(given, device_of(model), monitor if ranks.leads else Monitor())
             fan = _Fan(model, direction, params, original)
             survey = Survey(model, fan.walk, loss_fn, None, data, hold_routing=holds, seed=seed)
 

@@ -6,14 +6,15 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
+from moe_heads.callbacks.functional.common.batch_list import Batches
 from moe_heads.callbacks.functional.common.batches import (
     Batch,
     ForwardFn,
-    as_batches,
-    batch_size,
     call_model,
     labels_of,
 )
+from moe_heads.callbacks.functional.common.copies import on_copies, own_copy
+from moe_heads.callbacks.functional.common.counting import BatchSizeFn
 from moe_heads.callbacks.functional.common.environment import device_of
 from moe_heads.callbacks.functional.common.microbatches import Microbatches
 from moe_heads.callbacks.functional.common.monitor import Monitor, TimeUp
@@ -54,6 +55,7 @@ def expert_utilization(
     seed: int = 0,
     monitor: Monitor | None = None,
     ranks: Ranks | None = None,
+    batch_size_fn: BatchSizeFn | None = None,
 ) -> ExpertUtilizationResult:
     """Who does what among the experts of every router inside the model: load, weight, classes, and what they show.
 
@@ -89,6 +91,7 @@ def expert_utilization(
         monitor: Shows the progress and ends the analysis when its time is over; see `Monitor`.
         ranks: The processes that share the work, each with its part of the samples in ``batches``; all of them call
             this function and get the result. By default this process has all samples.
+        batch_size_fn: ``batch_size_fn(batch)``, the number of samples of a batch; by default its tensors tell.
 
     Returns:
         The numbers by head; those of the samples so far when the time of the monitor is over, marked by ``partial``.
@@ -111,13 +114,13 @@ def expert_utilization(
     check_class_names(class_names)
     check_flags(ablation=ablation)
     options = checked_options(dead_below, starved_below, num_permutations, num_examples, seed)
-    monitor, ranks, listed = monitor or Monitor(), ranks or Ranks(), as_batches(batches)
+    monitor, ranks, listed = monitor or Monitor(), ranks or Ranks(), Batches.of(batches, batch_size_fn)
     sums = _Sums(options)
     if not named_routers(model) and not adapted_routers(model, adapters):
-        sums.num_samples = sum(map(batch_size, listed))
+        sums.num_samples = listed.num_samples
         return _result(ranks.gather(sums), names_of_classes(num_classes, class_names))
     with ranks.together():
-        found_labels = [labels_by(label_fn, batch) for batch in listed]
+        found_labels = [labels_by(label_fn, own_copy(batch)) for batch in listed]
         num_classes = num_classes_of(found_labels, num_classes, class_names)
     num_classes = max((known for known in ranks.gather(num_classes) if known is not None), default=None)
     if ablation and num_classes is None:
@@ -125,6 +128,7 @@ def expert_utilization(
     names = names_of_classes(num_classes, class_names)
     with ranks.together(), analysis_mode(model, seed), torch.no_grad():
         data = Microbatches(listed, device_of(model), monitor)
+        forward_fn = on_copies(forward_fn)
         foreign = adapted_routers(model, adapters)
         smaller = ablated_heads(model, _sizes(model)) if ablation else {}
 
@@ -132,14 +136,17 @@ def expert_utilization(
             with collect_routing(model, adapters) as collection:
                 forward_fn(model, batch)
             for name in foreign:
-                collection.routings[name][:] = [of_samples(routing, batch) for routing in collection.routings[name]]
-            labels = labels_by(label_fn, batch) if num_classes is not None else None
+                collection.routings[name][:] = [
+                    of_samples(routing, batch, data.sizes[index]) for routing in collection.routings[name]
+                ]
+            labels = labels_by(label_fn, own_copy(batch)) if num_classes is not None else None
             hits = {} if labels is None else ablation_hits(model, forward_fn, batch, labels, smaller)
-            return _Found(collection.routings, labels, images_by(image_fn, batch) if num_examples else None, hits)
+            images = images_by(image_fn, own_copy(batch), data.sizes[index]) if num_examples else None
+            return _Found(data.sizes[index], collection.routings, labels, images, hits)
 
         try:
-            for size, found in data.evaluate(route):
-                sums.add(size, found, num_classes)
+            for _, found in data.evaluate(route, copies=False):
+                sums.add(found, num_classes)
                 monitor.keep(lambda partial: _result([replace(sums, partial=partial)], names))
                 monitor.step(sums.num_samples, data.num_samples)
         except TimeUp:
@@ -168,6 +175,7 @@ def _sizes(model: nn.Module) -> dict[str, int]:
 class _Found:
     """What one batch shows."""
 
+    num_samples: int
     routings: dict[str, list[Routing]]
     labels: Tensor | None
     images: Tensor | None
@@ -183,14 +191,14 @@ class _Sums:
     num_samples: int = 0
     partial: str = ""
 
-    def add(self, size: int, found: _Found, num_classes: int | None) -> None:
+    def add(self, found: _Found, num_classes: int | None) -> None:
         labels = None if found.labels is None else found.labels.cpu()
         for name, passes in found.routings.items():
             if passes:
                 wide = [_in_float64(routing) for routing in passes]
                 head = self.heads.setdefault(name, UtilizationSums(name, wide[0], num_classes, self.options))
                 head.add(wide, labels, found.images, found.hits.get(name))
-        self.num_samples += size
+        self.num_samples += found.num_samples
 
 
 def _result(found: Sequence[_Sums], names: tuple[str, ...]) -> ExpertUtilizationResult:

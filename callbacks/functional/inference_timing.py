@@ -6,7 +6,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from moe_heads.callbacks.functional.common.batches import Batch, ForwardFn, batch_size, call_model, to_device
+from moe_heads.callbacks.functional.common.batches import Batch, ForwardFn, call_model, to_device
 from moe_heads.callbacks.functional.common.environment import device_of, environment_of
 from moe_heads.callbacks.functional.common.monitor import Monitor, TimeUp
 from moe_heads.callbacks.functional.common.preserve import preserved
@@ -15,7 +15,7 @@ from moe_heads.callbacks.functional.timing.findings import Findings
 from moe_heads.callbacks.functional.timing.gap import dense_twin
 from moe_heads.callbacks.functional.timing.heads import twin_name
 from moe_heads.callbacks.functional.timing.plan import DEFAULT_SIZES, TimingPlan
-from moe_heads.callbacks.functional.timing.resize import check_resizable
+from moe_heads.callbacks.functional.timing.resize import check_resizable, num_rows
 from moe_heads.callbacks.functional.timing.result import InferenceTimingResult
 from moe_heads.callbacks.functional.timing.rounds import Cache
 from moe_heads.callbacks.functional.timing.row import Skipped, TimingMode
@@ -106,9 +106,9 @@ def inference_timing(
         batch_sizes, modes, caches, num_runs, warmup_runs, warmup_tolerance, seconds_per_size, max_seconds
     )
     check_seed(seed)
-    if batch_size(example_batch) == 0:
+    if num_rows(example_batch) == 0:
         raise ValueError("example_batch: expected at least one sample; got none")
-    if any(size != batch_size(example_batch) for size in batch_sizes):
+    if any(size != num_rows(example_batch) for size in batch_sizes):
         check_resizable(example_batch)
     named = named_modules(model, modules)
     device, monitor = device_of(model), monitor or Monitor()

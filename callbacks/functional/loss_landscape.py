@@ -6,10 +6,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from moe_heads.callbacks.functional.common.batch_list import Batches
 from moe_heads.callbacks.functional.common.batches import Batch, LossFn, leaves_of
 from moe_heads.callbacks.functional.common.code import code_of
+from moe_heads.callbacks.functional.common.counting import BatchSizeFn, BatchWeightFn
 from moe_heads.callbacks.functional.common.digest import digest_of
 from moe_heads.callbacks.functional.common.environment import device_of
+from moe_heads.callbacks.functional.common.mean_check import check_mean
 from moe_heads.callbacks.functional.common.microbatches import Microbatches
 from moe_heads.callbacks.functional.common.monitor import Monitor
 from moe_heads.callbacks.functional.common.parameters import Selection
@@ -54,6 +57,8 @@ def loss_landscape(
     seed: int = 0,
     monitor: Monitor | None = None,
     ranks: Ranks | None = None,
+    batch_size_fn: BatchSizeFn | None = None,
+    batch_weight_fn: BatchWeightFn | None = None,
 ) -> LossLandscapeResult:
     r"""Mean loss at :math:`\theta + \alpha d_1`, or at :math:`\theta + \alpha d_1 + \beta d_2`.
 
@@ -107,6 +112,9 @@ def loss_landscape(
         ranks: The processes that share the work, each with its part of the samples in ``batches``; all of them call
             this function with the same directions and grids, and get the result. By default this process has all
             samples.
+        batch_size_fn: ``batch_size_fn(batch)``, the number of samples of a batch; by default its tensors tell.
+        batch_weight_fn: ``batch_weight_fn(batch)``, the weight of its loss, where that is no mean over the samples; by
+            default the number of samples.
 
     Returns:
         The losses on the grid, with accuracies and routing flips of the same shape. When the time of the monitor is
@@ -140,8 +148,9 @@ def loss_landscape(
     axes = _axes(alphas, betas, num_points, is_plane=direction2 is not None)
     holds = _checked_options(model, refine, fixed_routing, is_plane=direction2 is not None)
     monitor, ranks = monitor or Monitor(), ranks or Ranks()
-    data = list(batches)
-
+    with ranks.together():
+        data = Batches.of(batches, batch_size_fn, batch_weight_fn)
+    check_mean(model, loss_fn, data, monitor=monitor, ranks=ranks, seed=seed)
     with analysis_mode(model, seed) as original:
         record = None
         if resume is not None:
@@ -203,14 +212,14 @@ def _checked_options(model: nn.Module, refine: int, fixed_routing: bool | None, 
 def _record(
     path: str | os.PathLike[str],
     model: nn.Module,
-    data: Sequence[Batch],
+    data: Batches,
     legs: Sequence[Legs],
     functions: Mapping[str, Callable[..., Tensor] | None],
     options: Sequence[bool | int],
     ranks: Ranks,
 ) -> Record:
     # each rank has samples of its own
-    samples = ranks.gather(digest_of(leaf for batch in data for leaf in leaves_of(batch)))
+    samples = ranks.gather(digest_of([*(leaf for batch in data for leaf in leaves_of(batch)), data.weights]))
     ways = [part for way in legs for name, leg in way.items() for part in (name, getattr(leg, "end", leg))]
     weights = [*model.parameters(), *model.buffers()]
     codes = {name: [code_of(function)] for name, function in functions.items()}

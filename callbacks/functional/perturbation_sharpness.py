@@ -5,7 +5,10 @@ from typing import get_args
 
 from torch import nn
 
+from moe_heads.callbacks.functional.common.batch_list import Batches
 from moe_heads.callbacks.functional.common.batches import Batch, LossFn
+from moe_heads.callbacks.functional.common.counting import BatchSizeFn, BatchWeightFn
+from moe_heads.callbacks.functional.common.mean_check import check_mean
 from moe_heads.callbacks.functional.common.microbatches import Microbatches
 from moe_heads.callbacks.functional.common.monitor import Monitor
 from moe_heads.callbacks.functional.common.preserve import analysis_mode
@@ -46,6 +49,8 @@ def perturbation_sharpness(
     seed: int = 0,
     monitor: Monitor | None = None,
     ranks: Ranks | None = None,
+    batch_size_fn: BatchSizeFn | None = None,
+    batch_weight_fn: BatchWeightFn | None = None,
 ) -> PerturbationSharpnessResult:
     r"""Rise of a model's mean loss under perturbations of its weights: average case, one SAM step, worst case.
 
@@ -104,6 +109,9 @@ def perturbation_sharpness(
         monitor: Shows the progress and ends the analysis when its time is over; see `Monitor`.
         ranks: The processes that share the work, each with its part of the samples in ``batches``; all of them call
             this function and get the result. By default this process has all samples.
+        batch_size_fn: ``batch_size_fn(batch)``, the number of samples of a batch; by default its tensors tell.
+        batch_weight_fn: ``batch_weight_fn(batch)``, the weight of its loss, where that is no mean over the samples; by
+            default the number of samples.
 
     Returns:
         The values with their uncertainty. A loss that is nan or inf at a perturbed point stays in them and is counted.
@@ -131,11 +139,14 @@ def perturbation_sharpness(
     check_perturbation_options(radius, average_radius, adaptive, norm, num_draws, num_steps, seed)
     chosen = selected_parameters(model, params)
     monitor, ranks = monitor or Monitor(), ranks or Ranks()
+    with ranks.together():
+        given = Batches.of(batches, batch_size_fn, batch_weight_fn)
+    check_mean(model, loss_fn, given, monitor=monitor, ranks=ranks, seed=seed)
     with analysis_mode(model, seed):
         with ranks.together():
             weights = PerturbedWeights(chosen, adaptive)
             # with several processes a clock inside an evaluation would part their ways: rank zero looks between them
-            data = Microbatches(batches, weights.device, monitor if ranks.size == 1 else Monitor())
+            data = Microbatches(given, weights.device, monitor if ranks.size == 1 else Monitor())
             losses = PerturbedLosses(model, loss_fn, data, weights, seed)
         findings = Findings(
             average_radius=_AVERAGE_RADII[adaptive] if average_radius is None else average_radius,

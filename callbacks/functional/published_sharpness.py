@@ -5,7 +5,11 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
-from moe_heads.callbacks.functional.common.batches import Batch, LossFn, as_batches, to_device
+from moe_heads.callbacks.functional.common.batch_list import Batches
+from moe_heads.callbacks.functional.common.batches import Batch, LossFn
+from moe_heads.callbacks.functional.common.copies import on_copies
+from moe_heads.callbacks.functional.common.counting import BatchSizeFn, BatchWeightFn
+from moe_heads.callbacks.functional.common.mean_check import check_mean
 from moe_heads.callbacks.functional.common.monitor import Monitor
 from moe_heads.callbacks.functional.common.preserve import analysis_mode
 from moe_heads.callbacks.functional.curvature.operator import HessianOperator
@@ -30,6 +34,8 @@ def published_sharpness(
     density: bool = True,
     seed: int = 0,
     monitor: Monitor | None = None,
+    batch_size_fn: BatchSizeFn | None = None,
+    batch_weight_fn: BatchWeightFn | None = None,
 ) -> PublishedFindings:
     r"""Top eigenvalues, trace and density of the Hessian of a mean loss as PyHessian 0.1 computes them.
 
@@ -53,6 +59,9 @@ def published_sharpness(
         density: Also ask for the density.
         seed: Seed of torch's global generators, from which PyHessian draws; equal seeds give equal results.
         monitor: Shows the products done, and ends the analysis when its time is over; see `Monitor`.
+        batch_size_fn: ``batch_size_fn(batch)``, the number of samples of a batch; by default its tensors tell.
+        batch_weight_fn: ``batch_weight_fn(batch)``, the weight of its loss, where that is no mean over the samples; by
+            default the number of samples.
 
     Returns:
         What PyHessian found, unsorted, with true residuals and named failures.
@@ -87,16 +96,19 @@ def published_sharpness(
             f"num_eigenvalues: expected 1 to {num_parameters}, the number of parameters; got {num_eigenvalues!r}"
         )
     monitor = monitor or Monitor()
+    given = Batches.of(batches, batch_size_fn, batch_weight_fn)
+    check_mean(model, loss_fn, given, monitor=monitor, seed=seed)
+    loss_fn = on_copies(loss_fn)
     with analysis_mode(model, seed):
         chosen = {id(p) for p in selected.values()}
         for p in model.parameters():
             p.requires_grad_(id(p) in chosen)  # PyHessian takes whatever requires a gradient
         device = next(iter(selected.values())).device
-        data = [to_device(batch, device) for batch in as_batches(batches)]
+        data = given.to(device)
         # No graphs kept: they would stay in memory next to those of PyHessian, for a handful of products.
         operator = HessianOperator(model, loss_fn, data, params, graph_memory=0, monitor=monitor)
         operator.matvec(torch.ones(num_parameters))  # its errors say more than PyHessian's
-        reach = Reach.of(model, loss_fn, data, selected, monitor)
+        reach = Reach.of(model, loss_fn, [piece.batch for piece in data.pieces], selected, monitor)
         loader = Loader(data, monitor)
         module = LossModule(model, loss_fn, [selected[name] for name in (*reach.idle, *reach.linear)], loader)
         returned = run_pyhessian(module, loader, device, num_eigenvalues=num_eigenvalues, density=density)

@@ -8,9 +8,13 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from moe_heads.callbacks.functional.common.batch_list import Batches
 from moe_heads.callbacks.functional.common.batches import Batch, LossFn
+from moe_heads.callbacks.functional.common.copies import on_copies
+from moe_heads.callbacks.functional.common.counting import BatchSizeFn, BatchWeightFn
 from moe_heads.callbacks.functional.common.environment import device_of
 from moe_heads.callbacks.functional.common.graph_on_demand import GraphOnDemand
+from moe_heads.callbacks.functional.common.mean_check import check_mean
 from moe_heads.callbacks.functional.common.microbatches import Microbatches
 from moe_heads.callbacks.functional.common.monitor import Monitor, TimeUp
 from moe_heads.callbacks.functional.common.preserve import analysis_mode
@@ -24,6 +28,9 @@ from moe_heads.routing import Router, RoutingCollection, collect_routing, fixed_
 __all__ = ["has_sparse_router", "routing_response"]
 
 T = TypeVar("T")
+
+# Weighted free and fixed loss, flips, samples that were routed, sum of the weights, number of samples.
+_NUM_SUMS = 6
 
 
 def has_sparse_router(model: nn.Module) -> bool:
@@ -48,6 +55,8 @@ def routing_response(
     monitor: Monitor | None = None,
     ranks: Ranks | None = None,
     seed: int = 0,
+    batch_size_fn: BatchSizeFn | None = None,
+    batch_weight_fn: BatchWeightFn | None = None,
 ) -> RoutingResponse:
     r"""Loss at :math:`\theta + s d` with free and with fixed routing, and the share of samples that are routed anew.
 
@@ -78,6 +87,9 @@ def routing_response(
             this function with the same direction and steps, and get the result. By default this process has all
             samples.
         seed: Seed of the random number generators at every point.
+        batch_size_fn: ``batch_size_fn(batch)``, the number of samples of a batch; by default its tensors tell.
+        batch_weight_fn: ``batch_weight_fn(batch)``, the weight of its loss, where that is no mean over the samples; by
+            default the number of samples.
 
     Returns:
         Losses and flips of each step. A loss that is nan or inf at a step stays so. Without a sparse router those with
@@ -105,17 +117,20 @@ def routing_response(
     parts = split_direction(model, direction)
     asked = _checked_steps(steps)
     monitor, ranks = monitor or Monitor(), ranks or Ranks()
+    with ranks.together():
+        given = Batches.of(batches, batch_size_fn, batch_weight_fn)
+    check_mean(model, loss_fn, given, monitor=monitor, ranks=ranks, seed=seed)
     with analysis_mode(model, seed):
         with ranks.together():
             # with several processes a clock inside an evaluation would part their ways: rank zero looks between them
-            data = Microbatches(batches, device_of(model), monitor if ranks.size == 1 else Monitor())
+            data = Microbatches(given, device_of(model), monitor if ranks.size == 1 else Monitor())
             survey = _Survey(model, Walk(model, [parts]), loss_fn, data, seed)
         step = torch.zeros(1, dtype=torch.float64, device=ranks.device)
         return ranks.led(
             lambda s: survey.measure(s.item()).to(ranks.device),
             lambda total: _lead(total, asked, step, monitor, seed),
             step,
-            step.new_zeros(5),
+            step.new_zeros(_NUM_SUMS),
         )
 
 
@@ -174,9 +189,9 @@ class _Point:
 
     @classmethod
     def of(cls, sums: Tensor) -> "_Point":
-        free, fixed, flips, num_routed, num_samples = sums.tolist()
+        free, fixed, flips, num_routed, weight, num_samples = sums.tolist()
         share = flips / num_routed if num_routed else math.nan
-        return cls(free / num_samples, fixed / num_samples, share, round(num_samples))
+        return cls(free / weight, fixed / weight, share, round(num_samples))
 
     @property
     def is_routed(self) -> bool:
@@ -187,22 +202,22 @@ class _Survey:
     """This rank's part of the losses and flips at a step."""
 
     def __init__(self, model: nn.Module, walk: Walk, loss_fn: LossFn, data: Microbatches, seed: int) -> None:
-        self._model, self._walk, self._loss_fn, self._data = model, walk, loss_fn, data
+        self._model, self._walk, self._loss_fn, self._data = model, walk, on_copies(loss_fn), data
         self._seed = seed
         self._references: list[RoutingCollection] = []
         self._graph = GraphOnDemand()
 
     def measure(self, step: float) -> Tensor:
-        """Sums over the samples: of free and fixed loss, flips, samples that were routed, and of all; (5,), float64."""
+        """Return the sums over the samples, (_NUM_SUMS,), float64."""
         if step == 0:
             return self._record()
         while True:
             if self._is_outdated:
                 self._record()
             self._walk.go([step])
-            total = torch.zeros(5, dtype=torch.float64)
-            for size, means in self._evaluated(self._compare):
-                total += size * means
+            total = torch.zeros(_NUM_SUMS, dtype=torch.float64)
+            for _, sums in self._evaluated(self._compare):
+                total += sums
             if not self._is_outdated:
                 return total
 
@@ -214,15 +229,15 @@ class _Survey:
     def _record(self) -> Tensor:
         """The sums for the model as it is, whose routing is kept."""
         self._walk.go([0.0])
-        self._references, total = [], torch.zeros(5, dtype=torch.float64)
-        for size, (loss, reference) in self._evaluated(self._at_centre):
+        self._references, total = [], torch.zeros(_NUM_SUMS, dtype=torch.float64)
+        for index, (_, (loss, reference)) in enumerate(self._evaluated(self._at_centre)):
             self._references.append(reference)
-            total += size * torch.tensor([loss, loss, 0, bool(_choices(reference)), 1], dtype=torch.float64)
+            total += self._sums(index, loss, loss, 0, bool(_choices(reference)))
         return total
 
-    def _evaluated(self, function: Callable[[int, Batch], T]) -> Iterator[tuple[int, T]]:
+    def _evaluated(self, function: Callable[[int, Batch], T]) -> Iterator[tuple[float, T]]:
         """``function(index, batch)`` for each batch."""
-        return self._data.evaluate(lambda index, batch: self._graph(lambda: function(index, batch)))
+        return self._data.evaluate(lambda index, batch: self._graph(lambda: function(index, batch)), copies=False)
 
     def _at_centre(self, index: int, batch: Batch) -> tuple[float, RoutingCollection]:
         loss, collection = self._free(index, batch)
@@ -233,17 +248,22 @@ class _Survey:
         return loss, collection
 
     def _compare(self, index: int, batch: Batch) -> Tensor:
-        """Free and fixed loss, flips, whether the batch was routed, and one, (5,): means over the samples."""
+        """Return the sums of one batch."""
         if self._is_outdated:
-            return torch.zeros(5)  # cut a moment ago: all is measured again
+            return torch.zeros(_NUM_SUMS)  # cut a moment ago: all is measured again
         free, collection = self._free(index, batch)
         reference = self._references[index]
         chosen = _choices(reference)
         if not chosen:
-            return torch.tensor([free, free, 0, 0, 1], dtype=torch.float64)
+            return self._sums(index, free, free, 0, False)
         with fixed_routing(self._model, reference):
             fixed = self._loss(index, batch)
-        return torch.tensor([free, fixed, flip_share(_choices(collection), chosen), 1, 1], dtype=torch.float64)
+        return self._sums(index, free, fixed, flip_share(_choices(collection), chosen), True)
+
+    def _sums(self, index: int, free: float, fixed: float, flips: float, is_routed: bool) -> Tensor:
+        weight, size = self._data.weights[index], self._data.sizes[index]
+        sums = [weight * free, weight * fixed, size * flips, size * is_routed, weight, size]
+        return torch.tensor(sums, dtype=torch.float64)
 
     def _free(self, index: int, batch: Batch) -> tuple[float, RoutingCollection]:
         with collect_routing(self._model) as collection:

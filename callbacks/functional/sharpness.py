@@ -5,7 +5,10 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from moe_heads.callbacks.functional.common.batch_list import Batches
 from moe_heads.callbacks.functional.common.batches import Batch, LossFn
+from moe_heads.callbacks.functional.common.counting import BatchSizeFn, BatchWeightFn
+from moe_heads.callbacks.functional.common.mean_check import CutDependence, check_mean
 from moe_heads.callbacks.functional.common.monitor import Monitor, TimeUp
 from moe_heads.callbacks.functional.common.preserve import analysis_mode
 from moe_heads.callbacks.functional.common.ranks import Ranks
@@ -55,6 +58,8 @@ def sharpness(
     basis_memory: int | None = None,
     monitor: Monitor | None = None,
     ranks: Ranks | None = None,
+    batch_size_fn: BatchSizeFn | None = None,
+    batch_weight_fn: BatchWeightFn | None = None,
 ) -> SharpnessResult:
     r"""Top eigenvalues, trace and spectral density of the Hessian of a model's mean loss.
 
@@ -101,6 +106,9 @@ def sharpness(
         monitor: Shows the progress and ends the analysis when its time is over; see `Monitor`.
         ranks: The processes that share the work, each with its part of the samples in ``batches``; all of them call
             this function and get the result. By default this process has all samples.
+        batch_size_fn: ``batch_size_fn(batch)``, the number of samples of a batch; by default its tensors tell.
+        batch_weight_fn: ``batch_weight_fn(batch)``, the weight of its loss, where that is no mean over the samples; by
+            default the number of samples.
 
     Returns:
         The numbers with their uncertainty. What did not reach its tolerance is marked, not hidden. When the time of the
@@ -141,7 +149,9 @@ def sharpness(
     monitor, ranks = monitor or Monitor(), ranks or Ranks()
 
     def lead(operator: HessianOperator) -> SharpnessResult:
-        findings = Findings(operator, places, experts, density, keep_eigenvectors, seed, trace_tolerance, monitor)
+        findings = Findings(
+            operator, places, experts, density, keep_eigenvectors, seed, trace_tolerance, monitor, dependence
+        )
         # One stream for all random vectors: the probes of the trace must not repeat the start of the Krylov space.
         generator = torch.Generator().manual_seed(seed)
         try:
@@ -156,7 +166,7 @@ def sharpness(
                 basis_memory=basis_memory,
                 on_step=findings.add_krylov,
             )
-            findings.certificate = certified(from_krylov(krylov), operator, krylov, seed, monitor)
+            findings.certificate = certified(from_krylov(krylov, dependence), operator, krylov, seed, monitor)
             findings.add_spread()
             findings.trace = deflated_trace(
                 operator,
@@ -178,10 +188,23 @@ def sharpness(
             monitor.warn(sentence)
         return findings.result()
 
+    with ranks.together():
+        data = Batches.of(batches, batch_size_fn, batch_weight_fn)
+    dependence = _cut_dependence(model, loss_fn, data, monitor, ranks, seed)
     with analysis_mode(model, seed):
         return shared_hessian(
-            ranks, lead, model, loss_fn, batches, params=params, graph_memory=graph_memory, monitor=monitor
+            ranks, lead, model, loss_fn, data, params=params, graph_memory=graph_memory, monitor=monitor
         )
+
+
+def _cut_dependence(
+    model: nn.Module, loss_fn: LossFn, data: Batches, monitor: Monitor, ranks: Ranks, seed: int
+) -> CutDependence:
+    """Whether the loss is a mean over the samples; when there is no time to look, that is what is said."""
+    try:
+        return check_mean(model, loss_fn, data, monitor=monitor, ranks=ranks, seed=seed)
+    except TimeUp:
+        return CutDependence(None, f"{monitor.end} before it")
 
 
 def _min_steps(num_parameters: int, density: bool, max_steps: int) -> int:

@@ -1,28 +1,26 @@
-"""The data side of every analysis: batches of tensors in any common container, and their number of samples."""
+"""The data side of every analysis: batches of tensors in any common container."""
 
 import copy
 import dataclasses
 import inspect
-from collections.abc import Callable, Iterable, Mapping, MutableMapping
-from contextlib import nullcontext
+from collections.abc import Callable, Mapping, MutableMapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
-from torch.utils.data import DataLoader
 
-from moe_heads.callbacks.functional.common.preserve import generators_kept
+from moe_heads.callbacks.functional.common.counting import batch_size
 
 __all__ = [
     "Batch",
     "ForwardFn",
     "LossFn",
-    "as_batches",
     "batch_size",
     "call_model",
     "cut",
     "is_divisible",
+    "is_movable_object",
     "labels_of",
     "leaves_of",
     "map_leaves",
@@ -30,7 +28,7 @@ __all__ = [
 ]
 
 Batch = Any
-"""A tensor, or a tuple, list, mapping or dataclass that holds tensors whose first dimension counts the samples."""
+"""A tensor, or a tuple, list, mapping or dataclass of tensors; or any object that a loss understands."""
 
 LossFn = Callable[[nn.Module, Batch], Tensor]
 """``loss_fn(model, batch) -> scalar``, the mean over the samples of the batch."""
@@ -40,38 +38,6 @@ ForwardFn = Callable[[nn.Module, Batch], Any]
 
 
 _BY_NAME = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-
-
-def as_batches(batches: Iterable[Batch]) -> list[Batch]:
-    """List of the batches.
-
-    Raises:
-        ValueError: If there are none, one of them holds no sample, or a tensor stands in place of the list.
-    """
-    if isinstance(batches, Tensor):
-        raise ValueError(f"batches: expected a list of batches; got one tensor, {tuple(batches.shape)}: pass [tensor]")
-    # a loader draws its seed, its order and its augmentation from the global generators, which are the user's
-    with generators_kept() if isinstance(batches, DataLoader) else nullcontext():
-        listed = list(batches)
-    if not listed or any(batch_size(batch) == 0 for batch in listed):
-        raise ValueError(
-            "batches: expected at least one batch with at least one sample each; got an empty loader or batch"
-        )
-    return listed
-
-
-def batch_size(batch: Batch) -> int:
-    """Number of samples of a batch: the length of its first tensor that has a dimension.
-
-    Raises:
-        ValueError: If the batch holds no such tensor.
-    """
-    for leaf in leaves_of(batch):
-        if isinstance(leaf, PackedSequence):
-            return int(leaf.batch_sizes[0])
-        if isinstance(leaf, Tensor) and leaf.dim() > 0:
-            return leaf.shape[0]
-    raise ValueError(f"batch: expected a tensor with a batch dimension somewhere inside; got {type(batch).__name__}")
 
 
 def map_leaves(batch: Batch, function: Callable[[Any], Any]) -> Batch:
@@ -111,14 +77,21 @@ def leaves_of(batch: Batch) -> list[Any]:
 
 
 def to_device(batch: Batch, device: torch.device | str) -> Batch:
-    """The batch with every tensor on ``device``."""
+    """Move every tensor of a batch to ``device``, and every other object that has a method ``to``."""
 
     def moved(leaf: Any) -> Any:
         if isinstance(leaf, PackedSequence):
             return leaf.to(device)  # type: ignore[arg-type]
-        return leaf.to(device) if isinstance(leaf, Tensor) else leaf
+        is_movable = isinstance(leaf, Tensor) or is_movable_object(leaf)
+        return leaf.to(device) if is_movable else leaf
 
     return map_leaves(batch, moved)
+
+
+def is_movable_object(leaf: Any) -> bool:
+    """Whether an object that is no tensor has a method ``to``, as batches of graph libraries have."""
+    is_data = not isinstance(leaf, (Tensor, PackedSequence, nn.Module, type))
+    return is_data and callable(getattr(leaf, "to", None))
 
 
 def is_divisible(batch: Batch) -> bool:

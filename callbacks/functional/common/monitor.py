@@ -29,6 +29,7 @@ class Monitor:
         show: Called at each step; see `Show`.
         end: Why an analysis ends when its time is over, for its ``partial``; by default it names ``max_time``.
         on_tick: Called at each look at the clock; may raise.
+        on_warning: Called with each warning of the analysis; by default `warnings.warn`.
 
     Raises:
         ValueError: If ``max_time`` is not a positive number.
@@ -49,6 +50,7 @@ class Monitor:
         *,
         end: str = "",
         on_tick: Callable[[], None] | None = None,
+        on_warning: Callable[[str], None] | None = None,
     ) -> None:
         check_max_time(max_time)
         self.end = end or f"max_time = {max_time} s was over"
@@ -56,6 +58,8 @@ class Monitor:
         self._deadline = math.inf if max_time is None else time.monotonic() + max_time
         self._reserved = 0.0
         self._show = show
+        self._on_warning = on_warning
+        self._warnings: set[str] = set()
         self._build: Callable[[str], Any] | None = None
         self._forward: Callable[[Callable[[str], Any]], None] | None = None
 
@@ -82,8 +86,14 @@ class Monitor:
             raise TimeUp(f"{self.end} before there was a result")
 
     def warn(self, message: str) -> None:
-        """Say something about the data or the model that the user has to know."""
-        warnings.warn(message, UserWarning, stacklevel=2)
+        """Warn of something that the numbers depend on, once for each message and analysis."""
+        if message in self._warnings:
+            return
+        self._warnings.add(message)
+        if self._on_warning is None:
+            warnings.warn(message, stacklevel=3)
+        else:
+            self._on_warning(message)
 
     def reserve(self, seconds: float) -> None:
         """Set time aside at the end for making a result of what was kept."""

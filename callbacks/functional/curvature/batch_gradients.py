@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_heads.callbacks.functional.common.batches import Batch, LossFn
+from moe_heads.callbacks.functional.common.copies import on_copies
 from moe_heads.callbacks.functional.curvature.folding import Fold, folded
 from moe_heads.callbacks.functional.curvature.loss_graph import (
     checked_loss,
@@ -29,14 +30,14 @@ class BatchGradients:
 
     Attributes:
         model: The model.
-        loss_fn: The loss.
+        loss_fn: The loss, which is given a copy of each batch.
         params: The parameters.
         device: Their device.
         folds: Batch norms that are folded into the layer before them.
     """
 
     def __init__(self, model: nn.Module, loss_fn: LossFn, params: dict[str, Tensor], seed: int = 0) -> None:
-        self.model, self.loss_fn, self.params = model, loss_fn, params
+        self.model, self.loss_fn, self.params = model, on_copies(loss_fn), params
         self.device, self._seed = next(iter(params.values())).device, seed
         self.folds: list[Fold] = []
         chosen = {id(p) for p in params.values()}

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 from torch import Tensor, nn
 
 from moe_heads.callbacks.functional.common.batches import Batch, LossFn
+from moe_heads.callbacks.functional.common.counting import BatchSizeFn, BatchWeightFn
 from moe_heads.callbacks.functional.common.monitor import Monitor
 from moe_heads.callbacks.functional.common.preserve import analysis_mode
 from moe_heads.callbacks.functional.common.ranks import Ranks
@@ -25,6 +26,8 @@ def directional_curvatures(
     seed: int = 0,
     monitor: Monitor | None = None,
     ranks: Ranks | None = None,
+    batch_size_fn: BatchSizeFn | None = None,
+    batch_weight_fn: BatchWeightFn | None = None,
 ) -> tuple[float, ...]:
     r""":math:`d^\top H d` along each direction, by one Hessian-vector product each.
 
@@ -37,6 +40,8 @@ def directional_curvatures(
         seed: Seed of the random number generators.
         monitor: Looked at before each batch.
         ranks: The processes among which the samples are shared; see `sharpness`.
+        batch_size_fn: See `HessianOperator`.
+        batch_weight_fn: See `HessianOperator`.
 
     Raises:
         RuntimeError: If a layer has no second derivative.
@@ -57,5 +62,15 @@ def directional_curvatures(
     with analysis_mode(model, seed):
         # a few products are not worth what makes many of them cheaper
         return shared_hessian(
-            ranks or Ranks(), lead, model, loss_fn, batches, params=params, mode="rebuilt", monitor=monitor, seed=seed
+            ranks or Ranks(),
+            lead,
+            model,
+            loss_fn,
+            batches,
+            params=params,
+            mode="rebuilt",
+            monitor=monitor,
+            seed=seed,
+            batch_size_fn=batch_size_fn,
+            batch_weight_fn=batch_weight_fn,
         )

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moe_heads.callbacks.functional.common.batches import Batch, batch_size, cut, is_divisible, map_leaves
+from moe_heads.callbacks.functional.common.batches import Batch, cut, is_divisible
 from moe_heads.callbacks.functional.common.microbatches import Microbatches, is_out_of_memory
 from moe_heads.callbacks.functional.common.monitor import Monitor, TimeUp
 from moe_heads.callbacks.functional.curvature.batch_gradients import BatchGradients
@@ -116,7 +116,7 @@ def _compared(
         if not tangents:
             continue
         monitor.tick()
-        _, narrow = gradients.gradient(index, _copied(batch))
+        _, narrow = gradients.gradient(index, batch)
         for found, tangent in zip(differences, tangents, strict=True):
             ours = gradients.differentiate(narrow, tangent, retain_graph=True)
             theirs = _differentiated(wide, exact, [t.double() for t in tangent])
@@ -130,14 +130,13 @@ def _compared(
 
 def _pieces(data: Microbatches, cuts: bool) -> list[tuple[int, Batch, int]]:
     """Place, samples and number of samples of the batches that are looked at, cut where they can and may be cut."""
-    batches = list(data)
+    batches, sizes = list(data), data.sizes
     wanted = min(max(_FEWEST, int(_SHARE * data.num_samples)), _MOST, data.num_samples)
     count = min(_MOST_PIECES, len(batches), wanted)
     places = sorted({round(i * (len(batches) - 1) / max(count - 1, 1)) for i in range(count)})
     pieces, left = [], wanted
     for number, place in enumerate(places):
-        batch = batches[place]
-        size = batch_size(batch)
+        batch, size = batches[place], sizes[place]
         share = math.ceil(left / (len(places) - number))
         if cuts and share < size and is_divisible(batch):
             batch, size = cut(batch, 0, share), share
@@ -151,12 +150,8 @@ def _pieces(data: Microbatches, cuts: bool) -> list[tuple[int, Batch, int]]:
 def _draws_random_numbers(gradients: BatchGradients, index: int, batch: Batch, _: int) -> bool:
     with gradients.evaluation(index):
         before = torch.get_rng_state()
-        gradients.loss_fn(gradients.model, _copied(batch))
+        gradients.loss_fn(gradients.model, batch)
         return not torch.equal(before, torch.get_rng_state())
-
-
-def _copied(batch: Batch) -> Batch:
-    return map_leaves(batch, lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf)
 
 
 def _parts(vector: Tensor, params: Sequence[Tensor], sizes: Sequence[int]) -> list[Tensor]:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from moe_heads.callbacks.functional.common.batches import Batch, LossFn, map_leaves
+from moe_heads.callbacks.functional.common.copies import own_copy
 
 __all__ = ["DoubleLoss"]
 
@@ -45,7 +46,7 @@ class DoubleLoss:
         """
         own = self.params.values() if params is None else params
         moved = dict(zip((f"model.{name}" for name in self.params), own, strict=True))
-        copied = map_leaves(batch, lambda leaf: _widened(leaf) if isinstance(leaf, Tensor) else leaf)
+        copied = map_leaves(own_copy(batch), lambda leaf: _widened(leaf) if isinstance(leaf, Tensor) else leaf)
         with _doubles():
             loss = torch.func.functional_call(self._loss, {**self._values, **moved}, (copied,))
         if params is not None and loss.requires_grad and not any(p.requires_grad for p in params):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_heads.callbacks.functional.common.batches import Batch, LossFn
+from moe_heads.callbacks.functional.common.counting import BatchSizeFn, BatchWeightFn
 from moe_heads.callbacks.functional.common.microbatches import Microbatches, unless_out_of_memory
 from moe_heads.callbacks.functional.common.monitor import Monitor, TimeUp
 from moe_heads.callbacks.functional.curvature.batch_gradients import BatchGradients
@@ -66,9 +67,9 @@ class SymmetricOperator(Protocol):
 class HessianOperator:
     r"""The Hessian :math:`H = \nabla^2_\theta \frac{1}{N} \sum_i \ell_i(\theta)` of a loss, as products with vectors.
 
-    The batches are weighted by their number of samples, so uneven batches give the Hessian of one large batch. The
-    products are exact up to rounding. A parameter that no sample reaches (an idle expert) has a zero row. What the
-    parameters do not touch, the backbone below a head, say, is computed once and kept with the rest.
+    The batches are weighted by their number of samples (or by ``batch_weight_fn``), so uneven batches give the Hessian
+    of one large batch. The products are exact up to rounding. A parameter that no sample reaches (an idle expert) has a
+    zero row. What the parameters do not touch, the backbone below a head, say, is computed once and kept with the rest.
 
     A product costs about 2 gradients where the first-order graph is kept, and 3 to 4 where it is rebuilt. As many
     batches are kept as fit into ``graph_memory``. Where memory runs out all the same, what is kept is given up, then
@@ -88,11 +89,15 @@ class HessianOperator:
         mode: "rebuilt" to keep nothing and fold no batch norm; by default the fastest way.
         monitor: Looked at before each batch.
         seed: Seed of torch's random numbers in the first batch; each batch has the next.
+        batch_size_fn: ``batch_size_fn(batch)``, the number of samples of a batch; by default its tensors tell.
+        batch_weight_fn: ``batch_weight_fn(batch)``, the weight of its loss, where that is no mean over the samples; by
+            default the number of samples.
 
     Attributes:
         names: Names of the parameters, in the order of the flat vector.
         slices: Place of each parameter in the flat vector, by name.
         num_samples: N.
+        total_weight: Sum of the weights of the batches, by which the products are divided: N by default.
         num_strata: Parts of the data that can be multiplied with alone: the batches, or groups of them, at most 16.
         stratum_weights: Share of each part in the data, which sum to 1, (S,), float64.
         forms: :math:`v^T H_s v` of each part and the last vector that the whole was multiplied with; they sum to
@@ -127,6 +132,8 @@ class HessianOperator:
         mode: GraphMode | None = None,
         monitor: Monitor | None = None,
         seed: int = 0,
+        batch_size_fn: BatchSizeFn | None = None,
+        batch_weight_fn: BatchWeightFn | None = None,
     ) -> None:
         named = selected_parameters(model, params)
         self.names = tuple(named)
@@ -137,17 +144,19 @@ class HessianOperator:
         self._sizes = [p.numel() for p in named.values()]
         self.num_parameters = sum(self._sizes)
         self._watch = _FirstValue(monitor or Monitor())
-        self._data = Microbatches(batches, self.device, self._watch)
+        self._data = Microbatches(
+            batches, self.device, self._watch, batch_size_fn=batch_size_fn, batch_weight_fn=batch_weight_fn
+        )
         self._batch_weights = list(self._data.weights)
         self.num_strata = min(len(self._data), _MOST_STRATA)
-        self.num_samples, self._total_weight = self._data.num_samples, self._data.total_weight
+        self.num_samples, self.total_weight = self._data.num_samples, self._data.total_weight
         self._weight_differentiated = 0.0
         self._total: Callable[[Tensor, int | None], Tensor] | None = None  # this process alone
         self._products = BatchProducts(
             model, loss_fn, named, self._data, monitor or Monitor(), memory=graph_memory, mode=mode, seed=seed
         )
         self.forms = torch.zeros(self.num_strata, dtype=torch.float64)
-        self.stratum_weights = self.own_stratum_weights() / self._total_weight
+        self.stratum_weights = self.own_stratum_weights() / self.total_weight
         self.center_loss = math.nan
         self.interrupted: InterruptedProduct | None = None
 
@@ -210,8 +219,8 @@ class HessianOperator:
             stratum_weights: Sum of the weights over the ranks, by stratum; as many as the rank with the most has.
         """
         self._total, self.num_samples = total, num_samples
-        self.num_strata, self._total_weight = len(stratum_weights), float(stratum_weights.sum())
-        self.stratum_weights = stratum_weights / self._total_weight
+        self.num_strata, self.total_weight = len(stratum_weights), float(stratum_weights.sum())
+        self.stratum_weights = stratum_weights / self.total_weight
 
     def release(self) -> None:
         """Let go of what was kept and of the other ranks; a further product would compute everything anew."""
@@ -235,7 +244,7 @@ class HessianOperator:
         if vector.shape != (self.num_parameters,):
             raise ValueError(f"vector: expected shape ({self.num_parameters},); got {tuple(vector.shape)}")
         total = self._total or self.sample_sum
-        sums = total(vector.to(self.device, self.dtype), stratum).div_(self._total_weight)
+        sums = total(vector.to(self.device, self.dtype), stratum).div_(self.total_weight)
         self._weight_differentiated += self._weight_here(stratum)
         if stratum is None:
             *forms, self.center_loss = sums[self.num_parameters :].tolist()
@@ -285,7 +294,8 @@ class HessianOperator:
             return origin, found
 
         try:
-            for weight, (origin, found) in self._data.evaluate(product, wanted=wanted):
+            # the gradients copy each batch that they hand on
+            for weight, (origin, found) in self._data.evaluate(product, wanted=wanted, copies=False):
                 for place, row, part in zip(places, found.rows, parts, strict=True):
                     place.add_(row, alpha=weight)
                     forms[origin % self.num_strata].add_((row * part).sum(), alpha=weight)
@@ -294,7 +304,7 @@ class HessianOperator:
                 self._watch.has_value = True
         except TimeUp:
             # the batches are in the order of the samples
-            num_samples = round(self.num_samples * done / self._total_weight)
+            num_samples = round(self.num_samples * done / self.total_weight)
             vector = torch.cat([part.reshape(-1) for part in parts])
             self.interrupted = InterruptedProduct(vector, total.div_(done), num_samples) if done else None
             raise

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_heads.callbacks.functional.common.batches import Batch, LossFn
+from moe_heads.callbacks.functional.common.counting import BatchSizeFn, BatchWeightFn
 from moe_heads.callbacks.functional.common.monitor import Monitor
 from moe_heads.callbacks.functional.common.ranks import Ranks
 from moe_heads.callbacks.functional.curvature.operator import HessianOperator
@@ -30,6 +31,8 @@ def shared_hessian(
     mode: GraphMode | None = None,
     monitor: Monitor | None = None,
     seed: int = 0,
+    batch_size_fn: BatchSizeFn | None = None,
+    batch_weight_fn: BatchWeightFn | None = None,
 ) -> T:
     """Run ``lead(operator)`` on rank zero, with the Hessian of the mean loss over the samples of all ranks.
 
@@ -44,6 +47,8 @@ def shared_hessian(
         mode: See `HessianOperator`.
         monitor: See `HessianOperator`.
         seed: See `HessianOperator`.
+        batch_size_fn: See `HessianOperator`.
+        batch_weight_fn: See `HessianOperator`.
 
     Returns:
         What ``lead`` returned, on every rank.
@@ -52,7 +57,16 @@ def shared_hessian(
         # only rank zero looks at the clock
         watched = monitor if ranks.leads else None
         operator = HessianOperator(
-            model, loss_fn, batches, params, graph_memory=graph_memory, mode=mode, monitor=watched, seed=seed
+            model,
+            loss_fn,
+            batches,
+            params,
+            graph_memory=graph_memory,
+            mode=mode,
+            monitor=watched,
+            seed=seed,
+            batch_size_fn=batch_size_fn,
+            batch_weight_fn=batch_weight_fn,
         )
     try:
         if ranks.size == 1:

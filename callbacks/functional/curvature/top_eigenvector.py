@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_heads.callbacks.functional.common.batches import Batch, LossFn
+from moe_heads.callbacks.functional.common.counting import BatchSizeFn, BatchWeightFn
 from moe_heads.callbacks.functional.common.monitor import Monitor
 from moe_heads.callbacks.functional.common.preserve import analysis_mode
 from moe_heads.callbacks.functional.common.ranks import Ranks
@@ -45,6 +46,8 @@ def top_eigenvectors(
     seed: int = 0,
     monitor: Monitor | None = None,
     ranks: Ranks | None = None,
+    batch_size_fn: BatchSizeFn | None = None,
+    batch_weight_fn: BatchWeightFn | None = None,
 ) -> Tensor:
     """Unit eigenvectors of the largest eigenvalues of the Hessian, as `sharpness` would find them.
 
@@ -59,6 +62,8 @@ def top_eigenvectors(
         seed: Seed of the starting vector.
         monitor: Progress and time limit; see `Monitor`.
         ranks: The processes among which the samples are shared; see `sharpness`.
+        batch_size_fn: See `HessianOperator`.
+        batch_weight_fn: See `HessianOperator`.
 
     Returns:
         The vectors, (``num_eigenvectors``, P), on the CPU, in the order of the trainable ``model.named_parameters()``.
@@ -81,4 +86,14 @@ def top_eigenvectors(
         return lanczos(operator, generator=generator, num_eigenvalues=num_eigenvectors, **options).vectors().cpu()
 
     with analysis_mode(model, seed):
-        return shared_hessian(ranks, lead, model, loss_fn, batches, params=params, monitor=monitor)
+        return shared_hessian(
+            ranks,
+            lead,
+            model,
+            loss_fn,
+            batches,
+            params=params,
+            monitor=monitor,
+            batch_size_fn=batch_size_fn,
+            batch_weight_fn=batch_weight_fn,
+        )

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from moe_heads.callbacks.functional.common.batches import leaves_of, map_leaves
+from moe_heads.callbacks.functional.common.random_states import random_states
 from moe_heads.routing import Router
 
 __all__ = ["Call", "Handler", "draws_numbers", "has_hooks_inside", "intercepted", "is_opaque", "largest_below"]
-__all__ += ["random_states", "set_random_states"]
 
 Handler = Callable[[nn.Module, Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
 """``handler(module, forward, args, kwargs)``: what a call of the module gives instead of ``forward(...)``."""
@@ -161,15 +161,3 @@ def draws_numbers(device: torch.device, found: list[bool]) -> Iterator[None]:
     before = random_states(device)
     yield
     found.append(any(not torch.equal(one, two) for one, two in zip(before, random_states(device), strict=True)))
-
-
-def random_states(device: torch.device) -> list[Tensor]:
-    """States of torch's generators, of the CPU and of a GPU if that is the device."""
-    return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
-
-
-def set_random_states(device: torch.device, states: list[Tensor]) -> None:
-    """Put back what `random_states` gave."""
-    torch.set_rng_state(states[0])
-    if device.type == "cuda":
-        torch.cuda.set_rng_state(states[1], device)

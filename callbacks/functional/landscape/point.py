@@ -8,17 +8,26 @@ from torch import Tensor
 
 __all__ = ["NUM_SUMS", "Point", "sums_of"]
 
-NUM_SUMS = 7
-"""Sums over the samples: of loss, loss with fixed routing, accuracy, flips, and how many were routed, were routed to
-chosen experts, and are there at all."""
+NUM_SUMS = 8
+"""Sums over the samples: weighted of loss and loss with fixed routing; of accuracy and flips; how many were routed;
+the weights of those that were routed to chosen experts, and of all; how many there are."""
 
 
 def sums_of(
-    size: int, loss: float, fixed: float, accuracy: float, flips: float, *, is_routed: bool, is_sparse: bool
+    size: int,
+    weight: float,
+    loss: float,
+    fixed: float,
+    accuracy: float,
+    flips: float,
+    *,
+    is_routed: bool,
+    is_sparse: bool,
 ) -> Tensor:
-    """The sums of one batch, of its number of samples and their means, (NUM_SUMS,), float64."""
-    means = [loss, fixed, accuracy, flips if is_routed else 0.0, is_routed, is_sparse, 1.0]
-    return size * torch.tensor(means, dtype=torch.float64)
+    """Return the sums of one batch, of its number of samples, its weight and its means, (NUM_SUMS,), float64."""
+    means = [loss, fixed, accuracy, flips if is_routed else 0.0, is_routed, is_sparse, 1.0, 1.0]
+    factors = [weight, weight, size, size, size, weight, weight, size]
+    return torch.tensor(factors, dtype=torch.float64) * torch.tensor(means, dtype=torch.float64)
 
 
 @dataclass(frozen=True)
@@ -34,10 +43,10 @@ class Point:
     @classmethod
     def of(cls, sums: Tensor) -> "Point":
         """From the sums over all samples."""
-        loss, fixed, accuracy, flips, num_routed, num_sparse, num_samples = sums.tolist()
+        loss, fixed, accuracy, flips, num_routed, sparse_weight, weight, num_samples = sums.tolist()
         return cls(
-            loss / num_samples,
-            fixed / num_samples if num_sparse else math.nan,
+            loss / weight,
+            fixed / weight if sparse_weight else math.nan,
             accuracy / num_samples,
             flips / num_routed if num_routed else math.nan,
             round(num_samples),

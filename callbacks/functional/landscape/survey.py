@@ -7,11 +7,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from moe_heads.callbacks.functional.common.batches import Batch, LossFn, batch_size
+from moe_heads.callbacks.functional.common.batches import Batch, LossFn
+from moe_heads.callbacks.functional.common.copies import on_copies
 from moe_heads.callbacks.functional.common.graph_on_demand import GraphOnDemand
 from moe_heads.callbacks.functional.common.microbatches import Microbatches
+from moe_heads.callbacks.functional.common.random_states import random_states, set_random_states
 from moe_heads.callbacks.functional.common.walk import Walk
-from moe_heads.callbacks.functional.landscape.calls import random_states, set_random_states
 from moe_heads.callbacks.functional.landscape.features import Features
 from moe_heads.callbacks.functional.landscape.point import NUM_SUMS, sums_of
 from moe_heads.callbacks.functional.landscape.repeats import Repeats
@@ -65,7 +66,8 @@ class Survey:
         hold_routing: bool,
         seed: int,
     ) -> None:
-        self._model, self._walk, self._loss_fn, self._accuracy_fn = model, walk, loss_fn, accuracy_fn
+        self._model, self._walk, self._loss_fn = model, walk, on_copies(loss_fn)
+        self._accuracy_fn = None if accuracy_fn is None else on_copies(accuracy_fn)
         self._data, self._holds, self._seed = data, hold_routing, seed
         self._references: list[_Reference] = []
         self._graph = GraphOnDemand()
@@ -161,7 +163,7 @@ class Survey:
     def _rows(self, *, records: bool) -> Tensor:
         """The sums of each batch, (batches, NUM_SUMS)."""
         evaluated = self._data.evaluate(
-            lambda index, batch: self._graph(lambda: self._of_batch(index, batch, records=records))
+            lambda index, batch: self._graph(lambda: self._of_batch(index, batch, records=records)), copies=False
         )
         rows = [sums for _, sums in evaluated]
         return torch.stack(rows) if rows else torch.zeros(1, NUM_SUMS, dtype=torch.float64)
@@ -191,9 +193,8 @@ class Survey:
                 fixed, _ = self._loss(batch)
             set_random_states(device, end)
         sparse = there.collection is not None
-        return sums_of(
-            batch_size(batch), loss, fixed, accuracy, flips, is_routed=not math.isnan(flips), is_sparse=sparse
-        )
+        size, weight = self._data.sizes[index], self._data.weights[index]
+        return sums_of(size, weight, loss, fixed, accuracy, flips, is_routed=not math.isnan(flips), is_sparse=sparse)
 
     def _loss(self, batch: Batch) -> tuple[float, RoutingCollection]:
         with collect_routing(self._model) as routing:

@@ -23,10 +23,10 @@ def average_case(ranks: Ranks, losses: PerturbedLosses, findings: Findings) -> P
     def lead(total: Callable[[Tensor], Tensor]) -> PerturbationSharpnessResult:
         def loss_at(draw: int, scale: float) -> float:
             message = torch.tensor([draw, scale], dtype=torch.float64, device=ranks.device)
-            loss, num_samples = total(message).tolist()
+            loss, weight, num_samples = total(message).tolist()
             findings.num_evaluations += 1
             findings.num_samples = round(num_samples)
-            mean = loss / num_samples
+            mean = loss / weight
             findings.num_nonfinite += not math.isfinite(mean)
             return float(mean)
 
@@ -42,5 +42,5 @@ def average_case(ranks: Ranks, losses: PerturbedLosses, findings: Findings) -> P
             return in_time
         return findings.result()
 
-    nothing = torch.zeros(2, dtype=torch.float64, device=ranks.device)
-    return ranks.led(losses.at_draw, lead, nothing, nothing)
+    nothing = torch.zeros(3, dtype=torch.float64, device=ranks.device)
+    return ranks.led(losses.at_draw, lead, nothing[:2], nothing)

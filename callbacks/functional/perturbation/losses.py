@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_heads.callbacks.functional.common.batches import Batch, LossFn
+from moe_heads.callbacks.functional.common.copies import on_copies
 from moe_heads.callbacks.functional.common.graph_on_demand import GraphOnDemand
 from moe_heads.callbacks.functional.common.microbatches import Microbatches
 from moe_heads.callbacks.functional.perturbation.weights import PerturbedWeights
@@ -17,31 +18,33 @@ class PerturbedLosses:
     def __init__(
         self, model: nn.Module, loss_fn: LossFn, data: Microbatches, weights: PerturbedWeights, seed: int
     ) -> None:
-        self._model, self._loss_fn, self._data = model, loss_fn, data
+        self._model, self._loss_fn, self._data = model, on_copies(loss_fn), data
         self._weights, self._seed = weights, seed
         self._graph = GraphOnDemand()
 
     def at_draw(self, message: Tensor) -> Tensor:
-        """Sum of the losses and number of samples, (2,), at a draw given by its seed and its factor."""
+        """Weighted sum of the losses, sum of the weights, number of samples, (3,), at a draw of a seed and factor."""
         draw, scale = message.tolist()
         self._weights.go(self._weights.normal(int(draw)), scale)
         torch.manual_seed(self._seed)
-        total = torch.zeros(2, dtype=torch.float64)
-        for size, loss in self._data.evaluate(lambda index, batch: self._loss(index, batch, at_centre=scale == 0)):
-            total += torch.tensor([size * loss, size], dtype=torch.float64)
+        total = torch.tensor([0, 0, self._data.num_samples], dtype=torch.float64)
+        losses = self._data.evaluate(lambda index, batch: self._loss(index, batch, at_centre=scale == 0), copies=False)
+        for weight, loss in losses:
+            total[:2] += torch.tensor([weight * loss, weight], dtype=torch.float64)
         return total.to(message.device)
 
     def at_point(self, u: Tensor) -> Tensor:
-        """Sum of the gradients by u, of the losses, and number of samples, (P + 2,), float64."""
+        """Weighted sum of the gradients by u and of the losses, and sum of the weights, (P + 2,), float64."""
         at_centre = not bool(u.any())
         self._weights.go(self._weights.parts(u))
         torch.manual_seed(self._seed)
         total = torch.zeros(len(u) + 2, dtype=torch.float64, device=u.device)
         parts = self._weights.parts(total[:-2])
-        for size, (loss, gradient) in self._data.evaluate(lambda index, batch: self._both(index, batch, at_centre)):
+        found = self._data.evaluate(lambda index, batch: self._both(index, batch, at_centre), copies=False)
+        for weight, (loss, gradient) in found:
             for part, by_parameter in zip(parts, gradient, strict=True):
-                part.add_(by_parameter.reshape(-1), alpha=size)
-            total[-2:] += torch.tensor([size * loss, size], dtype=torch.float64, device=u.device)
+                part.add_(by_parameter.reshape(-1), alpha=weight)
+            total[-2:] += torch.tensor([weight * loss, weight], dtype=torch.float64, device=u.device)
         self._weights.scale_(parts)
         return total
 

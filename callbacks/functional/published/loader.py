@@ -1,12 +1,13 @@
 """The data as PyHessian gets it: a loader of batches of any kind."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from moe_heads.callbacks.functional.common.batches import Batch, batch_size
+from moe_heads.callbacks.functional.common.batch_list import Batches
+from moe_heads.callbacks.functional.common.batches import Batch
 from moe_heads.callbacks.functional.common.monitor import Monitor
 
 __all__ = ["Carried", "Loader"]
@@ -17,10 +18,11 @@ class Carried:
     """A batch of any kind behind the two methods that PyHessian calls on a tensor of inputs."""
 
     batch: Batch
+    weight: float
 
-    def size(self, dim: int) -> int:
-        """Number of samples."""
-        return batch_size(self.batch)
+    def size(self, dim: int) -> float:
+        """Weight of the batch: its number of samples, unless another one was asked for."""
+        return self.weight
 
     def to(self, device: torch.device) -> "Carried":
         """Nothing: the batch is where it has to be."""
@@ -35,8 +37,8 @@ class Loader:
         strays: Gradients of tensors outside the parameters, as they were; put back after each batch.
     """
 
-    def __init__(self, data: Sequence[Batch], monitor: Monitor) -> None:
-        self._carried = [Carried(batch) for batch in data]
+    def __init__(self, data: Batches, monitor: Monitor) -> None:
+        self._carried = [Carried(piece.batch, piece.weight) for piece in data.pieces]
         self._monitor = monitor
         self.num_passes = 0
         self.strays: list[tuple[Tensor, Tensor | None]] = []

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import torch
 
+from moe_heads.callbacks.functional.common.mean_check import CutDependence
 from moe_heads.callbacks.functional.common.monitor import Monitor
 from moe_heads.callbacks.functional.curvature.basis import rademacher
 from moe_heads.callbacks.functional.curvature.double_check import DoubleCheck, check_in_double
@@ -15,13 +16,16 @@ from moe_heads.callbacks.functional.spectrum.certificate import Certificate
 __all__ = ["certified", "from_krylov"]
 
 
-def from_krylov(krylov: LanczosResult) -> Certificate:
-    """What the Lanczos run itself says, without a further product."""
+def from_krylov(krylov: LanczosResult, dependence: CutDependence) -> Certificate:
+    """What the Lanczos run itself says, without a further product, and what is known of the loss."""
     scale = float(krylov.projected.abs().max())
     unchecked = {} if krylov.is_complete else {"no eigenvalue missing": "the steps ended before"}
+    if dependence.size is None:
+        unchecked["loss is a mean over samples"] = dependence.reason
     return Certificate(
         asymmetry=krylov.asymmetry / scale if scale else 0.0,
         is_complete=krylov.is_complete,
+        cut_dependence=math.nan if dependence.size is None else dependence.size,
         dtype=str(krylov.basis.dtype).removeprefix("torch."),
         unchecked={
             **unchecked,

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from moe_heads.callbacks.functional.common.mean_check import CutDependence
 from moe_heads.callbacks.functional.common.monitor import Monitor
 from moe_heads.callbacks.functional.curvature.basis import norm
 from moe_heads.callbacks.functional.curvature.density import spectral_density
@@ -38,6 +39,7 @@ class Findings:
         seed: Seed of the run.
         trace_tolerance: Standard error of the trace at which it has converged.
         monitor: Holds the result so far.
+        dependence: Whether the loss is a mean over the samples.
         krylov: The Lanczos run.
         certificate: The checks.
         trace: The trace.
@@ -56,6 +58,7 @@ class Findings:
     seed: int
     trace_tolerance: float
     monitor: Monitor
+    dependence: CutDependence
     krylov: LanczosResult | None = None
     certificate: Certificate | None = None
     trace: TraceResult | None = None
@@ -101,7 +104,7 @@ class Findings:
         """The result so far."""
         krylov = self.krylov
         assert krylov is not None
-        certificate = self.certificate or from_krylov(krylov)
+        certificate = self.certificate or from_krylov(krylov, self.dependence)
         trace = self.trace or TraceResult(math.nan, math.inf, math.nan, 0, converged=False, blocks={})
         rounding = certificate.trace_rounding if math.isfinite(certificate.trace_rounding) else 0.0
         trace_stderr = math.hypot(trace.stderr, rounding)

@@ -4,9 +4,23 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from moe_heads.callbacks.functional.common.batches import Batch, batch_size, leaves_of, map_leaves
+from moe_heads.callbacks.functional.common.batches import Batch, leaves_of, map_leaves
 
-__all__ = ["check_resizable", "resized"]
+__all__ = ["check_resizable", "num_rows", "resized"]
+
+
+def num_rows(batch: Batch) -> int:
+    """Length of the first tensor of an example that has a dimension: what its other sizes are multiples of.
+
+    Raises:
+        ValueError: If there is no such tensor.
+    """
+    for leaf in leaves_of(batch):
+        if isinstance(leaf, PackedSequence):
+            return int(leaf.batch_sizes[0])
+        if isinstance(leaf, Tensor) and leaf.dim() > 0:
+            return leaf.size(0)
+    raise ValueError(f"batch: expected a tensor with a batch dimension somewhere inside; got {type(batch).__name__}")
 
 
 def check_resizable(batch: Batch) -> None:
@@ -16,7 +30,7 @@ def check_resizable(batch: Batch) -> None:
         ValueError: If something in it counts the samples elsewhere than in the first dimension of a tensor: a
             `PackedSequence`, a nested tensor, or a mask such as (T, B) or (B · heads, T, T). It would stay as it is.
     """
-    given = batch_size(batch)
+    given = num_rows(batch)
     for leaf in leaves_of(batch):
         found = _what_stays(leaf, given)
         if found:
@@ -28,7 +42,7 @@ def check_resizable(batch: Batch) -> None:
 
 def resized(batch: Batch, size: int) -> Batch:
     """A copy with its samples repeated or cut to ``size``; tensors that do not count the samples stay as they are."""
-    given = batch_size(batch)
+    given = num_rows(batch)
 
     def resize(leaf: object) -> object:
         if not isinstance(leaf, Tensor):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from moe_heads.callbacks.functional.common.batches import Batch, batch_size
+from moe_heads.callbacks.functional.common.batches import Batch
 from moe_heads.routing import Routing
 
 __all__ = ["ExpertExamples", "images_by", "images_of"]
@@ -80,7 +80,7 @@ def _thumbnails(images: Tensor) -> Tensor:
     return (255 * (images - low) / (high - low).clamp_min(torch.finfo(images.dtype).tiny)).to(torch.uint8)
 
 
-def images_by(image_fn: Callable[[Batch], Tensor | None], batch: Batch) -> Tensor | None:
+def images_by(image_fn: Callable[[Batch], Tensor | None], batch: Batch, num_samples: int) -> Tensor | None:
     """The images of a batch, or None.
 
     Raises:
@@ -92,8 +92,8 @@ def images_by(image_fn: Callable[[Batch], Tensor | None], batch: Batch) -> Tenso
     got = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
     if not isinstance(images, Tensor) or images.dim() != 4 or images.shape[1] not in (1, 3):
         raise ValueError(f"image_fn: expected images (B, C, H, W) with one channel or three, or None; got {got}")
-    if len(images) != batch_size(batch):
-        raise ValueError(f"image_fn: expected an image for each of the {batch_size(batch)} samples; got {got}")
+    if len(images) != num_samples:
+        raise ValueError(f"image_fn: expected an image for each of the {num_samples} samples; got {got}")
     return images
 
 

@@ -9,9 +9,8 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from moe_heads.callbacks.functional.common.batch_list import Batches
 from moe_heads.callbacks.functional.common.batches import (
-    as_batches,
-    batch_size,
     call_model,
     cut,
     is_divisible,
@@ -33,47 +32,25 @@ class Pair(NamedTuple):
     y: torch.Tensor
 
 
-@pytest.mark.parametrize(
-    "batch",
-    [
-        torch.zeros(3, 2),
-        (torch.zeros(3, 2), torch.zeros(3)),
-        {"x": torch.zeros(3, 2), "y": [torch.zeros(3)]},
-        ["text", torch.tensor(1.0), torch.zeros(3)],
-        Images(torch.zeros(3, 2), torch.zeros(3)),
-        UserDict(x=torch.zeros(3, 2)),
-        Pair(torch.zeros(3, 2), torch.zeros(3)),
-        (torch.nn.utils.rnn.pack_sequence([torch.zeros(4), torch.zeros(2), torch.zeros(1)]), torch.zeros(3)),
-    ],
-)
-def test_size_is_that_of_the_first_tensor_with_a_dimension(batch: Any) -> None:
-    assert batch_size(batch) == 3
-
-
-def test_batch_without_a_tensor_is_refused() -> None:
-    with pytest.raises(ValueError, match="batch: expected a tensor with a batch dimension somewhere inside; got list"):
-        batch_size(["text"])
-
-
 @pytest.mark.parametrize("batches", [[], [torch.zeros(0, 2)], iter([])])
 def test_empty_data_are_refused(batches: Any) -> None:
     with pytest.raises(ValueError, match=r"batches: expected at least one batch .* got an empty loader"):
-        as_batches(batches)
+        Batches.of(batches)
 
 
 def test_a_tensor_in_place_of_a_list_is_refused() -> None:
     with pytest.raises(ValueError, match=r"batches: expected a list of batches; got one tensor, \(5, 2\)"):
-        as_batches(torch.zeros(5, 2))
+        Batches.of(torch.zeros(5, 2))
 
 
 def test_a_loader_leaves_the_global_generators_where_they_were() -> None:
     states = torch.get_rng_state()
-    as_batches(DataLoader(TensorDataset(torch.arange(8)), batch_size=2, shuffle=True))
+    Batches.of(DataLoader(TensorDataset(torch.arange(8)), batch_size=2, shuffle=True))
     assert torch.equal(torch.get_rng_state(), states)
 
 
 def test_generators_are_read_once() -> None:
-    assert len(as_batches(torch.zeros(1, 2) for _ in range(3))) == 3
+    assert len(Batches.of(torch.zeros(1, 2) for _ in range(3))) == 3
 
 
 def test_to_device_keeps_what_is_no_tensor() -> None:

@@ -1,0 +1,201 @@
+"""The number of samples of a batch: what its tensors agree on, or an error that asks for it."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
+
+__all__ = ["BatchSizeFn", "BatchWeightFn", "batch_size", "checked_size", "checked_weight"]
+
+BatchSizeFn = Callable[[Any], int]
+"""``batch_size_fn(batch)``: the number of samples of a batch."""
+
+BatchWeightFn = Callable[[Any], float]
+"""``batch_weight_fn(batch)``: what the loss of a batch was divided by: samples, labels, tokens."""
+
+_REMEDY = "Pass batch_size_fn=lambda batch: ..., the number of samples of a batch."
+
+# Attributes by which graph libraries give the number of samples of a batch object.
+_SIZE_ATTRIBUTES = ("num_graphs", "batch_size")
+
+
+@dataclass(frozen=True)
+class _Vote:
+    """The numbers of samples that an entry of a batch may stand for."""
+
+    name: str
+    numbers: frozenset[int]
+    shape: tuple[int, ...] = ()
+
+    def __str__(self) -> str:
+        return f"{' or '.join(map(str, sorted(self.numbers)))} ({self.name or 'the batch'})"
+
+
+def batch_size(batch: Any, name: str = "batch") -> int:
+    """Count the samples of a batch.
+
+    Every tensor counts by its first dimension, a list of samples in a field by its length, a graph object by its
+    ``num_graphs`` or ``batch_size``. Numbers, strings and tensors without a dimension do not count, nor does a tensor
+    such as a mask (1, T) that is broadcast over the samples.
+
+    Args:
+        batch: A batch.
+        name: Name of the batch for messages.
+
+    Raises:
+        ValueError: If there is nothing to count by, or the entries do not agree.
+    """
+    strong: list[_Vote] = []
+    weak: list[_Vote] = []
+    _collect(batch, "", strong, weak, is_field=False)
+    votes = _without_broadcast(strong) or weak
+    numbers = _agreed(votes)
+    if isinstance(batch, list) and _are_samples(batch) and not isinstance(batch[0], Tensor):
+        # a list of samples, or one of fields: both are in use
+        numbers |= _one(len(batch)) if strong else frozenset()
+        votes = [*votes, _Vote("the length of the list", _one(len(batch)))]
+    if not votes:
+        raise ValueError(
+            f"{name}: expected a tensor with a batch dimension somewhere inside; got {type(batch).__name__}. {_REMEDY}"
+        )
+    if len(numbers) != 1:
+        raise ValueError(
+            f"{name}: expected entries that agree on the number of samples; got first dimensions"
+            f" {', '.join(map(str, votes))}. {_REMEDY}"
+        )
+    return next(iter(numbers))
+
+
+def checked_size(function: BatchSizeFn, batch: Any, name: str) -> int:
+    """Return ``batch_size_fn(batch)``, if that is a whole number.
+
+    Raises:
+        ValueError: If it is none, or negative.
+    """
+    given = function(batch)
+    value = _number(given)
+    if value is None or value < 0 or value != int(value):
+        raise ValueError(f"batch_size_fn: expected the number of samples of {name}; got {given!r}")
+    return int(value)
+
+
+def checked_weight(function: BatchWeightFn, batch: Any, name: str) -> float:
+    """Return ``batch_weight_fn(batch)``, if that is a number that can be a weight.
+
+    Raises:
+        ValueError: If it is none, negative or not finite.
+    """
+    given = function(batch)
+    value = _number(given)
+    if value is None or value < 0:
+        raise ValueError(f"batch_weight_fn: expected a finite number of at least 0 for {name}; got {given!r}")
+    return value
+
+
+def _number(value: Any) -> float | None:
+    try:
+        number = float(value)
+    except (TypeError, ValueError, RuntimeError):
+        return None
+    return number if math.isfinite(number) else None
+
+
+def _collect(value: Any, name: str, strong: list[_Vote], weak: list[_Vote], *, is_field: bool) -> None:
+    """Add the votes of an entry and of all inside: of tensors and objects, and of lists of plain values."""
+    if isinstance(value, PackedSequence):
+        strong.append(_Vote(name, _one(int(value.batch_sizes[0]))))
+    elif isinstance(value, (Tensor, np.ndarray)):
+        if isinstance(value, Tensor) and value.is_nested:
+            strong.append(_Vote(name, _one(value.size(0))))
+        elif value.ndim > 0:
+            strong.append(_Vote(name, _one(value.shape[0]), tuple(value.shape)))
+    elif (fields := _fields_of(value)) is not None:
+        for key, entry in fields:
+            _collect(entry, f"{name}{key}", strong, weak, is_field=True)
+    elif isinstance(value, (list, tuple)) and is_field:
+        _collect_list(value, name, strong, weak)
+    elif isinstance(value, (list, tuple)):
+        for place, entry in enumerate(value):
+            _collect(entry, f"{name}[{place}]", strong, weak, is_field=True)
+    elif (size := _own_size(value)) is not None:
+        strong.append(_Vote(name, _one(size)))
+
+
+def _collect_list(value: Sequence[Any], name: str, strong: list[_Vote], weak: list[_Vote]) -> None:
+    """Add the votes of a list inside a batch: a list of samples, or of tensors that each hold all of them."""
+    inside: list[_Vote] = []
+    _collect(value, name, inside, [], is_field=False)
+    if not inside:
+        if value:
+            weak.append(_Vote(name, _one(len(value))))
+        return
+    numbers = _agreed(_without_broadcast(inside))
+    if _are_samples(value):
+        numbers |= {len(value)}
+    strong.extend([_Vote(name, numbers)] if numbers else inside)
+
+
+def _fields_of(value: Any) -> Iterable[tuple[str, Any]] | None:
+    """Fields of a container with names; None for anything else."""
+    if isinstance(value, Mapping):
+        return [(f"[{key!r}]", value[key]) for key in value]
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return [(f".{key}", getattr(value, key)) for key in value._fields]
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return [(f".{field.name}", getattr(value, field.name)) for field in dataclasses.fields(value)]
+    return None
+
+
+def _own_size(value: Any) -> int | None:
+    """The number of samples that an object gives by itself."""
+    for attribute in _SIZE_ATTRIBUTES:
+        size = getattr(value, attribute, None)
+        if isinstance(size, int) and not isinstance(size, bool) and hasattr(value, "to"):
+            return size
+    return None
+
+
+def _are_samples(values: Sequence[Any]) -> bool:
+    """Whether the entries of a list look like samples: all of one structure, and each with something inside."""
+    forms = {_form_of(value) for value in values}
+    return len(forms) == 1 and None not in forms
+
+
+def _form_of(value: Any) -> tuple[Any, ...] | None:
+    if isinstance(value, Tensor):
+        return Tensor, value.dim(), value.dtype
+    if isinstance(value, Mapping):
+        return type(value), tuple(value)
+    if isinstance(value, (list, tuple)) and not isinstance(value, PackedSequence):
+        return type(value), tuple(map(_form_of, value))
+    if dataclasses.is_dataclass(value):
+        return (type(value),)
+    return (type(value),) if isinstance(value, (int, float, str, np.ndarray)) or hasattr(value, "to") else None
+
+
+def _without_broadcast(votes: list[_Vote]) -> list[_Vote]:
+    """The votes without those of tensors of first dimension 1 that are broadcast over the samples."""
+    whole = [vote for vote in votes if vote.numbers != {1} or len(vote.shape) < 2]
+    dims = {dim for vote in whole for dim in vote.shape[1:]}
+    kept = []
+    for vote in votes:
+        wide = [dim for dim in vote.shape if dim != 1]
+        if vote in whole or not wide or not set(wide) <= dims:
+            kept.append(vote)
+    return kept
+
+
+def _agreed(votes: Sequence[_Vote]) -> frozenset[int]:
+    numbers = votes[0].numbers if votes else frozenset()
+    for vote in votes:
+        numbers &= vote.numbers
+    return numbers
+
+
+def _one(number: int) -> frozenset[int]:
+    return frozenset({int(number)})
