@@ -13,7 +13,7 @@ from moe_heads.callbacks.functional.common.monitor import Monitor, TimeUp
 from moe_heads.callbacks.functional.common.preserve import analysis_mode
 from moe_heads.callbacks.functional.common.ranks import Ranks
 from moe_heads.callbacks.functional.curvature.blocks import default_blocks, expert_places, places_of
-from moe_heads.callbacks.functional.curvature.lanczos import check_basis_memory, lanczos
+from moe_heads.callbacks.functional.curvature.lanczos import lanczos
 from moe_heads.callbacks.functional.curvature.operator import HessianOperator
 from moe_heads.callbacks.functional.curvature.parameters import Selection, selected_parameters, slices_of
 from moe_heads.callbacks.functional.curvature.shared import shared_hessian

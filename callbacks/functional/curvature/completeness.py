@@ -48,6 +48,11 @@ class CompletenessCheck:
         self._operator, self._iteration, self._k = operator, iteration, num_eigenvalues
         self._tolerance, self._max_steps, self._notify = tolerance, max_steps, notify
         self._missing_above, self._num_above = math.inf, 0
+        self._bound = math.inf
+
+    def forget(self) -> None:
+        """Take back what is known of the complement: a restart made it larger."""
+        self._bound = math.inf
 
     def is_still_missing(self, values: Tensor) -> bool:
         """Whether the eigenvalue that the last check saw outside is not among these Ritz values yet."""
@@ -65,10 +70,26 @@ class CompletenessCheck:
         values, _, shares = iteration.ritz()
         if len(values) < self._k:
             return "missing"
-        kth, rounding = float(values[-self._k]), iteration.rounding
-        level = kth + max(self._tolerance * abs(kth), rounding)
-        gram = iteration.residual_gram()
+        level = self._level(values)
         self._missing_above = math.inf
+        if self._bound >= level:
+            found = self._look_outside(values, level)
+            if found != "bounded":
+                return found
+        gram = iteration.residual_gram()
+        if are_none_above(iteration.projected, gram, level, self._bound):
+            return "complete"
+        # a Ritz value below the k-th may rise: it has to become more accurate first
+        return int(shares[:, int((values <= level).nonzero()[-1])].argmax())
+
+    def _level(self, values: Tensor) -> float:
+        """What lies above the k-th eigenvalue, its tolerance allowed."""
+        kth = float(values[-self._k])
+        return kth + max(self._tolerance * abs(kth), self._iteration.rounding)
+
+    def _look_outside(self, values: Tensor, level: float) -> Literal["complete", "missing", "unknown", "bounded"]:
+        """Take Lanczos steps outside the basis until something above the level shows, or a bound below it is there."""
+        iteration, kth = self._iteration, float(values[-self._k])
         alphas: list[float] = []
         betas: list[float] = []
         before, vector = torch.zeros(0), iteration.fresh()
@@ -88,19 +109,19 @@ class CompletenessCheck:
             if largest > level:
                 self._missing_above, self._num_above = level, int((values > level).sum())
                 return "missing"
-            bound = bound_outside(outside, float(values[0]), iteration.dim - len(values))
-            if float(residuals[-1]) <= max(self._tolerance * abs(largest), rounding):
+            if float(residuals[-1]) <= max(self._tolerance * abs(largest), iteration.rounding):
                 # nothing above it is missing; where it is a copy of the k-th, nothing more can be said
-                bound = largest
-                if level - largest < 2 * (level - kth):
-                    return "complete"
-            if bound < level:
-                if are_none_above(iteration.projected, gram, level, bound):
-                    return "complete"
-                if not are_none_above(iteration.projected, gram, level, largest):
-                    # a Ritz value below the k-th may rise: it has to become more accurate first
-                    return int(shares[:, int((values <= level).nonzero()[-1])].argmax())
+                self._bound = largest
+                return "complete" if level - largest <= 2 * (level - kth) else "bounded"
+            self._bound = bound_outside(outside, float(values[0]), iteration.dim - len(values))
+            if self._bound < level:
+                gram = iteration.residual_gram()
+                is_enough = are_none_above(iteration.projected, gram, level, self._bound)
+                # a sharper bound helps only if the largest value outside itself would be enough
+                if is_enough or not are_none_above(iteration.projected, gram, level, largest):
+                    return "bounded"
             before, vector = vector, rest / betas[-1]
+        self._bound = math.inf
         return "unknown"
 
 
@@ -131,7 +152,8 @@ def are_none_above(projected: Tensor, residual_gram: Tensor, level: float, bound
 
     With B the part of H on the complement of the basis and :math:`B \le b < x`, the inertia of H - x is that of
     B - x, which has no positive part, and of the Schur complement
-    :math:`T - x + E^T (x - B)^{-1} E \le T - x + E^T E / (x - b)`, :math:`E^T E` the Gram matrix of the residuals HQ - QT.
+    :math:`T - x + E^T (x - B)^{-1} E \le T - x + E^T E / (x - b)`, with :math:`E^T E` the Gram matrix of the
+    residuals HQ - QT.
 
     Args:
         projected: T, (m, m).

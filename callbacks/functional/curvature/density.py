@@ -149,4 +149,3 @@ def _rule(runs: Sequence[LanczosResult], left_out: int, known: Sequence[float]) 
 def _bumps(grid: Tensor, nodes: Tensor, sigma: float) -> Tensor:
     # Normalized on the grid, so that the sum over it is one although the tails are cut at five sigma.
     return torch.softmax(-((grid[:, None] - nodes) ** 2) / (2 * sigma**2), dim=0) / (grid[1] - grid[0])
-

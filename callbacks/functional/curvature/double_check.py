@@ -158,7 +158,9 @@ def _parts(vector: Tensor, params: Sequence[Tensor], sizes: Sequence[int]) -> li
     return [part.view(p.shape) for part, p in zip(vector.split(list(sizes)), params, strict=True)]
 
 
-def _differentiated(gradient: Sequence[Tensor], params: Sequence[Tensor], tangents: Sequence[Tensor]) -> Sequence[Tensor]:
+def _differentiated(
+    gradient: Sequence[Tensor], params: Sequence[Tensor], tangents: Sequence[Tensor]
+) -> Sequence[Tensor]:
     curved = [(g, t) for g, t in zip(gradient, tangents, strict=True) if g.requires_grad]
     if not curved:
         return [torch.zeros_like(p) for p in params]

@@ -99,6 +99,7 @@ def lanczos(
         with HeldInterrupts():
             is_restarted = iteration.begin() if following is None else iteration.proceed(following)
             if is_restarted:
+                check.forget()
                 notify()  # the basis is another one: the result before does not fit it any more
 
 

@@ -6,7 +6,14 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-__all__ = ["NoSecondDerivative", "check_checkpoints", "checked_loss", "gradient_with_graph", "saved_bytes", "second_order_errors"]
+__all__ = [
+    "NoSecondDerivative",
+    "check_checkpoints",
+    "checked_loss",
+    "gradient_with_graph",
+    "saved_bytes",
+    "second_order_errors",
+]
 
 # Parts of the messages with which torch refuses a second derivative: missing formulas, custom functions, torch.compile.
 _NO_SECOND_DERIVATIVE = (

@@ -97,4 +97,6 @@ def _led(ranks: Ranks, lead: Callable[[HessianOperator], T], operator: HessianOp
         return lead(operator)
 
     vector = torch.zeros(operator.num_parameters, dtype=operator.dtype, device=operator.device)
-    return ranks.led(evaluate, with_total, torch.cat([vector, vector[:1]]), torch.cat([vector, weights.to(vector), vector[:1]]))
+    return ranks.led(
+        evaluate, with_total, torch.cat([vector, vector[:1]]), torch.cat([vector, weights.to(vector), vector[:1]])
+    )

@@ -34,8 +34,6 @@ def first_value(interrupted: InterruptedProduct, tolerance: float) -> LanczosRes
         tolerance: For the result.
     """
     dim = len(interrupted.vector)
-    iteration = KrylovIteration(
-        _OneProduct(interrupted, dim), torch.Generator(), 1, tolerance, dim, interrupted.vector
-    )
+    iteration = KrylovIteration(_OneProduct(interrupted, dim), torch.Generator(), 1, tolerance, dim, interrupted.vector)
     iteration.step()
     return iteration.result(is_complete=False)

@@ -181,7 +181,9 @@ class SharpnessResult:
         """Markdown tables of the numbers, and a sentence for each that did not converge or is not there."""
         parts = [
             markdown_table(("quantity", "value", "relative residual"), self._rows()),
-            "" if self.certificate is None else markdown_table(("checked on this input", "error"), self.certificate.rows()),
+            ""
+            if self.certificate is None
+            else markdown_table(("checked on this input", "error"), self.certificate.rows()),
             blocks_table("block", self.blocks),
             blocks_table("expert", self.experts),
             "" if self.perturbation is None else f"**Perturbations**\n\n{self.perturbation.summary()}",
@@ -238,17 +240,15 @@ class SharpnessResult:
 
     def _why_not_converged(self) -> str:
         if self.engine != "lanczos" or self.certificate is None:
-            return (
-                f"The eigenvalues did not converge in {self.num_steps} steps: trust each only within its residual."
-            )
+            return f"The eigenvalues did not converge in {self.num_steps} steps: trust each only within its residual."
         rounding = self.certificate.rounding
         lost = [rank for rank, value in enumerate(self.eigenvalues, start=1) if rounding > self.tolerance * abs(value)]
         if lost:
             names = ", ".join(f"λ{rank}" for rank in lost)
             return (
                 f"{names} did not converge: {self.certificate.dtype} does not resolve eigenvalues of this size, since"
-                f" rounding changes them by about {rounding:.1g}. Analyze a copy in float64 (model.double(), with batches in float64), or ask for"
-                " fewer eigenvalues."
+                f" rounding changes them by about {rounding:.1g}. Analyze a copy in float64 (model.double(), with"
+                " batches in float64), or ask for fewer eigenvalues."
             )
         if max(self.residuals) <= self.tolerance and not self.certificate.is_complete:
             return (

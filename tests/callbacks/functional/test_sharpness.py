@@ -1,6 +1,7 @@
 import copy
 import random
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -135,11 +136,12 @@ def test_some_parameters_only() -> None:
 
 def test_start_and_density_exclude_each_other() -> None:
     model, batch = small_mlp(), classification(20, 5)
-    first = sharpness(model, cross_entropy, [batch], density=False, keep_eigenvectors=True)
+    two: dict[str, Any] = {"density": False, "num_eigenvalues": 2}
+    first = sharpness(model, cross_entropy, [batch], keep_eigenvectors=True, **two)
     assert first.eigenvectors is not None
     start = first.eigenvectors.sum(0)
-    warm = sharpness(model, cross_entropy, [batch], density=False, start=start)
-    assert warm.num_steps < first.num_steps
+    warm = sharpness(model, cross_entropy, [batch], start=start, **two)
+    assert warm.num_steps < first.num_steps and warm.eigenvalues_converged
     np.testing.assert_allclose(warm.eigenvalues, first.eigenvalues, rtol=1e-5)
     with pytest.raises(ValueError, match="start: expected None with density=True"):
         sharpness(model, cross_entropy, [batch], start=start)

@@ -30,7 +30,8 @@ def test_names_the_innermost_module(layer: nn.Module, expected: str | None) -> N
         assert HessianOperator(model, loss, [torch.randn(5, 3)]).matvec(torch.ones(41)).any()
     else:
         with pytest.raises(RuntimeError) as caught:
-            HessianOperator(model, loss, [torch.randn(5, 3)]).matvec(torch.ones(41))
+            operator = HessianOperator(model, loss, [torch.randn(5, 3)])
+            operator.matvec(torch.ones(operator.num_parameters))
         assert str(caught.value).startswith(f"{expected}: a layer of the model has no second derivative")
     assert [len(m._forward_hooks) for m in model.modules()] == hooks
 

@@ -127,7 +127,9 @@ def test_a_copy_that_was_not_looked_for_is_no_certificate() -> None:
 def test_warm_start_orthogonal_to_the_largest_eigenvector() -> None:
     matrix = symmetric(torch.cat([torch.tensor([10.0, 4.0, 3.0]), torch.linspace(-1, 1, 197)]))
     values, vectors = torch.linalg.eigh(matrix)
-    result = lanczos(DenseOperator(matrix), generator=seeded(), num_eigenvalues=1, start=vectors[:, -2] + vectors[:, -3])
+    result = lanczos(
+        DenseOperator(matrix), generator=seeded(), num_eigenvalues=1, start=vectors[:, -2] + vectors[:, -3]
+    )
     assert result.converged and result.eigenvalues[0] == pytest.approx(float(values[-1]), rel=1e-6)
 
 

@@ -26,6 +26,7 @@ def test_metrics(result: SharpnessResult) -> None:
         "center_loss",
         "asymmetry",
         "derivative_error",
+        "cut_dependence",
         "trace_0",
         "trace_2",
         "trace_stderr_0",
