@@ -163,7 +163,7 @@ def test_batching_and_graph_mode_do_not_matter() -> None:
     assert (whole.graph_mode, split.graph_mode) == ("kept", "rebuilt")
     np.testing.assert_allclose(split.eigenvalues, whole.eigenvalues, rtol=1e-9)
     # each batch has random vectors of its own
-    assert abs(split.trace - whole.trace) < 4 * (split.trace_stderr + whole.trace_stderr)
+    assert abs(split.trace - whole.trace) < 4 * (split.trace_stderr + whole.trace_stderr) + 1e-12
     assert split.num_samples == 30
     kept = sharpness(model, cross_entropy, batches)
     assert kept.graph_mode == "kept" and split.trace == pytest.approx(kept.trace, rel=1e-9)
