@@ -13,9 +13,7 @@ from moe_heads.callbacks.evaluation import (
     check_initialised,
     draws_random_numbers,
     loss_of,
-    warn_of_a_sum,
 )
-from tests.support.untouched import untouched
 
 
 class Module(LightningModule):
@@ -123,7 +121,7 @@ class Drifting(nn.Module):
 def test_a_loss_that_differs_on_a_repeat_is_told_and_changes_nothing() -> None:
     model = Drifting(0.5)
     with pytest.warns(UserWarning, match=r"sharpness/train: the loss of one batch was 1\.5, and 2 on a repeat"):
-        assert not draws_random_numbers(model, lambda m, batch: m(batch), torch.ones(4), "sharpness/train")
+        assert not draws_random_numbers(model, lambda m, batch: m(batch), [torch.ones(4)], "sharpness/train")
     assert model.state == 0
 
 
@@ -138,36 +136,10 @@ def test_a_loss_that_differs_on_a_repeat_is_told_and_changes_nothing() -> None:
     ],
 )
 def test_a_repeatable_loss_is_not_remarked_upon(loss_fn: Any, is_random: bool) -> None:
-    assert draws_random_numbers(Drifting(0.0), loss_fn, torch.ones(4), "sharpness/train") is is_random
+    assert draws_random_numbers(Drifting(0.0), loss_fn, [torch.ones(4)], "sharpness/train") is is_random
 
 
 def test_numbers_from_outside_torch_are_noticed() -> None:
     numbers = iter([1.0, 2.0, 3.0])
     with pytest.warns(UserWarning, match="draws numbers outside torch"):
-        draws_random_numbers(Drifting(0.0), lambda m, batch: m(batch) * next(numbers), torch.ones(4), "x")
-
-
-def cross_entropy(reduction: str) -> Any:
-    return lambda model, batch: nn.functional.cross_entropy(model(batch[0]), batch[1], reduction=reduction)
-
-
-@pytest.mark.parametrize("size", [2, 7, 100])
-def test_a_loss_that_sums_over_the_samples_is_told(size: int) -> None:
-    model, batch = nn.Linear(4, 3), (torch.randn(size, 4), torch.randint(3, (size,)))
-    with untouched(model), pytest.warns(UserWarning, match="x: the loss of .* samples is the sum of the losses"):
-        warn_of_a_sum(model, cross_entropy("sum"), batch, "x")
-
-
-@pytest.mark.parametrize(
-    ("loss_fn", "batch"),
-    [
-        (cross_entropy("mean"), (torch.randn(9, 4), torch.randint(3, (9,)))),
-        (cross_entropy("sum"), (torch.randn(1, 4), torch.randint(3, (1,)))),  # one sample tells nothing
-        (lambda model, batch: 0 * model(batch[0]).sum(), (torch.randn(8, 4),)),
-        (lambda model, batch: model(batch[0]), (torch.randn(8, 4),)),  # no scalar: told by the analysis itself
-        (lambda model, batch: model(batch[0]).view(8, 3).sum(), (torch.randn(8, 4),)),  # takes 8 samples, no others
-        (lambda model, batch: model(batch["x"]).sum(), {"x": torch.randn(8, 4), "names": ["a", "b"]}),
-    ],
-)
-def test_what_is_no_sum_is_not_remarked_upon(loss_fn: Any, batch: Any) -> None:
-    warn_of_a_sum(nn.Linear(4, 3), loss_fn, batch, "x")
+        draws_random_numbers(Drifting(0.0), lambda m, batch: m(batch) * next(numbers), [torch.ones(4)], "x")

@@ -201,7 +201,10 @@ def check_is_list(batches: Any, name: str) -> None:
     elif isinstance(batches, (tuple, list)) and any(isinstance(entry, Tensor) for entry in batches):
         tensors = [entry for entry in batches if isinstance(entry, Tensor)]
         forms = {(tensor.dim(), tensor.dtype) for tensor in tensors}
-        if isinstance(batches, tuple) or len(tensors) < len(batches) or len(forms) > 1:
+        # batches may be of different kinds, but a number or nothing at all is none
+        others = [entry for entry in batches if not isinstance(entry, Tensor)]
+        is_batch = len(forms) > 1 or any(entry is None or isinstance(entry, (int, float, str)) for entry in others)
+        if isinstance(batches, tuple) or is_batch:
             shapes = ", ".join(str(tuple(tensor.shape)) for tensor in tensors[:5])
             got = f"a {type(batches).__name__} with tensors of shapes {shapes}, which is one batch: pass [(X, y)]"
     if got:

@@ -55,9 +55,9 @@ def batch_size(batch: Any, name: str = "batch") -> int:
     _collect(batch, "", strong, weak, is_field=False)
     votes = _without_broadcast(strong) or weak
     numbers = _agreed(votes)
-    if isinstance(batch, list) and _are_samples(batch) and not isinstance(batch[0], Tensor):
+    if strong and isinstance(batch, list) and _are_samples(batch) and not isinstance(batch[0], Tensor):
         # a list of samples, or one of fields: both are in use
-        numbers |= _one(len(batch)) if strong else frozenset()
+        numbers |= _one(len(batch))
         votes = [*votes, _Vote("the length of the list", _one(len(batch)))]
     if not votes:
         raise ValueError(

@@ -32,7 +32,7 @@ class Microbatches:
             weight 0 are left out.
 
     Attributes:
-        num_samples: Samples in all.
+        num_samples: Samples in all batches that have a weight.
         total_weight: Sum of the weights.
         origins: For each batch or piece of one, the place of the batch among those that were given.
 
@@ -53,7 +53,7 @@ class Microbatches:
         self._weight_fn, self._monitor = given.weight_fn, monitor
         self._pieces = given.to(device).pieces
         self.origins = list(range(len(self._pieces)))
-        self.num_samples, self.total_weight = given.num_samples, given.total_weight
+        self.num_samples, self.total_weight = sum(self.sizes), sum(self.weights)
         self._is_mean = not any(found.size for _, found in given.checked.values())
 
     @property

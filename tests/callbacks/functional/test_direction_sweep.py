@@ -18,6 +18,8 @@ from moe_heads.callbacks.functional import (
 from moe_heads.callbacks.functional.landscape.sweep_result import DirectionSweepResult
 from tests.support.untouched import untouched
 
+pytestmark = pytest.mark.usefixtures("without_mean_check")
+
 
 def cross_entropy(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
     return nn.functional.cross_entropy(model(batch[0]), batch[1])

@@ -12,6 +12,8 @@ from moe_heads.callbacks.functional.loss_landscape import loss_landscape
 from tests.support.hand_routers import HandModel
 from tests.support.untouched import untouched
 
+pytestmark = pytest.mark.usefixtures("without_mean_check")
+
 
 def mse(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
     return nn.functional.mse_loss(model(batch[0]), batch[1])

@@ -13,6 +13,8 @@ from moe_heads.callbacks.functional import Monitor, loss_landscape, random_direc
 from moe_heads.callbacks.functional.landscape.result import LossLandscapeResult
 from tests.support.untouched import untouched
 
+pytestmark = pytest.mark.usefixtures("without_mean_check")
+
 
 def cross_entropy(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
     return nn.functional.cross_entropy(model(batch[0]), batch[1])

@@ -13,6 +13,8 @@ from moe_heads.callbacks.functional.landscape.features import Features
 from moe_heads.callbacks.functional.landscape.result import LossLandscapeResult
 from tests.support.untouched import untouched
 
+pytestmark = pytest.mark.usefixtures("without_mean_check")
+
 NUM_POINTS, NUM_PROOFS = 7, 3
 
 

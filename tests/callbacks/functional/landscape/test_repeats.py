@@ -8,6 +8,8 @@ from moe_heads import SparseMoE
 from moe_heads.callbacks.functional import filter_normalized, loss_landscape, random_direction
 from moe_heads.callbacks.functional.landscape.repeats import Repeats
 
+pytestmark = pytest.mark.usefixtures("without_mean_check")
+
 
 class Noting(nn.Module):
     def __init__(self, module: nn.Module, calls: list[str]) -> None:

@@ -16,6 +16,8 @@ from moe_heads.callbacks.functional import (
     random_direction,
 )
 
+pytestmark = pytest.mark.usefixtures("without_mean_check")
+
 Batch = tuple[Tensor, Tensor]
 
 
