@@ -11,8 +11,8 @@ from torch import nn
 from moe_heads.callbacks.evaluation import check_initialised, draws_random_numbers, loss_of, warn_of_a_sum
 from moe_heads.callbacks.functional.common.batches import Batch, LossFn, cut, is_divisible, leaves_of
 from moe_heads.callbacks.functional.common.digest import digest_of, digest_of_rows
+from moe_heads.callbacks.functional.common.generators import seed_generators
 from moe_heads.callbacks.functional.common.monitor import Monitor
-from moe_heads.callbacks.functional.common.preserve import seed_generators
 from moe_heads.callbacks.functional.common.ranks import Ranks
 from moe_heads.callbacks.options import Options, OverRanks
 from moe_heads.callbacks.sample import Sample, draw_sample

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils.data import DataLoader
 
-from moe_heads.callbacks.functional.common.preserve import generators_kept
+from moe_heads.callbacks.functional.common.generators import generators_kept
 
 __all__ = [
     "Batch",
