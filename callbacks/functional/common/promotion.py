@@ -14,15 +14,20 @@ HALF = (torch.bfloat16, torch.float16)
 """The half-precision data types, the coarser one first."""
 
 # Autocast leaves these as they are on a CPU.
-_NORMS = (F.layer_norm, F.batch_norm, F.group_norm, F.instance_norm, F.rms_norm, F.bilinear)
-_NORMS += (torch.layer_norm, torch.batch_norm, torch.group_norm, torch.instance_norm, torch.rms_norm, torch.bilinear)
+_NORMS: frozenset[Any] = frozenset({
+    *(F.layer_norm, F.batch_norm, F.group_norm, F.instance_norm, F.rms_norm, F.bilinear),
+    *(torch.layer_norm, torch.batch_norm, torch.group_norm, torch.instance_norm, torch.rms_norm, torch.bilinear),
+})
 
-_PRODUCTS = (F.linear, F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
-_PRODUCTS += (F.scaled_dot_product_attention, F.multi_head_attention_forward, F.prelu, F.grid_sample)
-_PRODUCTS += (torch.matmul, torch.mm, torch.bmm, torch.mv, torch.dot, torch.inner, torch.einsum, torch.tensordot)
-_PRODUCTS += (torch.addmm, torch.addmv, torch.baddbmm, torch.addbmm, torch.lerp, torch.linalg.multi_dot)
-_PRODUCTS += (Tensor.matmul, Tensor.__matmul__, Tensor.__rmatmul__, Tensor.mm, Tensor.bmm, Tensor.mv, Tensor.dot)
-_PRODUCTS += (Tensor.inner, Tensor.addmm, Tensor.addmv, Tensor.baddbmm, Tensor.addbmm, Tensor.lerp)
+_PRODUCTS: frozenset[Any] = frozenset({
+    *(F.linear, F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d),
+    *(F.scaled_dot_product_attention, F.multi_head_attention_forward, F.prelu, F.grid_sample),
+    *(torch.matmul, torch.mm, torch.bmm, torch.mv, torch.dot, torch.inner, torch.einsum, torch.tensordot),
+    *(torch.addmm, torch.addmv, torch.baddbmm, torch.addbmm, torch.lerp, torch.linalg.multi_dot),
+    *(torch.lstm_cell, torch.gru_cell, torch.rnn_tanh_cell, torch.rnn_relu_cell),
+    *(Tensor.matmul, Tensor.__matmul__, Tensor.__rmatmul__, Tensor.mm, Tensor.bmm, Tensor.mv, Tensor.dot),
+    *(Tensor.inner, Tensor.addmm, Tensor.addmv, Tensor.baddbmm, Tensor.addbmm, Tensor.lerp),
+})
 
 
 class PromotedPrecision(TorchFunctionMode):
