@@ -13,9 +13,9 @@ from moe_heads.callbacks.functional.common.batch_list import Batches, Piece
 from moe_heads.callbacks.functional.common.batches import Batch, LossFn, cut, is_divisible, leaves_of
 from moe_heads.callbacks.functional.common.copies import own_copy
 from moe_heads.callbacks.functional.common.digest import digest_of, digest_of_rows
+from moe_heads.callbacks.functional.common.generators import seed_generators
 from moe_heads.callbacks.functional.common.mean_check import check_mean
 from moe_heads.callbacks.functional.common.monitor import Monitor
-from moe_heads.callbacks.functional.common.preserve import seed_generators
 from moe_heads.callbacks.functional.common.ranks import Ranks
 from moe_heads.callbacks.options import Options, OverRanks
 from moe_heads.callbacks.sample import Sample, draw_sample

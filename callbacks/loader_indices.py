@@ -20,7 +20,7 @@ from torch.utils.data import (
 )
 
 from moe_heads.callbacks.functional.common.contents import remember
-from moe_heads.callbacks.functional.common.preserve import generators_kept, seed_generators
+from moe_heads.callbacks.functional.common.generators import generators_kept, seed_generators
 
 __all__ = ["IndexBatches", "draw_index_batches", "gives_batches", "keys_of"]
 

@@ -26,7 +26,7 @@ from moe_heads.callbacks.functional.common.counting import (
     checked_size,
     checked_weight,
 )
-from moe_heads.callbacks.functional.common.preserve import generators_kept
+from moe_heads.callbacks.functional.common.generators import generators_kept
 
 __all__ = ["Batches", "Piece", "check_is_list", "halves_of"]
 

@@ -1,19 +1,19 @@
 """Run an analysis on a model and leave no trace: all state is put back bit for bit, also after an error."""
 
-import random
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from moe_heads.callbacks.functional.common.contents import remember, write_back
+from moe_heads.callbacks.functional.common.generators import generator_states, restore_generators, seed_generators
+from moe_heads.callbacks.functional.common.half_precision import half_modules_in_autocast
 from moe_heads.callbacks.functional.common.interrupts import HeldInterrupts
+from moe_heads.callbacks.functional.common.plain_paths import plain_paths
 
-__all__ = ["Original", "analysis_mode", "preserved", "seed_generators"]
+__all__ = ["Original", "analysis_mode", "preserved"]
 
 Original = Callable[[Tensor], Tensor]
 """The values that a parameter or buffer had when the block began."""
@@ -47,7 +47,7 @@ def preserved(model: nn.Module) -> Iterator[Original]:
     tensors = [_TensorState(tensor) for tensor in known]
     taken_care_of = {id(value) for value in (*known, *model.modules())}
     attributes = [remember(vars(module), known=taken_care_of) for module in model.modules()]
-    generators = _generator_states()
+    generators = generator_states()
     originals = {id(state.tensor): state.values for state in tensors}
     try:
         for tensor in tensors:
@@ -59,16 +59,17 @@ def preserved(model: nn.Module) -> Iterator[Original]:
                 put_back()
             for tensor in tensors:
                 tensor.restore()
-            _restore_generators(generators)
+            restore_generators(generators)
 
 
 @contextmanager
 def analysis_mode(model: nn.Module, seed: int = 0) -> Iterator[Original]:
     """State under which every analysis of this package evaluates a model, undone on leaving the block.
 
-    Evaluation mode, gradients enabled, autocast and torch.compile off, the mathematical attention kernel (compiled code
-    and the fused kernels have no second derivative), random number generators seeded with ``seed``; then everything
-    that `preserved` covers is put back.
+    Evaluation mode, gradients enabled, torch.compile off and the mathematical attention kernel (compiled code and the
+    fused kernels have no second derivative), the same function with and without gradients (`plain_paths`), random
+    number generators seeded with ``seed``. Autocast is off, except in the parts of a model whose weights are in half
+    precision (`half_modules_in_autocast`). Then everything that `preserved` covers is put back.
 
     Args:
         model: The model to evaluate.
@@ -85,16 +86,11 @@ def analysis_mode(model: nn.Module, seed: int = 0) -> Iterator[Original]:
         stack.enter_context(torch.compiler.set_stance("force_eager"))
         for device_type in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
             stack.enter_context(torch.autocast(device_type, enabled=False))
+        stack.enter_context(half_modules_in_autocast(model))
+        stack.enter_context(plain_paths(model))
         seed_generators(seed)
         model.eval()
         yield original
-
-
-def seed_generators(seed: int) -> None:
-    """Seed the generators of Python, NumPy, torch and every CUDA device."""
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
 
 
 class _TensorState:
@@ -124,28 +120,3 @@ class _TensorState:
 
 def _is_lazy(tensor: Tensor) -> bool:
     return isinstance(tensor, (nn.UninitializedParameter, nn.UninitializedBuffer))
-
-
-@contextmanager
-def generators_kept() -> Iterator[None]:
-    """Put the global random number generators back when the block ends."""
-    states = _generator_states()
-    try:
-        yield
-    finally:
-        with HeldInterrupts():
-            _restore_generators(states)
-
-
-def _generator_states() -> tuple[Any, ...]:
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() and torch.cuda.is_initialized() else []
-    return random.getstate(), np.random.get_state(), torch.get_rng_state(), cuda
-
-
-def _restore_generators(states: tuple[Any, ...]) -> None:
-    python, numpy, cpu, cuda = states
-    random.setstate(python)
-    np.random.set_state(numpy)
-    torch.set_rng_state(cpu)
-    if cuda:
-        torch.cuda.set_rng_state_all(cuda)

@@ -1,6 +1,5 @@
 """What a call of a module took and gave, to be given again where the same would be computed once more."""
 
-import functools
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -9,13 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from moe_heads.callbacks.functional.common.batches import leaves_of, map_leaves
+from moe_heads.callbacks.functional.common.forwards import is_opaque
 from moe_heads.callbacks.functional.common.random_states import random_states
 from moe_heads.routing import Router
 
-__all__ = ["Call", "Handler", "draws_numbers", "has_hooks_inside", "intercepted", "is_opaque", "largest_below"]
-
-Handler = Callable[[nn.Module, Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
-"""``handler(module, forward, args, kwargs)``: what a call of the module gives instead of ``forward(...)``."""
+__all__ = ["Call", "draws_numbers", "has_hooks_inside", "largest_below"]
 
 _ATOMS = (bool, int, float, str, type(None), torch.dtype, torch.device)
 
@@ -101,33 +98,6 @@ def _is_same(given: Any, known: Any) -> bool:
         return False
     # nan is like nan here: the same bits came out
     return torch.equal(given, known) or bool(((given == known) | ((given != given) & (known != known))).all())
-
-
-@contextmanager
-def intercepted(modules: Iterable[nn.Module], handler: Handler) -> Iterator[None]:
-    """Hand every call of these modules' ``forward`` to the handler while the block runs."""
-    before: list[tuple[nn.Module, Any]] = []
-    try:
-        for module in modules:
-            before.append((module, vars(module).get("forward")))
-            # wraps: what a forward takes is looked up in its signature
-            module.forward = functools.wraps(module.forward)(_passed_on(module, module.forward, handler))
-        yield
-    finally:
-        for module, own in reversed(before):
-            if own is None:
-                vars(module).pop("forward", None)
-            else:
-                module.forward = own
-
-
-def _passed_on(module: nn.Module, forward: Callable[..., Any], handler: Handler) -> Callable[..., Any]:
-    return lambda *args, **kwargs: handler(module, forward, args, kwargs)
-
-
-def is_opaque(module: nn.Module) -> bool:
-    """Whether the ``forward`` of a module cannot be replaced: scripted and compiled ones."""
-    return isinstance(module, (torch.jit.ScriptModule, torch._dynamo.OptimizedModule))
 
 
 def has_hooks_inside(module: nn.Module) -> bool:

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from moe_heads.callbacks.functional.common.environment import device_of
+from moe_heads.callbacks.functional.common.forwards import intercepted
 from moe_heads.callbacks.functional.common.memory import memory_budget
-from moe_heads.callbacks.functional.landscape.calls import Call, draws_numbers, intercepted, largest_below
+from moe_heads.callbacks.functional.landscape.calls import Call, draws_numbers, largest_below
 from moe_heads.callbacks.functional.landscape.saving import Saving
 
 __all__ = ["Features"]

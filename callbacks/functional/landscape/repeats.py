@@ -8,12 +8,11 @@ import torch
 from torch import nn
 
 from moe_heads.callbacks.functional.common.environment import device_of
+from moe_heads.callbacks.functional.common.forwards import intercepted, is_opaque
 from moe_heads.callbacks.functional.landscape.calls import (
     Call,
     draws_numbers,
     has_hooks_inside,
-    intercepted,
-    is_opaque,
     largest_below,
 )
 from moe_heads.callbacks.functional.landscape.saving import Saving

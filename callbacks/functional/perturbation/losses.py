@@ -57,7 +57,9 @@ class PerturbedLosses:
             raise ValueError(
                 f"loss_fn: expected a loss that depends on the model's parameters; that of batch {index} does not"
             )
-        gradient = torch.autograd.grad(loss, self._weights.params, allow_unused=True, materialize_grads=True)
+        found = torch.autograd.grad(loss, self._weights.params, allow_unused=True, materialize_grads=True)
+        # an embedding called as a function may have a sparse gradient
+        gradient = tuple(part if part.layout == torch.strided else part.to_dense() for part in found)
         if at_centre and not all(bool(part.isfinite().all()) for part in gradient):
             raise ValueError(f"loss_fn: expected a finite gradient; got nan or inf in that of batch {index}")
         return float(loss.detach()), gradient

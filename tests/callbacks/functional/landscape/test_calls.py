@@ -2,7 +2,8 @@ import torch
 from torch import nn
 
 from moe_heads import SparseMoE
-from moe_heads.callbacks.functional.landscape.calls import Call, intercepted, largest_below
+from moe_heads.callbacks.functional.common.forwards import intercepted
+from moe_heads.callbacks.functional.landscape.calls import Call, largest_below
 
 
 def test_a_call_knows_its_inputs_to_the_bit() -> None:
