@@ -54,9 +54,8 @@ class BatchGradients:
         with ExitStack() as stack:
             stack.enter_context(folded(self.folds))
             stack.enter_context(_replayed(self.device, self._seed + index))
-            for other in self._others if freezes else ():
-                other.requires_grad_(False)
-                stack.callback(other.requires_grad_, True)
+            if freezes:
+                stack.enter_context(self._frozen())
             yield
 
     def loss(self, index: int, batch: Batch) -> float:
@@ -88,7 +87,8 @@ class BatchGradients:
         if not curved:
             return [torch.zeros_like(tangent) for tangent in tangents]
         outputs, directions = zip(*curved, strict=True)
-        with second_order_errors():
+        # a checkpoint computes its part of the model once more here, and has to find it as it was
+        with self._frozen(), second_order_errors():
             return torch.autograd.grad(
                 outputs,
                 tuple(self.params.values()),
@@ -97,6 +97,17 @@ class BatchGradients:
                 allow_unused=True,
                 materialize_grads=True,
             )
+
+    @contextmanager
+    def _frozen(self) -> Iterator[None]:
+        """No gradient of the parameters that are not asked for."""
+        try:
+            for other in self._others:
+                other.requires_grad_(False)
+            yield
+        finally:
+            for other in self._others:
+                other.requires_grad_(True)
 
     def gradient_bytes(self, index: int, batch: Batch) -> int:
         """Memory of a batch's gradient and its graph, the parameters not counted."""

@@ -13,6 +13,9 @@ from moe_heads.checks import check_positive
 __all__ = ["SpectralDensity", "density_of", "spectral_density"]
 
 
+# What the tails beyond five sigma, which are cut, change in the values.
+_CUT_TAILS = 1e-6
+
 # Shorter quadratures that the full one is compared with.
 _SHORTER = 3
 
@@ -81,7 +84,7 @@ def spectral_density(
         distance = (grid - value).abs() / sigma
         bump = _bumps(grid, torch.tensor([value], dtype=torch.float64), sigma)[:, 0]
         error = error + bump * (1 + distance) * norm / (sigma * dim)
-    return replace(density, stderr=error)
+    return replace(density, stderr=error + _CUT_TAILS * density.values)
 
 
 def density_of(

@@ -12,6 +12,9 @@ _SAME_DERIVATIVE = 1e-2
 # Asymmetry over the norm of the matrix that rounding explains.
 _SYMMETRIC = {"float32": 1e-4, "float64": 1e-8}
 
+# Asymmetry over the measured rounding that is still rounding: the two are seen along different vectors.
+_OF_ROUNDING = 100
+
 
 @dataclass(frozen=True)
 class Certificate:
@@ -27,6 +30,7 @@ class Certificate:
         derivative_error: Relative difference between the gradient and a finite difference of the loss along a random
             direction, in float64.
         num_double: Samples that were evaluated in float64.
+        scale: Norm of H on the Krylov space, up to a factor of three.
         cut_dependence: Relative change of the loss when batches are cut in halves; 0 for a mean over samples up to
             rounding.
         is_complete: Whether a fresh random vector found no eigenvalue above the last one that is missing.
@@ -39,6 +43,7 @@ class Certificate:
     trace_rounding: float = math.nan
     derivative_error: float = math.nan
     num_double: int = 0
+    scale: float = 0.0
     cut_dependence: float = math.nan
     is_complete: bool = False
     dtype: str = "float32"
@@ -46,8 +51,11 @@ class Certificate:
 
     @property
     def is_symmetric(self) -> bool:
-        """Whether the products are those of a symmetric matrix, up to rounding."""
-        return self.asymmetry <= _SYMMETRIC.get(self.dtype, 1e-4)
+        """Whether the products are those of a symmetric matrix, up to rounding (as it was measured, if it was)."""
+        limit = _SYMMETRIC.get(self.dtype, 1e-4)
+        if math.isfinite(self.rounding) and self.scale > 0:
+            limit = max(limit, _OF_ROUNDING * self.rounding / self.scale)
+        return self.asymmetry <= limit
 
     @property
     def is_derivative(self) -> bool:
@@ -75,8 +83,9 @@ class Certificate:
         if not self.is_symmetric:
             found.append(
                 f"The products are not symmetric: ⟨u, Hv⟩ and ⟨Hu, v⟩ differ by {self.asymmetry:.1g} of the norm of H,"
-                " so no result is certified. The gradient is not the derivative of the loss: look for a custom"
-                " backward, a detach() in the loss, or a checkpoint that loses a part of the model."
+                " so no result is certified. These are not the second derivatives of a loss: look for a custom"
+                " backward, a detach() in the loss, a checkpoint that loses a part of the model, or an operation whose"
+                " second derivative torch gets wrong (its weight_norm)."
             )
         if not self.is_derivative:
             found.append(

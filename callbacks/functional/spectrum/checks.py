@@ -25,6 +25,7 @@ def from_krylov(krylov: LanczosResult, dependence: CutDependence) -> Certificate
     return Certificate(
         asymmetry=krylov.asymmetry / scale if scale else 0.0,
         is_complete=krylov.is_complete,
+        scale=scale,
         cut_dependence=math.nan if dependence.size is None else dependence.size,
         dtype=str(krylov.basis.dtype).removeprefix("torch."),
         unchecked={
