@@ -112,12 +112,8 @@ def _gpt2(samples: int) -> tuple[nn.Module, Batch]:
 
 
 CASES: Mapping[str, Case] = {
-    "resnet8": Case(
-        lambda n: _classified(nn.Sequential(CifarResNet(8), Dense(64, 10)), n, 3, 32, 32), 128, 32, 11, 4
-    ),
-    "resnet18": Case(
-        lambda n: _classified(nn.Sequential(ResNet18Cifar(), Dense(512, 10)), n, 3, 32, 32), 32, 16, 5, 2
-    ),
+    "resnet8": Case(lambda n: _classified(nn.Sequential(CifarResNet(8), Dense(64, 10)), n, 3, 32, 32), 128, 32, 11, 4),
+    "resnet18": Case(lambda n: _classified(nn.Sequential(ResNet18Cifar(), Dense(512, 10)), n, 3, 32, 32), 32, 16, 5, 2),
     "vit": Case(lambda n: _classified(_vit(), n, 3, 32, 32), 128, 32, 9, 3),
     "gpt2": Case(_gpt2, 64, 16, 9, 3),
     "gru": Case(lambda n: _classified(_Gru(16, 64), n, 80, 16), 256, 64, 9, 3),
