@@ -118,7 +118,7 @@ class Analysis(ABC):
             raise ValueError("train, val, test: expected data for at least one split; got none")
         for split, loaders in given.items():
             if not isinstance(loaders, Mapping):  # a collection of loaders
-                check_is_list(loaders, split)
+                check_is_list(loaders, split, "a loader or a list of batches")
         self.results, self._known = {}, {}
         site = TrainerlessSite(given, device)
         for split in given:

@@ -29,12 +29,12 @@ from tests.support.untouched import untouched
 
 def test_a_plain_call_finds_what_the_function_finds() -> None:
     module = PlainModule()
-    callback = SharpnessCallback(num_samples=1000, batch_size=16)
+    callback = SharpnessCallback(num_samples=1000, batch_size=40)
     with untouched(module):
         results = callback.analyse(module, train=loader(), val=loader(seed=1))
     assert set(results) == {"train", "val"}
     assert results is callback.results
-    expected = sharpness(module, cross_entropy, list(loader()))
+    expected = sharpness(module, cross_entropy, list(loader(batch_size=40)))
     found = results["train"].metrics()
     assert {name: found[name] for name in expected.metrics()} == pytest.approx(expected.metrics(), rel=1e-5)
     assert 0 < results["val"].overlaps["train"] <= 1 and not results["train"].overlaps

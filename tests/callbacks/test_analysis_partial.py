@@ -50,8 +50,8 @@ def partial_after(
 ) -> tuple[Any, Any, list[str]]:
     """One fit whose sharpness ends after some evaluations of the loss, and one whole analysis beside it."""
     without_kept_graphs(monkeypatch)
-    broken = SharpnessCallback(splits=["train"], loss_fn=Interrupting(calls, error), num_eigenvalues=2)
-    fine = SharpnessCallback(splits=["train"], name="fine")
+    broken = SharpnessCallback(splits=["train"], loss_fn=Interrupting(calls, error), num_eigenvalues=2, batch_size=50)
+    fine = SharpnessCallback(splits=["train"], name="fine", batch_size=50)
     run = trainer(broken, fine)
     module = PlainModule()
     with pytest.warns(UserWarning, match=message) as caught:

@@ -102,7 +102,7 @@ def test_test_loader_of_the_module_is_used() -> None:
         def test_dataloader(self) -> Any:
             return loader(seed=7)
 
-    analysis = MeanLoss(splits=["test"], num_samples=1000)
+    analysis = MeanLoss(splits=["test"], num_samples=1000, batch_size=1000)
     module = Tested()
     trainer(analysis).fit(module, loader())
     x, y = (torch.cat(parts) for parts in zip(*loader(seed=7), strict=True))

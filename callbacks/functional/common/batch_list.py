@@ -187,7 +187,7 @@ def halves_of(piece: Piece, weight_fn: BatchWeightFn | None) -> list[Piece]:
     return [Piece(batch, size, weight, piece.may_cut) for batch, size, weight in parts]
 
 
-def check_is_list(batches: Any, name: str) -> None:
+def check_is_list(batches: Any, name: str, expected: str = "a list of batches") -> None:
     """Refuse one batch in place of the list of batches.
 
     Raises:
@@ -208,7 +208,7 @@ def check_is_list(batches: Any, name: str) -> None:
             shapes = ", ".join(str(tuple(tensor.shape)) for tensor in tensors[:5])
             got = f"a {type(batches).__name__} with tensors of shapes {shapes}, which is one batch: pass [(X, y)]"
     if got:
-        raise ValueError(f"{name}: expected a list of batches; got {got}")
+        raise ValueError(f"{name}: expected {expected}; got {got}")
 
 
 def _sizes(batches: Sequence[Batch], size_fn: Callable[[Batch], int] | None) -> list[int]:
