@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
+from moe_heads.callbacks.center_losses import CenterLossError, center_losses_of, check_center_losses
 from moe_heads.callbacks.functional.common.batch_list import check_is_list
 from moe_heads.callbacks.functional.common.batches import LossFn
 from moe_heads.callbacks.functional.common.counting import BatchSizeFn, BatchWeightFn
@@ -68,6 +69,7 @@ class Analysis(ABC):
         check_options(self, needs_loss=self.needs_loss)
         self.results: dict[Split, Any] = {}
         self._known: dict[Split, tuple[bytes, Any]] = {}
+        self._cuts: dict[Split, tuple[int, ...]] = {}
 
     @abstractmethod
     def compute(self, inputs: AnalysisInputs) -> Any:
@@ -197,10 +199,42 @@ class Analysis(ABC):
         if is_known:
             return self.result_for(inputs), None
         try:
-            return self._computed(inputs, ranks), None
+            result = self._computed(inputs, ranks)
+            self._compare_centers(inputs, result)
+            return result, None
         except (Exception, KeyboardInterrupt) as raised:
             error = raised
+        if isinstance(error, CenterLossError):
+            monitor.forget()  # which of the two is the function that was trained is not known
         return ranks.first(partial(_partial, monitor, error)), error
+
+    def _compare_centers(self, inputs: AnalysisInputs, result: Any) -> None:
+        """Refuse a result whose loss at the center is another one in a part of it, or in another analysis.
+
+        Raises:
+            CenterLossError: Names both.
+        """
+        losses = center_losses_of(f"{self.name}/{inputs.split}", result)
+        callbacks = [] if inputs.trainer is None else inputs.trainer.callbacks  # type: ignore[attr-defined]
+        for other in callbacks:
+            if isinstance(other, Analysis) and other._loss == self._loss:
+                losses = {**other._centers(inputs), **losses}
+        check_center_losses(inputs.model, losses)
+
+    @property
+    def _loss(self) -> tuple[Any, ...]:
+        """What decides about the mean loss of a sample."""
+        return self.loss_fn, self.seed, self.batch_weight_fn
+
+    def _centers(self, inputs: AnalysisInputs) -> dict[str, float]:
+        """Losses at the center that are known of the same weights and samples, cut into the same batches."""
+        known = {split: result for split, (key, result) in self._known.items() if key == inputs.key}
+        alike = {split: result for split, result in known.items() if self._cuts[split] == inputs.cut}
+        return {
+            name: loss
+            for split, result in alike.items()
+            for name, loss in center_losses_of(f"{self.name}/{split}", result).items()
+        }
 
     def _computed(self, inputs: AnalysisInputs, ranks: Ranks) -> Any:
         if self.over_ranks == "same":
@@ -222,6 +256,7 @@ class Analysis(ABC):
         site.log(prefix, _with_origin(report, sample), is_known=is_known)
         if not ended:
             self._known[inputs.split] = inputs.key, result
+            self._cuts[inputs.split] = inputs.cut
         return report.metrics
 
     def _monitor(self, site: Site, show: Show, ranks: Ranks) -> Monitor:

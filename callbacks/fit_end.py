@@ -152,6 +152,11 @@ class FitEndAnalysis(Analysis, Callback):
             self._analyse_all(trainer, pl_module, ["test"], "last")
 
     @property
+    def runs_in_fit(self) -> bool:
+        """Whether it runs at the end of fit, or in the course of it."""
+        return self.every_n_epochs is not None or self.stages is None or "fit" in self.stages
+
+    @property
     def _stages(self) -> Sequence[Stage]:
         if self.stages is not None:
             return self.stages

@@ -35,6 +35,7 @@ class AnalysisInputs:
         batches: Batches on the same device, with their numbers of samples and weights: all of the sample, or this
             rank's share of it.
         split: Where they come from.
+        cut: Number of processes that share the sample, and samples of each of its batches.
         key: Fingerprint of the weights and the sample: equal for an analysis of the same, in whatever batches.
         monitor: To be given to the functions, or told of each step by hand.
         ranks: The processes that share the sample; one alone unless the analysis says that it shares.
@@ -46,6 +47,7 @@ class AnalysisInputs:
     batches: Batches
     split: Split
     key: bytes
+    cut: tuple[int, ...]
     monitor: Monitor
     ranks: Ranks
     trainer: Trainer | None
@@ -130,8 +132,9 @@ def prepare(
         mine = share or sample.batches
         there = [site.transfer(own_copy(batch)) for batch in mine]
         batches = Batches(there, mine.sizes, weight_fn=analysis.batch_weight_fn)
-    alone = Ranks(name=ranks.name)
-    return AnalysisInputs(model, loss_fn, batches, split, key, monitor, ranks if share else alone, site.trainer), sample
+    sharing = ranks if share else Ranks(name=ranks.name)
+    cuts = (sharing.size, *sample.batches.sizes)
+    return AnalysisInputs(model, loss_fn, batches, split, key, cuts, monitor, sharing, site.trainer), sample
 
 
 def _key(model: nn.Module, sample: Sample) -> bytes:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
@@ -37,7 +38,7 @@ from moe_heads.callbacks.landscape_record import Landscape, landscape_report
 from moe_heads.callbacks.landscape_trail import WeightTrail
 from moe_heads.callbacks.options import AnalysisOptions, OverRanks
 from moe_heads.callbacks.reporting import Report
-from moe_heads.callbacks.sharpness_options import check_list_of_names, check_names
+from moe_heads.callbacks.sharpness_options import check_differentiable, check_list_of_names, check_names
 from moe_heads.callbacks.trainer_access import Split
 from moe_heads.checks import check_at_least, check_flags, check_option, check_positive
 
@@ -151,6 +152,8 @@ class LossLandscapeCallback(FitEndAnalysis):
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_fit_start(trainer, pl_module)
+        if self.runs_in_fit:
+            self._check_parameters(pl_module)
         self._trail = WeightTrail(self.params)
         if self.trajectory:
             self._trail.remember("start", pl_module)
@@ -160,6 +163,14 @@ class LossLandscapeCallback(FitEndAnalysis):
         if self.trajectory:
             self._trail.remember(f"epoch {trainer.current_epoch}", pl_module)
         super().on_train_epoch_end(trainer, pl_module)
+
+    def _check_parameters(self, pl_module: LightningModule) -> None:
+        owner = type(self).__name__
+        check_differentiable(owner, pl_module, self.params, only_real=True)
+        try:
+            check_differentiable(owner, pl_module, self.params)
+        except MisconfigurationException as error:
+            rank_zero_warn(f"{error} The landscape is without its line, whose direction is an eigenvector.")
 
     @override
     def compute(self, inputs: AnalysisInputs) -> Landscape:

@@ -31,7 +31,7 @@ from moe_heads.callbacks.functional.spectrum.result import Engine
 from moe_heads.callbacks.inputs import AnalysisInputs
 from moe_heads.callbacks.options import AnalysisOptions, OverRanks
 from moe_heads.callbacks.reporting import Report
-from moe_heads.callbacks.sharpness_options import check_names, check_report_options
+from moe_heads.callbacks.sharpness_options import check_differentiable, check_names, check_report_options
 from moe_heads.callbacks.stability import stability_threshold
 from moe_heads.callbacks.trainer_access import Split
 from moe_heads.checks import check_at_least
@@ -174,6 +174,8 @@ class SharpnessCallback(FitEndAnalysis):
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_fit_start(trainer, pl_module)
+        if self.runs_in_fit:  # the Trainer has converted the parameters to its precision by now
+            check_differentiable(type(self).__name__, pl_module, self.params)
         # a fit that goes on where a checkpoint left it may take no further step
         self._threshold, self._threshold_before = self._threshold_before, None
         self._starts = {}

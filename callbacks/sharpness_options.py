@@ -3,12 +3,15 @@
 from collections.abc import Iterable, Mapping
 from typing import Any, get_args
 
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import nn
 
+from moe_heads.callbacks.functional.common.parameters import check_real
+from moe_heads.callbacks.functional.curvature.parameters import check_types
 from moe_heads.callbacks.functional.spectrum.result import Engine
 from moe_heads.checks import check_flags, check_option, check_positive
 
-__all__ = ["check_list_of_names", "check_names", "check_report_options"]
+__all__ = ["check_differentiable", "check_list_of_names", "check_names", "check_report_options"]
 
 
 def check_report_options(flags: Mapping[str, Any], params: Any, blocks: Any, routing_steps: Any, engine: Any) -> None:
@@ -65,6 +68,37 @@ def check_names(model: nn.Module, params: Iterable[str] | None, blocks: Mapping[
             if name not in known:
                 some = ", ".join(repr(other) for other in sorted(known - {""}, key=lambda other: other.count("."))[:5])
                 raise ValueError(f"{option}: expected names of parameters or modules, such as {some}; got {name!r}")
+
+
+def check_differentiable(
+    owner: str, model: nn.Module, params: Iterable[str] | None, *, only_real: bool = False
+) -> None:
+    """Refuse parameters whose types no curvature can be computed for, before training.
+
+    Args:
+        owner: The callback.
+        model: The model as it is trained, in the precision of the Trainer.
+        params: Option of the callback.
+        only_real: Refuse complex parameters alone.
+
+    Raises:
+        MisconfigurationException: Names what was found, and the remedy.
+    """
+    chosen = {
+        name: p
+        for name, p in model.named_parameters(remove_duplicate=False)
+        if p.requires_grad
+        and not isinstance(p, nn.UninitializedParameter)
+        and (params is None or any(name == meant or name.startswith(f"{meant}.") for meant in params))
+    }
+    if not chosen:
+        return  # what is to be trained may be unfrozen later
+    try:
+        check_real(chosen)
+        if not only_real:
+            check_types(chosen)
+    except ValueError as error:
+        raise MisconfigurationException(f"{owner}: {error}") from error
 
 
 def check_list_of_names(option: str, names: Any) -> None:

@@ -205,7 +205,7 @@ class _Survey:
         self._model, self._walk, self._loss_fn, self._data = model, walk, on_copies(loss_fn), data
         self._seed = seed
         self._references: list[RoutingCollection] = []
-        self._graph = GraphOnDemand()
+        self._graph = GraphOnDemand(lambda found: float(found[0]))
 
     def measure(self, step: float) -> Tensor:
         """Return the sums over the samples, (_NUM_SUMS,), float64."""
@@ -230,14 +230,18 @@ class _Survey:
         """The sums for the model as it is, whose routing is kept."""
         self._walk.go([0.0])
         self._references, total = [], torch.zeros(_NUM_SUMS, dtype=torch.float64)
-        for index, (_, (loss, reference)) in enumerate(self._evaluated(self._at_centre)):
+        for index, (_, (loss, reference)) in enumerate(self._evaluated(self._at_centre, compares=True)):
             self._references.append(reference)
             total += self._sums(index, loss, loss, 0, bool(_choices(reference)))
         return total
 
-    def _evaluated(self, function: Callable[[int, Batch], T]) -> Iterator[tuple[float, T]]:
+    def _evaluated(
+        self, function: Callable[[int, Batch], T], *, compares: bool = False
+    ) -> Iterator[tuple[float, T]]:
         """``function(index, batch)`` for each batch."""
-        return self._data.evaluate(lambda index, batch: self._graph(lambda: function(index, batch)), copies=False)
+        return self._data.evaluate(
+            lambda index, batch: self._graph(lambda: function(index, batch), compares=compares), copies=False
+        )
 
     def _at_centre(self, index: int, batch: Batch) -> tuple[float, RoutingCollection]:
         loss, collection = self._free(index, batch)
@@ -273,7 +277,7 @@ class _Survey:
 
     def _loss(self, index: int, batch: Batch) -> float:
         # by the batch, not once a sweep: the free and the fixed loss draw the same numbers
-        torch.manual_seed(self._seed + index)
+        torch.manual_seed(self._seed + self._data.origins[index])
         loss = self._loss_fn(self._model, batch)
         if isinstance(loss, Tensor) and loss.numel() == 1:
             return float(loss.detach())

@@ -193,7 +193,7 @@ def sharpness(
     dependence = _cut_dependence(model, loss_fn, data, monitor, ranks, seed)
     with analysis_mode(model, seed):
         return shared_hessian(
-            ranks, lead, model, loss_fn, data, params=params, graph_memory=graph_memory, monitor=monitor
+            ranks, lead, model, loss_fn, data, params=params, graph_memory=graph_memory, monitor=monitor, seed=seed
         )
 
 

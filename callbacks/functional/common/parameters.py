@@ -1,24 +1,27 @@
 """The parameters that an analysis differentiates by or moves, and their order in a flat vector."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from torch import Tensor, nn
 
-__all__ = ["Selection", "trainable_parameters"]
+__all__ = ["Selection", "check_real", "trainable_parameters"]
 
 Selection = Sequence[Tensor | str]
 """Parameters of a model: tensors, names of parameters, or names of modules, which stand for all their parameters."""
 
 
-def trainable_parameters(model: nn.Module, params: Selection | None = None) -> dict[str, nn.Parameter]:
+def trainable_parameters(
+    model: nn.Module, params: Selection | None = None, *, only_real: bool = True
+) -> dict[str, nn.Parameter]:
     """Parameters that require a gradient by name, shared ones once, in the order of every flat vector (P,).
 
     Args:
         model: The model.
         params: Those of them that are meant; by default all.
+        only_real: Refuse complex ones, which have no place in a flat vector.
 
     Raises:
-        ValueError: If there are none, one of them is lazy, or an entry of ``params`` is none of them.
+        ValueError: If there are none, one of them is lazy or complex, or an entry of ``params`` is none of them.
     """
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not named:
@@ -26,7 +29,29 @@ def trainable_parameters(model: nn.Module, params: Selection | None = None) -> d
     lazy = [name for name, p in named.items() if isinstance(p, nn.UninitializedParameter)]
     if lazy:
         raise ValueError(f"model: expected initialised parameters; {lazy[0]} is lazy: run one forward pass first")
-    return named if params is None else _chosen(model, named, params)
+    chosen = named if params is None else _chosen(model, named, params)
+    if only_real:
+        check_real(chosen)
+    return chosen
+
+
+def check_real(chosen: Mapping[str, Tensor]) -> None:
+    """Refuse complex parameters.
+
+    Raises:
+        ValueError: Names one of them, and the remedy.
+    """
+    found = {name: p for name, p in chosen.items() if p.is_complex()}
+    if not found:
+        return
+    name, parameter = next(iter(found.items()))
+    real = next((name for name in chosen if name not in found), None)
+    others = "" if real is None else f", or choose real ones, such as params=[{real!r}]"
+    raise ValueError(
+        f"model: expected real parameters, got {name!r} of type {parameter.dtype}. Complex parameters are not"
+        " supported. Store real and imaginary part as a real parameter, and use torch.view_as_complex in"
+        f" forward{others}."
+    )
 
 
 def _chosen(model: nn.Module, trainable: dict[str, nn.Parameter], params: Selection) -> dict[str, nn.Parameter]:

@@ -94,6 +94,7 @@ def top_eigenvectors(
             batches,
             params=params,
             monitor=monitor,
+            seed=seed,
             batch_size_fn=batch_size_fn,
             batch_weight_fn=batch_weight_fn,
         )

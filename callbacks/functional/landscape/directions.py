@@ -202,7 +202,7 @@ def _resized(parameter: Tensor, part: Tensor, num_filter_dims: int = 0) -> Tenso
 
 def _towards(model: nn.Module, state: Mapping[str, Tensor], name: str, params: Selection | None) -> Legs:
     """The parameters and floating-point buffers of a state dict; those of ``params`` alone where it is given."""
-    parameters = trainable_parameters(model, params)
+    parameters = trainable_parameters(model, params, only_real=False)
     here: dict[str, Tensor] = {**parameters}
     if params is None:
         here |= dict(model.named_parameters())

@@ -48,7 +48,8 @@ class Survey:
         accuracy_fn: The accuracy; None for none.
         data: The samples.
         hold_routing: Whether to measure the loss at fixed routing.
-        seed: Seed of the random numbers in the first batch, at every point; each batch has the next.
+        seed: Seed of the random numbers in the first batch, at every point; each batch has the next, all pieces of a
+            batch the same.
 
     Attributes:
         features: What is computed once.
@@ -70,7 +71,7 @@ class Survey:
         self._accuracy_fn = None if accuracy_fn is None else on_copies(accuracy_fn)
         self._data, self._holds, self._seed = data, hold_routing, seed
         self._references: list[_Reference] = []
-        self._graph = GraphOnDemand()
+        self._graph = GraphOnDemand(lambda sums: float(sums[0]))
         self._for_accuracy = Repeats.of_all(model) if accuracy_fn is not None else Repeats(model, ())
         self._for_fixed = (
             Repeats.without_routers(model) if hold_routing and _sparse_routers(model) else Repeats(model, ())
@@ -134,6 +135,10 @@ class Survey:
             rows = self._rows(records=True)
         if self._for_accuracy.has_doubt:
             self._for_accuracy.give_up(OTHER_OUTPUT)
+        if self._graph.needs_graph:
+            for saving in self._savings:
+                if saving.is_on:
+                    saving.give_up("the loss is evaluated with a graph")
         return rows.sum(0)
 
     def _proved(self, found: Tensor) -> Tensor:
@@ -163,7 +168,8 @@ class Survey:
     def _rows(self, *, records: bool) -> Tensor:
         """The sums of each batch, (batches, NUM_SUMS)."""
         evaluated = self._data.evaluate(
-            lambda index, batch: self._graph(lambda: self._of_batch(index, batch, records=records)), copies=False
+            lambda index, batch: self._graph(lambda: self._of_batch(index, batch, records=records), compares=records),
+            copies=False,
         )
         rows = [sums for _, sums in evaluated]
         return torch.stack(rows) if rows else torch.zeros(1, NUM_SUMS, dtype=torch.float64)
@@ -172,7 +178,7 @@ class Survey:
         if not records and self._is_outdated:
             return torch.zeros(NUM_SUMS, dtype=torch.float64)  # cut a moment ago: all is measured again
         self.features.begin(index, records=records)
-        torch.manual_seed(self._seed + index)  # the numbers that the Hessian's loss draws, whose slice this is
+        torch.manual_seed(self._seed + self._data.origins[index])  # the numbers that the loss draws in the Hessian
         device = self.features.device
         start = random_states(device)
         with self._for_accuracy.recorded(), self._for_fixed.recorded():

@@ -26,7 +26,6 @@ class PerturbedLosses:
         """Weighted sum of the losses, sum of the weights, number of samples, (3,), at a draw of a seed and factor."""
         draw, scale = message.tolist()
         self._weights.go(self._weights.normal(int(draw)), scale)
-        torch.manual_seed(self._seed)
         total = torch.tensor([0, 0, self._data.num_samples], dtype=torch.float64)
         losses = self._data.evaluate(lambda index, batch: self._loss(index, batch, at_centre=scale == 0), copies=False)
         for weight, loss in losses:
@@ -37,7 +36,6 @@ class PerturbedLosses:
         """Weighted sum of the gradients by u and of the losses, and sum of the weights, (P + 2,), float64."""
         at_centre = not bool(u.any())
         self._weights.go(self._weights.parts(u))
-        torch.manual_seed(self._seed)
         total = torch.zeros(len(u) + 2, dtype=torch.float64, device=u.device)
         parts = self._weights.parts(total[:-2])
         found = self._data.evaluate(lambda index, batch: self._both(index, batch, at_centre), copies=False)
@@ -49,10 +47,14 @@ class PerturbedLosses:
         return total
 
     def _loss(self, index: int, batch: Batch, at_centre: bool) -> float:
-        return self._graph(lambda: float(_checked(self._loss_fn(self._model, batch), index, at_centre).detach()))
+        return self._graph(lambda: float(self._evaluated(index, batch, at_centre).detach()), compares=at_centre)
+
+    def _evaluated(self, index: int, batch: Batch, at_centre: bool) -> Tensor:
+        torch.manual_seed(self._seed + self._data.origins[index])  # the numbers that the loss draws in the Hessian
+        return _checked(self._loss_fn(self._model, batch), index, at_centre)
 
     def _both(self, index: int, batch: Batch, at_centre: bool) -> tuple[float, tuple[Tensor, ...]]:
-        loss = _checked(self._loss_fn(self._model, batch), index, at_centre)
+        loss = self._evaluated(index, batch, at_centre)
         if not loss.requires_grad:
             raise ValueError(
                 f"loss_fn: expected a loss that depends on the model's parameters; that of batch {index} does not"

@@ -89,7 +89,7 @@ def test_features_are_kept_over_all_directions() -> None:
     forward = model[0].forward
     model[0].forward = lambda x: calls.append(1) or forward(x)  # type: ignore[func-returns-value]
     direction_sweep(model, cross_entropy, [batch], num_directions=4, num_points=5, params=["2"])
-    assert len(calls) == 1 + 4  # the centre, and a proof for each direction
+    assert len(calls) == 2 + 4  # the center with a graph and without, and a proof for each direction
     handle.remove()
 
 

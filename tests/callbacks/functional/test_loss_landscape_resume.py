@@ -48,20 +48,20 @@ def test_a_scan_that_was_cut_short_goes_on(tmp_path: Path) -> None:
         "num_points": 5,
     }
     expected = loss_landscape(model, cross_entropy, [data], **options)
-    cut, _ = counted(limit=11)
+    cut, _ = counted(limit=12)
     with untouched(model), pytest.raises(KeyboardInterrupt):
         loss_landscape(model, cut, [data], resume=file, **options)
     rest, calls = counted()
     found = loss_landscape(model, rest, [data], resume=file, **options)
-    assert len(calls) == 25 - 10  # ten points besides the centre, which is always measured
+    assert len(calls) == 26 - 10  # ten points besides the center, which is always measured, with a graph and without
     assert torch.equal(found.losses, expected.losses)
     again, calls = counted()
     assert torch.equal(loss_landscape(model, again, [data], resume=file, **options).losses, expected.losses)
-    assert len(calls) == 1
+    assert len(calls) == 2
     # a finer grid takes over what it shares
     finer, calls = counted()
     loss_landscape(model, finer, [data], resume=file, **(options | {"num_points": 9}))
-    assert len(calls) == 81 - 25 + 1
+    assert len(calls) == 81 - 25 + 2
     assert not list(file.parent.glob("*.partial"))
 
 
@@ -142,7 +142,7 @@ def test_what_there_is_when_the_time_is_over_is_on_disk(tmp_path: Path) -> None:
     assert math.isinf(found.radius(1e9)) and found.num_nonfinite == 0
     rest, calls = counted()
     assert loss_landscape(model, rest, [data], **options).num_unmeasured == 0
-    assert len(calls) == 1 + 21 - 4
+    assert len(calls) == 2 + 21 - 4
 
 
 def test_points_far_off_are_measured_anew_where_something_is_computed_once(tmp_path: Path) -> None:
@@ -152,7 +152,7 @@ def test_points_far_off_are_measured_anew_where_something_is_computed_once(tmp_p
     options |= {"fixed_routing": False}
     expected = loss_landscape(model, cross_entropy, [data], **options)
     file = tmp_path / "line.npz"
-    cut, _ = counted(limit=1 + 2 * 2 + 2 + 1)  # the centre, both ends twice, a third proof, and one point
+    cut, _ = counted(limit=2 + 2 * 2 + 2 + 1)  # the center, both ends twice, a third proof, and one point
     with untouched(model), pytest.raises(KeyboardInterrupt):
         loss_landscape(model, cut, [data], resume=file, **options)
     with np.load(file) as stored:
@@ -162,10 +162,10 @@ def test_points_far_off_are_measured_anew_where_something_is_computed_once(tmp_p
     found = loss_landscape(model, rest, [data], resume=file, **options)
     assert torch.equal(found.losses, expected.losses)
     assert found.reused == ("0",)
-    assert len(calls) == 1 + 2 * 2 + 2 + 3  # the same anew, and what was missing: 4, of which one is a proof
+    assert len(calls) == 2 + 2 * 2 + 2 + 3  # the same anew, and what was missing: 4, of which one is a proof
     again, calls = counted()
     assert torch.equal(loss_landscape(model, again, [data], resume=file, **options).losses, expected.losses)
-    assert len(calls) == 1
+    assert len(calls) == 2
 
 
 def test_what_lies_to_a_module_is_found_out_also_when_it_goes_on(tmp_path: Path) -> None:

@@ -290,7 +290,7 @@ def test_no_graph_of_a_batch_that_is_over_is_kept() -> None:
         return torch.autograd.grad(loss, [m.shift], retain_graph=True)[0].square().sum()
 
     routing_response(TwoExperts(weighted=True), penalty, [XS[:2], XS[2:]], torch.ones(1), [0.2, 0.3])
-    assert min(counts[1:]) > 0  # after the attempt without a graph
+    assert sorted(counts)[:2] == [0, 7]  # one attempt without a graph
 
 
 def test_everything_is_put_back_also_after_an_interruption() -> None:
@@ -305,7 +305,7 @@ def test_everything_is_put_back_also_after_an_interruption() -> None:
 
     def interrupted(m: nn.Module, b: tuple[Tensor, Tensor]) -> Tensor:
         calls.append(m[0].weight.sum().item())
-        if len(calls) == 5:  # the second step, with its routing fixed
+        if len(calls) == 6:  # the second step, with its routing fixed
             m(b[0])
             raise KeyboardInterrupt
         return cross_entropy(m, b)
@@ -434,7 +434,7 @@ def on_rank(rank: int) -> dict[str, Any]:
 
     def slow(m: nn.Module, b: tuple[Tensor, Tensor]) -> Tensor:
         # three calls compare the batch with its halves
-        if rank == 0 and next(count) == 3 + 7:
+        if rank == 0 and next(count) == 3 + 9:
             monitor._deadline = -math.inf
         return cross_entropy(m, b)
 

@@ -282,4 +282,4 @@ def test_a_sweep_makes_one_plain_pass_for_each_direction() -> None:
         return cross_entropy(m, b)
 
     direction_sweep(model, loss, [batch], num_directions=5, params=["1"], num_points=9)
-    assert len(passes) == 1 + 5 * (8 + 1)
+    assert len(passes) == 2 + 5 * (8 + 1)  # the center with a graph and without
