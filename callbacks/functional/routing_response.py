@@ -235,9 +235,7 @@ class _Survey:
             total += self._sums(index, loss, loss, 0, bool(_choices(reference)))
         return total
 
-    def _evaluated(
-        self, function: Callable[[int, Batch], T], *, compares: bool = False
-    ) -> Iterator[tuple[float, T]]:
+    def _evaluated(self, function: Callable[[int, Batch], T], *, compares: bool = False) -> Iterator[tuple[float, T]]:
         """``function(index, batch)`` for each batch."""
         return self._data.evaluate(
             lambda index, batch: self._graph(lambda: function(index, batch), compares=compares), copies=False

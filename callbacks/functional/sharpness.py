@@ -166,7 +166,9 @@ def sharpness(
                 basis_memory=basis_memory,
                 on_step=findings.add_krylov,
             )
-            findings.certificate = certified(from_krylov(krylov, dependence), operator, krylov, seed, monitor)
+            findings.certificate = certified(
+                from_krylov(krylov, dependence, operator.center_loss), operator, krylov, seed, monitor
+            )
             findings.add_spread()
             findings.trace = deflated_trace(
                 operator,

@@ -88,9 +88,7 @@ def test_other_cuts_are_not_compared() -> None:
 
 
 def test_parts_of_one_analysis_are_compared_and_it_raises_on_request() -> None:
-    callback = SharpnessCallback(
-        splits=["train"], params=["head"], batch_size=10, perturbation=True, on_error="raise"
-    )
+    callback = SharpnessCallback(splits=["train"], params=["head"], batch_size=10, perturbation=True, on_error="raise")
     with pytest.raises(CenterLossError, match=r"sharpness/train .*sharpness/train \(perturbation\)"):
         fit(Frozen(True), callback)
     assert callback.results == {}

@@ -63,6 +63,9 @@ def outcome_of(case: Case) -> Outcome:
     assert math.isfinite(asymmetry) and asymmetry <= 1e-8 * float(hessian.norm()), f"the oracle is wrong: {case}"
     options = dict(case.options)
     options["num_eigenvalues"] = min(options["num_eigenvalues"], len(hessian))
+    if "basis_memory" in options:  # one vector more than the fewest
+        vectors = min(options["num_eigenvalues"] + 4, len(hessian))
+        options["basis_memory"] = vectors * len(hessian) * case.dtype.itemsize
     result = _result(problem, options, None if case.part is None else problem.names, outcome)
     if result is not None:
         outcome.converged = result.eigenvalues_converged

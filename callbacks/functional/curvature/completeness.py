@@ -11,10 +11,13 @@ from moe_heads.callbacks.functional.curvature.basis import dot, norm
 from moe_heads.callbacks.functional.curvature.iteration import KrylovIteration
 from moe_heads.callbacks.functional.curvature.operator import SymmetricOperator
 
-__all__ = ["CHANCE_OF_MISSING", "CompletenessCheck", "are_none_above", "bound_outside"]
+__all__ = ["CHANCE_OF_MISSING", "MARGIN", "CompletenessCheck", "are_none_above", "bound_outside"]
 
 CHANCE_OF_MISSING = 1e-3
 """Probability, over the random start of the check, with which a missing eigenvalue goes unnoticed, at most."""
+
+MARGIN = 0.05
+"""Part of the tolerance by which a missing eigenvalue may lie above the k-th: those of a cluster need not be parted."""
 
 # Steps after which the check is given up.
 _MOST_STEPS = 60
@@ -83,9 +86,9 @@ class CompletenessCheck:
         return int(shares[:, int((values <= level).nonzero()[-1])].argmax())
 
     def _level(self, values: Tensor) -> float:
-        """What lies above the k-th eigenvalue, its tolerance allowed."""
+        """What lies above the k-th eigenvalue, a small part of the tolerance allowed."""
         kth = float(values[-self._k])
-        return kth + max(self._tolerance * abs(kth), self._iteration.rounding)
+        return kth + max(MARGIN * self._tolerance * abs(kth), self._iteration.rounding)
 
     def _look_outside(self, values: Tensor, level: float) -> Literal["complete", "missing", "unknown", "bounded"]:
         """Take Lanczos steps outside the basis until something above the level shows, or a bound below it is there."""
@@ -109,7 +112,7 @@ class CompletenessCheck:
             if largest > level:
                 self._missing_above, self._num_above = level, int((values > level).sum())
                 return "missing"
-            if float(residuals[-1]) <= max(self._tolerance * abs(largest), iteration.rounding):
+            if float(residuals[-1]) <= level - kth:
                 # nothing above it is missing; where it is a copy of the k-th, nothing more can be said
                 self._bound = largest
                 return "complete" if level - largest <= 2 * (level - kth) else "bounded"

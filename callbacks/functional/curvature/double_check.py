@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from moe_heads.callbacks.functional.common.batches import Batch, cut, is_divisible
 from moe_heads.callbacks.functional.common.microbatches import Microbatches, is_out_of_memory
@@ -95,6 +95,7 @@ def _compared(
     differences = [torch.zeros(sum(sizes), dtype=torch.float64, device=params[0].device) for _ in tangents]
     generator = torch.Generator().manual_seed(seed)
     direction = [torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p.device) for p in exact]
+    _rest(gradients, direction)
     size = math.sqrt(sum(float(p.detach().square().sum()) for p in exact) / sum(sizes))
     step = _STEP * max(size, 1e-3)
     slope = quotient = norm = size_of_losses = 0.0
@@ -145,6 +146,15 @@ def _pieces(data: Microbatches, cuts: bool) -> list[tuple[int, Batch, int]]:
         if left <= 0:
             break
     return pieces
+
+
+def _rest(gradients: BatchGradients, direction: Sequence[Tensor]) -> None:
+    """Leave out the rows of padding tokens, which have no gradient by torch's definition: they are constants."""
+    places = {id(p): part for p, part in zip(gradients.params.values(), direction, strict=True)}
+    for module in gradients.model.modules():
+        padding = getattr(module, "padding_idx", None)
+        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and padding is not None and id(module.weight) in places:
+            places[id(module.weight)][padding] = 0
 
 
 def _draws_random_numbers(gradients: BatchGradients, index: int, batch: Batch, _: int) -> bool:

@@ -31,6 +31,7 @@ class Certificate:
             direction, in float64.
         num_double: Samples that were evaluated in float64.
         scale: Norm of H on the Krylov space, up to a factor of three.
+        negligible: Curvature that is rounding in a loss of this size, a hundred units in the last place.
         cut_dependence: Relative change of the loss when batches are cut in halves; 0 for a mean over samples up to
             rounding.
         is_complete: Whether a fresh random vector found no eigenvalue above the last one that is missing.
@@ -44,6 +45,7 @@ class Certificate:
     derivative_error: float = math.nan
     num_double: int = 0
     scale: float = 0.0
+    negligible: float = 0.0
     cut_dependence: float = math.nan
     is_complete: bool = False
     dtype: str = "float32"
@@ -55,7 +57,7 @@ class Certificate:
         limit = _SYMMETRIC.get(self.dtype, 1e-4)
         if math.isfinite(self.rounding) and self.scale > 0:
             limit = max(limit, _OF_ROUNDING * self.rounding / self.scale)
-        return self.asymmetry <= limit
+        return self.asymmetry <= limit or self.asymmetry * self.scale <= self.negligible
 
     @property
     def is_derivative(self) -> bool:

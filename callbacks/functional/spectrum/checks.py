@@ -16,7 +16,7 @@ from moe_heads.callbacks.functional.spectrum.certificate import Certificate
 __all__ = ["certified", "from_krylov"]
 
 
-def from_krylov(krylov: LanczosResult, dependence: CutDependence) -> Certificate:
+def from_krylov(krylov: LanczosResult, dependence: CutDependence, center_loss: float) -> Certificate:
     """What the Lanczos run itself says, without a further product, and what is known of the loss."""
     scale = float(krylov.projected.abs().max())
     unchecked = {} if krylov.is_complete else {"no eigenvalue missing": "the steps ended before"}
@@ -26,6 +26,7 @@ def from_krylov(krylov: LanczosResult, dependence: CutDependence) -> Certificate
         asymmetry=krylov.asymmetry / scale if scale else 0.0,
         is_complete=krylov.is_complete,
         scale=scale,
+        negligible=100 * torch.finfo(krylov.basis.dtype).eps * abs(center_loss),
         cut_dependence=math.nan if dependence.size is None else dependence.size,
         dtype=str(krylov.basis.dtype).removeprefix("torch."),
         unchecked={

@@ -10,6 +10,7 @@ from torch import Tensor
 from moe_heads.callbacks.functional.common.mean_check import CutDependence
 from moe_heads.callbacks.functional.common.monitor import Monitor
 from moe_heads.callbacks.functional.curvature.basis import norm
+from moe_heads.callbacks.functional.curvature.completeness import MARGIN
 from moe_heads.callbacks.functional.curvature.density import spectral_density
 from moe_heads.callbacks.functional.curvature.krylov import LanczosResult
 from moe_heads.callbacks.functional.curvature.operator import HessianOperator, InterruptedProduct
@@ -104,7 +105,7 @@ class Findings:
         """The result so far."""
         krylov = self.krylov
         assert krylov is not None
-        certificate = self.certificate or from_krylov(krylov, self.dependence)
+        certificate = self.certificate or from_krylov(krylov, self.dependence, self.operator.center_loss)
         trace = self.trace or TraceResult(math.nan, math.inf, math.nan, 0, converged=False, blocks={})
         rounding = certificate.trace_rounding if math.isfinite(certificate.trace_rounding) else 0.0
         trace_stderr = math.hypot(trace.stderr, rounding)
@@ -147,10 +148,13 @@ class Findings:
 
     def _residual_norms(self, krylov: LanczosResult, certificate: Certificate) -> list[float]:
         """Residual norms of the eigenvalues, with what the checks found."""
-        norms = krylov.residual_norms.flip(0)[: len(krylov.eigenvalues)].tolist()
+        count = len(krylov.eigenvalues)
+        # an eigenvalue that close above the last one may be missing
+        margin = MARGIN * krylov.tolerance * abs(krylov.eigenvalues[-1])
+        norms = krylov.residual_norms.flip(0)[:count].clamp_min(margin).tolist()
         if math.isfinite(certificate.rounding):
             # what rounding does was measured: its assumed size is not needed
-            bare = krylov.bare_residual_norms.flip(0)[: len(krylov.eigenvalues)].clamp_min(krylov.asymmetry)
+            bare = krylov.bare_residual_norms.flip(0)[:count].clamp_min(max(krylov.asymmetry, margin))
             norms = (bare + certificate.rounding).tolist()
         norms[0] = max(norms[0], self.true_residual)
         return norms
