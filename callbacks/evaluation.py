@@ -137,8 +137,8 @@ def _training_loss(model: nn.Module, batch: Batch) -> Tensor:
     output = step(batch, 0) if takes_index else step(batch)
     loss = output.get("loss") if isinstance(output, Mapping) else output
     if not isinstance(loss, Tensor):
+        got = f"a dict with {sorted(map(str, output))}" if isinstance(output, Mapping) else type(output).__name__
         raise MisconfigurationException(
-            f"{type(model).__name__}.training_step: expected a tensor or a dict with 'loss'; got {type(loss).__name__}."
-            f" {_REMEDY}"
+            f"{type(model).__name__}.training_step: expected a tensor or a dict with 'loss'; got {got}. {_REMEDY}"
         )
     return loss

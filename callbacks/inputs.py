@@ -21,6 +21,7 @@ from moe_heads.callbacks.options import Options, OverRanks
 from moe_heads.callbacks.sample import Sample, draw_sample
 from moe_heads.callbacks.sites import Site
 from moe_heads.callbacks.trainer_access import Split
+from moe_heads.callbacks.training_mode import explain_evaluation_mode
 
 __all__ = ["AnalysisInputs", "prepare"]
 
@@ -118,7 +119,11 @@ def prepare(
         if loss_fn is not None:
             batch = site.transfer(own_copy(sample.batches[0]))
             first = Batches([batch], sample.batches.sizes[:1], weight_fn=analysis.batch_weight_fn)
-            is_random = draws_random_numbers(model, loss_fn, first, ranks.name)
+            try:
+                is_random = draws_random_numbers(model, loss_fn, first, ranks.name)
+            except Exception as error:  # of any kind: code of the user's
+                explain_evaluation_mode(model, loss_fn, batch, error)
+                raise
             if shares and ranks.size > 1 and not is_random:
                 # what it shows of all batches is told by the analysis itself
                 may_cut = check_mean(model, loss_fn, first, monitor=Monitor(on_warning=lambda message: None)).may_cut
