@@ -65,7 +65,8 @@ def _copy_of(leaf: Any) -> Any:
     if isinstance(leaf, Tensor):
         return _clone(leaf)
     if isinstance(leaf, PackedSequence):
-        return type(leaf)(*(None if part is None else _clone(part) for part in leaf))
+        parts: list[Any] = [None if part is None else _clone(part) for part in leaf]
+        return type(leaf)(*parts)
     if isinstance(leaf, np.ndarray) and leaf.dtype != object:
         return leaf.copy()
     try:

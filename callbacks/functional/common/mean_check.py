@@ -217,7 +217,7 @@ class _Check:
             self.sums.num_different += 1
             if len(losses) == 2 and abs(whole - sum(losses)) <= allowed:
                 self.sums.num_sums += 1
-                self.sums.example = self.sums.example or (piece.size, *losses)
+                self.sums.example = self.sums.example or (piece.size, losses[0], losses[1])
             self.sums.difference += piece.weight * abs(whole - mean)
         self.sums.num_checked += 1
         self.sums.weight += piece.weight

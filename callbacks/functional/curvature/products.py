@@ -206,6 +206,6 @@ class BatchProducts:
             except NoSecondDerivative as error:
                 raise self._named(error, batch) from error.__cause__
         pairs = list(zip(*products, strict=True))
-        error = sum(float((a - b).square().sum(dtype=torch.float64)) for a, b in pairs)
+        difference = sum(float((a - b).square().sum(dtype=torch.float64)) for a, b in pairs)
         size = sum(float(a.square().sum(dtype=torch.float64)) for a, _ in pairs)
-        return error <= tolerance**2 * size
+        return difference <= tolerance**2 * size
