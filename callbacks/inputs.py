@@ -135,8 +135,8 @@ def prepare(
     share = _share(sample.batches, ranks, may_cut=may_cut) if shares else None
     with ranks.together():
         mine = share or sample.batches
-        there = [site.transfer(own_copy(batch)) for batch in mine]
-        batches = Batches(there, mine.sizes, weight_fn=analysis.batch_weight_fn)
+        moved = [site.transfer(own_copy(batch)) for batch in mine]
+        batches = Batches(moved, mine.sizes, weight_fn=analysis.batch_weight_fn)
     sharing = ranks if share else Ranks(name=ranks.name)
     cuts = (sharing.size, *sample.batches.sizes)
     return AnalysisInputs(model, loss_fn, batches, split, key, cuts, monitor, sharing, site.trainer), sample

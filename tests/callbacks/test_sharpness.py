@@ -152,3 +152,19 @@ def test_the_published_engine_says_what_is_wrong_with_it() -> None:
 def test_bad_options(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         SharpnessCallback(**options)
+
+
+def test_memory_bounds_are_checked_before_training_and_reach_the_function() -> None:
+    with pytest.raises(ValueError, match=r"basis_memory: expected at least .* bytes, 8 vectors of .* parameters"):
+        trainer(SharpnessCallback(basis_memory=10)).fit(PlainModule(), loader())
+    with pytest.raises(ValueError, match="graph_memory: expected an integer of at least 0 or None; got -1"):
+        SharpnessCallback(graph_memory=-1)
+    callback = SharpnessCallback(loss_fn=cross_entropy, graph_memory=0, splits=["train"])
+    assert callback.analyse(sparse_model(), train=loader())["train"].graph_mode == "rebuilt"
+
+
+def test_perturbations_and_routing_start_from_the_loss_of_the_hessian() -> None:
+    callback = SharpnessCallback(loss_fn=cross_entropy, perturbation=True, splits=["train"])
+    result = callback.analyse(sparse_model(), train=loader())["train"]
+    assert result.perturbation is not None
+    assert result.center_loss == pytest.approx(result.perturbation.center_loss, rel=1e-5)
