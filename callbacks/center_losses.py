@@ -55,8 +55,10 @@ def _found(name: str, result: Any) -> Iterator[tuple[str, float]]:
     loss = getattr(result, "center_loss", None)
     if isinstance(loss, float):
         yield name, loss
-    parts = {part: getattr(result, part, None) for part in ("perturbation", "routing")}
-    for part, found in {**parts, **getattr(result, "parts", {})}.items():
+    named = getattr(result, "parts", None)
+    parts = dict(named) if isinstance(named, Mapping) else {}
+    parts |= {part: getattr(result, part, None) for part in ("perturbation", "routing")}
+    for part, found in parts.items():
         if found is not None:
             yield from _found(f"{name} ({part})", found)
 

@@ -4,6 +4,7 @@ import itertools
 import math
 import warnings
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,6 +25,7 @@ class Part:
 
 def test_losses_of_a_result_and_of_its_parts() -> None:
     assert center_losses_of("a/train", Part(1.0, routing=Part(2.0))) == {"a/train": 1.0, "a/train (routing)": 2.0}
+    assert center_losses_of("a/train", SimpleNamespace(parts=(1, 2))) == {}
     assert center_losses_of("a/train", Part(math.nan)) == center_losses_of("a/train", object()) == {}
 
 
