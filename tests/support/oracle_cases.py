@@ -138,8 +138,8 @@ class Case:
         if self.state == "fitted":
             _fit(model.eval(), loss_fn, batch)
         elif self.state == "zero readout":
-            *_, readout = (module for module in model.modules() if isinstance(module, nn.Linear))
-            for p in readout.parameters():
+            layers = [module for module in model.modules() if isinstance(module, nn.Linear)]
+            for p in layers[-1].parameters() if layers else ():
                 nn.init.zeros_(p)
         elif self.state in {"large", "small"}:
             with torch.no_grad():
