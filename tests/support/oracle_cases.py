@@ -138,8 +138,8 @@ class Case:
         if self.state == "fitted":
             _fit(model.eval(), loss_fn, batch)
         elif self.state == "zero readout":
-            *_, readout = (module for module in model.modules() if isinstance(module, nn.Linear))
-            for p in readout.parameters():
+            layers = [module for module in model.modules() if isinstance(module, nn.Linear)]
+            for p in layers[-1].parameters() if layers else ():
                 nn.init.zeros_(p)
         elif self.state in {"large", "small"}:
             with torch.no_grad():
@@ -152,7 +152,8 @@ class Case:
         if self.part is None:
             return list(sizes)
         rng, chosen = random.Random(self.part), set[str]()
-        usable = [name for name in sizes if not name.startswith(("idle", "spare"))]
+        # a part that no output depends on is refused
+        usable = [name for name in sizes if not name.startswith(("idle", "spare")) and ".noise." not in f".{name}"]
         while sum(sizes[name] for name in chosen) < min(12, sum(sizes[name] for name in usable)):
             name = rng.choice(usable)
             prefix = name.rpartition(".")[0]

@@ -93,7 +93,7 @@ LOSSES: Mapping[str, Loss] = {
     "squared error": Loss(lambda z, y: (z - y).square().mean(1), _values),
     "squared error, summed outputs": Loss(lambda z, y: F.mse_loss(z, y, reduction="none").sum(1), _values),
     "huber": Loss(lambda z, y: F.smooth_l1_loss(z, y, reduction="none").mean(1), _values),
-    "log cosh": Loss(lambda z, y: (z - y).cosh().log().mean(1), _values),
+    "log cosh": Loss(lambda z, y: torch.logaddexp(z - y, y - z).mean(1), _values),
     "binary": Loss(lambda z, y: F.binary_cross_entropy_with_logits(z, y, reduction="none").mean(1), _bits),
     "poisson": Loss(lambda z, y: F.poisson_nll_loss(z, y, reduction="none").mean(1), _counts),
     "soft targets": Loss(lambda z, y: F.kl_div(z.log_softmax(1), y, reduction="none").sum(1), _shares, 2),
@@ -101,6 +101,7 @@ LOSSES: Mapping[str, Loss] = {
     "smooth margin": Loss(_smooth_margin, _classes, 2),
     "focal": Loss(_focal, _classes, 2),
     "gaussian": Loss(_gaussian, _values, 2),
+    "unlearned": Loss(lambda z, y: -F.cross_entropy(z, y, reduction="none"), _classes, 2),
 }
 
 

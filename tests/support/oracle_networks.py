@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.support.oracle_layers import FEATURES, flat, tanh_mlp
-from tests.support.oracle_networks_flat import FLAT_NETWORKS
+from tests.support.oracle_networks_flat import FLAT_NETWORKS, Features
 from tests.support.oracle_networks_images import IMAGE_NETWORKS
 from tests.support.oracle_networks_sequences import SEQUENCE_NETWORKS
 
@@ -90,5 +90,6 @@ NETWORKS: tuple[Network, ...] = (
     Network("badly scaled inputs, linear", lambda c: nn.Linear(FEATURES, c), _INPUTS["badly scaled vectors"]),
     Network("scalar regression", lambda c: nn.Sequential(*flat(9, nn.Softplus(), 9), nn.Linear(9, c)), _vectors, (1,)),
     Network("many outputs", lambda c: nn.Linear(FEATURES, c), _vectors, (8,)),
+    Network("random features", Features, _vectors, (4, 6)),
     Network("many outputs, deep", tanh_mlp, _vectors, (12,)),
 )

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from moe_heads import Dense, SoftMoE, SparseMoE
 from tests.support.oracle_layers import FEATURES, Apply, Residual, flat, tanh_mlp, with_statistics
 
-__all__ = ["FLAT_NETWORKS"]
+__all__ = ["FLAT_NETWORKS", "Features"]
 
 
 def _mlp(width: int, activation: nn.Module, second: int | None = None) -> Callable[[int], nn.Module]:
@@ -67,6 +67,37 @@ class _Frozen(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(torch.tanh(self.middle(self.body(x))))
+
+
+class Features(nn.Module):
+    """Random features and a linear readout: under a sum over outputs each eigenvalue is there once an output."""
+
+    def __init__(self, outputs: int) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(FEATURES, 28), nn.Tanh()).requires_grad_(False)
+        self.readout = nn.Linear(28, outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.readout(self.body(x))
+
+
+class _Routed(nn.Module):
+    """Each sample to the expert of the sign of its first feature; an expert that no sample goes to is not called."""
+
+    def __init__(self, outputs: int) -> None:
+        super().__init__()
+        self.outputs = outputs
+        self.body = nn.Linear(FEATURES, 5)
+        self.experts = nn.ModuleList(_mlp(6, nn.Tanh())(outputs) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden, chosen = torch.tanh(self.body(x)), (x[:, 0] > 0.5).long()
+        out = x.new_zeros(len(x), self.outputs)
+        for number, expert in enumerate(self.experts):
+            rows = (chosen == number).nonzero()[:, 0]
+            if len(rows):
+                out = out.index_add(0, rows, expert(hidden[rows]))
+        return out
 
 
 class _Unused(nn.Module):
@@ -324,6 +355,7 @@ FLAT_NETWORKS: Mapping[str, Callable[[int], nn.Module]] = {
     "shared layer": _Shared,
     "frozen body": _Frozen,
     "unused parameters": _Unused,
+    "routed rows": _Routed,
     "buffers": _Buffers,
     "checkpointed": _Checkpointed,
     "weight norm": _weight_norm,
