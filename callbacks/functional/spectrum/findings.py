@@ -26,6 +26,9 @@ __all__ = ["Findings"]
 # Passes over the basis that a result takes: eigenvectors and the shares of the blocks in them.
 _PASSES_OF_A_RESULT = 3
 
+# Units in the last place, over the norm of H, that the arithmetic of the iteration itself may be off.
+_ROUNDINGS = 8
+
 
 @dataclass
 class Findings:
@@ -155,7 +158,9 @@ class Findings:
         if math.isfinite(certificate.rounding):
             # what rounding does was measured: its assumed size is not needed
             bare = krylov.bare_residual_norms.flip(0)[:count].clamp_min(max(krylov.asymmetry, margin))
-            norms = (bare + certificate.rounding).tolist()
+            # inner products and basis vectors are rounded too
+            own = _ROUNDINGS * torch.finfo(self.operator.dtype).eps * certificate.scale
+            norms = (bare + certificate.rounding + own).tolist()
         norms[0] = max(norms[0], self.true_residual)
         return norms
 
