@@ -115,7 +115,8 @@ class _Region:
     ) -> Any:
         weights = module._flat_weights
         args, kwargs = map_leaves((args, kwargs), self._in_full)
-        module._flat_weights = [self._in_full(weight) for weight in weights]
+        full: list[Any] = [self._in_full(weight) for weight in weights]
+        module._flat_weights = full
         try:
             with torch.autocast(self.modules[module][0].type, enabled=False):
                 return forward(*args, **kwargs)
