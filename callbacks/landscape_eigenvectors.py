@@ -34,7 +34,8 @@ def top_eigenvectors_of(
     """
     names = (*trainable_parameters(inputs.model, params),)
     for callback in [] if inputs.trainer is None else inputs.trainer.callbacks:  # type: ignore[attr-defined]
-        if isinstance(callback, SharpnessCallback) and callback.loss_fn == loss_fn:
+        is_same_loss = isinstance(callback, SharpnessCallback) and callback.loss_fn == loss_fn
+        if is_same_loss and callback.batch_weight_fn == inputs.batches.weight_fn:
             found: SharpnessResult | None = callback.result_for(inputs)
             if found is not None and found.parameter_names == names and _is_enough(found, number):
                 assert found.eigenvectors is not None

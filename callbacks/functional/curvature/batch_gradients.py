@@ -34,12 +34,14 @@ class BatchGradients:
         params: The parameters.
         device: Their device.
         folds: Batch norms that are folded into the layer before them.
+        reaches: Whether the loss of a batch has reached the parameters.
     """
 
     def __init__(self, model: nn.Module, loss_fn: LossFn, params: dict[str, Tensor], seed: int = 0) -> None:
         self.model, self.loss_fn, self.params = model, on_copies(loss_fn), params
         self.device, self._seed = next(iter(params.values())).device, seed
         self.folds: list[Fold] = []
+        self.reaches = False
         chosen = {id(p) for p in params.values()}
         self._others = [p for p in model.parameters() if p.requires_grad and id(p) not in chosen]
 
@@ -72,7 +74,11 @@ class BatchGradients:
         """
         with self.evaluation(index):
             loss = checked_loss(self.loss_fn(self.model, batch), index)
-            return float(loss.detach()), gradient_with_graph(loss, tuple(self.params.values()))
+            params = tuple(self.params.values())
+            if not loss.requires_grad:
+                return float(loss.detach()), tuple(map(torch.zeros_like, params))
+            self.reaches = True
+            return float(loss.detach()), gradient_with_graph(loss, params)
 
     def differentiate(
         self, gradient: tuple[Tensor, ...], tangents: Sequence[Tensor], *, retain_graph: bool

@@ -30,11 +30,11 @@ class NoSecondDerivative(RuntimeError):
 
 
 def checked_loss(loss: object, index: int) -> Tensor:
-    """The loss of batch ``index``, if it can be differentiated twice.
+    """The loss of batch ``index``, if it can be differentiated twice; it may reach no parameter, as of an idle expert.
 
     Raises:
-        ValueError: If it is not a finite scalar tensor that depends on a parameter, or went through a reentrant
-            checkpoint (``torch.autograd.grad`` would silently lose what lies inside).
+        ValueError: If it is not a finite scalar tensor, or went through a reentrant checkpoint (``torch.autograd.grad``
+            would silently lose what lies inside).
     """
     where = f"of batch {index}"
     if not isinstance(loss, Tensor) or loss.numel() != 1:
@@ -42,10 +42,6 @@ def checked_loss(loss: object, index: int) -> Tensor:
         raise ValueError(f"loss_fn: expected a scalar tensor, the mean loss {where}; got {got}")
     if not bool(loss.isfinite().all()):
         raise ValueError(f"loss_fn: expected a finite loss; got {loss.item()} as the loss {where}")
-    if loss.grad_fn is None:
-        raise ValueError(
-            f"loss_fn: expected a loss that depends on the model's parameters; the loss {where} has no graph"
-        )
     check_checkpoints(loss)
     return loss.reshape(())
 

@@ -152,6 +152,7 @@ class HessianOperator:
         self.num_samples, self.total_weight = self._data.num_samples, self._data.total_weight
         self._weight_differentiated = 0.0
         self._total: Callable[[Tensor, int | None], Tensor] | None = None  # this process alone
+        self._is_alone = True
         self._products = BatchProducts(
             model, loss_fn, named, self._data, monitor or Monitor(), memory=graph_memory, mode=mode, seed=seed
         )
@@ -218,7 +219,7 @@ class HessianOperator:
             num_samples: Samples of all ranks.
             stratum_weights: Sum of the weights over the ranks, by stratum; as many as the rank with the most has.
         """
-        self._total, self.num_samples = total, num_samples
+        self._total, self.num_samples, self._is_alone = total, num_samples, False
         self.num_strata, self.total_weight = len(stratum_weights), float(stratum_weights.sum())
         self.stratum_weights = stratum_weights / self.total_weight
 
@@ -269,6 +270,10 @@ class HessianOperator:
         except _NoRoomForKept:
             self._products.release("memory ran out")
             total = self._sum(parts, wanted)
+        if stratum is None and self._is_alone and not self.gradients.reaches:
+            raise ValueError(
+                "loss_fn: expected a loss that depends on the parameters; that of no batch has a graph of them"
+            )
         # the sum is nan or inf if one of the entries is
         if not (bool(total.sum().isfinite()) or bool(total.isfinite().all())):
             for index, batch in enumerate(self._data):
