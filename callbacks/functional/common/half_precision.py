@@ -135,10 +135,10 @@ class _Region:
 
 def _half_modules(model: nn.Module) -> dict[nn.Module, tuple[torch.device, torch.dtype]]:
     """Modules that hold half-precision tensors, and no floating-point parameter of another type, with the type."""
-    found = {}
+    found: dict[nn.Module, tuple[torch.device, torch.dtype]] = {}
     for module in model.modules():
-        parameters = [p for p in module.parameters() if p.is_floating_point() or p.is_complex()]
-        held: list[Tensor] = [*parameters] or [b for b in module.buffers() if b.is_floating_point()]
+        parameters: list[Tensor] = [p for p in module.parameters() if p.is_floating_point() or p.is_complex()]
+        held = parameters or [b for b in module.buffers() if b.is_floating_point()]
         dtypes = {tensor.dtype for tensor in held}
         if len(dtypes) == 1 and dtypes <= {*HALF} and not is_opaque(module):
             found[module] = held[0].device, held[0].dtype

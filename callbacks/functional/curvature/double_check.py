@@ -21,9 +21,19 @@ _FEWEST, _SHARE, _MOST = 32, 0.05, 128
 # Batches from which they are taken, evenly spaced.
 _MOST_PIECES = 8
 
-# Step of the finite difference in units of the size of the weights: in float64 far above rounding, and small enough
+# Step of a difference of losses in units of the size of the weights: in float64 far above rounding, and small enough
 # that next to no unit crosses a kink.
 _STEP = 1e-6
+
+
+# The same for a difference of gradients, whose jumps at the kinks of a ReLU it must not meet.
+_SMALL_STEP = 1e-9
+
+# Random directions along which the loss is differentiated.
+_DIRECTIONS = 3
+
+# Rounding of a gradient in float64, over one.
+_ROUNDING = 1e-14
 
 
 @dataclass(frozen=True)
@@ -32,14 +42,17 @@ class DoubleCheck:
 
     Attributes:
         differences: :math:`\Delta v` for each vector, (P,) each, float64, with :math:`\Delta` the difference of the two
-            Hessians; empty where the products are in float64 anyway.
-        derivative_error: Difference between :math:`g \cdot d` and a central difference of the loss along a random
-            direction d, over the larger of :math:`\|g\|` and the difference quotient; d has entries of size 1.
+            Hessians.
+        derivative_error: Largest difference between :math:`g \cdot d` and a central difference of the loss along three
+            random directions d, over the larger of :math:`\|g\|` and the quotient; d has entries of size 1.
+        curvature_error: Length of the difference between :math:`Hd` and a central difference of the gradient, over that
+            of the longer of the two.
         num_samples: Samples that were looked at.
     """
 
     differences: tuple[Tensor, ...]
     derivative_error: float
+    curvature_error: float
     num_samples: int
 
 
@@ -90,32 +103,14 @@ def _compared(
 ) -> DoubleCheck:
     params, exact = list(gradients.params.values()), list(double.params.values())
     sizes = [p.numel() for p in params]
-    is_exact = params[0].dtype == torch.float64
-    tangents = [] if is_exact else [_parts(vector, params, sizes) for vector in vectors]
+    tangents = [_parts(vector, params, sizes) for vector in vectors]
     differences = [torch.zeros(sum(sizes), dtype=torch.float64, device=params[0].device) for _ in tangents]
-    generator = torch.Generator().manual_seed(seed)
-    direction = [torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p.device) for p in exact]
-    _rest(gradients, direction)
-    size = math.sqrt(sum(float(p.detach().square().sum()) for p in exact) / sum(sizes))
-    step = _STEP * max(size, 1e-3)
-    slope = quotient = norm = size_of_losses = 0.0
+    slopes = _Slopes(gradients, double, seed)
     total = sum(count for *_, count in pieces)
     for index, batch, count in pieces:
         monitor.tick()
-        wide = torch.autograd.grad(
-            double(batch), exact, create_graph=bool(tangents), allow_unused=True, materialize_grads=True
-        )
-        slope += count * sum(float((g.detach() * d).sum()) for g, d in zip(wide, direction, strict=True))
-        norm += count * math.sqrt(sum(float(g.detach().square().sum()) for g in wide))
-        with torch.no_grad():
-            forward, back = (
-                [p + sign * step * d for p, d in zip(exact, direction, strict=True)] for sign in (1.0, -1.0)
-            )
-        ends = [float(double(batch, moved).detach()) for moved in (forward, back)]
-        quotient += count * (ends[0] - ends[1]) / (2 * step)
-        size_of_losses += count * (1 + abs(ends[0]))
-        if not tangents:
-            continue
+        wide = _gradient(double, batch, exact, create_graph=True)
+        slopes.add(batch, wide, count / total)
         monitor.tick()
         _, narrow = gradients.gradient(index, batch)
         for found, tangent in zip(differences, tangents, strict=True):
@@ -123,10 +118,74 @@ def _compared(
             theirs = _differentiated(wide, exact, [t.double() for t in tangent])
             flat = torch.cat([(a.double() - b).reshape(-1) for a, b in zip(ours, theirs, strict=True)])
             found.add_(flat, alpha=count / total)
-    scale = max(norm, abs(quotient), abs(slope))
-    # what a loss of size one rounds to is no error of the derivative
-    error = max(abs(slope - quotient) - size_of_losses * 4e-16 / step, 0.0)
-    return DoubleCheck(tuple(differences), error / scale if scale else 0.0, total)
+    return DoubleCheck(tuple(differences), slopes.derivative_error, slopes.curvature_error, total)
+
+
+class _Slopes:
+    """Compares gradients with differences of losses, and products with differences of gradients."""
+
+    def __init__(self, gradients: BatchGradients, double: DoubleLoss, seed: int) -> None:
+        self._double, self._exact = double, list(double.params.values())
+        generator = torch.Generator().manual_seed(seed)
+        self._directions = [self._direction(gradients, generator) for _ in range(_DIRECTIONS)]
+        count = sum(p.numel() for p in self._exact)
+        size = math.sqrt(sum(float(p.detach().square().sum()) for p in self._exact) / count)
+        self._size = max(size, 1e-3)
+        self._slopes, self._quotients = [0.0] * _DIRECTIONS, [0.0] * _DIRECTIONS
+        self._norm = self._loss = 0.0
+        self._product: list[Tensor] = [torch.zeros_like(p) for p in self._exact]
+        self._change: list[Tensor] = [torch.zeros_like(p) for p in self._exact]
+
+    def add(self, batch: Batch, gradient: Sequence[Tensor], weight: float) -> None:
+        """Take a batch, with its gradient and the graph of it."""
+        step = _STEP * self._size
+        for place, direction in enumerate(self._directions):
+            ends = [float(self._double(batch, self._moved(direction, sign * step)).detach()) for sign in (1, -1)]
+            self._quotients[place] += weight * (ends[0] - ends[1]) / (2 * step)
+            slope = sum(float((g.detach() * d).sum()) for g, d in zip(gradient, direction, strict=True))
+            self._slopes[place] += weight * slope
+            self._loss += weight * abs(ends[0]) / _DIRECTIONS
+        self._norm += weight * _length(gradient)
+        step = _SMALL_STEP * self._size
+        for sign in (1, -1):
+            moved = [p.requires_grad_() for p in self._moved(self._directions[0], sign * step)]
+            for place, part in zip(self._change, _gradient(self._double, batch, moved), strict=True):
+                place.add_(part, alpha=sign * weight / (2 * step))
+        for place, part in zip(self._product, _differentiated(gradient, self._exact, self._directions[0]), strict=True):
+            place.add_(part, alpha=weight)
+
+    @property
+    def derivative_error(self) -> float:
+        """Of the gradient; see `DoubleCheck`."""
+        # what a loss of this size rounds to is no error of the derivative
+        rounding = 4e-16 * (1 + self._loss) / (_STEP * self._size)
+        pairs = zip(self._slopes, self._quotients, strict=True)
+        errors = [(abs(s - q) - rounding) / max(self._norm, abs(q), 1e-300) for s, q in pairs]
+        return max(0.0, *errors)
+
+    @property
+    def curvature_error(self) -> float:
+        """Of the product; see `DoubleCheck`."""
+        rounding = _ROUNDING * (1 + self._norm) / (_SMALL_STEP * self._size)
+        error = _length([a - b for a, b in zip(self._product, self._change, strict=True)]) - rounding
+        return max(error, 0.0) / max(_length(self._product), _length(self._change), 1e-300)
+
+    def _moved(self, direction: Sequence[Tensor], step: float) -> list[Tensor]:
+        return [p.detach() + step * d for p, d in zip(self._exact, direction, strict=True)]
+
+    def _direction(self, gradients: BatchGradients, generator: torch.Generator) -> list[Tensor]:
+        found = [torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p.device) for p in self._exact]
+        places = {id(p): part for p, part in zip(gradients.params.values(), found, strict=True)}
+        for module in gradients.model.modules():
+            # the rows of padding tokens have no gradient by torch's definition: they are constants
+            padding = getattr(module, "padding_idx", None)
+            if (
+                isinstance(module, (nn.Embedding, nn.EmbeddingBag))
+                and padding is not None
+                and id(module.weight) in places
+            ):
+                places[id(module.weight)][padding] = 0
+        return found
 
 
 def _pieces(data: Microbatches, cuts: bool) -> list[tuple[int, Batch, int]]:
@@ -146,15 +205,6 @@ def _pieces(data: Microbatches, cuts: bool) -> list[tuple[int, Batch, int]]:
         if left <= 0:
             break
     return pieces
-
-
-def _rest(gradients: BatchGradients, direction: Sequence[Tensor]) -> None:
-    """Leave out the rows of padding tokens, which have no gradient by torch's definition: they are constants."""
-    places = {id(p): part for p, part in zip(gradients.params.values(), direction, strict=True)}
-    for module in gradients.model.modules():
-        padding = getattr(module, "padding_idx", None)
-        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and padding is not None and id(module.weight) in places:
-            places[id(module.weight)][padding] = 0
 
 
 def _draws_random_numbers(gradients: BatchGradients, index: int, batch: Batch, _: int) -> bool:
@@ -178,3 +228,16 @@ def _differentiated(
     return torch.autograd.grad(
         outputs, params, directions, retain_graph=True, allow_unused=True, materialize_grads=True
     )
+
+
+def _gradient(
+    double: DoubleLoss, batch: Batch, params: Sequence[Tensor], *, create_graph: bool = False
+) -> Sequence[Tensor]:
+    loss = double(batch, params)
+    if not loss.requires_grad:
+        return [torch.zeros_like(p) for p in params]
+    return torch.autograd.grad(loss, params, create_graph=create_graph, allow_unused=True, materialize_grads=True)
+
+
+def _length(parts: Sequence[Tensor]) -> float:
+    return math.sqrt(sum(float(part.detach().square().sum()) for part in parts))

@@ -27,8 +27,9 @@ class Certificate:
             the unit eigenvectors with random signs: what rounding adds to each residual, in units of an eigenvalue. nan
             where it was not measured.
         trace_rounding: Error of the trace from rounding, estimated in the same way with random signs.
-        derivative_error: Relative difference between the gradient and a finite difference of the loss along a random
-            direction, in float64.
+        derivative_error: Relative difference between the gradient and a finite difference of the loss along random
+            directions, in float64.
+        curvature_error: Relative difference between a product and a finite difference of the gradient, in float64.
         num_double: Samples that were evaluated in float64.
         scale: Norm of H on the Krylov space, up to a factor of three.
         negligible: Curvature that is rounding in a loss of this size, a hundred units in the last place.
@@ -43,6 +44,7 @@ class Certificate:
     rounding: float = math.nan
     trace_rounding: float = math.nan
     derivative_error: float = math.nan
+    curvature_error: float = math.nan
     num_double: int = 0
     scale: float = 0.0
     negligible: float = 0.0
@@ -65,9 +67,14 @@ class Certificate:
         return not self.derivative_error > _SAME_DERIVATIVE
 
     @property
+    def is_second_derivative(self) -> bool:
+        """False where a product was seen not to be the derivative of the gradient."""
+        return not self.curvature_error > _SAME_DERIVATIVE
+
+    @property
     def is_hessian(self) -> bool:
         """False where the products were seen not to be those of the loss's Hessian."""
-        return self.is_symmetric and self.is_derivative
+        return self.is_symmetric and self.is_derivative and self.is_second_derivative
 
     def metrics(self) -> dict[str, float]:
         """The errors that were measured, by name."""
@@ -76,6 +83,7 @@ class Certificate:
             "rounding": self.rounding,
             "trace_rounding": self.trace_rounding,
             "derivative_error": self.derivative_error,
+            "curvature_error": self.curvature_error,
             "cut_dependence": self.cut_dependence,
         }
 
@@ -96,6 +104,12 @@ class Certificate:
                 " backward (a straight-through estimator, say), a detach() in the loss, or parameters that are used"
                 " without a graph."
             )
+        if self.is_derivative and self.is_symmetric and not self.is_second_derivative:
+            found.append(
+                "The products are not the derivative of the gradient: along a random direction they differ from a finite"
+                f" difference of the gradient by {self.curvature_error:.0%}, so no result is certified. Look for a custom"
+                " autograd function whose backward uses values that were saved without a graph."
+            )
         return found
 
     def rows(self) -> list[tuple[str, str]]:
@@ -105,6 +119,7 @@ class Certificate:
             "products in float64": f"{self.rounding:.1e} in λ, {self.trace_rounding:.1e} in the trace"
             f" ({self.num_double} samples)",
             "gradient against finite difference": f"{self.derivative_error:.1e} ({self.num_double} samples)",
+            "product against finite difference": f"{self.curvature_error:.1e} ({self.num_double} samples)",
             "loss is a mean over samples": f"{self.cut_dependence:.1e} when batches are halved",
             "no eigenvalue missing": "none found from a fresh random vector",
         }
@@ -112,6 +127,7 @@ class Certificate:
             "symmetric products": True,
             "products in float64": math.isfinite(self.rounding),
             "gradient against finite difference": math.isfinite(self.derivative_error),
+            "product against finite difference": math.isfinite(self.curvature_error),
             "loss is a mean over samples": math.isfinite(self.cut_dependence),
             "no eigenvalue missing": self.is_complete,
         }

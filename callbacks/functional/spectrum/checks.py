@@ -15,6 +15,12 @@ from moe_heads.callbacks.functional.spectrum.certificate import Certificate
 
 __all__ = ["certified", "from_krylov"]
 
+_IN_DOUBLE = (
+    "products in float64",
+    "gradient against finite difference",
+    "product against finite difference",
+)
+
 
 def from_krylov(krylov: LanczosResult, dependence: CutDependence, center_loss: float) -> Certificate:
     """What the Lanczos run itself says, without a further product, and what is known of the loss."""
@@ -31,8 +37,7 @@ def from_krylov(krylov: LanczosResult, dependence: CutDependence, center_loss: f
         dtype=str(krylov.basis.dtype).removeprefix("torch."),
         unchecked={
             **unchecked,
-            "products in float64": "the analysis ended before",
-            "gradient against finite difference": "the analysis ended before",
+            **dict.fromkeys(_IN_DOUBLE, "the analysis ended before"),
         },
     )
 
@@ -46,16 +51,18 @@ def certified(
     probe = rademacher(operator.num_parameters, operator.dtype, operator.device, generator)
     vectors = [krylov.basis.combined(signs @ krylov.coefficients)[0], probe]
     found = check_in_double(operator.gradients, operator.data, vectors, monitor, seed)
-    names = ("products in float64", "gradient against finite difference")
-    others = {name: reason for name, reason in certificate.unchecked.items() if name not in names}
+    others = {name: reason for name, reason in certificate.unchecked.items() if name not in _IN_DOUBLE}
     if not isinstance(found, DoubleCheck):
-        return replace(certificate, unchecked={**others, **dict.fromkeys(names, found)})
-    certificate = replace(
-        certificate, derivative_error=found.derivative_error, num_double=found.num_samples, unchecked=others
-    )
-    if not found.differences:
-        return replace(certificate, unchecked={**others, names[0]: "the model is in float64 itself"})
+        return replace(certificate, unchecked={**others, **dict.fromkeys(_IN_DOUBLE, found)})
     along, sampled = found.differences
     # z^T D z is one sample of the error of the trace, with a variance of at most 2 ‖D‖_F^2
     error = math.hypot(float(probe.double() @ sampled), math.sqrt(2) * float(sampled.norm()))
-    return replace(certificate, rounding=2 * float(along.norm()), trace_rounding=error)
+    return replace(
+        certificate,
+        rounding=2 * float(along.norm()),
+        trace_rounding=error,
+        derivative_error=found.derivative_error,
+        curvature_error=found.curvature_error,
+        num_double=found.num_samples,
+        unchecked=others,
+    )
