@@ -106,9 +106,9 @@ class Certificate:
             )
         if self.is_derivative and self.is_symmetric and not self.is_second_derivative:
             found.append(
-                "The products are not the derivative of the gradient: along a random direction they differ from a finite"
-                f" difference of the gradient by {self.curvature_error:.0%}, so no result is certified. Look for a custom"
-                " autograd function whose backward uses values that were saved without a graph."
+                "The products are not the derivative of the gradient: along a random direction they differ from a"
+                f" finite difference of the gradient by {self.curvature_error:.0%}, so no result is certified. Look for"
+                " a custom autograd function whose backward uses values that were saved without a graph."
             )
         return found
 

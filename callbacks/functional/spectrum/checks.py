@@ -25,6 +25,7 @@ _IN_DOUBLE = (
 def from_krylov(krylov: LanczosResult, dependence: CutDependence, center_loss: float) -> Certificate:
     """What the Lanczos run itself says, without a further product, and what is known of the loss."""
     scale = float(krylov.projected.abs().max())
+    resolution = torch.finfo(krylov.basis.dtype).eps
     unchecked = {} if krylov.is_complete else {"no eigenvalue missing": "the steps ended before"}
     if dependence.size is None:
         unchecked["loss is a mean over samples"] = dependence.reason
@@ -32,7 +33,7 @@ def from_krylov(krylov: LanczosResult, dependence: CutDependence, center_loss: f
         asymmetry=krylov.asymmetry / scale if scale else 0.0,
         is_complete=krylov.is_complete,
         scale=scale,
-        negligible=100 * torch.finfo(krylov.basis.dtype).eps * abs(center_loss),
+        negligible=100 * resolution * max(abs(center_loss), resolution),
         cut_dependence=math.nan if dependence.size is None else dependence.size,
         dtype=str(krylov.basis.dtype).removeprefix("torch."),
         unchecked={
