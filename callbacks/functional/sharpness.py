@@ -64,7 +64,7 @@ def sharpness(
     r"""Top eigenvalues, trace and spectral density of the Hessian of a model's mean loss.
 
     :math:`H = \nabla^2_\theta L`, :math:`L = \frac{1}{N} \sum_i \ell_i`, over all samples of ``batches``, in
-    evaluation mode. One Lanczos run with full reorthogonalisation gives the eigenvalues with their residuals, the
+    evaluation mode. One Lanczos run with full reorthogonalization gives the eigenvalues with their residuals, the
     density by Gauss quadrature, and the space on which the trace is exact; a few random probes add the rest of the
     trace with its standard error. The same numbers say where the curvature is: the share of each eigenvector and the
     trace of each block of parameters, and of each expert.
@@ -72,9 +72,11 @@ def sharpness(
     With hard routing (top-k experts) the loss is smooth only as long as no sample changes its experts: H is the Hessian
     at fixed routing; `routing_response` says how far that holds. The same is true of the kinks of ReLU and max-pooling.
 
-    A residual certifies that there is an eigenvalue, not that none was passed over: of an eigenvalue that is repeated
-    exactly (as of a model whose last layer is all zero) single copies may be missing from a rich spectrum. Up to 100
-    parameters a density takes all eigenvalues, and trace and density are exact.
+    ``converged`` is a certificate. Some further products look for eigenvalues that are missing, such as copies of a
+    repeated one. On a part of the samples the products are compared with float64, and the gradient with a finite
+    difference of the loss. The symmetry of the products is checked, and whether the loss is a mean over the samples.
+    What fails warns. Rounding is part of the residuals and of the standard error of the trace. ``certificate`` of the
+    result says what was checked. Up to 100 parameters a density takes all eigenvalues, and trace and density are exact.
 
     The model is evaluated inside `analysis_mode` and left bit for bit as it was, also after an error.
 
