@@ -116,7 +116,11 @@ def prepare(
         if loss_fn is not None:
             batch = site.transfer(own_copy(sample.batches[0]))
             first = Batches([batch], sample.batches.sizes[:1], weight_fn=analysis.batch_weight_fn)
-            is_random = draws_random_numbers(model, loss_fn, first, ranks.name)
+            try:
+                is_random = draws_random_numbers(model, loss_fn, first, ranks.name)
+            except Exception as error:  # of any kind: the loss of a user
+                _add_size(error, first.num_samples, getattr(found[1] if found else None, "batch_size", None))
+                raise
             if shares and ranks.size > 1 and not is_random:
                 # what it shows of all batches is told by the analysis itself
                 may_cut = check_mean(model, loss_fn, first, monitor=Monitor(on_warning=lambda message: None)).may_cut
@@ -132,6 +136,15 @@ def prepare(
         batches = Batches(moved, mine.sizes, weight_fn=analysis.batch_weight_fn)
     alone = Ranks(name=ranks.name)
     return AnalysisInputs(model, loss_fn, batches, split, key, monitor, ranks if share else alone, site.trainer), sample
+
+
+def _add_size(error: Exception, num_samples: int, trained: Any) -> None:
+    """Add to the error of a loss that the training has batches of another size, which a module may need."""
+    if isinstance(trained, int) and trained != num_samples:
+        error.add_note(
+            f"(the batch holds {num_samples} samples, and those of the training {trained}: a module that needs that many"
+            f" takes batch_size={trained} and a multiple of it for num_samples)"
+        )
 
 
 def _key(model: nn.Module, sample: Sample) -> bytes:
