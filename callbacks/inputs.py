@@ -123,6 +123,7 @@ def prepare(
                 is_random = draws_random_numbers(model, loss_fn, first, ranks.name)
             except Exception as error:  # of any kind: code of the user's
                 explain_evaluation_mode(model, loss_fn, batch, error)
+                _add_size(error, first.num_samples, getattr(found[1] if found else None, "batch_size", None))
                 raise
             if shares and ranks.size > 1 and not is_random:
                 # what it shows of all batches is told by the analysis itself
@@ -140,6 +141,15 @@ def prepare(
     sharing = ranks if share else Ranks(name=ranks.name)
     cuts = (sharing.size, *sample.batches.sizes)
     return AnalysisInputs(model, loss_fn, batches, split, key, cuts, monitor, sharing, site.trainer), sample
+
+
+def _add_size(error: Exception, num_samples: int, trained: Any) -> None:
+    """Add to the error of a loss that the training has batches of another size, which a module may need."""
+    if isinstance(trained, int) and trained != num_samples:
+        error.add_note(
+            f"(the batch holds {num_samples} samples, and those of the training {trained}: a module that needs that many"
+            f" takes batch_size={trained} and a multiple of it for num_samples)"
+        )
 
 
 def _key(model: nn.Module, sample: Sample) -> bytes:

@@ -89,7 +89,11 @@ class FixedState(Module):
 
 def test_a_module_with_a_hidden_state_of_fixed_size() -> None:
     data = TensorDataset(torch.randn(128, 5, 4), torch.arange(128) % 3)
-    assert analysed(FixedState(), DataLoader(data, batch_size=64), batch_size=64).num_samples == 128
+    loader = DataLoader(data, batch_size=64)
+    assert analysed(FixedState(), loader, batch_size=64).num_samples == 128
+    with pytest.raises(RuntimeError) as caught:
+        analysed(FixedState(), loader)  # in batches of 50
+    assert "takes batch_size=64" in caught.value.__notes__[0]
 
 
 class GraphNet(Module):

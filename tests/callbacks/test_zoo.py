@@ -30,7 +30,7 @@ from moe_heads.callbacks.trainer_access import Split
 from tests.support.hessians import cross_entropy, dense_hessian
 from tests.support.lightning_models import trainer
 from tests.support.sources import ROOT
-from tests.support.zoo import BATCH_SIZE, NUM_SAMPLES, ZOO
+from tests.support.zoo import BATCH_SIZE, CARRIES_A_STATE, NUM_SAMPLES, ZOO
 from tests.support.zoo_table import ANALYSES, Entry, zoo_page
 
 PAGE = ROOT / "docs" / "zoo.md"
@@ -229,7 +229,9 @@ def check_sharpness(entry: Entry, module: LightningModule, run: Trainer, split: 
 
 
 def check_landscape(entry: Entry, module: LightningModule, run: Trainer, split: Split, result: Landscape) -> None:
-    expected = pytest.approx(own_loss(entry, module, run, split), rel=1e-5)
+    # a state that is carried on makes the loss depend on the order of the samples
+    is_mixture = entry.warned.get("loss_landscape") is CARRIES_A_STATE
+    expected = pytest.approx(own_loss(entry, module, run, split), rel=1e-2 if is_mixture else 1e-5)
     cuts = [result.line] if result.plane is None else [result.line, result.plane]
     assert len(cuts) == 1 + (entry.plane and split == "train")
     for cut in cuts:
