@@ -149,10 +149,11 @@ class _Slopes:
         step = _SMALL_STEP * self._size
         for sign in (1, -1):
             moved = [p.requires_grad_() for p in self._moved(self._directions[0], sign * step)]
-            for place, part in zip(self._change, _gradient(self._double, batch, moved), strict=True):
-                place.add_(part, alpha=sign * weight / (2 * step))
-        for place, part in zip(self._product, _differentiated(gradient, self._exact, self._directions[0]), strict=True):
-            place.add_(part, alpha=weight)
+            for change, part in zip(self._change, _gradient(self._double, batch, moved), strict=True):
+                change.add_(part, alpha=sign * weight / (2 * step))
+        along = _differentiated(gradient, self._exact, self._directions[0])
+        for product, part in zip(self._product, along, strict=True):
+            product.add_(part, alpha=weight)
 
     @property
     def derivative_error(self) -> float:
