@@ -68,7 +68,9 @@ class SharpnessCallback(FitEndAnalysis):
     trace_sampling_stderr
     rounding, trace_rounding       change of the eigenvalues and of the trace by rounding, measured in float64
     asymmetry                      antisymmetric part of the products over their norm
-    derivative_error               relative difference of the gradient from a finite difference of the loss
+    derivative_error,              relative difference of the gradient from a finite difference of the loss, and of a
+    curvature_error                product from one of the gradient
+    cut_dependence                 relative change of the loss when batches are cut in halves
     num_products                   Hessian-vector products that were spent
     num_samples, converged         samples of the draw; 1 when every tolerance was met, with eigenvalues_converged and
                                    trace_converged
@@ -79,8 +81,8 @@ class SharpnessCallback(FitEndAnalysis):
     partial                        1 when max_time, an error or Ctrl-C ended it early; else absent
     =============================  =================================================================================
 
-    With ``every_n_epochs`` each analysis starts from the eigenvectors of the one before, leaves out the density, and
-    spends at most ten rounds of probes on the trace.
+    ``converged`` is a certificate, see docs/certificate.md. With ``every_n_epochs`` each analysis starts from the
+    eigenvectors of the one before, leaves out the density, and spends at most ten rounds of probes on the trace.
 
     Args:
         num_eigenvalues: Number of largest eigenvalues; as many as there are where the model has fewer parameters.
