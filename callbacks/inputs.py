@@ -147,8 +147,8 @@ def _add_size(error: Exception, num_samples: int, trained: Any) -> None:
     """Add to the error of a loss that the training has batches of another size, which a module may need."""
     if isinstance(trained, int) and trained != num_samples:
         error.add_note(
-            f"(the batch holds {num_samples} samples, and those of the training {trained}: for a module that needs that"
-            f" many pass batch_size={trained} and a multiple of it as num_samples)"
+            f"(the batch holds {num_samples} samples, and those of the training {trained}: a module that needs that"
+            f" many takes batch_size={trained} and a multiple of it for num_samples)"
         )
 
 

@@ -19,7 +19,7 @@ from tests.support.sources import ROOT, sources
 ALLOWED = {
     "moe_heads": {"moe_heads"},
     "moe_heads.lightning_modules": {"moe_heads", "moe_heads.lightning_modules"},
-    "moe_heads.callbacks.functional.common": {"moe_heads.callbacks.functional.common"},
+    "moe_heads.callbacks.functional.common": {"moe_heads.callbacks.functional.common", "moe_heads.head"},
     "moe_heads.callbacks.functional": {
         "moe_heads.callbacks.functional",
         "moe_heads.callbacks.functional.common",

@@ -59,7 +59,9 @@ class KrylovIteration:
         self.remainders: list[Tensor] = []
         self.tails = torch.zeros(0, 0, dtype=torch.float64)
         self.active: int | None = None
-        self._scale = self._antisymmetric = self._pass_seconds = 0.0
+        self._scale = self._pass_seconds = 0.0
+        self._skew: list[Tensor] = []
+        self._skew_before = 0.0
         self._first_projected: Tensor | None = None
         self._forms: list[Tensor] | None = []
         self.num_steps, self.num_sequences, self.steps_of_check = 0, 1, 0
@@ -106,7 +108,7 @@ class KrylovIteration:
         remainder, found = self.basis.split(product)
         self._pass_seconds = time.perf_counter() - began
         coefficients = found.to("cpu", torch.float64)
-        self._antisymmetric = math.hypot(self._antisymmetric, float((coefficients[:-1] - expected).norm()))
+        self._skew.append(coefficients[:-1] - expected)
         grown = torch.zeros(size + 1, size + 1, dtype=torch.float64)
         grown[:size, :size] = self.projected
         grown[:size, size] = grown[size, :size] = column
@@ -159,7 +161,7 @@ class KrylovIteration:
             forms=torch.stack(self._forms) if self._forms else None,
             num_steps=self.num_steps,
             rounding=self.rounding,
-            asymmetry=self._antisymmetric / math.sqrt(2),
+            asymmetry=self._asymmetry(),
             num_eigenvalues=self._num_eigenvalues,
             tolerance=self._tolerance,
             is_complete=is_complete,
@@ -192,6 +194,15 @@ class KrylovIteration:
             vector = self.basis.complement(vector / norm(vector))
         return vector / norm(vector)
 
+    def _asymmetry(self) -> float:
+        """Norm of the antisymmetric part of the products, on the basis as it grew since the last restart."""
+        size = max((len(column) for column in self._skew), default=0) + 1
+        skew = torch.zeros(size, size, dtype=torch.float64)
+        for column in self._skew:
+            skew[: len(column), len(column)] = column / 2
+        norm_now = float(torch.linalg.matrix_norm(skew - skew.T, 2)) if bool(skew.isfinite().all()) else math.inf
+        return max(self._skew_before, norm_now)
+
     def _keep_first_projected(self) -> None:
         if self._first_projected is None:
             self._first_projected = self.projected
@@ -216,6 +227,7 @@ class KrylovIteration:
         order = values.abs()
         order[-k:] = torch.inf
         kept = order.topk(min(count, len(values))).indices.sort().values
+        self._skew_before, self._skew = self._asymmetry(), []
         self.basis.replace(vectors[:, kept].T)
         self.projected = torch.diag(values[kept])
         self.tails = vectors[:, kept].T @ self.tails

@@ -30,7 +30,7 @@ class LanczosResult:
         num_steps: Products with H.
         rounding: Size of the rounding errors, 1e-5 (float32) or 1e-10 (float64) times the norm of T. No residual is
             reported below it.
-        asymmetry: Norm of :math:`Q^T (H - H^T) Q / \sqrt 2`, from the products that were made anyway. Rounding in a
+        asymmetry: Norm of :math:`Q^T (H - H^T) Q / 2`, from the products that were made anyway. Rounding in a
             true Hessian; more says that the operator is not the derivative of a gradient. No residual is reported
             below it.
         num_eigenvalues: Number k of eigenvalues asked for.

@@ -10,7 +10,7 @@ __all__ = ["Certificate"]
 _SAME_DERIVATIVE = 1e-2
 
 # Asymmetry over the norm of the matrix that rounding explains.
-_SYMMETRIC = {"float32": 1e-4, "float64": 1e-8}
+_SYMMETRIC = {"float32": 1e-3, "float64": 1e-8}
 
 # Asymmetry over the measured rounding that is still rounding: the two are seen along different vectors.
 _OF_ROUNDING = 100
@@ -56,7 +56,7 @@ class Certificate:
     @property
     def is_symmetric(self) -> bool:
         """Whether the products are those of a symmetric matrix, up to rounding (as it was measured, if it was)."""
-        limit = _SYMMETRIC.get(self.dtype, 1e-4)
+        limit = _SYMMETRIC.get(self.dtype, 1e-3)
         if math.isfinite(self.rounding) and self.scale > 0:
             limit = max(limit, _OF_ROUNDING * self.rounding / self.scale)
         return self.asymmetry <= limit or self.asymmetry * self.scale <= self.negligible
