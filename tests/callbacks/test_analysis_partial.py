@@ -141,12 +141,13 @@ def test_max_time_ends_every_analysis_with_what_there_is(monkeypatch: pytest.Mon
     assert run.callback_metrics["loss_landscape/train/partial"] == 1
 
 
-def test_time_that_is_over_before_a_result_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_time_that_is_over_at_once_leaves_a_first_value(monkeypatch: pytest.MonkeyPatch) -> None:
     loss = SlowLoss(monkeypatch)
     callback = SharpnessCallback(splits=["train"], loss_fn=loss, max_time=1.5)
-    with pytest.warns(UserWarning, match=r"failed with TimeUp: max_time = 1.5 s was over before there was a result"):
+    with pytest.warns(UserWarning, match=r"the result is partial: max_time = 1.5 s was over"):
         trainer(callback).fit(PlainModule(), loader())
-    assert callback.results == {}
+    result = callback.results["train"]
+    assert result.partial and not result.converged and len(result.eigenvalues) == 1
 
 
 def test_little_memory_changes_no_number() -> None:

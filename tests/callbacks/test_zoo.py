@@ -231,9 +231,10 @@ def check_sharpness(entry: Entry, module: LightningModule, run: Trainer, split: 
 
 
 def check_landscape(entry: Entry, module: LightningModule, run: Trainer, split: Split, result: Landscape) -> None:
-    # a state that is carried on makes the loss depend on the order of the samples
+    # a state that is carried on, or a random loss, depends on the order of the samples
     is_mixture = entry.warned.get("loss_landscape") is CARRIES_A_STATE
-    expected = pytest.approx(own_loss(entry, module, run, split), rel=1e-2 if is_mixture else 1e-5)
+    tolerance = 0.1 if entry.name == "vae" else 1e-2 if is_mixture else 1e-5
+    expected = pytest.approx(own_loss(entry, module, run, split), rel=tolerance)
     cuts = [result.line] if result.plane is None else [result.line, result.plane]
     assert len(cuts) == 1 + (entry.plane and split == "train")
     for cut in cuts:

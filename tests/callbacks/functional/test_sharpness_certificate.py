@@ -148,9 +148,9 @@ class _Module(nn.Module):
         return self.function(x)
 
 
-@pytest.mark.parametrize("steps", [100, 400, 1500])
+@pytest.mark.parametrize("steps", [100, 400])
 def test_rounding_of_a_fitted_model_is_part_of_the_errors(steps: int) -> None:
-    """Down to losses that float32 hardly knows: 1e-4 to 1e-8."""
+    """Down to losses that float32 hardly knows."""
     torch.manual_seed(1)
     model = nn.Sequential(nn.Linear(4, 16), nn.Tanh(), nn.Linear(16, 3))
     x = torch.randn(60, 4)
