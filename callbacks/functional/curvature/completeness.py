@@ -51,7 +51,7 @@ class CompletenessCheck:
         self._operator, self._iteration, self._k = operator, iteration, num_eigenvalues
         self._tolerance, self._max_steps, self._notify = tolerance, max_steps, notify
         self._missing_above, self._num_above = math.inf, 0
-        self._bound = math.inf
+        self._bound, self._look_again_at = math.inf, 0
 
     def forget(self) -> None:
         """Take back what is known of the complement: a restart made it larger."""
@@ -75,13 +75,18 @@ class CompletenessCheck:
             return "missing"
         level = self._level(values)
         self._missing_above = math.inf
-        if self._bound >= level:
-            found = self._look_outside(values, level)
-            if found != "bounded":
-                return found
         gram = iteration.residual_gram()
         if are_none_above(iteration.projected, gram, level, self._bound):
             return "complete"
+        if self._bound >= level or iteration.num_steps >= self._look_again_at:
+            began = iteration.num_steps
+            found = self._look_outside(values, level)
+            # the basis takes in what made the bound weak: look again once that many steps went into it
+            self._look_again_at = 2 * iteration.num_steps - began
+            if found != "bounded":
+                return found
+            if are_none_above(iteration.projected, gram, level, self._bound):
+                return "complete"
         # a Ritz value below the k-th may rise: it has to become more accurate first
         return int(shares[:, int((values <= level).nonzero()[-1])].argmax())
 
@@ -113,9 +118,10 @@ class CompletenessCheck:
                 self._missing_above, self._num_above = level, int((values > level).sum())
                 return "missing"
             if float(residuals[-1]) <= level - kth:
-                # nothing above it is missing; where it is a copy of the k-th, nothing more can be said
-                self._bound = largest
-                return "complete" if level - largest <= 2 * (level - kth) else "bounded"
+                if level - largest <= 2 * (level - kth):
+                    # nothing above it is missing; where it is a copy of the k-th, nothing more can be said
+                    return "complete"
+                return self._accept_or_take_in(values, level, kth, largest)
             self._bound = bound_outside(outside, float(values[0]), iteration.dim - len(values))
             if self._bound < level:
                 gram = iteration.residual_gram()
@@ -126,6 +132,20 @@ class CompletenessCheck:
             before, vector = vector, rest / betas[-1]
         self._bound = math.inf
         return "unknown"
+
+
+    def _accept_or_take_in(
+        self, values: Tensor, level: float, kth: float, largest: float
+    ) -> Literal["missing", "bounded"]:
+        """Use the largest eigenvalue outside as the bound, or have it taken into the basis where that is too weak."""
+        self._bound = largest
+        if are_none_above(self._iteration.projected, self._iteration.residual_gram(), level, largest):
+            return "bounded"
+        # so near to the level, the bound takes every unfinished Ritz pair for a large one
+        self._bound = math.inf
+        self._missing_above = largest - (level - kth)
+        self._num_above = int((values > self._missing_above).sum())
+        return "missing"
 
 
 def bound_outside(ritz: Tensor, lowest: float, dim: int) -> float:
