@@ -7,18 +7,18 @@ from typing import ClassVar
 from lightning.pytorch import LightningModule, Trainer
 from typing_extensions import Unpack, override
 
-from moe_heads.callbacks.evaluation import check_forward
-from moe_heads.callbacks.fit_end import FitEndAnalysis
-from moe_heads.callbacks.functional import InferenceTimingResult, inference_timing
-from moe_heads.callbacks.functional.common.batches import ForwardFn, call_model
-from moe_heads.callbacks.functional.timing.plan import DEFAULT_SIZES, TimingPlan
-from moe_heads.callbacks.functional.timing.rounds import Cache
-from moe_heads.callbacks.functional.timing.row import TimingMode
-from moe_heads.callbacks.functional.utilization.labels import are_names
-from moe_heads.callbacks.inputs import AnalysisInputs
-from moe_heads.callbacks.options import AnalysisOptions, OverRanks
-from moe_heads.callbacks.reporting import Report
-from moe_heads.callbacks.trainer_access import Split, forward_context
+from moe_heads.callbacks._shared.evaluation import check_forward
+from moe_heads.callbacks.base import FitEndAnalysis
+from moe_heads.analysis import InferenceTimingResult, inference_timing
+from moe_heads.analysis._shared.batches import ForwardFn, call_model
+from moe_heads.analysis.inference_timing.plan import DEFAULT_SIZES, TimingPlan
+from moe_heads.analysis.inference_timing.rounds import Cache
+from moe_heads.analysis.inference_timing.row import TimingMode
+from moe_heads.analysis.expert_utilization.labels import are_names
+from moe_heads.callbacks._shared.inputs import AnalysisInputs
+from moe_heads.callbacks._shared.options import AnalysisOptions, OverRanks
+from moe_heads.callbacks._shared.reporting import Report
+from moe_heads.callbacks._shared.trainer_access import Split, forward_context
 from moe_heads.checks import check_callables
 
 __all__ = ["InferenceTimingCallback"]

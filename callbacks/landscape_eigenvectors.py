@@ -4,11 +4,11 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from moe_heads.callbacks.functional import SharpnessResult
-from moe_heads.callbacks.functional.common.batches import LossFn
-from moe_heads.callbacks.functional.common.parameters import trainable_parameters
-from moe_heads.callbacks.functional.curvature import top_eigenvectors
-from moe_heads.callbacks.inputs import AnalysisInputs
+from moe_heads.analysis import SharpnessResult
+from moe_heads.analysis._shared.batches import LossFn
+from moe_heads.analysis._shared.parameters import trainable_parameters
+from moe_heads.analysis.sharpness.hessian import top_eigenvectors
+from moe_heads.callbacks._shared.inputs import AnalysisInputs
 from moe_heads.callbacks.sharpness import SharpnessCallback
 
 __all__ = ["top_eigenvectors_of"]

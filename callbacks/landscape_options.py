@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from moe_heads.callbacks.trainer_access import Split
+from moe_heads.callbacks._shared.trainer_access import Split
 from moe_heads.checks import check_at_least
 
 __all__ = ["check_plane_points", "checked_plane_splits"]

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_heads.callbacks.functional.common.code import code_of
-from moe_heads.callbacks.functional.common.digest import digest_of
-from moe_heads.callbacks.functional.landscape.stored import damaged, read_arrays, write_arrays
-from moe_heads.callbacks.inputs import AnalysisInputs
+from moe_heads.analysis._shared.function_identity import code_of
+from moe_heads.analysis._shared.digest import digest_of
+from moe_heads.analysis.loss_landscape.stored import damaged, read_arrays, write_arrays
+from moe_heads.callbacks._shared.inputs import AnalysisInputs
 
 __all__ = ["kept_eigenvectors", "points_file"]
 

@@ -5,8 +5,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from moe_heads.callbacks.functional import DirectionSweepResult, LossLandscapeResult, landscape_page
-from moe_heads.callbacks.reporting import Mesh, Report
+from moe_heads.analysis import DirectionSweepResult, LossLandscapeResult, landscape_page
+from moe_heads.callbacks._shared.reporting import Mesh, Report
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -6,8 +6,8 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
-from moe_heads.callbacks.functional.common.parameters import trainable_parameters
-from moe_heads.callbacks.functional.landscape.trajectory import NoPlaneError, TrajectoryPlane, trajectory_plane
+from moe_heads.analysis._shared.parameters import trainable_parameters
+from moe_heads.analysis.loss_landscape.trajectory import NoPlaneError, TrajectoryPlane, trajectory_plane
 
 __all__ = ["WeightTrail"]
 

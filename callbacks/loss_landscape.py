@@ -15,31 +15,31 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 from typing_extensions import Unpack, override
 
-from moe_heads.callbacks.fit_end import FitEndAnalysis
-from moe_heads.callbacks.functional import (
+from moe_heads.callbacks.base import FitEndAnalysis
+from moe_heads.analysis import (
     DirectionSweepResult,
     LossLandscapeResult,
     direction_sweep,
     loss_landscape,
     normalized_random_direction,
 )
-from moe_heads.callbacks.functional.common.batches import Batch
-from moe_heads.callbacks.functional.common.monitor import TimeUp
-from moe_heads.callbacks.functional.common.parameters import trainable_parameters
-from moe_heads.callbacks.functional.direction_sweep import Normalization
-from moe_heads.callbacks.functional.landscape.directions import Biases
-from moe_heads.callbacks.functional.landscape.grid import grid_through_zero
-from moe_heads.callbacks.functional.landscape.trajectory import NoPlaneError
-from moe_heads.callbacks.inputs import AnalysisInputs
+from moe_heads.analysis._shared.batches import Batch
+from moe_heads.analysis._shared.progress import TimeUp
+from moe_heads.analysis._shared.parameters import trainable_parameters
+from moe_heads.analysis.loss_landscape.direction_sweep import Normalization
+from moe_heads.analysis.loss_landscape.directions import Biases
+from moe_heads.analysis.loss_landscape.grid import grid_through_zero
+from moe_heads.analysis.loss_landscape.trajectory import NoPlaneError
+from moe_heads.callbacks._shared.inputs import AnalysisInputs
 from moe_heads.callbacks.landscape_eigenvectors import top_eigenvectors_of
 from moe_heads.callbacks.landscape_options import check_plane_points, checked_plane_splits
 from moe_heads.callbacks.landscape_points import kept_eigenvectors, points_file
 from moe_heads.callbacks.landscape_record import Landscape, landscape_report
 from moe_heads.callbacks.landscape_trail import WeightTrail
-from moe_heads.callbacks.options import AnalysisOptions, OverRanks
-from moe_heads.callbacks.reporting import Report
+from moe_heads.callbacks._shared.options import AnalysisOptions, OverRanks
+from moe_heads.callbacks._shared.reporting import Report
 from moe_heads.callbacks.sharpness_options import check_differentiable, check_list_of_names, check_names
-from moe_heads.callbacks.trainer_access import Split
+from moe_heads.callbacks._shared.trainer_access import Split
 from moe_heads.checks import check_at_least, check_flags, check_option, check_positive
 
 __all__ = ["Landscape", "LossLandscapeCallback"]

@@ -12,28 +12,28 @@ from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import Unpack, override
 
-from moe_heads.callbacks.fit_end import FitEndAnalysis
-from moe_heads.callbacks.functional import (
+from moe_heads.callbacks.base import FitEndAnalysis
+from moe_heads.analysis import (
     SharpnessResult,
     perturbation_sharpness,
     published_sharpness,
     routing_response,
     sharpness,
 )
-from moe_heads.callbacks.functional.common.digest import digest_of
-from moe_heads.callbacks.functional.curvature import subspace_overlap
-from moe_heads.callbacks.functional.curvature.lanczos import check_basis_memory
-from moe_heads.callbacks.functional.curvature.parameters import selected_parameters
-from moe_heads.callbacks.functional.published.conversion import as_sharpness_result
-from moe_heads.callbacks.functional.routing_response import has_sparse_router
-from moe_heads.callbacks.functional.sharpness import check_sharpness_options
-from moe_heads.callbacks.functional.spectrum.result import Engine
-from moe_heads.callbacks.inputs import AnalysisInputs
-from moe_heads.callbacks.options import AnalysisOptions, OverRanks
-from moe_heads.callbacks.reporting import Report
+from moe_heads.analysis._shared.digest import digest_of
+from moe_heads.analysis.sharpness.hessian import subspace_overlap
+from moe_heads.analysis.sharpness.hessian.lanczos import check_basis_memory
+from moe_heads.analysis.sharpness.hessian.parameters import selected_parameters
+from moe_heads.analysis.sharpness.published.conversion import as_sharpness_result
+from moe_heads.analysis.loss_landscape.routing_response import has_sparse_router
+from moe_heads.analysis.sharpness.function import check_sharpness_options
+from moe_heads.analysis.sharpness.result import Engine
+from moe_heads.callbacks._shared.inputs import AnalysisInputs
+from moe_heads.callbacks._shared.options import AnalysisOptions, OverRanks
+from moe_heads.callbacks._shared.reporting import Report
 from moe_heads.callbacks.sharpness_options import check_differentiable, check_names, check_report_options
 from moe_heads.callbacks.stability import stability_threshold
-from moe_heads.callbacks.trainer_access import Split
+from moe_heads.callbacks._shared.trainer_access import Split
 from moe_heads.checks import check_at_least
 
 __all__ = ["SharpnessCallback"]

@@ -6,9 +6,9 @@ from typing import Any, get_args
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import nn
 
-from moe_heads.callbacks.functional.common.parameters import check_real
-from moe_heads.callbacks.functional.curvature.parameters import check_types
-from moe_heads.callbacks.functional.spectrum.result import Engine
+from moe_heads.analysis._shared.parameters import check_real
+from moe_heads.analysis.sharpness.hessian.parameters import check_types
+from moe_heads.analysis.sharpness.result import Engine
 from moe_heads.checks import check_flags, check_option, check_positive
 
 __all__ = ["check_differentiable", "check_list_of_names", "check_names", "check_report_options"]

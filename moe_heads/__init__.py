@@ -1,8 +1,5 @@
 """Mixture-of-experts classifier heads; the analyses and the Lightning side live in the sub-packages."""
 
-from pathlib import Path
-
-from moe_heads._source_tree import find_packages_beside
 from moe_heads.capacity import Capacity, capacity, match_capacity
 from moe_heads.dense import Dense
 from moe_heads.flops import Flops
@@ -30,5 +27,3 @@ __all__ = [
     "match_capacity",
     "upcycle",
 ]
-
-find_packages_beside(Path(__file__).resolve().parent)

@@ -24,12 +24,12 @@ def _seed() -> None:
 def without_mean_check(monkeypatch: pytest.MonkeyPatch) -> None:
     """For tests that count calls of the loss, or whose loss is no mean: nothing compares batches with their halves."""
     for name in (
-        "direction_sweep",
-        "loss_landscape",
-        "perturbation_sharpness",
-        "published_sharpness",
-        "routing_response",
-        "sharpness",
+        "loss_landscape.direction_sweep",
+        "loss_landscape.function",
+        "loss_landscape.routing_response",
+        "sharpness.function",
+        "sharpness.perturbation_sharpness",
+        "sharpness.published_sharpness",
     ):
-        module = importlib.import_module(f"moe_heads.callbacks.functional.{name}")
+        module = importlib.import_module(f"moe_heads.analysis.{name}")
         monkeypatch.setattr(module, "check_mean", lambda *arguments, **options: None)

@@ -19,10 +19,10 @@ from tests.support.sources import ROOT, sources
 ALLOWED = {
     "moe_heads": {"moe_heads"},
     "moe_heads.lightning_modules": {"moe_heads", "moe_heads.lightning_modules"},
-    "moe_heads.callbacks.functional.common": {"moe_heads.callbacks.functional.common", "moe_heads.head"},
-    "moe_heads.callbacks.functional": {
-        "moe_heads.callbacks.functional",
-        "moe_heads.callbacks.functional.common",
+    "moe_heads.analysis._shared": {"moe_heads.analysis._shared", "moe_heads.head"},
+    "moe_heads.analysis": {
+        "moe_heads.analysis",
+        "moe_heads.analysis._shared",
         "moe_heads.checks",
         "moe_heads.routing",
         "moe_heads.routers",
@@ -32,8 +32,8 @@ ALLOWED = {
     },
     "moe_heads.callbacks": {
         "moe_heads.callbacks",
-        "moe_heads.callbacks.functional",
-        "moe_heads.callbacks.functional.common",
+        "moe_heads.analysis",
+        "moe_heads.analysis._shared",
         "moe_heads.checks",
         "moe_heads.routing",
         "moe_heads.capacity",
@@ -41,13 +41,13 @@ ALLOWED = {
 }
 FOREIGN = {
     "moe_heads": {"torch"},
-    "moe_heads.callbacks.functional.common": {"torch", "numpy", "matplotlib", "typing_extensions"},
-    "moe_heads.callbacks.functional": {"torch", "numpy", "matplotlib", "scipy", "typing_extensions"},
-    "moe_heads.callbacks.functional.utilization.metric": {"torch", "torchmetrics"},
-    "moe_heads.callbacks.functional.published.run": {"torch", "pyhessian"},
+    "moe_heads.analysis._shared": {"torch", "numpy", "matplotlib", "typing_extensions"},
+    "moe_heads.analysis": {"torch", "numpy", "matplotlib", "scipy", "typing_extensions"},
+    "moe_heads.analysis.expert_utilization.metric": {"torch", "torchmetrics"},
+    "moe_heads.analysis.sharpness.published.run": {"torch", "pyhessian"},
 }
 
-DATA_FILES = {"moe_heads/py.typed", "moe_heads/callbacks/functional/landscape/page.html"}
+DATA_FILES = {"moe_heads/py.typed", "moe_heads/moe_heads/analysis/loss_landscape/page.html"}
 
 
 @cache
@@ -136,10 +136,10 @@ def test_no_bare_callbacks_package_is_installed(tmp_path: Path) -> None:
 def test_public_names_exist() -> None:
     import moe_heads
     import moe_heads.callbacks
-    import moe_heads.callbacks.functional
+    import moe_heads.analysis
     import moe_heads.lightning_modules
 
-    for package in (moe_heads, moe_heads.callbacks, moe_heads.callbacks.functional, moe_heads.lightning_modules):
+    for package in (moe_heads, moe_heads.callbacks, moe_heads.analysis, moe_heads.lightning_modules):
         assert list(package.__all__) == sorted(package.__all__)
         assert all(hasattr(package, name) for name in package.__all__)
 
@@ -170,7 +170,7 @@ def test_wheel_holds_every_module_and_py_typed(wheel: Path) -> None:
 
 def test_wheel_works_outside_the_repository_and_in_its_root(wheel: Path, tmp_path: Path) -> None:
     zipfile.ZipFile(wheel).extractall(tmp_path / "site")
-    names = ["moe_heads.callbacks.functional.curvature", "moe_heads.lightning_modules.classifier"]
+    names = ["moe_heads.analysis.sharpness.hessian", "moe_heads.lightning_modules.classifier"]
     # without the import hook of the editable install that the tests run in
     code = (
         "import sys; sys.meta_path = [finder for finder in sys.meta_path if 'Editable' not in str(finder)]\n"

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils.benchmark import Timer
 
 from moe_heads import Dense, SparseMoE, capacity, match_capacity
-from moe_heads.callbacks.functional import InferenceTimingResult, inference_timing
+from moe_heads.analysis import InferenceTimingResult, inference_timing
 from moe_heads.lightning_modules import DigitsCNN, MoEClassifier, ResNet18Cifar
 
 Row = dict[str, object]

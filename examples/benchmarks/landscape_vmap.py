@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from moe_heads import Dense, SoftMoE, SparseMoE
-from moe_heads.callbacks.functional import normalized_random_direction
-from moe_heads.callbacks.functional.landscape.directions import split_direction
+from moe_heads.analysis import normalized_random_direction
+from moe_heads.analysis.loss_landscape.directions import split_direction
 
 Row = dict[str, Any]
 Parts = dict[str, Tensor]

@@ -25,7 +25,7 @@ from bench.timing import machine
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from moe_heads.callbacks.functional import LossLandscapeResult, loss_landscape, normalized_random_direction
+from moe_heads.analysis import LossLandscapeResult, loss_landscape, normalized_random_direction
 
 Row = dict[str, Any]
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from moe_heads.callbacks.functional.spectrum.result import Engine
+from moe_heads.analysis.sharpness.result import Engine
 from moe_heads.lightning_modules import CropBorder, Schedule
 
 HEADS = ("dense", "soft", "sparse", "hard")

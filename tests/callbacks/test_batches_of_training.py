@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, TensorDataset
 
 from moe_heads.callbacks import ExpertUtilizationCallback, LossLandscapeCallback, SharpnessCallback
-from moe_heads.callbacks.functional import sharpness
+from moe_heads.analysis import sharpness
 from tests.support.lightning_models import trainer
 
 

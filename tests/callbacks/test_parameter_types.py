@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from moe_heads.callbacks import LossLandscapeCallback, SharpnessCallback
-from moe_heads.callbacks.functional import direction_sweep, perturbation_sharpness, random_direction, sharpness
+from moe_heads.analysis import direction_sweep, perturbation_sharpness, random_direction, sharpness
 
 
 class Net(pl.LightningModule):

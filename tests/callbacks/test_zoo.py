@@ -24,9 +24,9 @@ from moe_heads.callbacks import (
     LossLandscapeCallback,
     SharpnessCallback,
 )
-from moe_heads.callbacks.functional import ExpertUtilizationResult, InferenceTimingResult, SharpnessResult
+from moe_heads.analysis import ExpertUtilizationResult, InferenceTimingResult, SharpnessResult
 from moe_heads.callbacks.loss_landscape import Landscape
-from moe_heads.callbacks.trainer_access import Split
+from moe_heads.callbacks._shared.trainer_access import Split
 from tests.support.hessians import cross_entropy, dense_hessian
 from tests.support.lightning_models import trainer
 from tests.support.sources import ROOT

@@ -1,24 +1,20 @@
 """The source files by the name under which they are imported."""
 
+import os
 from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-
-_ROOMS = {
-    "moe_heads": "moe_heads",
-    "lightning_modules": "moe_heads.lightning_modules",
-    "callbacks": "moe_heads.callbacks",
-    "examples": "examples",
-}
 
 
 @cache
 def sources() -> dict[str, Path]:
     """Source files by module name."""
     found = {}
-    for folder, package in _ROOMS.items():
-        for path in sorted((ROOT / folder).rglob("*.py")):
-            parts = [package, *path.relative_to(ROOT / folder).with_suffix("").parts]
-            found[".".join(part for part in parts if part != "__init__")] = path
+    for package in ("moe_heads", "examples"):
+        # two sub-packages are links to folders at the top level
+        for folder, _, files in sorted(os.walk(ROOT / package, followlinks=True)):
+            for path in sorted(Path(folder, file) for file in files if file.endswith(".py")):
+                parts = path.relative_to(ROOT).with_suffix("").parts
+                found[".".join(part for part in parts if part != "__init__")] = path
     return found

@@ -13,8 +13,8 @@ from bench.hessian_peers import PEERS, pyhessian_equal, unit_products
 from bench.hessian_problem import Problem, Row, cpu_seconds, interleaved_cpu_seconds
 from bench.hessian_report import asides, extrapolated, scale_of, verdicts
 from bench.trace_budget import trace_budget
-from moe_heads.callbacks.functional import analysis_mode, sharpness
-from moe_heads.callbacks.functional.curvature import HessianOperator
+from moe_heads.analysis import analysis_mode, sharpness
+from moe_heads.analysis.sharpness.hessian import HessianOperator
 
 __all__ = ["SECTIONS", "Cell"]
 

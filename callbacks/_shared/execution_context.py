@@ -1,0 +1,223 @@
+"""Where an analysis takes place: in a run of a Trainer, or in a plain call without one."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import nn
+from torch.utils.data import DataLoader
+from typing_extensions import override
+
+from moe_heads.analysis._shared.batches import Batch, to_device
+from moe_heads.analysis._shared.interrupts import HeldInterrupts
+from moe_heads.analysis._shared.progress import Show
+from moe_heads.analysis._shared.preserve import preserved
+from moe_heads.analysis._shared.ranks import Ranks
+from moe_heads.callbacks._shared.options import Weights
+from moe_heads.callbacks._shared.progress_bar import progress_bar
+from moe_heads.callbacks._shared.reporting import Report, log_report
+from moe_heads.callbacks._shared.trainer_access import (
+    Split,
+    analysing,
+    best_weights,
+    collective_timeout,
+    datamodule_of,
+    loader_of,
+    muted,
+    num_overfit_batches,
+    process_group_of,
+    to_analysis_device,
+)
+
+__all__ = ["Site", "TrainerSite", "TrainerlessSite"]
+
+_DRY_RUN_SAMPLES = 16
+
+
+class Site(ABC):
+    """What an analysis needs of its surroundings.
+
+    Attributes:
+        trainer: The trainer, or None.
+    """
+
+    trainer: Trainer | None = None
+
+    @abstractmethod
+    def ranks(self, name: str) -> Ranks:
+        """The processes that work together."""
+
+    @abstractmethod
+    def occupied(self, model: nn.Module, weights: Weights) -> AbstractContextManager[None]:
+        """The model on its device with the weights asked for, in evaluation mode; all put back on leaving."""
+
+    @abstractmethod
+    def loader(self, split: Split, fallbacks: Sequence[Split]) -> tuple[Split, Any] | None:
+        """The split that there is data for, this one or a fallback, and its loader or collection of loaders."""
+
+    @abstractmethod
+    def transfer(self, batch: Batch) -> Batch:
+        """The batch on the device of the model."""
+
+    def dataset(self, split: Split) -> Any | None:
+        """The un-augmented data set that is offered for a split."""
+        return None
+
+    def limits(self, split: Split, num_samples: int) -> tuple[int, int | None]:
+        """Samples to draw of a split, and how many batches of its loader to draw them from (None for all)."""
+        return num_samples, None
+
+    def time_limit(self) -> float | None:
+        """Seconds for which one rank may work while the others wait; None for any time."""
+        return None
+
+    def progress(self, description: str) -> AbstractContextManager[Show]:
+        """Shows the progress of an analysis inside the block."""
+        return progress_bar(self.trainer, description)
+
+    @abstractmethod
+    def log(self, prefix: str, report: Report, *, is_known: bool) -> None:
+        """Write a report; of one that is known already, only what the Trainer has forgotten."""
+
+
+class TrainerSite(Site):
+    """In a run of a Trainer.
+
+    Args:
+        trainer: The trainer.
+        owner: Who asks, for messages.
+    """
+
+    trainer: Trainer
+
+    def __init__(self, trainer: Trainer, owner: str) -> None:
+        self.trainer, self._owner = trainer, owner
+
+    @override
+    def ranks(self, name: str) -> Ranks:
+        return Ranks(process_group_of(self.trainer), name)
+
+    @contextmanager
+    @override
+    def occupied(self, model: nn.Module, weights: Weights) -> Iterator[None]:
+        assert isinstance(model, LightningModule)
+        with torch.inference_mode(False), torch.enable_grad(), analysing(self.trainer, model), preserved(model):
+            # a dry run writes no checkpoint
+            if weights == "best" and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
+                best_weights(self.trainer, model)
+            model.eval()
+            yield
+
+    @override
+    def loader(self, split: Split, fallbacks: Sequence[Split]) -> tuple[Split, Any] | None:
+        for candidate in (split, *fallbacks):
+            found = loader_of(self.trainer, candidate)
+            if found is not None:
+                if candidate != split:
+                    rank_zero_warn(f"{self._owner}: the trainer has no {split} data; {candidate} takes its place.")
+                return candidate, found
+        rank_zero_warn(f"{self._owner}: the trainer has no {split} data; the split is skipped.")
+        return None
+
+    @override
+    def transfer(self, batch: Batch) -> Batch:
+        return to_analysis_device(self.trainer, batch)
+
+    @override
+    def dataset(self, split: Split) -> Any | None:
+        offer = getattr(datamodule_of(self.trainer), "analysis_dataset", None)
+        return None if offer is None else offer(split)
+
+    @override
+    def limits(self, split: Split, num_samples: int) -> tuple[int, int | None]:
+        # a dry run goes through everything, on few samples
+        is_dry = bool(self.trainer.fast_dev_run)  # type: ignore[attr-defined]
+        num_batches = num_overfit_batches(self.trainer) if split == "train" else None
+        return min(num_samples, _DRY_RUN_SAMPLES) if is_dry else num_samples, num_batches
+
+    @override
+    def time_limit(self) -> float | None:
+        return collective_timeout(self.trainer) / 2 if self.trainer.world_size > 1 else None
+
+    @override
+    def log(self, prefix: str, report: Report, *, is_known: bool) -> None:
+        log_report(self.trainer, prefix, report, to_loggers=not is_known)
+
+
+class TrainerlessSite(Site):
+    """In a plain call.
+
+    Args:
+        loaders: Loader, or collection of loaders, by split.
+        device: Where to analyse; None for where the model is.
+
+    Raises:
+        ValueError: If it is a CUDA device, and torch finds none.
+    """
+
+    def __init__(self, loaders: Mapping[Split, Any], device: torch.device | str | None) -> None:
+        self._loaders = {split: _Batches(given) if _is_batches(given) else given for split, given in loaders.items()}
+        self._device = None if device is None else torch.device(device)
+        if self._device is not None and self._device.type == "cuda" and not torch.cuda.is_available():
+            raise ValueError(
+                f"device: expected one that torch finds on this machine; got {device!r}, and there is none"
+            )
+        self._model: nn.Module | None = None
+
+    @override
+    def ranks(self, name: str) -> Ranks:
+        return Ranks(name=name)
+
+    @contextmanager
+    @override
+    def occupied(self, model: nn.Module, weights: Weights) -> Iterator[None]:
+        if weights == "best":
+            raise MisconfigurationException(
+                "weights: expected 'last' without a Trainer, which would know the best checkpoint; got 'best'. Load the"
+                " checkpoint into the model first."
+            )
+        home = next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
+        self._device, self._model = self._device or home, model
+        with torch.inference_mode(False), torch.enable_grad(), preserved(model), muted(model):
+            try:
+                model.to(self._device).eval()
+                yield
+            finally:
+                with HeldInterrupts():
+                    model.to(home)
+
+    @override
+    def loader(self, split: Split, fallbacks: Sequence[Split]) -> tuple[Split, Any] | None:
+        return split, self._loaders[split]
+
+    @override
+    def transfer(self, batch: Batch) -> Batch:
+        assert self._device is not None
+        if not isinstance(self._model, LightningModule):
+            return to_device(batch, self._device)
+        batch = self._model.on_before_batch_transfer(batch, 0)
+        batch = self._model.transfer_batch_to_device(batch, self._device, 0)
+        return self._model.on_after_batch_transfer(batch, 0)
+
+    @override
+    def log(self, prefix: str, report: Report, *, is_known: bool) -> None:
+        """There is no logger: the result says it all."""
+
+
+class _Batches:
+    """A list of batches, which could be taken for a list of loaders."""
+
+    def __init__(self, batches: Sequence[Batch]) -> None:
+        self._batches = batches
+
+    def __iter__(self) -> Iterator[Batch]:
+        return iter(self._batches)
+
+
+def _is_batches(given: Any) -> bool:
+    return isinstance(given, (list, tuple)) and not any(isinstance(part, DataLoader) for part in given)

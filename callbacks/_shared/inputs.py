@@ -1,0 +1,199 @@
+"""What an analysis of one split works with: batches, loss and the processes that share them."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol
+
+import torch
+from lightning.pytorch import Trainer
+from torch import nn
+
+from moe_heads.callbacks._shared.evaluation import check_initialised, draws_random_numbers, loss_of
+from moe_heads.analysis._shared.batch_list import Batches, Piece
+from moe_heads.analysis._shared.batches import Batch, LossFn, cut, is_divisible, leaves_of
+from moe_heads.analysis._shared.copies import own_copy
+from moe_heads.analysis._shared.digest import digest_of, digest_of_rows
+from moe_heads.analysis._shared.generators import seed_generators
+from moe_heads.analysis._shared.mean_check import check_mean
+from moe_heads.analysis._shared.progress import Monitor
+from moe_heads.analysis._shared.ranks import Ranks
+from moe_heads.callbacks._shared.options import Options, OverRanks
+from moe_heads.callbacks._shared.sample import Sample, draw_sample
+from moe_heads.callbacks._shared.execution_context import Site
+from moe_heads.callbacks._shared.trainer_access import Split
+from moe_heads.callbacks._shared.training_mode import explain_evaluation_mode
+
+__all__ = ["AnalysisInputs", "prepare"]
+
+
+@dataclass(frozen=True)
+class AnalysisInputs:
+    """What an analysis gets to work with.
+
+    Attributes:
+        model: The module, on the device of the analysis, in evaluation mode.
+        loss_fn: ``loss_fn(model, batch) -> scalar``; None where the analysis needs no loss.
+        batches: Batches on the same device, with their numbers of samples and weights: all of the sample, or this
+            rank's share of it.
+        split: Where they come from.
+        cut: Number of processes that share the sample, and samples of each of its batches.
+        key: Fingerprint of the weights and the sample: equal for an analysis of the same, in whatever batches.
+        monitor: To be given to the functions, or told of each step by hand.
+        ranks: The processes that share the sample; one alone unless the analysis says that it shares.
+        trainer: The trainer; None in a plain call.
+    """
+
+    model: nn.Module
+    loss_fn: LossFn | None
+    batches: Batches
+    split: Split
+    key: bytes
+    cut: tuple[int, ...]
+    monitor: Monitor
+    ranks: Ranks
+    trainer: Trainer | None
+
+
+class AnalysisTraits(Options, Protocol):
+    """What has to be known of an analysis to prepare it."""
+
+    needs_loss: ClassVar[bool]
+    fallbacks: ClassVar[Mapping[Split, Sequence[Split]]]
+    over_ranks: OverRanks
+
+
+def prepare(
+    site: Site, model: nn.Module, split: Split, analysis: AnalysisTraits, monitor: Monitor, ranks: Ranks
+) -> tuple[AnalysisInputs, Sample] | None:
+    """Draw the sample, share it out, find the loss and try it.
+
+    Rank zero draws, so that all ranks have the same samples, also of a stream.
+
+    Args:
+        site: Where the analysis takes place.
+        model: The module, on the device of the analysis.
+        split: The split asked for.
+        analysis: The analysis.
+        monitor: Told of each batch that is drawn.
+        ranks: The processes.
+
+    Returns:
+        The inputs, and the whole sample that they come from; None when there is no data.
+
+    Raises:
+        MisconfigurationException: If the loss cannot be had, or parameters are not initialised yet.
+        ValueError: If there is no sample, or the loss is not what it should be.
+    """
+    shares = analysis.over_ranks == "share"
+    with ranks.together():
+        check_initialised(model)
+        loss_fn = loss_of(model, analysis.loss_fn) if analysis.needs_loss else None
+        # samples that the data set augments are the same in every analysis of one seed
+        seed_generators(analysis.seed)
+        found = site.loader(split, analysis.fallbacks.get(split, ()))
+    # rank zero draws, so its data count
+    there = ranks.first(lambda: None if found is None else found[0])
+    if there is None:
+        return None
+    split = there
+
+    def draw() -> Sample:
+        num_samples, num_batches = site.limits(split, analysis.num_samples)
+        assert found is not None
+        return draw_sample(
+            split,
+            found[1],
+            num_samples,
+            analysis.batch_size,
+            analysis.seed,
+            dataset=site.dataset(split) if num_batches is None else None,
+            num_batches=num_batches,
+            monitor=monitor,
+            is_size_default=analysis.is_batch_size_default,
+            batch_size_fn=analysis.batch_size_fn,
+        )
+
+    sample = ranks.first(draw)
+    with ranks.together():
+        is_random, may_cut = False, True
+        if loss_fn is not None:
+            batch = site.transfer(own_copy(sample.batches[0]))
+            first = Batches([batch], sample.batches.sizes[:1], weight_fn=analysis.batch_weight_fn)
+            try:
+                is_random = draws_random_numbers(model, loss_fn, first, ranks.name)
+            except Exception as error:  # of any kind: code of the user's
+                explain_evaluation_mode(model, loss_fn, batch, error)
+                _add_size(error, first.num_samples, getattr(found[1] if found else None, "batch_size", None))
+                raise
+            if shares and ranks.size > 1 and not is_random:
+                # what it shows of all batches is told by the analysis itself
+                may_cut = check_mean(model, loss_fn, first, monitor=Monitor(on_warning=lambda message: None)).may_cut
+    may_cut = all(ranks.gather(may_cut))
+    if shares and ranks.size > 1 and any(ranks.gather(is_random)):
+        # random numbers drawn for a part of a batch are not those that one process draws
+        shares = False
+    key = ranks.first(lambda: _key(model, sample))
+    share = _share(sample.batches, ranks, may_cut=may_cut) if shares else None
+    with ranks.together():
+        mine = share or sample.batches
+        moved = [site.transfer(own_copy(batch)) for batch in mine]
+        batches = Batches(moved, mine.sizes, weight_fn=analysis.batch_weight_fn)
+    sharing = ranks if share else Ranks(name=ranks.name)
+    cuts = (sharing.size, *sample.batches.sizes)
+    return AnalysisInputs(model, loss_fn, batches, split, key, cuts, monitor, sharing, site.trainer), sample
+
+
+def _add_size(error: Exception, num_samples: int, trained: Any) -> None:
+    """Add to the error of a loss that the training has batches of another size, which a module may need."""
+    if isinstance(trained, int) and trained != num_samples:
+        error.add_note(
+            f"(the batch holds {num_samples} samples, and those of the training {trained}: a module that needs that"
+            f" many takes batch_size={trained} and a multiple of it for num_samples)"
+        )
+
+
+def _key(model: nn.Module, sample: Sample) -> bytes:
+    weights = [*model.parameters(), *model.buffers(), [p.requires_grad for p in model.parameters()]]
+    return digest_of([*weights, *_contents(sample.batches)])
+
+
+def _contents(batches: Sequence[Batch]) -> list[Any]:
+    """What the batches hold; where samples can be told apart it does not matter into which batches they are cut."""
+    inside = [leaves_of(batch) for batch in batches]
+    forms = {tuple(leaf is None for leaf in leaves) for leaves in inside}
+    if len(forms) > 1 or not all(map(_has_rows, batches)):
+        return [leaf for leaves in inside for leaf in leaves]
+    return [None if column[0] is None else digest_of_rows(column) for column in zip(*inside, strict=True)]
+
+
+def _has_rows(batch: Batch) -> bool:
+    """Whether it holds plain tensors only, with a row for each sample."""
+    tensors = [leaf for leaf in leaves_of(batch) if leaf is not None]
+    return is_divisible(batch) and not any(leaf.is_nested or leaf.layout != torch.strided for leaf in tensors)
+
+
+def _share(batches: Sequence[Batch], ranks: Ranks, *, may_cut: bool = True) -> Batches | None:
+    """This rank's part of each batch; batches that cannot be cut go whole to one rank after the other.
+
+    None for a single rank, and when a rank would be left with nothing.
+
+    Args:
+        batches: The batches of all ranks.
+        ranks: The processes.
+        may_cut: Whether a loss of a part of a batch is what it should be.
+    """
+    if ranks.size == 1:
+        return None
+    batches = Batches.of(batches)
+    shares: list[list[tuple[Batch, int]]] = [[] for _ in range(ranks.size)]
+    for index, (batch, size) in enumerate(zip(batches, batches.sizes, strict=True)):
+        if size < ranks.size or not Piece(batch, size, size, may_cut).is_divisible:
+            shares[index % ranks.size].append((batch, size))
+            continue
+        ends = [size * rank // ranks.size for rank in range(ranks.size + 1)]
+        for rank, share in enumerate(shares):
+            share.append((cut(batch, ends[rank], ends[rank + 1]), ends[rank + 1] - ends[rank]))
+    if not all(shares):
+        return None
+    mine = shares[ranks.rank]
+    return Batches([batch for batch, _ in mine], [size for _, size in mine])

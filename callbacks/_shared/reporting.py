@@ -1,0 +1,175 @@
+"""From a result to every logger of the trainer: numbers to all, texts, figures and meshes where there is a place."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import singledispatch
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
+from markdown import markdown
+
+from moe_heads.callbacks._shared.trainer_access import write_hparams
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["Mesh", "Report", "log_hparams", "log_report"]
+
+# W&B shows HTML without any style: without these the columns of a table run into each other.
+_HTML_STYLE = "<style>body {font-family: sans-serif} td, th {padding: 2px 8px; text-align: left}</style>"
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """A surface for TensorBoard's mesh plugin: vertices (1, V, 3), faces (1, F, 3), colours (1, V, 3) uint8."""
+
+    vertices: torch.Tensor
+    faces: torch.Tensor
+    colors: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Report:
+    """What one analysis of one split says, by name; names are joined to ``<analysis>/<split>/<name>``.
+
+    Attributes:
+        metrics: Numbers.
+        texts: Markdown.
+        figures: Matplotlib figures.
+        meshes: Surfaces.
+        files: Contents of files, such as JSON, for programs to read.
+    """
+
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    texts: Mapping[str, str] = field(default_factory=dict)
+    figures: Mapping[str, "Figure"] = field(default_factory=dict)
+    meshes: Mapping[str, Mesh] = field(default_factory=dict)
+    files: Mapping[str, bytes] = field(default_factory=dict)
+
+
+def log_report(trainer: Trainer, prefix: str, report: Report, *, to_loggers: bool = True) -> None:
+    """Write a report: numbers into ``trainer.callback_metrics`` and every logger, the rest where a logger shows it.
+
+    - TensorBoard: texts, figures and meshes under their keys; files as ``<key>`` below its folder, those of the last
+      step.
+    - CSV: files, likewise.
+    - W&B: figures as images, texts as HTML panels; no meshes and files.
+    - MLflow: figures, texts and files as the artifacts ``<key>.png``, ``<key>.md`` and ``<key>``, those of the last
+      step; no meshes.
+    - Any other logger: numbers only.
+
+    A logger that raises is reported by a warning and left out of this report; the others get theirs.
+
+    Args:
+        trainer: The trainer; its ``global_step`` is the step of everything.
+        prefix: ``<analysis>/<split>``.
+        report: The report.
+        to_loggers: False for a report that the loggers have already: the trainer forgets it from one call to the next.
+    """
+    metrics = {f"{prefix}/{name}": float(value) for name, value in report.metrics.items()}
+    trainer.callback_metrics.update({name: torch.tensor(value) for name, value in metrics.items()})
+    if not trainer.is_global_zero or not to_loggers:
+        return
+    for logger in trainer.loggers:
+        with _errors_as_warning(logger, prefix):
+            logger.log_metrics(metrics, step=trainer.global_step)
+            # on disk now: the next analysis may take long, and a killed run never finalizes its loggers
+            logger.save()
+            _log_media(logger, prefix, report, trainer.global_step)
+
+
+@contextmanager
+def _errors_as_warning(logger: Logger, what: str) -> Iterator[None]:
+    """A disk that is full or a network that is down costs neither the other loggers nor the results."""
+    try:
+        yield
+    except Exception as error:
+        rank_zero_warn(
+            f"{what}: {type(logger).__name__} failed with {type(error).__name__}: {error}\nIt may lack a part of this"
+            " report; the other loggers get theirs, and the callback keeps its results."
+        )
+
+
+@singledispatch
+def _log_media(logger: Logger, prefix: str, report: Report, step: int) -> None:
+    """Write texts, figures, meshes and files; a kind of logger that is not registered below gets none."""
+
+
+@_log_media.register(TensorBoardLogger)
+def _(logger: TensorBoardLogger, prefix: str, report: Report, step: int) -> None:
+    writer = logger.experiment
+    for name, text in report.texts.items():
+        writer.add_text(f"{prefix}/{name}", text, step)
+    for name, figure in report.figures.items():
+        writer.add_figure(f"{prefix}/{name}", figure, step)
+    for name, mesh in report.meshes.items():
+        writer.add_mesh(f"{prefix}/{name}", mesh.vertices, colors=mesh.colors, faces=mesh.faces, global_step=step)
+    _write_files(logger.log_dir, prefix, report)
+
+
+@_log_media.register(CSVLogger)
+def _(logger: CSVLogger, prefix: str, report: Report, step: int) -> None:
+    _write_files(logger.log_dir, prefix, report)
+
+
+@_log_media.register(WandbLogger)
+def _(logger: WandbLogger, prefix: str, report: Report, step: int) -> None:
+    # all through the logger, which gives the step as a metric: W&B drops what comes with a step below its own counter
+    from wandb import Html
+
+    for name, text in report.texts.items():
+        panel: Any = Html(_HTML_STYLE + markdown(text, extensions=["tables"]))
+        logger.log_metrics({f"{prefix}/{name}": panel}, step)
+    for name, figure in report.figures.items():
+        logger.log_image(f"{prefix}/{name}", [figure], step)
+
+
+@_log_media.register(MLFlowLogger)
+def _(logger: MLFlowLogger, prefix: str, report: Report, step: int) -> None:
+    client, run_id = logger.experiment, logger.run_id
+    for name, text in report.texts.items():
+        client.log_text(run_id, text, f"{prefix}/{name}.md")
+    for name, figure in report.figures.items():
+        client.log_figure(run_id, figure, f"{prefix}/{name}.png")
+    with TemporaryDirectory() as folder:
+        _write_files(folder, prefix, report)
+        if report.files:
+            client.log_artifacts(run_id, folder)
+
+
+def _write_files(folder: str, prefix: str, report: Report) -> None:
+    for name, content in report.files.items():
+        path = Path(folder, prefix, name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+
+
+@rank_zero_only
+def log_hparams(trainer: Trainer) -> None:
+    """One row of TensorBoard's HPARAMS table: the hyper-parameters that the logger was told, beside all its scalars."""
+    for logger in trainer.loggers:
+        if not isinstance(logger, TensorBoardLogger):
+            continue
+        if logger._default_hp_metric:
+            rank_zero_warn(
+                "TensorBoardLogger wrote its placeholder hp_metric, so TensorBoard's HPARAMS table cannot show the"
+                " analyses of this run. Pass TensorBoardLogger(..., default_hp_metric=False)."
+            )
+        else:
+            with _errors_as_warning(logger, "HPARAMS"):
+                write_hparams(logger, _scalars(dict(logger.hparams)))
+
+
+def _scalars(hparams: Mapping[str, Any]) -> dict[str, Any]:
+    """The hyper-parameters that the table can hold; anything else as text."""
+    return {
+        name: value if isinstance(value, (bool, str, int, float)) else repr(value)
+        for name, value in hparams.items()
+        if value is not None
+    }

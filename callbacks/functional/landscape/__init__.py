@@ -1,1 +1,0 @@
-"""Directions in parameter space, and what a walk along them found."""

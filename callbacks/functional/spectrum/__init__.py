@@ -1,1 +1,0 @@
-"""What a sharpness analysis found: the result, its tables and its figures."""

@@ -1,1 +1,0 @@
-"""The parts of an inference timing: calls, modes, rounds, statistics, and the result."""

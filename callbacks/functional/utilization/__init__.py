@@ -1,1 +1,0 @@
-"""Sums over routed rows, and what they say about the experts."""

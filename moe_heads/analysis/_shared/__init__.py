@@ -1,0 +1,1 @@
+"""Parts that several analyses need: batches, saved state, processes and progress."""

@@ -1,0 +1,153 @@
+"""The data side of every analysis: batches of tensors in any common container."""
+
+import copy
+import dataclasses
+import inspect
+from collections.abc import Callable, Mapping, MutableMapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+from moe_heads.analysis._shared.counting import batch_size
+
+__all__ = [
+    "Batch",
+    "ForwardFn",
+    "LossFn",
+    "batch_size",
+    "call_model",
+    "cut",
+    "is_divisible",
+    "is_movable_object",
+    "labels_of",
+    "leaves_of",
+    "map_leaves",
+    "to_device",
+]
+
+Batch = Any
+"""A tensor, or a tuple, list, mapping or dataclass of tensors; or any object that a loss understands."""
+
+LossFn = Callable[[nn.Module, Batch], Tensor]
+"""``loss_fn(model, batch) -> scalar``, the mean over the samples of the batch."""
+
+ForwardFn = Callable[[nn.Module, Batch], Any]
+"""``forward_fn(model, batch) -> output`` of the model."""
+
+
+_BY_NAME = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+
+
+def map_leaves(batch: Batch, function: Callable[[Any], Any]) -> Batch:
+    """The batch with ``function`` applied to everything inside its containers; the containers are new ones.
+
+    Containers are lists, tuples, named tuples, mutable mappings and dataclasses. torch's own pytrees would take a
+    dataclass or a `UserDict` (what Hugging Face tokenizers return) for a leaf.
+    """
+
+    def mapped(value: Any) -> Any:
+        if isinstance(value, PackedSequence):  # a named tuple, but its parts mean nothing alone
+            return function(value)
+        if isinstance(value, MutableMapping):
+            copied = copy.copy(value)
+            for key in value:
+                copied[key] = mapped(value[key])
+            return copied
+        if isinstance(value, tuple) and hasattr(value, "_fields"):
+            return type(value)(*map(mapped, value))
+        if isinstance(value, (list, tuple)):
+            return type(value)(map(mapped, value))
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            new: Any = copy.copy(value)
+            for field in dataclasses.fields(value):
+                object.__setattr__(new, field.name, mapped(getattr(value, field.name)))  # frozen ones as well
+            return new
+        return function(value)
+
+    return mapped(batch)
+
+
+def leaves_of(batch: Batch) -> list[Any]:
+    """Everything inside the containers of a batch, in order."""
+    leaves: list[Any] = []
+    map_leaves(batch, leaves.append)
+    return leaves
+
+
+def to_device(batch: Batch, device: torch.device | str) -> Batch:
+    """Move every tensor of a batch to ``device``, and every other object that has a method ``to``."""
+
+    def moved(leaf: Any) -> Any:
+        if isinstance(leaf, PackedSequence):
+            return leaf.to(device)  # type: ignore[arg-type]
+        is_movable = isinstance(leaf, Tensor) or is_movable_object(leaf)
+        return leaf.to(device) if is_movable else leaf
+
+    return map_leaves(batch, moved)
+
+
+def is_movable_object(leaf: Any) -> bool:
+    """Whether an object that is no tensor has a method ``to``, as batches of graph libraries have."""
+    is_data = not isinstance(leaf, (Tensor, PackedSequence, nn.Module, type))
+    return is_data and callable(getattr(leaf, "to", None))
+
+
+def is_divisible(batch: Batch) -> bool:
+    """Whether the samples of a batch can be told apart: it holds tensors only, all with the same first dimension.
+
+    A batch with anything else inside (strings, graphs, ragged lists) is used as a whole or not at all.
+    """
+    leaves = [leaf for leaf in leaves_of(batch) if leaf is not None]
+    lengths = {leaf.shape[0] if isinstance(leaf, Tensor) and leaf.dim() > 0 else -1 for leaf in leaves}
+    return len(lengths) == 1 and -1 not in lengths
+
+
+def cut(batch: Batch, start: int, stop: int) -> Batch:
+    """The samples ``start`` to ``stop`` of a divisible batch, as views of its tensors."""
+    return map_leaves(batch, lambda leaf: None if leaf is None else leaf[start:stop])
+
+
+def call_model(model: nn.Module, batch: Batch) -> Any:
+    """Default `ForwardFn`: ``model(batch[0])`` for a tuple or list, ``model(batch)`` for a tensor.
+
+    Of a mapping or a dataclass, the entries that ``forward`` has parameters for are passed by name.
+
+    Raises:
+        ValueError: If a mapping has no entry for a parameter without a default.
+    """
+    if dataclasses.is_dataclass(batch) and not isinstance(batch, type):
+        batch = {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}
+    if isinstance(batch, Mapping):
+        parameters = inspect.signature(model.forward).parameters.values()
+        takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
+        names = {parameter.name for parameter in parameters}
+        given = {name: value for name, value in batch.items() if takes_all or name in names}
+        missing = [p.name for p in parameters if p.default is p.empty and p.kind in _BY_NAME and p.name not in given]
+        if missing:
+            raise ValueError(
+                f"batch: expected an entry for each parameter that {type(model).__name__}.forward needs; got"
+                f" {list(batch)}, without {missing}. Say with forward_fn=lambda model, batch: ... how to call it"
+            )
+        return model(**given)
+    return model(batch[0] if isinstance(batch, (tuple, list)) else batch)
+
+
+def labels_of(batch: Batch) -> Tensor | None:
+    """Class labels (B,) of an ``(inputs, labels)`` batch, or of a mapping or dataclass with "labels" or "label".
+
+    None unless they are whole numbers of shape (B,) or (B, 1): one-hot and soft labels are no classes.
+    """
+    labels: Any = None
+    if isinstance(batch, (tuple, list)):
+        labels = batch[1] if len(batch) > 1 else None
+    elif isinstance(batch, Mapping):
+        labels = batch.get("labels", batch.get("label"))
+    elif not isinstance(batch, Tensor):
+        labels = getattr(batch, "labels", getattr(batch, "label", None))
+    if not isinstance(labels, Tensor) or labels.is_floating_point():
+        return None
+    if labels.dim() == 2 and labels.shape[1] == 1:
+        return labels.squeeze(1)
+    return labels if labels.dim() == 1 else None

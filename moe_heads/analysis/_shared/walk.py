@@ -1,0 +1,99 @@
+"""Move the tensors of a model along directions, and hit the ends of a segment exactly."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from moe_heads.analysis._shared.contents import write_back
+
+__all__ = ["Legs", "Towards", "Walk"]
+
+
+@dataclass(frozen=True)
+class Towards:
+    """Values that a tensor has at coordinate 1, to the bit: what an added difference would miss by rounding."""
+
+    end: Tensor
+
+
+Legs = Mapping[str, Tensor | Towards]
+"""One direction: by the name of a parameter or buffer, what is added at coordinate 1, or what is reached there."""
+
+
+class Walk:
+    """Moves parameters and buffers in place; `analysis_mode` brings them back. Shared parameters move once.
+
+    Args:
+        model: The model.
+        directions: The directions; of a tensor that none of them names, or all by zero, nothing is held.
+        original: Gives the values of a tensor from which to start, which `analysis_mode` holds already; by default a
+            copy of the values now.
+
+    Attributes:
+        moved: The tensors that move.
+        num_directions: Number of coordinates.
+    """
+
+    def __init__(
+        self, model: nn.Module, directions: Sequence[Legs], original: Callable[[Tensor], Tensor] | None = None
+    ) -> None:
+        original = original or (lambda tensor: tensor.detach().clone())
+        named: dict[str, Tensor] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+        names = [name for name in named if any(_moves(legs.get(name)) for legs in directions)]
+        self.num_directions = len(directions)
+        self.moved = [named[name] for name in names]
+        self._moves = [(named[name], original(named[name]), [legs.get(name) for legs in directions]) for name in names]
+
+    @property
+    def norms(self) -> tuple[float, ...]:
+        """Length of a step by 1 along each direction."""
+        squares = [0.0] * self.num_directions
+        for _, start, legs in self._moves:
+            for number, leg in enumerate(legs):
+                if leg is not None:
+                    step = leg.end - start if isinstance(leg, Towards) else leg
+                    squares[number] += float(torch.linalg.vector_norm(step)) ** 2
+        return tuple(math.sqrt(square) for square in squares)
+
+    @torch.no_grad()
+    def go(self, coordinates: Sequence[float]) -> None:
+        """Move to the start plus the sum of the directions times their coordinates."""
+        # always from the start, never from the last point: rounding errors do not add up
+        for tensor, start, legs in self._moves:
+            used = [(c, leg) for c, leg in zip(coordinates, legs, strict=True) if c and leg is not None]
+            if all(isinstance(leg, Tensor) for _, leg in used) and _is_dense(tensor):
+                _add(tensor.data, start, used)
+            else:
+                write_back(tensor, _place(start, used))
+
+
+def _moves(leg: Tensor | Towards | None) -> bool:
+    if leg is None or isinstance(leg, Towards):
+        return leg is not None
+    return leg.numel() > 0 and any(map(bool, torch.aminmax(leg)))  # any() would take memory
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    return not tensor.is_inference() and tensor.layout == torch.strided and 0 not in tensor.stride()
+
+
+def _add(target: Tensor, start: Tensor, used: Sequence[tuple[float, Tensor | Towards]]) -> None:
+    """Start plus steps, without any memory beside them."""
+    if not used:
+        target.copy_(start)
+    for coordinate, step in used:
+        assert isinstance(step, Tensor)
+        torch.add(start, step, alpha=coordinate, out=target)
+        start = target
+
+
+def _place(start: Tensor, used: Sequence[tuple[float, Tensor | Towards]]) -> Tensor:
+    if len(used) == 1 and isinstance(used[0][1], Towards):
+        return torch.lerp(start, used[0][1].end, used[0][0])  # exact at 0 and at 1
+    place = start.clone()
+    for coordinate, leg in used:
+        place.add_(leg.end - start if isinstance(leg, Towards) else leg, alpha=coordinate)
+    return place

@@ -1,0 +1,1 @@
+"""Expert utilization: how the samples and classes are spread over the experts of a router."""

@@ -1,0 +1,181 @@
+"""Figures of how one head's experts are used, of a size at which TensorBoard's cards leave their text readable."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+from torch import Tensor
+
+from moe_heads.analysis._shared.figures import axes_of, plain_text
+from moe_heads.analysis.expert_utilization.head import HeadUtilization
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+__all__ = ["plot_classes", "plot_coactivation", "plot_load", "plot_utilization"]
+
+# Cells up to which each holds its number in per cent, and experts up to which there is room for it.
+_MAX_LABELLED_CELLS, _MAX_LABELLED_EXPERTS = 200, 16
+_LEAST_LABELLED = 0.005
+
+# Letters of a class's name that leave room for the map.
+_MAX_NAME = 12
+
+_SMALL = 8
+
+# Inches: a card of TensorBoard shows 210 pixels of height, and scales what is higher.
+_CARD_HEIGHT = 2.3
+
+
+def plot_utilization(
+    name: str, head: HeadUtilization, class_names: Sequence[str], ax: "Axes | None" = None
+) -> "tuple[Figure, Axes]":
+    """Bars of load and importance with the fair share, and below them the class map where there is one.
+
+    Args:
+        name: Name of the head.
+        head: Its utilisation.
+        class_names: Names of the classes.
+        ax: Axes for the class map alone, or for the bars when there is none; by default a new figure for both.
+
+    Returns:
+        The figure, and the axes of the class map (of the bars, when there is none).
+    """
+    from matplotlib.figure import Figure
+
+    if head.class_map is None:
+        return plot_load(name, head, ax)
+    if ax is not None:
+        return plot_classes(name, head, class_names, ax)
+    rows = len(head.class_map)
+    figure = Figure(figsize=(_width(len(head.load)), 2.2 + min(0.25 * rows, 10)), layout="constrained")
+    bars, ax = figure.subplots(2, 1, sharex=True, height_ratios=(4, max(rows * 0.6, 4)))
+    plot_load(name, head, bars)
+    bars.set_xlabel("")
+    _draw_map(ax, head.class_map, class_names)
+    _label_experts(ax, len(head.load))
+    return figure, ax
+
+
+def plot_load(name: str, head: HeadUtilization, ax: "Axes | None" = None) -> "tuple[Figure, Axes]":
+    """Bars of load and importance with the fair share; dead and starved experts are named, many of them marked.
+
+    Args:
+        name: Name of the head.
+        head: Its utilisation.
+        ax: Axes to draw on; a new figure by default.
+
+    Returns:
+        Figure and axes.
+    """
+    figure, ax = axes_of(ax, (_width(len(head.load)), _CARD_HEIGHT))
+    experts = np.arange(len(head.load))
+    ax.bar(experts - 0.2, head.load.numpy(), 0.4, label="load")
+    ax.bar(experts + 0.2, head.importance.numpy(), 0.4, label="importance")
+    ax.axhline(1 / len(head.load), color="black", linestyle=":", linewidth=1, label="fair share")
+    ax.set_ylabel("share", fontsize=_SMALL)
+    ax.tick_params(axis="y", labelsize=_SMALL)
+    ax.set_ylim(0, 1.35 * max(float(head.load.max()), float(head.importance.max())))
+    many = len(head.load) > _MAX_LABELLED_EXPERTS
+    for state, those, marker in (("dead", head.dead_experts, "x"), ("starved", head.starved_experts, "|")):
+        if many and those:
+            # words would stand on one another
+            ax.plot(those, [0.0] * len(those), marker, color="tab:red", markersize=4, label=state, clip_on=False)
+        for expert in () if many else those:
+            ax.annotate(state, (expert, 0), ha="center", va="bottom", fontsize=7, color="tab:red", rotation=90)
+    ax.legend(fontsize=7, ncols=5, loc="upper center", handlelength=1, columnspacing=0.8, frameon=False)
+    _label_experts(ax, len(head.load))
+    ax.set_title(_title(name, head), fontsize=9)
+    return figure, ax
+
+
+def plot_classes(
+    name: str, head: HeadUtilization, class_names: Sequence[str], ax: "Axes | None" = None
+) -> "tuple[Figure, Axes]":
+    """Heat map of the class map: the share of the weight that the samples of a class (down) gave to an expert (across).
+
+    Args:
+        name: Name of the head.
+        head: Its utilisation, with a class map.
+        class_names: Names of the classes.
+        ax: Axes to draw on; a new figure by default.
+
+    Returns:
+        Figure and axes.
+    """
+    assert head.class_map is not None
+    height = max(_CARD_HEIGHT, 0.14 * min(len(class_names), 50))
+    figure, ax = axes_of(ax, (_width(len(head.load)), height))
+    _draw_map(ax, head.class_map, class_names)
+    _label_experts(ax, len(head.load))
+    ax.set_title(_title(name, head), fontsize=9)
+    return figure, ax
+
+
+def plot_coactivation(name: str, coactivation: Tensor, ax: "Axes | None" = None) -> "tuple[Figure, Axes]":
+    """Heat map: of the rows of one expert (down), the share that chose another one too (across).
+
+    Args:
+        name: Name of the head.
+        coactivation: See `HeadUtilization.coactivation`, (E, E).
+        ax: Axes to draw on; a new figure by default.
+
+    Returns:
+        Figure and axes.
+    """
+    figure, ax = axes_of(ax, (_width(len(coactivation)), max(_CARD_HEIGHT, 0.14 * min(len(coactivation), 50))))
+    shares = coactivation.numpy().copy()
+    np.fill_diagonal(shares, np.nan)
+    _draw_heat(ax, shares, "share of the rows")
+    _label_experts(ax, len(coactivation))
+    ax.set_yticks(ax.get_xticks(), [label.get_text() for label in ax.get_xticklabels()], fontsize=_SMALL)
+    ax.set_xlabel("also expert", fontsize=_SMALL)
+    ax.set_ylabel("rows of expert", fontsize=_SMALL)
+    ax.set_title(f"{plain_text(name, 30)}: experts chosen together", fontsize=9)
+    return figure, ax
+
+
+def _width(num_experts: int) -> float:
+    """Inches: 450 pixels in TensorBoard for as many experts as fit there."""
+    return min(max(4.4, 1.6 + 0.28 * num_experts), 7)
+
+
+def _title(name: str, head: HeadUtilization) -> str:
+    title = f"{plain_text(name, 30)}: {head.effective_experts:.1f} of {len(head.load)} experts in effect"
+    if head.mutual_information is None:
+        return title
+    title += f"\nI(class; expert) {head.mutual_information:.2f}"
+    chance = head.mutual_information_by_chance
+    return title + (" nats" if chance is None else f" nats, by chance {chance:.2f}")
+
+
+def _label_experts(ax: "Axes", num_experts: int) -> None:
+    ax.set_xlabel("expert", fontsize=_SMALL)
+    step = 1 + (num_experts - 1) // 16
+    ax.set_xticks(range(0, num_experts, step), [str(expert) for expert in range(0, num_experts, step)], fontsize=_SMALL)
+
+
+def _draw_map(ax: "Axes", class_map: Tensor, class_names: Sequence[str]) -> None:
+    _draw_heat(ax, class_map.numpy(), "share of the weight")
+    step = 1 + (len(class_names) - 1) // 50
+    names = [plain_text(name, _MAX_NAME) for name in class_names[::step]]
+    ax.set_yticks(range(0, len(class_names), step), names, fontsize=_SMALL)
+    ax.set_ylabel("class", fontsize=_SMALL)
+
+
+def _draw_heat(ax: "Axes", values: np.ndarray, label: str) -> None:
+    shares = np.ma.masked_invalid(values)
+    largest = max(float(shares.max()) if shares.count() else 0.0, 1e-3)
+    ax.patch.set(hatch="///", facecolor="white", edgecolor="0.7")
+    image = ax.imshow(100 * shares, aspect="auto", cmap="viridis", vmin=0, vmax=100 * largest)
+    figure = ax.get_figure(root=True)
+    assert figure is not None
+    bar = figure.colorbar(image, ax=ax)
+    bar.set_label(f"{label} (%)", fontsize=_SMALL)
+    bar.ax.tick_params(labelsize=_SMALL)
+    if shares.size <= _MAX_LABELLED_CELLS and shares.shape[1] <= _MAX_LABELLED_EXPERTS:
+        for (row, column), share in np.ndenumerate(shares):
+            if share is not np.ma.masked and share >= _LEAST_LABELLED:
+                colour = "white" if share < 0.6 * largest else "black"
+                ax.text(column, row, f"{100 * share:.0f}", ha="center", va="center", fontsize=7, color=colour)

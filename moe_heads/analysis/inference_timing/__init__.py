@@ -1,0 +1,1 @@
+"""Inference timing: latency, throughput, and the gap between theoretical and realized speed."""

@@ -1,0 +1,1 @@
+"""Loss landscape of a trained model: its loss under finite perturbations of the weights."""

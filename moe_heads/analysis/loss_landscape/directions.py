@@ -1,0 +1,224 @@
+"""Directions in the space of a model's parameters: random ones, their normalisation (Li et al. 2018), other weights.
+
+A direction is a flat vector (P,) over the parameters that require a gradient, or those of them that are selected, in
+the order of ``model.named_parameters()``: the order of the eigenvectors that `sharpness` gives. Or it is a state dict,
+the weights and buffers that are reached at coordinate 1.
+"""
+
+from collections.abc import Mapping
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvTransposeNd
+
+from moe_heads.analysis._shared.parameters import Selection, trainable_parameters
+from moe_heads.analysis._shared.walk import Legs, Towards
+from moe_heads.checks import check_option
+
+__all__ = ["Biases", "Direction", "filter_normalized", "layer_normalized", "legs_of", "random_direction"]
+__all__ += ["split_direction"]
+
+Direction = Tensor | Mapping[str, Tensor]
+"""A flat vector, or a state dict to go towards."""
+
+Biases = Literal["zero", "normalized"]
+"""What becomes of biases and the parameters of norm layers."""
+
+# Of other classes the parameters are told by their shape; these may have several dimensions.
+_NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
+
+
+def legs_of(model: nn.Module, direction: Direction, name: str, params: Selection | None = None) -> Legs:
+    """What a `Walk` takes of a direction.
+
+    Raises:
+        ValueError: If it does not fit the model.
+    """
+    if isinstance(direction, Tensor):
+        return split_direction(model, direction, name, params)
+    return _towards(model, direction, name, params)
+
+
+def split_direction(
+    model: nn.Module, direction: Tensor, name: str = "direction", params: Selection | None = None
+) -> dict[str, Tensor]:
+    """The parts of a flat direction, each with the shape, data type and device of its parameter.
+
+    Args:
+        model: The model.
+        direction: Flat vector, (P,).
+        name: What the messages call it.
+        params: The parameters that it is over; by default all that require a gradient.
+
+    Returns:
+        Part of each parameter, by the parameter's name.
+
+    Raises:
+        ValueError: If the direction has another shape or is not finite.
+    """
+    named = trainable_parameters(model, params)
+    sizes = [p.numel() for p in named.values()]
+    if direction.shape != (sum(sizes),):
+        raise ValueError(
+            f"{name}: expected shape ({sum(sizes)},), one entry for each trainable parameter"
+            f"{'' if params is None else ' of params'}; got {tuple(direction.shape)}"
+        )
+    # the sum is nan or inf if one of the entries is, and takes no memory
+    if not bool(direction.sum().isfinite()) and not bool(direction.isfinite().all()):
+        raise ValueError(f"{name}: expected finite entries; got {int((~direction.isfinite()).sum())} nan or inf")
+    parts = torch.split(direction.detach(), sizes)
+    return {key: part.to(p.device, p.dtype).view(p.shape) for (key, p), part in zip(named.items(), parts, strict=True)}
+
+
+def random_direction(model: nn.Module, seed: int = 0, params: Selection | None = None) -> Tensor:
+    """Independent standard normal numbers, (P,), on the CPU, so that every device sees the same direction.
+
+    Args:
+        model: The model; its first trainable parameter gives the data type.
+        seed: Seed; equal seeds and data types give equal directions. The global generator is not touched.
+        params: The parameters that it is over; by default all that require a gradient.
+
+    Raises:
+        ValueError: If the model has no trainable parameter.
+
+    Example:
+        >>> import torch
+        >>> from moe_heads.analysis.loss_landscape.directions import random_direction
+        >>> random_direction(torch.nn.Linear(3, 2)).shape
+        torch.Size([8])
+    """
+    named = trainable_parameters(model, params)
+    generator = torch.Generator().manual_seed(seed)
+    dtype = next(iter(named.values())).dtype
+    # double precision takes three times as long to draw; anything narrower is rounded from single
+    drawn = torch.float64 if dtype == torch.float64 else torch.float32
+    return torch.randn(sum(p.numel() for p in named.values()), dtype=drawn, generator=generator).to(dtype)
+
+
+def filter_normalized(
+    model: nn.Module, direction: Tensor, *, params: Selection | None = None, biases: Biases = "zero"
+) -> Tensor:
+    r"""The direction with every filter scaled to the norm of the model's own, :math:`d_f \|\theta_f\| / \|d_f\|`.
+
+    Takes out the freedom to scale the weights of a ReLU network without changing its function, which would make
+    surfaces of different models incomparable. A filter f is what feeds one output unit: a row of a matrix, a channel of
+    a convolution.
+
+    The first dimension of a weight counts its filters, in a transposed convolution the second, within each group. A
+    module whose weights stack several layers says how many leading dimensions do by an integer attribute
+    ``num_filter_dims``: 2 for experts and their units. A parameter with no dimension beyond these is a bias, as are the
+    parameters of norm layers, whatever their shape (told by their class, or by an attribute ``normalized_shape``).
+
+    Args:
+        model: The model :math:`\theta`; not changed.
+        direction: d, flat, (P,).
+        params: The parameters that it is over; by default all that require a gradient.
+        biases: "zero", as in the paper: they stay where they are; "normalized": each is scaled to its own norm as a
+            whole (those of stacked experts all together).
+
+    Returns:
+        Flat direction, (P,), on the device and of the data type of ``direction``. A filter that is zero in the model
+        or in the direction is zero.
+
+    Raises:
+        ValueError: If the direction has another shape or is not finite, or the model has no trainable parameter.
+
+    Source:
+        Li, Xu, Taylor, Studer and Goldstein, Visualizing the loss landscape of neural nets, 2018, arXiv 1712.09913.
+
+    Example:
+        >>> import torch
+        >>> from moe_heads.analysis.loss_landscape.directions import filter_normalized
+        >>> model = torch.nn.Linear(2, 1)
+        >>> _ = torch.nn.init.constant_(model.weight, 3.0)
+        >>> filter_normalized(model, torch.tensor([1.0, -1.0, 5.0]))  # weight, weight, bias
+        tensor([ 3., -3.,  0.])
+    """
+    return _normalized(model, direction, params, biases, by_filter=True)
+
+
+def layer_normalized(
+    model: nn.Module, direction: Tensor, *, params: Selection | None = None, biases: Biases = "zero"
+) -> Tensor:
+    r"""The direction with every parameter scaled to its norm in the model, :math:`d_p \|\theta_p\| / \|d_p\|`.
+
+    Coarser than `filter_normalized`, whose arguments, zeros and errors it has.
+
+    Example:
+        >>> import torch
+        >>> from moe_heads.analysis.loss_landscape.directions import layer_normalized
+        >>> model = torch.nn.Linear(2, 1, bias=False)
+        >>> _ = model.weight.data.copy_(torch.tensor([[3.0, 4.0]]))
+        >>> layer_normalized(model, torch.tensor([2.0, 0.0]))
+        tensor([5., 0.])
+    """
+    return _normalized(model, direction, params, biases, by_filter=False)
+
+
+def _normalized(
+    model: nn.Module, direction: Tensor, params: Selection | None, biases: Biases, *, by_filter: bool
+) -> Tensor:
+    check_option("biases", biases, get_args(Biases))
+    parts = split_direction(model, direction, params=params)
+    scaled = []
+    for name, parameter in trainable_parameters(model, params).items():
+        owner = model.get_submodule(name.rpartition(".")[0])
+        if not _is_bias(owner, parameter):
+            scaled.append(
+                _scaled(owner, parameter.detach(), parts[name]) if by_filter else _resized(parameter, parts[name])
+            )
+        else:
+            scaled.append(_resized(parameter, parts[name]) if biases == "normalized" else torch.zeros_like(parts[name]))
+    return torch.cat([part.reshape(-1).to(direction.device, direction.dtype) for part in scaled])
+
+
+def _num_filter_dims(owner: nn.Module) -> int:
+    return int(getattr(owner, "num_filter_dims", 1))
+
+
+def _is_bias(owner: nn.Module, parameter: Tensor) -> bool:
+    is_norm = isinstance(owner, _NORMS) or hasattr(owner, "normalized_shape")
+    return is_norm or parameter.dim() <= _num_filter_dims(owner)
+
+
+def _scaled(owner: nn.Module, parameter: Tensor, part: Tensor) -> Tensor:
+    """Each filter to its norm in the model."""
+    if not isinstance(owner, _ConvTransposeNd):
+        return _resized(parameter, part, _num_filter_dims(owner))
+    # (in, out / groups, ...): an output channel takes from the inputs of its group
+    weight, step = (t.unflatten(0, (owner.groups, -1)).transpose(1, 2) for t in (parameter, part))
+    return _resized(weight, step, 2).transpose(1, 2).reshape(part.shape)
+
+
+def _resized(parameter: Tensor, part: Tensor, num_filter_dims: int = 0) -> Tensor:
+    """Scaled to the norm of the parameter over all dimensions but the first ones."""
+    within = tuple(range(num_filter_dims, parameter.dim()))
+    wanted = torch.linalg.vector_norm(parameter.detach(), dim=within, keepdim=True)
+    length = torch.linalg.vector_norm(part, dim=within, keepdim=True)
+    return torch.where(length > 0, part * (wanted / length), 0)
+
+
+def _towards(model: nn.Module, state: Mapping[str, Tensor], name: str, params: Selection | None) -> Legs:
+    """The parameters and floating-point buffers of a state dict; those of ``params`` alone where it is given."""
+    parameters = trainable_parameters(model, params, only_real=False)
+    here: dict[str, Tensor] = {**parameters}
+    if params is None:
+        here |= dict(model.named_parameters())
+        here |= {key: buffer for key, buffer in model.named_buffers() if buffer.is_floating_point()}
+    missing = [key for key in parameters if key not in state]
+    if missing:
+        raise ValueError(f"{name}: expected a state with all trainable parameters; got one without {missing[0]!r}")
+    legs: dict[str, Towards] = {}
+    for key, tensor in here.items():
+        if key not in state:
+            continue
+        end = state[key].detach()
+        if end.shape != tensor.shape or not bool(end.isfinite().all()):
+            got = f"shape {tuple(end.shape)}" if end.shape != tensor.shape else "nan or inf"
+            raise ValueError(f"{name}: expected finite {key!r} of shape {tuple(tensor.shape)}; got {got}")
+        end = end.to(tensor.device, tensor.dtype)
+        if not torch.equal(end, tensor):
+            legs[key] = Towards(end)
+    return legs

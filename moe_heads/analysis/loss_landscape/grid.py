@@ -1,0 +1,74 @@
+"""Coordinates along a direction, with the centre among them wherever it can be."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+__all__ = ["grid_of", "grid_through_zero", "widest_gap"]
+
+# An interval is not halved below this part of the mean distance: a jump would draw all points to itself.
+_FINEST = 1 / 32
+
+
+def grid_of(name: str, values: Sequence[float] | Tensor | None, reach: float, num_points: int) -> Tensor:
+    """The coordinates that were given, or ``num_points`` of equal distance in [-reach, reach]; float64.
+
+    A rounding error in place of zero is taken for zero: `torch.linspace` misses the zero in its middle.
+
+    Raises:
+        ValueError: If they are not finite and increasing.
+    """
+    if values is None:
+        # from whole numbers, so that the middle of an odd grid is exactly zero
+        steps = torch.arange(num_points, dtype=torch.float64) * 2 - (num_points - 1)
+        return steps * (reach / (num_points - 1))
+    grid = torch.as_tensor(values, dtype=torch.float64, device="cpu")
+    if grid.dim() != 1 or len(grid) < 2 or not bool(grid.isfinite().all()) or not bool((grid.diff() > 0).all()):
+        raise ValueError(f"{name}: expected at least two finite, increasing numbers; got {grid.tolist()}")
+    return torch.where(grid.abs() < 1e-6 * grid.diff().min(), 0, grid)
+
+
+def grid_through_zero(values: Tensor, num_points: int, margin: float = 0.2) -> Tensor:
+    """Coordinates of equal distance, zero among them, that reach beyond the values by a part of their span; float64.
+
+    Args:
+        values: What is to lie inside, beside zero.
+        num_points: Number of coordinates, at least 3.
+        margin: Part of the span that is added at each end.
+
+    Example:
+        >>> import torch
+        >>> from moe_heads.analysis.loss_landscape.grid import grid_through_zero
+        >>> grid_through_zero(torch.tensor([3.0]), 6, margin=0.5).tolist()
+        [-1.5, 0.0, 1.5, 3.0, 4.5, 6.0]
+    """
+    low, high = min(float(values.min()), 0.0), max(float(values.max()), 0.0)
+    span = (high - low) or 1.0
+    low, high = low - margin * span, high + margin * span
+    # one distance wider than the range, so that it still covers it when it is moved onto zero
+    step = (high - low) / (num_points - 2)
+    first = int(low // step)
+    return (torch.arange(num_points, dtype=torch.float64) + first) * step
+
+
+def widest_gap(alphas: Tensor, losses: Tensor) -> float | None:
+    r"""Middle of the interval where a straight line between its ends misses the loss the most, by an estimate.
+
+    The error of linear interpolation over a distance h is at most :math:`h^2 |L''| / 8`; L'' is the larger of the
+    second divided differences at the two ends. Intervals with an end that is not finite have no estimate.
+
+    Returns:
+        The middle; None where no interval can be halved.
+    """
+    if len(alphas) < 3:
+        return None
+    distances, slopes = alphas.diff(), losses.diff() / alphas.diff()
+    bends = 2 * (slopes.diff() / (alphas[2:] - alphas[:-2])).abs()
+    bends = torch.cat([bends[:1], bends, bends[-1:]]).nan_to_num(0.0, posinf=0.0)
+    errors = distances.square() * torch.maximum(bends[:-1], bends[1:]) / 8
+    span = alphas[-1] - alphas[0]
+    usable = losses.isfinite()[:-1] & losses.isfinite()[1:] & (distances > 2 * _FINEST * span / (len(alphas) - 1))
+    errors = torch.where(usable, errors, 0.0)
+    worst = int(errors.argmax())
+    return float(alphas[worst] + alphas[worst + 1]) / 2 if errors[worst] > 0 else None

@@ -1,0 +1,69 @@
+"""Checks that a sharpness result gets on its own model and samples."""
+
+import math
+from dataclasses import replace
+
+import torch
+
+from moe_heads.analysis._shared.mean_check import CutDependence
+from moe_heads.analysis._shared.progress import Monitor
+from moe_heads.analysis.sharpness.hessian.basis import rademacher
+from moe_heads.analysis.sharpness.hessian.double_check import DoubleCheck, check_in_double
+from moe_heads.analysis.sharpness.hessian.krylov import LanczosResult
+from moe_heads.analysis.sharpness.hessian.operator import HessianOperator
+from moe_heads.analysis.sharpness.certificate import Certificate
+
+__all__ = ["certified", "from_krylov"]
+
+_IN_DOUBLE = (
+    "products in float64",
+    "gradient against finite difference",
+    "product against finite difference",
+)
+
+
+def from_krylov(krylov: LanczosResult, dependence: CutDependence, center_loss: float) -> Certificate:
+    """What the Lanczos run itself says, without a further product, and what is known of the loss."""
+    scale = float(krylov.projected.abs().max())
+    resolution = torch.finfo(krylov.basis.dtype).eps
+    unchecked = {} if krylov.is_complete else {"no eigenvalue missing": "the steps ended before"}
+    if dependence.size is None:
+        unchecked["loss is a mean over samples"] = dependence.reason
+    return Certificate(
+        asymmetry=krylov.asymmetry / scale if scale else 0.0,
+        is_complete=krylov.is_complete,
+        scale=scale,
+        negligible=100 * resolution * max(abs(center_loss), resolution),
+        cut_dependence=math.nan if dependence.size is None else dependence.size,
+        dtype=str(krylov.basis.dtype).removeprefix("torch."),
+        unchecked={
+            **unchecked,
+            **dict.fromkeys(_IN_DOUBLE, "the analysis ended before"),
+        },
+    )
+
+
+def certified(
+    certificate: Certificate, operator: HessianOperator, krylov: LanczosResult, seed: int, monitor: Monitor
+) -> Certificate:
+    """Add what float64 says of the products and the gradient, on a part of this process's samples."""
+    generator = torch.Generator().manual_seed(seed)
+    signs = torch.randint(0, 2, (1, len(krylov.eigenvalues)), generator=generator).double() * 2 - 1
+    probe = rademacher(operator.num_parameters, operator.dtype, operator.device, generator)
+    vectors = [krylov.basis.combined(signs @ krylov.coefficients)[0], probe]
+    found = check_in_double(operator.gradients, operator.data, vectors, monitor, seed)
+    others = {name: reason for name, reason in certificate.unchecked.items() if name not in _IN_DOUBLE}
+    if not isinstance(found, DoubleCheck):
+        return replace(certificate, unchecked={**others, **dict.fromkeys(_IN_DOUBLE, found)})
+    along, sampled = found.differences
+    # z^T D z is one sample of the error of the trace, with a variance of at most 2 ‖D‖_F^2
+    error = math.hypot(float(probe.double() @ sampled), math.sqrt(2) * float(sampled.norm()))
+    return replace(
+        certificate,
+        rounding=2 * float(along.norm()),
+        trace_rounding=error,
+        derivative_error=found.derivative_error,
+        curvature_error=found.curvature_error,
+        num_double=found.num_samples,
+        unchecked=others,
+    )

@@ -1,0 +1,245 @@
+"""Sharpness of a trained model: the spectrum of the Hessian of its loss."""
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from moe_heads.analysis._shared.batch_list import Batches
+from moe_heads.analysis._shared.batches import Batch, LossFn
+from moe_heads.analysis._shared.counting import BatchSizeFn, BatchWeightFn
+from moe_heads.analysis._shared.mean_check import CutDependence, check_mean
+from moe_heads.analysis._shared.progress import Monitor, TimeUp
+from moe_heads.analysis._shared.preserve import analysis_mode
+from moe_heads.analysis._shared.ranks import Ranks
+from moe_heads.analysis.sharpness.hessian.blocks import default_blocks, expert_places, places_of
+from moe_heads.analysis.sharpness.hessian.lanczos import lanczos
+from moe_heads.analysis.sharpness.hessian.operator import HessianOperator
+from moe_heads.analysis.sharpness.hessian.parameters import Selection, selected_parameters, slices_of
+from moe_heads.analysis.sharpness.hessian.shared import shared_hessian
+from moe_heads.analysis.sharpness.hessian.submatrix import DiagonalBlock
+from moe_heads.analysis.sharpness.hessian.trace import (
+    MIN_PROBES,
+    Places,
+    deflated_trace,
+)
+from moe_heads.analysis.sharpness.checks import certified, from_krylov
+from moe_heads.analysis.sharpness.findings import Findings
+from moe_heads.analysis.sharpness.result import SharpnessResult
+from moe_heads.checks import check_at_least, check_flags, check_positive, check_seed
+
+__all__ = ["check_sharpness_options", "sharpness"]
+
+# Steps after which the density of a trained network no longer changes to the eye.
+_DENSITY_STEPS = 40
+
+# Up to so many parameters the whole matrix costs no more than its samples.
+_WHOLE = 100
+
+
+def sharpness(
+    model: nn.Module,
+    loss_fn: LossFn,
+    batches: Iterable[Batch],
+    *,
+    params: Selection | None = None,
+    num_eigenvalues: int = 5,
+    tolerance: float = 1e-3,
+    trace_tolerance: float = 0.05,
+    max_steps: int = 200,
+    max_probes: int = 100,
+    density: bool = True,
+    blocks: Mapping[str, Sequence[str]] | None = None,
+    block_eigenvalues: bool = False,
+    keep_eigenvectors: bool = False,
+    start: Tensor | None = None,
+    seed: int = 0,
+    graph_memory: int | None = None,
+    basis_memory: int | None = None,
+    monitor: Monitor | None = None,
+    ranks: Ranks | None = None,
+    batch_size_fn: BatchSizeFn | None = None,
+    batch_weight_fn: BatchWeightFn | None = None,
+) -> SharpnessResult:
+    r"""Top eigenvalues, trace and spectral density of the Hessian of a model's mean loss.
+
+    :math:`H = \nabla^2_\theta L`, :math:`L = \frac{1}{N} \sum_i \ell_i`, over all samples of ``batches``, in
+    evaluation mode. One Lanczos run with full reorthogonalization gives the eigenvalues with their residuals, the
+    density by Gauss quadrature, and the space on which the trace is exact; a few random probes add the rest of the
+    trace with its standard error. The same numbers say where the curvature is: the share of each eigenvector and the
+    trace of each block of parameters, and of each expert.
+
+    With hard routing (top-k experts) the loss is smooth only as long as no sample changes its experts: H is the Hessian
+    at fixed routing; `routing_response` says how far that holds. The same is true of the kinks of ReLU and max-pooling.
+
+    ``converged`` is a certificate. Some further products look for eigenvalues that are missing, such as copies of a
+    repeated one. On a part of the samples the products are compared with float64, and the gradient with a finite
+    difference of the loss. The symmetry of the products is checked, and whether the loss is a mean over the samples.
+    What fails warns. Rounding is part of the residuals and of the standard error of the trace. ``certificate`` of the
+    result says what was checked. Up to 100 parameters a density takes all eigenvalues, and trace and density are exact.
+
+    The model is evaluated inside `analysis_mode` and left bit for bit as it was, also after an error.
+
+    Args:
+        model: The model.
+        loss_fn: ``loss_fn(model, batch) -> scalar``, the mean over the samples of the batch, a deterministic function.
+        batches: The data; all of it is held in memory. Batches of different sizes are weighted by their samples. The
+            trace needs the fewer probes the more batches there are, up to 16: each gets random vectors of its own.
+        params: The parameters :math:`\theta`: tensors, or names of parameters or modules such as ``["head"]``; by
+            default all that require a gradient. What lies before them is computed once.
+        num_eigenvalues: Number of algebraically largest eigenvalues; five are what papers on sharpness report.
+        tolerance: Largest relative residual :math:`\|Hv - \lambda v\| / |\lambda|` of these. 1e-3 makes the error of a
+            separated eigenvalue about 1e-6, well below what the choice of samples changes.
+        trace_tolerance: Standard error of the trace, as a fraction of the larger of :math:`|\operatorname{tr} H|` and
+            :math:`\|H\|_F`. The probes needed grow as its inverse square; with 5 %, the fewest that are
+            trusted often reach 1 to 2 %.
+        max_steps: Most Lanczos steps.
+        max_probes: Most rounds of probes for the trace, each the cost of one product.
+        density: Also give the density; takes at least 40 Lanczos steps.
+        blocks: Names of parameters or modules by block. By default backbone, router and experts of a model with one of
+            our routers, else one block for each child.
+        block_eigenvalues: Also give the largest eigenvalue of each block's diagonal block; about ten products each.
+        keep_eigenvectors: Keep the eigenvectors (``num_eigenvalues`` times the memory of the parameters).
+        start: Vector (P,) to start from, such as the sum of the eigenvectors of the epoch before: saves products, and
+            leaves no density.
+        seed: Seed of all random vectors; equal seeds give equal results.
+        graph_memory: Bytes that may be kept between products; see `HessianOperator`.
+        basis_memory: Bytes that the Krylov basis may take; see `lanczos`.
+        monitor: Shows the progress and ends the analysis when its time is over; see `Monitor`.
+        ranks: The processes that share the work, each with its part of the samples in ``batches``; all of them call
+            this function and get the result. By default this process has all samples.
+        batch_size_fn: ``batch_size_fn(batch)``, the number of samples of a batch; by default its tensors tell.
+        batch_weight_fn: ``batch_weight_fn(batch)``, the weight of its loss, where that is no mean over the samples; by
+            default the number of samples.
+
+    Returns:
+        The numbers with their uncertainty. What did not reach its tolerance is marked, not hidden. When the time of the
+        monitor is over, the eigenvalues so far, and the trace if it was begun, marked by ``partial``.
+
+    Raises:
+        ValueError: If an argument is out of range or unknown, the model has nothing to differentiate, or the loss or
+            its second derivative is not finite.
+        RuntimeError: If a layer has no second derivative.
+
+    Source:
+        Ghorbani, Krishnan and Xiao, An investigation into neural net optimization via Hessian eigenvalue density, 2019.
+        Yao, Gholami, Keutzer and Mahoney, PyHessian: neural networks through the lens of the Hessian, 2020.
+
+    Example:
+        >>> import torch
+        >>> from moe_heads.analysis.sharpness.function import sharpness
+        >>> model = torch.nn.Linear(2, 1, bias=False)
+        >>> x = torch.tensor([[1.0, 0.0], [0.0, 2.0]])
+        >>> result = sharpness(model, lambda m, batch: m(batch).square().mean(), [x], num_eigenvalues=2)
+        >>> [round(value, 4) for value in result.eigenvalues], round(result.trace, 4)
+        ([4.0, 1.0], 5.0)
+    """
+    check_sharpness_options(num_eigenvalues, tolerance, trace_tolerance, max_steps, max_probes)
+    check_flags(density=density, block_eigenvalues=block_eigenvalues, keep_eigenvectors=keep_eigenvectors)
+    check_seed(seed)
+    selected = selected_parameters(model, params)
+    num_parameters = sum(p.numel() for p in selected.values())
+    if num_eigenvalues > num_parameters:
+        raise ValueError(
+            f"num_eigenvalues: expected 1 to {num_parameters}, the number of parameters; got {num_eigenvalues}"
+        )
+    if start is not None and density:
+        raise ValueError("start: expected None with density=True, whose start has to be random; pass density=False")
+    slices = slices_of(selected)
+    places = places_of(default_blocks(model, slices) if blocks is None else blocks, slices)
+    experts = expert_places(model, slices)
+    monitor, ranks = monitor or Monitor(), ranks or Ranks()
+
+    def lead(operator: HessianOperator) -> SharpnessResult:
+        findings = Findings(
+            operator, places, experts, density, keep_eigenvectors, seed, trace_tolerance, monitor, dependence
+        )
+        # One stream for all random vectors: the probes of the trace must not repeat the start of the Krylov space.
+        generator = torch.Generator().manual_seed(seed)
+        try:
+            findings.krylov = krylov = lanczos(
+                operator,
+                generator=generator,
+                num_eigenvalues=num_eigenvalues,
+                tolerance=tolerance,
+                min_steps=_min_steps(num_parameters, density, max_steps),
+                max_steps=max_steps,
+                start=start,
+                basis_memory=basis_memory,
+                on_step=findings.add_krylov,
+            )
+            findings.certificate = certified(
+                from_krylov(krylov, dependence, operator.center_loss), operator, krylov, seed, monitor
+            )
+            findings.add_spread()
+            findings.trace = deflated_trace(
+                operator,
+                krylov,
+                generator=generator,
+                tolerance=trace_tolerance,
+                max_probes=max_probes,
+                blocks=_both(places, experts),
+                on_step=findings.add_trace,
+            )
+            for name in places if block_eigenvalues else ():
+                findings.add_block(name, _largest(operator, places[name], generator, tolerance, max_steps))
+        except TimeUp as error:
+            if findings.krylov is None and operator.interrupted is not None:
+                findings.add_first_value(operator.interrupted, tolerance)
+            result: SharpnessResult = monitor.result_in_time(error)
+            return result
+        for sentence in findings.certificate.warnings():
+            monitor.warn(sentence)
+        return findings.result()
+
+    with ranks.together():
+        data = Batches.of(batches, batch_size_fn, batch_weight_fn)
+    dependence = _cut_dependence(model, loss_fn, data, monitor, ranks, seed)
+    with analysis_mode(model, seed):
+        return shared_hessian(
+            ranks, lead, model, loss_fn, data, params=params, graph_memory=graph_memory, monitor=monitor, seed=seed
+        )
+
+
+def _cut_dependence(
+    model: nn.Module, loss_fn: LossFn, data: Batches, monitor: Monitor, ranks: Ranks, seed: int
+) -> CutDependence:
+    """Whether the loss is a mean over the samples; when there is no time to look, that is what is said."""
+    try:
+        return check_mean(model, loss_fn, data, monitor=monitor, ranks=ranks, seed=seed)
+    except TimeUp:
+        return CutDependence(None, f"{monitor.end} before it")
+
+
+def _min_steps(num_parameters: int, density: bool, max_steps: int) -> int:
+    if not density:
+        return 0
+    return min(num_parameters if num_parameters <= _WHOLE else _DENSITY_STEPS, max_steps)
+
+
+def _both(places: Places, experts: Places) -> Places:
+    """Blocks and experts in one, under names that cannot be the same."""
+    blocks = {f"block {name}": place for name, place in places.items()}
+    return blocks | {f"expert {name}": place for name, place in experts.items()}
+
+
+def _largest(
+    operator: HessianOperator, places: Sequence[slice], generator: torch.Generator, tolerance: float, max_steps: int
+) -> tuple[float, float]:
+    """Largest eigenvalue of a diagonal block, and its relative residual."""
+    if not places:
+        return 0.0, 0.0
+    block = DiagonalBlock(operator, places)
+    found = lanczos(block, generator=generator, num_eigenvalues=1, tolerance=tolerance, max_steps=max_steps)
+    return found.eigenvalues[0], found.residuals[0]
+
+
+def check_sharpness_options(
+    num_eigenvalues: int, tolerance: float, trace_tolerance: float, max_steps: int, max_probes: int
+) -> None:
+    """Refuse what no model could be analysed with."""
+    check_at_least(1, num_eigenvalues=num_eigenvalues, max_steps=max_steps)
+    check_at_least(MIN_PROBES, max_probes=max_probes)
+    check_positive(tolerance=tolerance, trace_tolerance=trace_tolerance)
+    if max_steps < num_eigenvalues:
+        raise ValueError(f"max_steps: expected at least num_eigenvalues = {num_eigenvalues}; got {max_steps}")

@@ -1,0 +1,130 @@
+"""Loss, gradient and double backward of one batch."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from moe_heads.analysis._shared.batches import Batch, LossFn
+from moe_heads.analysis._shared.copies import on_copies
+from moe_heads.analysis.sharpness.hessian.folding import Fold, folded
+from moe_heads.analysis.sharpness.hessian.loss_graph import (
+    checked_loss,
+    gradient_with_graph,
+    saved_bytes,
+    second_order_errors,
+)
+
+__all__ = ["BatchGradients"]
+
+
+class BatchGradients:
+    """A model and its loss, evaluated in the same way every time.
+
+    Args:
+        model: The model, in evaluation mode.
+        loss_fn: ``loss_fn(model, batch) -> scalar``.
+        params: The parameters to differentiate by, by name.
+        seed: Seed of torch's random numbers in the first batch; each batch has the next.
+
+    Attributes:
+        model: The model.
+        loss_fn: The loss, which is given a copy of each batch.
+        params: The parameters.
+        device: Their device.
+        folds: Batch norms that are folded into the layer before them.
+        reaches: Whether the loss of a batch has reached the parameters.
+    """
+
+    def __init__(self, model: nn.Module, loss_fn: LossFn, params: dict[str, Tensor], seed: int = 0) -> None:
+        self.model, self.loss_fn, self.params = model, on_copies(loss_fn), params
+        self.device, self._seed = next(iter(params.values())).device, seed
+        self.folds: list[Fold] = []
+        self.reaches = False
+        chosen = {id(p) for p in params.values()}
+        self._others = [p for p in model.parameters() if p.requires_grad and id(p) not in chosen]
+
+    @contextmanager
+    def evaluation(self, index: int, *, freezes: bool = True) -> Iterator[None]:
+        """Batch norms folded, the random numbers of the batch, and no graph of the parameters that stay as they are.
+
+        Args:
+            index: Place of the batch.
+            freezes: False for a graph of those parameters too.
+        """
+        with ExitStack() as stack:
+            stack.enter_context(folded(self.folds))
+            stack.enter_context(_replayed(self.device, self._seed + index))
+            if freezes:
+                stack.enter_context(self._frozen())
+            yield
+
+    def loss(self, index: int, batch: Batch) -> float:
+        """Mean loss of a batch, nan or inf as it comes."""
+        with self.evaluation(index):
+            return float(self.loss_fn(self.model, batch).detach())
+
+    def gradient(self, index: int, batch: Batch) -> tuple[float, tuple[Tensor, ...]]:
+        """Mean loss of a batch, and its gradient with its graph.
+
+        Raises:
+            ValueError: If the loss is not what it should be.
+            NoSecondDerivative: If a layer has none and torch can tell already.
+        """
+        with self.evaluation(index):
+            loss = checked_loss(self.loss_fn(self.model, batch), index)
+            params = tuple(self.params.values())
+            if not loss.requires_grad:
+                return float(loss.detach()), tuple(map(torch.zeros_like, params))
+            self.reaches = True
+            return float(loss.detach()), gradient_with_graph(loss, params)
+
+    def differentiate(
+        self, gradient: tuple[Tensor, ...], tangents: Sequence[Tensor], *, retain_graph: bool
+    ) -> Sequence[Tensor]:
+        """Derivative of a gradient in a direction, one tensor a parameter.
+
+        Raises:
+            NoSecondDerivative: If a layer has none.
+        """
+        # A gradient without a graph is constant (an unused or a linear parameter): its derivative is zero.
+        curved = [(g, tangent) for g, tangent in zip(gradient, tangents, strict=True) if g.requires_grad]
+        if not curved:
+            return [torch.zeros_like(tangent) for tangent in tangents]
+        outputs, directions = zip(*curved, strict=True)
+        # a checkpoint computes its part of the model once more here, and has to find it as it was
+        with self._frozen(), second_order_errors():
+            return torch.autograd.grad(
+                outputs,
+                tuple(self.params.values()),
+                directions,
+                retain_graph=retain_graph,
+                allow_unused=True,
+                materialize_grads=True,
+            )
+
+    @contextmanager
+    def _frozen(self) -> Iterator[None]:
+        """No gradient of the parameters that are not asked for."""
+        try:
+            for other in self._others:
+                other.requires_grad_(False)
+            yield
+        finally:
+            for other in self._others:
+                other.requires_grad_(True)
+
+    def gradient_bytes(self, index: int, batch: Batch) -> int:
+        """Memory of a batch's gradient and its graph, the parameters not counted."""
+        own = sum(p.numel() * p.element_size() for p in self.params.values())
+        # The graph measured is thrown away: under the measuring hooks autograd does not notice in-place changes.
+        return own + saved_bytes(lambda: self.gradient(index, batch), besides=self.model.parameters())
+
+
+@contextmanager
+def _replayed(device: torch.device, seed: int) -> Iterator[None]:
+    """The same torch random numbers each time, and the generators as they were afterwards."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield

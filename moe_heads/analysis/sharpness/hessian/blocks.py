@@ -1,0 +1,120 @@
+"""Blocks of parameters: which there are in a model, and where they are in the flat vector."""
+
+from collections.abc import Iterable, Mapping, Sequence
+
+from torch import nn
+
+from moe_heads.analysis.sharpness.hessian.trace import Places
+from moe_heads.routing import Router
+
+__all__ = ["default_blocks", "expert_places", "places_of"]
+
+
+def default_blocks(model: nn.Module, names: Iterable[str]) -> dict[str, list[str]]:
+    """Names of parameters by block: backbone, router and experts of a model with routers, else its children.
+
+    A model that consists of one child has the blocks of that one, and so on inwards. The router and the experts of
+    several heads have the head's name before theirs. What belongs to a head but to neither (shared experts) has the
+    head's name.
+
+    Args:
+        model: The model.
+        names: Names of the parameters, in their order.
+    """
+    heads, listed = _heads(model), list(names)
+    blocks: dict[str, list[str]] = {}
+    depth = _depth_of_branches(listed)
+    for name in listed:
+        block = _block_in_heads(name, heads) if heads else ".".join(name.split(".")[: depth + 1])
+        blocks.setdefault(block, []).append(name)
+    return blocks
+
+
+def places_of(blocks: Mapping[str, Sequence[str]], slices: Mapping[str, slice]) -> dict[str, list[slice]]:
+    """Places of blocks in the flat vector.
+
+    Args:
+        blocks: Names of parameters, or of modules for all of theirs, by block.
+        slices: Place of each parameter.
+
+    Raises:
+        ValueError: If a name is none of a parameter or module, or a parameter is twice in a block.
+    """
+    places: dict[str, list[slice]] = {}
+    for block, members in blocks.items():
+        found: list[str] = []
+        for member in members:
+            matches = [name for name in slices if name == member or name.startswith(f"{member}.")]
+            if not matches:
+                raise ValueError(
+                    f"blocks: expected names of trainable parameters or of modules, such as {next(iter(slices))!r}; "
+                    f"got {member!r} in {block!r}"
+                )
+            found += matches
+        twice = sorted({name for name in found if found.count(name) > 1})
+        if twice:
+            raise ValueError(f"blocks: expected each parameter once in a block; {block!r} has {twice} twice")
+        places[block] = _merged([slices[name] for name in found])
+    return places
+
+
+def expert_places(model: nn.Module, slices: Mapping[str, slice]) -> Places:
+    """Places of every single expert, "expert 0", "expert 1" ..., of the heads whose experts are stacked parameters."""
+    heads = _heads(model)
+    places: dict[str, list[slice]] = {}
+    for path, num_experts in heads.items():
+        prefix = f"{path}." if path else ""
+        parameters = dict(model.named_parameters())
+        stacked = [
+            name
+            for name in slices
+            if name.startswith(f"{prefix}experts.") and parameters[name].shape[:1] == (num_experts,)
+        ]
+        for expert in range(num_experts if stacked else 0):
+            name = f"{path} expert {expert}" if len(heads) > 1 else f"expert {expert}"
+            places[name] = [_part(slices[parameter], expert, num_experts) for parameter in stacked]
+    return places
+
+
+def _depth_of_branches(names: list[str]) -> int:
+    """Number of modules, one inside the other, that hold all parameters: a block for each child means those below."""
+    modules = [name.split(".")[:-1] for name in names]
+    depth = 0
+    while len({tuple(path[: depth + 1]) for path in modules}) == 1 and len(min(modules, key=len)) > depth + 1:
+        depth += 1
+    return depth
+
+
+def _merged(places: list[slice]) -> list[slice]:
+    """The same places, neighbours as one."""
+    merged: list[slice] = []
+    for place in sorted(places, key=lambda place: place.start):
+        if merged and merged[-1].stop == place.start:
+            merged[-1] = slice(merged[-1].start, place.stop)
+        else:
+            merged.append(place)
+    return merged
+
+
+def _heads(model: nn.Module) -> dict[str, int]:
+    """Number of experts by the name of the module that owns a router."""
+    return {
+        path.rpartition(".")[0]: module.num_experts
+        for path, module in model.named_modules()
+        if isinstance(module, Router)
+    }
+
+
+def _block_in_heads(name: str, heads: Mapping[str, int]) -> str:
+    for path in heads:
+        prefix = f"{path}." if path else ""
+        if name.startswith(prefix):
+            part = name.removeprefix(prefix).partition(".")[0]
+            label = part if part in {"router", "experts"} else path.rpartition(".")[2] or "head"
+            return f"{path} {label}" if len(heads) > 1 else label
+    return "backbone"
+
+
+def _part(place: slice, index: int, num_parts: int) -> slice:
+    size = (place.stop - place.start) // num_parts
+    return slice(place.start + index * size, place.start + (index + 1) * size)

@@ -1,0 +1,154 @@
+"""Spectral density by stochastic Lanczos quadrature (Golub and Meurant 1994; Lin, Saad and Yang 2016)."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from moe_heads.analysis.sharpness.hessian.lanczos import LanczosResult
+from moe_heads.checks import check_positive
+
+__all__ = ["SpectralDensity", "density_of", "spectral_density"]
+
+
+# What the tails beyond five sigma, which are cut, change in the values.
+_CUT_TAILS = 1e-6
+
+# Shorter quadratures that the full one is compared with.
+_SHORTER = 3
+
+
+@dataclass(frozen=True, eq=False)
+class SpectralDensity:
+    r"""Density :math:`\rho(\lambda) = \sum_j w_j \, \mathcal N(\lambda; \theta_j, \sigma^2)` of the eigenvalues of H.
+
+    All tensors are float64 on the CPU.
+
+    Attributes:
+        grid: Eigenvalues :math:`\lambda` at which the density is given, ascending and equally spaced.
+        values: :math:`\rho` there, per unit of eigenvalue; integrates to 1.
+        stderr: Standard error of ``values``, from the random start and from the number of steps:
+            :math:`\sqrt{2 \rho_2 / (P n) + d^2}` for n runs. The variance of Hutchinson's estimator of
+            :math:`\operatorname{tr} f(H) / P` is below :math:`2 \operatorname{tr} f(H)^2 / P^2`, estimated by
+            :math:`\rho_2 = \sum_j \max(w_j, 1/P) \, \mathcal N(\lambda; \theta_j, \sigma^2)^2`, since a node stands
+            for one eigenvalue at least; d is the largest change of :math:`\rho` when the last 1, 2 or 3 steps are left
+            out. Eigenvalues that are known have the error of their residual instead. 0 where all are known.
+        nodes: The eigenvalues that are known exactly, and the Gauss nodes :math:`\theta_j` of the rest.
+        weights: Their weights, which sum to 1: :math:`\sum_j w_j f(\theta_j)` estimates
+            :math:`\operatorname{tr} f(H) / P` for any function f.
+        sigma: Standard deviation of the broadening, in units of eigenvalue.
+    """
+
+    grid: Tensor
+    values: Tensor
+    stderr: Tensor
+    nodes: Tensor
+    weights: Tensor
+    sigma: float
+
+
+def spectral_density(
+    runs: Sequence[LanczosResult], *, sigma: float | None = None, num_points: int = 1024
+) -> SpectralDensity:
+    """Density from one or more Lanczos runs, each started at an independent Rademacher vector.
+
+    Eigenvalues that a run has certified as all those above its k-th have the weight 1/P each.
+
+    Args:
+        runs: Results of `lanczos` on the same operator; each has equal weight. One of 40 steps is enough for a picture:
+            the sampling error of one run falls as the square root of the number of parameters.
+        sigma: Broadening. By default one hundredth of the range of the nodes: wide enough to join the nodes of the
+            bulk, narrow enough to show single outliers.
+        num_points: Points of the grid, which reaches five ``sigma`` beyond the outermost nodes.
+
+    Raises:
+        ValueError: If there is no run, ``sigma`` is not positive, or the grid is too coarse for ``sigma``.
+    """
+    if not runs:
+        raise ValueError("runs: expected at least one Lanczos run; got none")
+    dim = runs[0].dim
+    if all(run.is_whole for run in runs):
+        nodes = torch.cat([run.ritz[0] for run in runs])
+        return density_of(nodes, torch.full_like(nodes, 1 / len(nodes)), math.inf, sigma=sigma, num_points=num_points)
+    known = max((run.known_above for run in runs), key=len)
+    values = [value for value, _ in known]
+    rules = [_rule(runs, left_out, values) for left_out in range(_SHORTER + 1)]
+    density = density_of(*rules[0], len(runs) * dim, num_known=len(known), sigma=sigma, num_points=num_points)
+    grid, sigma = density.grid, density.sigma
+    changes = [_bumps(grid, nodes, sigma) @ weights - density.values for nodes, weights in rules[1:]]
+    error = torch.hypot(density.stderr, torch.stack(changes).abs().amax(0))
+    for value, norm in known:
+        # how much the bump changes when its center moves by the residual, at most
+        distance = (grid - value).abs() / sigma
+        bump = _bumps(grid, torch.tensor([value], dtype=torch.float64), sigma)[:, 0]
+        error = error + bump * (1 + distance) * norm / (sigma * dim)
+    return replace(density, stderr=error + _CUT_TAILS * density.values)
+
+
+def density_of(
+    nodes: Tensor,
+    weights: Tensor,
+    num_signs: float,
+    *,
+    num_known: int = 0,
+    sigma: float | None = None,
+    num_points: int = 1024,
+) -> SpectralDensity:
+    """Density from the nodes and weights of a Gauss quadrature, without the error of the quadrature itself.
+
+    Args:
+        nodes: Nodes, float64.
+        weights: Their weights, which sum to 1.
+        num_signs: Random signs that the starts were made of, for the standard error; infinite where there is no error.
+        num_known: Nodes, the first ones, whose weights are exact.
+        sigma: See `spectral_density`.
+        num_points: See `spectral_density`.
+
+    Raises:
+        ValueError: If ``sigma`` is not positive, or the grid is too coarse for it.
+    """
+    low, high = float(nodes.min()), float(nodes.max())
+    if sigma is None:
+        # A spectrum of one point, up to rounding, has no range: take its position, or one.
+        size = max(abs(low), abs(high))
+        sigma = (high - low if high - low > 1e-6 * size else size or 1.0) / 100
+    check_positive(sigma=sigma)
+    needed = int((high - low + 10 * sigma) / sigma) + 2
+    if num_points < needed:
+        raise ValueError(f"num_points: expected at least {needed}, one per sigma = {sigma:.3g}; got {num_points}")
+    grid = torch.linspace(low - 5 * sigma, high + 5 * sigma, num_points, dtype=torch.float64)
+    bumps = _bumps(grid, nodes, sigma)
+    # a node of the quadrature stands for one eigenvalue at least, however little of it is in the start vector
+    parts = weights.clamp_min(1 / num_signs)
+    parts[:num_known] = 0
+    stderr = (2 * (bumps.square() @ parts) / num_signs).sqrt()
+    return SpectralDensity(grid, bumps @ weights, stderr, nodes, weights, sigma)
+
+
+def _rule(runs: Sequence[LanczosResult], left_out: int, known: Sequence[float]) -> tuple[Tensor, Tensor]:
+    """Nodes and weights after some steps less, with the eigenvalues that are known in the place of the nodes there."""
+    nodes, weights = [], []
+    for run in runs:
+        size = max(len(run.quadrature) - left_out, 1)
+        values, vectors = torch.linalg.eigh(run.quadrature[:size, :size])
+        nodes.append(values)
+        weights.append(vectors[0].square() / len(runs))
+    node, weight = torch.cat(nodes), torch.cat(weights)
+    if not known:
+        return node, weight
+    # halfway between the lowest that is known and the k-th
+    lowest = min(min(known), *[value for run in runs for value in run.eigenvalues])
+    is_below = node < (min(known) + lowest) / 2
+    share = len(known) / runs[0].dim
+    below = weight[is_below]
+    exact = torch.tensor(known, dtype=torch.float64)
+    total = float(below.sum())
+    rest = below * ((1 - share) / total) if total > 0 else below
+    return torch.cat([exact, node[is_below]]), torch.cat([torch.full_like(exact, 1 / runs[0].dim), rest])
+
+
+def _bumps(grid: Tensor, nodes: Tensor, sigma: float) -> Tensor:
+    # Normalized on the grid, so that the sum over it is one although the tails are cut at five sigma.
+    return torch.softmax(-((grid[:, None] - nodes) ** 2) / (2 * sigma**2), dim=0) / (grid[1] - grid[0])

@@ -1,0 +1,244 @@
+"""Products and a derivative of the loss compared with float64 on a part of the samples."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from moe_heads.analysis._shared.batches import Batch, cut, is_divisible
+from moe_heads.analysis._shared.microbatches import Microbatches, is_out_of_memory
+from moe_heads.analysis._shared.progress import Monitor, TimeUp
+from moe_heads.analysis.sharpness.hessian.batch_gradients import BatchGradients
+from moe_heads.analysis.sharpness.hessian.double_loss import DoubleLoss
+
+__all__ = ["DoubleCheck", "check_in_double"]
+
+# Samples that are looked at: all up to 32, then 5 %, and not more than 128. Rounding is a property of single samples.
+_FEWEST, _SHARE, _MOST = 32, 0.05, 128
+
+# Batches from which they are taken, evenly spaced.
+_MOST_PIECES = 8
+
+# Step of a difference of losses in units of the size of the weights: in float64 far above rounding, and small enough
+# that next to no unit crosses a kink.
+_STEP = 1e-6
+
+
+# The same for a difference of gradients, whose jumps at the kinks of a ReLU it must not meet.
+_SMALL_STEP = 1e-9
+
+# Random directions along which the loss is differentiated.
+_DIRECTIONS = 3
+
+# Rounding of a gradient in float64, over one.
+_ROUNDING = 1e-14
+
+
+@dataclass(frozen=True)
+class DoubleCheck:
+    r"""Differences between the products :math:`Hv` as they are computed and in float64, on some of the samples.
+
+    Attributes:
+        differences: :math:`\Delta v` for each vector, (P,) each, float64, with :math:`\Delta` the difference of the two
+            Hessians.
+        derivative_error: Largest difference between :math:`g \cdot d` and a central difference of the loss along three
+            random directions d, over the larger of :math:`\|g\|` and the quotient; d has entries of size 1.
+        curvature_error: Length of the difference between :math:`Hd` and a central difference of the gradient, over that
+            of the longer of the two.
+        num_samples: Samples that were looked at.
+    """
+
+    differences: tuple[Tensor, ...]
+    derivative_error: float
+    curvature_error: float
+    num_samples: int
+
+
+def check_in_double(
+    gradients: BatchGradients, data: Microbatches, vectors: Sequence[Tensor], monitor: Monitor, seed: int = 0
+) -> DoubleCheck | str:
+    """Compare products and one directional derivative with float64.
+
+    Args:
+        gradients: Loss and gradient as the products evaluate them.
+        data: The batches.
+        vectors: The vectors to multiply with, (P,) each.
+        monitor: Looked at before each batch.
+        seed: Seed of the direction.
+
+    Returns:
+        The differences; a sentence that says why they cannot be had where they cannot.
+    """
+    model, loss_fn, params = gradients.model, gradients.loss_fn, gradients.params
+    kinds = {t.dtype for t in model.parameters() if t.is_floating_point()} - {torch.float32, torch.float64}
+    if kinds:
+        return f"a part of the model computes in {', '.join(sorted(str(k).removeprefix('torch.') for k in kinds))}"
+    for cuts in (True, False):
+        pieces = _pieces(data, cuts)
+        try:
+            if _draws_random_numbers(gradients, *pieces[0]):
+                return "the loss draws random numbers, which are others in float64"
+            double = DoubleLoss(model, loss_fn, params)
+            double(pieces[0][1], [p.detach() for p in double.params.values()])
+            return _compared(gradients, double, pieces, vectors, monitor, seed)
+        except TimeUp:
+            return f"{monitor.end} before it"
+        except Exception as error:  # of any kind: code of the user's that cannot be run in float64, or on few samples
+            if is_out_of_memory(error):
+                return "there is not enough memory for it"
+            text = str(error).splitlines()
+            reason = f"the model cannot be evaluated in float64 ({type(error).__name__}: {text[0] if text else ''})"
+    return reason
+
+
+def _compared(
+    gradients: BatchGradients,
+    double: DoubleLoss,
+    pieces: Sequence[tuple[int, Batch, int]],
+    vectors: Sequence[Tensor],
+    monitor: Monitor,
+    seed: int,
+) -> DoubleCheck:
+    params, exact = list(gradients.params.values()), list(double.params.values())
+    sizes = [p.numel() for p in params]
+    tangents = [_parts(vector, params, sizes) for vector in vectors]
+    differences = [torch.zeros(sum(sizes), dtype=torch.float64, device=params[0].device) for _ in tangents]
+    slopes = _Slopes(gradients, double, seed)
+    total = sum(count for *_, count in pieces)
+    for index, batch, count in pieces:
+        monitor.tick()
+        wide = _gradient(double, batch, exact, create_graph=True)
+        slopes.add(batch, wide, count / total)
+        monitor.tick()
+        _, narrow = gradients.gradient(index, batch)
+        for found, tangent in zip(differences, tangents, strict=True):
+            ours = gradients.differentiate(narrow, tangent, retain_graph=True)
+            theirs = _differentiated(wide, exact, [t.double() for t in tangent])
+            flat = torch.cat([(a.double() - b).reshape(-1) for a, b in zip(ours, theirs, strict=True)])
+            found.add_(flat, alpha=count / total)
+    return DoubleCheck(tuple(differences), slopes.derivative_error, slopes.curvature_error, total)
+
+
+class _Slopes:
+    """Compares gradients with differences of losses, and products with differences of gradients."""
+
+    def __init__(self, gradients: BatchGradients, double: DoubleLoss, seed: int) -> None:
+        self._double, self._exact = double, list(double.params.values())
+        generator = torch.Generator().manual_seed(seed)
+        self._directions = [self._direction(gradients, generator) for _ in range(_DIRECTIONS)]
+        count = sum(p.numel() for p in self._exact)
+        size = math.sqrt(sum(float(p.detach().square().sum()) for p in self._exact) / count)
+        self._size = max(size, 1e-3)
+        self._slopes, self._quotients = [0.0] * _DIRECTIONS, [0.0] * _DIRECTIONS
+        self._norm = self._loss = 0.0
+        self._product: list[Tensor] = [torch.zeros_like(p) for p in self._exact]
+        self._change: list[Tensor] = [torch.zeros_like(p) for p in self._exact]
+
+    def add(self, batch: Batch, gradient: Sequence[Tensor], weight: float) -> None:
+        """Take a batch, with its gradient and the graph of it."""
+        step = _STEP * self._size
+        for place, direction in enumerate(self._directions):
+            ends = [float(self._double(batch, self._moved(direction, sign * step)).detach()) for sign in (1, -1)]
+            self._quotients[place] += weight * (ends[0] - ends[1]) / (2 * step)
+            slope = sum(float((g.detach() * d).sum()) for g, d in zip(gradient, direction, strict=True))
+            self._slopes[place] += weight * slope
+            self._loss += weight * abs(ends[0]) / _DIRECTIONS
+        self._norm += weight * _length(gradient)
+        step = _SMALL_STEP * self._size
+        for sign in (1, -1):
+            moved = [p.requires_grad_() for p in self._moved(self._directions[0], sign * step)]
+            for change, part in zip(self._change, _gradient(self._double, batch, moved), strict=True):
+                change.add_(part, alpha=sign * weight / (2 * step))
+        along = _differentiated(gradient, self._exact, self._directions[0])
+        for product, part in zip(self._product, along, strict=True):
+            product.add_(part, alpha=weight)
+
+    @property
+    def derivative_error(self) -> float:
+        """Of the gradient; see `DoubleCheck`."""
+        # what a loss of this size rounds to is no error of the derivative
+        rounding = 4e-16 * (1 + self._loss) / (_STEP * self._size)
+        pairs = zip(self._slopes, self._quotients, strict=True)
+        errors = [(abs(s - q) - rounding) / max(self._norm, abs(q), 1e-300) for s, q in pairs]
+        return max(0.0, *errors)
+
+    @property
+    def curvature_error(self) -> float:
+        """Of the product; see `DoubleCheck`."""
+        rounding = _ROUNDING * (1 + self._norm) / (_SMALL_STEP * self._size)
+        error = _length([a - b for a, b in zip(self._product, self._change, strict=True)]) - rounding
+        return max(error, 0.0) / max(_length(self._product), _length(self._change), 1e-300)
+
+    def _moved(self, direction: Sequence[Tensor], step: float) -> list[Tensor]:
+        return [p.detach() + step * d for p, d in zip(self._exact, direction, strict=True)]
+
+    def _direction(self, gradients: BatchGradients, generator: torch.Generator) -> list[Tensor]:
+        found = [torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p.device) for p in self._exact]
+        places = {id(p): part for p, part in zip(gradients.params.values(), found, strict=True)}
+        for module in gradients.model.modules():
+            # the rows of padding tokens have no gradient by torch's definition: they are constants
+            padding = getattr(module, "padding_idx", None)
+            if (
+                isinstance(module, (nn.Embedding, nn.EmbeddingBag))
+                and padding is not None
+                and id(module.weight) in places
+            ):
+                places[id(module.weight)][padding] = 0
+        return found
+
+
+def _pieces(data: Microbatches, cuts: bool) -> list[tuple[int, Batch, int]]:
+    """Place, samples and number of samples of the batches that are looked at, cut where they can and may be cut."""
+    batches, sizes = list(data), data.sizes
+    wanted = min(max(_FEWEST, int(_SHARE * data.num_samples)), _MOST, data.num_samples)
+    count = min(_MOST_PIECES, len(batches), wanted)
+    places = sorted({round(i * (len(batches) - 1) / max(count - 1, 1)) for i in range(count)})
+    pieces, left = [], wanted
+    for number, place in enumerate(places):
+        batch, size = batches[place], sizes[place]
+        share = math.ceil(left / (len(places) - number))
+        if cuts and share < size and is_divisible(batch):
+            batch, size = cut(batch, 0, share), share
+        pieces.append((data.origins[place], batch, size))
+        left -= size
+        if left <= 0:
+            break
+    return pieces
+
+
+def _draws_random_numbers(gradients: BatchGradients, index: int, batch: Batch, _: int) -> bool:
+    with gradients.evaluation(index):
+        before = torch.get_rng_state()
+        gradients.loss_fn(gradients.model, batch)
+        return not torch.equal(before, torch.get_rng_state())
+
+
+def _parts(vector: Tensor, params: Sequence[Tensor], sizes: Sequence[int]) -> list[Tensor]:
+    return [part.view(p.shape) for part, p in zip(vector.split(list(sizes)), params, strict=True)]
+
+
+def _differentiated(
+    gradient: Sequence[Tensor], params: Sequence[Tensor], tangents: Sequence[Tensor]
+) -> Sequence[Tensor]:
+    curved = [(g, t) for g, t in zip(gradient, tangents, strict=True) if g.requires_grad]
+    if not curved:
+        return [torch.zeros_like(p) for p in params]
+    outputs, directions = zip(*curved, strict=True)
+    return torch.autograd.grad(
+        outputs, params, directions, retain_graph=True, allow_unused=True, materialize_grads=True
+    )
+
+
+def _gradient(
+    double: DoubleLoss, batch: Batch, params: Sequence[Tensor], *, create_graph: bool = False
+) -> Sequence[Tensor]:
+    loss = double(batch, params)
+    if not loss.requires_grad:
+        return [torch.zeros_like(p) for p in params]
+    return torch.autograd.grad(loss, params, create_graph=create_graph, allow_unused=True, materialize_grads=True)
+
+
+def _length(parts: Sequence[Tensor]) -> float:
+    return math.sqrt(sum(float(part.detach().square().sum()) for part in parts))

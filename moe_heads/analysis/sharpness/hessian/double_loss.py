@@ -1,0 +1,98 @@
+"""A loss evaluated in float64 whatever the model's own data type is."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from moe_heads.analysis._shared.batches import Batch, LossFn, map_leaves
+from moe_heads.analysis._shared.copies import own_copy
+
+__all__ = ["DoubleLoss"]
+
+_WIDER = {torch.float32: torch.float64, torch.complex64: torch.complex128}
+
+
+class DoubleLoss:
+    """The loss of a model whose parameters and floating-point buffers are copied to float64.
+
+    Tensors that the model or the loss makes on the way are float64 too, also where the code says float32. The model
+    itself is not touched.
+
+    Args:
+        model: The model.
+        loss_fn: ``loss_fn(model, batch) -> scalar``.
+        params: The parameters to differentiate by, by name.
+
+    Attributes:
+        params: Their copies, float64, in the same order.
+    """
+
+    def __init__(self, model: nn.Module, loss_fn: LossFn, params: Mapping[str, Tensor]) -> None:
+        self._loss = _Loss(model, loss_fn)
+        tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+        wide = {name: _widened(tensor.detach()) for name, tensor in tensors.items()}
+        self.params = {name: wide[name].requires_grad_() for name in params}
+        self._values = {f"model.{name}": tensor for name, tensor in wide.items()}
+
+    def __call__(self, batch: Batch, params: Sequence[Tensor] | None = None) -> Tensor:
+        """The loss of a batch, at ``params`` instead of the model's own where they are given.
+
+        Raises:
+            ValueError: If the loss reaches parameters other than through the modules of the model.
+        """
+        own = self.params.values() if params is None else params
+        moved = dict(zip((f"model.{name}" for name in self.params), own, strict=True))
+        copied = map_leaves(own_copy(batch), lambda leaf: _widened(leaf) if isinstance(leaf, Tensor) else leaf)
+        with _doubles():
+            loss = torch.func.functional_call(self._loss, {**self._values, **moved}, (copied,))
+        if params is not None and loss.requires_grad and not any(p.requires_grad for p in params):
+            # a loss that holds the parameters itself, for a penalty say: here they would be constants
+            raise ValueError("the loss reaches parameters other than through the modules of the model")
+        return cast(Tensor, loss).reshape(())
+
+
+class _Loss(nn.Module):
+    """The loss as a module, so that the parameters of the model can be replaced while it is computed."""
+
+    def __init__(self, model: nn.Module, loss_fn: LossFn) -> None:
+        super().__init__()
+        self.model, self._loss_fn = model, loss_fn
+
+    def forward(self, batch: Batch) -> Tensor:
+        return self._loss_fn(self.model, batch)
+
+
+class _Doubles(TorchFunctionMode):
+    """Turns every request for float32 into one for float64."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is Tensor.float:
+            return args[0].double()
+        named = {key: _wider(value) for key, value in (kwargs or {}).items()}
+        return func(*map(_wider, args), **named)
+
+
+@contextmanager
+def _doubles() -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with _Doubles():
+            yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _wider(value: Any) -> Any:
+    return _WIDER.get(value, value) if isinstance(value, torch.dtype) else value
+
+
+def _widened(tensor: Tensor) -> Tensor:
+    """A copy, in float64 if it is float32."""
+    return tensor.to(_WIDER.get(tensor.dtype, tensor.dtype), copy=True)

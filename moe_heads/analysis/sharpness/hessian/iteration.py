@@ -1,0 +1,235 @@
+"""Steps of a Lanczos iteration with several start vectors, full reorthogonalization and thick restarts."""
+
+import math
+import time
+
+import torch
+from torch import Tensor
+
+from moe_heads.analysis._shared.microbatches import unless_out_of_memory
+from moe_heads.analysis.sharpness.hessian.basis import Basis, dot, norm, rademacher
+from moe_heads.analysis.sharpness.hessian.krylov import LanczosResult
+from moe_heads.analysis.sharpness.hessian.operator import SymmetricOperator
+
+__all__ = ["FEWEST_BESIDES", "KrylovIteration"]
+
+# Rounding errors over the norm of the matrix. What is left of a Krylov space that is complete grows with each step from
+# the error of a product: some ten thousandfold in a dozen, which float64 can afford to call nothing.
+_ROUNDING = {torch.float32: 1e-5, torch.float64: 1e-10}
+
+# Ritz vectors beyond the wanted ones that a restart keeps where there is room.
+_KEPT_BESIDES = 3
+
+FEWEST_BESIDES = 3
+"""Vectors beyond the wanted ones without which nothing can be added after a restart."""
+
+
+class KrylovIteration:
+    """The state between two steps.
+
+    Args:
+        operator: The matrix.
+        generator: Source of the random start vectors.
+        num_eigenvalues: Number k of largest eigenvalues that a restart has to keep.
+        tolerance: For the results.
+        most_vectors: Vectors after which the basis is restarted.
+        start: The first start vector; by default random signs.
+
+    Attributes:
+        num_steps: Products so far.
+        num_sequences: Start vectors so far.
+        remainders: What the last product of each sequence left, orthogonal to the basis; see `LanczosResult`.
+        active: Place in ``remainders`` of what the last product left; None where that was nothing.
+        steps_of_check: Products that checked whether something is missing, a part of ``num_steps``.
+    """
+
+    def __init__(
+        self,
+        operator: SymmetricOperator,
+        generator: torch.Generator,
+        num_eigenvalues: int,
+        tolerance: float,
+        most_vectors: int,
+        start: Tensor | None,
+    ) -> None:
+        self._operator, self._generator = operator, generator
+        self._num_eigenvalues, self._tolerance, self._most_vectors = num_eigenvalues, tolerance, most_vectors
+        self.basis = Basis(operator.shape[0], operator.dtype, operator.device)
+        self.projected = torch.zeros(0, 0, dtype=torch.float64)
+        self.remainders: list[Tensor] = []
+        self.tails = torch.zeros(0, 0, dtype=torch.float64)
+        self.active: int | None = None
+        self._scale = self._pass_seconds = 0.0
+        self._skew: list[Tensor] = []
+        self._skew_before = 0.0
+        self._first_projected: Tensor | None = None
+        self._forms: list[Tensor] | None = []
+        self.num_steps, self.num_sequences, self.steps_of_check = 0, 1, 0
+        self._following = self.fresh(start)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the basis spans the whole space."""
+        return len(self.basis) == self._operator.shape[0]
+
+    @property
+    def dim(self) -> int:
+        """P, the order of the matrix."""
+        return self.basis.dim
+
+    @property
+    def rounding(self) -> float:
+        """Size of the rounding errors; see `LanczosResult`."""
+        return _ROUNDING[self._operator.dtype] * self._scale
+
+    def step(self) -> None:
+        """Add the following vector to the basis; one product with it, orthogonalized against the basis."""
+        vector = self._following
+        size = len(self.projected)
+        # H is symmetric: what the earlier products left says how they couple to this vector
+        couplings = torch.tensor([dot(r, vector) for r in self.remainders], dtype=torch.float64)
+        column = self.tails @ couplings if size else torch.zeros(0, dtype=torch.float64)
+        remaining = [place for place in range(len(self.remainders)) if place != self.active]
+        self.remainders = [self.remainders[i].sub(vector, alpha=float(couplings[i])) for i in remaining]
+        self.tails = torch.cat([self.tails[:, remaining], torch.zeros(1, len(remaining), dtype=torch.float64)])
+        self.basis.append(vector)
+        product = self._operator.matvec(vector)
+        self.num_steps += 1
+        if self._forms is not None:
+            self._forms.append(self._operator.forms)
+        alpha = dot(vector, product)
+        # The two large terms first: then one pass over the whole basis is mostly enough.
+        product = product.sub(vector, alpha=alpha)
+        expected = column.clone()
+        if size:
+            product.sub_(self.basis[-2], alpha=float(column[-1]))
+            expected[-1] = 0
+        began = time.perf_counter()
+        remainder, found = self.basis.split(product)
+        self._pass_seconds = time.perf_counter() - began
+        coefficients = found.to("cpu", torch.float64)
+        self._skew.append(coefficients[:-1] - expected)
+        grown = torch.zeros(size + 1, size + 1, dtype=torch.float64)
+        grown[:size, :size] = self.projected
+        grown[:size, size] = grown[size, :size] = column
+        grown[size, size] = alpha + float(coefficients[-1])
+        self.projected = grown
+        beta = norm(remainder)
+        # The largest entry of T is its norm up to a factor of three.
+        self._scale = max(self._scale, abs(alpha), beta)
+        self.active = None
+        if beta <= self.rounding or self.is_whole:
+            beta = 0.0
+        else:
+            self.active = len(self.remainders)
+            self.remainders.append(remainder)
+            last = torch.eye(size + 1, dtype=torch.float64)[:, -1:]
+            self.tails = torch.cat([self.tails, last], dim=1)
+
+    def proceed(self, place: int) -> bool:
+        """Go on from a remainder.
+
+        Returns:
+            Whether the basis was restarted.
+        """
+        is_full = self._restarted()
+        self.active = place
+        self._following = self.remainders[place] / norm(self.remainders[place])
+        return is_full
+
+    def begin(self) -> bool:
+        """Go on from a fresh random vector, orthogonal to the basis.
+
+        Returns:
+            Whether the basis was restarted.
+        """
+        self._keep_first_projected()
+        is_full = self._restarted()
+        self.num_sequences += 1
+        self.active = None
+        self._following = self.fresh(None)
+        return is_full
+
+    def result(self, *, is_complete: bool) -> LanczosResult:
+        """What is known now."""
+        return LanczosResult(
+            projected=self.projected,
+            remainders=tuple(self.remainders),
+            tails=self.tails,
+            basis=self.basis,
+            first_projected=self._first_projected,
+            forms=torch.stack(self._forms) if self._forms else None,
+            num_steps=self.num_steps,
+            rounding=self.rounding,
+            asymmetry=self._asymmetry(),
+            num_eigenvalues=self._num_eigenvalues,
+            tolerance=self._tolerance,
+            is_complete=is_complete,
+            pass_seconds=self._pass_seconds,
+            steps_of_check=self.steps_of_check,
+        )
+
+    def residual_gram(self) -> Tensor:
+        """Gram matrix of the columns of HQ - QT, (m, m), float64."""
+        return self.tails @ self.result(is_complete=False).remainder_gram @ self.tails.T
+
+    def ritz(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Ritz values, ascending, their residual norms, and the part of each remainder in these, (R, m)."""
+        found = self.result(is_complete=False)
+        norms = found.remainder_gram.diagonal().sqrt()
+        return found.ritz[0], found.bare_residual_norms, (self.tails.T @ found.ritz[1]).abs() * norms[:, None]
+
+    def fresh(self, start: Tensor | None = None) -> Tensor:
+        """A unit vector orthogonal to the basis: of the start vector, or of random signs."""
+        dim, dtype, device = self._operator.shape[0], self._operator.dtype, self._operator.device
+        vector = rademacher(dim, dtype, device, self._generator) if start is None else start.to(device, dtype)
+        length = norm(vector)
+        vector = self.basis.complement(vector)
+        while norm(vector) < 1e-4 * length:
+            # in a small space signs may lie in the basis; normal numbers do not
+            vector = torch.randn(dim, generator=self._generator, dtype=dtype).to(device)
+            length, vector = norm(vector), self.basis.complement(vector)
+        # Normalize, then once more: next to a nearly complete basis little is left of the vector, and that is inexact.
+        for _ in range(2):
+            vector = self.basis.complement(vector / norm(vector))
+        return vector / norm(vector)
+
+    def _asymmetry(self) -> float:
+        """Norm of the antisymmetric part of the products, on the basis as it grew since the last restart."""
+        size = max((len(column) for column in self._skew), default=0) + 1
+        skew = torch.zeros(size, size, dtype=torch.float64)
+        for column in self._skew:
+            skew[: len(column), len(column)] = column / 2
+        norm_now = float(torch.linalg.matrix_norm(skew - skew.T, 2)) if bool(skew.isfinite().all()) else math.inf
+        return max(self._skew_before, norm_now)
+
+    def _keep_first_projected(self) -> None:
+        if self._first_projected is None:
+            self._first_projected = self.projected
+
+    def _restarted(self) -> bool:
+        """Make room for another vector; keeps the Ritz vectors that matter most where there is none."""
+        held = len(self.basis) + max(len(self.remainders) - 1, 0)
+        if held < self._most_vectors and unless_out_of_memory(self.basis.reserve) is not None:
+            return False
+        self._keep_first_projected()
+        k = self._num_eigenvalues
+        # where memory ran out before, this is all there is
+        self._most_vectors = min(self._most_vectors, held)
+        if self._most_vectors < k + FEWEST_BESIDES:
+            raise MemoryError(
+                f"there is no memory for more than {self._most_vectors} vectors of {self._operator.shape[0]} numbers;"
+                " analyze fewer parameters (params), or on another device"
+            )
+        values, vectors = torch.linalg.eigh(self.projected)
+        spare = self._most_vectors - max(len(self.remainders) - 1, 0)
+        count = max(min(k + _KEPT_BESIDES, spare - 2), spare // 2, min(k + 1, len(values)))
+        order = values.abs()
+        order[-k:] = torch.inf
+        kept = order.topk(min(count, len(values))).indices.sort().values
+        self._skew_before, self._skew = self._asymmetry(), []
+        self.basis.replace(vectors[:, kept].T)
+        self.projected = torch.diag(values[kept])
+        self.tails = vectors[:, kept].T @ self.tails
+        self._forms = None
+        return True

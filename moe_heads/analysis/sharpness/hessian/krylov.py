@@ -1,0 +1,181 @@
+"""Krylov relation of a symmetric operator, and the eigenvalues with residuals that it gives."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from moe_heads.analysis.sharpness.hessian.basis import Basis, dot
+
+__all__ = ["LanczosResult"]
+
+
+@dataclass(frozen=True, eq=False)
+class LanczosResult:
+    r"""The Krylov relation :math:`HQ = QT + RC^T` after some steps, and what it says about H.
+
+    The Ritz pairs :math:`(\theta, Qs)` come from :math:`Ts = \theta s`; their residuals are
+    :math:`\|HQs - \theta Qs\| = \|RC^T s\|`.
+
+    Attributes:
+        projected: :math:`T = Q^T H Q`, (m, m), float64 on the CPU; tridiagonal with one start vector and no restart.
+        remainders: Columns of R, orthogonal to Q, (P,) each: one for each start vector whose space is not exhausted.
+        tails: C, (m, number of remainders), float64.
+        basis: Q, m orthonormal vectors or more, of which the first m count.
+        first_projected: T of the first start vector alone, from before a restart or a second start vector; None where
+            there was neither.
+        forms: :math:`q_j^T H_s q_j` by basis vector and stratum of the operator, (m, S), float64; None after a restart.
+        num_steps: Products with H.
+        rounding: Size of the rounding errors, 1e-5 (float32) or 1e-10 (float64) times the norm of T. No residual is
+            reported below it.
+        asymmetry: Norm of :math:`Q^T (H - H^T) Q / 2`, from the products that were made anyway. Rounding in a
+            true Hessian; more says that the operator is not the derivative of a gradient. No residual is reported
+            below it.
+        num_eigenvalues: Number k of eigenvalues asked for.
+        tolerance: Largest relative residual asked for.
+        is_complete: Whether a check with a fresh random vector found no eigenvalue above the k-th that is missing.
+        steps_of_check: Products that checked whether an eigenvalue is missing, a part of ``num_steps``.
+        pass_seconds: Seconds of the last pass over the basis.
+    """
+
+    projected: Tensor
+    remainders: tuple[Tensor, ...]
+    tails: Tensor
+    basis: Basis
+    first_projected: Tensor | None
+    forms: Tensor | None
+    num_steps: int
+    rounding: float
+    asymmetry: float
+    num_eigenvalues: int
+    tolerance: float
+    is_complete: bool
+    steps_of_check: int
+    pass_seconds: float
+
+    @cached_property
+    def ritz(self) -> tuple[Tensor, Tensor]:
+        """All m Ritz values, ascending, and the eigenvectors of T in columns; float64."""
+        values, vectors = torch.linalg.eigh(self.projected)
+        return values, vectors
+
+    @property
+    def dim(self) -> int:
+        """P, the order of H."""
+        return self.basis.dim
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the basis spans the whole space."""
+        return len(self.projected) == self.dim
+
+    @property
+    def quadrature(self) -> Tensor:
+        """Tridiagonal T of the first start vector, whose Gauss quadrature gives the density; (n, n)."""
+        return self.projected if self.is_whole or self.first_projected is None else self.first_projected
+
+    @property
+    def known_above(self) -> tuple[tuple[float, float], ...]:
+        """All eigenvalues of H above the k-th with their residual norms, as far as they are known to be all."""
+        if not self.converged:
+            return ()
+        lowest = self.eigenvalues[-1]
+        level = lowest + max(2 * self.tolerance * abs(lowest), self.rounding)
+        norms = self.residual_norms.flip(0).tolist()
+        return tuple(pair for pair in zip(self.eigenvalues, norms, strict=False) if pair[0] > level)
+
+    @cached_property
+    def remainder_gram(self) -> Tensor:
+        """:math:`R^T R`, float64."""
+        count = len(self.remainders)
+        gram = torch.zeros(count, count, dtype=torch.float64)
+        for i, left in enumerate(self.remainders):
+            for j, right in enumerate(self.remainders[: i + 1]):
+                gram[i, j] = gram[j, i] = dot(left, right)
+        return gram
+
+    @cached_property
+    def bare_residual_norms(self) -> Tensor:
+        """Residual norms of all m Ritz pairs by the relation alone, in the order of ``ritz``."""
+        coefficients = self.tails.T @ self.ritz[1]
+        return (coefficients * (self.remainder_gram @ coefficients)).sum(0).clamp_min(0).sqrt()
+
+    @cached_property
+    def residual_norms(self) -> Tensor:
+        """The same, at least ``rounding`` and ``asymmetry``."""
+        return self.bare_residual_norms.clamp_min(max(self.rounding, self.asymmetry))
+
+    @property
+    def eigenvalues(self) -> tuple[float, ...]:
+        """The k algebraically largest Ritz values, descending; fewer after fewer steps."""
+        return tuple(self.ritz[0].flip(0)[: self.num_eigenvalues].tolist())
+
+    @property
+    def residuals(self) -> tuple[float, ...]:
+        r"""Relative residuals :math:`\|Hv - \lambda v\| / |\lambda|` of ``eigenvalues``."""
+        return tuple(self._relative_residuals().flip(0)[: self.num_eigenvalues].tolist())
+
+    @property
+    def is_accurate(self) -> bool:
+        """Whether the k largest have all met the tolerance; see `have_converged`."""
+        return self._are_accurate(self.residual_norms.flip(0)[: self.num_eigenvalues].tolist())
+
+    @property
+    def converged(self) -> bool:
+        """Whether the k largest have met the tolerance and none of them is missing."""
+        return self.is_accurate and self.is_complete
+
+    def have_converged(self, norms: Sequence[float]) -> bool:
+        """Whether the k largest are complete and accurate with these residual norms.
+
+        An eigenvalue that cannot be told from zero counts as accurate in float64 only: there it is less than 1e-10 of
+        the norm of H, while float32 hides eigenvalues of a hundred-thousandth.
+        """
+        return self.is_complete and self._are_accurate(norms)
+
+    @property
+    def lambda_min(self) -> float:
+        """Smallest Ritz value, an upper bound of the smallest eigenvalue."""
+        return float(self.ritz[0][0])
+
+    @property
+    def lambda_min_residual(self) -> float:
+        """Relative residual of ``lambda_min``; the iteration does not wait for it."""
+        return float(self._relative_residuals()[0])
+
+    @property
+    def coefficients(self) -> Tensor:
+        """Coordinates of the Ritz vectors of ``eigenvalues`` in the basis, (k, m), float64."""
+        return self.ritz[1].flip(1)[:, : self.num_eigenvalues].T
+
+    @property
+    def frobenius_square(self) -> float:
+        r""":math:`\|HQ\|_F^2`, the part of :math:`\|H\|_F^2` that the basis knows."""
+        rest = (self.tails.T @ self.tails * self.remainder_gram).sum()
+        return float(self.projected.square().sum() + rest)
+
+    def block_trace(self, places: Sequence[slice]) -> float:
+        r""":math:`\operatorname{tr} Q^T P H Q` for the projection P on some places: no product is needed."""
+        size = len(self.projected)
+        gram = self.basis.gram(places, self.remainders)
+        within, across = gram[:size, :size], gram[:size, len(self.basis) :]
+        return float((within * self.projected).sum() + (across * self.tails).sum())
+
+    def vectors(self) -> Tensor:
+        """Unit Ritz vectors of ``eigenvalues``, shape (k, P)."""
+        return self.basis.combined(self.coefficients)
+
+    def _are_accurate(self, norms: Sequence[float]) -> bool:
+        if len(self.projected) < self.num_eigenvalues:
+            return False
+        zero = self.rounding if self.basis.dtype == torch.float64 else 0.0
+        return all(
+            norm <= self.tolerance * abs(value) or max(norm, abs(value)) <= zero
+            for norm, value in zip(norms, self.eigenvalues, strict=True)
+        )
+
+    def _relative_residuals(self) -> Tensor:
+        tiny = torch.finfo(torch.float64).tiny
+        return self.residual_norms / self.ritz[0].abs().clamp_min(tiny)

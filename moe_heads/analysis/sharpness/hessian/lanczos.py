@@ -1,0 +1,162 @@
+"""Lanczos iteration with full reorthogonalization (Lanczos 1950; Parlett, The Symmetric Eigenvalue Problem, 1998).
+
+Where the basis would outgrow its memory it is restarted thick (Wu and Simon 2000): the best Ritz vectors stay.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from moe_heads.analysis._shared.interrupts import HeldInterrupts
+from moe_heads.analysis._shared.memory import available_memory, memory_budget
+from moe_heads.analysis.sharpness.hessian.completeness import CHANCE_OF_MISSING, CompletenessCheck
+from moe_heads.analysis.sharpness.hessian.iteration import FEWEST_BESIDES, KrylovIteration
+from moe_heads.analysis.sharpness.hessian.krylov import LanczosResult
+from moe_heads.analysis.sharpness.hessian.operator import SymmetricOperator
+from moe_heads.checks import check_at_least, check_positive
+
+__all__ = ["CHANCE_OF_MISSING", "CPU_BASIS_MEMORY", "LanczosResult", "check_basis_memory", "lanczos"]
+
+CPU_BASIS_MEMORY = 4 * 2**30
+"""Bytes that the basis may take on a CPU unless the caller says otherwise, or half of what is free."""
+
+
+def lanczos(
+    operator: SymmetricOperator,
+    *,
+    generator: torch.Generator,
+    num_eigenvalues: int = 5,
+    tolerance: float = 1e-3,
+    min_steps: int = 0,
+    max_steps: int = 200,
+    start: Tensor | None = None,
+    basis_memory: int | None = None,
+    on_step: Callable[[LanczosResult], None] | None = None,
+) -> LanczosResult:
+    r"""Largest eigenvalues of a symmetric operator, one product a step.
+
+    Goes on until the k algebraically largest Ritz pairs all have :math:`\|Hv - \lambda v\| \le` ``tolerance``
+    :math:`|\lambda|`, or a residual at the level of rounding. A Krylov space holds one copy of an eigenvalue that is
+    repeated, so for k > 1 (or a ``start``) some steps from a random vector orthogonal to the basis then look for an
+    eigenvalue above the k-th outside (`CompletenessCheck`). Where there is one, the iteration goes on from a further
+    start vector until it is found.
+
+    Args:
+        operator: The matrix H.
+        generator: Source of the Rademacher start vectors, a CPU generator; equal states give equal results.
+        num_eigenvalues: k. Five, as in the top-5 eigenvalues that papers on sharpness report.
+        tolerance: Largest relative residual. 1e-3 puts the error of an isolated eigenvalue near 1e-6.
+        min_steps: Steps to take from the first vector even when converged (a spectral density wants about 40).
+        max_steps: Most steps in all.
+        start: A start vector (P,) of your own, such as the sum of eigenvectors of a matrix nearby: fewer steps are
+            needed, but the nodes and weights then say nothing of the density.
+        basis_memory: Bytes that the basis may take; by default 4 GiB on a CPU and a quarter of the free memory on a
+            GPU, and not more than half of what is free, or what k + 3 vectors take if that is more. A smaller basis is
+            restarted and needs more steps.
+        on_step: Called after each step with the result so far, which is not complete.
+
+    Raises:
+        ValueError: If an argument is out of range; ``num_eigenvalues`` must not exceed the dimension, and
+            ``basis_memory`` has to hold k + 3 vectors.
+        MemoryError: If there is no memory for the fewest vectors that are needed.
+
+    Example:
+        >>> import torch
+        >>> from moe_heads.analysis.sharpness.hessian import HessianOperator, lanczos
+        >>> model = torch.nn.Linear(3, 1, bias=False)
+        >>> x = torch.diag(torch.tensor([1.0, 2.0, 3.0]))
+        >>> hessian = HessianOperator(model, lambda m, batch: m(batch).square().sum() / 2, [x])
+        >>> result = lanczos(hessian, generator=torch.Generator().manual_seed(0), num_eigenvalues=2)
+        >>> [round(value, 4) for value in result.eigenvalues]
+        [9.0, 4.0]
+    """
+    dim = operator.shape[0]
+    _check(dim, num_eigenvalues, tolerance, max_steps, start)
+    most_vectors = check_basis_memory(basis_memory, dim, operator.dtype, operator.device, num_eigenvalues)
+    iteration = KrylovIteration(operator, generator, num_eigenvalues, tolerance, most_vectors, start)
+
+    def notify() -> None:
+        if on_step is not None:
+            on_step(iteration.result(is_complete=False))
+
+    check = CompletenessCheck(operator, iteration, num_eigenvalues, tolerance, max_steps, notify)
+    # a random vector has a part in every eigenspace: the largest eigenvalue alone is not missed
+    needs_check = num_eigenvalues > 1 or start is not None
+    while True:
+        iteration.step()
+        notify()
+        if iteration.is_whole:
+            return iteration.result(is_complete=True)
+        following = _following(iteration, num_eigenvalues, tolerance, min_steps, check)
+        if following is None:
+            found = check.run() if needs_check else "complete"
+            if found in {"complete", "unknown"}:
+                return iteration.result(is_complete=found == "complete")
+            following = found if isinstance(found, int) else None
+        if iteration.num_steps >= max_steps:
+            return iteration.result(is_complete=False)
+        with HeldInterrupts():
+            is_restarted = iteration.begin() if following is None else iteration.proceed(following)
+            if is_restarted:
+                check.forget()
+                notify()  # the basis is another one: the result before does not fit it any more
+
+
+def check_basis_memory(
+    basis_memory: int | None, dim: int, dtype: torch.dtype, device: torch.device, num_eigenvalues: int
+) -> int:
+    """Return the number of vectors that the basis may hold.
+
+    Raises:
+        ValueError: If ``basis_memory`` is not enough for k + 3 vectors.
+        MemoryError: If the default is not enough, and the machine has no more.
+    """
+    each = dim * dtype.itemsize
+    fewest = min(num_eigenvalues + FEWEST_BESIDES, dim)
+    if basis_memory is not None:
+        check_at_least(0, basis_memory=basis_memory)
+        if basis_memory < fewest * each:
+            raise ValueError(
+                f"basis_memory: expected at least {fewest * each:,} bytes, {fewest} vectors of {dim:,} parameters for"
+                f" num_eigenvalues = {num_eigenvalues}; got {basis_memory:,}. Ask for fewer eigenvalues, or for a part"
+                " of the parameters (params)."
+            )
+        return basis_memory // each
+    budget = memory_budget(device, on_cpu=CPU_BASIS_MEMORY, share_of_gpu=1 / 4)
+    free = available_memory() if device.type == "cpu" else torch.cuda.mem_get_info(device)[0]
+    if free is not None and fewest * each > free:
+        raise MemoryError(
+            f"there is no memory for {fewest} vectors of {dim:,} numbers ({fewest * each / 2**30:.1f} GiB;"
+            f" {free / 2**30:.1f} GiB are free); ask for fewer eigenvalues, analyze fewer parameters (params), or on"
+            " another device"
+        )
+    return max(budget // each, fewest)
+
+
+def _following(
+    iteration: KrylovIteration, k: int, tolerance: float, min_steps: int, check: CompletenessCheck
+) -> int | None:
+    """Return the remainder to go on from, by its place; None where the k largest are accurate or there is none."""
+    values, residuals, shares = iteration.ritz()
+    if len(values) < k or check.is_still_missing(values):
+        return iteration.active
+    limits = (tolerance * values.abs()).clamp_min(iteration.rounding)
+    inaccurate = (residuals > limits)[-k:].nonzero().flatten()
+    if len(inaccurate):
+        # what the largest of these lacks most
+        return int(shares[:, len(values) - k + int(inaccurate[-1])].argmax())
+    return iteration.active if iteration.num_sequences == 1 and iteration.num_steps < min_steps else None
+
+
+def _check(dim: int, num_eigenvalues: int, tolerance: float, max_steps: int, start: Tensor | None) -> None:
+    check_at_least(1, num_eigenvalues=num_eigenvalues, max_steps=max_steps)
+    if num_eigenvalues > dim:
+        raise ValueError(f"num_eigenvalues: expected 1 to {dim}, the number of parameters; got {num_eigenvalues}")
+    check_positive(tolerance=tolerance)
+    if max_steps < num_eigenvalues:
+        raise ValueError(f"max_steps: expected at least num_eigenvalues = {num_eigenvalues}; got {max_steps}")
+    if start is not None and (start.shape != (dim,) or not bool(start.isfinite().all()) or not bool(start.any())):
+        raise ValueError(
+            f"start: expected a finite vector of shape ({dim},) that is not zero; got {tuple(start.shape)}"
+        )

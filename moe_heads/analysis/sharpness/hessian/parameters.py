@@ -1,0 +1,55 @@
+"""The parameters that an analysis differentiates by."""
+
+from collections.abc import Mapping
+from itertools import accumulate
+
+import torch
+from torch import Tensor, nn
+
+from moe_heads.analysis._shared.parameters import Selection, trainable_parameters
+
+__all__ = ["Selection", "check_types", "selected_parameters", "slices_of"]
+
+_TYPES = {torch.float32, torch.float64}
+
+
+def selected_parameters(model: nn.Module, params: Selection | None) -> dict[str, Tensor]:
+    """``params``, or all parameters that require a gradient, by name and in the order of the model.
+
+    Raises:
+        ValueError: If there are none, one of them is not a parameter that requires a gradient or not finite, or they do
+            not fit into one vector of float32 or float64.
+    """
+    chosen: dict[str, Tensor] = {**trainable_parameters(model, params)}
+    broken = [name for name, p in chosen.items() if not bool(p.detach().isfinite().all())]
+    if broken:
+        raise ValueError(f"model: expected finite parameters; {broken[0]!r} holds nan or inf: did training diverge?")
+    check_types(chosen)
+    return chosen
+
+
+def check_types(chosen: Mapping[str, Tensor]) -> None:
+    """Refuse parameters that do not fit into one vector of float32 or float64.
+
+    Raises:
+        ValueError: Names what was found, and one of the parameters in half precision.
+    """
+    kinds = {(p.dtype, p.device) for p in chosen.values()}
+    if len(kinds) == 1 and next(iter(kinds))[0] in _TYPES:
+        return
+    found = sorted(f"{dtype} on {device}" for dtype, device in kinds)
+    other = next((name for name, p in chosen.items() if p.dtype not in _TYPES), None)
+    remedy = "Analyze a copy of one type, callback.analyse(copy.deepcopy(model).float(), ...)"
+    if other is not None:
+        remedy = (
+            f"{other!r} is in half precision: freeze it (requires_grad_(False)), choose the parameters in full"
+            ' precision with params=[...], train with precision="bf16-mixed", which keeps them in float32, or analyze'
+            " a copy, callback.analyse(copy.deepcopy(model).float(), ...)"
+        )
+    raise ValueError(f"model: expected parameters all float32 or all float64, on one device; got {found}. {remedy}.")
+
+
+def slices_of(named: Mapping[str, Tensor]) -> dict[str, slice]:
+    """Place of each parameter in the flat vector of all of them."""
+    ends = list(accumulate(p.numel() for p in named.values()))
+    return {name: slice(end - p.numel(), end) for (name, p), end in zip(named.items(), ends, strict=True)}

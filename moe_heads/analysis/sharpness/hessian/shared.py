@@ -1,0 +1,102 @@
+"""The Hessian over the samples of several processes."""
+
+from collections.abc import Callable, Iterable
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from moe_heads.analysis._shared.batches import Batch, LossFn
+from moe_heads.analysis._shared.counting import BatchSizeFn, BatchWeightFn
+from moe_heads.analysis._shared.progress import Monitor
+from moe_heads.analysis._shared.ranks import Ranks
+from moe_heads.analysis.sharpness.hessian.operator import HessianOperator
+from moe_heads.analysis.sharpness.hessian.parameters import Selection
+from moe_heads.analysis.sharpness.hessian.products import GraphMode
+
+__all__ = ["shared_hessian"]
+
+T = TypeVar("T")
+
+
+def shared_hessian(
+    ranks: Ranks,
+    lead: Callable[[HessianOperator], T],
+    model: nn.Module,
+    loss_fn: LossFn,
+    batches: Iterable[Batch],
+    *,
+    params: Selection | None = None,
+    graph_memory: int | None = None,
+    mode: GraphMode | None = None,
+    monitor: Monitor | None = None,
+    seed: int = 0,
+    batch_size_fn: BatchSizeFn | None = None,
+    batch_weight_fn: BatchWeightFn | None = None,
+) -> T:
+    """Run ``lead(operator)`` on rank zero, with the Hessian of the mean loss over the samples of all ranks.
+
+    Args:
+        ranks: The processes.
+        lead: The algorithm.
+        model: The model, the same on all ranks.
+        loss_fn: ``loss_fn(model, batch) -> scalar``.
+        batches: The samples of this rank.
+        params: See `HessianOperator`.
+        graph_memory: See `HessianOperator`.
+        mode: See `HessianOperator`.
+        monitor: See `HessianOperator`.
+        seed: See `HessianOperator`.
+        batch_size_fn: See `HessianOperator`.
+        batch_weight_fn: See `HessianOperator`.
+
+    Returns:
+        What ``lead`` returned, on every rank.
+    """
+    with ranks.together():
+        # only rank zero looks at the clock
+        watched = monitor if ranks.leads else None
+        operator = HessianOperator(
+            model,
+            loss_fn,
+            batches,
+            params,
+            graph_memory=graph_memory,
+            mode=mode,
+            monitor=watched,
+            seed=seed,
+            batch_size_fn=batch_size_fn,
+            batch_weight_fn=batch_weight_fn,
+        )
+    try:
+        if ranks.size == 1:
+            return lead(operator)
+        return _led(ranks, lead, operator)
+    finally:
+        operator.release()  # whoever still holds what was found must not hold the graphs
+
+
+def _led(ranks: Ranks, lead: Callable[[HessianOperator], T], operator: HessianOperator) -> T:
+    num_samples = ranks.sum(operator.num_samples)
+    gathered = ranks.gather(operator.own_stratum_weights())
+    # a rank that has nothing of the last batch, too small to be cut, adds nothing to its stratum
+    weights = torch.zeros(max(map(len, gathered)), dtype=torch.float64)
+    for own in gathered:
+        weights[: len(own)] += own
+    operator.over_ranks(None, num_samples=num_samples, stratum_weights=weights)
+
+    def evaluate(message: Tensor) -> Tensor:
+        stratum = int(message[-1])
+        return operator.sample_sum(message[:-1], None if stratum < 0 else stratum)
+
+    def with_total(total: Callable[[Tensor], Tensor]) -> T:
+        def of_all(vector: Tensor, stratum: int | None) -> Tensor:
+            return total(torch.cat([vector, vector.new_tensor([-1.0 if stratum is None else stratum])]))
+
+        operator.over_ranks(of_all, num_samples=num_samples, stratum_weights=weights)
+        return lead(operator)
+
+    vector = torch.zeros(operator.num_parameters, dtype=operator.dtype, device=operator.device)
+    return ranks.led(
+        evaluate, with_total, torch.cat([vector, vector[:1]]), torch.cat([vector, weights.to(vector), vector[:1]])
+    )

@@ -1,0 +1,275 @@
+"""What a sharpness analysis found, and how it is reported."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
+
+from torch import Tensor
+
+from moe_heads.analysis.sharpness.hessian.density import SpectralDensity
+from moe_heads.analysis.sharpness.hessian.products import GraphMode
+from moe_heads.analysis.sharpness.perturbation.result import PerturbationSharpnessResult
+from moe_heads.analysis.loss_landscape.routing_response_result import RoutingResponse
+from moe_heads.analysis.sharpness.block import BlockCurvature
+from moe_heads.analysis.sharpness.certificate import Certificate
+from moe_heads.analysis.sharpness.tables import blocks_table, markdown_table
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+__all__ = ["Engine", "SharpnessResult"]
+
+Engine = Literal["lanczos", "pyhessian"]
+"""Who computes: this package, or PyHessian as arXiv 2601.15021 used it."""
+
+
+@dataclass(frozen=True, eq=False)
+class SharpnessResult:
+    r"""Spectrum of the Hessian H of a mean loss, with its uncertainty.
+
+    Attributes:
+        eigenvalues: The algebraically largest eigenvalues, descending; units of the loss per squared parameter. With
+            PyHessian in the order in which it gives them.
+        residuals: :math:`\|Hv - \lambda v\| / |\lambda|` of each, rounding and asymmetry of the products included; a
+            symmetric H has an eigenvalue within ``residual`` · :math:`|\lambda|` of the one given.
+        lambda_min: Estimate of the smallest eigenvalue, from above; nan with PyHessian.
+        lambda_min_residual: Its relative residual; the analysis does not wait for it to become small.
+        trace: Trace of H.
+        trace_stderr: Its standard error, from the random probes and from rounding.
+        frobenius_norm: Estimate of :math:`\|H\|_F`, the root of the sum of squared eigenvalues; nan with PyHessian.
+        density: Density of all eigenvalues (``grid``, ``values``, ``stderr``, ``sigma``, ...), or None.
+        blocks: Curvature by block of parameters.
+        experts: Curvature by single expert, "expert 0" and on, of heads with stacked experts.
+        num_steps: Lanczos steps; power iterations with PyHessian.
+        num_probes: Random vectors for the trace, in units of one product.
+        num_products: Hessian-vector products in all.
+        num_samples: Samples of the loss.
+        num_parameters: Order of H.
+        eigenvalues_converged: Whether all of ``eigenvalues`` met their tolerance, none is missing, and no check of
+            ``certificate`` failed.
+        trace_converged: Whether ``trace_stderr`` met its tolerance, and no check failed.
+        graph_mode: How the products were computed; see `HessianOperator`.
+        graph_reason: Why no faster way was taken; "" where there is none, or nobody asked.
+        seed: Seed of the random vectors.
+        parameter_names: The parameters in the order of the flat vectors, that of ``model.named_parameters()``.
+        eigenvectors: Unit eigenvectors, shape (number of eigenvalues, num_parameters), on the CPU; None unless kept.
+        partial: Why the analysis ended before its time; "" for one that is whole. There may be fewer eigenvalues than
+            were asked for, and the trace is nan, with an infinite standard error, when it was not begun.
+        tolerance: Largest relative residual that was asked for.
+        certificate: What was checked on this model and these samples; None with PyHessian.
+        center_loss: Mean loss over the samples; nan with PyHessian.
+        lambda_max_sampling_stderr: Standard error of the largest eigenvalue from the choice of samples, by the spread
+            of its parts over batches (a jackknife to first order); nan with fewer than four batches. It is no part of
+            ``residuals``. The largest eigenvalue of few samples lies above that of many: this does not show in it.
+        trace_sampling_stderr: The same of the trace, where no restart lost its parts.
+        engine: Who computed.
+        failures: What PyHessian got wrong here, a sentence each.
+        overlaps: By name of another result, the overlap of its top eigenvectors with these; see `subspace_overlap`.
+        perturbation: Adaptive and SAM sharpness, where the callback was asked for it.
+        routing: How the routing of a sparse head answers to steps along the first eigenvector, likewise.
+        stability_threshold: :math:`\lambda_{\max}` above which the optimiser's steps are unstable on a quadratic; None
+            where it is not known.
+        history: By epoch, the largest eigenvalue and the stability threshold, where it was tracked.
+    """
+
+    eigenvalues: tuple[float, ...]
+    residuals: tuple[float, ...]
+    lambda_min: float
+    lambda_min_residual: float
+    trace: float
+    trace_stderr: float
+    frobenius_norm: float
+    density: SpectralDensity | None
+    blocks: Mapping[str, BlockCurvature]
+    experts: Mapping[str, BlockCurvature]
+    num_steps: int
+    num_probes: int
+    num_products: int
+    num_samples: int
+    num_parameters: int
+    eigenvalues_converged: bool
+    trace_converged: bool
+    graph_mode: GraphMode
+    seed: int
+    parameter_names: tuple[str, ...]
+    eigenvectors: Tensor | None
+    graph_reason: str = ""
+    tolerance: float = 1e-3
+    certificate: Certificate | None = None
+    center_loss: float = math.nan
+    lambda_max_sampling_stderr: float = math.nan
+    trace_sampling_stderr: float = math.nan
+    partial: str = ""
+    engine: Engine = "lanczos"
+    failures: tuple[str, ...] = ()
+    overlaps: Mapping[str, float] = field(default_factory=dict)
+    perturbation: PerturbationSharpnessResult | None = None
+    routing: RoutingResponse | None = None
+    stability_threshold: float | None = None
+    history: Mapping[int, tuple[float, float | None]] = field(default_factory=dict)
+
+    @property
+    def converged(self) -> bool:
+        """Whether everything met its tolerance."""
+        return self.eigenvalues_converged and self.trace_converged
+
+    def metrics(self) -> dict[str, float]:
+        """The numbers to log: lambda_max, lambda_2, ..., lambda_min, trace, trace_stderr, residual_max, counts."""
+        first, *others = self.eigenvalues
+        values = {
+            "lambda_max": first,
+            **{f"lambda_{rank}": value for rank, value in enumerate(others, start=2)},
+            "lambda_min": self.lambda_min,
+            "residual_max": max(self.residuals),
+            "trace": self.trace,
+            "trace_stderr": self.trace_stderr,
+            "frobenius_norm": self.frobenius_norm,
+            "center_loss": self.center_loss,
+            "lambda_max_sampling_stderr": self.lambda_max_sampling_stderr,
+            "trace_sampling_stderr": self.trace_sampling_stderr,
+            **({} if self.certificate is None else self.certificate.metrics()),
+            **{f"trace_{_key(name)}": block.trace for name, block in self.blocks.items()},
+            **{f"trace_stderr_{_key(name)}": block.trace_stderr for name, block in self.blocks.items()},
+            **{f"share_{_key(name)}": block.shares[0] for name, block in self.blocks.items() if block.shares},
+            **{
+                f"lambda_max_{_key(name)}": block.lambda_max
+                for name, block in self.blocks.items()
+                if block.lambda_max is not None
+            },
+            **{f"overlap_{name}": overlap for name, overlap in self.overlaps.items()},
+            **({} if self.perturbation is None else _of_part("perturbation", self.perturbation.metrics())),
+            **({} if self.routing is None else _of_part("routing", self.routing.metrics())),
+            **({} if self.stability_threshold is None else {"stability_threshold": self.stability_threshold}),
+            "num_products": float(self.num_products),
+            "num_samples": float(self.num_samples),
+            "converged": float(self.converged),
+            "eigenvalues_converged": float(self.eigenvalues_converged),
+            "trace_converged": float(self.trace_converged),
+            **({"partial": 1.0} if self.partial else {}),
+        }
+        # of a partial result, what there is
+        return {name: value for name, value in values.items() if math.isfinite(value)}
+
+    def plot(self, ax: "Axes | None" = None) -> "tuple[Figure, Axes]":
+        """Density of the eigenvalues on a logarithmic axis, the largest ones marked.
+
+        Args:
+            ax: Axes to draw into; by default those of a new figure that pyplot does not know.
+        """
+        from moe_heads.analysis.sharpness.figures import plot_spectrum
+
+        return plot_spectrum(self.eigenvalues, self.density, ax)
+
+    def plot_blocks(self) -> "Figure | None":
+        """Where the curvature is: trace of each block and expert with its standard error, and shares of eigenvectors.
+
+        None where there is no more than one block.
+        """
+        from moe_heads.analysis.sharpness.figures import plot_blocks
+
+        return plot_blocks(self.blocks, self.experts) if len(self.blocks) > 1 else None
+
+    def plot_history(self) -> "Figure | None":
+        """Largest eigenvalue over the epochs beside the stability threshold; None where it was not tracked."""
+        from moe_heads.analysis.sharpness.figures import plot_history
+
+        return plot_history(self.history) if self.history else None
+
+    def summary(self) -> str:
+        """Markdown tables of the numbers, and a sentence for each that did not converge or is not there."""
+        parts = [
+            markdown_table(("quantity", "value", "relative residual"), self._rows()),
+            ""
+            if self.certificate is None
+            else markdown_table(("checked on this input", "error"), self.certificate.rows()),
+            blocks_table("block", self.blocks),
+            blocks_table("expert", self.experts),
+            "" if self.perturbation is None else f"**Perturbations**\n\n{self.perturbation.summary()}",
+            "" if self.routing is None else f"**Along the first eigenvector**\n\n{self.routing.summary()}",
+            *self._shortfalls(),
+        ]
+        return "\n\n".join(part for part in parts if part)
+
+    def _rows(self) -> list[tuple[str, ...]]:
+        rows = [
+            (f"λ{rank}", f"{value:.5g}", f"{residual:.1e}")
+            for rank, (value, residual) in enumerate(zip(self.eigenvalues, self.residuals, strict=True), start=1)
+        ]
+        if math.isfinite(self.lambda_min):
+            rows.append(("λmin", f"{self.lambda_min:.5g}", f"{self.lambda_min_residual:.1e}"))
+        if self.stability_threshold is not None:
+            rows.append(("stability threshold", f"{self.stability_threshold:.5g}", ""))
+        rows.append(("trace", f"{self.trace:.5g} ± {self.trace_stderr:.2g}", ""))
+        sampling = (("λ1", self.lambda_max_sampling_stderr), ("trace", self.trace_sampling_stderr))
+        rows += [(f"{name}, over samples", f"± {error:.2g}", "") for name, error in sampling if math.isfinite(error)]
+        if math.isfinite(self.frobenius_norm):
+            rows.append(("Frobenius norm", f"{self.frobenius_norm:.5g}", ""))
+        rows += [(f"overlap with {name}", f"{overlap:.3f}", "") for name, overlap in self.overlaps.items()]
+        steps = "Lanczos" if self.engine == "lanczos" else "power iteration"
+        rest = self.num_products - self.num_steps - self.num_probes
+        spent = f"{self.num_products} ({self.num_steps} {steps}, {self.num_probes} trace"
+        spent += f", {rest} others)" if rest > 0 and self.engine == "lanczos" else ")"
+        return [
+            *rows,
+            ("Hessian-vector products", spent, ""),
+            (
+                "graph of the products",
+                self.graph_mode + (f" ({_in_a_cell(self.graph_reason)})" if self.graph_reason else ""),
+                "",
+            ),
+            ("samples", f"{self.num_samples}", ""),
+            ("parameters", f"{self.num_parameters}", ""),
+        ]
+
+    def _shortfalls(self) -> list[str]:
+        shortfalls = [f"**Partial**: {self.partial}, with {self.num_samples} samples."] if self.partial else []
+        shortfalls += [f"**PyHessian**: {failure}" for failure in self.failures]
+        shortfalls += [] if self.certificate is None else self.certificate.warnings()
+        if not self.eigenvalues_converged:
+            shortfalls.append(self._why_not_converged())
+        if math.isnan(self.trace):
+            shortfalls.append("The trace was not begun.")
+        elif not self.trace_converged:
+            shortfalls.append(
+                f"The trace did not reach its tolerance with {self.num_probes} probes: its standard error holds"
+                + (", or raise max_probes." if self.engine == "lanczos" else ".")
+            )
+        return shortfalls
+
+    def _why_not_converged(self) -> str:
+        if self.engine != "lanczos" or self.certificate is None:
+            return f"The eigenvalues did not converge in {self.num_steps} steps: trust each only within its residual."
+        rounding = self.certificate.rounding
+        lost = [rank for rank, value in enumerate(self.eigenvalues, start=1) if rounding > self.tolerance * abs(value)]
+        if lost:
+            names = ", ".join(f"λ{rank}" for rank in lost)
+            return (
+                f"{names} did not converge: {self.certificate.dtype} does not resolve eigenvalues of this size, since"
+                f" rounding changes them by about {rounding:.1g}. Analyze a copy in float64 (model.double(), with"
+                " batches in float64), or ask for fewer eigenvalues."
+            )
+        if max(self.residuals) <= self.tolerance and not self.certificate.is_complete:
+            return (
+                f"The residuals met the tolerance, and in {self.num_steps} steps it could not be excluded that a larger"
+                " eigenvalue is missing, a copy of a repeated one say: raise max_steps or basis_memory."
+            )
+        return (
+            f"The eigenvalues did not converge in {self.num_steps} steps: trust each only within its residual, or raise"
+            " max_steps."
+        )
+
+
+def _of_part(part: str, metrics: Mapping[str, float]) -> dict[str, float]:
+    """The metrics of a part, without what the whole says already."""
+    return {f"{part}_{name}": value for name, value in metrics.items() if name not in {"num_samples", "partial"}}
+
+
+def _key(name: str) -> str:
+    return name.replace(" ", "_").replace(".", "_")
+
+
+def _in_a_cell(text: str) -> str:
+    """The first line of a message, without what would end a cell of a Markdown table."""
+    return text.splitlines()[0].replace("|", "/")

@@ -1,0 +1,70 @@
+"""Progress, time limit and what is kept of an analysis that ends early."""
+
+import time
+from typing import Any
+
+import pytest
+
+from moe_heads.analysis._shared.progress import Monitor, TimeUp
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    now = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    return now
+
+
+def test_steps_are_shown_with_their_quantities() -> None:
+    seen: list[Any] = []
+    monitor = Monitor(show=lambda *step: seen.append(step))
+    monitor.step(1)
+    monitor.step(2, 5, residual=0.25)
+    assert seen == [(1, None, {}), (2, 5, {"residual": 0.25})]
+
+
+def test_the_time_is_over_at_the_next_look_at_the_clock(clock: list[float]) -> None:
+    monitor = Monitor(max_time=10)
+    monitor.tick()
+    clock[0] = 110.5
+    with pytest.raises(TimeUp, match="max_time = 10 s was over before there was a result"):
+        monitor.tick()
+    with pytest.raises(TimeUp):
+        monitor.step(1, 2)
+    monitor.step(2, 2)  # all is done: nothing is left to be cut off
+
+
+def test_without_a_limit_the_clock_says_nothing(clock: list[float]) -> None:
+    monitor = Monitor()
+    clock[0] = 1e9
+    monitor.tick()
+
+
+def test_what_is_kept_is_the_result_in_time(clock: list[float]) -> None:
+    monitor = Monitor(max_time=1)
+    assert monitor.partial("interrupted") is None
+    error = TimeUp("nothing yet")
+    with pytest.raises(TimeUp, match="nothing yet"):
+        monitor.result_in_time(error)
+    monitor.keep(lambda reason: ("first", reason))
+    monitor.keep(lambda reason: ("second", reason))
+    assert monitor.partial("interrupted") == ("second", "interrupted")
+    assert monitor.result_in_time(error) == ("second", "max_time = 1 s was over")
+
+
+def test_what_a_part_keeps_is_wrapped_for_the_whole(clock: list[float]) -> None:
+    monitor = Monitor(max_time=5)
+    part = monitor.part(lambda plane: ("line", plane))
+    assert part.partial("x") is None
+    part.keep(lambda reason: f"plane until {reason}")
+    assert part.partial("x") == "plane until x"
+    assert monitor.partial("x") == ("line", "plane until x")
+    clock[0] = 200
+    with pytest.raises(TimeUp):
+        part.tick()
+
+
+@pytest.mark.parametrize("max_time", [0, -1, float("inf"), float("nan"), "5", True])
+def test_a_limit_that_is_no_positive_number_is_refused(max_time: Any) -> None:
+    with pytest.raises(ValueError, match="max_time: expected a positive number of seconds or None; got"):
+        Monitor(max_time)

@@ -1,0 +1,364 @@
+"""The metric, the watch that feeds it, flips and health."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from moe_heads import Routing, RoutingStats, SoftMoE, SparseMoE, collect_routing
+from moe_heads.analysis import ExpertUtilizationMetric
+from moe_heads.analysis.expert_utilization import watch as watch_module
+from moe_heads.analysis.expert_utilization.flips import EpochChoices
+from moe_heads.analysis.expert_utilization.health import RouterHealth
+from moe_heads.analysis.expert_utilization.advice import remedies_for
+from moe_heads.analysis.expert_utilization.watch import RoutingWatch
+from moe_heads.routers import BiasBalancedRouter, ExpertChoiceRouter, NoisyTopKRouter, SwitchRouter
+from tests.support.head_zoo import FEATURES, ROUTERS, head_with
+from tests.support.processes import NUM_RANKS, run_on_ranks
+
+
+def routings(num_batches: int = 5) -> Iterator[Routing]:
+    torch.manual_seed(0)
+    head = SparseMoE(6, 3, num_experts=4, expert_width=2)
+    for size in range(3, 3 + num_batches):
+        yield head(torch.randn(size, 6), return_routing=True).routing
+
+
+def total(those: list[Routing]) -> RoutingStats:
+    stats = those[0].stats()
+    for routing in those[1:]:
+        stats = stats + routing.stats()
+    return stats
+
+
+def test_sums_and_shares() -> None:
+    metric, all_of_them = ExpertUtilizationMetric(4), list(routings())
+    for routing in all_of_them:
+        metric.update(routing)
+    expected = total(all_of_them)
+    assert torch.equal(metric.stats.counts, expected.counts)
+    found = metric.compute()
+    for expert in range(4):
+        assert found[f"load_{expert}"] == expected.load[expert]
+    relative = 4 * expected.load
+    assert found["max_violation"] == pytest.approx(float(relative.max()) - 1)
+    assert found["load_cv"] == pytest.approx(float(relative.std(correction=0)))
+    assert found["relative_load_p50"] == pytest.approx(float(relative.median()), abs=0.5)
+    agreeing = sum(
+        int((r.logits.topk(2).indices.sort(-1).values == r.indices.sort(-1).values).all(-1).sum()) for r in all_of_them
+    )
+    assert found["noise_agreement"] == pytest.approx(agreeing / int(expected.num_rows))
+    assert 0 < agreeing < int(expected.num_rows)
+
+
+def test_many_experts_have_percentiles_and_no_curves_each() -> None:
+    probs = torch.rand(10, 20).softmax(-1)
+    metric = ExpertUtilizationMetric(20)
+    metric.update(Routing.from_probs(probs, probs.topk(1).indices))
+    assert not any(name.startswith(("load_1", "importance_")) for name in metric.compute())
+    assert "relative_load_p90" in metric.compute()
+    assert "noise_agreement" not in metric.compute()
+
+
+def test_a_router_of_another_size_is_refused() -> None:
+    with pytest.raises(ValueError, match="routing: expected 3 experts; got 4"):
+        ExpertUtilizationMetric(3).update(next(routings()))
+    with pytest.raises(ValueError, match="num_experts: expected an integer of at least 1; got 0"):
+        ExpertUtilizationMetric(0)
+
+
+def on_rank(rank: int) -> dict[str, torch.Tensor]:
+    metric = ExpertUtilizationMetric(4)
+    for number, routing in enumerate(routings()):
+        if (number == 0) == (rank == 0):  # uneven: one batch on one, four on the other
+            metric.update(routing)
+    assert dist.is_initialized()
+    return metric.compute()
+
+
+def test_two_ranks_are_one(tmp_path: Path) -> None:
+    alone = ExpertUtilizationMetric(4)
+    for routing in routings():
+        alone.update(routing)
+    expected = alone.compute()
+    for found in run_on_ranks(on_rank, tmp_path):
+        assert found.keys() == expected.keys()
+        for name, value in expected.items():
+            is_count = name.startswith(("load", "relative", "noise", "max"))
+            assert found[name] == (value if is_count else pytest.approx(float(value))), name
+    assert NUM_RANKS == 2
+
+
+@pytest.mark.parametrize("router", list(ROUTERS))
+@pytest.mark.parametrize("max_waiting", [1, 100, 2**20])
+def test_what_waits_counts_like_what_is_counted_at_once(
+    router: str, max_waiting: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(watch_module, "_MAX_WAITING", max_waiting)
+    model = nn.Sequential(head_with(router, torch.float32))
+    watch, seen = RoutingWatch(), []
+    with collect_routing(model) as collection:
+        for size in (7, 3, 7):
+            model(torch.randn(size, FEATURES))
+            seen += collection.routings["0"]
+            watch.take(collection)
+            assert collection.routings["0"] == []
+    watch.count()
+    kind = watch.kinds["0"]
+    expected, found = total(seen), watch.metric("0", kind).stats
+    assert kind.soft == (router == "softmax")
+    assert torch.equal(found.counts, expected.counts)
+    assert torch.equal(found.num_rows, expected.num_rows)
+    for name in ("gate_sum", "prob_sum", "entropy_sum", "margin_sum"):
+        torch.testing.assert_close(getattr(found, name), getattr(expected, name))
+    watch.reset()
+    assert watch.metric("0", kind).stats.num_rows == 0
+
+
+def test_what_waits_holds_no_graph() -> None:
+    model, watch = nn.Sequential(nn.Linear(3, 4), SoftMoE(4, 2, num_experts=3)), RoutingWatch()
+    with collect_routing(model) as collection:
+        model(torch.randn(4, 3))
+    watch.take(collection)
+    ((_, values),) = watch._waiting["1"]
+    assert len(kept := [value for value in values if value is not None]) == 2  # not what the slots were made of
+    assert not any(value.requires_grad for value in kept)
+
+
+def sgd(*modules: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD([p for module in modules for p in module.parameters()], lr=0.1)
+
+
+def test_gradient_norms_are_those_of_every_twentieth_optimizer_step() -> None:
+    watch, router = RoutingWatch(), nn.Linear(3, 2)
+    optimizer = sgd(router)
+    watch.note_gradients({"head": router}, optimizer)
+    assert watch.gradient_norms() == {}
+    watch.reset()
+    for number in range(40):
+        for parameter in router.parameters():
+            parameter.grad = torch.full_like(parameter, number)
+        watch.note_gradients({"head": router}, optimizer)
+    assert watch.gradient_norms() == {"head": (pytest.approx(20 * 8**0.5), 2)}
+
+
+def test_gradients_that_another_optimizer_leaves_alone_are_not_noted() -> None:
+    watch, router, other = RoutingWatch(), nn.Linear(3, 2), nn.Linear(2, 2)
+    of_router, of_other = sgd(router), sgd(other)
+    for number in range(20):
+        for parameter in router.parameters():
+            parameter.grad = torch.full_like(parameter, 100.0 if number % 2 == 0 else 1.0)
+        watch.note_gradients({"head": router}, of_other if number % 2 == 0 else of_router)
+    assert watch.gradient_norms() == {"head": (pytest.approx(8**0.5), 1)}
+
+
+def hard(experts: list[int]) -> list[Routing]:
+    probs = nn.functional.one_hot(torch.tensor(experts), 3).float().softmax(-1)
+    return [Routing.from_probs(probs, probs.topk(1).indices)]
+
+
+def epoch(choices: EpochChoices, experts: list[int], batch: Any) -> tuple[int, int]:
+    choices.add(hard(experts), batch)
+    return choices.end_epoch()
+
+
+@pytest.mark.parametrize("batch", [(torch.randn(4, 700), torch.tensor([0, 1, 1, 0])), {"x": torch.ones(4, 1)}, "text"])
+def test_flips_between_epochs(batch: Any) -> None:
+    choices = EpochChoices()
+    assert epoch(choices, [0, 1, 2, 0], batch) == (0, 0)
+    assert epoch(choices, [0, 2, 2, 1], batch) == (2, 4)
+    assert epoch(choices, [0, 2, 2, 1], batch) == (0, 4)
+
+
+def test_data_with_nan_are_known_again() -> None:
+    choices, batch = EpochChoices(), torch.full((2, 3), torch.nan)
+    epoch(choices, [0, 1], batch)
+    assert epoch(choices, [0, 2], batch) == (1, 2)
+
+
+X, ONE_HOT = torch.randn(4, 700), torch.eye(4)
+
+
+@pytest.mark.parametrize(
+    ("experts", "batch"),
+    [
+        ([0, 1, 2, 0], (X.flip(0), ONE_HOT)),
+        ([0, 1, 2, 0], (X, ONE_HOT.flip(0))),
+        ([0, 1], (X[:2], ONE_HOT[:2])),
+        ([0, 1, 2, 0], X),
+    ],
+)
+def test_other_data_are_not_compared(experts: list[int], batch: Any) -> None:
+    choices = EpochChoices()
+    epoch(choices, [0, 1, 2, 0], (X, ONE_HOT))
+    assert epoch(choices, experts, batch) == (0, 0)
+    assert choices.has_other_data
+    assert epoch(choices, experts, batch) == (0, len(experts))
+    assert not choices.has_other_data
+
+
+def stats_of(shares: list[float]) -> RoutingStats:
+    load = torch.tensor(shares, dtype=torch.float64)
+    zero, rows = torch.tensor(0.0), torch.tensor(1000)
+    counts = (1000 * load).long()
+    return RoutingStats(counts, load, load, zero, zero, torch.tensor(0), rows, torch.tensor(0))
+
+
+ROUTER = SparseMoE(8, 3, num_experts=4, expert_width=2).router
+
+
+def health(soft: bool = False, dead_below: float = 0.01) -> RouterHealth:
+    return RouterHealth(soft, remedies_for(ROUTER, soft), dead_below=dead_below, starved_below=0.25)
+
+
+def test_health_tells_each_thing_once_and_what_to_change() -> None:
+    router = health()
+    assert list(router.news(stats_of([0.25] * 4))) == []
+    (starving,) = router.news(stats_of([0.35, 0.3, 0.3, 0.05]))
+    assert starving.startswith("1 of 4 experts starving: number 3 (20.0% of the fair share of the load).")
+    assert "BiasBalancedRouter" in starving
+    (dead,) = router.news(stats_of([0.35, 0.3, 0.35, 0.0]))
+    assert dead.startswith("1 of 4 experts dead: number 3 (0.0%")
+    assert list(router.news(stats_of([0.35, 0.3, 0.35, 0.0]))) == []
+    # one sentence for an epoch, and the advice once
+    (told,) = router.news(stats_of([0.98, 0.01, 0.01, 0.0]))
+    assert told.startswith(
+        "the routing collapses, 1.1 of 4 experts are in effect; 2 of 4 experts starving: numbers 1 ("
+    )
+    assert "numbers 1 (4.0% of the fair share of the load), 2 (4.0%). Raise" in told
+    assert told.count("Raise the coefficients") == 1
+
+
+def test_an_expert_that_recovers_is_no_news_and_one_that_dies_again_is() -> None:
+    router, sick, well = health(), stats_of([0.5, 0.5, 0.0]), stats_of([0.4, 0.3, 0.3])
+    (dead,) = router.news(sick)
+    assert "1 of 3 experts dead: number 2" in dead
+    assert list(router.news(stats_of([0.5, 0.48, 0.02]))) == []  # it starves on
+    assert list(router.news(well)) == []
+    assert list(router.news(sick)) == [dead]
+
+
+def test_two_experts_can_collapse_and_without_a_limit_the_dead_do_not_starve() -> None:
+    (told,) = health(dead_below=0.0).news(stats_of([1.0, 0.0]))
+    assert "1.0 of 2 experts are in effect; 1 of 2 experts dead: number 1 (0.0%" in told
+    assert "starving" not in told
+
+
+def test_what_only_evaluation_shows_twice_is_told_once_and_apart() -> None:
+    router, even, sick = health(), stats_of([0.25] * 4), stats_of([0.35, 0.3, 0.35, 0.0])
+    assert list(router.news(even, even)) == []
+    assert list(router.news(even, sick)) == []  # it may have died at the end of the epoch: the next one shows it
+    (dead,) = router.news(even, sick)
+    assert dead.startswith("on the validation data, and not in training, 1 of 4 experts dead: number 3 (0.0%")
+    assert "noisy=False" in dead and "noisy=True" not in dead
+    assert list(router.news(even, sick)) == []
+    # what training shows as well is told of training alone
+    router = health()
+    (dead,) = [*router.news(even, sick), *router.news(sick, sick), *router.news(sick, sick)]
+    assert dead.startswith("1 of 4 experts dead: number 3 (0.0%")
+    # an expert that starves in training and is dead in evaluation
+    router, starving = health(), stats_of([0.35, 0.3, 0.31, 0.04])
+    told = [line for _ in range(2) for line in router.news(starving, sick)]
+    assert [line[:45] for line in told] == [
+        "1 of 4 experts starving: number 3 (16.0% of t",
+        "on the validation data, and not in training, ",
+    ]
+    # nobody can say "not in training" of an epoch too short to tell
+    few = RoutingStats(**{**vars(even), "counts": torch.tensor([9] * 4)})
+    assert [line for _ in range(3) for line in health().news(few, sick)] == []
+
+
+def test_an_even_router_that_made_few_choices_has_not_collapsed() -> None:
+    """20 choices are in effect 20 experts at most."""
+    share = [1 / 20] * 20 + [0.0] * 44
+    few = RoutingStats(**{**vars(stats_of(share)), "counts": torch.tensor([1] * 20 + [0] * 44)})
+    assert list(health().news(few)) == []
+
+
+def test_many_experts_collapse_though_each_has_few_choices() -> None:
+    """600 choices of 64 experts, all of the same one; which experts are dead needs more."""
+    one = RoutingStats(**{**vars(stats_of([1.0] + [0.0] * 63)), "counts": torch.tensor([600] + [0] * 63)})
+    (told,) = health().news(one)
+    assert told.startswith("the routing collapses, 1.0 of 64 experts are in effect. ")
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(200):
+        counts = torch.bincount(torch.randint(50, (100,), generator=generator), minlength=50)
+        even = RoutingStats(**{**vars(stats_of((counts / 100).tolist())), "counts": counts})
+        assert list(health().news(even)) == []
+    # in validation alone: experts of which training said too little are not told
+    even = RoutingStats(**{**vars(stats_of([1 / 64] * 64)), "counts": torch.tensor([9] * 64)})
+    router = health()
+    told = [line for _ in range(3) for line in router.news(even, stats_of([1.0] + [0.0] * 63))]
+    assert [line.count("dead") for line in told] == [0]
+
+
+def test_many_experts_are_not_all_named() -> None:
+    (told,) = health().news(stats_of([0.125] * 8 + [0.0] * 12))
+    assert "12 of 20 experts dead: numbers 8 (0.0% of the fair share of the load)," in told
+    assert ", 15 (0.0%) and 4 more" in told
+
+
+def test_rows_without_finite_logits_are_told_while_they_last() -> None:
+    router, broken = health(), RoutingStats(**{**vars(stats_of([0.25] * 4)), "num_nonfinite": torch.tensor(500)})
+    (told,) = router.news(broken)
+    assert told.startswith("500 of 1500 rows had router logits that are nan or infinite")
+    assert list(router.news(broken)) == []
+    assert list(router.news(stats_of([0.25] * 4))) == []
+    assert len(list(router.news(broken))) == 1
+
+
+def test_health_counts() -> None:
+    assert health().counts(stats_of([0.5, 0.45, 0.05, 0.0])) == {"num_dead_experts": 1, "num_starved_experts": 1}
+
+
+class Gate(nn.Linear):
+    """Somebody's router."""
+
+
+@pytest.mark.parametrize(
+    ("router", "soft", "advised", "not_advised"),
+    [
+        (ROUTER, False, "(noisy=False)", "noisy=True"),
+        (NoisyTopKRouter(8, 4, 2, noisy=False), False, "noisy=True", "noisy=False"),
+        (SwitchRouter(8, 4), False, "jitter", "noisy"),
+        (SwitchRouter(8, 4, jitter=0.0), False, "balance={...}", "jitter"),
+        (ExpertChoiceRouter(8, 4), False, "temperature", "noisy"),
+        (SoftMoE(8, 3, num_experts=4).router, True, "balance={'kl': ...}", "noisy"),
+        (BiasBalancedRouter(8, 4), False, "update_rate", "balance="),
+        (Gate(8, 4), False, "its balance loss", "balance="),
+        (Gate(8, 4), True, "its temperature", "balance="),
+    ],
+)
+def test_only_what_the_router_has_is_advised(router: nn.Module, soft: bool, advised: str, not_advised: str) -> None:
+    remedies = remedies_for(router, soft)
+    assert advised in remedies.in_training + remedies.in_evaluation
+    assert not_advised not in remedies.in_training + remedies.in_evaluation
+
+
+def test_a_few_choices_tell_nothing() -> None:
+    """An even router of 40 experts leaves 12 of them without any of 48 choices, by chance."""
+    few = torch.randint(40, (48,), generator=torch.Generator().manual_seed(0)).bincount(minlength=40)
+    assert int((few == 0).sum()) > 5
+    stats = stats_of([1 / 40] * 40)
+    assert list(health().news(RoutingStats(**{**vars(stats), "counts": few}))) == []
+    many = torch.tensor([*[10] * 38, 20, 0])
+    (dead,) = health().news(RoutingStats(**{**vars(stats), "counts": many}))
+    assert "1 of 40 experts dead: number 39 (0.0%" in dead
+
+
+def test_a_soft_router_is_told_by_its_weights() -> None:
+    stats = RoutingStats(**{**vars(stats_of([0.25] * 4)), "counts": torch.tensor([1000, 0, 0, 0])})
+    assert list(health(soft=True).news(stats)) == []
+    (dead, *_) = health(soft=True).news(stats_of([0.4, 0.3, 0.3, 0.0]))
+    assert "mixing weight" in dead
+    assert "temperature" in dead
+
+
+@pytest.mark.filterwarnings("ignore:The ``compute`` method of metric")
+def test_without_a_row_there_is_no_number() -> None:
+    found = ExpertUtilizationMetric(4).compute()
+    assert found and all(value.isnan() for value in found.values())
