@@ -1,12 +1,12 @@
-"""Lightning callbacks that analyse the trained model when fit ends."""
+"""Lightning callbacks that analyze the trained model when fit ends."""
 
-from moe_heads.callbacks.expert_utilization import ExpertUtilizationCallback
-from moe_heads.callbacks.base import FitEndAnalysis
-from moe_heads.callbacks.inference_timing import InferenceTimingCallback
 from moe_heads.callbacks._shared.inputs import AnalysisInputs
-from moe_heads.callbacks.loss_landscape import Landscape, LossLandscapeCallback
 from moe_heads.callbacks._shared.options import AnalysisOptions
 from moe_heads.callbacks._shared.reporting import Mesh, Report
+from moe_heads.callbacks.base import FitEndAnalysis
+from moe_heads.callbacks.expert_utilization import ExpertUtilizationCallback
+from moe_heads.callbacks.inference_timing import InferenceTimingCallback
+from moe_heads.callbacks.loss_landscape import Landscape, LossLandscapeCallback
 from moe_heads.callbacks.sharpness import SharpnessCallback
 
 __all__ = [

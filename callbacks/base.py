@@ -9,11 +9,11 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from typing_extensions import Unpack, override
 
-from moe_heads.callbacks._shared.one_split import Analysis, described
 from moe_heads.callbacks._shared.evaluation import loss_of
+from moe_heads.callbacks._shared.execution_context import TrainerContext
+from moe_heads.callbacks._shared.one_split import Analysis, described
 from moe_heads.callbacks._shared.options import AnalysisOptions, Stage, Weights
 from moe_heads.callbacks._shared.reporting import log_hparams
-from moe_heads.callbacks._shared.execution_context import TrainerSite
 from moe_heads.callbacks._shared.trainer_access import Split, is_sharded
 
 __all__ = ["FitEndAnalysis"]
@@ -24,17 +24,17 @@ class FitEndAnalysis(Analysis, Callback):
 
     It runs in ``on_fit_end``: checkpoints are written and averaged weights are in place by then, so an analysis that
     fails costs nothing. Where there was no fit, it runs at the end of ``trainer.validate`` and ``trainer.test``, on the
-    split evaluated there. It also runs every n epochs while training if asked to, and by a plain call of `analyse`
-    without any Trainer. Within one fit the same weights on the same samples are not analysed twice.
+    split evaluated there. It also runs every n epochs while training if asked to, and by a plain call of `analyze`
+    without any Trainer. Within one fit the same weights on the same samples are not analyzed twice.
 
-    Each split is analysed by itself. The results are kept in ``results``, the numbers go to
+    Each split is analyzed by itself. The results are kept in ``results``, the numbers go to
     ``trainer.callback_metrics`` and every logger under ``<name>/<split>/<quantity>``, and figures, tables and meshes to
     the loggers that can show them. The last analysis of a trainer writes one row of TensorBoard's HPARAMS table.
 
     A subclass has a ``name``, a `compute` and a `report`, and says by class attributes whether it needs a loss
     (``needs_loss``), which split takes the place of one without data (``fallbacks``), and what several processes do
     (``over_ranks``): "same", every rank computes the same on all samples; "share", each gets its part of the samples
-    and gives ``inputs.ranks`` to a function that adds up; "first", rank zero computes and the others wait.
+    and gives ``inputs.ranks`` to a function that adds up; "rank_zero", rank zero computes and the others wait.
 
     Args:
         options: What all analyses share; see `AnalysisOptions`.
@@ -61,7 +61,7 @@ class FitEndAnalysis(Analysis, Callback):
         if is_sharded(trainer):
             raise MisconfigurationException(
                 f"{owner} needs the whole model in one process, which {type(trainer.strategy).__name__} does not have."
-                " Train with strategy='ddp', or analyse a checkpoint of this run in a second script."
+                " Train with strategy='ddp', or analyze a checkpoint of this run in a second script."
             )
         if sum(other.name == self.name for other in _analyses_of(trainer)) > 1:
             raise MisconfigurationException(
@@ -75,7 +75,7 @@ class FitEndAnalysis(Analysis, Callback):
         if at_the_end and self.weights == "best" and trainer.checkpoint_callback is None and not is_dry:
             raise MisconfigurationException(
                 f"{owner}(weights='best') needs a checkpoint, and the Trainer writes none. Give it a"
-                " ModelCheckpoint(monitor=...), or analyse weights='last'."
+                " ModelCheckpoint(monitor=...), or analyze weights='last'."
             )
         if self.needs_loss and (at_the_end or self.every_n_epochs is not None):
             # a loss that cannot be had is told before training, not after it
@@ -125,7 +125,7 @@ class FitEndAnalysis(Analysis, Callback):
         self.results = {}  # those of an earlier epoch are not those of this one
         self.is_tracking = True
         try:
-            done = self._analyse_all(trainer, pl_module, self.splits, "last")
+            done = self._analyze_all(trainer, pl_module, self.splits, "last")
         finally:
             self.is_tracking = False
         for split, metrics in done.items():
@@ -135,7 +135,7 @@ class FitEndAnalysis(Analysis, Callback):
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if "fit" in self._stages:
             self.results = {}
-            self._analyse_all(trainer, pl_module, self.splits, self.weights)
+            self._analyze_all(trainer, pl_module, self.splits, self.weights)
         if self is _analyses_of(trainer)[-1]:
             log_hparams(trainer)
 
@@ -143,13 +143,13 @@ class FitEndAnalysis(Analysis, Callback):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if "validate" in self._stages and trainer.state.fn == "validate":
             self.results.pop("val", None)
-            self._analyse_all(trainer, pl_module, ["val"], "last")
+            self._analyze_all(trainer, pl_module, ["val"], "last")
 
     @override
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if "test" in self._stages:
             self.results.pop("test", None)
-            self._analyse_all(trainer, pl_module, ["test"], "last")
+            self._analyze_all(trainer, pl_module, ["test"], "last")
 
     @property
     def runs_in_fit(self) -> bool:
@@ -162,22 +162,22 @@ class FitEndAnalysis(Analysis, Callback):
             return self.stages
         return ("fit",) if self._has_fitted else ("fit", "validate", "test")
 
-    def _analyse_all(
+    def _analyze_all(
         self, trainer: Trainer, pl_module: LightningModule, splits: Iterable[Split], weights: Weights
     ) -> dict[Split, Mapping[str, float]]:
-        """Analyse splits one by one; an error or Ctrl-C ends the analysis of a split, not the run.
+        """Analyze splits one by one; an error or Ctrl-C ends the analysis of a split, not the run.
 
         Returns:
-            The numbers of the splits that were analysed.
+            The numbers of the splits that were analyzed.
         """
-        site = TrainerSite(trainer, type(self).__name__)
+        context = TrainerContext(trainer, type(self).__name__)
         done: dict[Split, Mapping[str, float]] = {}
         self.was_interrupted = False
         for split in splits:
             name = f"{self.name}/{split}"
             try:
-                analysed = self.analyse_split(site, pl_module, split, weights)
-                done.update([] if analysed is None else [analysed])
+                analyzed = self.analyze_split(context, pl_module, split, weights)
+                done.update([] if analyzed is None else [analyzed])
             except KeyboardInterrupt as error:
                 self.was_interrupted = True
                 rank_zero_warn(f"{name}: {described(error)}. The trained model is as it was.")

@@ -10,20 +10,20 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from typing_extensions import Unpack, override
 
-from moe_heads.callbacks._shared.evaluation import check_forward
-from moe_heads.callbacks.base import FitEndAnalysis
 from moe_heads.analysis import ExpertUtilizationResult, expert_utilization
 from moe_heads.analysis._shared.batches import Batch, ForwardFn, call_model, labels_of
 from moe_heads.analysis._shared.ranks import Ranks
-from moe_heads.analysis.expert_utilization.function import checked_options
 from moe_heads.analysis.expert_utilization.examples import images_of
+from moe_heads.analysis.expert_utilization.function import checked_options
 from moe_heads.analysis.expert_utilization.history import plot_load_history
 from moe_heads.analysis.expert_utilization.labels import are_names, check_class_names
 from moe_heads.analysis.expert_utilization.training import TrainingRouters
+from moe_heads.callbacks._shared.evaluation import check_forward
 from moe_heads.callbacks._shared.inputs import AnalysisInputs
 from moe_heads.callbacks._shared.options import AnalysisOptions, OverRanks
 from moe_heads.callbacks._shared.reporting import Report
 from moe_heads.callbacks._shared.trainer_access import Split, datamodule_of, process_group_of
+from moe_heads.callbacks.base import FitEndAnalysis
 from moe_heads.checks import check_callables, check_flags
 from moe_heads.routing import Adapters, RoutingStats, collect_routing, named_routers
 
@@ -227,7 +227,7 @@ class ExpertUtilizationCallback(FitEndAnalysis):
             num_examples=self.num_examples,
             ablation=self.ablation,
             seed=self.seed,
-            monitor=inputs.monitor,
+            progress=inputs.progress,
             ranks=inputs.ranks,
         )
 

@@ -7,18 +7,18 @@ from typing import ClassVar
 from lightning.pytorch import LightningModule, Trainer
 from typing_extensions import Unpack, override
 
-from moe_heads.callbacks._shared.evaluation import check_forward
-from moe_heads.callbacks.base import FitEndAnalysis
 from moe_heads.analysis import InferenceTimingResult, inference_timing
 from moe_heads.analysis._shared.batches import ForwardFn, call_model
+from moe_heads.analysis.expert_utilization.labels import are_names
 from moe_heads.analysis.inference_timing.plan import DEFAULT_SIZES, TimingPlan
 from moe_heads.analysis.inference_timing.rounds import Cache
 from moe_heads.analysis.inference_timing.row import TimingMode
-from moe_heads.analysis.expert_utilization.labels import are_names
+from moe_heads.callbacks._shared.evaluation import check_forward
 from moe_heads.callbacks._shared.inputs import AnalysisInputs
 from moe_heads.callbacks._shared.options import AnalysisOptions, OverRanks
 from moe_heads.callbacks._shared.reporting import Report
 from moe_heads.callbacks._shared.trainer_access import Split, forward_context
+from moe_heads.callbacks.base import FitEndAnalysis
 from moe_heads.checks import check_callables
 
 __all__ = ["InferenceTimingCallback"]
@@ -64,7 +64,7 @@ class InferenceTimingCallback(FitEndAnalysis):
 
     name = "inference_timing"
     needs_loss: ClassVar[bool] = False
-    over_ranks: OverRanks = "first"
+    over_ranks: OverRanks = "rank_zero"
     default_splits: ClassVar[Sequence[Split]] = ("test",)
     fallbacks: ClassVar[Mapping[Split, Sequence[Split]]] = {"test": ("val", "train")}
     results: dict[Split, InferenceTimingResult]
@@ -125,7 +125,7 @@ class InferenceTimingCallback(FitEndAnalysis):
                 max_seconds=self.max_seconds,
                 forward_fn=self.forward_fn or call_model,
                 seed=self.seed,
-                monitor=inputs.monitor,
+                progress=inputs.progress,
             )
 
     @override

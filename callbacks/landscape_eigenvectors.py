@@ -26,7 +26,7 @@ def top_eigenvectors_of(
     computed where there is none.
 
     Args:
-        inputs: What is analysed.
+        inputs: What is analyzed.
         number: Eigenvectors wanted.
         loss_fn: Option of the callback: that of a sharpness callback has to be the same.
         params: Parameters that move; by default all that require a gradient.
@@ -50,7 +50,7 @@ def top_eigenvectors_of(
         tolerance=_TOLERANCE,
         max_steps=_MAX_STEPS,
         seed=seed,
-        monitor=inputs.monitor,
+        progress=inputs.progress,
         ranks=inputs.ranks,
     )
 

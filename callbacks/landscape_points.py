@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_heads.analysis._shared.function_identity import code_of
 from moe_heads.analysis._shared.digest import digest_of
+from moe_heads.analysis._shared.function_identity import code_of
 from moe_heads.analysis.loss_landscape.stored import damaged, read_arrays, write_arrays
 from moe_heads.callbacks._shared.inputs import AnalysisInputs
 
@@ -48,12 +48,12 @@ def kept_eigenvectors(file: Path, inputs: AnalysisInputs, compute: Callable[[], 
     Raises:
         ValueError: If the file is damaged.
     """
-    found = inputs.ranks.first(lambda: _read(file))
+    found = inputs.ranks.run_on_rank_zero(lambda: _read(file))
     if found is None:
         found = compute()
         found = found.detach().cpu().to(torch.float64 if found.dtype == torch.float64 else torch.float32)
         arrays = {"eigenvectors": found.numpy()}
-        inputs.ranks.first(lambda: write_arrays(file, arrays))
+        inputs.ranks.run_on_rank_zero(lambda: write_arrays(file, arrays))
     return found
 
 

@@ -15,7 +15,6 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 from typing_extensions import Unpack, override
 
-from moe_heads.callbacks.base import FitEndAnalysis
 from moe_heads.analysis import (
     DirectionSweepResult,
     LossLandscapeResult,
@@ -24,22 +23,23 @@ from moe_heads.analysis import (
     normalized_random_direction,
 )
 from moe_heads.analysis._shared.batches import Batch
-from moe_heads.analysis._shared.progress import TimeUp
 from moe_heads.analysis._shared.parameters import trainable_parameters
+from moe_heads.analysis._shared.progress import TimeUp
 from moe_heads.analysis.loss_landscape.direction_sweep import Normalization
 from moe_heads.analysis.loss_landscape.directions import Biases
 from moe_heads.analysis.loss_landscape.grid import grid_through_zero
 from moe_heads.analysis.loss_landscape.trajectory import NoPlaneError
 from moe_heads.callbacks._shared.inputs import AnalysisInputs
+from moe_heads.callbacks._shared.options import AnalysisOptions, OverRanks
+from moe_heads.callbacks._shared.reporting import Report
+from moe_heads.callbacks._shared.trainer_access import Split
+from moe_heads.callbacks.base import FitEndAnalysis
 from moe_heads.callbacks.landscape_eigenvectors import top_eigenvectors_of
 from moe_heads.callbacks.landscape_options import check_plane_points, checked_plane_splits
 from moe_heads.callbacks.landscape_points import kept_eigenvectors, points_file
 from moe_heads.callbacks.landscape_record import Landscape, landscape_report
 from moe_heads.callbacks.landscape_trail import WeightTrail
-from moe_heads.callbacks._shared.options import AnalysisOptions, OverRanks
-from moe_heads.callbacks._shared.reporting import Report
 from moe_heads.callbacks.sharpness_options import check_differentiable, check_list_of_names, check_names
-from moe_heads.callbacks._shared.trainer_access import Split
 from moe_heads.checks import check_at_least, check_flags, check_option, check_positive
 
 __all__ = ["Landscape", "LossLandscapeCallback"]
@@ -48,7 +48,7 @@ _Part = Callable[[AnalysisInputs, Landscape], LossLandscapeResult | DirectionSwe
 
 
 class LossLandscapeCallback(FitEndAnalysis):
-    r"""Loss along the top Hessian eigenvector and on a filter-normalised plane, at the end of fit.
+    r"""Loss along the top Hessian eigenvector and on a filter-normalized plane, at the end of fit.
 
     The line is that of arXiv 2601.15021: 21 points of :math:`\theta + \alpha v`, :math:`\alpha` from -0.5 to 0.5. The
     eigenvector is taken from a `SharpnessCallback` that ran before on the same split, loss and parameters, else
@@ -60,7 +60,7 @@ class LossLandscapeCallback(FitEndAnalysis):
     the text ``summary``; to the logger's folder the arrays, ``line.npz`` and so on.
 
     Args:
-        line_points: Points of the line; an odd number holds the centre.
+        line_points: Points of the line; an odd number holds the center.
         line_reach: Largest :math:`|\alpha|` of the line.
         plane_points: Points along each side of a plane. The cost is their square times one forward pass over the
             samples.
@@ -189,7 +189,7 @@ class LossLandscapeCallback(FitEndAnalysis):
                 failure = failure or error
                 continue
             found = replace(found, **{name: part})  # type: ignore[arg-type]
-            inputs.monitor.keep(partial(_ended, found))
+            inputs.progress.keep(partial(_ended, found))
             if found.partial:
                 break
         if failure is not None:
@@ -293,7 +293,7 @@ class LossLandscapeCallback(FitEndAnalysis):
             reach=self.plane_reach,
             params=self.params,
             seed=self.seed,
-            monitor=inputs.monitor.part(lambda part: replace(found, sweep=part)),
+            progress=inputs.progress.part(lambda part: replace(found, sweep=part)),
             ranks=inputs.ranks,
         )
 
@@ -307,7 +307,7 @@ class LossLandscapeCallback(FitEndAnalysis):
             accuracy_fn=_accuracy_of(inputs.model),
             seed=self.seed,
             resume=None if self.resume is None else self._file(inputs, name, directions),
-            monitor=inputs.monitor.part(lambda part: replace(found, **{name: part})),
+            progress=inputs.progress.part(lambda part: replace(found, **{name: part})),
             ranks=inputs.ranks,
             **({"params": self.params} | how),
         )

@@ -12,7 +12,6 @@ from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import Unpack, override
 
-from moe_heads.callbacks.base import FitEndAnalysis
 from moe_heads.analysis import (
     SharpnessResult,
     perturbation_sharpness,
@@ -21,19 +20,20 @@ from moe_heads.analysis import (
     sharpness,
 )
 from moe_heads.analysis._shared.digest import digest_of
+from moe_heads.analysis.loss_landscape.routing_response import has_sparse_router
+from moe_heads.analysis.sharpness.function import check_sharpness_options
 from moe_heads.analysis.sharpness.hessian import subspace_overlap
 from moe_heads.analysis.sharpness.hessian.lanczos import check_basis_memory
 from moe_heads.analysis.sharpness.hessian.parameters import selected_parameters
 from moe_heads.analysis.sharpness.published.conversion import as_sharpness_result
-from moe_heads.analysis.loss_landscape.routing_response import has_sparse_router
-from moe_heads.analysis.sharpness.function import check_sharpness_options
 from moe_heads.analysis.sharpness.result import Engine
 from moe_heads.callbacks._shared.inputs import AnalysisInputs
 from moe_heads.callbacks._shared.options import AnalysisOptions, OverRanks
 from moe_heads.callbacks._shared.reporting import Report
+from moe_heads.callbacks._shared.trainer_access import Split
+from moe_heads.callbacks.base import FitEndAnalysis
 from moe_heads.callbacks.sharpness_options import check_differentiable, check_names, check_report_options
 from moe_heads.callbacks.stability import stability_threshold
-from moe_heads.callbacks._shared.trainer_access import Split
 from moe_heads.checks import check_at_least
 
 __all__ = ["SharpnessCallback"]
@@ -58,7 +58,7 @@ class SharpnessCallback(FitEndAnalysis):
                                    trace_stderr_<block>
     share_<block>                  share of the first eigenvector that lies in the block
     lambda_max_<block>             largest eigenvalue of the block (``block_eigenvalues``)
-    overlap_<split>                overlap of the top eigenvectors with those of the split analysed before
+    overlap_<split>                overlap of the top eigenvectors with those of the split analyzed before
     stability_threshold            :math:`2/\eta`, above which the steps of SGD are unstable (split "train")
     routing_flips_<s>, …           share of samples that choose other experts at the step s along the first
                                    eigenvector; losses and curvatures with routing free and fixed (sparse heads)
@@ -153,7 +153,7 @@ class SharpnessCallback(FitEndAnalysis):
         self.max_steps, self.max_probes = max_steps, max_probes
         self.routing_steps, self.perturbation, self.engine = tuple(routing_steps), perturbation, engine
         if engine == "pyhessian":
-            self.over_ranks = "first"
+            self.over_ranks = "rank_zero"
         self._threshold: float | None = None
         self._threshold_before: float | None = None
         self._starts: dict[Split, Tensor] = {}
@@ -207,7 +207,7 @@ class SharpnessCallback(FitEndAnalysis):
         for part in (self._routing, self._perturbation):
             if result.partial:
                 break
-            inputs.monitor.keep(partial(_ended, result))
+            inputs.progress.keep(partial(_ended, result))
             result = part(inputs, result)
         self._weights[inputs.split] = weights
         if result.eigenvectors is not None:
@@ -229,7 +229,7 @@ class SharpnessCallback(FitEndAnalysis):
             "num_eigenvalues": min(self.num_eigenvalues, num_parameters),
             "density": self.density and not self.is_tracking,
             "seed": self.seed,
-            "monitor": inputs.monitor,
+            "progress": inputs.progress,
         }
         if self.engine == "pyhessian":
             found = published_sharpness(inputs.model, inputs.loss_fn, inputs.batches, **shared)
@@ -286,7 +286,7 @@ class SharpnessCallback(FitEndAnalysis):
             self._whole_direction(inputs, result.eigenvectors[0]),
             [sign * step for step in self.routing_steps for sign in (1, -1)],
             seed=self.seed,
-            monitor=inputs.monitor.part(lambda part: replace(result, routing=part, partial=part.partial)),
+            progress=inputs.progress.part(lambda part: replace(result, routing=part, partial=part.partial)),
             ranks=inputs.ranks,
         )
         return replace(result, routing=found, partial=found.partial)
@@ -301,7 +301,7 @@ class SharpnessCallback(FitEndAnalysis):
             inputs.batches,
             params=self.params,
             seed=self.seed,
-            monitor=inputs.monitor.part(lambda part: replace(result, perturbation=part, partial=part.partial)),
+            progress=inputs.progress.part(lambda part: replace(result, perturbation=part, partial=part.partial)),
             ranks=inputs.ranks,
         )
         return replace(result, perturbation=found, partial=found.partial)

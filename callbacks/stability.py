@@ -1,4 +1,4 @@
-"""The sharpness above which the steps of an optimiser are unstable (Cohen et al., arXiv 2103.00065)."""
+"""The sharpness above which the steps of an optimizer are unstable (Cohen et al., arXiv 2103.00065)."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -19,7 +19,7 @@ def stability_threshold(optimizers: Iterable[Optimizer]) -> float | None:
     noise of small ones keeps the sharpness below.
 
     Args:
-        optimizers: The optimisers of a run.
+        optimizers: The optimizers of a run.
 
     Returns:
         The threshold at the learning rate of the moment; None unless there is one `torch.optim.SGD` without dampening

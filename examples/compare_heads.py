@@ -1,4 +1,4 @@
-"""Train classifier heads of equal capacity, analyse them, and report: the study of arXiv 2601.15021 in one command.
+"""Train classifier heads of equal capacity, analyze them, and report: the study of arXiv 2601.15021 in one command.
 
     python examples/compare_heads.py                                       # digits, minutes on two cores
     python examples/compare_heads.py --preset cpu                          # CIFAR-10 on two cores, some hours
@@ -94,7 +94,7 @@ def _run_all(options: Options, data: ImageDataModule, config: dict[str, Any], de
                 continue
             if has_begun and time.monotonic() > deadline:
                 return status or _time_is_up(label, "not begun")
-            print(f"{label}: training and analysing ...", flush=True)
+            print(f"{label}: training and analyzing ...", flush=True)
             has_begun = True
             results.check_begun(folder, config)
             results.begin(folder, config)

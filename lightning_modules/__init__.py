@@ -8,7 +8,7 @@ from moe_heads.lightning_modules.digits import DigitsDataModule
 from moe_heads.lightning_modules.fast_cnn import FastCNN
 from moe_heads.lightning_modules.feature_extractors import FeatureExtractor, TimmBackbone, TorchvisionBackbone
 from moe_heads.lightning_modules.image_folder import ImageFolderDataModule
-from moe_heads.lightning_modules.images import CropBorder, ImageFiles, ImageTransform, LabelledImages
+from moe_heads.lightning_modules.images import CropBorder, ImageFiles, ImageTransform, LabeledImages
 from moe_heads.lightning_modules.precision import fastest_precision
 from moe_heads.lightning_modules.random_states import RandomStates
 from moe_heads.lightning_modules.schedules import Schedule
@@ -25,7 +25,7 @@ __all__ = [
     "ImageFiles",
     "ImageFolderDataModule",
     "ImageTransform",
-    "LabelledImages",
+    "LabeledImages",
     "MoEClassifier",
     "RandomStates",
     "ResNet18Cifar",

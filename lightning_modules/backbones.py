@@ -29,11 +29,11 @@ def _he_init(module: nn.Module) -> None:
 class DigitsCNN(nn.Module):
     """Four 3x3 convolutions with batch norm, then the mean over each quarter: (B, C, H, W) → (B, 4·width).
 
-    Made for the 8x8 digits: small enough (18,768 parameters) that a run takes seconds and its Hessian can be analysed
+    Made for the 8x8 digits: small enough (18,768 parameters) that a run takes seconds and its Hessian can be analyzed
     on two cores. The quarters of the image stay apart because a digit is told by where its strokes are.
 
     Args:
-        in_channels: C; the digits are grey.
+        in_channels: C; the digits are gray.
         width: Channels of the first and last convolution; the two between have twice as many.
 
     Attributes:

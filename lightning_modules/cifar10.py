@@ -26,7 +26,7 @@ CIFAR10_STD = (0.2470, 0.2435, 0.2616)
 
 
 class CIFAR10DataModule(ImageDataModule):
-    """60,000 colour images of 32x32 pixels: 45,000 train, 5,000 validation and 10,000 test images by default.
+    """60,000 color images of 32x32 pixels: 45,000 train, 5,000 validation and 10,000 test images by default.
 
     Augmentation is a random crop from the image with 4 black pixels on every side, and a random flip. The images
     take 184 MB of memory. They are downloaded (170 MB) when they are not in ``data_dir``; put the archive
@@ -116,7 +116,7 @@ class CIFAR10DataModule(ImageDataModule):
 
     @override
     def transform(self, augment: bool) -> ImageTransform:
-        """Normalised floats; crops and flips with ``augment``."""
+        """Normalized floats; crops and flips with ``augment``."""
         padding = self.crop_padding if augment else 0
         return ImageTransform(self.mean, self.std, padding, flip=augment, border=self.crop_border)
 

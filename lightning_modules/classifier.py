@@ -146,7 +146,7 @@ class MoEClassifier(LightningModule):
 
     @override
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Cross-entropy plus balance loss, scalar; no synchronisation with the host."""
+        """Cross-entropy plus balance loss, scalar; no synchronization with the host."""
         x, labels = batch
         logits, aux_loss = self._logits_and_aux_loss(x)
         loss = F.cross_entropy(logits, labels, label_smoothing=self.hparams["label_smoothing"]) + aux_loss

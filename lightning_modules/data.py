@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 from typing_extensions import override
 
 from moe_heads.checks import check_at_least, check_at_least_one, check_flags, check_option, check_positive, check_seed
-from moe_heads.lightning_modules.images import ImageFiles, ImageTransform, LabelledImages
+from moe_heads.lightning_modules.images import ImageFiles, ImageTransform, LabeledImages
 
 __all__ = ["ImageDataModule", "RawSplit", "Split", "choose_stratified"]
 
@@ -174,7 +174,7 @@ class ImageDataModule(LightningDataModule, ABC):
         return self._loader(self._dataset("test", augment=False))
 
     def split_off_validation(self, images: Tensor | ImageFiles, labels: Tensor) -> tuple[RawSplit, RawSplit]:
-        """Training and validation split of labelled images."""
+        """Training and validation split of labeled images."""
         is_val = choose_stratified(labels, round(self.val_split * len(labels)), self.seed)
         return _select(images, labels, ~is_val), _select(images, labels, is_val)
 
@@ -188,13 +188,13 @@ class ImageDataModule(LightningDataModule, ABC):
             )
         return _select(*train, choose_stratified(train.labels, self.limit_train, self.seed))
 
-    def _dataset(self, split: Split, augment: bool) -> LabelledImages:
+    def _dataset(self, split: Split, augment: bool) -> LabeledImages:
         self.setup()
         assert self._splits is not None
         check_option("split", split, self._splits)
-        return LabelledImages(*self._splits[split], self.transform(augment))
+        return LabeledImages(*self._splits[split], self.transform(augment))
 
-    def _loader(self, dataset: LabelledImages, shuffle: bool = False) -> DataLoader[tuple[Tensor, Tensor]]:
+    def _loader(self, dataset: LabeledImages, shuffle: bool = False) -> DataLoader[tuple[Tensor, Tensor]]:
         # by name: Lightning builds the loader anew with a distributed sampler and shuffle=False
         return DataLoader(
             dataset,

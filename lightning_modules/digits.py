@@ -15,7 +15,7 @@ _TEST_SHARE = 0.2
 
 
 class DigitsDataModule(ImageDataModule):
-    """1,797 handwritten digits of 8x8 grey pixels: 1,258 train, 180 validation and 359 test images by default.
+    """1,797 handwritten digits of 8x8 gray pixels: 1,258 train, 180 validation and 359 test images by default.
 
     A fifth of the images is the test split. Augmentation moves a training image by up to one pixel in each direction;
     a flip would change what a digit means. Source: Alpaydin and Kaynak, UCI "Optical Recognition of Handwritten
@@ -78,5 +78,5 @@ class DigitsDataModule(ImageDataModule):
 
     @override
     def transform(self, augment: bool) -> ImageTransform:
-        """Scale 0 … 16 to normalised floats; shift by up to one pixel with ``augment``."""
+        """Scale 0 … 16 to normalized floats; shift by up to one pixel with ``augment``."""
         return ImageTransform(self.mean, self.std, padding=1 if augment else 0, max_value=16.0)

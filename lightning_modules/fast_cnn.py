@@ -15,7 +15,7 @@ from moe_heads.checks import check_at_least_one
 __all__ = ["FastCNN"]
 
 _PATCH = 2  # side of the patches that the first layer whitens
-_NUM_DIRECTIONS = 8  # of the 12 of a colour patch; of both signs they are 16 channels
+_NUM_DIRECTIONS = 8  # of the 12 of a color patch; of both signs they are 16 channels
 _WHITENING_EPS = 5e-4  # added to the variances: directions with less than that are noise of the camera or of the JPEG
 
 
@@ -87,7 +87,7 @@ class FastCNN(nn.Module):
         loaded.
 
         Args:
-            images: Training images (N, C, H, W) as the network gets them, normalised; a few thousand are enough.
+            images: Training images (N, C, H, W) as the network gets them, normalized; a few thousand are enough.
 
         Raises:
             ValueError: If they have another number of channels, are smaller than a patch, or are not finite.
@@ -96,7 +96,7 @@ class FastCNN(nn.Module):
         if images.ndim != 4 or images.shape[1] != channels or min(images.shape[2:]) < _PATCH or not len(images):
             raise ValueError(f"images: expected (N, {channels}, H, W); got shape {tuple(images.shape)}")
         if not images.is_floating_point() or not bool(images.isfinite().all()):
-            raise ValueError("images: expected finite floats, normalised as the network gets them")
+            raise ValueError("images: expected finite floats, normalized as the network gets them")
         patches = images.unfold(2, _PATCH, 1).unfold(3, _PATCH, 1).permute(0, 2, 3, 1, 4, 5).flatten(0, 2).flatten(1)
         moments = torch.zeros(patches.shape[1], patches.shape[1], dtype=torch.float64, device=images.device)
         for some in patches.split(1_000_000):

@@ -59,7 +59,7 @@ class TorchvisionBackbone(FeatureExtractor):
 
     Args:
         name: A name of `torchvision.models.list_models(module=torchvision.models)`, such as "mobilenet_v3_small".
-        in_channels: C, 3 or 1: the stems take three channels, so grey images are repeated.
+        in_channels: C, 3 or 1: the stems take three channels, so gray images are repeated.
         image_size: Side of the images in pixels; a vision transformer is built for it.
         weights: Name of pre-trained weights such as "DEFAULT"; None starts from random weights.
 
@@ -84,7 +84,7 @@ class TorchvisionBackbone(FeatureExtractor):
         if name.startswith("vit_"):
             options["image_size"] = image_size
         elif name in {"googlenet", "inception_v3"}:
-            options["init_weights"] = False  # their own initialisation takes minutes
+            options["init_weights"] = False  # their own initialization takes minutes
         try:
             model = torchvision.models.get_model(name, weights=weights, **options)
         except (KeyError, ValueError) as error:

@@ -106,7 +106,7 @@ class ImageFolderDataModule(ImageDataModule):
 
     @override
     def transform(self, augment: bool) -> ImageTransform:
-        """Normalised floats; crops and flips with ``augment``."""
+        """Normalized floats; crops and flips with ``augment``."""
         padding = self.crop_padding if augment else 0
         return ImageTransform(self.mean, self.std, padding, flip=augment, border=self.crop_border)
 

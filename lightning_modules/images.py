@@ -1,4 +1,4 @@
-"""Labelled images served as whole batches: from memory or from files, with tensor transforms for a batch at once.
+"""Labeled images served as whole batches: from memory or from files, with tensor transforms for a batch at once.
 
 Shapes: N images, B batch, C channels, H and W pixels.
 """
@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 
 from moe_heads.checks import check_option
 
-__all__ = ["CropBorder", "ImageFiles", "ImageTransform", "LabelledImages", "check_size"]
+__all__ = ["CropBorder", "ImageFiles", "ImageTransform", "LabeledImages", "check_size"]
 
 CropBorder = Literal["black", "reflect"]
 """What a random crop sees beyond the image."""
@@ -25,7 +25,7 @@ CropBorder = Literal["black", "reflect"]
 
 @dataclass(frozen=True)
 class ImageTransform:
-    """Raw images to normalised floats, (x / max_value - mean) / std, with random crops and flips if asked for.
+    """Raw images to normalized floats, (x / max_value - mean) / std, with random crops and flips if asked for.
 
     Each image of the batch draws its own crop and flip from torch's global generator.
 
@@ -139,7 +139,7 @@ def check_size(path: Path, size: tuple[int, int], expected: tuple[int, int]) -> 
         raise ValueError(f"{path}: {came} pixels, expected {wanted} as in the first image; give image_size to resize")
 
 
-class LabelledImages(Dataset[tuple[Tensor, Tensor]]):
+class LabeledImages(Dataset[tuple[Tensor, Tensor]]):
     """Pairs of a transformed image (C, H, W) and its class label (scalar, int64).
 
     A `torch.utils.data.DataLoader` asks for a whole batch of indices at once (``__getitems__``), so the transform
@@ -155,7 +155,7 @@ class LabelledImages(Dataset[tuple[Tensor, Tensor]]):
 
     Example:
         >>> images = torch.zeros(3, 1, 8, 8, dtype=torch.uint8)
-        >>> data = LabelledImages(images, torch.tensor([0, 1, 1]), ImageTransform(mean=(0.5,), std=(0.5,)))
+        >>> data = LabeledImages(images, torch.tensor([0, 1, 1]), ImageTransform(mean=(0.5,), std=(0.5,)))
         >>> image, label = data[2]
         >>> image.shape, label
         (torch.Size([1, 8, 8]), tensor(1))
@@ -180,6 +180,6 @@ class LabelledImages(Dataset[tuple[Tensor, Tensor]]):
         images = self.transform(self.images[chosen])
         return list(zip(images.unbind(), self.labels[chosen].unbind(), strict=True))
 
-    def with_transform(self, transform: Callable[[Tensor], Tensor]) -> "LabelledImages":
+    def with_transform(self, transform: Callable[[Tensor], Tensor]) -> "LabeledImages":
         """The same images under another transform; the pixels are shared, not copied."""
-        return LabelledImages(self.images, self.labels, transform)
+        return LabeledImages(self.images, self.labels, transform)

@@ -94,7 +94,7 @@ def switch_loss(probs: Tensor, counts: Tensor, valid: Tensor, sync: bool = False
     """
     chosen = _sum_rows(counts.detach().to(probs.dtype), valid, sync)
     mass = _sum_rows(probs, valid, sync)
-    return probs.shape[-1] * (_normalised(chosen) * _normalised(mass)).sum()
+    return probs.shape[-1] * (_normalized(chosen) * _normalized(mass)).sum()
 
 
 def z_loss(logits: Tensor, valid: Tensor, sync: bool = False) -> Tensor:
@@ -127,7 +127,7 @@ def kl_uniform_loss(gates: Tensor, valid: Tensor, sync: bool = False) -> Tensor:
     Returns:
         Scalar.
     """
-    mean = _normalised(_sum_rows(gates, valid, sync))
+    mean = _normalized(_sum_rows(gates, valid, sync))
     divergence = (mean * (mean.clamp_min(_TINY) * gates.shape[-1]).log()).sum()
     # an empty batch has no mean gate and no imbalance
     return torch.where(mean.sum() > 0, divergence, torch.zeros_like(divergence))
@@ -137,7 +137,7 @@ def _squared_cv(sums: Tensor) -> Tensor:
     return sums.var(correction=0) / sums.mean().square().clamp_min(_TINY)
 
 
-def _normalised(sums: Tensor) -> Tensor:
+def _normalized(sums: Tensor) -> Tensor:
     return sums / sums.sum().clamp_min(_TINY)
 
 

@@ -22,7 +22,7 @@ class SoftMoE(Head):
     For features (B, D): :math:`y = \sum_e p_e(x) f_e(x)` with :math:`p = \mathrm{softmax}((x W_g + b_g)/\tau)`. For
     tokens (B, T, D), Soft MoE of Puigcerver et al. (arXiv 2308.00951): a softmax over the tokens fills E·S slots,
     expert e runs on its S slots, a softmax over the slots brings the results back to the tokens, whose logits are
-    averaged. One token and one slot an expert give the first form. (The paper's normalisation of x and of the gate is
+    averaged. One token and one slot an expert give the first form. (The paper's normalization of x and of the gate is
     left out, for that reason.)
 
     The defaults are those of the study (arXiv 2601.15021): 271,960 parameters for 512 features and 10 classes.

@@ -62,7 +62,7 @@ def upcycle(dense_head: Dense, num_experts: int, **options: Any) -> SparseMoE:
             raise ValueError(f"{name}: {reason}; expected it absent, got {options[name]!r}")
     settings = {"dropout": dense_head.dropout, **options, "expert_width": dense_head.width}
     head = SparseMoE(dense_head.in_features, dense_head.num_classes, num_experts, **settings)
-    # by name: a pruned or parametrised layer has other parameters than its weight
+    # by name: a pruned or parametrized layer has other parameters than its weight
     sources = [getattr(dense_head.layers[index], name) for index in (0, 3) for name in ("weight", "bias")]
     head.to(sources[0].device, sources[0].dtype)
     with torch.no_grad():
@@ -74,7 +74,7 @@ def upcycle(dense_head: Dense, num_experts: int, **options: Any) -> SparseMoE:
 def ablate(head: MoEHead, experts: Sequence[int]) -> MoEHead:
     """A copy of a head without some of its experts, as if they had never been there.
 
-    The router chooses among the others: softmax and normalisation run over those that are left, and where experts
+    The router chooses among the others: softmax and normalization run over those that are left, and where experts
     choose, each takes its share of the rows anew. What the head loses by it is what the experts contribute. Hooks stay
     behind.
 

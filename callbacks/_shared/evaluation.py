@@ -16,10 +16,10 @@ from moe_heads.analysis._shared.copies import on_copies
 from moe_heads.analysis._shared.environment import device_of
 from moe_heads.analysis._shared.graph_on_demand import GraphOnDemand
 from moe_heads.analysis._shared.microbatches import Microbatches
-from moe_heads.analysis._shared.progress import Monitor
 from moe_heads.analysis._shared.preserve import analysis_mode
+from moe_heads.analysis._shared.progress import Progress
 
-__all__ = ["check_forward", "check_initialised", "draws_random_numbers", "loss_of"]
+__all__ = ["check_forward", "check_initialized", "draws_random_numbers", "loss_of"]
 
 # What the order of a sum on several threads or on a GPU may change in single precision.
 _ROUNDING = 1e-5
@@ -32,7 +32,7 @@ def loss_of(model: nn.Module, loss_fn: LossFn | None) -> LossFn:
 
     1. ``loss_fn(pl_module, batch)``, the callback's argument;
     2. the module's own ``analysis_loss(batch)``;
-    3. what ``training_step`` returns, a tensor or a dict with "loss", under automatic optimisation.
+    3. what ``training_step`` returns, a tensor or a dict with "loss", under automatic optimization.
 
     Args:
         model: The module.
@@ -42,7 +42,7 @@ def loss_of(model: nn.Module, loss_fn: LossFn | None) -> LossFn:
         ``loss_fn(model, batch) -> scalar``.
 
     Raises:
-        MisconfigurationException: If the module offers neither of the first two, and is no LightningModule, optimises
+        MisconfigurationException: If the module offers neither of the first two, and is no LightningModule, optimizes
             by hand (calling its training step would change the weights), or takes its batches from an iterator.
     """
     if loss_fn is not None:
@@ -54,7 +54,7 @@ def loss_of(model: nn.Module, loss_fn: LossFn | None) -> LossFn:
         raise MisconfigurationException(f"{name} has no training_step to take the loss from. {_REMEDY}")
     if not model.automatic_optimization:
         raise MisconfigurationException(
-            f"{name} optimises by hand, so its training_step would change the weights. {_REMEDY}"
+            f"{name} optimizes by hand, so its training_step would change the weights. {_REMEDY}"
         )
     if is_param_in_hook_signature(model.training_step, "dataloader_iter", explicit=True):
         raise MisconfigurationException(
@@ -63,7 +63,7 @@ def loss_of(model: nn.Module, loss_fn: LossFn | None) -> LossFn:
     return _training_loss
 
 
-def check_initialised(model: nn.Module) -> None:
+def check_initialized(model: nn.Module) -> None:
     """Refuse a model with lazy layers that no batch has gone through yet.
 
     Raises:
@@ -89,7 +89,7 @@ def draws_random_numbers(model: nn.Module, loss_fn: LossFn, batches: Sequence[Ba
     Returns:
         Whether the loss depends on torch's random numbers.
     """
-    data, graph = Microbatches(batches, device_of(model), Monitor()), GraphOnDemand()
+    data, graph = Microbatches(batches, device_of(model), Progress()), GraphOnDemand()
     loss_fn = on_copies(loss_fn)
     with analysis_mode(model):
         losses = []

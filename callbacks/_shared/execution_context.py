@@ -15,15 +15,15 @@ from typing_extensions import override
 
 from moe_heads.analysis._shared.batches import Batch, to_device
 from moe_heads.analysis._shared.interrupts import HeldInterrupts
-from moe_heads.analysis._shared.progress import Show
 from moe_heads.analysis._shared.preserve import preserved
+from moe_heads.analysis._shared.progress import Show
 from moe_heads.analysis._shared.ranks import Ranks
 from moe_heads.callbacks._shared.options import Weights
 from moe_heads.callbacks._shared.progress_bar import progress_bar
 from moe_heads.callbacks._shared.reporting import Report, log_report
 from moe_heads.callbacks._shared.trainer_access import (
     Split,
-    analysing,
+    analyzing,
     best_weights,
     collective_timeout,
     datamodule_of,
@@ -34,12 +34,12 @@ from moe_heads.callbacks._shared.trainer_access import (
     to_analysis_device,
 )
 
-__all__ = ["Site", "TrainerSite", "TrainerlessSite"]
+__all__ = ["ExecutionContext", "PlainContext", "TrainerContext"]
 
 _DRY_RUN_SAMPLES = 16
 
 
-class Site(ABC):
+class ExecutionContext(ABC):
     """What an analysis needs of its surroundings.
 
     Attributes:
@@ -53,7 +53,7 @@ class Site(ABC):
         """The processes that work together."""
 
     @abstractmethod
-    def occupied(self, model: nn.Module, weights: Weights) -> AbstractContextManager[None]:
+    def prepared(self, model: nn.Module, weights: Weights) -> AbstractContextManager[None]:
         """The model on its device with the weights asked for, in evaluation mode; all put back on leaving."""
 
     @abstractmethod
@@ -85,7 +85,7 @@ class Site(ABC):
         """Write a report; of one that is known already, only what the Trainer has forgotten."""
 
 
-class TrainerSite(Site):
+class TrainerContext(ExecutionContext):
     """In a run of a Trainer.
 
     Args:
@@ -104,9 +104,9 @@ class TrainerSite(Site):
 
     @contextmanager
     @override
-    def occupied(self, model: nn.Module, weights: Weights) -> Iterator[None]:
+    def prepared(self, model: nn.Module, weights: Weights) -> Iterator[None]:
         assert isinstance(model, LightningModule)
-        with torch.inference_mode(False), torch.enable_grad(), analysing(self.trainer, model), preserved(model):
+        with torch.inference_mode(False), torch.enable_grad(), analyzing(self.trainer, model), preserved(model):
             # a dry run writes no checkpoint
             if weights == "best" and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
                 best_weights(self.trainer, model)
@@ -149,12 +149,12 @@ class TrainerSite(Site):
         log_report(self.trainer, prefix, report, to_loggers=not is_known)
 
 
-class TrainerlessSite(Site):
+class PlainContext(ExecutionContext):
     """In a plain call.
 
     Args:
         loaders: Loader, or collection of loaders, by split.
-        device: Where to analyse; None for where the model is.
+        device: Where to analyze; None for where the model is.
 
     Raises:
         ValueError: If it is a CUDA device, and torch finds none.
@@ -175,7 +175,7 @@ class TrainerlessSite(Site):
 
     @contextmanager
     @override
-    def occupied(self, model: nn.Module, weights: Weights) -> Iterator[None]:
+    def prepared(self, model: nn.Module, weights: Weights) -> Iterator[None]:
         if weights == "best":
             raise MisconfigurationException(
                 "weights: expected 'last' without a Trainer, which would know the best checkpoint; got 'best'. Load the"

@@ -8,18 +8,18 @@ import torch
 from lightning.pytorch import Trainer
 from torch import nn
 
-from moe_heads.callbacks._shared.evaluation import check_initialised, draws_random_numbers, loss_of
 from moe_heads.analysis._shared.batch_list import Batches, Piece
 from moe_heads.analysis._shared.batches import Batch, LossFn, cut, is_divisible, leaves_of
 from moe_heads.analysis._shared.copies import own_copy
 from moe_heads.analysis._shared.digest import digest_of, digest_of_rows
 from moe_heads.analysis._shared.generators import seed_generators
 from moe_heads.analysis._shared.mean_check import check_mean
-from moe_heads.analysis._shared.progress import Monitor
+from moe_heads.analysis._shared.progress import Progress
 from moe_heads.analysis._shared.ranks import Ranks
+from moe_heads.callbacks._shared.evaluation import check_initialized, draws_random_numbers, loss_of
+from moe_heads.callbacks._shared.execution_context import ExecutionContext
 from moe_heads.callbacks._shared.options import Options, OverRanks
 from moe_heads.callbacks._shared.sample import Sample, draw_sample
-from moe_heads.callbacks._shared.execution_context import Site
 from moe_heads.callbacks._shared.trainer_access import Split
 from moe_heads.callbacks._shared.training_mode import explain_evaluation_mode
 
@@ -38,7 +38,7 @@ class AnalysisInputs:
         split: Where they come from.
         cut: Number of processes that share the sample, and samples of each of its batches.
         key: Fingerprint of the weights and the sample: equal for an analysis of the same, in whatever batches.
-        monitor: To be given to the functions, or told of each step by hand.
+        progress: To be given to the functions, or told of each step by hand.
         ranks: The processes that share the sample; one alone unless the analysis says that it shares.
         trainer: The trainer; None in a plain call.
     """
@@ -49,7 +49,7 @@ class AnalysisInputs:
     split: Split
     key: bytes
     cut: tuple[int, ...]
-    monitor: Monitor
+    progress: Progress
     ranks: Ranks
     trainer: Trainer | None
 
@@ -63,42 +63,47 @@ class AnalysisTraits(Options, Protocol):
 
 
 def prepare(
-    site: Site, model: nn.Module, split: Split, analysis: AnalysisTraits, monitor: Monitor, ranks: Ranks
+    context: ExecutionContext,
+    model: nn.Module,
+    split: Split,
+    analysis: AnalysisTraits,
+    progress: Progress,
+    ranks: Ranks,
 ) -> tuple[AnalysisInputs, Sample] | None:
     """Draw the sample, share it out, find the loss and try it.
 
     Rank zero draws, so that all ranks have the same samples, also of a stream.
 
     Args:
-        site: Where the analysis takes place.
+        context: Where the analysis takes place.
         model: The module, on the device of the analysis.
         split: The split asked for.
         analysis: The analysis.
-        monitor: Told of each batch that is drawn.
+        progress: Told of each batch that is drawn.
         ranks: The processes.
 
     Returns:
         The inputs, and the whole sample that they come from; None when there is no data.
 
     Raises:
-        MisconfigurationException: If the loss cannot be had, or parameters are not initialised yet.
+        MisconfigurationException: If the loss cannot be had, or parameters are not initialized yet.
         ValueError: If there is no sample, or the loss is not what it should be.
     """
     shares = analysis.over_ranks == "share"
-    with ranks.together():
-        check_initialised(model)
+    with ranks.synchronized():
+        check_initialized(model)
         loss_fn = loss_of(model, analysis.loss_fn) if analysis.needs_loss else None
         # samples that the data set augments are the same in every analysis of one seed
         seed_generators(analysis.seed)
-        found = site.loader(split, analysis.fallbacks.get(split, ()))
+        found = context.loader(split, analysis.fallbacks.get(split, ()))
     # rank zero draws, so its data count
-    there = ranks.first(lambda: None if found is None else found[0])
+    there = ranks.run_on_rank_zero(lambda: None if found is None else found[0])
     if there is None:
         return None
     split = there
 
     def draw() -> Sample:
-        num_samples, num_batches = site.limits(split, analysis.num_samples)
+        num_samples, num_batches = context.limits(split, analysis.num_samples)
         assert found is not None
         return draw_sample(
             split,
@@ -106,18 +111,18 @@ def prepare(
             num_samples,
             analysis.batch_size,
             analysis.seed,
-            dataset=site.dataset(split) if num_batches is None else None,
+            dataset=context.dataset(split) if num_batches is None else None,
             num_batches=num_batches,
-            monitor=monitor,
+            progress=progress,
             is_size_default=analysis.is_batch_size_default,
             batch_size_fn=analysis.batch_size_fn,
         )
 
-    sample = ranks.first(draw)
-    with ranks.together():
+    sample = ranks.run_on_rank_zero(draw)
+    with ranks.synchronized():
         is_random, may_cut = False, True
         if loss_fn is not None:
-            batch = site.transfer(own_copy(sample.batches[0]))
+            batch = context.transfer(own_copy(sample.batches[0]))
             first = Batches([batch], sample.batches.sizes[:1], weight_fn=analysis.batch_weight_fn)
             try:
                 is_random = draws_random_numbers(model, loss_fn, first, ranks.name)
@@ -127,20 +132,20 @@ def prepare(
                 raise
             if shares and ranks.size > 1 and not is_random:
                 # what it shows of all batches is told by the analysis itself
-                may_cut = check_mean(model, loss_fn, first, monitor=Monitor(on_warning=lambda message: None)).may_cut
+                may_cut = check_mean(model, loss_fn, first, progress=Progress(on_warning=lambda message: None)).may_cut
     may_cut = all(ranks.gather(may_cut))
     if shares and ranks.size > 1 and any(ranks.gather(is_random)):
         # random numbers drawn for a part of a batch are not those that one process draws
         shares = False
-    key = ranks.first(lambda: _key(model, sample))
+    key = ranks.run_on_rank_zero(lambda: _key(model, sample))
     share = _share(sample.batches, ranks, may_cut=may_cut) if shares else None
-    with ranks.together():
+    with ranks.synchronized():
         mine = share or sample.batches
-        moved = [site.transfer(own_copy(batch)) for batch in mine]
+        moved = [context.transfer(own_copy(batch)) for batch in mine]
         batches = Batches(moved, mine.sizes, weight_fn=analysis.batch_weight_fn)
     sharing = ranks if share else Ranks(name=ranks.name)
     cuts = (sharing.size, *sample.batches.sizes)
-    return AnalysisInputs(model, loss_fn, batches, split, key, cuts, monitor, sharing, site.trainer), sample
+    return AnalysisInputs(model, loss_fn, batches, split, key, cuts, progress, sharing, context.trainer), sample
 
 
 def _add_size(error: Exception, num_samples: int, trained: Any) -> None:

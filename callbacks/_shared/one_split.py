@@ -1,4 +1,4 @@
-"""How one split is analysed: sample, computation, what is kept of an error, and the record of the result."""
+"""How one split is analyzed: sample, computation, what is kept of an error, and the record of the result."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -11,17 +11,17 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
-from moe_heads.callbacks._shared.center_losses import CenterLossError, center_losses_of, check_center_losses
 from moe_heads.analysis._shared.batch_list import check_is_list
 from moe_heads.analysis._shared.batches import LossFn
 from moe_heads.analysis._shared.counting import BatchSizeFn, BatchWeightFn
-from moe_heads.analysis._shared.progress import Monitor, Show, TimeUp
+from moe_heads.analysis._shared.progress import Progress, Show, TimeUp
 from moe_heads.analysis._shared.ranks import Ranks
+from moe_heads.callbacks._shared.center_losses import CenterLossError, center_losses_of, check_center_losses
+from moe_heads.callbacks._shared.execution_context import ExecutionContext, PlainContext
 from moe_heads.callbacks._shared.inputs import AnalysisInputs, prepare
 from moe_heads.callbacks._shared.options import OnError, OverRanks, Stage, Weights, check_options
 from moe_heads.callbacks._shared.reporting import Report
 from moe_heads.callbacks._shared.sample import Sample
-from moe_heads.callbacks._shared.execution_context import Site, TrainerlessSite
 from moe_heads.callbacks._shared.trainer_access import Split
 
 __all__ = ["Analysis", "described"]
@@ -79,7 +79,7 @@ class Analysis(ABC):
     def report(self, result: Any) -> Report:
         """What the result says, for the loggers."""
 
-    def analyse(
+    def analyze(
         self,
         model: nn.Module,
         *,
@@ -88,7 +88,7 @@ class Analysis(ABC):
         test: Any | None = None,
         device: torch.device | str | None = None,
     ) -> dict[Split, Any]:
-        """Analyse a model without a Trainer: a checkpoint that was loaded, or a module that is trained elsewhere.
+        """Analyze a model without a Trainer: a checkpoint that was loaded, or a module that is trained elsewhere.
 
         Errors and Ctrl-C are raised. The model is left bit for bit as it was, and where it was.
 
@@ -97,7 +97,7 @@ class Analysis(ABC):
             train: Loader of the training data, or anything that gives batches when iterated; likewise the others.
             val: Validation data.
             test: Test data.
-            device: Where to analyse; by default where the model is.
+            device: Where to analyze; by default where the model is.
 
         Returns:
             ``results``: result by split, of those that data were given for.
@@ -111,7 +111,7 @@ class Analysis(ABC):
             >>> from moe_heads.callbacks import SharpnessCallback
             >>> batches = [(torch.randn(32, 4), torch.randint(3, (32,)))]
             >>> sharpness = SharpnessCallback(loss_fn=lambda m, b: torch.nn.functional.cross_entropy(m(b[0]), b[1]))
-            >>> sharpness.analyse(torch.nn.Linear(4, 3), train=batches)["train"].num_samples
+            >>> sharpness.analyze(torch.nn.Linear(4, 3), train=batches)["train"].num_samples
             32
         """
         given: dict[Split, Any] = {"train": train, "val": val, "test": test}
@@ -122,9 +122,9 @@ class Analysis(ABC):
             if not isinstance(loaders, Mapping):  # a collection of loaders
                 check_is_list(loaders, split, "a loader or a list of batches")
         self.results, self._known = {}, {}
-        site = TrainerlessSite(given, device)
+        context = PlainContext(given, device)
         for split in given:
-            self.analyse_split(site, model, split, self.weights)
+            self.analyze_split(context, model, split, self.weights)
         return self.results
 
     def result_for(self, inputs: AnalysisInputs) -> Any | None:
@@ -136,42 +136,42 @@ class Analysis(ABC):
         """Whether a result that is known says all that is wanted now."""
         return True
 
-    def analyse_split(
-        self, site: Site, model: nn.Module, split: Split, weights: Weights
+    def analyze_split(
+        self, context: ExecutionContext, model: nn.Module, split: Split, weights: Weights
     ) -> tuple[Split, Mapping[str, float]] | None:
-        """Analyse one split and record the result, also a partial one, before its error goes on.
+        """Analyze one split and record the result, also a partial one, before its error goes on.
 
         Args:
-            site: Where.
+            context: Where.
             model: The model.
             split: The split asked for.
             weights: Which weights.
 
         Returns:
-            The split that was analysed, this one or the one that takes its place, and the numbers that were logged;
+            The split that was analyzed, this one or the one that takes its place, and the numbers that were logged;
             None without data.
         """
-        ranks = site.ranks(f"{self.name}/{split}")
+        ranks = context.ranks(f"{self.name}/{split}")
         with ranks.working():
-            return self._analyse_split(site, model, split, weights, ranks)
+            return self._analyze_split(context, model, split, weights, ranks)
 
-    def _analyse_split(
-        self, site: Site, model: nn.Module, split: Split, weights: Weights, ranks: Ranks
+    def _analyze_split(
+        self, context: ExecutionContext, model: nn.Module, split: Split, weights: Weights, ranks: Ranks
     ) -> tuple[Split, Mapping[str, float]] | None:
         result, error = None, None
         try:
-            with site.progress(ranks.name) as show, ExitStack() as stack:
-                monitor = self._monitor(site, show, ranks)
-                stack.callback(monitor.forget)
-                with ranks.together():
-                    stack.enter_context(site.occupied(model, weights))
-                prepared = prepare(site, model, split, self, monitor, ranks)
+            with context.progress(ranks.name) as show, ExitStack() as stack:
+                progress = self._progress(context, show, ranks)
+                stack.callback(progress.forget)
+                with ranks.synchronized():
+                    stack.enter_context(context.prepared(model, weights))
+                prepared = prepare(context, model, split, self, progress, ranks)
                 if prepared is None:
                     return None
                 inputs, sample = prepared
                 known = self.result_for(inputs)
                 is_known = all(ranks.gather(known is not None and self.is_enough(known)))
-                result, error = self._found(inputs, ranks, monitor, is_known)
+                result, error = self._found(inputs, ranks, progress, is_known)
         except KeyboardInterrupt as raised:
             if result is None:
                 raise
@@ -181,8 +181,8 @@ class Analysis(ABC):
         # from here on the model is as it was, and the loggers are those of the run
         metrics: Mapping[str, float] = {}
         if result is not None:
-            with ranks.together():
-                metrics = self._record(site, inputs, sample, result, is_known, is_told=error is not None)
+            with ranks.synchronized():
+                metrics = self._record(context, inputs, sample, result, is_known, is_told=error is not None)
         if error is not None:
             if result is not None:
                 how = "marked as partial" if getattr(result, "partial", "") else "and whole"
@@ -193,7 +193,7 @@ class Analysis(ABC):
         return inputs.split, metrics
 
     def _found(
-        self, inputs: AnalysisInputs, ranks: Ranks, monitor: Monitor, is_known: bool
+        self, inputs: AnalysisInputs, ranks: Ranks, progress: Progress, is_known: bool
     ) -> tuple[Any | None, BaseException | None]:
         """The result, which may be partial or missing, and the error that ended the analysis."""
         if is_known:
@@ -205,8 +205,8 @@ class Analysis(ABC):
         except (Exception, KeyboardInterrupt) as raised:
             error = raised
         if isinstance(error, CenterLossError):
-            monitor.forget()  # which of the two is the function that was trained is not known
-        return ranks.first(partial(_partial, monitor, error)), error
+            progress.forget()  # which of the two is the function that was trained is not known
+        return ranks.run_on_rank_zero(partial(_partial, progress, error)), error
 
     def _compare_centers(self, inputs: AnalysisInputs, result: Any) -> None:
         """Refuse a result whose loss at the center is another one in a part of it, or in another analysis.
@@ -238,44 +238,50 @@ class Analysis(ABC):
 
     def _computed(self, inputs: AnalysisInputs, ranks: Ranks) -> Any:
         if self.over_ranks == "same":
-            with ranks.together():
+            with ranks.synchronized():
                 return self.compute(inputs)
         if self.over_ranks == "share" and inputs.ranks.size == ranks.size:
             return self.compute(inputs)
         # also where the sample could not be shared
-        return ranks.first(lambda: self.compute(inputs))
+        return ranks.run_on_rank_zero(lambda: self.compute(inputs))
 
     def _record(
-        self, site: Site, inputs: AnalysisInputs, sample: Sample, result: Any, is_known: bool, is_told: bool
+        self,
+        context: ExecutionContext,
+        inputs: AnalysisInputs,
+        sample: Sample,
+        result: Any,
+        is_known: bool,
+        is_told: bool,
     ) -> Mapping[str, float]:
         prefix, ended = f"{self.name}/{inputs.split}", getattr(result, "partial", "")
         self.results[inputs.split] = result
         if ended and not is_told:
             rank_zero_warn(f"{prefix}: the result is partial: {ended}.")
         report = self.report(result)
-        site.log(prefix, _with_origin(report, sample), is_known=is_known)
+        context.log(prefix, _with_origin(report, sample), is_known=is_known)
         if not ended:
             self._known[inputs.split] = inputs.key, result
             self._cuts[inputs.split] = inputs.cut
         return report.metrics
 
-    def _monitor(self, site: Site, show: Show, ranks: Ranks) -> Monitor:
+    def _progress(self, context: ExecutionContext, show: Show, ranks: Ranks) -> Progress:
         options: dict[str, Any] = {
             "on_tick": ranks.interrupts.check,
             "on_warning": lambda message: rank_zero_warn(f"{ranks.name}: {message}"),
         }
-        limit = site.time_limit() if self.over_ranks == "first" else None
+        limit = context.time_limit() if self.over_ranks == "rank_zero" else None
         if limit is None or (self.max_time is not None and self.max_time <= limit):
-            return Monitor(self.max_time, show, **options)
+            return Progress(self.max_time, show, **options)
         # the other ranks wait for rank zero, and torch.distributed waits only so long
         end = f"half of the time for which the other ranks wait ({limit:g} s) was over"
-        return Monitor(limit, show, end=end, **options)
+        return Progress(limit, show, end=end, **options)
 
 
-def _partial(monitor: Monitor, error: BaseException) -> Any | None:
+def _partial(progress: Progress, error: BaseException) -> Any | None:
     """What there is when an error ends an analysis; the error is what matters, whatever becomes of this."""
     try:
-        return monitor.partial(monitor.end if isinstance(error, TimeUp) else described(error))
+        return progress.partial(progress.end if isinstance(error, TimeUp) else described(error))
     except (ValueError, RuntimeError) as failure:
         error.add_note(f"(what was found before could not be kept: {failure})")
         return None

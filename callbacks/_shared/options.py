@@ -18,7 +18,7 @@ Stage = Literal["fit", "validate", "test"]
 
 Weights = Literal["last", "best"]
 
-OverRanks = Literal["same", "share", "first"]
+OverRanks = Literal["same", "share", "rank_zero"]
 """What several processes do: all the same, each a share of the samples, or rank zero alone."""
 
 
@@ -26,7 +26,7 @@ class AnalysisOptions(TypedDict, total=False):
     """Keyword arguments that every analysis takes; all of them have a default.
 
     Args:
-        splits: Splits to analyse, of "train", "val" and "test"; by default train and test. A missing test loader falls
+        splits: Splits to analyze, of "train", "val" and "test"; by default train and test. A missing test loader falls
             back to the validation data, and says so; a split without data is skipped, and says so.
         num_samples: Samples drawn of each split; by default 1,000 as in arXiv 2601.15021.
         batch_size: Samples a batch, cut among the processes that share the work; by default 250, and 50 for the
@@ -90,7 +90,7 @@ class Options(Protocol):
 
 
 def check_options(options: Options, *, needs_loss: bool) -> None:
-    """Refuse what no Trainer could be analysed with.
+    """Refuse what no Trainer could be analyzed with.
 
     Args:
         options: The options.

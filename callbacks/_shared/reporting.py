@@ -27,7 +27,7 @@ _HTML_STYLE = "<style>body {font-family: sans-serif} td, th {padding: 2px 8px; t
 
 @dataclass(frozen=True)
 class Mesh:
-    """A surface for TensorBoard's mesh plugin: vertices (1, V, 3), faces (1, F, 3), colours (1, V, 3) uint8."""
+    """A surface for TensorBoard's mesh plugin: vertices (1, V, 3), faces (1, F, 3), colors (1, V, 3) uint8."""
 
     vertices: torch.Tensor
     faces: torch.Tensor

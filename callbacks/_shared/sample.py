@@ -11,11 +11,11 @@ from lightning.pytorch.utilities import CombinedLoader
 from torch.utils._pytree import keystr, tree_flatten_with_path
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from moe_heads.callbacks._shared.combined_sample import Part, combined
 from moe_heads.analysis._shared.batch_list import Batches
 from moe_heads.analysis._shared.copies import own_copy
 from moe_heads.analysis._shared.counting import BatchSizeFn, batch_size, checked_size
-from moe_heads.analysis._shared.progress import Monitor
+from moe_heads.analysis._shared.progress import Progress
+from moe_heads.callbacks._shared.combined_sample import Part, combined
 from moe_heads.callbacks._shared.loader_indices import draw_index_batches, gives_batches, keys_of
 from moe_heads.callbacks._shared.trainer_access import Split
 
@@ -53,7 +53,7 @@ def draw_sample(
     *,
     dataset: Any | None = None,
     num_batches: int | None = None,
-    monitor: Monitor | None = None,
+    progress: Progress | None = None,
     is_size_default: bool = False,
     batch_size_fn: BatchSizeFn | None = None,
 ) -> Sample:
@@ -75,7 +75,7 @@ def draw_sample(
         seed: Seed of the draw.
         dataset: The un-augmented data set, where one is offered; by default the one behind the loader, as it is.
         num_batches: Draw from this many first batches of the loader only (``overfit_batches``).
-        monitor: Told of each batch.
+        progress: Told of each batch.
         is_size_default: Whether ``size`` is nobody's wish: the batches are then no larger than those of the loader, and
             those of several loaders as large as in the training.
         batch_size_fn: Number of samples of a batch; by default the number of indices that it was made of.
@@ -87,7 +87,7 @@ def draw_sample(
         MisconfigurationException: If a loader is something that cannot be iterated again and again.
         ValueError: If a data set is empty.
     """
-    draw = _Draw(split, num_samples, size, seed, num_batches, monitor or Monitor(), is_size_default, batch_size_fn)
+    draw = _Draw(split, num_samples, size, seed, num_batches, progress or Progress(), is_size_default, batch_size_fn)
     # a DataLoader counts as a leaf
     paths, structure = tree_flatten_with_path(loaders.iterables if isinstance(loaders, CombinedLoader) else loaders)
     leaves = [leaf for _, leaf in paths]
@@ -119,7 +119,7 @@ class _Draw:
     size: int
     seed: int
     num_batches: int | None
-    monitor: Monitor
+    progress: Progress
     is_size_default: bool
     size_fn: BatchSizeFn | None
 
@@ -225,7 +225,7 @@ class _Draw:
         for batch, size in batches:
             taken.append((batch, size))
             num_taken += size
-            self.monitor.step(num_taken, self.num_samples)
+            self.progress.step(num_taken, self.num_samples)
             if num_taken >= self.num_samples:
                 break
         return taken

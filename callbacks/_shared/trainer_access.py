@@ -23,7 +23,7 @@ from moe_heads.analysis._shared.interrupts import HeldInterrupts
 
 __all__ = [
     "Split",
-    "analysing",
+    "analyzing",
     "best_weights",
     "collective_timeout",
     "datamodule_of",
@@ -107,7 +107,7 @@ def _set_up(loaders: Any | None, source: Any) -> Any | None:
 
 
 @contextmanager
-def analysing(trainer: Trainer, pl_module: LightningModule) -> Iterator[None]:
+def analyzing(trainer: Trainer, pl_module: LightningModule) -> Iterator[None]:
     """The module on its training device, its logging muted, the trainer in a stage that is not training.
 
     At the end of fit the strategy has moved the module to the CPU. The stage keeps augmentation in
@@ -171,7 +171,7 @@ def best_weights(trainer: Trainer, pl_module: LightningModule) -> None:
     if not path:
         raise MisconfigurationException(
             "weights='best': the run has written no best checkpoint. Give the Trainer a ModelCheckpoint(monitor=...)"
-            " that saves at least once, or analyse weights='last'."
+            " that saves at least once, or analyze weights='last'."
         )
     checkpoint = trainer.strategy.load_checkpoint(path, weights_only=False)  # this run's own file
     pl_module.on_load_checkpoint(checkpoint)

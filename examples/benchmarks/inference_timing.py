@@ -129,7 +129,7 @@ def _found(result: InferenceTimingResult) -> Row:
         "batch_sizes_of_the_head": [point.batch_size for point in gap.points],
         "skipped": [str(entry) for entry in result.skipped],
         "is_noisy": result.is_noisy,
-        "realised": {point.batch_size: round(point.realised, 3) for point in gap.points},
+        "realized": {point.batch_size: round(point.realized, 3) for point in gap.points},
         "interval": {point.batch_size: [round(point.low, 3), round(point.high, 3)] for point in gap.points},
         "ratio_of_bounds": {point.batch_size: point.bound and round(point.bound, 3) for point in gap.points},
         "theoretical": round(gap.points[0].theoretical, 3),

@@ -111,7 +111,7 @@ def measured(model: nn.Module, batch: Batch, side: int, head_side: int, rounds: 
 def plane(
     model: nn.Module, batch: Batch, side: int, params: Sequence[str] | None, **options: Any
 ) -> LossLandscapeResult:
-    """Our filter-normalised random plane, directions included."""
+    """Our filter-normalized random plane, directions included."""
     first, second = (normalized_random_direction(model, seed, params=params) for seed in (0, 1))
     return loss_landscape(
         model, _loss, [batch], direction1=first, direction2=second, num_points=side, params=params, **options
@@ -143,7 +143,7 @@ def _lines(head: str, row: Row) -> list[str]:
     lines += [f"  {name:28} {over[name]:7.3f} times its bare forward passes" for name in over if name != "bare"]
     lines.append(f"  head-only plane: 1/{row['head_only_saves']:.0f} of the plane of all parameters")
     lines.append(f"  weights and requires_grad put back: {row['restored']}")
-    lines.append(f"  error at the centre: {row['center_error']}")
+    lines.append(f"  error at the center: {row['center_error']}")
     lines.append(
         f"  peak memory beside the directions: {row['peak_copies_of_the_parameters_beside_directions']:.2f} copies"
     )

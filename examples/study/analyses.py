@@ -33,7 +33,7 @@ class Found(TypedDict):
     """What is kept of an analysis.
 
     Attributes:
-        weights: Digest of the weights that were analysed.
+        weights: Digest of the weights that were analyzed.
         seconds: How long it took, in the piece that ended it.
         metrics: Its numbers by name; finite ones.
         lines: Loss along the top eigenvector by split, and with the routing held fixed.
@@ -62,10 +62,10 @@ def forget(run: Path) -> None:
 
 def analyses_of(options: Options, kept: Path) -> list[FitEndAnalysis]:
     """All analyses of a run; the landscape keeps its points in the folder of what is kept."""
-    analysed = {"num_samples": options.analysis_samples}
+    analyzed = {"num_samples": options.analysis_samples}
     return [
-        SharpnessCallback(engine=options.engine, **analysed),
-        LossLandscapeCallback(plane_points=options.plane_points, resume=kept, **analysed),
+        SharpnessCallback(engine=options.engine, **analyzed),
+        LossLandscapeCallback(plane_points=options.plane_points, resume=kept, **analyzed),
         ExpertUtilizationCallback(),
         InferenceTimingCallback(),
     ]
@@ -118,7 +118,7 @@ class Keeper(Callback):
             self.has_failed = True
         if self.analysis.was_interrupted:
             raise KeyboardInterrupt
-        self._gate.begin(f"trained, and analysed as far as {self.analysis.name}")
+        self._gate.begin(f"trained, and analyzed as far as {self.analysis.name}")
 
     def _keep(self, weights: str, seconds: float) -> None:
         analysis = self.analysis

@@ -15,7 +15,7 @@ from moe_heads.lightning_modules import (
     FastCNN,
     ImageDataModule,
     ImageFolderDataModule,
-    LabelledImages,
+    LabeledImages,
     MoEClassifier,
     build_backbone,
     fastest_precision,
@@ -60,7 +60,7 @@ def describe_data(options: Options, data: ImageDataModule) -> dict[str, Any]:
     kind, digest = options.data.partition(":")[0], hashlib.sha256()
     for split in ("train", "val", "test"):
         part = data.analysis_dataset(split)
-        assert isinstance(part, LabelledImages)
+        assert isinstance(part, LabeledImages)
         digest.update(part.labels.numpy().tobytes())
         if isinstance(part.images, torch.Tensor):
             digest.update(part.images.contiguous().numpy().tobytes())
@@ -102,7 +102,7 @@ def build_model(options: Options, head: str, data: ImageDataModule) -> MoEClassi
         if not isinstance(backbone, FastCNN):
             raise ValueError(f"--whiten: expected fast_cnn as --backbone; got {options.backbone}")
         train = data.analysis_dataset("train")
-        assert isinstance(train, LabelledImages)
+        assert isinstance(train, LabeledImages)
         backbone.whiten(train.transform(train.images[torch.arange(min(_WHITENING_IMAGES, len(train)))]))
     features = int(backbone.num_features)
     # as in the study, 512 units for 512 features; below 128 eight experts of equal total would have a few units each

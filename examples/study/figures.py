@@ -1,4 +1,4 @@
-"""One figure a claim: each seed a point, each head a colour."""
+"""One figure a claim: each seed a point, each head a color."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -14,7 +14,7 @@ from study.statistics import estimate, values_of
 
 _SIZE = 8
 
-FIGURES = ("accuracy", "utilisation", "sharpness", "generalisation", "landscape", "speed")
+FIGURES = ("accuracy", "utilization", "sharpness", "generalization", "landscape", "speed")
 """Names of the figures."""
 
 
@@ -23,9 +23,9 @@ def figures(runs: Sequence[Run]) -> dict[str, Figure]:
     present = heads_of(runs)
     drawn: dict[str, Callable[[], Figure | None]] = {
         "accuracy": lambda: _panels(runs, present, (q.ACCURACY, q.VAL_ACCURACY)),
-        "utilisation": lambda: _loads(runs, present),
+        "utilization": lambda: _loads(runs, present),
         "sharpness": lambda: _panels(runs, present, (q.LAMBDA_TRAIN, q.LAMBDA_TEST, q.TRACE_TRAIN, q.TRACE_TEST)),
-        "generalisation": lambda: _gaps(runs, present),
+        "generalization": lambda: _gaps(runs, present),
         "landscape": lambda: _lines(runs, present),
         "speed": lambda: _panels(runs, [head for head in present if head != "dense"], (q.HEAD_SPEEDUP, q.SPEEDUP)),
     }
@@ -34,7 +34,7 @@ def figures(runs: Sequence[Run]) -> dict[str, Figure]:
 
 
 def color(head: str) -> str:
-    """The colour of a head, the same in every figure of a study."""
+    """The color of a head, the same in every figure of a study."""
     return f"C{HEADS.index(head)}"
 
 
@@ -58,7 +58,7 @@ def _panels(runs: Sequence[Run], heads: Sequence[str], wanted: Sequence[Quantity
                 error = [[mean - quantity.scale * found.low], [quantity.scale * found.high - mean]]
             ax.errorbar([position - 0.1], [mean], yerr=error, fmt="o", color=color(head), capsize=3, markersize=4)
         if quantity.is_ratio and quantity in (q.HEAD_SPEEDUP, q.SPEEDUP):
-            ax.axhline(1, color="grey", linewidth=0.8)
+            ax.axhline(1, color="gray", linewidth=0.8)
         if quantity.is_ratio:
             _log_where_wide(ax)
         ax.set_xticks(range(len(heads)), heads, fontsize=_SIZE)
@@ -79,7 +79,7 @@ def _loads(runs: Sequence[Run], heads: Sequence[str]) -> Figure | None:
             shares = sorted(q.shares_of_experts(run), reverse=True) if run["head"] == head else []
             if shares:
                 ax.plot(range(1, len(shares) + 1), shares, ".-", color=color(head), linewidth=0.8, alpha=0.8)
-        ax.axhline(1, color="grey", linewidth=0.8)
+        ax.axhline(1, color="gray", linewidth=0.8)
         ax.axhline(0.25, color="red", linewidth=0.8, linestyle=":")
         _dress(ax, title=head, xlabel="expert, by its use")
     axes[0].set_ylim(bottom=0)  # of all panels, once their lines are there: a limit that is set stays as it is
@@ -88,7 +88,7 @@ def _loads(runs: Sequence[Run], heads: Sequence[str]) -> Figure | None:
 
 
 def _gaps(runs: Sequence[Run], heads: Sequence[str]) -> Figure | None:
-    """Generalisation gap against each measure of sharpness, a point a run."""
+    """Generalization gap against each measure of sharpness, a point a run."""
     wanted = (q.LAMBDA_TRAIN, q.TRACE_TRAIN, q.RADIUS)
     figure = Figure(figsize=(2.7 * len(wanted) + 0.4, 2.7), layout="constrained")
     drawn = 0

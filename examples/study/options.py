@@ -87,7 +87,7 @@ def _check_data_options(kind: str, given: dict[str, Any]) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="compare_heads.py",
-        description="Train classifier heads of equal capacity and analyse them: accuracy, expert utilisation,"
+        description="Train classifier heads of equal capacity and analyze them: accuracy, expert utilization,"
         " sharpness, loss landscape, inference timing. Browse the results with TensorBoard.",
     )
     add = parser.add_argument

@@ -11,7 +11,7 @@ HEADS = ("dense", "soft", "sparse", "hard")
 
 @dataclass(frozen=True, kw_only=True)
 class Protocol:
-    """How a classifier is trained and analysed; the defaults are those of arXiv 2601.15021.
+    """How a classifier is trained and analyzed; the defaults are those of arXiv 2601.15021.
 
     Attributes:
         data: "digits", "cifar10" or "imagefolder:PATH".

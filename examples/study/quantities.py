@@ -135,7 +135,7 @@ def _model_speedup(run: Run) -> float | None:
 ACCURACY = Quantity("accuracy", "test accuracy, %", metric("plain/test/accuracy"), ".2f", scale=100)
 VAL_ACCURACY = Quantity("val_accuracy", "validation accuracy, %", metric("plain/val/accuracy"), ".2f", scale=100)
 GAP = Quantity(
-    "gap", "generalisation gap (test − train loss), nats", _difference("plain/test/loss", "plain/train/loss")
+    "gap", "generalization gap (test − train loss), nats", _difference("plain/test/loss", "plain/train/loss")
 )
 LAMBDA_TRAIN = Quantity("lambda_train", "λmax train", metric("sharpness/train/lambda_max"), is_ratio=True)
 TRACE_TRAIN = Quantity("trace_train", "trace train", metric("sharpness/train/trace"), is_ratio=True)
@@ -189,4 +189,4 @@ QUANTITIES = (
 """Rows of the report's table."""
 
 SHARPNESS = (LAMBDA_TRAIN, LAMBDA_TEST, TRACE_TRAIN, TRACE_TEST, RADIUS, RISE, SHAPE)
-"""What the generalisation gap is held against."""
+"""What the generalization gap is held against."""

@@ -114,7 +114,7 @@ def _text(options: Options, data: dict[str, Any], runs: Sequence[Run], drawn: Co
         "## All numbers",
         main_table(runs),
         *(["### Between heads", comparison_table(comparisons)] if comparisons else []),
-        *(["### Sharpness and generalisation", correlation_table(known)] if known else []),
+        *(["### Sharpness and generalization", correlation_table(known)] if known else []),
         "## How a claim is decided",
         RULES,
         "## Method",

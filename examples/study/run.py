@@ -1,4 +1,4 @@
-"""One run of the study: train, test, analyse, store; carried on where an earlier piece ended."""
+"""One run of the study: train, test, analyze, store; carried on where an earlier piece ended."""
 
 import json
 import math
@@ -30,7 +30,7 @@ def run(
     deadline: float,
     show_progress: bool,
 ) -> dict[str, Any]:
-    """Train and analyse one head with one seed; events, checkpoint and ``result.json`` go into the run's folder.
+    """Train and analyze one head with one seed; events, checkpoint and ``result.json`` go into the run's folder.
 
     Args:
         options: Of the study.
@@ -61,14 +61,14 @@ def run(
     figures = folder if seed == 0 else None
     analyses = analyses_of(options, kept)
     keepers = [Keeper(analysis, gate, kept, figures) for analysis in analyses if analysis.name not in before]
-    analysing = [callback for keeper in keepers for callback in (keeper.analysis, keeper)]
+    analyzing = [callback for keeper in keepers for callback in (keeper.analysis, keeper)]
     trainer = pl.Trainer(
         max_epochs=options.epochs,
         accelerator=options.accelerator,
         devices=1,
         precision=precision_of(options),
         logger=logger,
-        callbacks=[gate, *analysing, clock, RandomStates(), checkpoints(last.parent)],
+        callbacks=[gate, *analyzing, clock, RandomStates(), checkpoints(last.parent)],
         enable_progress_bar=show_progress,
         enable_model_summary=False,
         log_every_n_steps=10,

@@ -115,7 +115,7 @@ class Correlation:
     """Spearman's rank correlation over all runs, with an interval that resamples seeds.
 
     Attributes:
-        quantity: What is held against the generalisation gap.
+        quantity: What is held against the generalization gap.
         rho: The correlation.
         low: Lower end of the 95 % percentile interval; None for fewer than three seeds.
         high: Upper end.
@@ -193,7 +193,7 @@ def adjusted(comparisons: Sequence[Comparison]) -> list[Comparison]:
 
 
 def correlate(runs: Sequence[Run], quantity: Quantity, gap: Quantity, num_resamples: int = 2000) -> Correlation | None:
-    """A quantity against the generalisation gap; None for fewer than four runs, or if it never changes."""
+    """A quantity against the generalization gap; None for fewer than four runs, or if it never changes."""
     if quantity.is_censored and any(quantity.of(run) is None for run in runs):
         return None
     both = [(run["head"], run["seed"], quantity.of(run), gap.of(run)) for run in runs]
@@ -206,7 +206,7 @@ def correlate(runs: Sequence[Run], quantity: Quantity, gap: Quantity, num_resamp
     if np.ptp(x) == 0 or np.ptp(y) == 0:
         return None
     low, high = _resampled_by_seed(x, y, seeds, num_resamples)
-    within = _spearman(_centred(x, heads), _centred(y, heads))
+    within = _spearman(_centered(x, heads), _centered(y, heads))
     return Correlation(quantity, _spearman(x, y), low, high, len(rows), within)
 
 
@@ -227,11 +227,11 @@ def _resampled_by_seed(x: Values, y: Values, seeds: Values, times: int) -> tuple
     return float(low), float(high)
 
 
-def _centred(values: Values, groups: Values) -> Values:
-    centred = values.astype(float).copy()
+def _centered(values: Values, groups: Values) -> Values:
+    centered = values.astype(float).copy()
     for group in np.unique(groups):
-        centred[groups == group] -= values[groups == group].mean()
-    return centred
+        centered[groups == group] -= values[groups == group].mean()
+    return centered
 
 
 def _spearman(x: Values, y: Values) -> float:

@@ -50,7 +50,7 @@ def comparison_table(comparisons: Sequence[Comparison]) -> str:
 
 
 def correlation_table(correlations: Sequence[Correlation]) -> str:
-    """A row a measure of sharpness, against the generalisation gap."""
+    """A row a measure of sharpness, against the generalization gap."""
     rows = [
         [
             c.quantity.title,
@@ -60,7 +60,7 @@ def correlation_table(correlations: Sequence[Correlation]) -> str:
         ]
         for c in correlations
     ]
-    return markdown(["against the generalisation gap", "Spearman's ρ [95 %]", "ρ within heads", "runs"], rows)
+    return markdown(["against the generalization gap", "Spearman's ρ [95 %]", "ρ within heads", "runs"], rows)
 
 
 def verdict_table(verdicts: Sequence[Verdict]) -> str:

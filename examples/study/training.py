@@ -52,7 +52,7 @@ class Deadline(Callback):
 
     @override
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.begin("trained, to be analysed")
+        self.begin("trained, to be analyzed")
 
 
 class TrainingClock(Callback):

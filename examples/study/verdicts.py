@@ -31,7 +31,7 @@ by one the other way, or where the 90 % interval lies within the margin ("none i
 above. That two are *alike* is held up where the 90 % interval lies within the margin (two one-sided tests at 5 %),
 and refuted where the 95 % interval lies outside. Claim 5 is held up where either of its two quantities lies outside
 with its 95 % interval, and refuted where both are alike. Claim 2 is held up where in every run, and with the whole
-interval of the mean, the least used expert has more than {FAIR_SHARE:g} of its fair share 1/E; that regularisation is
+interval of the mean, the least used expert has more than {FAIR_SHARE:g} of its fair share 1/E; that regularization is
 the cause is not tested, as every head was trained with it. Claim 6 is held up where the whole interval lies below
 {SPEED_MARGIN:g}. The claims are about the paper's heads, soft and sparse (k = 2); one with k = 1 (hard) decides
 none."""
@@ -115,8 +115,8 @@ def verdicts(runs: Sequence[Run], comparisons: Sequence[Comparison]) -> list[Ver
             each(q.ACCURACY, _is_above(SLIGHT_ACCURACY_MARGIN), *against_dense),
         ),
         (
-            "Balance regularisation keeps the experts in even use; none collapses.",
-            "utilisation",
+            "Balance regularization keeps the experts in even use; none collapses.",
+            "utilization",
             [_balance(runs, head) for head in MOE_HEADS],
         ),
         (
@@ -132,8 +132,8 @@ def verdicts(runs: Sequence[Run], comparisons: Sequence[Comparison]) -> list[Ver
             ],
         ),
         (
-            "All heads generalise alike.",
-            "generalisation",
+            "All heads generalize alike.",
+            "generalization",
             [
                 *each(q.GAP, _is_alike(GAP_MARGIN), *against_dense),
                 *each(q.ACCURACY, _is_alike(ACCURACY_MARGIN), *against_dense),

@@ -1,4 +1,4 @@
-"""Every expert on every row, weighted by the gates: static shapes, no branch, no host synchronisation."""
+"""Every expert on every row, weighted by the gates: static shapes, no branch, no host synchronization."""
 
 import torch
 from torch import Tensor

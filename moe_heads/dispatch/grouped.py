@@ -1,4 +1,4 @@
-"""The experts as one grouped matrix product over the rows sorted by expert: static shapes, no host synchronisation.
+"""The experts as one grouped matrix product over the rows sorted by expert: static shapes, no host synchronization.
 
 For many rows under torch.compile. `torch.nn.functional.grouped_mm` has no bias and no forward-mode derivative.
 """

@@ -1,6 +1,6 @@
 """Each expert that is hit, once, on the rows that chose it: the arithmetic and the memory traffic of those alone.
 
-The lengths of the segments are read by the host, so the path is for eager mode: on a GPU it costs a synchronisation.
+The lengths of the segments are read by the host, so the path is for eager mode: on a GPU it costs a synchronization.
 """
 
 from collections.abc import Iterable

@@ -26,11 +26,11 @@ class BiasBalancedRouter(LinearRouter):
         b_e \leftarrow b_e + u \, \mathrm{sign}\big(\bar c - c_e\big)
 
     where :math:`c_e` counts the rows of the last training pass (of all ranks) that chose expert e. The bias has no
-    gradient and does not enter the weights, so it balances without bending the loss. The weights are normalised over
+    gradient and does not enter the weights, so it balances without bending the loss. The weights are normalized over
     the chosen as in DeepSeek-V3 (arXiv 2412.19437); for k = 1 the weight is :math:`s_i` itself, else the gate would
     have no gradient.
 
-    The bias moves once an optimiser step: in the first training pass that finds the gate changed. Between two steps
+    The bias moves once an optimizer step: in the first training pass that finds the gate changed. Between two steps
     the router is a pure function, so gradient checkpointing, which runs a pass twice, chooses the same experts, with
     torch.compile too. Accumulating gradients, the last pass before the step counts. With a frozen gate, and under the
     transforms of torch.func, the bias stays. It is held as a whole number of steps of u, exact in every precision, and
@@ -52,10 +52,10 @@ class BiasBalancedRouter(LinearRouter):
         >>> import torch
         >>> from moe_heads.routers import BiasBalancedRouter
         >>> router = BiasBalancedRouter(16, 4, k=2)
-        >>> optimiser = torch.optim.SGD(router.parameters(), lr=0.1)
+        >>> optimizer = torch.optim.SGD(router.parameters(), lr=0.1)
         >>> for _ in range(2):
         ...     router(torch.randn(51, 16)).weights[:, 0].sum().backward()
-        ...     optimiser.step()
+        ...     optimizer.step()
         >>> router.selection_bias.abs().max()
         tensor(0.0010)
     """

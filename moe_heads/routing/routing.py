@@ -69,7 +69,7 @@ class Routing:
 
         The logits are the logarithms of what is given, so that margins are ratios of probabilities, in nats; a row with
         a negative score, or a weight that is nan or infinite, counts as one without finite logits. Scores that do not
-        sum to one are normalised.
+        sum to one are normalized.
 
         Args:
             probs: Softmax, or other scores from 0 on, of all experts, (N, E), or (B, T, E) for tokens: then what
@@ -200,7 +200,7 @@ class Routing:
 
     @torch.no_grad()
     def stats(self) -> RoutingStats:
-        """Statistics of this batch; no synchronisation with the host."""
+        """Statistics of this batch; no synchronization with the host."""
         all_valid = self._is_known_valid()
         valid = torch.ones(len(self.logits), dtype=torch.bool) if all_valid else self.valid
         invalid = None if all_valid else ~valid

@@ -116,7 +116,7 @@ def test_landscape_takes_the_eigenvector_of_the_sharpness_run(
         trainer(alone).fit(PlainModule(), loader())
 
 
-def test_utilisation_has_a_point_an_epoch_that_counts_every_row(fitted: dict[str, Any]) -> None:
+def test_utilization_has_a_point_an_epoch_that_counts_every_row(fitted: dict[str, Any]) -> None:
     callback = fitted["callbacks"]["ExpertUtilizationCallback"]
     assert [stats.num_rows.item() for stats in callback.history["head"].values()] == [40, 40]
     assert [stats.counts.sum().item() for stats in callback.history["head"].values()] == [80, 80]

@@ -170,7 +170,7 @@ def test_a_loss_that_cannot_be_had_is_told_before_training() -> None:
         def training_step(self, batch: Any, batch_idx: int) -> None:
             raise AssertionError("trained before the error")
 
-    with pytest.raises(MisconfigurationException, match="ByHand optimises by hand"):
+    with pytest.raises(MisconfigurationException, match="ByHand optimizes by hand"):
         trainer(MeanLoss()).fit(ByHand(), loader())
 
 

@@ -66,7 +66,7 @@ def test_every_n_epochs_tracks_the_weights_as_they_are_then(tmp_path: Any) -> No
     assert [float(row["weight/train/value"]) for row in rows] == pytest.approx([before.weights[e] for e in (1, 3, 4)])
 
 
-def test_the_last_tracked_epoch_is_not_analysed_again_at_the_end_of_fit(tmp_path: Any) -> None:
+def test_the_last_tracked_epoch_is_not_analyzed_again_at_the_end_of_fit(tmp_path: Any) -> None:
     tracked, logger = Weight(splits=["train"], every_n_epochs=2), CSVLogger(tmp_path)
     trainer(tracked, max_epochs=4, logger=logger).fit(PlainModule(), loader())
     rows = [row for row in logged(logger) if row["weight/train/value"]]
@@ -88,13 +88,13 @@ def test_a_failure_in_one_epoch_leaves_no_result_of_an_earlier_one() -> None:
     assert once.results == {}
 
 
-def test_sanity_checks_and_validation_in_fit_are_not_analysed() -> None:
+def test_sanity_checks_and_validation_in_fit_are_not_analyzed() -> None:
     analysis = Weight(splits=["train"])
     trainer(analysis, num_sanity_val_steps=2, max_epochs=2).fit(Evaluated(), loader(), loader())
     assert set(analysis.results) == {"train"}
 
 
-def test_validate_and_test_analyse_the_split_they_evaluate() -> None:
+def test_validate_and_test_analyze_the_split_they_evaluate() -> None:
     sharpness, module = SharpnessCallback(num_eigenvalues=1), Evaluated()
     run = trainer(sharpness)
     before = snapshot(module)
@@ -201,7 +201,7 @@ def test_what_the_module_writes_to_its_logger_goes_nowhere(tmp_path: Any) -> Non
     assert sum(bool(row["by_hand"]) for row in rows) == 3  # one a training step
 
 
-def test_a_compiled_module_is_analysed_as_it_was_written() -> None:
+def test_a_compiled_module_is_analyzed_as_it_was_written() -> None:
     found = []
     for compiled in (False, True):
         torch.manual_seed(0)
@@ -239,7 +239,7 @@ def test_a_fit_is_not_refused_for_what_it_does_not_do() -> None:
     later = SharpnessCallback(stages=["test"], weights="best", loss_fn=None)
     trainer(later).fit(ByHand(), loader())
     assert later.results == {}
-    with pytest.raises(MisconfigurationException, match="optimises by hand"):
+    with pytest.raises(MisconfigurationException, match="optimizes by hand"):
         trainer(SharpnessCallback(stages=["test"], every_n_epochs=1)).fit(ByHand(), loader())
 
 

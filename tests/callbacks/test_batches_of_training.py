@@ -12,8 +12,8 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, TensorDataset
 
-from moe_heads.callbacks import ExpertUtilizationCallback, LossLandscapeCallback, SharpnessCallback
 from moe_heads.analysis import sharpness
+from moe_heads.callbacks import ExpertUtilizationCallback, LossLandscapeCallback, SharpnessCallback
 from tests.support.lightning_models import trainer
 
 
@@ -22,7 +22,7 @@ class Module(LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.0)
 
 
-def analysed(module: LightningModule, loader: Any, **options: Any) -> Any:
+def analyzed(module: LightningModule, loader: Any, **options: Any) -> Any:
     callback = SharpnessCallback(splits=["train"], on_error="raise", density=False, **options)
     trainer(callback).fit(module, loader)
     return callback.results["train"]
@@ -45,7 +45,7 @@ class Popping(Module):
 def test_a_step_that_changes_its_batch() -> None:
     x = torch.randn(60, 6)
     module = Popping()
-    found = analysed(module, DataLoader([{"x": x[i].clone(), "labels": i % 3} for i in range(60)], batch_size=20))
+    found = analyzed(module, DataLoader([{"x": x[i].clone(), "labels": i % 3} for i in range(60)], batch_size=20))
     true = sharpness(module.net, lambda m, b: F.cross_entropy(m(b[0]), b[1]), [(x / 2 - 1, torch.arange(60) % 3)])
     assert found.eigenvalues[0] == pytest.approx(true.eigenvalues[0], rel=1e-4)
     assert found.num_samples == 60
@@ -72,8 +72,8 @@ def test_the_callback_knows_the_number_of_samples() -> None:
         )
 
     module = TimeFirst()
-    many = analysed(module, DataLoader(data, batch_size=30, collate_fn=collate))
-    one = analysed(module, DataLoader(data, batch_size=100, collate_fn=collate), batch_size=100)
+    many = analyzed(module, DataLoader(data, batch_size=30, collate_fn=collate))
+    one = analyzed(module, DataLoader(data, batch_size=100, collate_fn=collate), batch_size=100)
     assert many.num_samples == one.num_samples == 100
     assert many.eigenvalues[0] == pytest.approx(one.eigenvalues[0], rel=1e-4)
 
@@ -90,9 +90,9 @@ class FixedState(Module):
 def test_a_module_with_a_hidden_state_of_fixed_size() -> None:
     data = TensorDataset(torch.randn(128, 5, 4), torch.arange(128) % 3)
     loader = DataLoader(data, batch_size=64)
-    assert analysed(FixedState(), loader, batch_size=64).num_samples == 128
+    assert analyzed(FixedState(), loader, batch_size=64).num_samples == 128
     with pytest.raises(RuntimeError) as caught:
-        analysed(FixedState(), loader)  # in batches of 50
+        analyzed(FixedState(), loader)  # in batches of 50
     assert "takes batch_size=64" in caught.value.__notes__[0]
 
 
@@ -108,7 +108,7 @@ class GraphNet(Module):
 
 def test_a_full_graph() -> None:
     graph = (torch.randn(120, 10), torch.rand(120, 120) / 120, torch.randint(0, 3, (120,)))
-    assert analysed(GraphNet(), DataLoader([graph], batch_size=None)).num_samples == 120
+    assert analyzed(GraphNet(), DataLoader([graph], batch_size=None)).num_samples == 120
 
 
 class Graphs:
@@ -134,11 +134,11 @@ def test_objects_with_tensors_inside() -> None:
     def collate(items: Any) -> Graphs:
         return Graphs(torch.stack([x for x, _ in items]), torch.stack([y for _, y in items]))
 
-    assert analysed(OfGraphs(), DataLoader(TensorDataset(x, y), batch_size=10, collate_fn=collate)).num_samples == 30
+    assert analyzed(OfGraphs(), DataLoader(TensorDataset(x, y), batch_size=10, collate_fn=collate)).num_samples == 30
     whole = DataLoader([Graphs(x[:20], y[:20]), Graphs(x[20:], y[20:])], batch_size=None)
     with pytest.raises(ValueError, match="Pass batch_size_fn"):
-        analysed(OfGraphs(), whole)
-    assert analysed(OfGraphs(), whole, batch_size_fn=lambda batch: len(batch.y)).num_samples == 30
+        analyzed(OfGraphs(), whole)
+    assert analyzed(OfGraphs(), whole, batch_size_fn=lambda batch: len(batch.y)).num_samples == 30
 
 
 class Weighted(Module):
@@ -156,14 +156,14 @@ def test_a_loss_that_is_no_mean_is_told_once_with_the_callbacks_prefix() -> None
     module = Weighted()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        analysed(module, loader, perturbation=True)
+        analyzed(module, loader, perturbation=True)
     told = [str(warning.message) for warning in caught if "sharpness/" in str(warning.message)]
     assert len(told) == 1
     assert told[0].startswith(
         "sharpness/train: loss_fn: expected the mean over the samples of a batch; got a loss that"
     )
     weigh: dict[str, Any] = {"batch_weight_fn": lambda batch: (batch[1] != -100).sum()}
-    many, one = (analysed(module, loader, batch_size=size, **weigh) for size in (7, 60))
+    many, one = (analyzed(module, loader, batch_size=size, **weigh) for size in (7, 60))
     assert many.eigenvalues[0] == pytest.approx(one.eigenvalues[0], rel=1e-4)
     landscape = LossLandscapeCallback(splits=["train"], on_error="raise", line_points=3, plane_points=3, **weigh)
     trainer(landscape).fit(module, loader)
@@ -176,8 +176,8 @@ def test_the_trainers_mode_of_several_loaders_is_known() -> None:
 
     a = DataLoader(TensorDataset(torch.randn(30, 6), torch.arange(30) % 3), batch_size=10)
     b = DataLoader(TensorDataset(torch.randn(20, 6)), batch_size=10)
-    assert analysed(Two(), {"a": a, "b": b}).num_samples == 60
-    assert analysed(Two(), CombinedLoader({"a": a, "b": b}, "min_size")).num_samples == 40
+    assert analyzed(Two(), {"a": a, "b": b}).num_samples == 60
+    assert analyzed(Two(), CombinedLoader({"a": a, "b": b}, "min_size")).num_samples == 40
 
 
 @pytest.mark.parametrize("name", ["batch_size_fn", "batch_weight_fn"])
@@ -194,4 +194,4 @@ def test_weights_are_refused_where_there_is_no_loss() -> None:
 @pytest.mark.parametrize("given", [(torch.zeros(4, 2), torch.zeros(4)), [torch.zeros(4, 2), torch.zeros(4).long()]])
 def test_one_batch_in_place_of_a_loader_is_refused(given: Any) -> None:
     with pytest.raises(ValueError, match=r"train: expected a loader or a list of batches; got .* pass \[\(X, y\)\]"):
-        SharpnessCallback(loss_fn=lambda m, b: m(b).mean()).analyse(nn.Linear(2, 1), train=given)
+        SharpnessCallback(loss_fn=lambda m, b: m(b).mean()).analyze(nn.Linear(2, 1), train=given)

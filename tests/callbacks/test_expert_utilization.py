@@ -1,4 +1,4 @@
-"""The utilisation while a model trains: series, warnings, resumption, and nothing in the way of the training."""
+"""The utilization while a model trains: series, warnings, resumption, and nothing in the way of the training."""
 
 import copy
 import math

@@ -48,7 +48,7 @@ def test_all_parts_are_there(everything: dict[str, Any]) -> None:
     assert not result.partial
 
 
-def test_the_run_ends_at_the_centre_of_its_plane(everything: dict[str, Any]) -> None:
+def test_the_run_ends_at_the_center_of_its_plane(everything: dict[str, Any]) -> None:
     plane = everything["result"].trajectory
     run = plane.trajectory
     assert run.labels == ("start", "epoch 0", "epoch 1", "epoch 2")
@@ -118,7 +118,7 @@ def test_eigenvectors_are_those_of_the_same_samples_in_other_batches(monkeypatch
 def test_a_trajectory_needs_a_training() -> None:
     landscape = LossLandscapeCallback(**SMALL, trajectory=True, check_curvatures=False)
     with pytest.warns(UserWarning, match="no trajectory, since this callback has seen no training"):
-        results = landscape.analyse(Accurate(), train=loader())
+        results = landscape.analyze(Accurate(), train=loader())
     assert results["train"].trajectory is None
     assert results["train"].plane.checks == ()
 

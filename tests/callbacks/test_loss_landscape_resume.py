@@ -59,7 +59,7 @@ def test_a_loss_that_looks_the_same_and_is_not_is_refused(tmp_path: Path) -> Non
 
     options: dict[str, Any] = {**SMALL, "resume": str(tmp_path)}
     trained(LossLandscapeCallback(**options, loss_fn=scaled(1.0)))
-    with pytest.raises(ValueError, match=r"resume: expected the same loss_fn, .* at the centre"):
+    with pytest.raises(ValueError, match=r"resume: expected the same loss_fn, .* at the center"):
         trained(LossLandscapeCallback(**options, loss_fn=scaled(2.0)))
     other = LossLandscapeCallback(**options, loss_fn=lambda m, b: 2 * torch.nn.functional.cross_entropy(m(b[0]), b[1]))
     trained(other)

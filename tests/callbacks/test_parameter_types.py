@@ -10,8 +10,8 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from moe_heads.callbacks import LossLandscapeCallback, SharpnessCallback
 from moe_heads.analysis import direction_sweep, perturbation_sharpness, random_direction, sharpness
+from moe_heads.callbacks import LossLandscapeCallback, SharpnessCallback
 
 
 class Net(pl.LightningModule):

@@ -23,7 +23,7 @@ def sparse_model() -> nn.Module:
 
 def test_what_goes_with_the_spectrum_of_a_sparse_head() -> None:
     callback = SharpnessCallback(loss_fn=cross_entropy, perturbation=True, block_eigenvalues=True, batch_size=8)
-    results = callback.analyse(sparse_model(), train=loader(), test=loader(seed=1))
+    results = callback.analyze(sparse_model(), train=loader(), test=loader(seed=1))
     train, test = results["train"], results["test"]
     assert list(train.blocks) == ["backbone", "router", "experts"] and len(train.experts) == 3
     assert set(test.overlaps) == {"train"} and not train.overlaps
@@ -41,7 +41,7 @@ def test_what_goes_with_the_spectrum_of_a_sparse_head() -> None:
 
 def test_restricted_to_the_head() -> None:
     callback = SharpnessCallback(loss_fn=cross_entropy, params=["2"], splits=["train"], batch_size=8)
-    result = callback.analyse(sparse_model(), train=loader())["train"]
+    result = callback.analyze(sparse_model(), train=loader())["train"]
     assert all(name.startswith("2.") for name in result.parameter_names)
     # the direction of the routing response is zero outside of the head
     assert result.routing is not None and result.routing.flips is not None
@@ -98,7 +98,7 @@ def test_tracked_epochs_start_from_the_last_and_draw_the_threshold(tmp_path: Any
 
 
 @pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint need to be provided")
-def test_the_threshold_of_a_fit_that_is_analysed_in_a_later_run(tmp_path: Any) -> None:
+def test_the_threshold_of_a_fit_that_is_analyzed_in_a_later_run(tmp_path: Any) -> None:
     """A checkpoint of the last epoch is resumed: there is no further step, and the last one had its threshold."""
     options = {"splits": ["train"], "num_eigenvalues": 1, "density": False}
     keeper = ModelCheckpoint(tmp_path, save_last=True, save_on_train_epoch_end=True)
@@ -129,11 +129,11 @@ def test_without_density_the_last_tracked_epoch_is_the_end_of_fit(monkeypatch: p
 def test_the_published_engine_says_what_is_wrong_with_it() -> None:
     callback = SharpnessCallback(loss_fn=cross_entropy, engine="pyhessian", splits=["train"], batch_size=8)
     model = sparse_model()
-    result = callback.analyse(model, train=loader())["train"]
-    ours = SharpnessCallback(loss_fn=cross_entropy, splits=["train"], batch_size=8).analyse(model, train=loader())[
+    result = callback.analyze(model, train=loader())["train"]
+    ours = SharpnessCallback(loss_fn=cross_entropy, splits=["train"], batch_size=8).analyze(model, train=loader())[
         "train"
     ]
-    assert result.engine == "pyhessian" and callback.over_ranks == "first"
+    assert result.engine == "pyhessian" and callback.over_ranks == "rank_zero"
     assert result.eigenvalues[0] == pytest.approx(ours.eigenvalues[0], rel=0.05)
     assert result.routing is None and result.perturbation is None
     assert any(failure.startswith("density") for failure in result.failures)
@@ -161,11 +161,11 @@ def test_memory_bounds_are_checked_before_training_and_reach_the_function() -> N
     with pytest.raises(ValueError, match="graph_memory: expected an integer of at least 0 or None; got -1"):
         SharpnessCallback(graph_memory=-1)
     callback = SharpnessCallback(loss_fn=cross_entropy, graph_memory=0, splits=["train"])
-    assert callback.analyse(sparse_model(), train=loader())["train"].graph_mode == "rebuilt"
+    assert callback.analyze(sparse_model(), train=loader())["train"].graph_mode == "rebuilt"
 
 
 def test_perturbations_and_routing_start_from_the_loss_of_the_hessian() -> None:
     callback = SharpnessCallback(loss_fn=cross_entropy, perturbation=True, splits=["train"])
-    result = callback.analyse(sparse_model(), train=loader())["train"]
+    result = callback.analyze(sparse_model(), train=loader())["train"]
     assert result.perturbation is not None
     assert result.center_loss == pytest.approx(result.perturbation.center_loss, rel=1e-5)

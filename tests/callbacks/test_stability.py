@@ -12,7 +12,7 @@ def sgd(**options: Any) -> torch.optim.SGD:
 
 
 def diverges(eigenvalue: float, options: dict[str, Any]) -> bool:
-    """Whether the optimiser leaves the minimum of a quadratic of this curvature."""
+    """Whether the optimizer leaves the minimum of a quadratic of this curvature."""
     weight = torch.nn.Parameter(torch.ones(1, dtype=torch.float64))
     optimizer = torch.optim.SGD([weight], **options)
 
@@ -37,13 +37,13 @@ def diverges(eigenvalue: float, options: dict[str, Any]) -> bool:
         {"lr": 0.01, "momentum": 0.5, "weight_decay": 3.0},
     ],
 )
-def test_the_optimiser_diverges_just_above_it(options: dict[str, Any]) -> None:
+def test_the_optimizer_diverges_just_above_it(options: dict[str, Any]) -> None:
     threshold = stability_threshold([sgd(**options)])
     assert threshold is not None
     assert diverges(1.02 * threshold, options) and not diverges(0.98 * threshold, options)
 
 
-def test_unknown_for_other_optimisers_and_settings() -> None:
+def test_unknown_for_other_optimizers_and_settings() -> None:
     assert stability_threshold([]) is None
     assert stability_threshold([sgd(lr=0.1), sgd(lr=0.1)]) is None
     assert stability_threshold([torch.optim.Adam([torch.nn.Parameter(torch.ones(1))])]) is None

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_map
 from torch.utils.data import DataLoader
 
+from moe_heads.analysis import ExpertUtilizationResult, InferenceTimingResult, SharpnessResult
 from moe_heads.callbacks import (
     ExpertUtilizationCallback,
     FitEndAnalysis,
@@ -24,9 +25,8 @@ from moe_heads.callbacks import (
     LossLandscapeCallback,
     SharpnessCallback,
 )
-from moe_heads.analysis import ExpertUtilizationResult, InferenceTimingResult, SharpnessResult
-from moe_heads.callbacks.loss_landscape import Landscape
 from moe_heads.callbacks._shared.trainer_access import Split
+from moe_heads.callbacks.loss_landscape import Landscape
 from tests.support.hessians import cross_entropy, dense_hessian
 from tests.support.lightning_models import trainer
 from tests.support.sources import ROOT
@@ -78,7 +78,7 @@ class Witness(Callback):
         }
         self.seen = {}
         record(self.seen, "", state, set())
-        # the same objects, so that optimisers and views stay attached
+        # the same objects, so that optimizers and views stay attached
         self.seen["identities"] = tuple(map(id, [*tensors.values(), *state["grads"].values()]))
 
 

@@ -46,7 +46,7 @@ def test_runs_to_the_end_and_says_where_to_look(study: tuple[Path, subprocess.Co
     assert "Warning" not in result.stderr
     assert "[2/2] sparse, seed 0: test accuracy" in result.stdout
     assert "tensorboard --logdir runs/digits" in result.stdout
-    assert "generalisation gap" in (folder / "runs" / "digits" / "report.md").read_text()
+    assert "generalization gap" in (folder / "runs" / "digits" / "report.md").read_text()
 
 
 def test_every_analysis_is_in_the_event_files(study: tuple[Path, subprocess.CompletedProcess[str]]) -> None:

@@ -76,7 +76,7 @@ def test_download_then_splits(archive: Path, tmp_path: Path) -> None:
     assert labels.bincount().tolist() == [2] * data.num_classes
 
 
-def test_pixels_are_those_of_torchvision_normalised_as_in_the_study(archive: Path, tmp_path: Path) -> None:
+def test_pixels_are_those_of_torchvision_normalized_as_in_the_study(archive: Path, tmp_path: Path) -> None:
     data = CIFAR10DataModule(str(tmp_path))
     data.setup()
     reference = CIFAR10(tmp_path, train=False)

@@ -145,7 +145,7 @@ class GuardedSteps(MoEClassifier):
             return super().training_step(batch, batch_idx)
 
 
-def test_training_steps_do_not_synchronise_with_the_host(head: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_training_steps_do_not_synchronize_with_the_host(head: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(AssertionError, match="read on the host"), NoHostSync():
         torch.ones(()).item()
     monkeypatch.setattr(GuardedSteps, "num_guarded", 0)
@@ -153,7 +153,7 @@ def test_training_steps_do_not_synchronise_with_the_host(head: nn.Module, monkey
     assert GuardedSteps.num_guarded == 3
 
 
-def test_optimiser_has_the_settings_of_the_study_by_default() -> None:
+def test_optimizer_has_the_settings_of_the_study_by_default() -> None:
     model = MoEClassifier(backbone(), sparse(), schedule="constant")
     optimizer = model.configure_optimizers()
     assert type(optimizer) is torch.optim.SGD
@@ -225,7 +225,7 @@ def test_digits_are_learnt() -> None:
 
 
 @pytest.mark.gpu
-def test_training_steps_do_not_synchronise_with_the_gpu(head: nn.Module) -> None:
+def test_training_steps_do_not_synchronize_with_the_gpu(head: nn.Module) -> None:
     class Guarded(MoEClassifier):
         def training_step(self, batch: Any, batch_idx: int) -> Tensor:
             torch.cuda.set_sync_debug_mode("error")

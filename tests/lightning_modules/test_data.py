@@ -4,7 +4,7 @@ from typing import Any
 import pytest
 import torch
 
-from moe_heads.lightning_modules import ImageDataModule, ImageTransform, LabelledImages
+from moe_heads.lightning_modules import ImageDataModule, ImageTransform, LabeledImages
 from moe_heads.lightning_modules.data import RawSplit, Split, choose_stratified
 
 SIDE = 6
@@ -65,8 +65,8 @@ def test_augmentation_reaches_nothing_else() -> None:
         for images, _ in loader:
             assert torch.equal(images, images.amax((1, 2, 3), keepdim=True).expand_as(images))
         assert all(equal(pixels_by_index(loader), pixels_by_index(loader)))
-        analysed = data.analysis_dataset(split)
-        assert torch.equal(torch.stack([x for x, _ in analysed]), torch.cat([x for x, _ in loader]))
+        analyzed = data.analysis_dataset(split)
+        assert torch.equal(torch.stack([x for x, _ in analyzed]), torch.cat([x for x, _ in loader]))
     train = data.analysis_dataset("train")
     assert all(torch.equal(image, image.max().expand_as(image)) for image, _ in train)
 
@@ -91,7 +91,7 @@ def test_splits_share_no_transform() -> None:
     data = Numbered(augment=False)
     datasets = [loader.dataset for loader in (data.train_dataloader(), data.val_dataloader(), data.test_dataloader())]
     datasets += [data.analysis_dataset("train"), data.analysis_dataset("val")]
-    assert all(isinstance(dataset, LabelledImages) for dataset in datasets)
+    assert all(isinstance(dataset, LabeledImages) for dataset in datasets)
     assert len({id(dataset.transform) for dataset in datasets}) == len(datasets)
 
 
@@ -165,7 +165,7 @@ def test_bad_arguments(options: dict[str, Any], message: str) -> None:
 
 
 @pytest.mark.parametrize(("mean", "std"), [((0.5,), (0.5, 0.5)), ((0.5,), (0.0,))])
-def test_bad_normalisation(mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+def test_bad_normalization(mean: tuple[float, ...], std: tuple[float, ...]) -> None:
     class Other(Numbered):
         def __init__(self) -> None:
             ImageDataModule.__init__(self, mean, std, 32, 0, 0.25, 42, True, None)

@@ -29,7 +29,7 @@ def test_default_has_the_size_that_its_documentation_says() -> None:
 
 def test_whitened_patches_are_uncorrelated_with_variance_one() -> None:
     torch.manual_seed(1)
-    # neighbours that are alike, as in an image
+    # neighbors that are alike, as in an image
     images = F.avg_pool2d(torch.randn(200, 3, 34, 34), 3, 1) + 0.3 * torch.randn(200, 1, 32, 32)
     backbone = FastCNN()
     backbone.whiten(images)
@@ -68,8 +68,8 @@ def test_a_loaded_layer_is_as_fixed_as_the_saved_one() -> None:
         (torch.zeros(4, 1, 8, 8), r"images: expected \(N, 3, H, W\); got shape \(4, 1, 8, 8\)"),
         (torch.zeros(0, 3, 8, 8), r"images: expected \(N, 3, H, W\); got shape \(0, 3, 8, 8\)"),
         (torch.zeros(4, 3, 1, 8), r"images: expected \(N, 3, H, W\); got shape \(4, 3, 1, 8\)"),
-        (torch.zeros(4, 3, 8, 8, dtype=torch.uint8), "images: expected finite floats, normalised"),
-        (torch.full((4, 3, 8, 8), float("nan")), "images: expected finite floats, normalised"),
+        (torch.zeros(4, 3, 8, 8, dtype=torch.uint8), "images: expected finite floats, normalized"),
+        (torch.full((4, 3, 8, 8), float("nan")), "images: expected finite floats, normalized"),
     ],
 )
 def test_bad_images_are_refused(images: torch.Tensor, message: str) -> None:

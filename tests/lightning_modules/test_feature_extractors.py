@@ -58,8 +58,8 @@ def test_torchvision_backbone_plus_its_classifier_is_the_model() -> None:
 
 def test_grey_images_are_repeated() -> None:
     backbone = TorchvisionBackbone("resnet18", in_channels=1, image_size=32).eval()
-    grey = torch.randn(2, 1, 32, 32)
-    assert torch.equal(backbone(grey), backbone.module(grey.repeat(1, 3, 1, 1)))
+    gray = torch.randn(2, 1, 32, 32)
+    assert torch.equal(backbone(gray), backbone.module(gray.repeat(1, 3, 1, 1)))
 
 
 def test_googlenet_has_one_output_in_training() -> None:

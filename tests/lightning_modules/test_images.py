@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Subset
 
-from moe_heads.lightning_modules import ImageFiles, ImageTransform, LabelledImages
+from moe_heads.lightning_modules import ImageFiles, ImageTransform, LabeledImages
 
 IDENTITY = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0), "max_value": 1.0}
 
@@ -17,7 +17,7 @@ def write_image(path: Path, height: int, width: int) -> np.ndarray:
     return pixels
 
 
-def test_normalisation() -> None:
+def test_normalization() -> None:
     images = torch.randint(0, 256, (4, 2, 3, 3), dtype=torch.uint8)
     result = ImageTransform(mean=(0.25, 0.5), std=(0.5, 2.0))(images)
     assert result.dtype == torch.float32
@@ -55,7 +55,7 @@ def test_half_of_the_images_are_mirrored_whole() -> None:
 def test_batches_equal_single_samples() -> None:
     images = torch.randint(0, 256, (10, 3, 4, 4), dtype=torch.uint8)
     labels = torch.arange(10)
-    data = LabelledImages(images, labels, ImageTransform(**IDENTITY))
+    data = LabeledImages(images, labels, ImageTransform(**IDENTITY))
     assert len(data) == 10
     batches = list(DataLoader(data, batch_size=4))
     assert [len(batch_labels) for _, batch_labels in batches] == [4, 4, 2]
@@ -72,14 +72,14 @@ def test_a_batch_is_transformed_at_once() -> None:
         sizes.append(len(images))
         return images.float()
 
-    data = LabelledImages(torch.zeros(10, 1, 2, 2, dtype=torch.uint8), torch.zeros(10).long(), transform)
+    data = LabeledImages(torch.zeros(10, 1, 2, 2, dtype=torch.uint8), torch.zeros(10).long(), transform)
     list(DataLoader(data, batch_size=5))
     assert sizes == [5, 5]
 
 
 def test_with_transform_shares_the_pixels_and_leaves_the_original_alone() -> None:
     images = torch.full((2, 1, 2, 2), 3, dtype=torch.uint8)
-    plain = LabelledImages(images, torch.zeros(2).long(), lambda x: x.float())
+    plain = LabeledImages(images, torch.zeros(2).long(), lambda x: x.float())
     doubled = plain.with_transform(lambda x: 2 * x.float())
     assert doubled.images is plain.images
     assert plain[0][0].max() == 3
@@ -88,7 +88,7 @@ def test_with_transform_shares_the_pixels_and_leaves_the_original_alone() -> Non
 
 def test_number_of_labels_is_checked() -> None:
     with pytest.raises(ValueError, match="labels: expected one for each of the 3 images; got 2"):
-        LabelledImages(torch.zeros(3, 1, 2, 2), torch.zeros(2).long(), lambda x: x)
+        LabeledImages(torch.zeros(3, 1, 2, 2), torch.zeros(2).long(), lambda x: x)
 
 
 def test_files_are_decoded_when_indexed(tmp_path: Path) -> None:
@@ -100,13 +100,13 @@ def test_files_are_decoded_when_indexed(tmp_path: Path) -> None:
     assert result.dtype == torch.uint8
     assert torch.equal(result, torch.from_numpy(np.stack([pixels[2], pixels[0]])).permute(0, 3, 1, 2))
     assert files.select(torch.tensor([1])).paths == [paths[1]]
-    data = LabelledImages(files, torch.tensor([0, 1, 2]), ImageTransform(**IDENTITY))
+    data = LabeledImages(files, torch.tensor([0, 1, 2]), ImageTransform(**IDENTITY))
     assert torch.equal(next(iter(DataLoader(data, 3)))[0], files[torch.arange(3)].float())
 
 
 def test_grey_files_become_rgb(tmp_path: Path) -> None:
-    Image.fromarray(np.full((2, 2), 77, dtype=np.uint8)).save(tmp_path / "grey.png")
-    result = ImageFiles([tmp_path / "grey.png"], 2, 2)[torch.tensor([0])]
+    Image.fromarray(np.full((2, 2), 77, dtype=np.uint8)).save(tmp_path / "gray.png")
+    result = ImageFiles([tmp_path / "gray.png"], 2, 2)[torch.tensor([0])]
     assert torch.equal(result, torch.full((1, 3, 2, 2), 77, dtype=torch.uint8))
 
 

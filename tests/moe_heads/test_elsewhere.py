@@ -111,12 +111,12 @@ def train_on(rank: int | None) -> dict[str, torch.Tensor]:
         # every parameter has to have a gradient: find_unused_parameters stays off
         model = nn.parallel.DistributedDataParallel(head)
         x, y = x[6 * rank : 6 * rank + 6], y[6 * rank : 6 * rank + 6]
-    optimiser = torch.optim.SGD(head.parameters(), lr=0.1)
+    optimizer = torch.optim.SGD(head.parameters(), lr=0.1)
     for _ in range(2):
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         output = model(x, return_routing=True)
         (F.cross_entropy(output.logits, y) + output.aux_loss).backward()
-        optimiser.step()
+        optimizer.step()
     return dict(head.named_parameters())
 
 

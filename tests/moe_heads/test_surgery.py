@@ -35,9 +35,9 @@ def test_upcycled_experts_are_copies_that_part_in_training() -> None:
     before = [p.clone() for p in dense.parameters()]
     head = upcycle(dense, num_experts=4, noisy=False, balance=None)
     assert head.experts.dropout == 0.3
-    optimiser = torch.optim.SGD(head.parameters(), lr=0.5)
+    optimizer = torch.optim.SGD(head.parameters(), lr=0.5)
     head(torch.randn(40, 8)).square().mean().backward()
-    optimiser.step()
+    optimizer.step()
     assert not torch.equal(head.experts.weight1[0], head.experts.weight1[1])
     assert all(torch.equal(p, q) for p, q in zip(dense.parameters(), before, strict=True))
 
@@ -49,7 +49,7 @@ def test_upcycling_a_pruned_head_copies_its_weights_by_name() -> None:
     torch.testing.assert_close(upcycle(dense, num_experts=8, k=2)(x), dense(x))
 
 
-def test_ablating_a_parametrised_head_is_refused() -> None:
+def test_ablating_a_parametrized_head_is_refused() -> None:
     head = head_with("switch")
     torch.nn.utils.parametrizations.weight_norm(head.router.gate)
     with pytest.raises(ValueError, match="head: expected one without parametrizations"):

@@ -17,7 +17,7 @@ class MeanLoss(FitEndAnalysis):
     def compute(self, inputs: AnalysisInputs) -> float:
         assert inputs.loss_fn is not None
         losses = torch.stack([inputs.loss_fn(inputs.model.eval(), batch) for batch in inputs.batches])
-        inputs.monitor.step(1, 1)
+        inputs.progress.step(1, 1)
         return losses.mean().item()
 
     def report(self, result: float) -> Report:

@@ -12,8 +12,8 @@ import torch
 from scipy.stats import binom
 from torch import Tensor
 
-from moe_heads.analysis.sharpness.hessian import SpectralDensity
 from moe_heads.analysis.sharpness.function import sharpness
+from moe_heads.analysis.sharpness.hessian import SpectralDensity
 from moe_heads.analysis.sharpness.result import SharpnessResult
 from tests.support.oracle_cases import Case, Problem
 from tests.support.oracle_hessians import hessian_of_batches

@@ -53,7 +53,7 @@ def classified(*shape: int, seed: int = 0) -> Loader:
     return given(normal(*shape, seed=seed), integers(NUM_CLASSES, seed=seed))
 
 
-def unlabelled(*shape: int) -> Loader:
+def unlabeled(*shape: int) -> Loader:
     # a batch is one tensor
     return lambda: DataLoader(normal(*shape), BATCH_SIZE)  # type: ignore[arg-type]
 
@@ -72,13 +72,13 @@ def pairs() -> DataLoader[Any]:
     return DataLoader(TensorDataset(normal(5), integers(NUM_CLASSES)), BATCH_SIZE, collate_fn=collate)
 
 
-def normalised_mlp() -> nn.Module:
+def normalized_mlp() -> nn.Module:
     return nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.2), nn.Linear(8, NUM_CLASSES))
 
 
 def of_measured(name: str, title: str, **options: Any) -> Entry:
     title = f"Batch norm, dropout, metric; {title}"
-    return Entry(name, title, lambda: Measured(normalised_mlp()), classified(5), **options)
+    return Entry(name, title, lambda: Measured(normalized_mlp()), classified(5), **options)
 
 
 def of_pixels(output: dict[str, Tensor], labels: Tensor) -> Tensor:
@@ -128,12 +128,12 @@ IS_A_SUM = Told(r"the loss of \d+ samples is the sum of the losses of its halves
 OF_THE_LOSS = ("sharpness", "loss_landscape")
 
 ZOO = [
-    Entry("boring", "Lightning `BoringModel`", BoringModel, unlabelled(32), unlabelled(32)),
+    Entry("boring", "Lightning `BoringModel`", BoringModel, unlabeled(32), unlabeled(32)),
     Entry(
         "manual",
         "Lightning `ManualOptimBoringModel`, `loss_fn`",
         ManualOptimBoringModel,
-        unlabelled(32),
+        unlabeled(32),
         loss_fn=lambda module, batch: module.step(batch),
     ),
     Entry("iterable", "`BoringModel`, iterable data set", BoringModel, lambda: DataLoader(Stream(normal(32)), 8)),
@@ -141,7 +141,7 @@ ZOO = [
         "demo",
         "Lightning `DemoModel`",
         DemoModel,
-        unlabelled(32),
+        unlabeled(32),
         warned=dict.fromkeys(OF_THE_LOSS, IS_A_SUM),
     ),
     Entry(
@@ -192,7 +192,7 @@ ZOO = [
     ),
     Entry(
         "gan",
-        "GAN, spectral norm, manual optimisation, `loss_fn`",
+        "GAN, spectral norm, manual optimization, `loss_fn`",
         GAN,
         classified(5),
         loss_fn=lambda module, batch: module.generator_loss(batch),
@@ -226,7 +226,7 @@ ZOO = [
     Entry(
         "dataclass",
         "Batch is a dataclass",
-        lambda: OfPairs(normalised_mlp()),
+        lambda: OfPairs(normalized_mlp()),
         pairs,
         forward_fn=lambda module, batch: module(batch.x),
     ),

@@ -74,7 +74,7 @@ class VariationalAutoencoder(Wrapped):
 
 
 class GAN(LightningModule):
-    """Two optimisers, used by hand."""
+    """Two optimizers, used by hand."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -17,8 +17,8 @@ _HEADING = """# The module zoo
 Written by tests/callbacks/test_zoo.py: `make test ARGS=tests/callbacks/test_zoo.py`.
 
 Lightning's demos, models of torchvision, timm and transformers in a few lines of LightningModule, and common ways to
-train, each small, trained for an epoch or two and then analysed by all four callbacks. The test asserts for each that
-the analyses changed no bit of its weights, buffers, gradients, optimiser states, metrics, attributes and hooks, nor of
+train, each small, trained for an epoch or two and then analyzed by all four callbacks. The test asserts for each that
+the analyses changed no bit of its weights, buffers, gradients, optimizer states, metrics, attributes and hooks, nor of
 the random number generators and the settings of torch, and that the results are sane. "refused": the analysis says in a
 warning why it cannot be had, and the run and the other analyses go on. "warned": it says what its results suffer from.
 """

@@ -1,4 +1,4 @@
-"""The Hessian that all contenders analyse, its exact product, and the account of what each of them did."""
+"""The Hessian that all contenders analyze, its exact product, and the account of what each of them did."""
 
 import copy
 import gc

@@ -34,7 +34,7 @@ def versions() -> tuple[dict[str, str], dict[str, str]]:
 
 
 def loss_landscapes(model: nn.Module, batch: Batch, side: int) -> Tensor:
-    """Filter-normalised random plane; without its copy of the model, which leaves the weights moved."""
+    """Filter-normalized random plane; without its copy of the model, which leaves the weights moved."""
     library = importlib.import_module("loss_landscapes")
     metrics = importlib.import_module("loss_landscapes.metrics")
     with torch.no_grad():

@@ -21,7 +21,7 @@ _OTHER_DTYPE = ("dtype", "scalar type", "data type", "expected scalar")
 _REMEDY = (
     "A part of the model is in half precision. Inside an analysis autocast covers the modules whose parameters are all"
     " in half precision, and float32 the rest. Convert the tensors where the two meet, or analyze a copy in float32:"
-    " callback.analyse(copy.deepcopy(model).float(), ...)."
+    " callback.analyze(copy.deepcopy(model).float(), ...)."
 )
 
 

@@ -13,8 +13,8 @@ from moe_heads.analysis._shared.copies import own_copy
 from moe_heads.analysis._shared.environment import device_of
 from moe_heads.analysis._shared.graph_on_demand import GraphOnDemand
 from moe_heads.analysis._shared.microbatches import free_memory, is_out_of_memory
-from moe_heads.analysis._shared.progress import Monitor
 from moe_heads.analysis._shared.preserve import analysis_mode
+from moe_heads.analysis._shared.progress import Progress
 from moe_heads.analysis._shared.random_states import random_states
 from moe_heads.analysis._shared.ranks import Ranks
 
@@ -64,7 +64,7 @@ def check_mean(
     loss_fn: LossFn,
     data: Batches,
     *,
-    monitor: Monitor | None = None,
+    progress: Progress | None = None,
     ranks: Ranks | None = None,
     seed: int = 0,
 ) -> CutDependence:
@@ -80,7 +80,7 @@ def check_mean(
         model: The model.
         loss_fn: The loss.
         data: The batches of this process, on any device.
-        monitor: Warned; looked at before each batch where this process is alone.
+        progress: Warned; looked at before each batch where this process is alone.
         ranks: The processes that share the data.
         seed: Seed of torch's random numbers in every evaluation.
     """
@@ -88,12 +88,12 @@ def check_mean(
     if known is not None:
         found: CutDependence = known[1]
         return found
-    monitor, ranks = monitor or Monitor(), ranks or Ranks()
-    with ranks.together(), analysis_mode(model, seed):
+    progress, ranks = progress or Progress(), ranks or Ranks()
+    with ranks.synchronized(), analysis_mode(model, seed):
         check = _Check(model, loss_fn, seed)
         for piece in data.pieces:
             if ranks.size == 1:
-                monitor.tick()
+                progress.tick()
             check.add(piece, data)
             if check.is_over:
                 break
@@ -101,8 +101,8 @@ def check_mean(
     found = together.result()
     data.may_cut = data.may_cut and not found.halves_fail
     data.checked[id(loss_fn)] = loss_fn, found  # with the loss, so that its id is not given to another one
-    if found.size and ranks.leads:
-        monitor.warn(together.told(found))
+    if found.size and ranks.is_rank_zero:
+        progress.warn(together.told(found))
     return found
 
 

@@ -10,7 +10,7 @@ from moe_heads.analysis._shared.batch_list import Batches, Piece, halves_of
 from moe_heads.analysis._shared.batches import Batch
 from moe_heads.analysis._shared.copies import own_copy
 from moe_heads.analysis._shared.counting import BatchSizeFn, BatchWeightFn
-from moe_heads.analysis._shared.progress import Monitor
+from moe_heads.analysis._shared.progress import Progress
 
 __all__ = ["Microbatches", "free_memory", "is_out_of_memory", "unless_out_of_memory"]
 
@@ -26,7 +26,7 @@ class Microbatches:
     Args:
         batches: The data; `Batches` bring their numbers of samples and weights along.
         device: Where the model is.
-        monitor: Looked at before each batch.
+        progress: Looked at before each batch.
         batch_size_fn: ``batch_size_fn(batch)``, the number of samples of a batch; by default its tensors tell.
         batch_weight_fn: ``batch_weight_fn(batch)``, the weight of a batch; by default its number of samples. Batches of
             weight 0 are left out.
@@ -44,13 +44,13 @@ class Microbatches:
         self,
         batches: Iterable[Batch],
         device: torch.device,
-        monitor: Monitor,
+        progress: Progress,
         *,
         batch_size_fn: BatchSizeFn | None = None,
         batch_weight_fn: BatchWeightFn | None = None,
     ) -> None:
         given = Batches.of(batches, batch_size_fn, batch_weight_fn)
-        self._weight_fn, self._monitor = given.weight_fn, monitor
+        self._weight_fn, self._monitor = given.weight_fn, progress
         self._pieces = given.to(device).pieces
         self.origins = list(range(len(self._pieces)))
         self.num_samples, self.total_weight = sum(self.sizes), sum(self.weights)
@@ -130,7 +130,7 @@ def _refuse_if_indivisible(piece: Piece, error: Exception) -> None:
     if not piece.is_divisible:
         what = "a single sample" if piece.size == 1 else f"a batch of {piece.size} samples that cannot be cut"
         raise MemoryError(
-            f"there is not enough memory for {what} ({error}); analyse a smaller model, fewer samples at a time"
+            f"there is not enough memory for {what} ({error}); analyze a smaller model, fewer samples at a time"
             " (batch_size), or on another device"
         ) from error
 

@@ -28,7 +28,7 @@ def trainable_parameters(
         raise ValueError("model: expected at least one parameter that requires a gradient; got none")
     lazy = [name for name, p in named.items() if isinstance(p, nn.UninitializedParameter)]
     if lazy:
-        raise ValueError(f"model: expected initialised parameters; {lazy[0]} is lazy: run one forward pass first")
+        raise ValueError(f"model: expected initialized parameters; {lazy[0]} is lazy: run one forward pass first")
     chosen = named if params is None else _chosen(model, named, params)
     if only_real:
         check_real(chosen)

@@ -25,7 +25,7 @@ def preserved(model: nn.Module) -> Iterator[Original]:
 
     Covers parameters, buffers, ``.grad``, ``requires_grad`` and train / eval flags, all other attributes of the model
     and its submodules (counters, lists, dicts, hidden states, the states of torchmetrics metrics), and the generators
-    of Python, NumPy, torch and every CUDA device. Tensors and containers keep their identity, so optimisers and views
+    of Python, NumPy, torch and every CUDA device. Tensors and containers keep their identity, so optimizers and views
     stay attached. Costs one copy of the model's tensors while the block runs; gradients are put aside as they are, so
     that ``.grad`` is None in the block.
 

@@ -7,17 +7,17 @@ import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
-__all__ = ["Monitor", "Show", "TimeUp"]
+__all__ = ["Progress", "Show", "TimeUp"]
 
 Show = Callable[[int, int | None, Mapping[str, float]], None]
 """``show(done, total, quantities)``: steps done, of how many if known, and the quantities that converge, by name."""
 
 
 class TimeUp(TimeoutError):
-    """The time of a `Monitor` is over."""
+    """The time of a `Progress` is over."""
 
 
-class Monitor:
+class Progress:
     """Watches one analysis: shows its progress, ends it when its time is over, and holds what it has found so far.
 
     The functions of this package call `step` after each unit of work, `tick` inside long ones, and `keep` as soon as
@@ -36,10 +36,10 @@ class Monitor:
 
     Example:
         >>> import torch
-        >>> from moe_heads.analysis import Monitor, sharpness
+        >>> from moe_heads.analysis import Progress, sharpness
         >>> model, x = torch.nn.Linear(3, 1), torch.randn(9, 3)
-        >>> monitor = Monitor(max_time=60, show=lambda done, total, quantities: None)
-        >>> sharpness(model, lambda m, batch: m(batch).square().mean(), [x], num_eigenvalues=1, monitor=monitor).partial
+        >>> progress = Progress(max_time=60, show=lambda done, total, quantities: None)
+        >>> sharpness(model, lambda m, batch: m(batch).square().mean(), [x], progress=progress).partial
         ''
     """
 
@@ -109,8 +109,8 @@ class Monitor:
         """Let go of what was kept, and of the memory behind it."""
         self._build = self._forward = None
 
-    def part(self, wrap: Callable[[Any], Any]) -> "Monitor":
-        """A monitor for a part of the analysis; ``wrap`` makes a result of the whole of a result of the part."""
+    def part(self, wrap: Callable[[Any], Any]) -> "Progress":
+        """A progress for a part of the analysis; ``wrap`` makes a result of the whole of a result of the part."""
         part = copy.copy(self)
         part._build, part._forward = None, lambda build: self.keep(lambda reason: wrap(build(reason)))
         return part

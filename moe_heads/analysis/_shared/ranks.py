@@ -80,7 +80,7 @@ class Ranks:
         self.interrupts = HeldInterrupts()
 
     @property
-    def leads(self) -> bool:
+    def is_rank_zero(self) -> bool:
         """Whether this is rank zero, which decides, shows and writes."""
         return self.rank == 0
 
@@ -93,42 +93,42 @@ class Ranks:
         with self.interrupts:
             yield
 
-    def led(
+    def run_with_sums(
         self,
         evaluate: Callable[[Tensor], Tensor],
-        lead: Callable[[Callable[[Tensor], Tensor]], T],
+        algorithm: Callable[[Callable[[Tensor], Tensor]], T],
         argument: Tensor,
         value: Tensor,
     ) -> T:
-        """Run ``lead(total)`` on rank zero, where ``total(x)`` is the sum of ``evaluate(x)`` over all ranks.
+        """Run ``algorithm(total)`` on rank zero, where ``total(x)`` is the sum of ``evaluate(x)`` over all ranks.
 
         A call of ``total`` is one broadcast and one all-reduce.
 
         Args:
             evaluate: This rank's part of the sum.
-            lead: The algorithm.
+            algorithm: Run on rank zero alone.
             argument: A tensor of the shape, data type and device of each x, 1-D.
             value: The same for ``evaluate(x)``.
 
         Returns:
-            What ``lead`` returned, on every rank.
+            What ``algorithm`` returned, on every rank.
 
         Raises:
             RankError: If another rank failed. An error of this rank is raised as it is; Ctrl-C and the end of the time
                 are raised on all of them.
         """
         if self.size == 1:
-            return lead(evaluate)
+            return algorithm(evaluate)
         with self.working():
             result, error, told = None, None, None
             try:
-                if self.leads:
-                    result = lead(lambda x: self._asked(evaluate, x, argument, value))
+                if self.is_rank_zero:
+                    result = algorithm(lambda x: self._asked(evaluate, x, argument, value))
                 else:
                     told = self._follow(evaluate, argument, value)
             except BaseException as raised:
                 error = raised
-            if self.leads:
+            if self.is_rank_zero:
                 self._send(None, argument)
             try:
                 self._vote(error)
@@ -136,13 +136,13 @@ class Ranks:
                 raise told or failure from None
             return cast(T, self.broadcast(result))
 
-    def first(self, function: Callable[[], T]) -> T:
+    def run_on_rank_zero(self, function: Callable[[], T]) -> T:
         """What rank zero's ``function()`` returns, on every rank; the others wait and do nothing."""
         nothing = torch.empty(0, device=self.device)
-        return self.led(lambda x: x, lambda total: function(), nothing, nothing)
+        return self.run_with_sums(lambda x: x, lambda total: function(), nothing, nothing)
 
     @contextmanager
-    def together(self) -> Iterator[None]:
+    def synchronized(self) -> Iterator[None]:
         """A block that every rank runs; an error in one of them is raised in all at its end.
 
         Raises:
@@ -164,8 +164,8 @@ class Ranks:
         if self.size == 1:
             return value
         with self.working():
-            with self.together():
-                pickled = pickle.dumps(value) if self.leads else b""
+            with self.synchronized():
+                pickled = pickle.dumps(value) if self.is_rank_zero else b""
             # one copy for each rank: gathering would pad those of all ranks to the size of this one
             box = [pickled]
             with self._watched():
@@ -177,7 +177,7 @@ class Ranks:
         if self.size == 1:
             return [value]
         with self.working():
-            with self.together():
+            with self.synchronized():
                 pickled = pickle.dumps(value)  # what cannot be pickled is told before the others wait for it
             return [pickle.loads(found) for found in self._gathered(pickled)]
 

@@ -25,7 +25,7 @@ class ExpertExamples:
     """The images that each of the first 256 experts received with the highest gate, the highest first; on the CPU.
 
     Attributes:
-        images: At most 64 pixels a side, each stretched to its own range of values since it may come normalised, uint8,
+        images: At most 64 pixels a side, each stretched to its own range of values since it may come normalized, uint8,
             (E, n, C, H, W).
         gates: The largest gate of the sample's rows, (E, n), float64; 0 where an expert received fewer than n samples:
             that image means nothing.

@@ -35,7 +35,7 @@ def plot_utilization(
 
     Args:
         name: Name of the head.
-        head: Its utilisation.
+        head: Its utilization.
         class_names: Names of the classes.
         ax: Axes for the class map alone, or for the bars when there is none; by default a new figure for both.
 
@@ -63,7 +63,7 @@ def plot_load(name: str, head: HeadUtilization, ax: "Axes | None" = None) -> "tu
 
     Args:
         name: Name of the head.
-        head: Its utilisation.
+        head: Its utilization.
         ax: Axes to draw on; a new figure by default.
 
     Returns:
@@ -97,7 +97,7 @@ def plot_classes(
 
     Args:
         name: Name of the head.
-        head: Its utilisation, with a class map.
+        head: Its utilization, with a class map.
         class_names: Names of the classes.
         ax: Axes to draw on; a new figure by default.
 
@@ -177,5 +177,5 @@ def _draw_heat(ax: "Axes", values: np.ndarray, label: str) -> None:
     if shares.size <= _MAX_LABELLED_CELLS and shares.shape[1] <= _MAX_LABELLED_EXPERTS:
         for (row, column), share in np.ndenumerate(shares):
             if share is not np.ma.masked and share >= _LEAST_LABELLED:
-                colour = "white" if share < 0.6 * largest else "black"
-                ax.text(column, row, f"{100 * share:.0f}", ha="center", va="center", fontsize=7, color=colour)
+                color = "white" if share < 0.6 * largest else "black"
+                ax.text(column, row, f"{100 * share:.0f}", ha="center", va="center", fontsize=7, color=color)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from moe_heads.analysis._shared.batches import Batch, leaves_of
-from moe_heads.analysis.loss_landscape.routing_flips import Choices, choices_of
+from moe_heads.analysis._shared.routing_flips import Choices, choices_of
 from moe_heads.routing import Routing, RoutingCollection
 
 __all__ = ["EpochChoices"]

@@ -17,8 +17,8 @@ from moe_heads.analysis._shared.copies import on_copies, own_copy
 from moe_heads.analysis._shared.counting import BatchSizeFn
 from moe_heads.analysis._shared.environment import device_of
 from moe_heads.analysis._shared.microbatches import Microbatches
-from moe_heads.analysis._shared.progress import Monitor, TimeUp
 from moe_heads.analysis._shared.preserve import analysis_mode
+from moe_heads.analysis._shared.progress import Progress, TimeUp
 from moe_heads.analysis._shared.ranks import Ranks
 from moe_heads.analysis.expert_utilization.ablation import AblationHits, ablated_heads, ablation_hits
 from moe_heads.analysis.expert_utilization.examples import images_by, images_of
@@ -53,7 +53,7 @@ def expert_utilization(
     num_examples: int = 0,
     ablation: bool = False,
     seed: int = 0,
-    monitor: Monitor | None = None,
+    progress: Progress | None = None,
     ranks: Ranks | None = None,
     batch_size_fn: BatchSizeFn | None = None,
 ) -> ExpertUtilizationResult:
@@ -88,13 +88,13 @@ def expert_utilization(
             model that returns logits; costs a pass of the head for each expert where the model returns the head's
             output, else a pass of the model.
         seed: Seed of the random number generators.
-        monitor: Shows the progress and ends the analysis when its time is over; see `Monitor`.
+        progress: Shows the progress and ends the analysis when its time is over; see `Progress`.
         ranks: The processes that share the work, each with its part of the samples in ``batches``; all of them call
             this function and get the result. By default this process has all samples.
         batch_size_fn: ``batch_size_fn(batch)``, the number of samples of a batch; by default its tensors tell.
 
     Returns:
-        The numbers by head; those of the samples so far when the time of the monitor is over, marked by ``partial``.
+        The numbers by head; those of the samples so far when the time of the progress is over, marked by ``partial``.
 
     Raises:
         ValueError: If an option is out of range, the data is empty, labels are out of range, missing in some batches or
@@ -114,20 +114,20 @@ def expert_utilization(
     check_class_names(class_names)
     check_flags(ablation=ablation)
     options = checked_options(dead_below, starved_below, num_permutations, num_examples, seed)
-    monitor, ranks, listed = monitor or Monitor(), ranks or Ranks(), Batches.of(batches, batch_size_fn)
+    progress, ranks, listed = progress or Progress(), ranks or Ranks(), Batches.of(batches, batch_size_fn)
     sums = _Sums(options)
     if not named_routers(model) and not adapted_routers(model, adapters):
         sums.num_samples = listed.num_samples
         return _result(ranks.gather(sums), names_of_classes(num_classes, class_names))
-    with ranks.together():
+    with ranks.synchronized():
         found_labels = [labels_by(label_fn, own_copy(batch)) for batch in listed]
         num_classes = num_classes_of(found_labels, num_classes, class_names)
     num_classes = max((known for known in ranks.gather(num_classes) if known is not None), default=None)
     if ablation and num_classes is None:
         raise ValueError("ablation: expected labels, to tell the accuracy; got data without")
     names = names_of_classes(num_classes, class_names)
-    with ranks.together(), analysis_mode(model, seed), torch.no_grad():
-        data = Microbatches(listed, device_of(model), monitor)
+    with ranks.synchronized(), analysis_mode(model, seed), torch.no_grad():
+        data = Microbatches(listed, device_of(model), progress)
         forward_fn = on_copies(forward_fn)
         foreign = adapted_routers(model, adapters)
         smaller = ablated_heads(model, _sizes(model)) if ablation else {}
@@ -147,10 +147,10 @@ def expert_utilization(
         try:
             for _, found in data.evaluate(route, copies=False):
                 sums.add(found, num_classes)
-                monitor.keep(lambda partial: _result([replace(sums, partial=partial)], names))
-                monitor.step(sums.num_samples, data.num_samples)
+                progress.keep(lambda partial: _result([replace(sums, partial=partial)], names))
+                progress.step(sums.num_samples, data.num_samples)
         except TimeUp:
-            sums.partial = monitor.end
+            sums.partial = progress.end
     return _result(ranks.gather(sums), names)
 
 

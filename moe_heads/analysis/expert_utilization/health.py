@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
-from moe_heads.analysis.expert_utilization.head import dead_and_starved
 from moe_heads.analysis.expert_utilization.advice import Remedies
+from moe_heads.analysis.expert_utilization.head import dead_and_starved
 from moe_heads.routing import RoutingStats
 
 __all__ = ["LEAST_EXPECTED", "RouterHealth"]

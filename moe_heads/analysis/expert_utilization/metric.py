@@ -1,4 +1,4 @@
-"""Utilisation of the experts of one router as a torchmetrics metric."""
+"""Utilization of the experts of one router as a torchmetrics metric."""
 
 import math
 from dataclasses import fields

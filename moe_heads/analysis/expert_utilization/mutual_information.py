@@ -27,7 +27,7 @@ class MutualInformation:
 def mutual_information(counts: Tensor) -> MutualInformation:
     r"""Mutual information :math:`I(X;Y) = \sum_{xy} p_{xy} \log \frac{p_{xy}}{p_x p_y}` from joint counts.
 
-    Miller's correction adds (m - 1) / 2N to an entropy of m occupied cells, so
+    Miller's correction adds (m - 1) / 2N to an entropy of m prepared cells, so
     :math:`I + (m_X + m_Y - m_{XY} - 1) / 2N` is the corrected estimate.
 
     Args:
@@ -61,8 +61,8 @@ def mutual_information(counts: Tensor) -> MutualInformation:
     information = torch.where(joint > 0, (joint / independent).log(), 0)
     plugin = float((joint * information).sum())
     variance = float((joint * (information - plugin).square()).sum())
-    occupied = [int((cells > 0).sum()) for cells in (joint.sum(1), joint.sum(0), joint)]
-    correction = (occupied[0] + occupied[1] - occupied[2] - 1) / (2 * total)
+    prepared = [int((cells > 0).sum()) for cells in (joint.sum(1), joint.sum(0), joint)]
+    correction = (prepared[0] + prepared[1] - prepared[2] - 1) / (2 * total)
     return MutualInformation(max(plugin, 0.0), plugin + correction, (variance / total) ** 0.5)
 
 

@@ -1,4 +1,4 @@
-"""What an expert utilisation analysis found, and how it is reported."""
+"""What an expert utilization analysis found, and how it is reported."""
 
 import math
 from dataclasses import dataclass
@@ -21,10 +21,10 @@ __all__ = ["ExpertUtilizationResult"]
 
 @dataclass(frozen=True, eq=False)
 class ExpertUtilizationResult:
-    """Expert utilisation of every head of a model that has a router and ran; the properties give one quantity by head.
+    """Expert utilization of every head of a model that has a router and ran; the properties give one quantity by head.
 
     Attributes:
-        heads: Utilisation by the name of the head ("head" when the model is itself the head); empty for a model without
+        heads: Utilization by the name of the head ("head" when the model is itself the head); empty for a model without
             a router, which is no error: a dense head has none.
         class_names: Names of the C classes; empty without labels.
         num_samples: Samples of the data.
@@ -103,8 +103,8 @@ class ExpertUtilizationResult:
 
     def figures(self) -> "dict[str, Figure]":
         """All that can be drawn, ``<head>/<figure>``: load, classes, coactivation, what_each_expert_sees."""
-        from moe_heads.analysis.expert_utilization.figures import plot_classes, plot_coactivation, plot_load
         from moe_heads.analysis.expert_utilization.example_grid import plot_examples
+        from moe_heads.analysis.expert_utilization.figures import plot_classes, plot_coactivation, plot_load
 
         drawn: dict[str, Figure] = {}
         for name, head in self.heads.items():

@@ -1,4 +1,4 @@
-"""Sums over the rows of one router, from which its utilisation follows.
+"""Sums over the rows of one router, from which its utilization follows.
 
 Shapes: B samples, N rows, E experts, C classes.
 """
@@ -137,7 +137,7 @@ class UtilizationSums:
             self._examples = more if there is None else there.merged(more, self._options.num_examples)
 
     def result(self) -> HeadUtilization:
-        """The utilisation of all rows so far.
+        """The utilization of all rows so far.
 
         Raises:
             ValueError: If no row had finite logits.

@@ -1,4 +1,4 @@
-"""Markdown tables of a utilisation."""
+"""Markdown tables of a utilization."""
 
 from collections.abc import Mapping, Sequence
 
@@ -31,7 +31,7 @@ def experts_table(head: HeadUtilization, class_names: Sequence[str]) -> str:
     """
     columns = {"load": [f"{share:.1%}" for share in head.load], "importance": [f"{w:.1%}" for w in head.importance]}
     if head.class_counts is not None and head.specialization is not None:
-        columns["specialisation (nats)"] = [_cell(float(value)) for value in head.specialization]
+        columns["specialization (nats)"] = [_cell(float(value)) for value in head.specialization]
         columns["most frequent classes"] = [_classes(counts, class_names) for counts in head.class_counts.t().tolist()]
     if head.ablation is not None:
         lost = zip(head.ablation.contribution.tolist(), head.ablation.without_stderr.tolist(), strict=True)

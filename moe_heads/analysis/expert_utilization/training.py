@@ -10,9 +10,9 @@ from torch.optim import Optimizer
 
 from moe_heads.analysis._shared.batches import Batch
 from moe_heads.analysis._shared.ranks import Ranks
+from moe_heads.analysis.expert_utilization.advice import remedies_for
 from moe_heads.analysis.expert_utilization.flips import EpochChoices
 from moe_heads.analysis.expert_utilization.health import RouterHealth
-from moe_heads.analysis.expert_utilization.advice import remedies_for
 from moe_heads.analysis.expert_utilization.rows import of_samples
 from moe_heads.analysis.expert_utilization.watch import RouterKind, RoutingWatch
 from moe_heads.routing import Adapters, RoutingCollection, RoutingStats, adapted_routers, named_routers

@@ -47,7 +47,7 @@ class RouterKind:
 
 
 class RoutingWatch:
-    """Utilisation of each router over the training steps of an epoch.
+    """Utilization of each router over the training steps of an epoch.
 
     Attributes:
         kinds: Kind of each router that ran, by name.

@@ -1,4 +1,4 @@
-"""The reading of the clock: wall time between two synchronisations, and device time between two events."""
+"""The reading of the clock: wall time between two synchronizations, and device time between two events."""
 
 import time
 from collections.abc import Callable
@@ -24,7 +24,7 @@ class Sample(NamedTuple):
 class Clock:
     """Times single calls on one device.
 
-    On a CUDA device the wall time includes the launches and the last synchronisation; the device time does not, and is
+    On a CUDA device the wall time includes the launches and the last synchronization; the device time does not, and is
     below it where the host is slower than the device.
 
     Args:

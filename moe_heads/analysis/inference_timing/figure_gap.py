@@ -1,4 +1,4 @@
-"""Figure of the gap between theoretical and realised speed."""
+"""Figure of the gap between theoretical and realized speed."""
 
 import math
 from collections.abc import Sequence
@@ -16,13 +16,13 @@ __all__ = ["plot_gaps"]
 
 
 def plot_gaps(gaps: Sequence[Gap], device: str) -> "Figure":
-    """Ratio of the dense head's time to that of the head, over batch size: realised, theoretical, and of the bounds."""
+    """Ratio of the dense head's time to that of the head, over batch size: realized, theoretical, and of the bounds."""
     figure, ax = axes_of(None, SIZE)
     heads = list(dict.fromkeys(gap.head for gap in gaps))
     several_modes = len({gap.mode for gap in gaps}) > 1
     for index, gap in enumerate(gaps):
-        _draw_realised(
-            ax, gap, f"C{index}", _label(gap, heads, f"realised, {gap.mode}" if several_modes else "realised")
+        _draw_realized(
+            ax, gap, f"C{index}", _label(gap, heads, f"realized, {gap.mode}" if several_modes else "realized")
         )
     for head in heads:
         _draw_theory(ax, [gap for gap in gaps if gap.head == head], heads)
@@ -33,10 +33,10 @@ def plot_gaps(gaps: Sequence[Gap], device: str) -> "Figure":
     return figure
 
 
-def _draw_realised(ax: "Axes", gap: Gap, color: str, label: str) -> None:
+def _draw_realized(ax: "Axes", gap: Gap, color: str, label: str) -> None:
     sizes = [point.batch_size for point in gap.points]
-    ax.plot(sizes, [point.realised for point in gap.points], marker="o", markersize=3, color=color, label=label)
-    low, high = ends_of([(point.low, point.high, point.realised) for point in gap.points])
+    ax.plot(sizes, [point.realized for point in gap.points], marker="o", markersize=3, color=color, label=label)
+    low, high = ends_of([(point.low, point.high, point.realized) for point in gap.points])
     ax.fill_between(sizes, low, high, color=color, alpha=0.25, linewidth=0)
     if gap.break_even is not None and gap.break_even_low is not None and gap.break_even_high is not None:
         ax.axvline(gap.break_even, color=color, linewidth=0.7)

@@ -65,7 +65,7 @@ def short_name(device: str) -> str:
 
 @dataclass(frozen=True)
 class _Line:
-    """Rows of one module in one mode: modules by colour, modes by dashes, caches by marker."""
+    """Rows of one module in one mode: modules by color, modes by dashes, caches by marker."""
 
     module: str
     color: str
@@ -112,7 +112,7 @@ def _lines(rows: Sequence[TimingRow]) -> list[_Line]:
 
 
 def _explain(ax: "Axes", lines: Sequence[_Line]) -> None:
-    """A legend beside the axes: a colour a module and, if there are several, a dash a mode and cache."""
+    """A legend beside the axes: a color a module and, if there are several, a dash a mode and cache."""
     from matplotlib.lines import Line2D
 
     colors = {line.module: line.color for line in lines}

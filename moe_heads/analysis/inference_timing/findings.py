@@ -10,7 +10,7 @@ from moe_heads.analysis._shared.environment import Environment, load_average
 from moe_heads.analysis.inference_timing.arithmetic import flops_of
 from moe_heads.analysis.inference_timing.calls import MODEL
 from moe_heads.analysis.inference_timing.counting import count
-from moe_heads.analysis.inference_timing.gap import GapPoint, gap_of, realised_ratio
+from moe_heads.analysis.inference_timing.gap import GapPoint, gap_of, realized_ratio
 from moe_heads.analysis.inference_timing.heads import STAGES, part_name
 from moe_heads.analysis.inference_timing.intervals import Rounds
 from moe_heads.analysis.inference_timing.result import InferenceTimingResult
@@ -124,7 +124,7 @@ class Findings:
                     size,
                     mode,
                     flops[twin].value / flops[name].value,
-                    *realised_ratio(timed[keys[0]].wall_ms(), timed[keys[1]].wall_ms(), self._sweep.seed),
+                    *realized_ratio(timed[keys[0]].wall_ms(), timed[keys[1]].wall_ms(), self._sweep.seed),
                     bound=dense_bound.ms / head_bound.ms if dense_bound and head_bound else None,
                     dense_bound=dense_bound,
                     head_bound=head_bound,

@@ -8,8 +8,8 @@ from torch import nn
 
 from moe_heads.analysis._shared.batches import Batch, ForwardFn, call_model, to_device
 from moe_heads.analysis._shared.environment import device_of, environment_of
-from moe_heads.analysis._shared.progress import Monitor, TimeUp
 from moe_heads.analysis._shared.preserve import preserved
+from moe_heads.analysis._shared.progress import Progress, TimeUp
 from moe_heads.analysis.inference_timing.calls import named_modules, unseen_modules
 from moe_heads.analysis.inference_timing.findings import Findings
 from moe_heads.analysis.inference_timing.gap import dense_twin
@@ -42,7 +42,7 @@ def inference_timing(
     max_seconds: float = 50.0,
     forward_fn: ForwardFn = call_model,
     seed: int = 0,
-    monitor: Monitor | None = None,
+    progress: Progress | None = None,
 ) -> InferenceTimingResult:
     """Wall time of the forward pass over batch sizes: of the whole, of its parts alone, and of a head's dense twin.
 
@@ -83,11 +83,11 @@ def inference_timing(
             that would end after it, so that a size may have fewer than six. The smallest size is always timed.
         forward_fn: ``forward_fn(model, batch)`` runs the whole model.
         seed: Seed of the order of turns, of the bootstrap and of the random number generators.
-        monitor: Shows the rounds and ends the analysis when its time is over; see `Monitor`.
+        progress: Shows the rounds and ends the analysis when its time is over; see `Progress`.
 
     Returns:
         A row for each batch size, mode and module, the whole model first; the split of the time; the gap of each head.
-        Of the batch sizes that were finished, marked by ``partial``, when the time of the monitor is over.
+        Of the batch sizes that were finished, marked by ``partial``, when the time of the progress is over.
 
     Raises:
         ValueError: If the batch is empty, cannot be repeated (`check_resizable`), or the model takes it at no size, a
@@ -111,7 +111,7 @@ def inference_timing(
     if any(size != num_rows(example_batch) for size in batch_sizes):
         check_resizable(example_batch)
     named = named_modules(model, modules)
-    device, monitor = device_of(model), monitor or Monitor()
+    device, progress = device_of(model), progress or Progress()
     with preserved(model):
         model.eval()
         torch.manual_seed(seed)
@@ -119,7 +119,7 @@ def inference_timing(
         twins, failed = _dense_twins(subject.heads)
         subject = replace(subject, twins=twins)
         with torch.inference_mode():
-            sweep = Sweep(subject, plan, seed, monitor)
+            sweep = Sweep(subject, plan, seed, progress)
             sweep.skipped += failed
             if modules is None:
                 reason = "compiled by TorchScript, which does not show the inputs of its modules"
@@ -128,10 +128,10 @@ def inference_timing(
             try:
                 for size in sorted(batch_sizes):
                     findings.add(size)
-                    monitor.keep(findings.result)
+                    progress.keep(findings.result)
                 sweep.check()
             except TimeUp as error:
-                in_time: InferenceTimingResult = monitor.result_in_time(error)
+                in_time: InferenceTimingResult = progress.result_in_time(error)
                 return in_time
         return findings.result()
 

@@ -14,7 +14,7 @@ from moe_heads.analysis.inference_timing.row import TimingMode
 from moe_heads.capacity import capacity, match_capacity
 from moe_heads.head import Head
 
-__all__ = ["Gap", "GapPoint", "Standing", "break_even", "dense_twin", "gap_of", "realised_ratio"]
+__all__ = ["Gap", "GapPoint", "Standing", "break_even", "dense_twin", "gap_of", "realized_ratio"]
 
 # as in the study's comparison: small heads have few units, and one more is a few percent
 _TOLERANCE = 0.05
@@ -36,7 +36,7 @@ class GapPoint:
         batch_size: Samples of the batch.
         mode: How both heads ran.
         theoretical: Ratio of the floating point operations, the active ones of a sparse head.
-        realised: Ratio of the median times, of runs that took turns.
+        realized: Ratio of the median times, of runs that took turns.
         low: Lower end of its 95 % interval of the sampling (block bootstrap over the rounds).
         high: Upper end.
         bound: Ratio of the least times that the device would need, see `Limits.bound`; None outside eager mode, and
@@ -48,7 +48,7 @@ class GapPoint:
     batch_size: int
     mode: TimingMode
     theoretical: float
-    realised: float
+    realized: float
     low: float
     high: float
     bound: float | None = None
@@ -68,7 +68,7 @@ class GapPoint:
 
 @dataclass(frozen=True)
 class Gap:
-    """Theoretical and realised speed of a head over batch sizes, in one mode.
+    """Theoretical and realized speed of a head over batch sizes, in one mode.
 
     Attributes:
         head: Name of the head.
@@ -123,7 +123,7 @@ def gap_of(head: str, mode: TimingMode, cache: Cache, heads: tuple[Head, Head], 
     parameters, dense_parameters = (capacity(module).total for module in heads)
     gap = Gap(head, mode, parameters, dense_parameters, tuple(points), None, cache=cache)
     sizes = [point.batch_size for point in points]
-    crossing = break_even(sizes, [point.realised for point in points])
+    crossing = break_even(sizes, [point.realized for point in points])
     # the largest size tells when the lower ends cross as well
     high = break_even(sizes, [point.low / (1 + gap.allowance) for point in points])
     if crossing is None or high is None:
@@ -145,7 +145,7 @@ def dense_twin(head: Head) -> Head:
     return twin.to(parameter.device, parameter.dtype).requires_grad_(False).eval()
 
 
-def realised_ratio(dense: Rounds, head: Rounds, seed: int) -> tuple[float, float, float]:
+def realized_ratio(dense: Rounds, head: Rounds, seed: int) -> tuple[float, float, float]:
     """Ratio of the median times in the rounds that both took part in, and the interval of its sampling."""
     rounds = paired([dense, head])
     medians = [float(np.median([time for found in module for time in found])) for module in rounds]

@@ -38,7 +38,7 @@ class InferenceTimingResult:
         partial: Why the analysis ended before its time; "" for one that is whole.
         skipped: What was not timed, and why.
         parts: Where the time goes, in eager mode.
-        gaps: Theoretical and realised speed of each head with a router, beside a dense head of equal capacity.
+        gaps: Theoretical and realized speed of each head with a router, beside a dense head of equal capacity.
         power: Energy and clocks of a GPU by batch size; empty where they cannot be read.
         uncounted: How often each operator whose arithmetic ``flops`` leaves out ran in one pass of the model.
         peak_flops: Floating point operations a second of a matrix product, measured; None where it was not.
@@ -83,7 +83,7 @@ class InferenceTimingResult:
         for gap in self.gaps:
             mode = "" if gap.mode == "eager" else f"/{gap.mode}"
             for point in gap.points:
-                values[f"{gap.head}/batch{point.batch_size}{mode}/speedup"] = point.realised
+                values[f"{gap.head}/batch{point.batch_size}{mode}/speedup"] = point.realized
                 values[f"{gap.head}/batch{point.batch_size}{mode}/theoretical_speedup"] = point.theoretical
             if gap.break_even is not None:
                 values[f"{gap.head}{mode}/break_even_batch"] = gap.break_even
@@ -106,7 +106,7 @@ class InferenceTimingResult:
         return plot_throughput(self.rows, self.environment.device)[0]
 
     def plot_gap(self) -> "Figure | None":
-        """Realised against theoretical ratio over batch size; None where there is no head with a router."""
+        """Realized against theoretical ratio over batch size; None where there is no head with a router."""
         from moe_heads.analysis.inference_timing.figure_gap import plot_gaps
 
         return plot_gaps(self.gaps, self.environment.device) if self.gaps else None

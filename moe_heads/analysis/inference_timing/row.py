@@ -25,7 +25,7 @@ class Key(NamedTuple):
 
 @dataclass(frozen=True)
 class TimingRow:
-    """Wall times of one module at one batch size, synchronised with the device before each reading of the clock.
+    """Wall times of one module at one batch size, synchronized with the device before each reading of the clock.
 
     Attributes:
         batch_size: Samples of a batch.

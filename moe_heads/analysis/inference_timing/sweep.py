@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from moe_heads.analysis._shared.microbatches import free_memory, is_out_of_memory
-from moe_heads.analysis._shared.progress import Monitor
+from moe_heads.analysis._shared.progress import Progress
 from moe_heads.analysis.inference_timing.calls import MODEL, Call
 from moe_heads.analysis.inference_timing.clock import Clock
 from moe_heads.analysis.inference_timing.contenders import contenders_of, warm_up_all
@@ -31,7 +31,7 @@ class Sweep:
         subject: What is timed.
         plan: How.
         seed: Seed of the order of turns.
-        monitor: Shows the progress and ends the sweep in time.
+        progress: Shows the progress and ends the sweep in time.
 
     Attributes:
         skipped: What was not timed.
@@ -41,7 +41,7 @@ class Sweep:
     subject: Subject
     plan: TimingPlan
     seed: int
-    monitor: Monitor
+    progress: Progress
     skipped: list[Skipped] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -86,7 +86,7 @@ class Sweep:
         kept = self._affordable(size, calls)
         if not kept:
             return {}
-        tick = self.monitor.tick
+        tick = self.progress.tick
         try:
             contenders, failed = contenders_of(
                 size, kept, self.plan, self.subject.device, forgive=self._outlook.forgive, tick=tick
@@ -116,12 +116,12 @@ class Sweep:
         free_memory()
         self.skipped.append(Skipped(size, None, None, reason))
         self._done += _STEPS_PER_SIZE
-        self.monitor.step(self._done, self._total)
+        self.progress.step(self._done, self._total)
 
     def _show(self, size: int, share: float) -> None:
         # the last step is that of the whole
         done = self._done + int(share * (_STEPS_PER_SIZE - 1))
-        self.monitor.step(done + (share >= 1), self._total, batch_size=size)
+        self.progress.step(done + (share >= 1), self._total, batch_size=size)
 
     def _affordable(self, size: int, calls: Mapping[str, Call]) -> Mapping[str, Call]:
         """The calls that there is time for, now that a pass is known: all of them, those of heads, or none."""

@@ -60,7 +60,7 @@ def gap_tables(gaps: Sequence[Gap]) -> list[str]:
             f"**{gap.head} beside a dense head of equal capacity** ({_how(gap.mode, gap.cache)}; {gap.parameters:,} "
             f"and {gap.dense_parameters:,} parameters): {gap.verdict()}."
         )
-        heading = ("batch", "theoretical", "realised", "95 % interval", "ratio of bounds", "bound by (dense, head)")
+        heading = ("batch", "theoretical", "realized", "95 % interval", "ratio of bounds", "bound by (dense, head)")
         found.append(f"{title}\n\n{_table(heading, [_gap_line(point) for point in gap.points])}")
     return found
 
@@ -70,7 +70,7 @@ def _gap_line(point: GapPoint) -> tuple[str, ...]:
     return (
         f"{point.batch_size}",
         f"{point.theoretical:.3g}",
-        f"{point.realised:.3g}",
+        f"{point.realized:.3g}",
         _interval(point.low, point.high),
         _number(point.bound, 3),
         by,

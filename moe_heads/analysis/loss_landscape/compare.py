@@ -17,7 +17,7 @@ __all__ = ["plot_lines"]
 
 
 def plot_lines(results: "Mapping[str, LossLandscapeResult]", ax: "Axes | None" = None) -> "tuple[Figure, Axes]":
-    """Rise of the loss over α of several models, that with fixed routing dashed in the same colour.
+    """Rise of the loss over α of several models, that with fixed routing dashed in the same color.
 
     Args:
         results: Landscapes along a line, by name.

@@ -13,17 +13,17 @@ from moe_heads.analysis._shared.counting import BatchSizeFn, BatchWeightFn
 from moe_heads.analysis._shared.environment import device_of
 from moe_heads.analysis._shared.mean_check import check_mean
 from moe_heads.analysis._shared.microbatches import Microbatches
-from moe_heads.analysis._shared.progress import Monitor, TimeUp
+from moe_heads.analysis._shared.parameter_path import ParameterPath
 from moe_heads.analysis._shared.parameters import Selection
 from moe_heads.analysis._shared.preserve import Original, analysis_mode
+from moe_heads.analysis._shared.progress import Progress, TimeUp
 from moe_heads.analysis._shared.ranks import Ranks
-from moe_heads.analysis._shared.walk import Walk
 from moe_heads.analysis.loss_landscape.directions import (
     Biases,
     filter_normalized,
     layer_normalized,
-    legs_of,
     random_direction,
+    steps_of,
 )
 from moe_heads.analysis.loss_landscape.grid import grid_of
 from moe_heads.analysis.loss_landscape.point import NUM_SUMS, Point
@@ -69,7 +69,7 @@ def direction_sweep(
     params: Selection | None = None,
     fixed_routing: bool | None = None,
     seed: int = 0,
-    monitor: Monitor | None = None,
+    progress: Progress | None = None,
     ranks: Ranks | None = None,
     batch_size_fn: BatchSizeFn | None = None,
     batch_weight_fn: BatchWeightFn | None = None,
@@ -93,17 +93,17 @@ def direction_sweep(
         fixed_routing: See `loss_landscape`.
         seed: Seed of the directions, which are those of the seeds ``seed * K``, ``seed * K + 1``, …, and of the random
             number generators at every point.
-        monitor: Shows the points and ends the analysis when its time is over; see `Monitor`.
+        progress: Shows the points and ends the analysis when its time is over; see `Progress`.
         ranks: The processes that share the work; see `loss_landscape`.
         batch_size_fn: ``batch_size_fn(batch)``, the number of samples of a batch; by default its tensors tell.
         batch_weight_fn: ``batch_weight_fn(batch)``, the weight of its loss, where that is no mean over the samples; by
             default the number of samples.
 
     Returns:
-        The losses of all directions, those that were finished when the time of the monitor is over.
+        The losses of all directions, those that were finished when the time of the progress is over.
 
     Raises:
-        ValueError: If an argument does not fit, the data is empty, or the loss is not finite at the centre.
+        ValueError: If an argument does not fit, the data is empty, or the loss is not finite at the center.
 
     Example:
         >>> import torch
@@ -118,7 +118,7 @@ def direction_sweep(
     check_seed(seed)
     axis = grid_of("alphas", alphas, reach, num_points)
     holds = can_hold_routing(model) if fixed_routing is None else fixed_routing
-    monitor, ranks = monitor or Monitor(), ranks or Ranks()
+    progress, ranks = progress or Progress(), ranks or Ranks()
 
     def direction(number: int) -> Tensor:
         # int: a generator takes no whole numbers of NumPy
@@ -126,12 +126,12 @@ def direction_sweep(
             model, seed * int(num_directions) + number, normalization, params=params, biases=biases
         )
 
-    with ranks.together():
+    with ranks.synchronized():
         given = Batches.of(batches, batch_size_fn, batch_weight_fn)
-    check_mean(model, loss_fn, given, monitor=monitor, ranks=ranks, seed=seed)
+    check_mean(model, loss_fn, given, progress=progress, ranks=ranks, seed=seed)
     with analysis_mode(model, seed) as original:
-        with ranks.together():
-            data = Microbatches(given, device_of(model), monitor if ranks.leads else Monitor())
+        with ranks.synchronized():
+            data = Microbatches(given, device_of(model), progress if ranks.is_rank_zero else Progress())
             fan = _Fan(model, direction, params, original)
             survey = Survey(model, fan.walk, loss_fn, None, data, hold_routing=holds, seed=seed)
 
@@ -141,11 +141,11 @@ def direction_sweep(
             survey.turn_to(fan.turned(round(number)), is_new=is_new)
             return survey.measure([alpha]).to(ranks.device)
 
-        def lead(total: Callable[[Tensor], Tensor]) -> DirectionSweepResult:
-            return _swept(lambda place: total(place.to(ranks.device)), axis, num_directions, seed, monitor)
+        def algorithm(total: Callable[[Tensor], Tensor]) -> DirectionSweepResult:
+            return _swept(lambda place: total(place.to(ranks.device)), axis, num_directions, seed, progress)
 
         message = torch.zeros(2, dtype=torch.float64, device=ranks.device)
-        return ranks.led(measure, lead, message, message.new_zeros(NUM_SUMS))
+        return ranks.run_with_sums(measure, algorithm, message, message.new_zeros(NUM_SUMS))
 
 
 class _Fan:
@@ -166,7 +166,7 @@ class _Fan:
         """Whether it has walked along the direction of that number before."""
         return number in self._seen
 
-    def turned(self, number: int) -> Walk:
+    def turned(self, number: int) -> ParameterPath:
         """The walk along the direction of that number."""
         if number != self._number:
             self.walk.go([0.0])  # directions are scaled by the model as it was
@@ -175,20 +175,20 @@ class _Fan:
             self.walk = self._walk()
         return self.walk
 
-    def _walk(self) -> Walk:
+    def _walk(self) -> ParameterPath:
         flat = self._direction(self._number)
-        return Walk(self._model, [legs_of(self._model, flat, "direction", self._params)], self._original)
+        return ParameterPath(self._model, [steps_of(self._model, flat, "direction", self._params)], self._original)
 
 
 def _swept(
-    total: Callable[[Tensor], Tensor], axis: Tensor, num_directions: int, seed: int, monitor: Monitor
+    total: Callable[[Tensor], Tensor], axis: Tensor, num_directions: int, seed: int, progress: Progress
 ) -> DirectionSweepResult:
-    """Measure the end of each direction, then one after the other, inwards; the centre is the same of all."""
-    centre = Point.of(total(torch.zeros(2, dtype=torch.float64)))
-    if not math.isfinite(centre.loss):
-        raise ValueError(f"loss_fn: expected a finite loss of the model as it is; got {centre.loss}")
+    """Measure the end of each direction, then one after the other, inwards; the center is the same of all."""
+    center = Point.of(total(torch.zeros(2, dtype=torch.float64)))
+    if not math.isfinite(center.loss):
+        raise ValueError(f"loss_fn: expected a finite loss of the model as it is; got {center.loss}")
     rows: list[list[Point]] = []
-    known = [{0.0: centre} for _ in range(num_directions)]
+    known = [{0.0: center} for _ in range(num_directions)]
     outside = sorted((alpha for alpha in axis.tolist() if alpha), key=lambda alpha: -abs(alpha))
     # the far end of every direction first: what is computed once is compared with plain passes there
     visits = [(number, outside[0]) for number in range(num_directions)]
@@ -200,24 +200,24 @@ def _swept(
         return DirectionSweepResult(
             alphas=axis,
             losses=losses,
-            losses_fixed_routing=None if math.isnan(centre.fixed) else fixed,
-            routing_flips=None if math.isnan(centre.flips) else flips,
-            center_loss=centre.loss,
-            num_samples=centre.num_samples,
+            losses_fixed_routing=None if math.isnan(center.fixed) else fixed,
+            routing_flips=None if math.isnan(center.flips) else flips,
+            center_loss=center.loss,
+            num_samples=center.num_samples,
             seed=seed,
             num_unmeasured=num_directions - len(rows),
             partial=partial,
         )
 
     try:
-        monitor.step(1, 1 + len(visits))
+        progress.step(1, 1 + len(visits))
         for done, (number, alpha) in enumerate(visits, start=2):
             known[number][alpha] = Point.of(total(torch.tensor([number, alpha], dtype=torch.float64)))
             if known[number].keys() >= {*axis.tolist()}:
                 rows.append([known[number][place] for place in axis.tolist()])
-                monitor.keep(result)
-            monitor.step(done, 1 + len(visits))
+                progress.keep(result)
+            progress.step(done, 1 + len(visits))
     except TimeUp as error:
-        in_time: DirectionSweepResult = monitor.result_in_time(error)
+        in_time: DirectionSweepResult = progress.result_in_time(error)
         return in_time
     return result()

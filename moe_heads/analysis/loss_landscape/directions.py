@@ -1,4 +1,4 @@
-"""Directions in the space of a model's parameters: random ones, their normalisation (Li et al. 2018), other weights.
+"""Directions in the space of a model's parameters: random ones, their normalization (Li et al. 2018), other weights.
 
 A direction is a flat vector (P,) over the parameters that require a gradient, or those of them that are selected, in
 the order of ``model.named_parameters()``: the order of the eigenvectors that `sharpness` gives. Or it is a state dict,
@@ -13,12 +13,11 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvTransposeNd
 
+from moe_heads.analysis._shared.parameter_path import Steps, Target
 from moe_heads.analysis._shared.parameters import Selection, trainable_parameters
-from moe_heads.analysis._shared.walk import Legs, Towards
 from moe_heads.checks import check_option
 
-__all__ = ["Biases", "Direction", "filter_normalized", "layer_normalized", "legs_of", "random_direction"]
-__all__ += ["split_direction"]
+__all__ = ["Biases", "Direction", "filter_normalized", "layer_normalized", "random_direction", "steps_of"]
 
 Direction = Tensor | Mapping[str, Tensor]
 """A flat vector, or a state dict to go towards."""
@@ -30,8 +29,8 @@ Biases = Literal["zero", "normalized"]
 _NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
 
 
-def legs_of(model: nn.Module, direction: Direction, name: str, params: Selection | None = None) -> Legs:
-    """What a `Walk` takes of a direction.
+def steps_of(model: nn.Module, direction: Direction, name: str, params: Selection | None = None) -> Steps:
+    """What a `ParameterPath` takes of a direction.
 
     Raises:
         ValueError: If it does not fit the model.
@@ -200,7 +199,7 @@ def _resized(parameter: Tensor, part: Tensor, num_filter_dims: int = 0) -> Tenso
     return torch.where(length > 0, part * (wanted / length), 0)
 
 
-def _towards(model: nn.Module, state: Mapping[str, Tensor], name: str, params: Selection | None) -> Legs:
+def _towards(model: nn.Module, state: Mapping[str, Tensor], name: str, params: Selection | None) -> Steps:
     """The parameters and floating-point buffers of a state dict; those of ``params`` alone where it is given."""
     parameters = trainable_parameters(model, params, only_real=False)
     here: dict[str, Tensor] = {**parameters}
@@ -210,7 +209,7 @@ def _towards(model: nn.Module, state: Mapping[str, Tensor], name: str, params: S
     missing = [key for key in parameters if key not in state]
     if missing:
         raise ValueError(f"{name}: expected a state with all trainable parameters; got one without {missing[0]!r}")
-    legs: dict[str, Towards] = {}
+    steps: dict[str, Target] = {}
     for key, tensor in here.items():
         if key not in state:
             continue
@@ -220,5 +219,5 @@ def _towards(model: nn.Module, state: Mapping[str, Tensor], name: str, params: S
             raise ValueError(f"{name}: expected finite {key!r} of shape {tuple(tensor.shape)}; got {got}")
         end = end.to(tensor.device, tensor.dtype)
         if not torch.equal(end, tensor):
-            legs[key] = Towards(end)
-    return legs
+            steps[key] = Target(end)
+    return steps

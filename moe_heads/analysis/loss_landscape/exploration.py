@@ -1,4 +1,4 @@
-"""One landscape from its centre to its last point, and the result at any moment on the way."""
+"""One landscape from its center to its last point, and the result at any moment on the way."""
 
 import math
 from collections.abc import Mapping
@@ -58,7 +58,7 @@ class Exploration:
             self.scan.visit_grid()
             self.scan.refine(refine)
         except TimeUp as error:
-            in_time: LossLandscapeResult = self.scan.monitor.result_in_time(error)
+            in_time: LossLandscapeResult = self.scan.progress.result_in_time(error)
             return in_time
         finally:
             self.scan.close()
@@ -73,14 +73,14 @@ class Exploration:
             betas=scan.axes[1] if len(scan.axes) > 1 else None,
             losses=losses,
             accuracies=accuracies if self.has_accuracy else None,
-            routing_flips=flips if not math.isnan(scan.centre.flips) else None,
-            center_loss=scan.centre.loss,
-            center_accuracy=scan.centre.accuracy if self.has_accuracy else None,
-            num_samples=scan.centre.num_samples,
+            routing_flips=flips if not math.isnan(scan.center.flips) else None,
+            center_loss=scan.center.loss,
+            center_accuracy=scan.center.accuracy if self.has_accuracy else None,
+            num_samples=scan.center.num_samples,
             seed=self.seed,
             num_unmeasured=scan.num_missing,
             partial=partial,
-            losses_fixed_routing=fixed if not math.isnan(scan.centre.fixed) else None,
+            losses_fixed_routing=fixed if not math.isnan(scan.center.fixed) else None,
             checks=tuple(self.checks),
             direction_norms=self.norms,
             reused=features.names,
@@ -99,7 +99,7 @@ class Exploration:
             return _smooth(self.scan.measure(place))
 
         epsilon = torch.finfo(self.survey.dtype).eps
-        check = check_curvature(loss_at, _smooth(self.scan.centre), exact, spacing, epsilon)
+        check = check_curvature(loss_at, _smooth(self.scan.center), exact, spacing, epsilon)
         self.checks.append(replace(check, direction=dim + 1))
 
 

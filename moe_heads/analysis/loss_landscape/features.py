@@ -20,14 +20,14 @@ _CPU_MEMORY, _SHARE_OF_GPU = 2**30, 1 / 4
 
 
 class Features(Saving):
-    """Outputs of the modules before the moved tensors, kept at the centre and handed out wherever the inputs recur.
+    """Outputs of the modules before the moved tensors, kept at the center and handed out wherever the inputs recur.
 
     A module none of whose tensors moves gives the same outputs for the same inputs. So each call is replayed only where
     its inputs are those of a kept one, the same tensors or equal to the bit; where they are not, it is made. What
     happens after a module that moves has run is not kept: its inputs would not recur. Left out are modules that draw
     random numbers, hold a router (its choices are collected by hooks) or have hooks inside, and passes with a graph.
 
-    Nothing is replayed while the centre is recorded. A module that changes something besides its output, or looks at
+    Nothing is replayed while the center is recorded. A module that changes something besides its output, or looks at
     a moved tensor that it does not hold, would go unnoticed, so the first points are measured both ways: see `Saving`.
 
     Args:
@@ -68,11 +68,11 @@ class Features(Saving):
         return intercepted([*self._modules, *self._owners], self._called)
 
     def begin(self, index: int, *, records: bool) -> None:
-        """The next pass is over this batch, at the centre if it records."""
+        """The next pass is over this batch, at the center if it records."""
         self._index, self._records, self._is_before = index, records, True
 
     def forget(self) -> None:
-        """Let go of what was kept: the centre is measured anew."""
+        """Let go of what was kept: the center is measured anew."""
         self._calls, self._sizes = {}, {}
 
     @override

@@ -98,15 +98,15 @@ def plot_plane(
     trajectory: "Trajectory | None" = None,
     ax: "Axes | None" = None,
 ) -> "tuple[Figure, Axes]":
-    """A quantity over α and β as colour with contour lines; cells without a finite value are hatched.
+    """A quantity over α and β as color with contour lines; cells without a finite value are hatched.
 
     Args:
         alphas: (A,).
         betas: (B,).
         heights: (A, B).
         quantity: What it is.
-        limits: Values of the first and the last colour; by default the smallest and the largest there are.
-        scale: Of the colours.
+        limits: Values of the first and the last color; by default the smallest and the largest there are.
+        scale: Of the colors.
         title: Heading.
         trajectory: To be drawn on it.
         ax: See `axes_of`.
@@ -144,8 +144,8 @@ def _draw_heights(
     from matplotlib.colors import LogNorm, Normalize
 
     norm = (LogNorm if scale == "log" else Normalize)(*limits)
-    colours = ax.pcolormesh(*axes, heights, norm=norm, cmap="viridis", shading="nearest")
-    bar = figure.colorbar(colours, ax=ax)
+    colors = ax.pcolormesh(*axes, heights, norm=norm, cmap="viridis", shading="nearest")
+    bar = figure.colorbar(colors, ax=ax)
     bar.ax.tick_params(labelsize=_SMALL)
     low, high = float(heights.min()), float(heights.max())
     if high > low:

@@ -8,19 +8,18 @@ from torch import Tensor, nn
 
 from moe_heads.analysis._shared.batch_list import Batches
 from moe_heads.analysis._shared.batches import Batch, LossFn, leaves_of
-from moe_heads.analysis._shared.function_identity import code_of
 from moe_heads.analysis._shared.counting import BatchSizeFn, BatchWeightFn
 from moe_heads.analysis._shared.digest import digest_of
 from moe_heads.analysis._shared.environment import device_of
+from moe_heads.analysis._shared.function_identity import code_of
 from moe_heads.analysis._shared.mean_check import check_mean
 from moe_heads.analysis._shared.microbatches import Microbatches
-from moe_heads.analysis._shared.progress import Monitor
+from moe_heads.analysis._shared.parameter_path import ParameterPath, Steps
 from moe_heads.analysis._shared.parameters import Selection
 from moe_heads.analysis._shared.preserve import analysis_mode
+from moe_heads.analysis._shared.progress import Progress
 from moe_heads.analysis._shared.ranks import Ranks
-from moe_heads.analysis._shared.walk import Legs, Walk
-from moe_heads.analysis.sharpness.hessian.directional import directional_curvatures
-from moe_heads.analysis.loss_landscape.directions import Direction, legs_of
+from moe_heads.analysis.loss_landscape.directions import Direction, steps_of
 from moe_heads.analysis.loss_landscape.exploration import POINTS_A_CHECK, Exploration
 from moe_heads.analysis.loss_landscape.grid import grid_of
 from moe_heads.analysis.loss_landscape.point import NUM_SUMS
@@ -29,11 +28,12 @@ from moe_heads.analysis.loss_landscape.result import LossLandscapeResult
 from moe_heads.analysis.loss_landscape.scan import Scan
 from moe_heads.analysis.loss_landscape.survey import AccuracyFn, Survey, can_hold_routing
 from moe_heads.analysis.loss_landscape.trajectory import Trajectory
+from moe_heads.analysis.sharpness.hessian.directional import directional_curvatures
 from moe_heads.checks import check_at_least, check_flags, check_seed
 
 __all__ = ["loss_landscape"]
 
-# Reach of the default grids: that of the study along a unit vector, that of Li et al. on a filter-normalised plane.
+# Reach of the default grids: that of the study along a unit vector, that of Li et al. on a filter-normalized plane.
 _REACH_1D, _REACH_2D = 0.5, 1.0
 
 
@@ -55,7 +55,7 @@ def loss_landscape(
     resume: str | os.PathLike[str] | None = None,
     trajectory: Trajectory | None = None,
     seed: int = 0,
-    monitor: Monitor | None = None,
+    progress: Progress | None = None,
     ranks: Ranks | None = None,
     batch_size_fn: BatchSizeFn | None = None,
     batch_weight_fn: BatchWeightFn | None = None,
@@ -63,17 +63,17 @@ def loss_landscape(
     r"""Mean loss at :math:`\theta + \alpha d_1`, or at :math:`\theta + \alpha d_1 + \beta d_2`.
 
     :math:`L(\theta) = \frac{1}{N} \sum_i \ell_i(\theta)` over all samples of ``batches``, in evaluation mode. The
-    directions are used as they are given: normalise them first (the unit top eigenvector of `sharpness` in one
+    directions are used as they are given: normalize them first (the unit top eigenvector of `sharpness` in one
     dimension; `filter_normalized` of two random directions, or the two of a `trajectory_plane`, on a plane). A loss
     that is nan or inf stays so.
 
-    With routers of this package in the model, the share of samples that choose other experts than at the centre is
-    recorded too, and the loss with the choices of the centre held (see `moe_heads.fixed_routing`): the difference is
+    With routers of this package in the model, the share of samples that choose other experts than at the center is
+    recorded too, and the loss with the choices of the center held (see `moe_heads.fixed_routing`): the difference is
     what the jumps of a sparse head do to the landscape. It costs a second pass for the batches where a choice changed,
     through the modules with a router only.
 
     Modules that lie before everything that moves, the backbone below a head, are evaluated once for each batch; that
-    this changes nothing is checked at the first point off the centre. Where loss and accuracy call the model on the
+    this changes nothing is checked at the first point off the center. Where loss and accuracy call the model on the
     same inputs, one pass serves both.
 
     The model is evaluated inside `analysis_mode` and left bit for bit as it was, also after an error. A loss that draws
@@ -91,7 +91,7 @@ def loss_landscape(
         alphas: Coordinates along the first direction, increasing; by default ``num_points`` of equal distance in
             [-0.5, 0.5] for a line, in [-1, 1] for a plane. A rounding error in place of zero is taken for zero.
         betas: Coordinates along the second direction; by default as ``alphas`` has it.
-        num_points: Number of coordinates where they are not given. An odd number holds the centre; 21 as in the study.
+        num_points: Number of coordinates where they are not given. An odd number holds the center; 21 as in the study.
         params: The parameters that the directions are over: tensors, or names of parameters or modules such as
             ``["head"]``; by default all that require a gradient. The others stay.
         accuracy_fn: ``accuracy_fn(model, batch) -> scalar``, the mean over the samples, also evaluated everywhere.
@@ -103,12 +103,12 @@ def loss_landscape(
         resume: A file to which the points are written as they come, and from which they are taken if it is there; by
             default none. Weights, samples and directions have to be the same to the bit (keep an eigenvector with the
             file: another process may find one that differs by rounding); loss and accuracy have to be of the same code,
-            as far as `code_of` sees it, and to give the same at the centre. On several ranks rank zero's file counts,
+            as far as `code_of` sees it, and to give the same at the center. On several ranks rank zero's file counts,
             for as many ranks only.
         trajectory: The run whose `trajectory_plane` this is, to be drawn on it.
         seed: Seed of the random number generators at every point.
-        monitor: Shows the points, the centre first, and ends the analysis when its time is over; see
-            `Monitor`.
+        progress: Shows the points, the center first, and ends the analysis when its time is over; see
+            `Progress`.
         ranks: The processes that share the work, each with its part of the samples in ``batches``; all of them call
             this function with the same directions and grids, and get the result. By default this process has all
             samples.
@@ -117,12 +117,12 @@ def loss_landscape(
             default the number of samples.
 
     Returns:
-        The losses on the grid, with accuracies and routing flips of the same shape. When the time of the monitor is
-        over, those near the centre, marked by ``partial``.
+        The losses on the grid, with accuracies and routing flips of the same shape. When the time of the progress is
+        over, those near the center, marked by ``partial``.
 
     Raises:
         ValueError: If a direction or grid does not fit, the data is empty, the loss is not a scalar or not finite at
-            the centre, a router cannot be held fixed, or the file is damaged, or of another model, data, direction,
+            the center, a router cannot be held fixed, or the file is damaged, or of another model, data, direction,
             loss or accuracy.
         RuntimeError: If the curvature is to be checked and a layer has no second derivative.
 
@@ -142,41 +142,41 @@ def loss_landscape(
     """
     check_seed(seed)
     check_flags(check_curvatures=check_curvatures)
-    legs = [legs_of(model, direction1, "direction1", params)]
+    steps = [steps_of(model, direction1, "direction1", params)]
     if direction2 is not None:
-        legs.append(legs_of(model, direction2, "direction2", params))
+        steps.append(steps_of(model, direction2, "direction2", params))
     axes = _axes(alphas, betas, num_points, is_plane=direction2 is not None)
     holds = _checked_options(model, refine, fixed_routing, is_plane=direction2 is not None)
-    monitor, ranks = monitor or Monitor(), ranks or Ranks()
-    with ranks.together():
+    progress, ranks = progress or Progress(), ranks or Ranks()
+    with ranks.synchronized():
         data = Batches.of(batches, batch_size_fn, batch_weight_fn)
-    check_mean(model, loss_fn, data, monitor=monitor, ranks=ranks, seed=seed)
+    check_mean(model, loss_fn, data, progress=progress, ranks=ranks, seed=seed)
     with analysis_mode(model, seed) as original:
         record = None
         if resume is not None:
             functions = {"loss_fn": loss_fn, "accuracy_fn": accuracy_fn}
-            record = _record(resume, model, data, legs, functions, [holds, seed], ranks)
+            record = _record(resume, model, data, steps, functions, [holds, seed], ranks)
         exact: dict[int, float] = {}
         if check_curvatures:
             flat = {dim: one for dim, one in enumerate((direction1, direction2)) if isinstance(one, Tensor)}
             curvatures = directional_curvatures(
-                model, loss_fn, data, [*flat.values()], params=params, seed=seed, monitor=monitor, ranks=ranks
+                model, loss_fn, data, [*flat.values()], params=params, seed=seed, progress=progress, ranks=ranks
             )
             exact = dict(zip(flat, curvatures, strict=True))
-        with ranks.together():
-            microbatches = Microbatches(data, device_of(model), monitor if ranks.leads else Monitor())
-            walk = Walk(model, legs, original)
+        with ranks.synchronized():
+            microbatches = Microbatches(data, device_of(model), progress if ranks.is_rank_zero else Progress())
+            walk = ParameterPath(model, steps, original)
             survey = Survey(model, walk, loss_fn, accuracy_fn, microbatches, hold_routing=holds, seed=seed)
         place = torch.zeros(len(axes), dtype=torch.float64, device=ranks.device)
 
-        def lead(total: Callable[[Tensor], Tensor]) -> LossLandscapeResult:
-            scan = Scan(axes, lambda point: total(point.to(ranks.device)), monitor, record)
+        def algorithm(total: Callable[[Tensor], Tensor]) -> LossLandscapeResult:
+            scan = Scan(axes, lambda point: total(point.to(ranks.device)), progress, record)
             scan.num_extra = refine + POINTS_A_CHECK * len(exact)
             found = Exploration(scan, survey, walk.norms, accuracy_fn is not None, seed, trajectory)
             return found.run(exact, refine)
 
-        return ranks.led(
-            lambda point: survey.measure(point.tolist()).to(ranks.device), lead, place, place.new_zeros(NUM_SUMS)
+        return ranks.run_with_sums(
+            lambda point: survey.measure(point.tolist()).to(ranks.device), algorithm, place, place.new_zeros(NUM_SUMS)
         )
 
 
@@ -213,14 +213,14 @@ def _record(
     path: str | os.PathLike[str],
     model: nn.Module,
     data: Batches,
-    legs: Sequence[Legs],
+    steps: Sequence[Steps],
     functions: Mapping[str, Callable[..., Tensor] | None],
     options: Sequence[bool | int],
     ranks: Ranks,
 ) -> Record:
     # each rank has samples of its own
     samples = ranks.gather(digest_of([*(leaf for batch in data for leaf in leaves_of(batch)), data.weights]))
-    ways = [part for way in legs for name, leg in way.items() for part in (name, getattr(leg, "end", leg))]
+    ways = [part for way in steps for name, step in way.items() for part in (name, getattr(step, "end", step))]
     weights = [*model.parameters(), *model.buffers()]
     codes = {name: [code_of(function)] for name, function in functions.items()}
     return Record(path, {"weights": weights, "samples": samples, "directions": ways, **codes, "options": options})

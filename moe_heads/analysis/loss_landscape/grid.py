@@ -1,4 +1,4 @@
-"""Coordinates along a direction, with the centre among them wherever it can be."""
+"""Coordinates along a direction, with the center among them wherever it can be."""
 
 from collections.abc import Sequence
 

@@ -29,7 +29,7 @@ class MeasuredLandscape:
         betas: Coordinates along the second direction, (B,); None in 1-D.
         losses: Mean loss over the samples, (A,) or (A, B); nan and inf as the model gave them.
         accuracies: Mean of ``accuracy_fn``, same shape; None when not asked for.
-        routing_flips: Share of the samples (0 to 1) whose set of chosen experts is not that at the centre, same shape;
+        routing_flips: Share of the samples (0 to 1) whose set of chosen experts is not that at the center, same shape;
             the mean over the heads. A soft router chooses its largest gate. None when no router ran.
         center_loss: Loss of the model as it is, measured by itself.
         center_accuracy: Accuracy of the model as it is; None when not asked for.
@@ -37,7 +37,7 @@ class MeasuredLandscape:
         seed: Seed of the random number generators at every point.
         num_unmeasured: Points that the analysis did not come to; nan in every tensor. Zero unless it is partial.
         partial: Why the analysis ended before its time; "" for one that is whole.
-        losses_fixed_routing: Mean loss with the choices of the centre held, same shape as ``losses``: what remains of
+        losses_fixed_routing: Mean loss with the choices of the center held, same shape as ``losses``: what remains of
             the difference between dense and sparse heads when no sample changes its experts. None without a sparse
             head, or where it was not asked for.
         checks: For each flat direction, where it was asked for, the curvature of the slice beside that of the Hessian.
@@ -101,7 +101,7 @@ class MeasuredLandscape:
         r"""Second difference :math:`(L(h) - 2 L(0) + L(-h)) / h^2` along each direction, h the distance of the points.
 
         Along a unit eigenvector it estimates the eigenvalue, with an error of order h². Empty unless both grids hold
-        zero between two neighbours at equal distance; nan or inf where a loss is.
+        zero between two neighbors at equal distance; nan or inf where a loss is.
         """
         curvatures = []
         for dim, axis in enumerate(self.axes):
@@ -118,7 +118,7 @@ class MeasuredLandscape:
 
     @property
     def reach(self) -> float:
-        """Distance from the centre up to which the grid goes in every direction; 0 where it is on one side of it."""
+        """Distance from the center up to which the grid goes in every direction; 0 where it is on one side of it."""
         return max(0.0, min(min(-float(axis[0]), float(axis[-1])) for axis in self.axes))
 
     def radius(self, rise: float, *, relative: bool = True) -> float:
@@ -128,7 +128,7 @@ class MeasuredLandscape:
 
         Args:
             rise: The amount.
-            relative: Whether it is a part of the loss at the centre, or that many units of the loss.
+            relative: Whether it is a part of the loss at the center, or that many units of the loss.
 
         Returns:
             The distance; inf where the loss does not rise so far within the grid.

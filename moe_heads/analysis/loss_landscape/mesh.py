@@ -17,7 +17,7 @@ _HEIGHT = 1.0
 def surface_mesh(
     alphas: Tensor, betas: Tensor, losses: Tensor, *, scale: Literal["linear", "log"] = "linear", tilt: float = 0.0
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Vertices, faces and colours of the surface; V vertices, F faces, one mesh.
+    """Vertices, faces and colors of the surface; V vertices, F faces, one mesh.
 
     Before the tilt x is α and y is β, each stretched to [-1, 1], and z is the loss or its logarithm, stretched to
     [0, 1]: the lowest point is at 0, the highest at 1. Every triangle appears once, its normal upwards (z > 0). Points
@@ -32,7 +32,7 @@ def surface_mesh(
             looks along -z with y up.
 
     Returns:
-        vertices, (1, V, 3), float32; faces, (1, F, 3), int64; colours (viridis, by height), (1, V, 3), uint8.
+        vertices, (1, V, 3), float32; faces, (1, F, 3), int64; colors (viridis, by height), (1, V, 3), uint8.
 
     Raises:
         ValueError: If no triangle is left, or more than 65,536 vertices, which the viewer cannot address.
@@ -43,7 +43,7 @@ def surface_mesh(
     faces = triangles(finite)
     if not len(faces) or int(finite.sum()) > _MAX_VERTICES:
         raise ValueError(
-            f"losses: expected neighbouring finite points, {_MAX_VERTICES} at most; got {int(finite.sum())} "
+            f"losses: expected neighboring finite points, {_MAX_VERTICES} at most; got {int(finite.sum())} "
             f"finite points of {losses.numel()}, with {len(faces)} triangles"
         )
     heights = losses[finite].log() if scale == "log" else losses[finite]
@@ -52,8 +52,8 @@ def surface_mesh(
     x, y, z = grid[0][finite], grid[1][finite], _HEIGHT * heights
     cosine, sine = math.cos(math.radians(tilt)), math.sin(math.radians(tilt))
     vertices = torch.stack([x, cosine * y + sine * z, cosine * z - sine * y], dim=-1)
-    colours = torch.from_numpy(colormaps["viridis"](heights.numpy(), bytes=True)[:, :3].copy())
-    return vertices.float()[None], faces[None], colours[None]
+    colors = torch.from_numpy(colormaps["viridis"](heights.numpy(), bytes=True)[:, :3].copy())
+    return vertices.float()[None], faces[None], colors[None]
 
 
 def triangles(finite: Tensor) -> Tensor:

@@ -2,21 +2,21 @@
 
 import math
 
+from moe_heads.analysis._shared.tables import markdown_table
 from moe_heads.analysis.loss_landscape.measured import MeasuredLandscape
 from moe_heads.analysis.loss_landscape.validity import CurvatureCheck
-from moe_heads.analysis.sharpness.tables import markdown_table
 
 __all__ = ["landscape_metrics", "landscape_summary"]
 
 _KINKS = "**they do not agree**, the slice has kinks (of ReLU) or jumps, which the Hessian does not see"
 
-_SPARSE_FLIPS = "Some samples choose other experts than at the centre: a sparse head's loss jumps there."
+_SPARSE_FLIPS = "Some samples choose other experts than at the center: a sparse head's loss jumps there."
 _SOFT_FLIPS = (
-    "For some samples another expert has the largest gate than at the centre; the loss of a soft head, which mixes all"
+    "For some samples another expert has the largest gate than at the center; the loss of a soft head, which mixes all"
     " of them, does not jump there."
 )
 
-# Rises of the loss, as parts of that at the centre, whose distance is told.
+# Rises of the loss, as parts of that at the center, whose distance is told.
 _RISES = (0.1, 0.5, 1.0)
 
 

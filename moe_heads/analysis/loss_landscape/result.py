@@ -43,7 +43,7 @@ class LossLandscapeResult(MeasuredLandscape):
 
         Args:
             ax: Axes to draw into; by default those of a new figure that pyplot does not know.
-            quantity: What a map shows, one of ``maps``. The loss at fixed routing has the colours of the loss.
+            quantity: What a map shows, one of ``maps``. The loss at fixed routing has the colors of the loss.
 
         Raises:
             ValueError: If it was not measured, or there is no plane to show it on.
@@ -93,7 +93,7 @@ class LossLandscapeResult(MeasuredLandscape):
 
     @property
     def _loss_limits(self) -> tuple[float, float] | None:
-        """Smallest and largest loss, free or at fixed routing, so that one colour is one loss."""
+        """Smallest and largest loss, free or at fixed routing, so that one color is one loss."""
         losses = [values for name in _LOSSES if (values := getattr(self, name)) is not None]
         finite = torch.cat([values[values.isfinite()] for values in losses])
         if self.scale == "log":
@@ -104,10 +104,10 @@ class LossLandscapeResult(MeasuredLandscape):
         lost = f", {self.num_nonfinite} points not finite" if self.num_nonfinite else ""
         lost += f", {self.num_unmeasured} points not measured" if self.num_unmeasured else ""
         what = {
-            "losses": f"loss {self.center_loss:.4g} at the centre",
-            "losses_fixed_routing": f"loss at fixed routing, {self.center_loss:.4g} at the centre",
-            "routing_flips": f"{self.flip} than at the centre",
-            "accuracies": f"accuracy {self.center_accuracy or 0.0:.4g} at the centre",
+            "losses": f"loss {self.center_loss:.4g} at the center",
+            "losses_fixed_routing": f"loss at fixed routing, {self.center_loss:.4g} at the center",
+            "routing_flips": f"{self.flip} than at the center",
+            "accuracies": f"accuracy {self.center_accuracy or 0.0:.4g} at the center",
         }
         return f"{what[quantity]} ({self.num_samples} samples{lost})"
 
@@ -117,7 +117,7 @@ class LossLandscapeResult(MeasuredLandscape):
         return self.betas is not None and len(triangles(self.losses.isfinite())) > 0
 
     def mesh(self, tilt: float = 50.0) -> tuple[Tensor, Tensor, Tensor]:
-        """The surface of a plane as vertices, faces and colours for ``SummaryWriter.add_mesh``; see `surface_mesh`.
+        """The surface of a plane as vertices, faces and colors for ``SummaryWriter.add_mesh``; see `surface_mesh`.
 
         Args:
             tilt: Degrees by which the surface is tipped backwards: TensorBoard's camera would see it from above.

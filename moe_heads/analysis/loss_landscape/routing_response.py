@@ -16,12 +16,12 @@ from moe_heads.analysis._shared.environment import device_of
 from moe_heads.analysis._shared.graph_on_demand import GraphOnDemand
 from moe_heads.analysis._shared.mean_check import check_mean
 from moe_heads.analysis._shared.microbatches import Microbatches
-from moe_heads.analysis._shared.progress import Monitor, TimeUp
+from moe_heads.analysis._shared.parameter_path import ParameterPath
 from moe_heads.analysis._shared.preserve import analysis_mode
+from moe_heads.analysis._shared.progress import Progress, TimeUp
 from moe_heads.analysis._shared.ranks import Ranks
-from moe_heads.analysis._shared.walk import Walk
+from moe_heads.analysis._shared.routing_flips import Choices, choices_of, flip_share
 from moe_heads.analysis.loss_landscape.directions import split_direction
-from moe_heads.analysis.loss_landscape.routing_flips import Choices, choices_of, flip_share
 from moe_heads.analysis.loss_landscape.routing_response_result import RoutingResponse
 from moe_heads.routing import Router, RoutingCollection, collect_routing, fixed_routing
 
@@ -52,7 +52,7 @@ def routing_response(
     direction: Tensor,
     steps: Sequence[float] | Tensor,
     *,
-    monitor: Monitor | None = None,
+    progress: Progress | None = None,
     ranks: Ranks | None = None,
     seed: int = 0,
     batch_size_fn: BatchSizeFn | None = None,
@@ -82,7 +82,7 @@ def routing_response(
         direction: d, flat, (P,), over the parameters that require a gradient in the order of
             ``model.named_parameters()``; used as it is given.
         steps: s, distinct, of any signs; with s and -s there are second differences. The smallest are measured first.
-        monitor: Shows the steps, the centre first, and ends the analysis when its time is over; see `Monitor`.
+        progress: Shows the steps, the center first, and ends the analysis when its time is over; see `Progress`.
         ranks: The processes that share the work, each with its part of the samples in ``batches``; all of them call
             this function with the same direction and steps, and get the result. By default this process has all
             samples.
@@ -93,7 +93,7 @@ def routing_response(
 
     Returns:
         Losses and flips of each step. A loss that is nan or inf at a step stays so. Without a sparse router those with
-        fixed routing and the flips are None. When the time of the monitor is over, the steps that were measured,
+        fixed routing and the flips are None. When the time of the progress is over, the steps that were measured,
         marked by ``partial``.
 
     Raises:
@@ -116,19 +116,19 @@ def routing_response(
     """
     parts = split_direction(model, direction)
     asked = _checked_steps(steps)
-    monitor, ranks = monitor or Monitor(), ranks or Ranks()
-    with ranks.together():
+    progress, ranks = progress or Progress(), ranks or Ranks()
+    with ranks.synchronized():
         given = Batches.of(batches, batch_size_fn, batch_weight_fn)
-    check_mean(model, loss_fn, given, monitor=monitor, ranks=ranks, seed=seed)
+    check_mean(model, loss_fn, given, progress=progress, ranks=ranks, seed=seed)
     with analysis_mode(model, seed):
-        with ranks.together():
+        with ranks.synchronized():
             # with several processes a clock inside an evaluation would part their ways: rank zero looks between them
-            data = Microbatches(given, device_of(model), monitor if ranks.size == 1 else Monitor())
-            survey = _Survey(model, Walk(model, [parts]), loss_fn, data, seed)
+            data = Microbatches(given, device_of(model), progress if ranks.size == 1 else Progress())
+            survey = _Survey(model, ParameterPath(model, [parts]), loss_fn, data, seed)
         step = torch.zeros(1, dtype=torch.float64, device=ranks.device)
-        return ranks.led(
+        return ranks.run_with_sums(
             lambda s: survey.measure(s.item()).to(ranks.device),
-            lambda total: _lead(total, asked, step, monitor, seed),
+            lambda total: _algorithm(total, asked, step, progress, seed),
             step,
             step.new_zeros(_NUM_SUMS),
         )
@@ -143,12 +143,12 @@ def _checked_steps(steps: Sequence[float] | Tensor) -> list[float]:
     return numbers
 
 
-def _lead(
-    total: Callable[[Tensor], Tensor], steps: list[float], message: Tensor, monitor: Monitor, seed: int
+def _algorithm(
+    total: Callable[[Tensor], Tensor], steps: list[float], message: Tensor, progress: Progress, seed: int
 ) -> RoutingResponse:
-    """Measure the centre, then the steps from it outwards."""
-    centre = _Point.of(total(message))
-    found = {0.0: centre} if 0 in steps else {}
+    """Measure the center, then the steps from it outwards."""
+    center = _Point.of(total(message))
+    found = {0.0: center} if 0 in steps else {}
     remaining = sorted(set(steps) - set(found), key=abs)
 
     def result(partial: str = "") -> RoutingResponse:
@@ -157,23 +157,23 @@ def _lead(
         return RoutingResponse(
             steps=tuple(measured),
             losses_free=tuple(point.free for point in points),
-            losses_fixed=tuple(point.fixed for point in points) if centre.is_routed else None,
-            flips=tuple(point.flips for point in points) if centre.is_routed else None,
-            center_loss=centre.free,
-            num_samples=centre.num_samples,
+            losses_fixed=tuple(point.fixed for point in points) if center.is_routed else None,
+            flips=tuple(point.flips for point in points) if center.is_routed else None,
+            center_loss=center.free,
+            num_samples=center.num_samples,
             seed=seed,
             num_unmeasured=len(steps) - len(measured),
             partial=partial,
         )
 
     try:
-        monitor.step(1, 1 + len(remaining))
+        progress.step(1, 1 + len(remaining))
         for done, step in enumerate(remaining, start=2):
             found[step] = _Point.of(total(torch.full_like(message, step)))
-            monitor.keep(result)
-            monitor.step(done, 1 + len(remaining))
+            progress.keep(result)
+            progress.step(done, 1 + len(remaining))
     except TimeUp as error:
-        in_time: RoutingResponse = monitor.result_in_time(error)
+        in_time: RoutingResponse = progress.result_in_time(error)
         return in_time
     return result()
 
@@ -201,7 +201,7 @@ class _Point:
 class _Survey:
     """This rank's part of the losses and flips at a step."""
 
-    def __init__(self, model: nn.Module, walk: Walk, loss_fn: LossFn, data: Microbatches, seed: int) -> None:
+    def __init__(self, model: nn.Module, walk: ParameterPath, loss_fn: LossFn, data: Microbatches, seed: int) -> None:
         self._model, self._walk, self._loss_fn, self._data = model, walk, on_copies(loss_fn), data
         self._seed = seed
         self._references: list[RoutingCollection] = []
@@ -230,7 +230,7 @@ class _Survey:
         """The sums for the model as it is, whose routing is kept."""
         self._walk.go([0.0])
         self._references, total = [], torch.zeros(_NUM_SUMS, dtype=torch.float64)
-        for index, (_, (loss, reference)) in enumerate(self._evaluated(self._at_centre, compares=True)):
+        for index, (_, (loss, reference)) in enumerate(self._evaluated(self._at_center, compares=True)):
             self._references.append(reference)
             total += self._sums(index, loss, loss, 0, bool(_choices(reference)))
         return total
@@ -241,7 +241,7 @@ class _Survey:
             lambda index, batch: self._graph(lambda: function(index, batch), compares=compares), copies=False
         )
 
-    def _at_centre(self, index: int, batch: Batch) -> tuple[float, RoutingCollection]:
+    def _at_center(self, index: int, batch: Batch) -> tuple[float, RoutingCollection]:
         loss, collection = self._free(index, batch)
         if not math.isfinite(loss):
             raise ValueError(

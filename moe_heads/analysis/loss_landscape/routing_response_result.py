@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from moe_heads.analysis.sharpness.tables import markdown_table
+from moe_heads.analysis._shared.tables import markdown_table
 
 __all__ = ["RoutingResponse"]
 

@@ -1,4 +1,4 @@
-"""Visit the points of a landscape from the centre outwards, and keep what is found."""
+"""Visit the points of a landscape from the center outwards, and keep what is found."""
 
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_heads.analysis._shared.progress import Monitor
+from moe_heads.analysis._shared.progress import Progress
 from moe_heads.analysis.loss_landscape.grid import widest_gap
 from moe_heads.analysis.loss_landscape.point import Point
 from moe_heads.analysis.loss_landscape.record import Place, Record
@@ -26,7 +26,7 @@ class Scan:
     Attributes:
         axes: Coordinates along each direction.
         total: Measures a point over the samples of all ranks; see `Survey.measure`.
-        monitor: Told of each point.
+        progress: Told of each point.
         record: The file to go on from; None for none.
         num_extra: Points that will come besides those of the grid.
         build: Makes a result of what was found, marked by the reason why it ends there.
@@ -35,14 +35,14 @@ class Scan:
 
     axes: list[Tensor]
     total: Callable[[Tensor], Tensor]
-    monitor: Monitor
+    progress: Progress
     record: Record | None = None
     num_extra: int = 0
     build: Callable[[str], Any] | None = None
     found: dict[Place, Point] = field(default_factory=dict)
 
     @property
-    def centre(self) -> Point:
+    def center(self) -> Point:
         """The model as it is."""
         return self.found[self._origin]
 
@@ -52,23 +52,23 @@ class Scan:
         return sum(place not in self.found for place in self._places())
 
     def start(self) -> None:
-        """Measure the centre, and take over what the file holds.
+        """Measure the center, and take over what the file holds.
 
         Raises:
             ValueError: If the loss is not finite, or loss or accuracy are not those in the file.
         """
         known = {} if self.record is None else self.record.load()
-        centre = Point.of(self.total(torch.tensor(self._origin, dtype=torch.float64)))
-        if not math.isfinite(centre.loss):
-            raise ValueError(f"loss_fn: expected a finite loss of the model as it is; got {centre.loss}")
-        _check_same("loss_fn", known.get(self._origin, centre).loss, centre.loss)
-        _check_same("accuracy_fn", known.get(self._origin, centre).accuracy, centre.accuracy)
-        self.found = known | {self._origin: centre}
+        center = Point.of(self.total(torch.tensor(self._origin, dtype=torch.float64)))
+        if not math.isfinite(center.loss):
+            raise ValueError(f"loss_fn: expected a finite loss of the model as it is; got {center.loss}")
+        _check_same("loss_fn", known.get(self._origin, center).loss, center.loss)
+        _check_same("accuracy_fn", known.get(self._origin, center).accuracy, center.accuracy)
+        self.found = known | {self._origin: center}
         if self.record is not None:
             self.record.write(self.found, now=True)  # from here on another loss is noticed
         self._num_to_come = sum(place not in self.found for place in self._places()) + self.num_extra
         self._num_done = 0
-        self.monitor.step(1, 1 + self._num_to_come)
+        self.progress.step(1, 1 + self._num_to_come)
 
     def visit_ends(self, *, anew: bool) -> None:
         """Measure the farthest point of the grid and the one opposite, where what is computed once shows most.
@@ -88,13 +88,13 @@ class Scan:
 
     def visit_grid(self) -> None:
         """Measure what is missing of the grid."""
-        # from the centre outwards: what is there when the time is over is a disc and its ends, not some rows
+        # from the center outwards: what is there when the time is over is a disc and its ends, not some rows
         for place in sorted(self._places(), key=lambda place: math.hypot(*place)):
             if place not in self.found:
                 self.measure(place)
 
     def refine(self, num_points: int) -> None:
-        """Add points to a line where a straight line between its neighbours misses the loss the most."""
+        """Add points to a line where a straight line between its neighbors misses the loss the most."""
         for _ in range(num_points):
             losses = torch.tensor([self.found[place].loss for place in self._places()], dtype=torch.float64)
             alpha = widest_gap(self.axes[0], losses)
@@ -108,12 +108,12 @@ class Scan:
         if place not in self.found:
             self.found[place] = Point.of(self.total(torch.tensor(place, dtype=torch.float64)))
             if self.build is not None:
-                self.monitor.keep(self.build)
+                self.progress.keep(self.build)
             if self.record is not None:
                 self.record.write(self.found)
         self._num_done += 1
         # what was announced may be known by now
-        self.monitor.step(1 + self._num_done, 1 + max(self._num_to_come, self._num_done))
+        self.progress.step(1 + self._num_done, 1 + max(self._num_to_come, self._num_done))
         return self.found[place]
 
     def close(self) -> None:
@@ -138,7 +138,7 @@ class Scan:
 def _check_same(name: str, before: float, now: float) -> None:
     is_same = math.isclose(before, now, rel_tol=_SAME_CENTER) or (math.isnan(before) and math.isnan(now))
     if not is_same:
-        raise ValueError(f"resume: expected the same {name}, {now} at the centre; got {before} in the file")
+        raise ValueError(f"resume: expected the same {name}, {now} at the center; got {before} in the file")
 
 
 def _product(axes: Sequence[Tensor]) -> list[Place]:

@@ -11,12 +11,12 @@ from moe_heads.analysis._shared.batches import Batch, LossFn
 from moe_heads.analysis._shared.copies import on_copies
 from moe_heads.analysis._shared.graph_on_demand import GraphOnDemand
 from moe_heads.analysis._shared.microbatches import Microbatches
+from moe_heads.analysis._shared.parameter_path import ParameterPath
 from moe_heads.analysis._shared.random_states import random_states, set_random_states
-from moe_heads.analysis._shared.walk import Walk
+from moe_heads.analysis._shared.routing_flips import Choices, choices_of, flip_share
 from moe_heads.analysis.loss_landscape.features import Features
 from moe_heads.analysis.loss_landscape.point import NUM_SUMS, sums_of
 from moe_heads.analysis.loss_landscape.repeats import Repeats
-from moe_heads.analysis.loss_landscape.routing_flips import Choices, choices_of, flip_share
 from moe_heads.analysis.loss_landscape.saving import OTHER_OUTPUT, Saving, checking
 from moe_heads.routing import Router, RoutingCollection, collect_routing, fixed_routing
 
@@ -27,7 +27,7 @@ AccuracyFn = Callable[[nn.Module, Batch], Tensor]
 
 @dataclass(frozen=True)
 class _Reference:
-    """The routing of a batch at the centre."""
+    """The routing of a batch at the center."""
 
     choices: Choices
     sparse: Choices
@@ -37,7 +37,7 @@ class _Reference:
 class Survey:
     """This rank's sums over the samples at a point of a walk.
 
-    Routing is compared with that at the centre. The loss at fixed routing costs a second pass only for batches in which
+    Routing is compared with that at the center. The loss at fixed routing costs a second pass only for batches in which
     a sample chose other experts, and of these only what comes behind the routers: for the others it is the loss as it
     is, up to the order in which a sample's experts are added.
 
@@ -59,7 +59,7 @@ class Survey:
     def __init__(
         self,
         model: nn.Module,
-        walk: Walk,
+        walk: ParameterPath,
         loss_fn: LossFn,
         accuracy_fn: AccuracyFn | None,
         data: Microbatches,
@@ -93,11 +93,11 @@ class Survey:
 
     @property
     def is_soft(self) -> bool:
-        """Whether routers ran at the centre and none of them chose."""
+        """Whether routers ran at the center and none of them chose."""
         return any(known.choices for known in self._references) and not any(known.sparse for known in self._references)
 
-    def turn_to(self, walk: Walk, *, is_new: bool) -> None:
-        """Go along another walk, which moves the same tensors, from the same centre.
+    def turn_to(self, walk: ParameterPath, *, is_new: bool) -> None:
+        """Go along another walk, which moves the same tensors, from the same center.
 
         Args:
             walk: The walk.
@@ -109,7 +109,7 @@ class Survey:
                 saving.doubt()
 
     def measure(self, point: Sequence[float]) -> Tensor:
-        """The sums at a point, (NUM_SUMS,), float64, see `point`; the centre has to be the first."""
+        """The sums at a point, (NUM_SUMS,), float64, see `point`; the center has to be the first."""
         with self.features.active(), self._for_accuracy.active(), self._for_fixed.active():
             if not any(point):
                 return self._record()
@@ -130,7 +130,7 @@ class Survey:
         self._walk.go([0.0] * self._walk.num_directions)
         self._references = []
         self.features.forget()
-        # the centre is no less than a proof: its accuracy is that of a pass of its own
+        # the center is no less than a proof: its accuracy is that of a pass of its own
         with checking(self._savings):
             rows = self._rows(records=True)
         if self._for_accuracy.has_doubt:

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from moe_heads.analysis._shared.figures import axes_of
+from moe_heads.analysis._shared.tables import markdown_table
 from moe_heads.analysis.loss_landscape.figures import CARD, legend_above
 from moe_heads.analysis.loss_landscape.validity import crossing_radius, second_difference
-from moe_heads.analysis.sharpness.tables import markdown_table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -31,8 +31,8 @@ class DirectionSweepResult:
     Attributes:
         alphas: Coordinates, (A,).
         losses: Mean loss over the samples, (K, A); nan and inf as the model gave them.
-        losses_fixed_routing: The same with the choices of the centre held; None without a sparse head.
-        routing_flips: Share of the samples whose set of experts is not that at the centre, (K, A); None without router.
+        losses_fixed_routing: The same with the choices of the center held; None without a sparse head.
+        routing_flips: Share of the samples whose set of experts is not that at the center, (K, A); None without router.
         center_loss: Loss of the model as it is.
         num_samples: Samples of the loss.
         seed: Seed of the directions.
@@ -71,12 +71,12 @@ class DirectionSweepResult:
 
     @property
     def curvatures(self) -> tuple[float, ...]:
-        """Second difference of each direction at the centre; empty where the grid has none."""
+        """Second difference of each direction at the center; empty where the grid has none."""
         found = [second_difference(self.alphas, row) for row in self.losses]
         return tuple(value for value in found if value is not None)
 
     def radii(self, rise: float) -> tuple[float, ...]:
-        """Distance at which the loss has risen by a part of that at the centre, of each direction; inf beyond reach."""
+        """Distance at which the loss has risen by a part of that at the center, of each direction; inf beyond reach."""
         level = self.center_loss + rise * abs(self.center_loss)
         return tuple(crossing_radius([self.alphas], row, level, self.center_loss) for row in self.losses)
 

@@ -74,7 +74,7 @@ def trajectory_plane(
 ) -> TrajectoryPlane:
     r"""Principal plane of :math:`\theta_t - \theta` through the model :math:`\theta`, the weights as they are now.
 
-    As Li et al. have it the differences are not centred, so that the model is the origin of the plane. Only trainable
+    As Li et al. have it the differences are not centered, so that the model is the origin of the plane. Only trainable
     parameters count; where buffers (the statistics of batch norm) change along the run, the plane is that of the
     model's own.
 

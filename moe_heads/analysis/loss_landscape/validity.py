@@ -76,16 +76,16 @@ def second_difference(axis: Tensor, losses: Tensor) -> float | None:
             return None
         nearest = before[(before + distance).abs().argmin()]
         if torch.isclose(nearest, -after.new_tensor(distance), rtol=1e-6):
-            left, centre, right = (float(losses[axis == place][0]) for place in (nearest, 0.0, distance))
-            difference: float = (left - 2 * centre + right) / distance**2
+            left, center, right = (float(losses[axis == place][0]) for place in (nearest, 0.0, distance))
+            difference: float = (left - 2 * center + right) / distance**2
             return difference
     return None
 
 
 def crossing_radius(axes: Sequence[Tensor], losses: Tensor, level: float, center_loss: float) -> float:
-    """Smallest distance from the centre at which the loss reaches a level, between the points by a straight line.
+    """Smallest distance from the center at which the loss reaches a level, between the points by a straight line.
 
-    Looked for along the lines of the grid, and from a centre that is not on it to the points around. A loss that is inf
+    Looked for along the lines of the grid, and from a center that is not on it to the points around. A loss that is inf
     or nan counts as one above any level, at its own place.
 
     Returns:
@@ -111,7 +111,7 @@ def crossing_radius(axes: Sequence[Tensor], losses: Tensor, level: float, center
 
 
 def _crossing_from_center(axes: Sequence[Tensor], losses: Tensor, level: float, center_loss: float) -> float:
-    """The same on the way to the nearest point on either side of the centre along each axis, or at it."""
+    """The same on the way to the nearest point on either side of the center along each axis, or at it."""
     sides = [_around_zero(axis) for axis in axes]
     around = losses[torch.meshgrid(*sides, indexing="ij")]
     places = torch.meshgrid(*(axis[side] for axis, side in zip(axes, sides, strict=True)), indexing="ij")
@@ -122,7 +122,7 @@ def _crossing_from_center(axes: Sequence[Tensor], losses: Tensor, level: float, 
 
 
 def _around_zero(axis: Tensor) -> Tensor:
-    """Where zero is on an axis, or its neighbours."""
+    """Where zero is on an axis, or its neighbors."""
     if bool((axis == 0).any()):
         return (axis == 0).nonzero()[0]
     first_above = int((axis < 0).sum())
@@ -130,9 +130,9 @@ def _around_zero(axis: Tensor) -> Tensor:
 
 
 def largest_rise(axes: Sequence[Tensor], losses: Tensor, center_loss: float, radius: float) -> float:
-    """Largest loss at a distance of at most ``radius``, less that of the centre; inf where one is not finite there.
+    """Largest loss at a distance of at most ``radius``, less that of the center; inf where one is not finite there.
 
-    Nan where there is no point but the centre.
+    Nan where there is no point but the center.
     """
     distances = torch.stack(torch.meshgrid(*axes, indexing="ij")).square().sum(0).sqrt()
     inside = losses[(distances > 0) & (distances <= radius * (1 + 1e-9))]

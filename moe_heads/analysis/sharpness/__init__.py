@@ -1,1 +1,1 @@
-"""Sharpness of a trained model: spectrum, trace and density of the Hessian, and the rise of the loss under perturbations."""
+"""Sharpness of a trained model: its Hessian, and the rise of its loss under perturbations."""

@@ -6,12 +6,12 @@ from dataclasses import replace
 import torch
 
 from moe_heads.analysis._shared.mean_check import CutDependence
-from moe_heads.analysis._shared.progress import Monitor
+from moe_heads.analysis._shared.progress import Progress
+from moe_heads.analysis.sharpness.certificate import Certificate
 from moe_heads.analysis.sharpness.hessian.basis import rademacher
 from moe_heads.analysis.sharpness.hessian.double_check import DoubleCheck, check_in_double
 from moe_heads.analysis.sharpness.hessian.krylov import LanczosResult
 from moe_heads.analysis.sharpness.hessian.operator import HessianOperator
-from moe_heads.analysis.sharpness.certificate import Certificate
 
 __all__ = ["certified", "from_krylov"]
 
@@ -44,14 +44,14 @@ def from_krylov(krylov: LanczosResult, dependence: CutDependence, center_loss: f
 
 
 def certified(
-    certificate: Certificate, operator: HessianOperator, krylov: LanczosResult, seed: int, monitor: Monitor
+    certificate: Certificate, operator: HessianOperator, krylov: LanczosResult, seed: int, progress: Progress
 ) -> Certificate:
     """Add what float64 says of the products and the gradient, on a part of this process's samples."""
     generator = torch.Generator().manual_seed(seed)
     signs = torch.randint(0, 2, (1, len(krylov.eigenvalues)), generator=generator).double() * 2 - 1
     probe = rademacher(operator.num_parameters, operator.dtype, operator.device, generator)
     vectors = [krylov.basis.combined(signs @ krylov.coefficients)[0], probe]
-    found = check_in_double(operator.gradients, operator.data, vectors, monitor, seed)
+    found = check_in_double(operator.gradients, operator.data, vectors, progress, seed)
     others = {name: reason for name, reason in certificate.unchecked.items() if name not in _IN_DOUBLE}
     if not isinstance(found, DoubleCheck):
         return replace(certificate, unchecked={**others, **dict.fromkeys(_IN_DOUBLE, found)})

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from moe_heads.analysis._shared.figures import axes_of
-from moe_heads.analysis.sharpness.hessian.density import SpectralDensity
 from moe_heads.analysis.sharpness.block import BlockCurvature
+from moe_heads.analysis.sharpness.hessian.density import SpectralDensity
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -107,7 +107,7 @@ def _draw_traces(ax: "Axes", blocks: Mapping[str, BlockCurvature], colors: Seque
 
 
 def plot_history(history: Mapping[int, tuple[float, float | None]]) -> "Figure":
-    """Largest eigenvalue over the epochs, beside the value above which the optimiser's steps are unstable.
+    """Largest eigenvalue over the epochs, beside the value above which the optimizer's steps are unstable.
 
     Args:
         history: By epoch, the largest eigenvalue and the stability threshold; None where that is not known.

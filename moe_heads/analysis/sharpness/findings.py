@@ -8,17 +8,17 @@ import torch
 from torch import Tensor
 
 from moe_heads.analysis._shared.mean_check import CutDependence
-from moe_heads.analysis._shared.progress import Monitor
+from moe_heads.analysis._shared.progress import Progress
+from moe_heads.analysis.sharpness.block import BlockCurvature
+from moe_heads.analysis.sharpness.certificate import Certificate
+from moe_heads.analysis.sharpness.checks import from_krylov
+from moe_heads.analysis.sharpness.first_value import first_value
 from moe_heads.analysis.sharpness.hessian.basis import norm
 from moe_heads.analysis.sharpness.hessian.completeness import MARGIN
 from moe_heads.analysis.sharpness.hessian.density import spectral_density
 from moe_heads.analysis.sharpness.hessian.krylov import LanczosResult
 from moe_heads.analysis.sharpness.hessian.operator import HessianOperator, InterruptedProduct
 from moe_heads.analysis.sharpness.hessian.trace import BlockTrace, Places, TraceResult, sampling_stderr
-from moe_heads.analysis.sharpness.block import BlockCurvature
-from moe_heads.analysis.sharpness.certificate import Certificate
-from moe_heads.analysis.sharpness.checks import from_krylov
-from moe_heads.analysis.sharpness.first_value import first_value
 from moe_heads.analysis.sharpness.result import SharpnessResult
 
 __all__ = ["Findings"]
@@ -42,7 +42,7 @@ class Findings:
         keep_eigenvectors: Whether these are wanted.
         seed: Seed of the run.
         trace_tolerance: Standard error of the trace at which it has converged.
-        monitor: Holds the result so far.
+        progress: Holds the result so far.
         dependence: Whether the loss is a mean over the samples.
         krylov: The Lanczos run.
         certificate: The checks.
@@ -61,7 +61,7 @@ class Findings:
     keep_eigenvectors: bool
     seed: int
     trace_tolerance: float
-    monitor: Monitor
+    progress: Progress
     dependence: CutDependence
     krylov: LanczosResult | None = None
     certificate: Certificate | None = None
@@ -75,15 +75,15 @@ class Findings:
     def add_krylov(self, krylov: LanczosResult) -> None:
         """Take the state after a Lanczos step."""
         self.krylov = krylov
-        self.monitor.keep(self.result)
-        self.monitor.reserve(_PASSES_OF_A_RESULT * krylov.pass_seconds)
-        self.monitor.step(self.operator.num_products, residual=max(krylov.residuals))
+        self.progress.keep(self.result)
+        self.progress.reserve(_PASSES_OF_A_RESULT * krylov.pass_seconds)
+        self.progress.step(self.operator.num_products, residual=max(krylov.residuals))
 
     def add_first_value(self, interrupted: InterruptedProduct, tolerance: float) -> None:
         """Take what there is of the first product, on the first samples alone."""
         self.krylov = first_value(interrupted, tolerance)
         self.num_samples, self.center_loss = interrupted.num_samples, float(interrupted.sums[-1])
-        self.monitor.keep(self.result)
+        self.progress.keep(self.result)
 
     def add_spread(self) -> None:
         """Multiply with the first eigenvector: its true residual, and the spread of its curvature over the samples."""
@@ -92,17 +92,17 @@ class Findings:
         product = self.operator.matvec(first)
         self.sampling_stderr = sampling_stderr(self.operator.forms, self.operator.stratum_weights)
         self.true_residual = norm(product.sub_(first, alpha=self.krylov.eigenvalues[0]))
-        self.monitor.step(self.operator.num_products, residual=max(self.krylov.residuals))
+        self.progress.step(self.operator.num_products, residual=max(self.krylov.residuals))
 
     def add_trace(self, trace: TraceResult) -> None:
         """Take the trace after a round."""
         self.trace = trace
-        self.monitor.step(self.operator.num_products, trace=trace.estimate, stderr=trace.stderr)
+        self.progress.step(self.operator.num_products, trace=trace.estimate, stderr=trace.stderr)
 
     def add_block(self, name: str, largest: tuple[float, float]) -> None:
         """Take the largest eigenvalue of a block."""
         self.largest[name] = largest
-        self.monitor.step(self.operator.num_products, largest=largest[0])
+        self.progress.step(self.operator.num_products, largest=largest[0])
 
     def result(self, partial: str = "") -> SharpnessResult:
         """The result so far."""

@@ -9,9 +9,11 @@ from moe_heads.analysis._shared.batch_list import Batches
 from moe_heads.analysis._shared.batches import Batch, LossFn
 from moe_heads.analysis._shared.counting import BatchSizeFn, BatchWeightFn
 from moe_heads.analysis._shared.mean_check import CutDependence, check_mean
-from moe_heads.analysis._shared.progress import Monitor, TimeUp
 from moe_heads.analysis._shared.preserve import analysis_mode
+from moe_heads.analysis._shared.progress import Progress, TimeUp
 from moe_heads.analysis._shared.ranks import Ranks
+from moe_heads.analysis.sharpness.checks import certified, from_krylov
+from moe_heads.analysis.sharpness.findings import Findings
 from moe_heads.analysis.sharpness.hessian.blocks import default_blocks, expert_places, places_of
 from moe_heads.analysis.sharpness.hessian.lanczos import lanczos
 from moe_heads.analysis.sharpness.hessian.operator import HessianOperator
@@ -23,8 +25,6 @@ from moe_heads.analysis.sharpness.hessian.trace import (
     Places,
     deflated_trace,
 )
-from moe_heads.analysis.sharpness.checks import certified, from_krylov
-from moe_heads.analysis.sharpness.findings import Findings
 from moe_heads.analysis.sharpness.result import SharpnessResult
 from moe_heads.checks import check_at_least, check_flags, check_positive, check_seed
 
@@ -56,7 +56,7 @@ def sharpness(
     seed: int = 0,
     graph_memory: int | None = None,
     basis_memory: int | None = None,
-    monitor: Monitor | None = None,
+    progress: Progress | None = None,
     ranks: Ranks | None = None,
     batch_size_fn: BatchSizeFn | None = None,
     batch_weight_fn: BatchWeightFn | None = None,
@@ -105,7 +105,7 @@ def sharpness(
         seed: Seed of all random vectors; equal seeds give equal results.
         graph_memory: Bytes that may be kept between products; see `HessianOperator`.
         basis_memory: Bytes that the Krylov basis may take; see `lanczos`.
-        monitor: Shows the progress and ends the analysis when its time is over; see `Monitor`.
+        progress: Shows the progress and ends the analysis when its time is over; see `Progress`.
         ranks: The processes that share the work, each with its part of the samples in ``batches``; all of them call
             this function and get the result. By default this process has all samples.
         batch_size_fn: ``batch_size_fn(batch)``, the number of samples of a batch; by default its tensors tell.
@@ -114,7 +114,7 @@ def sharpness(
 
     Returns:
         The numbers with their uncertainty. What did not reach its tolerance is marked, not hidden. When the time of the
-        monitor is over, the eigenvalues so far, and the trace if it was begun, marked by ``partial``.
+        progress is over, the eigenvalues so far, and the trace if it was begun, marked by ``partial``.
 
     Raises:
         ValueError: If an argument is out of range or unknown, the model has nothing to differentiate, or the loss or
@@ -148,11 +148,11 @@ def sharpness(
     slices = slices_of(selected)
     places = places_of(default_blocks(model, slices) if blocks is None else blocks, slices)
     experts = expert_places(model, slices)
-    monitor, ranks = monitor or Monitor(), ranks or Ranks()
+    progress, ranks = progress or Progress(), ranks or Ranks()
 
-    def lead(operator: HessianOperator) -> SharpnessResult:
+    def algorithm(operator: HessianOperator) -> SharpnessResult:
         findings = Findings(
-            operator, places, experts, density, keep_eigenvectors, seed, trace_tolerance, monitor, dependence
+            operator, places, experts, density, keep_eigenvectors, seed, trace_tolerance, progress, dependence
         )
         # One stream for all random vectors: the probes of the trace must not repeat the start of the Krylov space.
         generator = torch.Generator().manual_seed(seed)
@@ -169,7 +169,7 @@ def sharpness(
                 on_step=findings.add_krylov,
             )
             findings.certificate = certified(
-                from_krylov(krylov, dependence, operator.center_loss), operator, krylov, seed, monitor
+                from_krylov(krylov, dependence, operator.center_loss), operator, krylov, seed, progress
             )
             findings.add_spread()
             findings.trace = deflated_trace(
@@ -186,29 +186,37 @@ def sharpness(
         except TimeUp as error:
             if findings.krylov is None and operator.interrupted is not None:
                 findings.add_first_value(operator.interrupted, tolerance)
-            result: SharpnessResult = monitor.result_in_time(error)
+            result: SharpnessResult = progress.result_in_time(error)
             return result
         for sentence in findings.certificate.warnings():
-            monitor.warn(sentence)
+            progress.warn(sentence)
         return findings.result()
 
-    with ranks.together():
+    with ranks.synchronized():
         data = Batches.of(batches, batch_size_fn, batch_weight_fn)
-    dependence = _cut_dependence(model, loss_fn, data, monitor, ranks, seed)
+    dependence = _cut_dependence(model, loss_fn, data, progress, ranks, seed)
     with analysis_mode(model, seed):
         return shared_hessian(
-            ranks, lead, model, loss_fn, data, params=params, graph_memory=graph_memory, monitor=monitor, seed=seed
+            ranks,
+            algorithm,
+            model,
+            loss_fn,
+            data,
+            params=params,
+            graph_memory=graph_memory,
+            progress=progress,
+            seed=seed,
         )
 
 
 def _cut_dependence(
-    model: nn.Module, loss_fn: LossFn, data: Batches, monitor: Monitor, ranks: Ranks, seed: int
+    model: nn.Module, loss_fn: LossFn, data: Batches, progress: Progress, ranks: Ranks, seed: int
 ) -> CutDependence:
     """Whether the loss is a mean over the samples; when there is no time to look, that is what is said."""
     try:
-        return check_mean(model, loss_fn, data, monitor=monitor, ranks=ranks, seed=seed)
+        return check_mean(model, loss_fn, data, progress=progress, ranks=ranks, seed=seed)
     except TimeUp:
-        return CutDependence(None, f"{monitor.end} before it")
+        return CutDependence(None, f"{progress.end} before it")
 
 
 def _min_steps(num_parameters: int, density: bool, max_steps: int) -> int:
@@ -237,7 +245,7 @@ def _largest(
 def check_sharpness_options(
     num_eigenvalues: int, tolerance: float, trace_tolerance: float, max_steps: int, max_probes: int
 ) -> None:
-    """Refuse what no model could be analysed with."""
+    """Refuse what no model could be analyzed with."""
     check_at_least(1, num_eigenvalues=num_eigenvalues, max_steps=max_steps)
     check_at_least(MIN_PROBES, max_probes=max_probes)
     check_positive(tolerance=tolerance, trace_tolerance=trace_tolerance)

@@ -10,8 +10,8 @@ from moe_heads.analysis._shared.batches import Batch, LossFn
 from moe_heads.analysis._shared.counting import BatchSizeFn, BatchWeightFn
 from moe_heads.analysis._shared.mean_check import check_mean
 from moe_heads.analysis._shared.microbatches import Microbatches
-from moe_heads.analysis._shared.progress import Monitor
 from moe_heads.analysis._shared.preserve import analysis_mode
+from moe_heads.analysis._shared.progress import Progress
 from moe_heads.analysis._shared.ranks import Ranks
 from moe_heads.analysis.sharpness.hessian.parameters import Selection, selected_parameters
 from moe_heads.analysis.sharpness.perturbation.ascent import worst_case
@@ -47,7 +47,7 @@ def perturbation_sharpness(
     num_steps: int = 20,
     params: Selection | None = None,
     seed: int = 0,
-    monitor: Monitor | None = None,
+    progress: Progress | None = None,
     ranks: Ranks | None = None,
     batch_size_fn: BatchSizeFn | None = None,
     batch_weight_fn: BatchWeightFn | None = None,
@@ -106,7 +106,7 @@ def perturbation_sharpness(
         params: Parameters to perturb: tensors, or names of parameters or modules such as ``["head"]``; by default all
             that require a gradient.
         seed: Seed of the draws; equal seeds give equal results.
-        monitor: Shows the progress and ends the analysis when its time is over; see `Monitor`.
+        progress: Shows the progress and ends the analysis when its time is over; see `Progress`.
         ranks: The processes that share the work, each with its part of the samples in ``batches``; all of them call
             this function and get the result. By default this process has all samples.
         batch_size_fn: ``batch_size_fn(batch)``, the number of samples of a batch; by default its tensors tell.
@@ -115,7 +115,7 @@ def perturbation_sharpness(
 
     Returns:
         The values with their uncertainty. A loss that is nan or inf at a perturbed point stays in them and is counted.
-        When the time of the monitor is over, what there is so far, marked by ``partial``.
+        When the time of the progress is over, what there is so far, marked by ``partial``.
 
     Raises:
         ValueError: If an argument is out of range, the model has nothing to perturb, the data is empty, or the loss is
@@ -138,15 +138,15 @@ def perturbation_sharpness(
     """
     check_perturbation_options(radius, average_radius, adaptive, norm, num_draws, num_steps, seed)
     chosen = selected_parameters(model, params)
-    monitor, ranks = monitor or Monitor(), ranks or Ranks()
-    with ranks.together():
+    progress, ranks = progress or Progress(), ranks or Ranks()
+    with ranks.synchronized():
         given = Batches.of(batches, batch_size_fn, batch_weight_fn)
-    check_mean(model, loss_fn, given, monitor=monitor, ranks=ranks, seed=seed)
+    check_mean(model, loss_fn, given, progress=progress, ranks=ranks, seed=seed)
     with analysis_mode(model, seed):
-        with ranks.together():
+        with ranks.synchronized():
             weights = PerturbedWeights(chosen, adaptive)
             # with several processes a clock inside an evaluation would part their ways: rank zero looks between them
-            data = Microbatches(given, weights.device, monitor if ranks.size == 1 else Monitor())
+            data = Microbatches(given, weights.device, progress if ranks.size == 1 else Progress())
             losses = PerturbedLosses(model, loss_fn, data, weights, seed)
         findings = Findings(
             average_radius=_AVERAGE_RADII[adaptive] if average_radius is None else average_radius,
@@ -158,7 +158,7 @@ def perturbation_sharpness(
             seed=seed,
             num_draws=num_draws,
             num_steps=num_steps,
-            monitor=monitor,
+            progress=progress,
         )
         result = average_case(ranks, losses, findings)
         return result if result.partial else worst_case(ranks, losses, weights, findings)
@@ -173,7 +173,7 @@ def check_perturbation_options(
     num_steps: int,
     seed: int,
 ) -> None:
-    """Refuse what no model could be analysed with."""
+    """Refuse what no model could be analyzed with."""
     check_positive(or_none=True, radius=radius, average_radius=average_radius)
     check_flags(adaptive=adaptive)
     check_option("norm", norm, get_args(Norm))

@@ -10,8 +10,8 @@ from moe_heads.analysis._shared.batches import Batch, LossFn
 from moe_heads.analysis._shared.copies import on_copies
 from moe_heads.analysis._shared.counting import BatchSizeFn, BatchWeightFn
 from moe_heads.analysis._shared.mean_check import check_mean
-from moe_heads.analysis._shared.progress import Monitor
 from moe_heads.analysis._shared.preserve import analysis_mode
+from moe_heads.analysis._shared.progress import Progress
 from moe_heads.analysis.sharpness.hessian.operator import HessianOperator
 from moe_heads.analysis.sharpness.hessian.parameters import Selection, selected_parameters
 from moe_heads.analysis.sharpness.published.findings import PublishedFindings, judged
@@ -33,7 +33,7 @@ def published_sharpness(
     params: Selection | None = None,
     density: bool = True,
     seed: int = 0,
-    monitor: Monitor | None = None,
+    progress: Progress | None = None,
     batch_size_fn: BatchSizeFn | None = None,
     batch_weight_fn: BatchWeightFn | None = None,
 ) -> PublishedFindings:
@@ -58,7 +58,7 @@ def published_sharpness(
             default all that require a gradient.
         density: Also ask for the density.
         seed: Seed of torch's global generators, from which PyHessian draws; equal seeds give equal results.
-        monitor: Shows the products done, and ends the analysis when its time is over; see `Monitor`.
+        progress: Shows the products done, and ends the analysis when its time is over; see `Progress`.
         batch_size_fn: ``batch_size_fn(batch)``, the number of samples of a batch; by default its tensors tell.
         batch_weight_fn: ``batch_weight_fn(batch)``, the weight of its loss, where that is no mean over the samples; by
             default the number of samples.
@@ -71,7 +71,7 @@ def published_sharpness(
         ValueError: If an argument is out of range, the model has nothing to differentiate, or the loss or its second
             derivative is not finite.
         RuntimeError: If a layer has no second derivative, or PyHessian fails in the eigenvalues or the trace.
-        TimeUp: If the time of the monitor is over.
+        TimeUp: If the time of the progress is over.
 
     Source:
         Yao, Gholami, Keutzer and Mahoney, PyHessian: neural networks through the lens of the Hessian, 2020; used by
@@ -95,9 +95,9 @@ def published_sharpness(
         raise ValueError(
             f"num_eigenvalues: expected 1 to {num_parameters}, the number of parameters; got {num_eigenvalues!r}"
         )
-    monitor = monitor or Monitor()
+    progress = progress or Progress()
     given = Batches.of(batches, batch_size_fn, batch_weight_fn)
-    check_mean(model, loss_fn, given, monitor=monitor, seed=seed)
+    check_mean(model, loss_fn, given, progress=progress, seed=seed)
     loss_fn = on_copies(loss_fn)
     with analysis_mode(model, seed):
         chosen = {id(p) for p in selected.values()}
@@ -106,10 +106,10 @@ def published_sharpness(
         device = next(iter(selected.values())).device
         data = given.to(device)
         # No graphs kept: they would stay in memory next to those of PyHessian, for a handful of products.
-        operator = HessianOperator(model, loss_fn, data, params, graph_memory=0, monitor=monitor)
+        operator = HessianOperator(model, loss_fn, data, params, graph_memory=0, progress=progress)
         operator.matvec(torch.ones(num_parameters))  # its errors say more than PyHessian's
-        reach = Reach.of(model, loss_fn, [piece.batch for piece in data.pieces], selected, monitor)
-        loader = Loader(data, monitor)
+        reach = Reach.of(model, loss_fn, [piece.batch for piece in data.pieces], selected, progress)
+        loader = Loader(data, progress)
         module = LossModule(model, loss_fn, [selected[name] for name in (*reach.idle, *reach.linear)], loader)
         returned = run_pyhessian(module, loader, device, num_eigenvalues=num_eigenvalues, density=density)
         return judged(returned, operator, reach)

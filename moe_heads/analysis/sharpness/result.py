@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Literal
 
 from torch import Tensor
 
+from moe_heads.analysis._shared.tables import markdown_table
+from moe_heads.analysis.loss_landscape.routing_response_result import RoutingResponse
+from moe_heads.analysis.sharpness.block import BlockCurvature, blocks_table
+from moe_heads.analysis.sharpness.certificate import Certificate
 from moe_heads.analysis.sharpness.hessian.density import SpectralDensity
 from moe_heads.analysis.sharpness.hessian.products import GraphMode
 from moe_heads.analysis.sharpness.perturbation.result import PerturbationSharpnessResult
-from moe_heads.analysis.loss_landscape.routing_response_result import RoutingResponse
-from moe_heads.analysis.sharpness.block import BlockCurvature
-from moe_heads.analysis.sharpness.certificate import Certificate
-from moe_heads.analysis.sharpness.tables import blocks_table, markdown_table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -69,7 +69,7 @@ class SharpnessResult:
         overlaps: By name of another result, the overlap of its top eigenvectors with these; see `subspace_overlap`.
         perturbation: Adaptive and SAM sharpness, where the callback was asked for it.
         routing: How the routing of a sparse head answers to steps along the first eigenvector, likewise.
-        stability_threshold: :math:`\lambda_{\max}` above which the optimiser's steps are unstable on a quadratic; None
+        stability_threshold: :math:`\lambda_{\max}` above which the optimizer's steps are unstable on a quadratic; None
             where it is not known.
         history: By epoch, the largest eigenvalue and the stability threshold, where it was tracked.
     """

@@ -10,10 +10,10 @@ from torch.utils.data import DataLoader, TensorDataset
 from moe_heads.callbacks._shared.sample import Sample, draw_sample
 
 LOADERS = {
-    "labelled": DataLoader(TensorDataset(torch.arange(30.0)), batch_size=10),
-    "unlabelled": DataLoader(TensorDataset(torch.arange(210.0)), batch_size=70),
+    "labeled": DataLoader(TensorDataset(torch.arange(30.0)), batch_size=10),
+    "unlabeled": DataLoader(TensorDataset(torch.arange(210.0)), batch_size=70),
 }
-SHORT = {"a": LOADERS["labelled"], "b": DataLoader(TensorDataset(torch.arange(20.0)), batch_size=10)}
+SHORT = {"a": LOADERS["labeled"], "b": DataLoader(TensorDataset(torch.arange(20.0)), batch_size=10)}
 
 
 def draw(loaders: Any, num_samples: int = 1000, size: int = 50, *, is_size_default: bool = True) -> Sample:
@@ -28,8 +28,8 @@ def test_batches_are_those_of_the_training() -> None:
     sample = draw(LOADERS)
     assert shapes(sample) == [(10, 70)] * 3
     assert (sample.batches.sizes, sample.num_samples, sample.are_exchangeable) == ((80, 80, 80), 240, False)
-    assert "2 loaders together (max_size_cycle), 3 steps: ['labelled']: 30 of 30, drawn" in sample.description
-    assert "['unlabelled']: 210 of 210, drawn" in sample.description
+    assert "2 loaders together (max_size_cycle), 3 steps: ['labeled']: 30 of 30, drawn" in sample.description
+    assert "['unlabeled']: 210 of 210, drawn" in sample.description
 
 
 def test_a_batch_size_that_is_asked_for_keeps_the_proportion() -> None:

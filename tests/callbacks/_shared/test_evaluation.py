@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from moe_heads.callbacks._shared.evaluation import (
     check_forward,
-    check_initialised,
+    check_initialized,
     draws_random_numbers,
     loss_of,
 )
@@ -62,10 +62,10 @@ def test_training_step_without_a_loss_is_refused(output: Any) -> None:
         loss_of(module, None)(module, None)
 
 
-def test_manual_optimisation_needs_a_loss() -> None:
+def test_manual_optimization_needs_a_loss() -> None:
     module, own = Module(None), WithOwnLoss(None)
     module.automatic_optimization = own.automatic_optimization = False
-    with pytest.raises(MisconfigurationException, match="Module optimises by hand"):
+    with pytest.raises(MisconfigurationException, match="Module optimizes by hand"):
         loss_of(module, None)
     assert loss_of(own, None)(own, None) == 2
 
@@ -91,9 +91,9 @@ def test_a_module_without_a_training_step_needs_a_loss() -> None:
 def test_lazy_layers_are_refused_until_a_batch_has_gone_through() -> None:
     model = nn.Sequential(nn.Linear(2, 3), nn.LazyBatchNorm1d())
     with pytest.raises(MisconfigurationException, match=r"Sequential: 1\.weight is lazy and has no values yet"):
-        check_initialised(model)
+        check_initialized(model)
     model(torch.zeros(4, 2))
-    check_initialised(model)
+    check_initialized(model)
 
 
 def test_a_module_without_forward_needs_a_forward_fn() -> None:

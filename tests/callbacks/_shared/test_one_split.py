@@ -1,4 +1,4 @@
-"""How one split is analysed: plain calls, and what is known already."""
+"""How one split is analyzed: plain calls, and what is known already."""
 
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from moe_heads import SparseMoE
+from moe_heads.analysis import sharpness
 from moe_heads.callbacks import (
     AnalysisInputs,
     ExpertUtilizationCallback,
@@ -21,7 +22,6 @@ from moe_heads.callbacks import (
     Report,
     SharpnessCallback,
 )
-from moe_heads.analysis import sharpness
 from tests.support.hessians import cross_entropy
 from tests.support.lightning_models import NUM_FEATURES, PlainModule, assert_same, loader, snapshot, trainer
 from tests.support.untouched import untouched
@@ -31,7 +31,7 @@ def test_a_plain_call_finds_what_the_function_finds() -> None:
     module = PlainModule()
     callback = SharpnessCallback(num_samples=1000, batch_size=40)
     with untouched(module):
-        results = callback.analyse(module, train=loader(), val=loader(seed=1))
+        results = callback.analyze(module, train=loader(), val=loader(seed=1))
     assert set(results) == {"train", "val"}
     assert results is callback.results
     expected = sharpness(module, cross_entropy, list(loader(batch_size=40)))
@@ -49,29 +49,29 @@ def test_a_plain_call_takes_any_module_with_a_loss_and_batches() -> None:
     model = nn.Sequential(nn.Linear(NUM_FEATURES, 4), SparseMoE(4, 3, num_experts=2, expert_width=2))
     batches = list(loader())
     with untouched(model):
-        assert SharpnessCallback(loss_fn=cross_entropy).analyse(model, train=batches)["train"].num_samples == 40
+        assert SharpnessCallback(loss_fn=cross_entropy).analyze(model, train=batches)["train"].num_samples == 40
         landscape = LossLandscapeCallback(loss_fn=cross_entropy, line_points=3, plane_points=3)
-        assert landscape.analyse(model, train=batches)["train"].plane is not None
-        assert ExpertUtilizationCallback().analyse(model, val=batches)["val"].num_samples == 40
-        timing = InferenceTimingCallback(batch_sizes=(1, 4), num_runs=2).analyse(model, test=batches)
+        assert landscape.analyze(model, train=batches)["train"].plane is not None
+        assert ExpertUtilizationCallback().analyze(model, val=batches)["val"].num_samples == 40
+        timing = InferenceTimingCallback(batch_sizes=(1, 4), num_runs=2).analyze(model, test=batches)
         assert [row.batch_size for row in timing["test"].rows if row.module == "model"] == [1, 4]
 
 
 def test_a_plain_call_raises() -> None:
     with pytest.raises(ValueError, match="train, val, test: expected data for at least one split; got none"):
-        SharpnessCallback().analyse(PlainModule())
+        SharpnessCallback().analyze(PlainModule())
     with pytest.raises(MisconfigurationException, match=r"Linear has no training_step to take the loss from\. Pass"):
-        SharpnessCallback().analyse(nn.Linear(NUM_FEATURES, 3), train=loader())
+        SharpnessCallback().analyze(nn.Linear(NUM_FEATURES, 3), train=loader())
     with pytest.raises(MisconfigurationException, match="weights: expected 'last' without a Trainer"):
-        SharpnessCallback(weights="best").analyse(PlainModule(), train=loader())
+        SharpnessCallback(weights="best").analyze(PlainModule(), train=loader())
     with pytest.raises(MisconfigurationException, match="LazyLinear: weight is lazy and has no values yet"):
-        SharpnessCallback(loss_fn=cross_entropy).analyse(nn.LazyLinear(3), train=loader())
+        SharpnessCallback(loss_fn=cross_entropy).analyze(nn.LazyLinear(3), train=loader())
 
     def interrupted(model: nn.Module, batch: Any) -> Tensor:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        SharpnessCallback(loss_fn=interrupted).analyse(nn.Linear(NUM_FEATURES, 3), train=loader())
+        SharpnessCallback(loss_fn=interrupted).analyze(nn.Linear(NUM_FEATURES, 3), train=loader())
 
 
 def test_a_plain_call_passes_the_modules_own_transfer_hooks() -> None:
@@ -84,7 +84,7 @@ def test_a_plain_call_passes_the_modules_own_transfer_hooks() -> None:
 
     module = Scaling()
     named = [{"x": x, "y": y} for x, y in loader()]
-    found = SharpnessCallback(num_eigenvalues=1).analyse(module, train=named)["train"]
+    found = SharpnessCallback(num_eigenvalues=1).analyze(module, train=named)["train"]
     expected = sharpness(module, cross_entropy, [(10 * x, y) for x, y in loader()], num_eigenvalues=1)
     assert found.eigenvalues[0] == pytest.approx(expected.eigenvalues[0], rel=1e-4)
 
@@ -99,13 +99,13 @@ def test_a_plain_call_writes_nothing_for_a_module_that_is_still_attached(tmp_pat
     run = trainer(logger=logger)
     run.fit(module, loader())
     before = len(logger.experiment.metrics)
-    SharpnessCallback(num_eigenvalues=1).analyse(module, train=loader())
+    SharpnessCallback(num_eigenvalues=1).analyze(module, train=loader())
     assert len(logger.experiment.metrics) == before
     assert run.loggers == [logger]
 
 
 def test_a_model_with_fewer_parameters_than_eigenvalues_gives_those_there_are() -> None:
-    result = SharpnessCallback(loss_fn=lambda m, b: m(b).square().mean()).analyse(
+    result = SharpnessCallback(loss_fn=lambda m, b: m(b).square().mean()).analyze(
         nn.Linear(1, 1), train=[torch.ones(3, 1)]
     )
     assert len(result["train"].eigenvalues) == 2
@@ -113,7 +113,7 @@ def test_a_model_with_fewer_parameters_than_eigenvalues_gives_those_there_are() 
 
 def test_one_tensor_in_place_of_a_loader_is_refused() -> None:
     with pytest.raises(ValueError, match="train: expected a loader or a list of batches; got one tensor"):
-        SharpnessCallback(loss_fn=cross_entropy).analyse(nn.Linear(1, 1), train=torch.ones(3, 1))
+        SharpnessCallback(loss_fn=cross_entropy).analyze(nn.Linear(1, 1), train=torch.ones(3, 1))
 
 
 def test_the_module_may_log_in_a_plain_call() -> None:
@@ -131,7 +131,7 @@ def test_the_module_may_log_in_a_plain_call() -> None:
             return super().forward(self.child(x))
 
     module = Parent()
-    SharpnessCallback(num_eigenvalues=1).analyse(module, train=loader())
+    SharpnessCallback(num_eigenvalues=1).analyze(module, train=loader())
     assert "log" not in vars(module)
     assert "log" not in vars(module.child)
 
@@ -152,7 +152,7 @@ class Counted(FitEndAnalysis):
         return Report({"value": float(result)})
 
 
-def test_the_same_weights_and_samples_are_analysed_once_in_a_fit() -> None:
+def test_the_same_weights_and_samples_are_analyzed_once_in_a_fit() -> None:
     counted = Counted(splits=["val", "test"], every_n_epochs=2)
     run, module = trainer(counted, max_epochs=4), PlainModule()
     with pytest.warns(UserWarning, match="no test data; val takes its place"):
@@ -162,7 +162,7 @@ def test_the_same_weights_and_samples_are_analysed_once_in_a_fit() -> None:
     assert counted.tracked == {"val": {1: {"value": 1.0}, 3: {"value": 2.0}}}
     assert run.callback_metrics["counted/val/value"] == 2
     run.validate(module, loader(seed=1), verbose=False)
-    assert counted.results == {"val": 2}  # nothing is analysed once more after a fit
+    assert counted.results == {"val": 2}  # nothing is analyzed once more after a fit
 
 
 def test_between_two_runs_nothing_is_known() -> None:
@@ -200,8 +200,8 @@ def test_what_decides_a_result_decides_whether_it_is_known(changed: str) -> None
 def test_a_plain_call_after_another_starts_anew() -> None:
     counted, module = Counted(), PlainModule()
     before = snapshot(module)
-    counted.analyse(module, train=loader(), val=loader())
-    counted.analyse(module, test=loader())
+    counted.analyze(module, train=loader(), val=loader())
+    counted.analyze(module, test=loader())
     assert set(counted.results) == {"test"}
     assert_same(before, snapshot(module))
 
@@ -210,4 +210,4 @@ def test_a_cuda_device_where_there_is_none_is_refused(monkeypatch: pytest.Monkey
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     batches = [torch.zeros(2, 3)]
     with pytest.raises(ValueError, match="device: expected one that torch finds on this machine; got 'cuda', and"):
-        InferenceTimingCallback(batch_sizes=(1,)).analyse(torch.nn.Linear(3, 2), test=batches, device="cuda")
+        InferenceTimingCallback(batch_sizes=(1,)).analyze(torch.nn.Linear(3, 2), test=batches, device="cuda")

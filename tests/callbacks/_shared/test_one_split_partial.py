@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from moe_heads.analysis.sharpness.hessian import HessianOperator
 from moe_heads.callbacks import (
     AnalysisInputs,
     ExpertUtilizationCallback,
@@ -19,7 +20,6 @@ from moe_heads.callbacks import (
     Report,
     SharpnessCallback,
 )
-from moe_heads.analysis.sharpness.hessian import HessianOperator
 from tests.support.hessians import cross_entropy
 from tests.support.lightning_models import PlainModule, loader, trainer
 
@@ -179,7 +179,7 @@ def test_little_memory_changes_no_number() -> None:
         (lambda m, b: OnceDifferentiable.apply(cross_entropy(m, b)), "a layer of the model has no second derivative"),
     ],
 )
-def test_what_cannot_be_analysed_is_told_once_with_cause_and_remedy(loss_fn: Any, message: str) -> None:
+def test_what_cannot_be_analyzed_is_told_once_with_cause_and_remedy(loss_fn: Any, message: str) -> None:
     broken, fine = SharpnessCallback(splits=["train"], loss_fn=loss_fn), SharpnessCallback(splits=["train"], name="b")
     with pytest.warns(UserWarning, match=message) as caught:
         trainer(broken, fine).fit(PlainModule(), loader())
@@ -216,8 +216,8 @@ def test_a_model_without_a_second_derivative_gets_its_plane_and_no_line() -> Non
     assert "**Partial**" in landscape.report(result).texts["summary"]
 
 
-def test_a_loss_with_a_gradient_inside_is_analysed() -> None:
-    class Penalised(PlainModule):
+def test_a_loss_with_a_gradient_inside_is_analyzed() -> None:
+    class Penalized(PlainModule):
         def training_step(self, batch: Any, batch_idx: int) -> Tensor:
             x = batch[0].clone().requires_grad_()
             (slope,) = torch.autograd.grad(self(x).square().sum(), x, create_graph=True)
@@ -226,7 +226,7 @@ def test_a_loss_with_a_gradient_inside_is_analysed() -> None:
     options: dict[str, Any] = {"splits": ["train"], "on_error": "raise"}
     sharpness, landscape = SharpnessCallback(num_eigenvalues=1, **options), LossLandscapeCallback(**options)
     landscape.line_points = landscape.plane_points = 3
-    trainer(sharpness, landscape).fit(Penalised(), loader())
+    trainer(sharpness, landscape).fit(Penalized(), loader())
     line = landscape.results["train"].line
     assert line.curvatures[0] == pytest.approx(sharpness.results["train"].eigenvalues[0], rel=0.5)
 
@@ -236,7 +236,7 @@ def test_ctrl_c_before_a_sample_is_counted_is_ctrl_c() -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        ExpertUtilizationCallback(forward_fn=interrupted).analyse(PlainModule(), train=loader())
+        ExpertUtilizationCallback(forward_fn=interrupted).analyze(PlainModule(), train=loader())
 
 
 def test_a_result_that_cannot_be_made_partial_leaves_the_error_as_it_was() -> None:
@@ -244,29 +244,29 @@ def test_a_result_that_cannot_be_made_partial_leaves_the_error_as_it_was() -> No
         name = "broken"
 
         def compute(self, inputs: AnalysisInputs) -> None:
-            inputs.monitor.keep(lambda reason: 1 / 0 if reason == "never" else (_ for _ in ()).throw(ValueError("no")))
+            inputs.progress.keep(lambda reason: 1 / 0 if reason == "never" else (_ for _ in ()).throw(ValueError("no")))
             raise KeyError("mine")
 
         def report(self, result: Any) -> Report:
             return Report()
 
     with pytest.raises(KeyError, match="mine"):
-        Broken().analyse(PlainModule(), train=loader())
+        Broken().analyze(PlainModule(), train=loader())
 
 
 def test_graphs_of_an_analysis_are_gone_when_it_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
     operators: list[weakref.ref[HessianOperator]] = []
-    initialise = HessianOperator.__init__
+    initialize = HessianOperator.__init__
 
     def watched(self: HessianOperator, *args: Any, **options: Any) -> None:
-        initialise(self, *args, **options)
+        initialize(self, *args, **options)
         operators.append(weakref.ref(self))
 
     monkeypatch.setattr(HessianOperator, "__init__", watched)
     gc.collect()
     gc.disable()
     try:
-        SharpnessCallback(num_eigenvalues=1).analyse(PlainModule(), train=loader())
+        SharpnessCallback(num_eigenvalues=1).analyze(PlainModule(), train=loader())
         assert len(operators) == 1
         assert operators[0]() is None
     finally:

@@ -14,15 +14,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from moe_heads.callbacks import AnalysisInputs, FitEndAnalysis, LossLandscapeCallback, Report, SharpnessCallback
 from moe_heads.analysis import Ranks
-from moe_heads.callbacks._shared.execution_context import TrainerlessSite
+from moe_heads.callbacks import AnalysisInputs, FitEndAnalysis, LossLandscapeCallback, Report, SharpnessCallback
+from moe_heads.callbacks._shared.execution_context import PlainContext
 from tests.support.processes import NUM_RANKS, run_on_ranks
 
 pytestmark = pytest.mark.timeout(200)
 
 
-class SharedSite(TrainerlessSite):
+class SharedSite(PlainContext):
     """A plain call in which all ranks work together."""
 
     def ranks(self, name: str) -> Ranks:
@@ -54,7 +54,7 @@ class Value(FitEndAnalysis):
 
 
 class OnRankZero(Value):
-    over_ranks = "first"
+    over_ranks = "rank_zero"
 
 
 def loss(model: nn.Module, batch: Any) -> Tensor:
@@ -75,7 +75,7 @@ def outcome(analysis: FitEndAnalysis, data: list[Any] | None = None, **options: 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            analysis.analyse_split(SharedSite(given, None), model, "train", "last")
+            analysis.analyze_split(SharedSite(given, None), model, "train", "last")
         except BaseException as raised:
             error = type(raised).__name__
     result = analysis.results.get("train")
@@ -118,7 +118,7 @@ def cases(rank: int) -> dict[str, Any]:
 
     def part_of_the_time(inputs: AnalysisInputs) -> float:
         time.sleep(0.3 if rank == 0 else 0)
-        inputs.monitor.tick()
+        inputs.progress.tick()
         return 1.0
 
     def sleepy(inputs: AnalysisInputs) -> float:

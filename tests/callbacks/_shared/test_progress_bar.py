@@ -13,7 +13,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar, RichProgressBar, TQDMProgressBar
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 
-from moe_heads.callbacks import progress
+from moe_heads.callbacks._shared import progress_bar
 from tests.support.lightning_models import PlainModule, loader, trainer
 
 TERMINAL = {"force_terminal": True, "width": 120, "color_system": None}
@@ -21,8 +21,8 @@ TERMINAL = {"force_terminal": True, "width": 120, "color_system": None}
 
 @pytest.fixture(autouse=True)
 def _soon_shown(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(progress, "_SECONDS_BEFORE_SHOWN", 0.01)
-    monkeypatch.setattr(progress, "_SECONDS_BETWEEN_DRAWS", 0.01)
+    monkeypatch.setattr(progress_bar, "_SECONDS_BEFORE_SHOWN", 0.01)
+    monkeypatch.setattr(progress_bar, "_SECONDS_BETWEEN_DRAWS", 0.01)
 
 
 class Screen:
@@ -63,7 +63,7 @@ STYLES = pytest.mark.parametrize("bar", [None, TQDMProgressBar, RichProgressBar,
 
 @STYLES
 def test_steps_and_quantities(bar: type[ProgressBar] | None, screen: Screen) -> None:
-    with progress.progress_bar(bar and trainer_with(bar()), "router[a]") as show:
+    with progress_bar.progress_bar(bar and trainer_with(bar()), "router[a]") as show:
         show(3, 12, {"residual": 0.021349, "trace": 123456.0})
         screen.wait_for(" 3/12")
         screen.wait_for("residual=0.0213, trace=1.23e+05")
@@ -81,13 +81,13 @@ def test_steps_and_quantities(bar: type[ProgressBar] | None, screen: Screen) -> 
 
 @STYLES
 def test_appears_before_the_first_step_is_done(bar: type[ProgressBar] | None, screen: Screen) -> None:
-    with progress.progress_bar(bar and trainer_with(bar()), "sharpness"):
+    with progress_bar.progress_bar(bar and trainer_with(bar()), "sharpness"):
         screen.wait_for("0/?")
 
 
 @pytest.mark.parametrize("bar", [TQDMProgressBar, RichProgressBar])
 def test_elapsed_time_goes_on_during_a_step(bar: Any, screen: Screen) -> None:
-    with progress.progress_bar(trainer_with(bar()), "sharpness") as show:
+    with progress_bar.progress_bar(trainer_with(bar()), "sharpness") as show:
         show(2, 2, {})
         screen.wait_for("2/2")
         show(1, 2, {})  # a new phase
@@ -98,9 +98,9 @@ def test_elapsed_time_goes_on_during_a_step(bar: Any, screen: Screen) -> None:
 def test_a_short_block_prints_nothing(
     bar: type[ProgressBar] | None, screen: Screen, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(progress, "_SECONDS_BEFORE_SHOWN", 60.0)
+    monkeypatch.setattr(progress_bar, "_SECONDS_BEFORE_SHOWN", 60.0)
     begun = time.monotonic()
-    with progress.progress_bar(bar and trainer_with(bar()), "sharpness") as show:
+    with progress_bar.progress_bar(bar and trainer_with(bar()), "sharpness") as show:
         show(1, 2, {})
         time.sleep(0.05)
     assert screen.written() == ""
@@ -108,7 +108,7 @@ def test_a_short_block_prints_nothing(
 
 
 def test_without_trainer_on_standard_error(capsys: pytest.CaptureFixture[str]) -> None:
-    with progress.progress_bar(None, "sharpness"):
+    with progress_bar.progress_bar(None, "sharpness"):
         time.sleep(0.2)
     out, err = capsys.readouterr()
     assert (out, "sharpness" in err) == ("", True)
@@ -132,7 +132,7 @@ def disabled(bar: Any) -> Trainer:
 )
 def test_silent_where_the_trainer_is(make_trainer: Any, screen: Screen) -> None:
     quiet = make_trainer()
-    with progress.progress_bar(quiet, "sharpness") as show:
+    with progress_bar.progress_bar(quiet, "sharpness") as show:
         show(3, 12, {"residual": 0.1})
         time.sleep(0.1)
     assert "sharpness" not in screen.written()
@@ -140,7 +140,7 @@ def test_silent_where_the_trainer_is(make_trainer: Any, screen: Screen) -> None:
 
 def test_silent_on_other_ranks(screen: Screen, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Trainer, "is_global_zero", False)
-    with progress.progress_bar(trainer_with(TQDMProgressBar()), "sharpness"):
+    with progress_bar.progress_bar(trainer_with(TQDMProgressBar()), "sharpness"):
         time.sleep(0.1)
     assert screen.written() == ""
 
@@ -149,7 +149,7 @@ def test_silent_on_other_ranks(screen: Screen, monkeypatch: pytest.MonkeyPatch) 
 def test_goes_when_the_block_fails(bar: type[ProgressBar] | None, screen: Screen) -> None:
     with (
         pytest.raises(KeyboardInterrupt),
-        progress.progress_bar(bar and trainer_with(bar()), "sharpness") as show,
+        progress_bar.progress_bar(bar and trainer_with(bar()), "sharpness") as show,
     ):
         show(3, 12, {})
         screen.wait_for("3/12")
@@ -166,7 +166,7 @@ def test_a_bar_that_cannot_be_drawn_is_a_warning(monkeypatch: pytest.MonkeyPatch
     done = []
     with (
         pytest.warns(UserWarning, match="sharpness: its progress bar failed with OSError: broken pipe"),
-        progress.progress_bar(None, "sharpness") as show,
+        progress_bar.progress_bar(None, "sharpness") as show,
     ):
         time.sleep(0.1)
         show(1, 2, {})
@@ -180,7 +180,7 @@ def test_a_bar_that_cannot_be_drawn_is_a_warning(monkeypatch: pytest.MonkeyPatch
 
 def test_needs_no_rich(screen: Screen, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "rich", None)
-    spec = importlib.util.find_spec(progress.__name__)
+    spec = importlib.util.find_spec(progress_bar.__name__)
     assert spec is not None and spec.loader is not None
     without_rich = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(without_rich)
@@ -197,20 +197,20 @@ class InAllHooks(Callback):
         self.screen = screen
         self.left: list[str] = []
 
-    def analyse(self, trainer: Trainer, hook: str) -> None:
-        with progress.progress_bar(trainer, f"analysis in {hook} of {trainer.current_epoch}") as show:
+    def analyze(self, trainer: Trainer, hook: str) -> None:
+        with progress_bar.progress_bar(trainer, f"analysis in {hook} of {trainer.current_epoch}") as show:
             show(3, 12, {"residual": 0.0213})
             self.screen.wait_for(f"analysis in {hook} of {trainer.current_epoch}")
         self.left.append(self.screen.last_frame())
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.analyse(trainer, "on_train_epoch_end")
+        self.analyze(trainer, "on_train_epoch_end")
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.analyse(trainer, "on_validation_end")
+        self.analyze(trainer, "on_validation_end")
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.analyse(trainer, "on_fit_end")
+        self.analyze(trainer, "on_fit_end")
 
 
 @pytest.mark.parametrize("last", [False, True], ids=["before the bar's own hooks", "after them"])

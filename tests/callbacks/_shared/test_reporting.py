@@ -14,7 +14,8 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 from matplotlib.figure import Figure
 
-from moe_heads.callbacks import AnalysisInputs, FitEndAnalysis, Mesh, Report, reporting
+from moe_heads.callbacks import AnalysisInputs, FitEndAnalysis, Mesh, Report
+from moe_heads.callbacks._shared import reporting
 from moe_heads.callbacks._shared.reporting import _log_media, log_report
 from tests.support.events import read_events
 from tests.support.lightning_models import PlainModule, loader, trainer

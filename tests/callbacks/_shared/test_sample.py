@@ -16,7 +16,7 @@ from torch.utils.data import (
     get_worker_info,
 )
 
-from moe_heads.analysis._shared.progress import Monitor
+from moe_heads.analysis._shared.progress import Progress
 from moe_heads.callbacks._shared.sample import Sample, draw_sample
 from tests.support.lightning_models import NUM_FEATURES, loader
 
@@ -120,7 +120,7 @@ def test_a_one_way_iterator_is_refused_and_not_read() -> None:
 
 def test_the_draw_shows_its_progress() -> None:
     steps: list[Any] = []
-    draw(loader(), 10, 4, monitor=Monitor(show=lambda *step: steps.append(step[:2])))
+    draw(loader(), 10, 4, progress=Progress(show=lambda *step: steps.append(step[:2])))
     assert steps == [(4, 10), (8, 10), (10, 10)]
 
 

@@ -11,7 +11,7 @@ from lightning.pytorch import Callback, LightningDataModule, LightningModule, Tr
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 
-from moe_heads.callbacks._shared.trainer_access import analysing, best_weights, loader_of, to_analysis_device
+from moe_heads.callbacks._shared.trainer_access import analyzing, best_weights, loader_of, to_analysis_device
 from tests.support.lightning_models import PlainModule, loader, trainer
 
 
@@ -70,10 +70,10 @@ def test_loaders_are_found_when_the_loop_was_skipped() -> None:
     assert found[2] is None
 
 
-def test_analysing_mutes_logging_and_leaves_the_stage_of_training() -> None:
+def test_analyzing_mutes_logging_and_leaves_the_stage_of_training() -> None:
     def look(t: Trainer, m: LightningModule) -> Any:
         before = t.state.stage
-        with analysing(t, m):
+        with analyzing(t, m):
             m.log("anything", 1.0)
             m.log_dict({"anything": 1.0})
             assert not t.training
@@ -89,7 +89,7 @@ def test_a_modules_own_log_attribute_comes_back() -> None:
     own = module.__dict__["log"] = lambda *args, **kwargs: None
 
     def look(t: Trainer, m: LightningModule) -> Any:
-        with pytest.raises(RuntimeError, match="stop"), analysing(t, m):
+        with pytest.raises(RuntimeError, match="stop"), analyzing(t, m):
             raise RuntimeError("stop")
         return vars(m)["log"]
 
@@ -105,7 +105,7 @@ def test_batches_pass_the_modules_own_transfer_hooks_outside_training() -> None:
             return [batch[0] * 0, batch[1]] if self.trainer.training else [batch[0] * 10, batch[1]]
 
     def look(t: Trainer, m: LightningModule) -> Any:
-        with analysing(t, m):
+        with analyzing(t, m):
             return to_analysis_device(t, [torch.ones(2, 5), torch.zeros(2)])
 
     assert (at_fit_end(look, Augmenting(), loader())[0] == 20).all()
@@ -151,7 +151,7 @@ def test_what_a_step_tells_the_trainer_is_taken_back(tmp_path: Path) -> None:
 
     def look(t: Trainer, m: LightningModule) -> Any:
         loggers, metrics = t.loggers, dict(t.callback_metrics)
-        with analysing(t, m):
+        with analyzing(t, m):
             t.should_stop = True
             t.callback_metrics["mine"] = torch.tensor(1.0)
             m.logger.log_metrics({"x": 1.0})
@@ -182,7 +182,7 @@ def test_ctrl_c_while_the_module_moves_back_loses_nothing() -> None:
     def look(t: Trainer, m: LightningModule) -> Any:
         stage, loggers = t.state.stage, t.loggers
         module.moves = 0
-        with pytest.raises(KeyboardInterrupt), analysing(t, m):
+        with pytest.raises(KeyboardInterrupt), analyzing(t, m):
             pass
         assert t.state.stage == stage
         assert t.loggers == loggers

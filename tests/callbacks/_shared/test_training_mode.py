@@ -52,7 +52,7 @@ def batches() -> list[tuple[Tensor, Tensor]]:
 def test_a_loss_in_training_mode_only_is_explained(kind: type[Detector], callback: Any) -> None:
     model, data = kind(), batches()
     with untouched(model), pytest.raises(MisconfigurationException, match=r"training mode there is one.*analysis_loss"):
-        callback(splits=["train"]).analyse(model, train=data)
+        callback(splits=["train"]).analyze(model, train=data)
 
 
 def test_another_error_is_told_as_it_is() -> None:
@@ -61,7 +61,7 @@ def test_another_error_is_told_as_it_is() -> None:
             raise KeyError("mine")
 
     with pytest.raises(KeyError, match="mine"):
-        SharpnessCallback().analyse(Broken(), train=batches())
+        SharpnessCallback().analyze(Broken(), train=batches())
 
 
 def test_a_dict_without_a_loss_is_told_by_its_keys() -> None:
@@ -70,7 +70,7 @@ def test_a_dict_without_a_loss_is_told_by_its_keys() -> None:
             return {"regression": torch.zeros(()), "boxes": torch.zeros(())}
 
     with pytest.raises(MisconfigurationException, match=r"got a dict with \['boxes', 'regression'\]"):
-        SharpnessCallback().analyse(Parts(), train=batches())
+        SharpnessCallback().analyze(Parts(), train=batches())
 
 
 def test_the_own_loss_gives_what_the_same_layers_give_in_evaluation_mode() -> None:
@@ -78,14 +78,14 @@ def test_the_own_loss_gives_what_the_same_layers_give_in_evaluation_mode() -> No
     options: dict[str, Any] = {"num_eigenvalues": 2, "perturbation": True}
     landscape: dict[str, Any] = {"plane_splits": [], "line_points": 3}
     with untouched(model):
-        found = SharpnessCallback(**options).analyse(model, train=data)["train"]
-        line = LossLandscapeCallback(**landscape).analyse(model, train=data)["train"].line
+        found = SharpnessCallback(**options).analyze(model, train=data)["train"]
+        line = LossLandscapeCallback(**landscape).analyze(model, train=data)["train"].line
 
     def plain(m: Any, batch: tuple[Tensor, Tensor]) -> Tensor:
         return (m.layers.eval()(batch[0]) - batch[1]).square().mean()
 
-    expected = SharpnessCallback(loss_fn=plain, **options).analyse(model, train=data)["train"]
-    straight = LossLandscapeCallback(loss_fn=plain, **landscape).analyse(model, train=data)["train"].line
+    expected = SharpnessCallback(loss_fn=plain, **options).analyze(model, train=data)["train"]
+    straight = LossLandscapeCallback(loss_fn=plain, **landscape).analyze(model, train=data)["train"].line
     assert found.eigenvalues == pytest.approx(expected.eigenvalues, rel=1e-4)
     assert found.perturbation.metrics() == pytest.approx(expected.perturbation.metrics(), rel=1e-4)
     assert line.losses.tolist() == pytest.approx(straight.losses.tolist(), rel=1e-4)

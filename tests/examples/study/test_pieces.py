@@ -62,8 +62,8 @@ def test_pieces_make_the_same_run_as_one_go(tmp_path: Path, capsys: pytest.Captu
         assert main(pieces, "--resume", "--max-minutes", "1e-9") == 3
         told.append(capsys.readouterr().err.strip().splitlines()[-1])
         assert not list(pieces.rglob("result.json"))
-    assert "trained 1 of 3 epochs" in told[0] and "trained 2 of 3 epochs" in told[1] and "to be analysed" in told[2]
-    assert "trained, and analysed as far as expert_utilization" in told[3]
+    assert "trained 1 of 3 epochs" in told[0] and "trained 2 of 3 epochs" in told[1] and "to be analyzed" in told[2]
+    assert "trained, and analyzed as far as expert_utilization" in told[3]
     assert main(pieces, "--resume", "--max-minutes", "1e-9") == 0
     whole, parts = weights(tmp_path / "whole"), weights(pieces)
     assert all(torch.equal(whole[name], parts[name]) for name in whole)

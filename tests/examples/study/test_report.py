@@ -60,14 +60,14 @@ def test_tables_are_not_broken_by_what_stands_in_them(tmp_path: Path) -> None:
 
 def test_what_was_not_measured_is_absent(tmp_path: Path) -> None:
     text = written(tmp_path, 2, heads=("dense",))
-    assert "speed.png" not in text and "utilisation.png" not in text
+    assert "speed.png" not in text and "utilization.png" not in text
     assert "experts in effect" not in text
     assert not (tmp_path / "speed.png").exists()
 
 
 def test_a_figure_for_every_claim() -> None:
     assert set(figures(make_runs(2))) == {
-        *("accuracy", "utilisation", "sharpness", "generalisation", "landscape", "speed")
+        *("accuracy", "utilization", "sharpness", "generalization", "landscape", "speed")
     }
 
 
@@ -77,7 +77,7 @@ def test_use_of_the_busiest_expert_is_not_cut_off() -> None:
     for run in runs:
         if run["head"] == "sparse":
             run["loads"]["test"]["load"] = [0.9] + [0.1 / 7] * 7
-    for ax in figures(runs)["utilisation"].axes:
+    for ax in figures(runs)["utilization"].axes:
         lines = [line for line in ax.lines if line.get_marker() == "."]
         assert lines and ax.get_ylim()[0] == 0
         assert max(max(line.get_ydata()) for line in lines) < ax.get_ylim()[1]

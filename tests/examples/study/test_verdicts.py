@@ -77,7 +77,7 @@ def test_what_only_the_correction_leaves_open_is_not_refuted() -> None:
     assert found.is_true is None
 
 
-def test_generalise_alike() -> None:
+def test_generalize_alike() -> None:
     jitter = {head: shifted("plain/test/loss", 0.35, 0.002) for head in HEADS}
     assert judged(make_runs(6, jitter))[4].outcome == "holds"
     worse = jitter | {"soft": shifted("plain/test/loss", 0.6, 0.002)}

@@ -23,7 +23,7 @@ def identity_router(**options: object) -> BiasBalancedRouter:
     return router
 
 
-def optimiser_step(router: BiasBalancedRouter) -> None:
+def optimizer_step(router: BiasBalancedRouter) -> None:
     """A change of the gate, too small to change a choice."""
     with torch.no_grad():
         router.gate.bias.add_(1e-6)
@@ -54,7 +54,7 @@ def test_weights_of_vanishing_affinities_are_numbers() -> None:
     torch.testing.assert_close(router(torch.zeros(3, 4)).weights, torch.full((3, 2), 0.5))
 
 
-def test_the_bias_moves_by_the_sign_of_the_missing_load_once_an_optimiser_step() -> None:
+def test_the_bias_moves_by_the_sign_of_the_missing_load_once_an_optimizer_step() -> None:
     router = identity_router(update_rate=0.25)
     x = torch.eye(3)[[0, 0, 0, 0, 1, 1]]  # counts 4, 2, 0: mean 2
     x_with_nan = torch.cat((x, torch.full((1, 3), float("nan"))))
@@ -62,11 +62,11 @@ def test_the_bias_moves_by_the_sign_of_the_missing_load_once_an_optimiser_step()
         router(x_with_nan)
         assert router.selection_bias.tolist() == [0, 0, 0]
         assert router.pending_counts.tolist() == [4, 2, 0]
-    optimiser_step(router)
+    optimizer_step(router)
     for _ in range(3):
         router(x)
         assert router.selection_bias.tolist() == [-0.25, 0.0, 0.25]
-    optimiser_step(router)
+    optimizer_step(router)
     router.eval()(x)
     assert router.selection_bias.tolist() == [-0.25, 0.0, 0.25]
 
@@ -74,7 +74,7 @@ def test_the_bias_moves_by_the_sign_of_the_missing_load_once_an_optimiser_step()
 def test_the_mean_decides_and_not_the_median() -> None:
     router = identity_router(update_rate=1.0)
     router(torch.eye(3)[[0] * 7 + [1] * 2])  # counts 7, 2, 0: mean 3, median 2
-    optimiser_step(router)
+    optimizer_step(router)
     router(torch.eye(3))
     assert router.bias_steps.tolist() == [-1, 1, 1]
 
@@ -90,7 +90,7 @@ def test_it_balances_a_collapsed_gate_in_every_precision(dtype: torch.dtype) -> 
     x = torch.randn(400, 8).to(dtype)
     assert router(x).stats().load.max() > 0.95
     for _ in range(900):
-        router.seen_weight.zero_()  # as after an optimiser step
+        router.seen_weight.zero_()  # as after an optimizer step
         routing = router(x)
     assert routing.stats().load.max() < 0.35
 
@@ -116,13 +116,13 @@ def test_running_a_pass_twice_changes_neither_gradient_nor_bias(name: str) -> No
         torch.manual_seed(0)
         router = BiasBalancedRouter(6, 4, update_rate=0.1)
         head = SparseMoE(6, 3, num_experts=4, expert_width=5, dropout=0.0, dispatch="all", router=router)
-        optimiser = torch.optim.SGD(head.parameters(), lr=0.1)
+        optimizer = torch.optim.SGD(head.parameters(), lr=0.1)
         run = build(head)
         for _ in range(4):
-            optimiser.zero_grad()
+            optimizer.zero_grad()
             x = torch.randn(30, 6, requires_grad=True)
             run(x).square().sum().backward()
-            optimiser.step()
+            optimizer.step()
         results.append([*head.parameters(), router.bias_steps.float(), router.pending_counts.float()])
         assert router.bias_steps.abs().max() >= 2
     torch.testing.assert_close(*results)
@@ -153,7 +153,7 @@ def test_bias_and_counts_are_saved_and_an_interrupted_run_goes_on_as_it_was() ->
                 router = BiasBalancedRouter(4, 3).train()
                 router.load_state_dict(state)
             router(batch)
-            optimiser_step(router)
+            optimizer_step(router)
         states.append(router.state_dict())
     assert set(states[0]) == {"gate.weight", "gate.bias", "bias_steps", "pending_counts"}
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
@@ -165,7 +165,7 @@ def one_rank(rank: int) -> list[int]:
     model = nn.parallel.DistributedDataParallel(head)
     for batch in torch.randn(5, 24, 6):
         model(batch[12 * rank : 12 * rank + 12]).sum().backward()
-        optimiser_step(head.router)
+        optimizer_step(head.router)
     return head.router.bias_steps.tolist()
 
 

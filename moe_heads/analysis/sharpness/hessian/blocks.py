@@ -86,7 +86,7 @@ def _depth_of_branches(names: list[str]) -> int:
 
 
 def _merged(places: list[slice]) -> list[slice]:
-    """The same places, neighbours as one."""
+    """The same places, neighbors as one."""
     merged: list[slice] = []
     for place in sorted(places, key=lambda place: place.start):
         if merged and merged[-1].stop == place.start:

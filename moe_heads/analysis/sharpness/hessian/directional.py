@@ -6,8 +6,8 @@ from torch import Tensor, nn
 
 from moe_heads.analysis._shared.batches import Batch, LossFn
 from moe_heads.analysis._shared.counting import BatchSizeFn, BatchWeightFn
-from moe_heads.analysis._shared.progress import Monitor
 from moe_heads.analysis._shared.preserve import analysis_mode
+from moe_heads.analysis._shared.progress import Progress
 from moe_heads.analysis._shared.ranks import Ranks
 from moe_heads.analysis.sharpness.hessian.operator import HessianOperator
 from moe_heads.analysis.sharpness.hessian.parameters import Selection
@@ -24,7 +24,7 @@ def directional_curvatures(
     *,
     params: Selection | None = None,
     seed: int = 0,
-    monitor: Monitor | None = None,
+    progress: Progress | None = None,
     ranks: Ranks | None = None,
     batch_size_fn: BatchSizeFn | None = None,
     batch_weight_fn: BatchWeightFn | None = None,
@@ -38,7 +38,7 @@ def directional_curvatures(
         directions: d, each (P,), used as they are.
         params: The parameters that they are over; by default all that require a gradient.
         seed: Seed of the random number generators.
-        monitor: Looked at before each batch.
+        progress: Looked at before each batch.
         ranks: The processes among which the samples are shared; see `sharpness`.
         batch_size_fn: See `HessianOperator`.
         batch_weight_fn: See `HessianOperator`.
@@ -55,7 +55,7 @@ def directional_curvatures(
         (1.0, 4.0)
     """
 
-    def lead(operator: HessianOperator) -> tuple[float, ...]:
+    def algorithm(operator: HessianOperator) -> tuple[float, ...]:
         vectors = [direction.to(operator.device, operator.dtype) for direction in directions]
         return tuple(float(vector.double() @ operator.matvec(vector).double()) for vector in vectors)
 
@@ -63,13 +63,13 @@ def directional_curvatures(
         # a few products are not worth what makes many of them cheaper
         return shared_hessian(
             ranks or Ranks(),
-            lead,
+            algorithm,
             model,
             loss_fn,
             batches,
             params=params,
             mode="rebuilt",
-            monitor=monitor,
+            progress=progress,
             seed=seed,
             batch_size_fn=batch_size_fn,
             batch_weight_fn=batch_weight_fn,

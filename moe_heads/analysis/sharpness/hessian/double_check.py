@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from moe_heads.analysis._shared.batches import Batch, cut, is_divisible
 from moe_heads.analysis._shared.microbatches import Microbatches, is_out_of_memory
-from moe_heads.analysis._shared.progress import Monitor, TimeUp
+from moe_heads.analysis._shared.progress import Progress, TimeUp
 from moe_heads.analysis.sharpness.hessian.batch_gradients import BatchGradients
 from moe_heads.analysis.sharpness.hessian.double_loss import DoubleLoss
 
@@ -57,7 +57,7 @@ class DoubleCheck:
 
 
 def check_in_double(
-    gradients: BatchGradients, data: Microbatches, vectors: Sequence[Tensor], monitor: Monitor, seed: int = 0
+    gradients: BatchGradients, data: Microbatches, vectors: Sequence[Tensor], progress: Progress, seed: int = 0
 ) -> DoubleCheck | str:
     """Compare products and one directional derivative with float64.
 
@@ -65,7 +65,7 @@ def check_in_double(
         gradients: Loss and gradient as the products evaluate them.
         data: The batches.
         vectors: The vectors to multiply with, (P,) each.
-        monitor: Looked at before each batch.
+        progress: Looked at before each batch.
         seed: Seed of the direction.
 
     Returns:
@@ -82,9 +82,9 @@ def check_in_double(
                 return "the loss draws random numbers, which are others in float64"
             double = DoubleLoss(model, loss_fn, params)
             double(pieces[0][1], [p.detach() for p in double.params.values()])
-            return _compared(gradients, double, pieces, vectors, monitor, seed)
+            return _compared(gradients, double, pieces, vectors, progress, seed)
         except TimeUp:
-            return f"{monitor.end} before it"
+            return f"{progress.end} before it"
         except Exception as error:  # of any kind: code of the user's that cannot be run in float64, or on few samples
             if is_out_of_memory(error):
                 return "there is not enough memory for it"
@@ -98,7 +98,7 @@ def _compared(
     double: DoubleLoss,
     pieces: Sequence[tuple[int, Batch, int]],
     vectors: Sequence[Tensor],
-    monitor: Monitor,
+    progress: Progress,
     seed: int,
 ) -> DoubleCheck:
     params, exact = list(gradients.params.values()), list(double.params.values())
@@ -108,10 +108,10 @@ def _compared(
     slopes = _Slopes(gradients, double, seed)
     total = sum(count for *_, count in pieces)
     for index, batch, count in pieces:
-        monitor.tick()
+        progress.tick()
         wide = _gradient(double, batch, exact, create_graph=True)
         slopes.add(batch, wide, count / total)
-        monitor.tick()
+        progress.tick()
         _, narrow = gradients.gradient(index, batch)
         for found, tangent in zip(differences, tangents, strict=True):
             ours = gradients.differentiate(narrow, tangent, retain_graph=True)

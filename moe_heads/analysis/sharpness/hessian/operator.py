@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from moe_heads.analysis._shared.batches import Batch, LossFn
 from moe_heads.analysis._shared.counting import BatchSizeFn, BatchWeightFn
 from moe_heads.analysis._shared.microbatches import Microbatches, unless_out_of_memory
-from moe_heads.analysis._shared.progress import Monitor, TimeUp
+from moe_heads.analysis._shared.progress import Progress, TimeUp
 from moe_heads.analysis.sharpness.hessian.batch_gradients import BatchGradients
 from moe_heads.analysis.sharpness.hessian.parameters import Selection, selected_parameters, slices_of
 from moe_heads.analysis.sharpness.hessian.products import BatchProducts, GraphMode, Product
@@ -87,7 +87,7 @@ class HessianOperator:
         graph_memory: Bytes that may be kept between products; by default 4 GiB on a CPU, if that is not more than half
             of what is free, and half of the free memory on a GPU.
         mode: "rebuilt" to keep nothing and fold no batch norm; by default the fastest way.
-        monitor: Looked at before each batch.
+        progress: Looked at before each batch.
         seed: Seed of torch's random numbers in the first batch; each batch has the next.
         batch_size_fn: ``batch_size_fn(batch)``, the number of samples of a batch; by default its tensors tell.
         batch_weight_fn: ``batch_weight_fn(batch)``, the weight of its loss, where that is no mean over the samples; by
@@ -130,7 +130,7 @@ class HessianOperator:
         *,
         graph_memory: int | None = None,
         mode: GraphMode | None = None,
-        monitor: Monitor | None = None,
+        progress: Progress | None = None,
         seed: int = 0,
         batch_size_fn: BatchSizeFn | None = None,
         batch_weight_fn: BatchWeightFn | None = None,
@@ -143,7 +143,7 @@ class HessianOperator:
         self._shapes = [p.shape for p in named.values()]
         self._sizes = [p.numel() for p in named.values()]
         self.num_parameters = sum(self._sizes)
-        self._watch = _FirstValue(monitor or Monitor())
+        self._watch = _FirstValue(progress or Progress())
         self._data = Microbatches(
             batches, self.device, self._watch, batch_size_fn=batch_size_fn, batch_weight_fn=batch_weight_fn
         )
@@ -154,7 +154,7 @@ class HessianOperator:
         self._total: Callable[[Tensor, int | None], Tensor] | None = None  # this process alone
         self._is_alone = True
         self._products = BatchProducts(
-            model, loss_fn, named, self._data, monitor or Monitor(), memory=graph_memory, mode=mode, seed=seed
+            model, loss_fn, named, self._data, progress or Progress(), memory=graph_memory, mode=mode, seed=seed
         )
         self.forms = torch.zeros(self.num_strata, dtype=torch.float64)
         self.stratum_weights = self.own_stratum_weights() / self.total_weight
@@ -335,12 +335,12 @@ class InterruptedProduct:
     num_samples: int
 
 
-class _FirstValue(Monitor):
+class _FirstValue(Progress):
     """Lets the time run out unnoticed until the product of one batch is there."""
 
-    def __init__(self, monitor: Monitor) -> None:
+    def __init__(self, progress: Progress) -> None:
         super().__init__()
-        self._watched, self.has_value = monitor, False
+        self._watched, self.has_value = progress, False
 
     def tick(self) -> None:
         try:

@@ -39,12 +39,12 @@ def check_types(chosen: Mapping[str, Tensor]) -> None:
         return
     found = sorted(f"{dtype} on {device}" for dtype, device in kinds)
     other = next((name for name, p in chosen.items() if p.dtype not in _TYPES), None)
-    remedy = "Analyze a copy of one type, callback.analyse(copy.deepcopy(model).float(), ...)"
+    remedy = "Analyze a copy of one type, callback.analyze(copy.deepcopy(model).float(), ...)"
     if other is not None:
         remedy = (
             f"{other!r} is in half precision: freeze it (requires_grad_(False)), choose the parameters in full"
             ' precision with params=[...], train with precision="bf16-mixed", which keeps them in float32, or analyze'
-            " a copy, callback.analyse(copy.deepcopy(model).float(), ...)"
+            " a copy, callback.analyze(copy.deepcopy(model).float(), ...)"
         )
     raise ValueError(f"model: expected parameters all float32 or all float64, on one device; got {found}. {remedy}.")
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from moe_heads.analysis._shared.batches import Batch, LossFn
 from moe_heads.analysis._shared.microbatches import Microbatches, free_memory, unless_out_of_memory
-from moe_heads.analysis._shared.progress import Monitor, TimeUp
+from moe_heads.analysis._shared.progress import Progress, TimeUp
 from moe_heads.analysis.sharpness.hessian.batch_gradients import BatchGradients
 from moe_heads.analysis.sharpness.hessian.culprit import layer_of
 from moe_heads.analysis.sharpness.hessian.folding import Fold, find_folds, has_norms
@@ -48,7 +48,7 @@ class BatchProducts:
         loss_fn: ``loss_fn(model, batch) -> scalar``.
         params: The parameters, by name.
         data: The batches.
-        monitor: Looked at before each batch.
+        progress: Looked at before each batch.
         memory: Bytes that may be kept; None for the default.
         mode: "rebuilt" to keep and fold nothing; None for the best.
         seed: Seed of torch's random numbers in the first batch; each batch has the next.
@@ -68,7 +68,7 @@ class BatchProducts:
         loss_fn: LossFn,
         params: dict[str, Tensor],
         data: Microbatches,
-        monitor: Monitor,
+        progress: Progress,
         *,
         memory: int | None = None,
         mode: GraphMode | None = None,
@@ -77,7 +77,7 @@ class BatchProducts:
         if mode is not None:
             check_option("mode", mode, get_args(GraphMode))
         self.gradients = BatchGradients(model, loss_fn, params, seed)
-        self._monitor, self.reason = monitor, ""
+        self._monitor, self.reason = progress, ""
         self._kept: dict[int, tuple[float, tuple[Tensor, ...]]] = {}
         self._memory: GraphMemory | None = None
         first, *_ = data

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from moe_heads.analysis._shared.batches import Batch, LossFn
 from moe_heads.analysis._shared.counting import BatchSizeFn, BatchWeightFn
-from moe_heads.analysis._shared.progress import Monitor
+from moe_heads.analysis._shared.progress import Progress
 from moe_heads.analysis._shared.ranks import Ranks
 from moe_heads.analysis.sharpness.hessian.operator import HessianOperator
 from moe_heads.analysis.sharpness.hessian.parameters import Selection
@@ -21,7 +21,7 @@ T = TypeVar("T")
 
 def shared_hessian(
     ranks: Ranks,
-    lead: Callable[[HessianOperator], T],
+    algorithm: Callable[[HessianOperator], T],
     model: nn.Module,
     loss_fn: LossFn,
     batches: Iterable[Batch],
@@ -29,33 +29,33 @@ def shared_hessian(
     params: Selection | None = None,
     graph_memory: int | None = None,
     mode: GraphMode | None = None,
-    monitor: Monitor | None = None,
+    progress: Progress | None = None,
     seed: int = 0,
     batch_size_fn: BatchSizeFn | None = None,
     batch_weight_fn: BatchWeightFn | None = None,
 ) -> T:
-    """Run ``lead(operator)`` on rank zero, with the Hessian of the mean loss over the samples of all ranks.
+    """Run ``algorithm(operator)`` on rank zero, with the Hessian of the mean loss over the samples of all ranks.
 
     Args:
         ranks: The processes.
-        lead: The algorithm.
+        algorithm: Run on rank zero alone.
         model: The model, the same on all ranks.
         loss_fn: ``loss_fn(model, batch) -> scalar``.
         batches: The samples of this rank.
         params: See `HessianOperator`.
         graph_memory: See `HessianOperator`.
         mode: See `HessianOperator`.
-        monitor: See `HessianOperator`.
+        progress: See `HessianOperator`.
         seed: See `HessianOperator`.
         batch_size_fn: See `HessianOperator`.
         batch_weight_fn: See `HessianOperator`.
 
     Returns:
-        What ``lead`` returned, on every rank.
+        What ``algorithm`` returned, on every rank.
     """
-    with ranks.together():
+    with ranks.synchronized():
         # only rank zero looks at the clock
-        watched = monitor if ranks.leads else None
+        watched = progress if ranks.is_rank_zero else None
         operator = HessianOperator(
             model,
             loss_fn,
@@ -63,20 +63,20 @@ def shared_hessian(
             params,
             graph_memory=graph_memory,
             mode=mode,
-            monitor=watched,
+            progress=watched,
             seed=seed,
             batch_size_fn=batch_size_fn,
             batch_weight_fn=batch_weight_fn,
         )
     try:
         if ranks.size == 1:
-            return lead(operator)
-        return _led(ranks, lead, operator)
+            return algorithm(operator)
+        return _run_with_sums(ranks, algorithm, operator)
     finally:
         operator.release()  # whoever still holds what was found must not hold the graphs
 
 
-def _led(ranks: Ranks, lead: Callable[[HessianOperator], T], operator: HessianOperator) -> T:
+def _run_with_sums(ranks: Ranks, algorithm: Callable[[HessianOperator], T], operator: HessianOperator) -> T:
     num_samples = ranks.sum(operator.num_samples)
     gathered = ranks.gather(operator.own_stratum_weights())
     # a rank that has nothing of the last batch, too small to be cut, adds nothing to its stratum
@@ -94,9 +94,9 @@ def _led(ranks: Ranks, lead: Callable[[HessianOperator], T], operator: HessianOp
             return total(torch.cat([vector, vector.new_tensor([-1.0 if stratum is None else stratum])]))
 
         operator.over_ranks(of_all, num_samples=num_samples, stratum_weights=weights)
-        return lead(operator)
+        return algorithm(operator)
 
     vector = torch.zeros(operator.num_parameters, dtype=operator.dtype, device=operator.device)
-    return ranks.led(
+    return ranks.run_with_sums(
         evaluate, with_total, torch.cat([vector, vector[:1]]), torch.cat([vector, weights.to(vector), vector[:1]])
     )

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from moe_heads.analysis._shared.batches import Batch, LossFn
 from moe_heads.analysis._shared.counting import BatchSizeFn, BatchWeightFn
-from moe_heads.analysis._shared.progress import Monitor
 from moe_heads.analysis._shared.preserve import analysis_mode
+from moe_heads.analysis._shared.progress import Progress
 from moe_heads.analysis._shared.ranks import Ranks
 from moe_heads.analysis.sharpness.hessian.lanczos import LanczosResult, lanczos
 from moe_heads.analysis.sharpness.hessian.operator import HessianOperator
@@ -44,7 +44,7 @@ def top_eigenvectors(
     tolerance: float = 1e-3,
     max_steps: int = 200,
     seed: int = 0,
-    monitor: Monitor | None = None,
+    progress: Progress | None = None,
     ranks: Ranks | None = None,
     batch_size_fn: BatchSizeFn | None = None,
     batch_weight_fn: BatchWeightFn | None = None,
@@ -60,7 +60,7 @@ def top_eigenvectors(
         tolerance: Largest relative residual at which to stop.
         max_steps: Most Lanczos steps; what they give is returned, whatever its residual.
         seed: Seed of the starting vector.
-        monitor: Progress and time limit; see `Monitor`.
+        progress: Progress and time limit; see `Progress`.
         ranks: The processes among which the samples are shared; see `sharpness`.
         batch_size_fn: See `HessianOperator`.
         batch_weight_fn: See `HessianOperator`.
@@ -75,12 +75,12 @@ def top_eigenvectors(
     check_at_least(1, num_eigenvectors=num_eigenvectors)
     if num_eigenvectors > num_parameters:
         raise ValueError(f"num_eigenvectors: expected 1 to {num_parameters}; got {num_eigenvectors}")
-    monitor, ranks = monitor or Monitor(), ranks or Ranks()
+    progress, ranks = progress or Progress(), ranks or Ranks()
 
     def show(krylov: LanczosResult) -> None:
-        monitor.step(krylov.num_steps, residual=max(krylov.residuals))
+        progress.step(krylov.num_steps, residual=max(krylov.residuals))
 
-    def lead(operator: HessianOperator) -> Tensor:
+    def algorithm(operator: HessianOperator) -> Tensor:
         generator = torch.Generator().manual_seed(seed)
         options: dict[str, Any] = {"tolerance": tolerance, "max_steps": max_steps, "on_step": show}
         return lanczos(operator, generator=generator, num_eigenvalues=num_eigenvectors, **options).vectors().cpu()
@@ -88,12 +88,12 @@ def top_eigenvectors(
     with analysis_mode(model, seed):
         return shared_hessian(
             ranks,
-            lead,
+            algorithm,
             model,
             loss_fn,
             batches,
             params=params,
-            monitor=monitor,
+            progress=progress,
             seed=seed,
             batch_size_fn=batch_size_fn,
             batch_weight_fn=batch_weight_fn,

@@ -91,7 +91,7 @@ def deflated_trace(
     \operatorname{tr} Q^T P H Q + \sum_s E[z_s^T \Pi P H_s \Pi z_s]`.
 
     Rounds are added until the standard error is at most ``tolerance`` times the larger of
-    :math:`|\operatorname{tr} H|` and :math:`\|H\|_F` (a trace near zero, as at a random initialisation, has no
+    :math:`|\operatorname{tr} H|` and :math:`\|H\|_F` (a trace near zero, as at a random initialization, has no
     meaningful relative error).
 
     Args:

@@ -1,4 +1,4 @@
-"""Worst case: the step of sharpness-aware minimisation, and projected steepest ascent from there."""
+"""Worst case: the step of sharpness-aware minimization, and projected steepest ascent from there."""
 
 import math
 from collections.abc import Callable
@@ -36,7 +36,7 @@ def worst_case(
     """Fill in the SAM step and the ascent from there."""
     size, radius, norm = findings.num_parameters, findings.radius, findings.norm
 
-    def lead(total: Callable[[Tensor], Tensor]) -> PerturbationSharpnessResult:
+    def algorithm(total: Callable[[Tensor], Tensor]) -> PerturbationSharpnessResult:
         def measure(u: Tensor) -> _Point:
             sums = total(u.double())
             findings.num_gradients += 1
@@ -46,18 +46,18 @@ def worst_case(
             return _Point(u, loss, None if direction is None else direction.to(weights.dtype), slope)
 
         try:
-            centre = measure(torch.zeros(size, dtype=weights.dtype, device=weights.device))
-            findings.gradient_norm = centre.slope
+            center = measure(torch.zeros(size, dtype=weights.dtype, device=weights.device))
+            findings.gradient_norm = center.slope
             findings.step()
-            first = centre.direction
+            first = center.direction
             if first is None:
                 first, _ = _steepest(weights.random_start(findings.seed), norm)
             # all zeros in the model: nothing can move
-            point = centre if first is None else measure(radius * first)
-            findings.sam = point.loss - centre.loss
+            point = center if first is None else measure(radius * first)
+            findings.sam = point.loss - center.loss
 
             def found(point: _Point) -> None:
-                rise = point.loss - centre.loss
+                rise = point.loss - center.loss
                 # max() would lose a nan
                 findings.worst = rise if math.isnan(rise) else max(rise, 0.0)
                 findings.step()
@@ -65,13 +65,13 @@ def worst_case(
             found(point)
             _ascend(point, measure, radius, norm, findings.num_steps, found)
         except TimeUp as error:
-            in_time: PerturbationSharpnessResult = findings.monitor.result_in_time(error)
+            in_time: PerturbationSharpnessResult = findings.progress.result_in_time(error)
             return in_time
         return findings.result()
 
     # only their shape counts: views of one number
     one = torch.zeros(1, dtype=torch.float64, device=weights.device)
-    return ranks.led(losses.at_point, lead, one.expand(size), one.expand(size + 2))
+    return ranks.run_with_sums(losses.at_point, algorithm, one.expand(size), one.expand(size + 2))
 
 
 def _ascend(

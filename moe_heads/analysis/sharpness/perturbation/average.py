@@ -16,11 +16,11 @@ __all__ = ["average_case"]
 
 
 def average_case(ranks: Ranks, losses: PerturbedLosses, findings: Findings) -> PerturbationSharpnessResult:
-    """Fill in the centre and the draws."""
+    """Fill in the center and the draws."""
     # seeds travel as float64
     draws = torch.randint(2**52, (findings.num_draws,), generator=torch.Generator().manual_seed(findings.seed))
 
-    def lead(total: Callable[[Tensor], Tensor]) -> PerturbationSharpnessResult:
+    def algorithm(total: Callable[[Tensor], Tensor]) -> PerturbationSharpnessResult:
         def loss_at(draw: int, scale: float) -> float:
             message = torch.tensor([draw, scale], dtype=torch.float64, device=ranks.device)
             loss, weight, num_samples = total(message).tolist()
@@ -38,9 +38,9 @@ def average_case(ranks: Ranks, losses: PerturbedLosses, findings: Findings) -> P
                 findings.rises.append(sum(pair) / 2 - findings.center_loss)
                 findings.step()
         except TimeUp as error:
-            in_time: PerturbationSharpnessResult = findings.monitor.result_in_time(error)
+            in_time: PerturbationSharpnessResult = findings.progress.result_in_time(error)
             return in_time
         return findings.result()
 
     nothing = torch.zeros(3, dtype=torch.float64, device=ranks.device)
-    return ranks.led(losses.at_draw, lead, nothing[:2], nothing)
+    return ranks.run_with_sums(losses.at_draw, algorithm, nothing[:2], nothing)

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from moe_heads.analysis._shared.progress import Monitor
+from moe_heads.analysis._shared.progress import Progress
 from moe_heads.analysis.sharpness.perturbation.result import Norm, PerturbationSharpnessResult
 
 __all__ = ["Findings"]
@@ -24,7 +24,7 @@ class Findings:
     seed: int
     num_draws: int
     num_steps: int
-    monitor: Monitor
+    progress: Progress
     center_loss: float = math.nan
     num_samples: int = 0
     rises: list[float] = field(default_factory=list)
@@ -36,13 +36,13 @@ class Findings:
     num_nonfinite: int = 0
 
     def step(self) -> None:
-        """Say that one more step is done: the centre, a pair of draws, a gradient."""
-        self.monitor.keep(self.result)
+        """Say that one more step is done: the center, a pair of draws, a gradient."""
+        self.progress.keep(self.result)
         average, stderr = self.average()
         done = min(self.num_evaluations, 1) + len(self.rises) + self.num_gradients
         found = {"average": average, "stderr": stderr, "worst": self.worst}
         known = {name: value for name, value in found.items() if math.isfinite(value)}
-        self.monitor.step(done, 3 + self.num_draws + self.num_steps, **known)
+        self.progress.step(done, 3 + self.num_draws + self.num_steps, **known)
 
     def average(self) -> tuple[float, float]:
         """Mean of the draws and its standard error."""

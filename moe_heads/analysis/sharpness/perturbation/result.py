@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from moe_heads.analysis.sharpness.tables import markdown_table
+from moe_heads.analysis._shared.tables import markdown_table
 
 __all__ = ["Norm", "PerturbationSharpnessResult"]
 
@@ -23,7 +23,7 @@ class PerturbationSharpnessResult:
         average_stderr: Its standard error over the draws.
         worst: Largest :math:`L(w + \delta) - L(w)` found with :math:`\|u\| \le` ``radius``: a lower bound of the
             maximum, attained by a perturbation that was measured; at least 0, which :math:`\delta = 0` attains.
-        sam: The same after the one step of sharpness-aware minimisation; negative where the step is too long.
+        sam: The same after the one step of sharpness-aware minimization; negative where the step is too long.
         gradient_norm: Slope of the loss along the steepest u, :math:`\|c \odot \nabla L\|_2` for l2,
             :math:`\|c \odot \nabla L\|_1` for linf. ``radius`` times it is what a linear loss would rise by.
         center_loss: Loss of the model as it is.

@@ -5,11 +5,11 @@ import math
 import torch
 from torch import Tensor, nn
 
+from moe_heads.analysis.sharpness.block import BlockCurvature
 from moe_heads.analysis.sharpness.hessian.blocks import default_blocks, places_of
 from moe_heads.analysis.sharpness.hessian.parameters import selected_parameters, slices_of
 from moe_heads.analysis.sharpness.published.failures import RESIDUAL_LIMIT, TRACE_LIMIT
 from moe_heads.analysis.sharpness.published.findings import PublishedFindings
-from moe_heads.analysis.sharpness.block import BlockCurvature
 from moe_heads.analysis.sharpness.result import SharpnessResult
 
 __all__ = ["as_sharpness_result"]

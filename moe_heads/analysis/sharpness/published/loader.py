@@ -8,7 +8,7 @@ from torch import Tensor
 
 from moe_heads.analysis._shared.batch_list import Batches
 from moe_heads.analysis._shared.batches import Batch
-from moe_heads.analysis._shared.progress import Monitor
+from moe_heads.analysis._shared.progress import Progress
 
 __all__ = ["Carried", "Loader"]
 
@@ -37,9 +37,9 @@ class Loader:
         strays: Gradients of tensors outside the parameters, as they were; put back after each batch.
     """
 
-    def __init__(self, data: Batches, monitor: Monitor) -> None:
+    def __init__(self, data: Batches, progress: Progress) -> None:
         self._carried = [Carried(piece.batch, piece.weight) for piece in data.pieces]
-        self._monitor = monitor
+        self._monitor = progress
         self.num_passes = 0
         self.strays: list[tuple[Tensor, Tensor | None]] = []
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_heads.analysis._shared.batches import Batch, LossFn
-from moe_heads.analysis._shared.progress import Monitor
+from moe_heads.analysis._shared.progress import Progress
 from moe_heads.analysis.sharpness.hessian.loss_graph import checked_loss
 
 __all__ = ["Reach"]
@@ -27,13 +27,13 @@ class Reach:
 
     @classmethod
     def of(
-        cls, model: nn.Module, loss_fn: LossFn, data: Sequence[Batch], params: dict[str, Tensor], monitor: Monitor
+        cls, model: nn.Module, loss_fn: LossFn, data: Sequence[Batch], params: dict[str, Tensor], progress: Progress
     ) -> "Reach":
         """Look at the gradient of each batch."""
         idle: set[str] = set()
         linear: set[str] = set()
         for index, batch in enumerate(data):
-            monitor.tick()
+            progress.tick()
             loss = checked_loss(loss_fn(model, batch), index)
             gradient = torch.autograd.grad(loss, list(params.values()), create_graph=True, allow_unused=True)
             idle.update(name for name, g in zip(params, gradient, strict=True) if g is None)

@@ -70,7 +70,7 @@ def run_pyhessian(
 
     Raises:
         RuntimeError: If PyHessian fails in the eigenvalues or the trace.
-        TimeUp: If the time of the loader's monitor is over.
+        TimeUp: If the time of the loader's progress is over.
     """
     try:
         with _on(device), _expecting_graphs_in_grad():

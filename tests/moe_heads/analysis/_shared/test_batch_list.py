@@ -15,7 +15,7 @@ from moe_heads.analysis import (
 )
 from moe_heads.analysis._shared.batch_list import Batches, halves_of
 from moe_heads.analysis._shared.microbatches import Microbatches
-from moe_heads.analysis._shared.progress import Monitor
+from moe_heads.analysis._shared.progress import Progress
 
 CPU = torch.device("cpu")
 X, Y = torch.zeros(6, 4), torch.zeros(6, dtype=torch.int64)
@@ -44,7 +44,7 @@ def test_lists_of_tensors_of_one_kind_and_tuples_of_batches_are_data() -> None:
 
 def test_the_number_of_samples_may_be_given() -> None:
     time_first = (torch.zeros(30, 8, 5), torch.zeros(8))
-    data = Microbatches([time_first], CPU, Monitor(), batch_size_fn=lambda batch: len(batch[1]))
+    data = Microbatches([time_first], CPU, Progress(), batch_size_fn=lambda batch: len(batch[1]))
     assert (data.num_samples, data.total_weight, data.sizes) == (8, 8, [8])
     for bad in (lambda batch: "many", lambda batch: -1, lambda batch: 2.5):
         with pytest.raises(ValueError, match=r"batch_size_fn: expected the number of samples of batches\[0\]; got"):
@@ -53,7 +53,7 @@ def test_the_number_of_samples_may_be_given() -> None:
 
 def test_known_numbers_are_taken_over() -> None:
     known = Batches([torch.zeros(512)], [7])
-    assert Microbatches(known, CPU, Monitor()).num_samples == 7
+    assert Microbatches(known, CPU, Progress()).num_samples == 7
     assert Batches.of(known) is known
     assert Batches.of(known, None, lambda batch: 3.0).weights == (3.0,)
     assert not known.pieces[0].is_divisible  # which of the 512 rows belong to a sample is not known
@@ -137,6 +137,6 @@ class Graphs:
 
 def test_objects_are_moved_and_the_callers_stays() -> None:
     given = Graphs(torch.zeros(3))
-    data = Microbatches([given], torch.device("meta"), Monitor(), batch_size_fn=lambda batch: 3)
+    data = Microbatches([given], torch.device("meta"), Progress(), batch_size_fn=lambda batch: 3)
     assert next(iter(data)).x.device.type == "meta"
     assert given.x.device.type == "cpu"

@@ -10,7 +10,7 @@ from torch.nn.utils.rnn import pack_sequence
 from moe_heads.analysis import direction_sweep, loss_landscape, perturbation_sharpness, sharpness
 from moe_heads.analysis._shared.copies import own_copy
 from moe_heads.analysis._shared.microbatches import Microbatches
-from moe_heads.analysis._shared.progress import Monitor
+from moe_heads.analysis._shared.progress import Progress
 
 
 def test_everything_inside_is_a_copy() -> None:
@@ -38,7 +38,7 @@ def test_what_cannot_be_copied_is_handed_on() -> None:
 
 
 def test_each_evaluation_has_a_batch_of_its_own() -> None:
-    data = Microbatches([{"x": torch.ones(4), "labels": torch.ones(4)}], torch.device("cpu"), Monitor())
+    data = Microbatches([{"x": torch.ones(4), "labels": torch.ones(4)}], torch.device("cpu"), Progress())
     for _ in range(2):
         found = data.evaluate(lambda index, batch: float(batch.pop("labels").mul_(2).sum()))
         assert [value for _, value in found] == [8]

@@ -26,7 +26,7 @@ def test_environment_names_the_machine_and_the_data_types() -> None:
         assert part in str(environment)
 
 
-def test_a_cpu_needs_no_synchronisation() -> None:
+def test_a_cpu_needs_no_synchronization() -> None:
     synchronize(torch.device("cpu"))
 
 

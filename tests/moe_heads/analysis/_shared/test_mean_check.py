@@ -12,7 +12,7 @@ from moe_heads.analysis import sharpness
 from moe_heads.analysis._shared.batch_list import Batches
 from moe_heads.analysis._shared.mean_check import CutDependence, check_mean
 from moe_heads.analysis._shared.microbatches import Microbatches
-from moe_heads.analysis._shared.progress import Monitor
+from moe_heads.analysis._shared.progress import Progress
 from tests.support.untouched import untouched
 
 
@@ -22,7 +22,7 @@ def checked(
     told: list[str] = []
     model = model or nn.Linear(4, 3)
     with untouched(model):
-        found = check_mean(model, loss_fn, Batches.of(batches, **options), monitor=Monitor(on_warning=told.append))
+        found = check_mean(model, loss_fn, Batches.of(batches, **options), progress=Progress(on_warning=told.append))
     return found, told
 
 
@@ -128,20 +128,20 @@ def test_a_module_that_needs_whole_batches_is_not_cut() -> None:
         raise torch.OutOfMemoryError("full")
 
     with pytest.raises(MemoryError, match="a batch of 20 samples that cannot be cut"):
-        list(Microbatches(batches, torch.device("cpu"), Monitor()).evaluate(full))
+        list(Microbatches(batches, torch.device("cpu"), Progress()).evaluate(full))
 
 
 def test_halving_is_told_where_it_changes_the_loss() -> None:
     told: list[str] = []
-    batches, monitor = Batches.of(data()), Monitor(on_warning=told.append)
-    check_mean(nn.Linear(4, 3), info_nce, batches, monitor=monitor)
+    batches, progress = Batches.of(data()), Progress(on_warning=told.append)
+    check_mean(nn.Linear(4, 3), info_nce, batches, progress=progress)
 
     def full(index: int, batch: Any) -> int:
         if len(batch[0]) > 10:
             raise torch.OutOfMemoryError("full")
         return 0
 
-    list(Microbatches(batches, torch.device("cpu"), monitor).evaluate(full))
+    list(Microbatches(batches, torch.device("cpu"), progress).evaluate(full))
     assert len(told) == 2 and "was halved, and the loss depends" in told[1]
 
 

@@ -16,7 +16,7 @@ from moe_heads.analysis import (
     sharpness,
 )
 from moe_heads.analysis._shared.microbatches import Microbatches, is_out_of_memory, unless_out_of_memory
-from moe_heads.analysis._shared.progress import Monitor
+from moe_heads.analysis._shared.progress import Progress
 from moe_heads.analysis.sharpness.hessian import HessianOperator
 from moe_heads.analysis.sharpness.hessian.batch_gradients import BatchGradients
 
@@ -59,7 +59,7 @@ def cross_entropy(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
 
 
 def test_a_batch_is_halved_until_it_fits_and_stays_halved() -> None:
-    batches = Microbatches([torch.arange(9.0), torch.arange(2.0)], CPU, Monitor())
+    batches = Microbatches([torch.arange(9.0), torch.arange(2.0)], CPU, Progress())
     tried: list[int] = []
 
     def mean(index: int, batch: Tensor) -> float:
@@ -87,8 +87,8 @@ def test_what_cannot_be_cut_is_told_with_the_remedy(batch: Any, message: str) ->
     def fail(index: int, batch: Any) -> None:
         raise torch.OutOfMemoryError("full")
 
-    with pytest.raises(MemoryError, match=rf"{message} \(full\); analyse a smaller model, fewer samples at a time"):
-        list(Microbatches([batch], CPU, Monitor()).evaluate(fail))
+    with pytest.raises(MemoryError, match=rf"{message} \(full\); analyze a smaller model, fewer samples at a time"):
+        list(Microbatches([batch], CPU, Progress()).evaluate(fail))
 
 
 def test_other_errors_pass() -> None:
@@ -96,7 +96,7 @@ def test_other_errors_pass() -> None:
         raise RuntimeError("shapes do not fit")
 
     with pytest.raises(RuntimeError, match="shapes do not fit"):
-        list(Microbatches([torch.zeros(4)], CPU, Monitor()).evaluate(fail))
+        list(Microbatches([torch.zeros(4)], CPU, Progress()).evaluate(fail))
     with pytest.raises(RuntimeError, match="shapes do not fit"):
         unless_out_of_memory(lambda: fail(0, None))
 
@@ -147,24 +147,24 @@ def test_analyses_are_the_same_with_little_memory() -> None:
     model = Narrow()
     direction = random_direction(model)
 
-    def analyse() -> list[dict[str, float]]:
+    def analyze() -> list[dict[str, float]]:
         return [
             sharpness(model, cross_entropy, data(), num_eigenvalues=2).metrics(),
             loss_landscape(model, cross_entropy, data(), direction1=direction, num_points=5).metrics(),
             expert_utilization(model, data()).metrics(),
         ]
 
-    expected = analyse()
+    expected = analyze()
     with no_room(model, 2):
-        found = analyse()
+        found = analyze()
     for narrow, whole in zip(found, expected, strict=True):
         # the checks take more memory than a product
         assert whole.keys() - narrow.keys() <= {"derivative_error", "cut_dependence"}
         assert narrow == pytest.approx({key: whole[key] for key in narrow}, rel=1e-9, abs=1e-10)
 
 
-def test_flips_are_counted_against_the_centre_when_memory_runs_out_on_the_way() -> None:
-    """The centre is measured in whole batches; the halves of later points are compared with those of the centre."""
+def test_flips_are_counted_against_the_center_when_memory_runs_out_on_the_way() -> None:
+    """The center is measured in whole batches; the halves of later points are compared with those of the center."""
     model = Narrow()
     direction = random_direction(model)
     expected = loss_landscape(model, cross_entropy, data(), direction1=direction, alphas=[-2.0, 0.0, 2.0])

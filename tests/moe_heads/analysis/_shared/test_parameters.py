@@ -19,5 +19,5 @@ def test_nothing_to_train_is_refused() -> None:
 
 
 def test_lazy_parameters_are_refused() -> None:
-    with pytest.raises(ValueError, match="model: expected initialised parameters; weight is lazy"):
+    with pytest.raises(ValueError, match="model: expected initialized parameters; weight is lazy"):
         trainable_parameters(nn.LazyLinear(2))

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from moe_heads.analysis._shared.progress import Monitor, TimeUp
+from moe_heads.analysis._shared.progress import Progress, TimeUp
 
 
 @pytest.fixture
@@ -17,48 +17,48 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 def test_steps_are_shown_with_their_quantities() -> None:
     seen: list[Any] = []
-    monitor = Monitor(show=lambda *step: seen.append(step))
-    monitor.step(1)
-    monitor.step(2, 5, residual=0.25)
+    progress = Progress(show=lambda *step: seen.append(step))
+    progress.step(1)
+    progress.step(2, 5, residual=0.25)
     assert seen == [(1, None, {}), (2, 5, {"residual": 0.25})]
 
 
 def test_the_time_is_over_at_the_next_look_at_the_clock(clock: list[float]) -> None:
-    monitor = Monitor(max_time=10)
-    monitor.tick()
+    progress = Progress(max_time=10)
+    progress.tick()
     clock[0] = 110.5
     with pytest.raises(TimeUp, match="max_time = 10 s was over before there was a result"):
-        monitor.tick()
+        progress.tick()
     with pytest.raises(TimeUp):
-        monitor.step(1, 2)
-    monitor.step(2, 2)  # all is done: nothing is left to be cut off
+        progress.step(1, 2)
+    progress.step(2, 2)  # all is done: nothing is left to be cut off
 
 
 def test_without_a_limit_the_clock_says_nothing(clock: list[float]) -> None:
-    monitor = Monitor()
+    progress = Progress()
     clock[0] = 1e9
-    monitor.tick()
+    progress.tick()
 
 
 def test_what_is_kept_is_the_result_in_time(clock: list[float]) -> None:
-    monitor = Monitor(max_time=1)
-    assert monitor.partial("interrupted") is None
+    progress = Progress(max_time=1)
+    assert progress.partial("interrupted") is None
     error = TimeUp("nothing yet")
     with pytest.raises(TimeUp, match="nothing yet"):
-        monitor.result_in_time(error)
-    monitor.keep(lambda reason: ("first", reason))
-    monitor.keep(lambda reason: ("second", reason))
-    assert monitor.partial("interrupted") == ("second", "interrupted")
-    assert monitor.result_in_time(error) == ("second", "max_time = 1 s was over")
+        progress.result_in_time(error)
+    progress.keep(lambda reason: ("first", reason))
+    progress.keep(lambda reason: ("second", reason))
+    assert progress.partial("interrupted") == ("second", "interrupted")
+    assert progress.result_in_time(error) == ("second", "max_time = 1 s was over")
 
 
 def test_what_a_part_keeps_is_wrapped_for_the_whole(clock: list[float]) -> None:
-    monitor = Monitor(max_time=5)
-    part = monitor.part(lambda plane: ("line", plane))
+    progress = Progress(max_time=5)
+    part = progress.part(lambda plane: ("line", plane))
     assert part.partial("x") is None
     part.keep(lambda reason: f"plane until {reason}")
     assert part.partial("x") == "plane until x"
-    assert monitor.partial("x") == ("line", "plane until x")
+    assert progress.partial("x") == ("line", "plane until x")
     clock[0] = 200
     with pytest.raises(TimeUp):
         part.tick()
@@ -67,4 +67,4 @@ def test_what_a_part_keeps_is_wrapped_for_the_whole(clock: list[float]) -> None:
 @pytest.mark.parametrize("max_time", [0, -1, float("inf"), float("nan"), "5", True])
 def test_a_limit_that_is_no_positive_number_is_refused(max_time: Any) -> None:
     with pytest.raises(ValueError, match="max_time: expected a positive number of seconds or None; got"):
-        Monitor(max_time)
+        Progress(max_time)

@@ -27,7 +27,7 @@ from moe_heads.analysis import (
     sharpness,
 )
 from moe_heads.analysis._shared import ranks as ranks_module
-from moe_heads.analysis._shared.progress import Monitor, TimeUp
+from moe_heads.analysis._shared.progress import Progress, TimeUp
 from moe_heads.analysis._shared.ranks import RankError, Ranks
 from tests.support.processes import NUM_RANKS, run_on_ranks
 
@@ -44,7 +44,7 @@ def cross_entropy(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
     return nn.functional.cross_entropy(model(batch[0]), batch[1])
 
 
-def analyse(ranks: Ranks) -> dict[str, dict[str, float]]:
+def analyze(ranks: Ranks) -> dict[str, dict[str, float]]:
     """All analyses that share; rank 0 has more of each batch, and the whole of the last, a single sample."""
     model, data = model_and_data()
     here = slice(None) if ranks.size == 1 else [slice(0, 9), slice(9, None)][ranks.rank]
@@ -85,8 +85,8 @@ def failures(ranks: Ranks) -> dict[str, str]:
         if ranks.rank == rank:
             raise error
 
-    def together(rank: int, error: BaseException) -> None:
-        with ranks.together():
+    def synchronized(rank: int, error: BaseException) -> None:
+        with ranks.synchronized():
             fail_on(rank, error)
 
     def evaluate_on(rank: int, error: BaseException) -> Callable[[Tensor], Tensor]:
@@ -97,7 +97,7 @@ def failures(ranks: Ranks) -> dict[str, str]:
 
         return evaluate
 
-    def lead(total: Callable[[Tensor], Tensor]) -> float:
+    def algorithm(total: Callable[[Tensor], Tensor]) -> float:
         return sum(float(total(torch.full((2,), float(step))).sum()) for step in range(5))
 
     def broken_lead(total: Callable[[Tensor], Tensor]) -> float:
@@ -111,32 +111,34 @@ def failures(ranks: Ranks) -> dict[str, str]:
         return x
 
     def out_of_time(total: Callable[[Tensor], Tensor]) -> float:
-        monitor = Monitor(max_time=1e-9)
+        progress = Progress(max_time=1e-9)
         total(zeros)
-        monitor.tick()
+        progress.tick()
         return 0.0
 
     def in_time(total: Callable[[Tensor], Tensor]) -> str:
         try:
-            return str(lead(total))
+            return str(algorithm(total))
         except TimeUp:
             return "what there was"
 
     oops = ZeroDivisionError("oops")
     return {
-        "together, 0": raised_by(lambda: together(0, oops)),
-        "together, 1": raised_by(lambda: together(1, oops)),
-        "together, Ctrl-C": raised_by(lambda: together(1, KeyboardInterrupt())),
-        "led, 0": raised_by(lambda: ranks.led(evaluate_on(0, oops), lead, zeros, zeros)),
-        "led, 1": raised_by(lambda: ranks.led(evaluate_on(1, oops), lead, zeros, zeros)),
-        "led, leader": raised_by(lambda: ranks.led(lambda x: x, broken_lead, zeros, zeros)),
-        "led, Ctrl-C": raised_by(lambda: ranks.led(interrupted, lead, zeros, zeros)),
-        "led, time": raised_by(lambda: ranks.led(lambda x: x, out_of_time, zeros, zeros)),
-        "led, time in a part of the sum": str(ranks.led(evaluate_on(0, TimeUp("over")), in_time, zeros, zeros)),
-        "first": raised_by(lambda: ranks.first(lambda: 1 / 0)),
-        "unpicklable": raised_by(lambda: ranks.first(lambda: lambda: 0)),
+        "together, 0": raised_by(lambda: synchronized(0, oops)),
+        "together, 1": raised_by(lambda: synchronized(1, oops)),
+        "together, Ctrl-C": raised_by(lambda: synchronized(1, KeyboardInterrupt())),
+        "led, 0": raised_by(lambda: ranks.run_with_sums(evaluate_on(0, oops), algorithm, zeros, zeros)),
+        "led, 1": raised_by(lambda: ranks.run_with_sums(evaluate_on(1, oops), algorithm, zeros, zeros)),
+        "led, leader": raised_by(lambda: ranks.run_with_sums(lambda x: x, broken_lead, zeros, zeros)),
+        "led, Ctrl-C": raised_by(lambda: ranks.run_with_sums(interrupted, algorithm, zeros, zeros)),
+        "led, time": raised_by(lambda: ranks.run_with_sums(lambda x: x, out_of_time, zeros, zeros)),
+        "led, time in a part of the sum": str(
+            ranks.run_with_sums(evaluate_on(0, TimeUp("over")), in_time, zeros, zeros)
+        ),
+        "first": raised_by(lambda: ranks.run_on_rank_zero(lambda: 1 / 0)),
+        "unpicklable": raised_by(lambda: ranks.run_on_rank_zero(lambda: lambda: 0)),
         "Ctrl-C while waiting": raised_by(lambda: interrupted_while_waiting(ranks)),
-        "fine": str(ranks.led(lambda x: x, lead, zeros, zeros)),
+        "fine": str(ranks.run_with_sums(lambda x: x, algorithm, zeros, zeros)),
     }
 
 
@@ -145,7 +147,7 @@ def interrupted_while_waiting(ranks: Ranks) -> int:
     timer = threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT))
     if ranks.rank == 1:
         timer.start()
-    return ranks.first(lambda: time.sleep(0.6) or 0)
+    return ranks.run_on_rank_zero(lambda: time.sleep(0.6) or 0)
 
 
 def on_rank(rank: int) -> dict[str, Any]:
@@ -155,11 +157,11 @@ def on_rank(rank: int) -> dict[str, Any]:
     ranks_module._SECONDS_BEFORE_WARNING = 0.2
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        broadcast = ranks.first(lambda: time.sleep(0.6) or {"from": rank})
+        broadcast = ranks.run_on_rank_zero(lambda: time.sleep(0.6) or {"from": rank})
     told = [str(warning.message) for warning in caught]
     ranks_module._SECONDS_BEFORE_WARNING = 60.0
     return {
-        "analyses": analyse(ranks),
+        "analyses": analyze(ranks),
         "failures": failures(ranks),
         "first": broadcast,
         "told": told,
@@ -176,7 +178,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("analysis", ["sharpness", "landscape", "sweep", "utilization"])
 def test_two_ranks_find_what_one_finds(found: list[dict[str, Any]], analysis: str) -> None:
-    expected = analyse(Ranks())[analysis]
+    expected = analyze(Ranks())[analysis]
     for rank in range(NUM_RANKS):
         assert found[rank]["analyses"][analysis] == pytest.approx(expected, rel=1e-6, abs=1e-12)
 
@@ -226,15 +228,18 @@ def test_a_rank_that_waits_says_so(found: list[dict[str, Any]]) -> None:
 
 def test_one_process_alone_needs_no_group() -> None:
     ranks = Ranks()
-    assert (ranks.rank, ranks.size, ranks.leads) == (0, 1, True)
-    assert ranks.first(lambda: 7) == 7
+    assert (ranks.rank, ranks.size, ranks.is_rank_zero) == (0, 1, True)
+    assert ranks.run_on_rank_zero(lambda: 7) == 7
     assert ranks.sum(3) == 3
     assert ranks.gather("a") == ["a"]
-    assert ranks.led(lambda x: 2 * x, lambda total: float(total(torch.ones(1))), torch.ones(1), torch.ones(1)) == 2
-    with pytest.raises(ZeroDivisionError), ranks.together():
+    assert (
+        ranks.run_with_sums(lambda x: 2 * x, lambda total: float(total(torch.ones(1))), torch.ones(1), torch.ones(1))
+        == 2
+    )
+    with pytest.raises(ZeroDivisionError), ranks.synchronized():
         raise ZeroDivisionError
     with pytest.raises(TimeUp):
-        ranks.first(lambda: Monitor(max_time=1e-9).tick())
+        ranks.run_on_rank_zero(lambda: Progress(max_time=1e-9).tick())
     assert issubclass(RankError, RuntimeError)
 
 

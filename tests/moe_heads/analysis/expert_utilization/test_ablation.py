@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from moe_heads import Routing, SoftMoE, SparseMoE, ablate
-from moe_heads.analysis.expert_utilization.function import expert_utilization
 from moe_heads.analysis.expert_utilization.examples import ExpertExamples, images_of
+from moe_heads.analysis.expert_utilization.function import expert_utilization
 from tests.support.untouched import untouched
 
 HEADS = {

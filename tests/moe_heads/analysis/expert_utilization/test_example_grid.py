@@ -2,8 +2,8 @@
 
 import torch
 
-from moe_heads.analysis.expert_utilization.examples import ExpertExamples
 from moe_heads.analysis.expert_utilization.example_grid import plot_examples
+from moe_heads.analysis.expert_utilization.examples import ExpertExamples
 
 
 def test_every_image_stands_in_its_expert_s_row_below_its_class_and_gate() -> None:

@@ -6,7 +6,7 @@ from sklearn.metrics import mutual_info_score
 from torch import Tensor, nn
 
 from moe_heads import Dense, SoftMoE, SparseMoE, collect_routing
-from moe_heads.analysis._shared.progress import Monitor
+from moe_heads.analysis._shared.progress import Progress
 from moe_heads.analysis.expert_utilization.function import expert_utilization
 from moe_heads.analysis.expert_utilization.head import HeadUtilization
 from moe_heads.analysis.expert_utilization.result import ExpertUtilizationResult
@@ -200,7 +200,7 @@ def test_the_model_is_untouched_also_after_an_error() -> None:
 def test_progress() -> None:
     steps: list[tuple[int, int]] = []
     expert_utilization(
-        HandModel(2), [torch.randn(3, 2)] * 3, monitor=Monitor(show=lambda *step: steps.append(step[:2]))
+        HandModel(2), [torch.randn(3, 2)] * 3, progress=Progress(show=lambda *step: steps.append(step[:2]))
     )
     assert steps == [(3, 9), (6, 9), (9, 9)]
 
@@ -348,7 +348,7 @@ def test_percentiles_over_all_heads() -> None:
     assert [metrics[f"all_heads/relative_load_p{level}"] for level in (10, 50, 90)] == pytest.approx(expected)
 
 
-def test_specialisations_add_up_to_the_mutual_information() -> None:
+def test_specializations_add_up_to_the_mutual_information() -> None:
     x, labels = torch.randn(200, 5), torch.randint(3, (200,))
     head = only_head(expert_utilization(HandModel(5, 1), [(x + 0.5 * labels.unsqueeze(1) * torch.eye(5)[0], labels)]))
     assert head.specialization is not None and head.class_counts is not None

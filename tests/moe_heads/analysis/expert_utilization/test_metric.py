@@ -12,9 +12,9 @@ from torch import nn
 from moe_heads import Routing, RoutingStats, SoftMoE, SparseMoE, collect_routing
 from moe_heads.analysis import ExpertUtilizationMetric
 from moe_heads.analysis.expert_utilization import watch as watch_module
+from moe_heads.analysis.expert_utilization.advice import remedies_for
 from moe_heads.analysis.expert_utilization.flips import EpochChoices
 from moe_heads.analysis.expert_utilization.health import RouterHealth
-from moe_heads.analysis.expert_utilization.advice import remedies_for
 from moe_heads.analysis.expert_utilization.watch import RoutingWatch
 from moe_heads.routers import BiasBalancedRouter, ExpertChoiceRouter, NoisyTopKRouter, SwitchRouter
 from tests.support.head_zoo import FEATURES, ROUTERS, head_with

@@ -9,7 +9,7 @@ from moe_heads.analysis.expert_utilization.head import HeadUtilization
 from moe_heads.analysis.expert_utilization.result import ExpertUtilizationResult
 
 
-def utilization(labelled: bool = True, num_classes: int = 2, num_choices: int = 1000) -> HeadUtilization:
+def utilization(labeled: bool = True, num_classes: int = 2, num_choices: int = 1000) -> HeadUtilization:
     class_map = torch.full((num_classes, 3), 1 / 3, dtype=torch.float64)
     class_map[-1] = math.nan
     return HeadUtilization(
@@ -24,11 +24,11 @@ def utilization(labelled: bool = True, num_classes: int = 2, num_choices: int = 
         dead_experts=(2,),
         starved_experts=(),
         coactivation=None,
-        class_counts=torch.tensor([[6, 1, 0], [1, 2, 0]]) if labelled and num_classes == 2 else None,
-        class_map=class_map if labelled else None,
-        mutual_information=0.3 if labelled else None,
-        mutual_information_corrected=0.25 if labelled else None,
-        mutual_information_stderr=0.01 if labelled else None,
+        class_counts=torch.tensor([[6, 1, 0], [1, 2, 0]]) if labeled and num_classes == 2 else None,
+        class_map=class_map if labeled else None,
+        mutual_information=0.3 if labeled else None,
+        mutual_information_corrected=0.25 if labeled else None,
+        mutual_information_stderr=0.01 if labeled else None,
         mutual_information_by_chance=None,
         mutual_information_p_value=None,
         soft=False,
@@ -49,7 +49,7 @@ def test_metrics_are_flat_floats() -> None:
     assert metrics["head/load_cv"] == pytest.approx(math.sqrt(((0.75 * 3 - 1) ** 2 + (0.25 * 3 - 1) ** 2 + 1) / 3))
     assert metrics["head/mutual_information"] == 0.3
     assert all(isinstance(value, float) and math.isfinite(value) for value in metrics.values())
-    assert not any("information" in key for key in result(head=utilization(labelled=False)).metrics())
+    assert not any("information" in key for key in result(head=utilization(labeled=False)).metrics())
 
 
 def test_summary_names_heads_and_dead_experts() -> None:
@@ -67,11 +67,11 @@ def test_summary_says_what_the_data_cannot_tell() -> None:
     # two of three empty at 9 choices each is no chance
     gone = dataclasses.replace(utilization(num_choices=27), load=torch.tensor([1.0, 0.0, 0.0], dtype=torch.float64))
     assert "chance alone" not in result(head=gone).summary()
-    unlabelled = ExpertUtilizationResult({"head": utilization(labelled=False)}, (), num_samples=10).summary()
-    assert "No classes: the batches have no labels of shape (B,)" in unlabelled
+    unlabeled = ExpertUtilizationResult({"head": utilization(labeled=False)}, (), num_samples=10).summary()
+    assert "No classes: the batches have no labels of shape (B,)" in unlabeled
 
 
-@pytest.mark.parametrize("head", [utilization(), utilization(labelled=False), utilization(num_classes=100)])
+@pytest.mark.parametrize("head", [utilization(), utilization(labeled=False), utilization(num_classes=100)])
 def test_figures_render_without_a_warning(head: HeadUtilization) -> None:
     rows = 0 if head.class_map is None else len(head.class_map)
     found = ExpertUtilizationResult({"head": head}, tuple(f"class {i}" for i in range(rows)), 10)
@@ -93,7 +93,7 @@ def test_plot_draws_the_head_asked_for_into_given_axes() -> None:
     from matplotlib.figure import Figure
 
     own = Figure().subplots()
-    figure, ax = result(first=utilization(), second=utilization(labelled=False)).plot(own, head="second")
+    figure, ax = result(first=utilization(), second=utilization(labeled=False)).plot(own, head="second")
     assert ax is own
     assert figure is own.figure
     assert ax.get_title().startswith("second: 2.0 of 3 experts")

@@ -36,7 +36,7 @@ def test_the_gap_has_three_lines_with_markers_and_ticks_between_the_powers_of_te
     (ax,) = figure.axes
     lines = {line.get_label(): line for line in ax.get_lines() if line.get_label()[0] != "_"}
     values = {name: list(line.get_ydata()) for name, line in lines.items()}
-    assert values == {"realised": [0.5, 2.0], "theoretical": [4.0, 4.0], "ratio of bounds": [0.7, 3.0]}
+    assert values == {"realized": [0.5, 2.0], "theoretical": [4.0, 4.0], "ratio of bounds": [0.7, 3.0]}
     assert {line.get_marker() for line in lines.values()} == {"o", "^", "s"}
     figure.draw_without_rendering()
     low, high = ax.get_ylim()
@@ -58,16 +58,16 @@ def gaps(*heads_and_modes: tuple[str, str]) -> tuple[Gap, ...]:
 @pytest.mark.parametrize(
     ("pairs", "labels"),
     [
-        ([("head", "bf16")], ["realised", "theoretical", "ratio of bounds"]),
+        ([("head", "bf16")], ["realized", "theoretical", "ratio of bounds"]),
         (
             [("head", "eager"), ("head", "bf16")],
-            ["realised, eager", "realised, bf16", "theoretical", "ratio of bounds"],
+            ["realized, eager", "realized, bf16", "theoretical", "ratio of bounds"],
         ),
         (
             [("a", "eager"), ("b", "eager")],
             [
-                "a, realised",
-                "b, realised",
+                "a, realized",
+                "b, realized",
                 "a, theoretical",
                 "a, ratio of bounds",
                 "b, theoretical",
@@ -83,7 +83,7 @@ def test_no_entry_of_the_legend_of_the_gap_comes_twice(pairs: list, labels: list
 def test_without_bounds_there_is_no_line_of_them() -> None:
     (gap,) = timing().gaps
     bare = replace(gap, points=tuple(replace(point, bound=None) for point in gap.points))
-    assert legend_of(replace(timing(), gaps=(bare,)).plot_gap()) == ["realised", "theoretical"]
+    assert legend_of(replace(timing(), gaps=(bare,)).plot_gap()) == ["realized", "theoretical"]
 
 
 def test_the_split_has_bars_that_fill() -> None:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_heads import Dense, SoftMoE, SparseMoE
-from moe_heads.analysis._shared.progress import Monitor
+from moe_heads.analysis._shared.progress import Progress
 from moe_heads.analysis.inference_timing.function import inference_timing
 from tests.support.hand_routers import HandHead
 from tests.support.untouched import untouched
@@ -178,8 +178,8 @@ def test_a_sparse_head_is_split_and_stands_beside_its_dense_twin() -> None:
     (gap,) = timing.gaps
     twin = next(row for row in timing.rows if (row.module, row.batch_size) == ("head_dense", 8))
     point = gap.points[1]
-    assert point.realised == pytest.approx(twin.p50_ms / head.p50_ms)
-    assert point.low <= point.realised <= point.high
+    assert point.realized == pytest.approx(twin.p50_ms / head.p50_ms)
+    assert point.low <= point.realized <= point.high
     assert point.theoretical == pytest.approx(twin.flops / head.flops)
     assert head.flops == sparse_pair().head.flops(8).active
     assert point.bound == pytest.approx(point.dense_bound.ms / point.head_bound.ms)
@@ -283,20 +283,20 @@ def test_the_model_is_untouched_also_after_an_error_and_ctrl_c() -> None:
         raise KeyboardInterrupt
 
     with untouched(sparse), pytest.raises(KeyboardInterrupt):
-        inference_timing(sparse, good, batch_sizes=[2], monitor=Monitor(show=interrupt), **QUICK)
+        inference_timing(sparse, good, batch_sizes=[2], progress=Progress(show=interrupt), **QUICK)
 
 
 def test_progress_goes_from_round_to_round_to_the_end() -> None:
     steps: list[tuple[int, int]] = []
-    monitor = Monitor(show=lambda *step: steps.append(step[:2]))
-    inference_timing(nn.Identity(), torch.zeros(1), batch_sizes=[1, 2], num_runs=2, warmup_runs=1, monitor=monitor)
+    progress = Progress(show=lambda *step: steps.append(step[:2]))
+    inference_timing(nn.Identity(), torch.zeros(1), batch_sizes=[1, 2], num_runs=2, warmup_runs=1, progress=progress)
     assert steps == [(49, 200), (100, 200), (149, 200), (200, 200)]
 
 
 def test_the_sizes_that_were_finished_in_time_are_the_result() -> None:
-    monitor = Monitor(max_time=0.3)
+    progress = Progress(max_time=0.3)
     timing = inference_timing(
-        Slow(0.05), torch.zeros(1), batch_sizes=[1, 4], num_runs=2, warmup_runs=0, monitor=monitor
+        Slow(0.05), torch.zeros(1), batch_sizes=[1, 4], num_runs=2, warmup_runs=0, progress=progress
     )
     assert {row.batch_size for row in timing.rows} == {1}
     assert timing.partial == "max_time = 0.3 s was over"

@@ -65,7 +65,7 @@ class SpectralHead(SparseMoE):
 def test_of_operators_that_are_not_known_there_is_no_bound() -> None:
     model = nn.Sequential(SpectralHead(16, 4, num_experts=4, expert_width=8))
     (point,) = inference_timing(model, torch.randn(2, 16), batch_sizes=[2], **QUICK).gaps[0].points
-    assert point.realised > 0
+    assert point.realized > 0
     assert point.bound is point.dense_bound is point.head_bound is None
 
 
@@ -134,7 +134,7 @@ def test_a_module_that_is_called_twice_is_timed_and_counted_twice() -> None:
     (gap, _) = timing.gaps
     twin = rows["head_dense"]
     assert gap.points[0].theoretical == twin.flops / rows["head"].flops
-    assert gap.points[0].realised == pytest.approx(twin.p50_ms / rows["head"].p50_ms)
+    assert gap.points[0].realized == pytest.approx(twin.p50_ms / rows["head"].p50_ms)
 
 
 @pytest.mark.parametrize("batch", [torch.randn(3, 16), {"x": torch.randn(3, 16)}])

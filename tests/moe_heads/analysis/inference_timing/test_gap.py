@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from moe_heads import Dense, SparseMoE, capacity
-from moe_heads.analysis.inference_timing.gap import Gap, GapPoint, break_even, dense_twin, gap_of, realised_ratio
+from moe_heads.analysis.inference_timing.gap import Gap, GapPoint, break_even, dense_twin, gap_of, realized_ratio
 
 
 @pytest.mark.parametrize(
@@ -30,7 +30,7 @@ def test_break_even_of_nothing_is_none() -> None:
 
 
 def gap(intervals: list[tuple[float, float, float]]) -> Gap:
-    """A gap of batch sizes 1, 4, 16, ..., of (low, realised, high)."""
+    """A gap of batch sizes 1, 4, 16, ..., of (low, realized, high)."""
     points = [GapPoint(4**i, "eager", 4.0, ratio, low, high) for i, (low, ratio, high) in enumerate(intervals)]
     heads = SparseMoE(16, 4, num_experts=2, expert_width=4, k=1), Dense(16, 4, width=8)
     return gap_of("head", "eager", "warm", heads, points)
@@ -91,14 +91,14 @@ def test_the_twin_is_dense_of_equal_capacity_where_the_head_is() -> None:
 def test_the_ratio_is_that_of_the_medians_of_all_runs_of_the_rounds_of_both() -> None:
     dense, head = [[2.0, 2.0, 90.0]] * 6, [[1.0]] * 6
     # nothing varies from round to round
-    assert realised_ratio(dense, head, 0) == (2.0, 2.0, 2.0)
+    assert realized_ratio(dense, head, 0) == (2.0, 2.0, 2.0)
     # a drift that met the dense head alone, as the other had its runs: it is in no round of both
-    assert realised_ratio(dense + [[80.0]] * 60, head, 0) == (2.0, 2.0, 2.0)
+    assert realized_ratio(dense + [[80.0]] * 60, head, 0) == (2.0, 2.0, 2.0)
 
 
 def test_the_interval_of_the_ratio_contains_it() -> None:
     rng = np.random.default_rng(0)
     for trial in range(30):
         dense, head = (rng.lognormal(size=(7, 2)).tolist() for _ in range(2))
-        ratio, low, high = realised_ratio(dense, head, trial)
+        ratio, low, high = realized_ratio(dense, head, trial)
         assert low <= ratio <= high

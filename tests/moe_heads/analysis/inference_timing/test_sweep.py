@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from moe_heads import SparseMoE
 from moe_heads.analysis import InferenceTimingResult, inference_timing
-from moe_heads.analysis._shared.progress import Monitor
+from moe_heads.analysis._shared.progress import Progress
 from moe_heads.analysis.inference_timing import outlook, rounds, subject
 
 
@@ -102,7 +102,7 @@ def test_rounds_end_in_time_where_they_take_longer_than_foretold(monkeypatch: py
         if quantities.get("batch_size") == 8:
             model.seconds = 0.5  # other work came in the first round of size 8
 
-    options = {"max_seconds": 14.0, "batch_sizes": (1, 8), "monitor": Monitor(show=busy)}
+    options = {"max_seconds": 14.0, "batch_sizes": (1, 8), "progress": Progress(show=busy)}
     timing, sizes = timed(model, **options)
     assert sizes == [1, 8]
     assert model.clock.now <= 14

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_heads.analysis import (
-    Monitor,
+    Progress,
     direction_sweep,
     filter_normalized,
     layer_normalized,
@@ -97,11 +97,11 @@ def test_time_ends_it_after_whole_directions() -> None:
     model, batch = problem()
 
     def show(done: int, total: int | None, quantities: Any) -> None:
-        if done == 1 + 4 + 2 * 3:  # the centre, the ends of all, the rest of two
-            monitor._deadline = 0.0
+        if done == 1 + 4 + 2 * 3:  # the center, the ends of all, the rest of two
+            progress._deadline = 0.0
 
-    monitor = Monitor(max_time=100, show=show)
-    sweep = direction_sweep(model, cross_entropy, [batch], num_directions=4, num_points=5, monitor=monitor)
+    progress = Progress(max_time=100, show=show)
+    sweep = direction_sweep(model, cross_entropy, [batch], num_directions=4, num_points=5, progress=progress)
     assert len(sweep.losses) == 2
     assert sweep.num_unmeasured == 2
     assert "**Partial**" in sweep.summary() and sweep.metrics()["partial"] == 1

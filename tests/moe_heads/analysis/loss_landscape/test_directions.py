@@ -96,7 +96,7 @@ def test_a_zero_filter_stays_zero() -> None:
     assert not filter_normalized(model, direction).any()
 
 
-def test_stacked_experts_are_normalised_by_expert_and_unit() -> None:
+def test_stacked_experts_are_normalized_by_expert_and_unit() -> None:
     model = SparseMoE(6, 3, num_experts=4, expert_width=5)
     direction = random_direction(model)
     parts, raw = split_direction(model, filter_normalized(model, direction)), split_direction(model, direction)
@@ -110,7 +110,7 @@ def test_stacked_experts_are_normalised_by_expert_and_unit() -> None:
     assert not parts["experts.bias2"].any()
 
 
-def test_normalisation_removes_the_scale_of_a_relu_network() -> None:
+def test_normalization_removes_the_scale_of_a_relu_network() -> None:
     """Scaling a unit's inputs by c and its outputs by 1/c scales the direction's filters alike."""
     model = nn.Sequential(nn.Linear(3, 4, bias=False), nn.ReLU(), nn.Linear(4, 2, bias=False))
     direction = random_direction(model)
@@ -137,5 +137,5 @@ def test_bad_directions(direction: torch.Tensor, message: str) -> None:
 def test_models_without_a_direction() -> None:
     with pytest.raises(ValueError, match="model: expected at least one parameter that requires a gradient; got none"):
         random_direction(nn.ReLU())
-    with pytest.raises(ValueError, match=r"model: expected initialised parameters; weight is lazy"):
+    with pytest.raises(ValueError, match=r"model: expected initialized parameters; weight is lazy"):
         random_direction(nn.LazyLinear(2))

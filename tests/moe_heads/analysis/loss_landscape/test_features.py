@@ -70,7 +70,7 @@ def test_a_backbone_runs_once_and_a_few_times_more_to_prove_it(monkeypatch: pyte
     kept, plain = both(model, ["1"], monkeypatch, fixed_routing=False)
     assert kept.reused[0] == "0"
     assert kept.not_reused == "" and plain.reused == ()
-    # the centre and the plain passes of three points; then the run without features
+    # the center and the plain passes of three points; then the run without features
     center = [5, 5, 3, 3]  # with a graph and without
     assert calls == center + [5, 3] * NUM_PROOFS + center + [5, 3] * (NUM_POINTS - 1)
     assert plain.losses.unique().numel() == NUM_POINTS
@@ -150,13 +150,13 @@ def test_random_layers_draw_as_if_nothing_were_kept(monkeypatch: pytest.MonkeyPa
 def test_a_loss_that_takes_a_gradient_makes_whole_passes() -> None:
     model = nn.Sequential(nn.Flatten(), nn.Linear(36, 4), nn.Tanh(), nn.Linear(4, 3))
 
-    def penalised(m: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    def penalized(m: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
         x = batch[0].clone().requires_grad_()
         (gradient,) = torch.autograd.grad(nn.functional.cross_entropy(m(x), batch[1]), x)
         return gradient.square().sum()
 
     direction = random_direction(model, params=["3"])
-    found = loss_landscape(model, penalised, data(), direction1=direction, params=["3"], num_points=3)
+    found = loss_landscape(model, penalized, data(), direction1=direction, params=["3"], num_points=3)
     assert found.losses.unique().numel() == 3
     assert found.reused == ()
 

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from moe_heads import SoftMoE, SparseMoE
-from moe_heads.analysis._shared.progress import Monitor
+from moe_heads.analysis._shared.progress import Progress
 from moe_heads.analysis.loss_landscape.directions import filter_normalized, random_direction, split_direction
 from moe_heads.analysis.loss_landscape.function import loss_landscape
 from tests.support.hand_routers import HandModel
@@ -57,7 +57,7 @@ def test_plane_equals_the_model_with_replaced_parameters() -> None:
     assert plane.alphas.tolist() == [-1, -0.5, 0, 0.5, 1] == plane.betas.tolist()
 
 
-def test_centre_is_the_measured_loss_to_the_bit() -> None:
+def test_center_is_the_measured_loss_to_the_bit() -> None:
     model, batch = smooth_problem()
     model.eval()
     direction = random_direction(model)
@@ -172,7 +172,7 @@ def test_no_flips_without_a_router() -> None:
     assert line.accuracies is None
 
 
-def test_routers_that_see_other_rows_than_at_the_centre() -> None:
+def test_routers_that_see_other_rows_than_at_the_center() -> None:
     model = HandModel(2, k=1)
 
     def loss(m: HandModel, batch: Tensor) -> Tensor:
@@ -231,7 +231,9 @@ def test_progress_counts_the_points() -> None:
     model, batch = smooth_problem()
     steps: list[tuple[int, int]] = []
     options = {"direction1": random_direction(model), "direction2": random_direction(model, 1), "num_points": 3}
-    loss_landscape(model, cross_entropy, [batch], monitor=Monitor(show=lambda *step: steps.append(step[:2])), **options)
+    loss_landscape(
+        model, cross_entropy, [batch], progress=Progress(show=lambda *step: steps.append(step[:2])), **options
+    )
     assert steps == [(done, 9) for done in range(1, 10)]
 
 

@@ -16,8 +16,8 @@ from moe_heads.analysis import (
     sharpness,
     trajectory_plane,
 )
-from moe_heads.analysis.sharpness.hessian import directional_curvatures
 from moe_heads.analysis.loss_landscape.result import LossLandscapeResult
+from moe_heads.analysis.sharpness.hessian import directional_curvatures
 from tests.support.untouched import untouched
 
 
@@ -96,7 +96,7 @@ def test_a_state_that_does_not_fit(change: Any, message: str) -> None:
 
 @pytest.mark.parametrize("normalize", [filter_normalized, layer_normalized])
 @pytest.mark.parametrize("biases", ["zero", "normalized"])
-def test_a_normalised_plane_does_not_see_how_relu_layers_are_scaled(normalize: Any, biases: Any) -> None:
+def test_a_normalized_plane_does_not_see_how_relu_layers_are_scaled(normalize: Any, biases: Any) -> None:
     """W1, b1 times c and W2 divided by c is the same function, and has the same plane; a raw one changes."""
     model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3)).double()
     data = batch(torch.float64)

@@ -39,7 +39,7 @@ def on_gpu(batches: list[Batch]) -> list[Batch]:
     return [(x.cuda(), y.cuda()) for x, y in batches]
 
 
-def test_the_centre_is_the_loss_and_the_weights_are_put_back() -> None:
+def test_the_center_is_the_loss_and_the_weights_are_put_back() -> None:
     model, batches = problem()
     model, batches = model.cuda(), on_gpu(batches)
     first, second = (normalized_random_direction(model, seed) for seed in (0, 1))

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from moe_heads.analysis import Monitor, loss_landscape, random_direction
+from moe_heads.analysis import Progress, loss_landscape, random_direction
 from moe_heads.analysis.loss_landscape.result import LossLandscapeResult
 from tests.support.untouched import untouched
 
@@ -88,14 +88,14 @@ def test_a_file_of_something_else_is_refused(tmp_path: Path) -> None:
         line(loss=counting)
 
 
-def test_functions_of_the_same_code_are_told_apart_at_the_centre(tmp_path: Path) -> None:
+def test_functions_of_the_same_code_are_told_apart_at_the_center(tmp_path: Path) -> None:
     model, data, file = network().eval(), batch(), tmp_path / "line.npz"
     options: dict[str, Any] = {"direction1": random_direction(model), "num_points": 3, "resume": file}
     plain, twice = counted()[0], counted(scale=2.0)[0]
     loss_landscape(model, plain, [data], accuracy_fn=plain, **options)
-    with pytest.raises(ValueError, match=r"resume: expected the same loss_fn, .* at the centre; got .* in the file"):
+    with pytest.raises(ValueError, match=r"resume: expected the same loss_fn, .* at the center; got .* in the file"):
         loss_landscape(model, twice, [data], accuracy_fn=plain, **options)
-    with pytest.raises(ValueError, match=r"resume: expected the same accuracy_fn, .* at the centre; got"):
+    with pytest.raises(ValueError, match=r"resume: expected the same accuracy_fn, .* at the center; got"):
         loss_landscape(model, plain, [data], accuracy_fn=twice, **options)
 
 
@@ -132,12 +132,12 @@ def test_what_there_is_when_the_time_is_over_is_on_disk(tmp_path: Path) -> None:
     def show(done: int, total: int | None, quantities: Any) -> None:
         seen.append(done)
         if done == 4:
-            monitor._deadline = 0.0
+            progress._deadline = 0.0
 
-    monitor = Monitor(max_time=100, show=show)
+    progress = Progress(max_time=100, show=show)
     options: dict[str, Any] = {"direction1": random_direction(model), "resume": file}
     data = batch()
-    found = loss_landscape(model, counted()[0], [data], monitor=monitor, **options)
+    found = loss_landscape(model, counted()[0], [data], progress=progress, **options)
     assert found.partial and found.num_unmeasured == 21 - 4
     assert math.isinf(found.radius(1e9)) and found.num_nonfinite == 0
     rest, calls = counted()

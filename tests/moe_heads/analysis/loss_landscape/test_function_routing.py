@@ -25,7 +25,7 @@ def sparse_problem(**options: object) -> tuple[nn.Module, list[tuple[Tensor, Ten
 
 
 @pytest.mark.parametrize("k", [1, 2])
-def test_every_point_is_the_moved_model_with_the_choices_of_the_centre(k: int) -> None:
+def test_every_point_is_the_moved_model_with_the_choices_of_the_center(k: int) -> None:
     model, batches = sparse_problem(k=k)
     direction = random_direction(model)
     line = loss_landscape(model, cross_entropy, batches, direction1=direction, num_points=5)

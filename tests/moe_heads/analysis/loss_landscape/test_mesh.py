@@ -17,9 +17,9 @@ def normals(vertices: Tensor, faces: Tensor) -> Tensor:
 
 
 def test_each_cell_has_two_triangles_with_upward_normals_that_cover_the_base_once() -> None:
-    vertices, faces, colours = surface_mesh(ALPHAS, BETAS, LOSSES)
-    assert (vertices.shape, faces.shape, colours.shape) == ((1, 12, 3), (1, 12, 3), (1, 12, 3))
-    assert (vertices.dtype, colours.dtype) == (torch.float32, torch.uint8)
+    vertices, faces, colors = surface_mesh(ALPHAS, BETAS, LOSSES)
+    assert (vertices.shape, faces.shape, colors.shape) == ((1, 12, 3), (1, 12, 3), (1, 12, 3))
+    assert (vertices.dtype, colors.dtype) == (torch.float32, torch.uint8)
     up = normals(vertices, faces)[:, 2]
     assert (up > 0).all()
     assert up.sum() / 2 == pytest.approx(4.0)  # area of the base, 2 × 2
@@ -27,15 +27,15 @@ def test_each_cell_has_two_triangles_with_upward_normals_that_cover_the_base_onc
 
 
 def test_heights_and_base_are_stretched() -> None:
-    vertices, _, colours = surface_mesh(ALPHAS, BETAS, LOSSES)
+    vertices, _, colors = surface_mesh(ALPHAS, BETAS, LOSSES)
     x, y, z = vertices[0].double().reshape(3, 4, 3).unbind(-1)
     torch.testing.assert_close(x[:, 0], torch.tensor([-1.0, 0.0, 1.0], dtype=torch.float64))
     torch.testing.assert_close(y[0], torch.tensor([-1.0, -0.5, 0.0, 1.0], dtype=torch.float64))
     expected = (LOSSES - LOSSES.min()) / (LOSSES.max() - LOSSES.min())
     torch.testing.assert_close(z, expected, atol=1e-6, rtol=0)
     lowest, highest = int(LOSSES.argmin()), int(LOSSES.argmax())
-    assert colours[0, lowest].tolist() == [68, 1, 84]  # the ends of viridis
-    assert colours[0, highest].tolist() == [253, 231, 36]
+    assert colors[0, lowest].tolist() == [68, 1, 84]  # the ends of viridis
+    assert colors[0, highest].tolist() == [253, 231, 36]
 
 
 def test_log_scale() -> None:
@@ -47,8 +47,8 @@ def test_log_scale() -> None:
 def test_points_that_are_not_finite_are_left_out_with_their_triangles() -> None:
     losses = LOSSES.clone()
     losses[0, 0], losses[2, 3] = math.nan, math.inf
-    vertices, faces, colours = surface_mesh(ALPHAS, BETAS, losses)
-    assert vertices.shape == colours.shape == (1, 10, 3)
+    vertices, faces, colors = surface_mesh(ALPHAS, BETAS, losses)
+    assert vertices.shape == colors.shape == (1, 10, 3)
     assert vertices.isfinite().all()
     assert int(faces.max()) == 9
     # the two corners lie on the diagonal of their cell: both triangles go
@@ -69,7 +69,7 @@ def test_a_flat_surface() -> None:
 
 
 def test_nothing_to_draw() -> None:
-    with pytest.raises(ValueError, match=r"losses: expected neighbouring finite points, 65536 at most; got 0 finite"):
+    with pytest.raises(ValueError, match=r"losses: expected neighboring finite points, 65536 at most; got 0 finite"):
         surface_mesh(ALPHAS, BETAS, torch.full_like(LOSSES, math.nan))
 
 
@@ -83,8 +83,8 @@ def test_tensorboard_takes_it(tmp_path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     from torch.utils.tensorboard import SummaryWriter
 
-    vertices, faces, colours = surface_mesh(ALPHAS, BETAS, LOSSES)
+    vertices, faces, colors = surface_mesh(ALPHAS, BETAS, LOSSES)
     with SummaryWriter(tmp_path) as writer:
-        writer.add_mesh("surface", vertices, colors=colours, faces=faces)
+        writer.add_mesh("surface", vertices, colors=colors, faces=faces)
     events = EventAccumulator(str(tmp_path)).Reload()
     assert len(events.Tags()["tensors"]) == 3

@@ -54,7 +54,7 @@ def test_a_full_plane_makes_one_pass_through_the_backbone_a_point(accuracy_fn: o
     num_flipped = int((plane.routing_flips > 0).sum())
     assert num_flipped > 15
     # at three points all is measured both ways, the loss at fixed routing and the accuracy too; the latter also at the
-    # centre
+    # center
     proofs = 3 * (2 if accuracy_fn is None else 3) + (accuracy_fn is accuracy)
     proofs += 1 if accuracy_fn is None else 2  # the center is measured with a graph too
     assert len(backbone) == 25 * passes + proofs

@@ -52,13 +52,13 @@ def test_metrics_are_finite_and_absent_otherwise() -> None:
     assert nothing == {"center_loss": 1.0, "num_nonfinite": 3.0, "num_samples": 8.0}
 
 
-def test_numbers_of_a_grid_on_one_side_of_the_centre() -> None:
-    """The loss at the centre, 1, is measured by itself: the rise to 3 at 0.5 is within reach."""
+def test_numbers_of_a_grid_on_one_side_of_the_center() -> None:
+    """The loss at the center, 1, is measured by itself: the rise to 3 at 0.5 is within reach."""
     result = landscape(torch.tensor([3.0, 4.0, 5.0]), alphas=torch.tensor([0.5, 1.0, 1.5], dtype=torch.float64))
     assert result.metrics()["radius_100"] == pytest.approx(0.25)
     assert "not within reach" not in result.summary()
     assert result.reach == 0 and "rise_half_reach" not in result.metrics()
-    # no point but the centre within half the reach
+    # no point but the center within half the reach
     assert "rise_half_reach" not in landscape(torch.tensor([2.0, 1.0, 2.0])).metrics()
 
 
@@ -79,7 +79,7 @@ def test_curvatures_along_both_axes() -> None:
     assert landscape(bowl()).curvatures == pytest.approx((2, 6))
 
 
-def test_no_curvature_without_a_centre_on_the_grid() -> None:
+def test_no_curvature_without_a_center_on_the_grid() -> None:
     assert landscape(bowl(4)).curvatures == ()
     assert landscape(torch.ones(3), alphas=torch.tensor([0.0, 1.0, 2.0])).curvatures == ()
     assert landscape(torch.ones(3), alphas=torch.tensor([-1.0, 0.0, 2.0])).curvatures == ()
@@ -144,7 +144,7 @@ def test_figures_of_all_kinds_render_without_a_warning(losses: Tensor) -> None:
         figure, ax = result.plot()
         figure.savefig("/dev/null", format="png")
     assert ax.get_xlabel().startswith("α")
-    assert "loss 1 at the centre (8 samples" in ax.get_title()
+    assert "loss 1 at the center (8 samples" in ax.get_title()
 
 
 def test_maps_of_what_else_there_is() -> None:
@@ -161,7 +161,7 @@ def test_maps_of_what_else_there_is() -> None:
         torch.testing.assert_close(
             torch.from_numpy(drawn[quantity].get_array().reshape(5, 5).data), getattr(plane, quantity).T.double()
         )
-    # one colour is one loss, free or not
+    # one color is one loss, free or not
     assert drawn["losses"].get_clim() == drawn["losses_fixed_routing"].get_clim() == (0.5, 5.0)
     assert drawn["routing_flips"].get_clim() == (0, 1)
     assert landscape(bowl(), routing_flips=0 * flips, losses_fixed_routing=fixed).maps == ("losses",)
@@ -182,10 +182,10 @@ def test_a_figure_fills_a_card_and_its_legend_hides_nothing(losses: Tensor) -> N
     assert min(text.get_fontsize() for text in ax.get_xticklabels()) >= 7
 
 
-def test_contour_lines_are_dark_where_the_colours_are_bright() -> None:
+def test_contour_lines_are_dark_where_the_colors_are_bright() -> None:
     ax = landscape(bowl(9)).plot()[1]
-    colours = [tuple(colour[:3]) for colour in ax.collections[1].get_edgecolor()]
-    assert colours[0] == (1, 1, 1) and colours[-1] == (0, 0, 0)
+    colors = [tuple(color[:3]) for color in ax.collections[1].get_edgecolor()]
+    assert colors[0] == (1, 1, 1) and colors[-1] == (0, 0, 0)
 
 
 def test_plot_draws_the_losses_and_leaves_pyplot_alone() -> None:

@@ -11,13 +11,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from moe_heads import SoftMoE
-from moe_heads.analysis._shared.progress import Monitor, TimeUp
+from moe_heads.analysis._shared.progress import Progress, TimeUp
 from moe_heads.analysis._shared.ranks import Ranks
-from moe_heads.analysis.sharpness.hessian import HessianOperator
 from moe_heads.analysis.loss_landscape.directions import random_direction
 from moe_heads.analysis.loss_landscape.function import loss_landscape
 from moe_heads.analysis.loss_landscape.routing_response import has_sparse_router, routing_response
 from moe_heads.analysis.loss_landscape.routing_response_result import RoutingResponse
+from moe_heads.analysis.sharpness.hessian import HessianOperator
 from moe_heads.routers import NoisyTopKRouter
 from tests.support.hand_routers import HandModel
 from tests.support.head_zoo import FEATURES, ROUTERS, head_with
@@ -84,11 +84,11 @@ def test_flips_and_losses_by_hand() -> None:
     response = routing_response(TwoExperts(weighted=True), mean, [XS[:2], XS[2:]], torch.ones(1), STEPS)
     assert response.steps == tuple(STEPS)
     assert response.flips == (0.2, 0.2, 0, 0.4, 0, 0.6, 0)
-    at_centre = XS.squeeze(1) > 0
-    assert response.center_loss == pytest.approx(weighted_loss(0, at_centre), rel=1e-14)
+    at_center = XS.squeeze(1) > 0
+    assert response.center_loss == pytest.approx(weighted_loss(0, at_center), rel=1e-14)
     for step, free, fixed in zip(STEPS, response.losses_free, response.losses_fixed, strict=True):
         assert free == pytest.approx(weighted_loss(step, XS.squeeze(1) > step), rel=1e-14)
-        assert fixed == pytest.approx(weighted_loss(step, at_centre), rel=1e-14)
+        assert fixed == pytest.approx(weighted_loss(step, at_center), rel=1e-14)
     assert response.num_samples == 5
 
 
@@ -131,7 +131,7 @@ def test_losses_and_flips_are_those_of_the_landscape() -> None:
     assert response.losses_free == tuple(line.losses.tolist())
     assert response.flips == tuple(line.routing_flips.tolist())
     assert response.center_loss == line.center_loss
-    # the centre among the steps
+    # the center among the steps
     assert response.losses_fixed[3] == response.center_loss
     assert response.losses_fixed[0] != response.losses_free[0]
 
@@ -317,7 +317,7 @@ def test_everything_is_put_back_also_after_an_interruption() -> None:
 
 @pytest.mark.parametrize("call", [1, 2, 3, 5])
 def test_a_batch_that_does_not_fit_is_halved(call: int) -> None:
-    """Calls 1 to 3: the centre, the first step free, and fixed."""
+    """Calls 1 to 3: the center, the first step free, and fixed."""
     model, (x, y) = sparse_problem()
     direction = random_direction(model)
     expected = routing_response(model, cross_entropy, [(x, y)], direction, STEPS)
@@ -332,29 +332,29 @@ def test_a_batch_that_does_not_fit_is_halved(call: int) -> None:
     assert response.metrics() == pytest.approx(expected.metrics(), rel=1e-7)
 
 
-def test_progress_counts_the_centre_and_the_steps() -> None:
+def test_progress_counts_the_center_and_the_steps() -> None:
     model, batch = sparse_problem()
     shown: list[tuple[int, int | None]] = []
-    monitor = Monitor(show=lambda done, total, found: shown.append((done, total)))
-    routing_response(model, cross_entropy, [batch], random_direction(model), [0.5, 0.0, -0.5], monitor=monitor)
+    progress = Progress(show=lambda done, total, found: shown.append((done, total)))
+    routing_response(model, cross_entropy, [batch], random_direction(model), [0.5, 0.0, -0.5], progress=progress)
     assert shown == [(1, 3), (2, 3), (3, 3)]
 
 
-def timed(last: int) -> Monitor:
-    """A monitor whose time is over after so many steps."""
+def timed(last: int) -> Progress:
+    """A progress whose time is over after so many steps."""
 
     def show(done: int, total: int | None, found: object) -> None:
-        monitor._deadline = -math.inf if done == last else monitor._deadline
+        progress._deadline = -math.inf if done == last else progress._deadline
 
-    monitor = Monitor(show=show)
-    return monitor
+    progress = Progress(show=show)
+    return progress
 
 
-def test_the_steps_near_the_centre_are_there_when_the_time_is_over() -> None:
+def test_the_steps_near_the_center_are_there_when_the_time_is_over() -> None:
     model, batch = sparse_problem()
     direction = random_direction(model)
     whole = routing_response(model, cross_entropy, [batch], direction, STEPS)
-    partial = routing_response(model, cross_entropy, [batch], direction, STEPS, monitor=timed(4))
+    partial = routing_response(model, cross_entropy, [batch], direction, STEPS, progress=timed(4))
     assert partial.steps == (0.2, 0.05, -0.05)
     assert partial.losses_fixed == tuple(whole.losses_fixed[STEPS.index(step)] for step in partial.steps)
     assert partial.num_unmeasured == 4
@@ -362,7 +362,7 @@ def test_the_steps_near_the_centre_are_there_when_the_time_is_over() -> None:
     assert partial.curvature_free(0.2) is None
     assert "**Partial**: max_time = None s was over; 4 steps are missing." in partial.summary()
     with untouched(model), pytest.raises(TimeUp):
-        routing_response(model, cross_entropy, [batch], direction, STEPS, monitor=timed(1))
+        routing_response(model, cross_entropy, [batch], direction, STEPS, progress=timed(1))
 
 
 @pytest.mark.parametrize(
@@ -395,7 +395,7 @@ def test_bad_input(options: dict[str, Any], message: str) -> None:
         routing_response(model, **(arguments | options))
 
 
-def test_routers_that_see_other_rows_than_at_the_centre() -> None:
+def test_routers_that_see_other_rows_than_at_the_center() -> None:
     model, (x, _) = sparse_problem()
     start = model[0].weight.detach().clone()
 
@@ -430,17 +430,17 @@ def on_rank(rank: int) -> dict[str, Any]:
         return cross_entropy(m, b) / (rank == 0 or 0.0)
 
     # the clock of rank zero, which ends the analysis in the middle of a step
-    monitor, count = Monitor(), itertools.count(1)
+    progress, count = Progress(), itertools.count(1)
 
     def slow(m: nn.Module, b: tuple[Tensor, Tensor]) -> Tensor:
         # three calls compare the batch with its halves
         if rank == 0 and next(count) == 3 + 9:
-            monitor._deadline = -math.inf
+            progress._deadline = -math.inf
         return cross_entropy(m, b)
 
     return {
         "whole": routing_response(model, cross_entropy, mine, direction, STEPS, ranks=ranks),
-        "partial": routing_response(model, slow, mine, direction, STEPS, ranks=ranks, monitor=monitor),
+        "partial": routing_response(model, slow, mine, direction, STEPS, ranks=ranks, progress=progress),
         "dense": routing_response(dense, cross_entropy, mine, random_direction(dense), [1.0], ranks=ranks),
         "error": caught(lambda: routing_response(model, fails, mine, direction, STEPS, ranks=ranks)),
     }

@@ -106,7 +106,7 @@ def moved(model: nn.Module, direction: Tensor, params: Any = None) -> nn.Module:
 
 
 @pytest.mark.parametrize("kind", [Difference, Edited])
-def test_the_centre_is_that_of_plain_passes(kind: Any) -> None:
+def test_the_center_is_that_of_plain_passes(kind: Any) -> None:
     model, batch = kind(nn.Linear(8, 3)).eval(), data()
     direction = random_direction(model, params=["head"])
     line = loss_landscape(

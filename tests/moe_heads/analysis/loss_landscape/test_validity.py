@@ -41,10 +41,10 @@ def test_what_is_not_finite_has_risen_at_its_own_place() -> None:
         losses = torch.tensor([1.0, 1.0, 1.0, value, 1.0], dtype=torch.float64)
         assert crossing_radius([axis], losses, 2.0, 1.0) == 0.5
         assert largest_rise([axis], losses, 1.0, 0.5) == math.inf
-        assert math.isnan(largest_rise([axis], losses, 1.0, 0.4))  # only the centre lies so near
+        assert math.isnan(largest_rise([axis], losses, 1.0, 0.4))  # only the center lies so near
 
 
-def test_a_centre_off_the_grid_is_where_the_loss_rises_from() -> None:
+def test_a_center_off_the_grid_is_where_the_loss_rises_from() -> None:
     axis = torch.tensor([0.5, 1.0, 1.5], dtype=torch.float64)
     for values in ([3.0, 4.0, 5.0], [3.0, 1.0, 5.0]):
         losses = torch.tensor(values, dtype=torch.float64)

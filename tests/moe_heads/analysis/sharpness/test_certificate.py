@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 from torch.utils.checkpoint import checkpoint
 
-from moe_heads.analysis import Monitor, sharpness
+from moe_heads.analysis import Progress, sharpness
 from tests.support.hessians import Batch, classification, cross_entropy, dense_hessian, small_mlp
 
 
@@ -272,7 +272,7 @@ def test_two_standard_errors_cover_the_density(options: dict[str, Any]) -> None:
 def test_a_first_value_comes_from_the_first_batches() -> None:
     model, (x, y) = small_mlp(torch.float32), classification(50, 5, dtype=torch.float32)
     batches = list(zip(x.split(10), y.split(10), strict=True))
-    result = sharpness(model, cross_entropy, batches, monitor=Monitor(1e-9))
+    result = sharpness(model, cross_entropy, batches, progress=Progress(1e-9))
     assert result.partial and result.num_samples == 10 and not result.converged
     assert f"**Partial**: {result.partial}, with 10 samples." in result.summary()
     exact = dense(model, cross_entropy, batches[0])

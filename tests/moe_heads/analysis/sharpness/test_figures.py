@@ -5,10 +5,10 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 
-from moe_heads.analysis.sharpness.hessian.density import SpectralDensity, density_of, spectral_density
-from moe_heads.analysis.sharpness.hessian.lanczos import lanczos
 from moe_heads.analysis.sharpness.block import BlockCurvature
 from moe_heads.analysis.sharpness.figures import plot_blocks, plot_history, plot_spectrum
+from moe_heads.analysis.sharpness.hessian.density import SpectralDensity, density_of, spectral_density
+from moe_heads.analysis.sharpness.hessian.lanczos import lanczos
 from tests.support.hessians import DenseOperator, symmetric
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_heads import SparseMoE
-from moe_heads.analysis._shared.progress import Monitor
+from moe_heads.analysis._shared.progress import Progress
 from moe_heads.analysis.sharpness.function import sharpness
 from tests.support.hessians import classification, cross_entropy, dense_hessian, small_cnn, small_mlp
 
@@ -187,7 +187,7 @@ def test_seed_and_progress() -> None:
     model, batch = small_mlp(), classification(20, 5)
     seen: list[int] = []
     first = sharpness(
-        model, cross_entropy, [batch], monitor=Monitor(show=lambda done, total, quantities: seen.append(done))
+        model, cross_entropy, [batch], progress=Progress(show=lambda done, total, quantities: seen.append(done))
     )
     assert seen == list(range(1, first.num_products + 1))
     again, other = (sharpness(model, cross_entropy, [batch], seed=seed) for seed in (0, 1))

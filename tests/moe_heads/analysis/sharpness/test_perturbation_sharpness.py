@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from moe_heads import SparseMoE
-from moe_heads.analysis._shared.progress import Monitor, TimeUp
+from moe_heads.analysis._shared.progress import Progress, TimeUp
 from moe_heads.analysis._shared.ranks import Ranks
 from moe_heads.analysis.sharpness.perturbation.result import PerturbationSharpnessResult
 from moe_heads.analysis.sharpness.perturbation_sharpness import perturbation_sharpness
@@ -358,17 +358,17 @@ def test_partial_when_the_time_is_over(calls: int, draws: int, gradients: int) -
     model, batch = relu_network()
     shown: list[tuple[int, int | None]] = []
     # the clock stands still until the loss lets it run out
-    monitor = Monitor(max_time=1.0, show=lambda done, total, quantities: shown.append((done, total)))
-    monitor._deadline = math.inf
+    progress = Progress(max_time=1.0, show=lambda done, total, quantities: shown.append((done, total)))
+    progress._deadline = math.inf
     count = itertools.count(1)
 
     def loss(m: nn.Module, b: tuple[Tensor, Tensor]) -> Tensor:
         if next(count) == calls:
-            monitor._deadline = -math.inf
+            progress._deadline = -math.inf
         return cross_entropy(m, b)
 
     with untouched(model):
-        result = perturbation_sharpness(model, loss, [batch], monitor=monitor)
+        result = perturbation_sharpness(model, loss, [batch], progress=progress)
     assert result.partial == "max_time = 1.0 s was over"
     assert (result.num_draws, result.num_gradients) == (draws, gradients)
     assert shown == [(done, 43) for done in range(1, 2 + draws + gradients)]
@@ -379,10 +379,10 @@ def test_partial_when_the_time_is_over(calls: int, draws: int, gradients: int) -
     assert result.metrics()["partial"] == 1
 
 
-def test_no_time_for_the_centre() -> None:
+def test_no_time_for_the_center() -> None:
     model, batch = relu_network()
     with pytest.raises(TimeUp, match="before there was a result"):
-        perturbation_sharpness(model, cross_entropy, [batch], monitor=Monitor(max_time=1e-9))
+        perturbation_sharpness(model, cross_entropy, [batch], progress=Progress(max_time=1e-9))
 
 
 class Unreadable:
@@ -451,17 +451,17 @@ def on_rank(rank: int) -> dict[str, Any]:
         norm: perturbation_sharpness(model, cross_entropy, mine, norm=norm, ranks=ranks) for norm in ("l2", "linf")
     }
     # rank zero's time ends in the middle of an evaluation of the ascent; what there is reaches both
-    monitor = Monitor(max_time=1.0)
-    monitor._deadline = math.inf
+    progress = Progress(max_time=1.0)
+    progress._deadline = math.inf
     count = itertools.count(1)
 
     def slow(m: nn.Module, b: tuple[Tensor, Tensor]) -> Tensor:
         # three calls compare the batch with its halves
         if next(count) == 3 + 44 and rank == 0:
-            monitor._deadline = -math.inf
+            progress._deadline = -math.inf
         return cross_entropy(m, b)
 
-    found["partial"] = perturbation_sharpness(model, slow, mine, monitor=monitor, ranks=ranks)
+    found["partial"] = perturbation_sharpness(model, slow, mine, progress=progress, ranks=ranks)
 
     def fails(m: nn.Module, b: tuple[Tensor, Tensor]) -> Tensor:
         return cross_entropy(m, b) / (rank == 0 or 0.0)

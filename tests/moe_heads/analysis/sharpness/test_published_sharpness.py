@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from pyhessian import hessian
 from torch import Tensor, nn
 
-from moe_heads.analysis._shared.progress import Monitor, TimeUp
+from moe_heads.analysis._shared.progress import Progress, TimeUp
 from moe_heads.analysis.sharpness.published.findings import PublishedFindings
 from moe_heads.analysis.sharpness.published_sharpness import published_sharpness
 from tests.support.hessians import classification, cross_entropy, dense_hessian, small_cnn, small_mlp
@@ -353,27 +353,27 @@ def test_progress_counts_the_products_and_time_ends_them() -> None:
     model, batch = small_mlp(), classification(20, 5)
     done: list[int] = []
     found = published_sharpness(
-        model, cross_entropy, [batch], monitor=Monitor(show=lambda count, total, quantities: done.append(count))
+        model, cross_entropy, [batch], progress=Progress(show=lambda count, total, quantities: done.append(count))
     )
     assert done == list(range(1, found.num_products + 1))
 
     ticks: list[int] = []
 
-    def end_after(limit: int) -> Monitor:
+    def end_after(limit: int) -> Progress:
         def on_tick() -> None:
             ticks.append(0)
             if len(ticks) == limit:
                 raise TimeUp("over")
 
         ticks.clear()
-        return Monitor(on_tick=on_tick)
+        return Progress(on_tick=on_tick)
 
-    published_sharpness(model, cross_entropy, [batch], monitor=end_after(-1))
+    published_sharpness(model, cross_entropy, [batch], progress=end_after(-1))
     total = len(ticks)
     # before PyHessian starts, in its eigenvalues, in its trace, in the residuals
     for limit in (1, 20, 2 * found.num_power_steps + 4, total):
         with untouched(model), pytest.raises(TimeUp, match="over"):
-            published_sharpness(model, cross_entropy, [batch], monitor=end_after(limit))
+            published_sharpness(model, cross_entropy, [batch], progress=end_after(limit))
 
 
 @contextmanager

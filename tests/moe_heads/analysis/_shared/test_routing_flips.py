@@ -2,7 +2,7 @@ import math
 
 import torch
 
-from moe_heads.analysis.loss_landscape.routing_flips import choices_of, flip_share
+from moe_heads.analysis._shared.routing_flips import choices_of, flip_share
 from moe_heads.routing import Routing, RoutingCollection
 
 

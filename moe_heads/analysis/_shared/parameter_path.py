@@ -9,21 +9,21 @@ from torch import Tensor, nn
 
 from moe_heads.analysis._shared.contents import write_back
 
-__all__ = ["Legs", "Towards", "Walk"]
+__all__ = ["ParameterPath", "Steps", "Target"]
 
 
 @dataclass(frozen=True)
-class Towards:
+class Target:
     """Values that a tensor has at coordinate 1, to the bit: what an added difference would miss by rounding."""
 
     end: Tensor
 
 
-Legs = Mapping[str, Tensor | Towards]
+Steps = Mapping[str, Tensor | Target]
 """One direction: by the name of a parameter or buffer, what is added at coordinate 1, or what is reached there."""
 
 
-class Walk:
+class ParameterPath:
     """Moves parameters and buffers in place; `analysis_mode` brings them back. Shared parameters move once.
 
     Args:
@@ -38,23 +38,25 @@ class Walk:
     """
 
     def __init__(
-        self, model: nn.Module, directions: Sequence[Legs], original: Callable[[Tensor], Tensor] | None = None
+        self, model: nn.Module, directions: Sequence[Steps], original: Callable[[Tensor], Tensor] | None = None
     ) -> None:
         original = original or (lambda tensor: tensor.detach().clone())
         named: dict[str, Tensor] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-        names = [name for name in named if any(_moves(legs.get(name)) for legs in directions)]
+        names = [name for name in named if any(_moves(steps.get(name)) for steps in directions)]
         self.num_directions = len(directions)
         self.moved = [named[name] for name in names]
-        self._moves = [(named[name], original(named[name]), [legs.get(name) for legs in directions]) for name in names]
+        self._moves = [
+            (named[name], original(named[name]), [steps.get(name) for steps in directions]) for name in names
+        ]
 
     @property
     def norms(self) -> tuple[float, ...]:
         """Length of a step by 1 along each direction."""
         squares = [0.0] * self.num_directions
-        for _, start, legs in self._moves:
-            for number, leg in enumerate(legs):
-                if leg is not None:
-                    step = leg.end - start if isinstance(leg, Towards) else leg
+        for _, start, steps in self._moves:
+            for number, step in enumerate(steps):
+                if step is not None:
+                    step = step.end - start if isinstance(step, Target) else step
                     squares[number] += float(torch.linalg.vector_norm(step)) ** 2
         return tuple(math.sqrt(square) for square in squares)
 
@@ -62,25 +64,25 @@ class Walk:
     def go(self, coordinates: Sequence[float]) -> None:
         """Move to the start plus the sum of the directions times their coordinates."""
         # always from the start, never from the last point: rounding errors do not add up
-        for tensor, start, legs in self._moves:
-            used = [(c, leg) for c, leg in zip(coordinates, legs, strict=True) if c and leg is not None]
-            if all(isinstance(leg, Tensor) for _, leg in used) and _is_dense(tensor):
+        for tensor, start, steps in self._moves:
+            used = [(c, step) for c, step in zip(coordinates, steps, strict=True) if c and step is not None]
+            if all(isinstance(step, Tensor) for _, step in used) and _is_dense(tensor):
                 _add(tensor.data, start, used)
             else:
                 write_back(tensor, _place(start, used))
 
 
-def _moves(leg: Tensor | Towards | None) -> bool:
-    if leg is None or isinstance(leg, Towards):
-        return leg is not None
-    return leg.numel() > 0 and any(map(bool, torch.aminmax(leg)))  # any() would take memory
+def _moves(step: Tensor | Target | None) -> bool:
+    if step is None or isinstance(step, Target):
+        return step is not None
+    return step.numel() > 0 and any(map(bool, torch.aminmax(step)))  # any() would take memory
 
 
 def _is_dense(tensor: Tensor) -> bool:
     return not tensor.is_inference() and tensor.layout == torch.strided and 0 not in tensor.stride()
 
 
-def _add(target: Tensor, start: Tensor, used: Sequence[tuple[float, Tensor | Towards]]) -> None:
+def _add(target: Tensor, start: Tensor, used: Sequence[tuple[float, Tensor | Target]]) -> None:
     """Start plus steps, without any memory beside them."""
     if not used:
         target.copy_(start)
@@ -90,10 +92,10 @@ def _add(target: Tensor, start: Tensor, used: Sequence[tuple[float, Tensor | Tow
         start = target
 
 
-def _place(start: Tensor, used: Sequence[tuple[float, Tensor | Towards]]) -> Tensor:
-    if len(used) == 1 and isinstance(used[0][1], Towards):
+def _place(start: Tensor, used: Sequence[tuple[float, Tensor | Target]]) -> Tensor:
+    if len(used) == 1 and isinstance(used[0][1], Target):
         return torch.lerp(start, used[0][1].end, used[0][0])  # exact at 0 and at 1
     place = start.clone()
-    for coordinate, leg in used:
-        place.add_(leg.end - start if isinstance(leg, Towards) else leg, alpha=coordinate)
+    for coordinate, step in used:
+        place.add_(step.end - start if isinstance(step, Target) else step, alpha=coordinate)
     return place

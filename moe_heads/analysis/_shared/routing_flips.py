@@ -37,7 +37,7 @@ def flip_share(choices: Choices, reference: Choices) -> float:
     if shapes != expected:
         raise ValueError(
             "model: expected the same routed rows at every point of the landscape; got shapes "
-            f"{[tuple(s) for s in shapes]} against {[tuple(s) for s in expected]} at the centre"
+            f"{[tuple(s) for s in shapes]} against {[tuple(s) for s in expected]} at the center"
         )
     if not reference:
         return math.nan
