@@ -37,7 +37,7 @@ class Progress:
     Example:
         >>> import torch
         >>> from moe_heads.analysis import Progress, sharpness
-        >>> model, x = torch.nn.Linear(3, 1), torch.randn(9, 3)
+        >>> model, x = torch.nn.Linear(5, 1), torch.randn(9, 5)
         >>> progress = Progress(max_time=60, show=lambda done, total, quantities: None)
         >>> sharpness(model, lambda m, batch: m(batch).square().mean(), [x], progress=progress).partial
         ''
