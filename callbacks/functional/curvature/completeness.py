@@ -133,7 +133,6 @@ class CompletenessCheck:
         self._bound = math.inf
         return "unknown"
 
-
     def _accept_or_take_in(
         self, values: Tensor, level: float, kth: float, largest: float
     ) -> Literal["missing", "bounded"]:

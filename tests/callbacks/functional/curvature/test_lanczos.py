@@ -1,7 +1,6 @@
+import itertools
 import os
 import signal
-
-import itertools
 
 import numpy as np
 import pytest
