@@ -27,6 +27,7 @@ class Certificate:
             the unit eigenvectors with random signs: what rounding adds to each residual, in units of an eigenvalue. nan
             where it was not measured.
         trace_rounding: Error of the trace from rounding, estimated in the same way with random signs.
+        block_rounding: The same for the trace of each block of parameters, by its key.
         derivative_error: Relative difference between the gradient and a finite difference of the loss along random
             directions, in float64.
         curvature_error: Relative difference between a product and a finite difference of the gradient, in float64.
@@ -43,6 +44,7 @@ class Certificate:
     asymmetry: float = 0.0
     rounding: float = math.nan
     trace_rounding: float = math.nan
+    block_rounding: Mapping[str, float] = field(default_factory=dict)
     derivative_error: float = math.nan
     curvature_error: float = math.nan
     num_double: int = 0

@@ -1,9 +1,11 @@
 """Checks that a sharpness result gets on its own model and samples."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from moe_heads.analysis._shared.mean_check import CutDependence
 from moe_heads.analysis._shared.progress import Progress
@@ -12,6 +14,7 @@ from moe_heads.analysis.sharpness.hessian.basis import rademacher
 from moe_heads.analysis.sharpness.hessian.double_check import DoubleCheck, check_in_double
 from moe_heads.analysis.sharpness.hessian.krylov import LanczosResult
 from moe_heads.analysis.sharpness.hessian.operator import HessianOperator
+from moe_heads.analysis.sharpness.hessian.trace import Places
 
 __all__ = ["certified", "from_krylov"]
 
@@ -44,7 +47,12 @@ def from_krylov(krylov: LanczosResult, dependence: CutDependence, center_loss: f
 
 
 def certified(
-    certificate: Certificate, operator: HessianOperator, krylov: LanczosResult, seed: int, progress: Progress
+    certificate: Certificate,
+    operator: HessianOperator,
+    krylov: LanczosResult,
+    blocks: Places,
+    seed: int,
+    progress: Progress,
 ) -> Certificate:
     """Add what float64 says of the products and the gradient, on a part of this process's samples."""
     generator = torch.Generator().manual_seed(seed)
@@ -56,14 +64,22 @@ def certified(
     if not isinstance(found, DoubleCheck):
         return replace(certificate, unchecked={**others, **dict.fromkeys(_IN_DOUBLE, found)})
     along, sampled = found.differences
-    # z^T D z is one sample of the error of the trace, with a variance of at most 2 ‖D‖_F^2
-    error = math.hypot(float(probe.double() @ sampled), math.sqrt(2) * float(sampled.norm()))
+    wide = probe.double()
     return replace(
         certificate,
         rounding=2 * float(along.norm()),
-        trace_rounding=error,
+        trace_rounding=_trace_error(wide, sampled, [slice(None)]),
+        block_rounding={name: _trace_error(wide, sampled, places) for name, places in blocks.items()},
         derivative_error=found.derivative_error,
         curvature_error=found.curvature_error,
         num_double=found.num_samples,
         unchecked=others,
     )
+
+
+def _trace_error(probe: Tensor, difference: Tensor, places: Sequence[slice]) -> float:
+    """Error of the trace of a diagonal block, from the product of random signs z with the difference D of two H."""
+    # z^T D z is one sample of the error, with a variance of at most 2 ‖D‖_F^2
+    form = sum(float(probe[place] @ difference[place]) for place in places)
+    square = sum(float(difference[place].square().sum()) for place in places)
+    return math.hypot(form, math.sqrt(2 * square))

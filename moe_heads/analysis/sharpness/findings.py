@@ -127,8 +127,8 @@ class Findings:
             trace_sampling_stderr=trace.sampling_stderr,
             frobenius_norm=trace.frobenius_norm,
             density=spectral_density([krylov]) if self.density else None,
-            blocks=self._curvatures(self.places, "block", trace, vectors),
-            experts=self._curvatures(self.experts, "expert", trace, vectors),
+            blocks=self._curvatures(self.places, "block", trace, certificate, vectors),
+            experts=self._curvatures(self.experts, "expert", trace, certificate, vectors),
             center_loss=self.operator.center_loss if self.center_loss is None else self.center_loss,
             num_steps=krylov.num_steps,
             num_probes=trace.num_probes,
@@ -165,16 +165,17 @@ class Findings:
         return norms
 
     def _curvatures(
-        self, places: Places, kind: str, trace: TraceResult, vectors: Tensor
+        self, places: Places, kind: str, trace: TraceResult, certificate: Certificate, vectors: Tensor
     ) -> Mapping[str, BlockCurvature]:
         found = {}
         for name, slices in places.items():
-            block = trace.blocks.get(f"{kind} {name}", BlockTrace(math.nan, math.inf))
+            key = f"{kind} {name}"
+            block = trace.blocks.get(key, BlockTrace(math.nan, math.inf))
             found[name] = BlockCurvature(
                 num_parameters=sum(place.stop - place.start for place in slices),
                 shares=tuple(_shares(vectors, slices).clamp(0, 1).tolist()),
                 trace=block.estimate,
-                trace_stderr=block.stderr,
+                trace_stderr=math.hypot(block.stderr, certificate.block_rounding.get(key, 0.0)),
                 lambda_max=self.largest.get(name, (None, None))[0],
                 lambda_max_residual=self.largest.get(name, (None, None))[1],
             )

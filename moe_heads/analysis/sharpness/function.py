@@ -168,8 +168,9 @@ def sharpness(
                 basis_memory=basis_memory,
                 on_step=findings.add_krylov,
             )
+            blocks = _both(places, experts)
             findings.certificate = certified(
-                from_krylov(krylov, dependence, operator.center_loss), operator, krylov, seed, progress
+                from_krylov(krylov, dependence, operator.center_loss), operator, krylov, blocks, seed, progress
             )
             findings.add_spread()
             findings.trace = deflated_trace(
@@ -178,7 +179,7 @@ def sharpness(
                 generator=generator,
                 tolerance=trace_tolerance,
                 max_probes=max_probes,
-                blocks=_both(places, experts),
+                blocks=blocks,
                 on_step=findings.add_trace,
             )
             for name in places if block_eigenvalues else ():
