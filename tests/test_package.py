@@ -218,3 +218,25 @@ def test_every_dependency_is_pinned() -> None:
     pinned = {line.partition("==")[0] for line in (ROOT / "constraints.txt").read_text().splitlines()}
     names = {requirement.split("[")[0].split(">")[0] for requirement in [*project["dependencies"], *extras]}
     assert names - {"moe-heads"} <= pinned
+
+
+def test_a_package_and_its_function_share_a_name() -> None:
+    """``from moe_heads.analysis import sharpness`` is the function, whatever was imported before."""
+    code = """
+from moe_heads.analysis.sharpness.result import SharpnessResult
+from moe_heads.analysis import expert_utilization, inference_timing, loss_landscape, sharpness
+from moe_heads.analysis.sharpness.hessian import HessianOperator
+import moe_heads.analysis
+print([f.__name__ for f in (expert_utilization, inference_timing, loss_landscape, sharpness, moe_heads.analysis.sharpness)])
+"""
+    assert run(code, ROOT) == str([
+        "expert_utilization",
+        "inference_timing",
+        "loss_landscape",
+        "sharpness",
+        "sharpness",
+    ])
+
+
+def test_the_analyses_load_no_lightning() -> None:
+    assert run("import sys, moe_heads.analysis; print('lightning' in sys.modules)", ROOT) == "False"

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_heads.analysis.sharpness.hessian import HessianOperator
+from moe_heads.analysis.sharpness.hessian import graph_memory as graph_memory_module
 from moe_heads.callbacks import (
     AnalysisInputs,
     ExpertUtilizationCallback,
@@ -42,7 +43,7 @@ class Interrupting:
 
 def without_kept_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each product evaluates the loss, so that a loss can interrupt it."""
-    monkeypatch.setattr("moe_heads.analysis.sharpness.hessian.graph_memory.CPU_GRAPH_MEMORY", 0)
+    monkeypatch.setattr(graph_memory_module, "CPU_GRAPH_MEMORY", 0)
 
 
 def partial_after(

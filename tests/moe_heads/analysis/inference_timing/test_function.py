@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from moe_heads import Dense, SoftMoE, SparseMoE
 from moe_heads.analysis._shared.progress import Progress
+from moe_heads.analysis.inference_timing.findings import Findings
 from moe_heads.analysis.inference_timing.function import inference_timing
 from tests.support.hand_routers import HandHead
 from tests.support.untouched import untouched
@@ -64,7 +65,7 @@ def test_percentiles_keep_the_outlier(monkeypatch: pytest.MonkeyPatch) -> None:
         return batch
 
     # the limits of the machine are read by the same clock
-    monkeypatch.setattr("moe_heads.analysis.inference_timing.findings.Findings._limits_of", lambda *_: None)
+    monkeypatch.setattr(Findings, "_limits_of", lambda *_: None)
     options = {"batch_sizes": [4], "num_runs": 100, "warmup_runs": 0, "seconds_per_size": 99}
     clock = iter([instant for t in times for instant in (0, int(t * 1e6))])
     monkeypatch.setattr(time, "perf_counter_ns", lambda: next(clock))

@@ -2,6 +2,7 @@
 
 import gc
 import random
+import time
 from collections.abc import Iterable, Iterator
 
 import pytest
@@ -15,7 +16,7 @@ class FakeClock:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now, self.cooled = 0.0, 0
-        monkeypatch.setattr("moe_heads.analysis.inference_timing.rounds.time.perf_counter", lambda: self.now)
+        monkeypatch.setattr(time, "perf_counter", lambda: self.now)
 
     def time(self, call: object) -> Sample:
         ms = call()  # type: ignore[operator]

@@ -10,6 +10,7 @@ from moe_heads import SparseMoE
 from moe_heads.analysis import InferenceTimingResult, inference_timing
 from moe_heads.analysis._shared.progress import Progress
 from moe_heads.analysis.inference_timing import outlook, rounds, subject
+from moe_heads.analysis.inference_timing.findings import Findings
 
 
 class Outside:
@@ -40,7 +41,7 @@ class Costly(nn.Module):
 @pytest.fixture(autouse=True)
 def _no_limits(monkeypatch: pytest.MonkeyPatch) -> None:
     """The machine's limits are measured by a clock that stands still here."""
-    monkeypatch.setattr("moe_heads.analysis.inference_timing.findings.Findings._limits_of", lambda *_: None)
+    monkeypatch.setattr(Findings, "_limits_of", lambda *_: None)
 
 
 def timed(model: nn.Module, **options: object) -> tuple[InferenceTimingResult, list[int]]:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from moe_heads import SparseMoE
 from moe_heads.analysis import loss_landscape, random_direction
+from moe_heads.analysis.loss_landscape import features as features_module
 from moe_heads.analysis.loss_landscape.features import Features
 from moe_heads.analysis.loss_landscape.result import LossLandscapeResult
 from tests.support.untouched import untouched
@@ -56,7 +57,7 @@ def both(
     with untouched(model):
         kept = line(model, batches, params, **options)
     with monkeypatch.context() as patched:
-        patched.setattr("moe_heads.analysis.loss_landscape.features.largest_below", lambda *args: [])
+        patched.setattr(features_module, "largest_below", lambda *args: [])
         plain = line(model, batches, params, **options)
     assert torch.equal(kept.losses, plain.losses)
     return kept, plain

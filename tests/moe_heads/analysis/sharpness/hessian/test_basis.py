@@ -3,6 +3,7 @@ import math
 import pytest
 import torch
 
+from moe_heads.analysis.sharpness.hessian import basis as basis_module
 from moe_heads.analysis.sharpness.hessian.basis import Basis, dot, norm, rademacher
 
 
@@ -39,7 +40,7 @@ def test_signs_repeat_with_the_generator_and_are_balanced() -> None:
 
 
 def test_replaced_by_combinations_of_itself(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("moe_heads.analysis.sharpness.hessian.basis._COLUMNS", 7)
+    monkeypatch.setattr(basis_module, "_COLUMNS", 7)
     basis, rows = filled(37, 50)
     rotation = torch.linalg.qr(torch.randn(37, 37, dtype=torch.float64))[0][:20]
     basis.replace(rotation)
@@ -50,7 +51,7 @@ def test_replaced_by_combinations_of_itself(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_gram_on_some_places(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("moe_heads.analysis.sharpness.hessian.basis._COLUMNS", 7)
+    monkeypatch.setattr(basis_module, "_COLUMNS", 7)
     basis, rows = filled(18, 50)
     other = torch.randn(50, dtype=torch.float64)
     inside = torch.cat([rows, other[None]])[:, [*range(3, 20), *range(30, 31)]]

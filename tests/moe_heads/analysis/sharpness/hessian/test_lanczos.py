@@ -7,6 +7,7 @@ import pytest
 import torch
 from scipy.sparse.linalg import eigsh
 
+from moe_heads.analysis.sharpness.hessian import completeness as completeness_module
 from moe_heads.analysis.sharpness.hessian.basis import Basis
 from moe_heads.analysis.sharpness.hessian.completeness import bound_outside
 from moe_heads.analysis.sharpness.hessian.lanczos import LanczosResult, lanczos
@@ -145,7 +146,7 @@ def test_asymmetry_is_measured() -> None:
 
 def test_the_bound_on_what_is_outside_holds(monkeypatch: pytest.MonkeyPatch) -> None:
     """Over 300 starts, a Lanczos run of few steps misses the largest eigenvalue less often than the bound says."""
-    monkeypatch.setattr("moe_heads.analysis.sharpness.hessian.completeness.CHANCE_OF_MISSING", 0.05)
+    monkeypatch.setattr(completeness_module, "CHANCE_OF_MISSING", 0.05)
     exact = torch.cat([torch.tensor([1.3]), torch.linspace(-1, 1, 399)]).double()
     missed = 0
     for seed in range(300):
