@@ -22,7 +22,7 @@ class BlockCurvature:
         trace: Trace of the block; nan when it was not begun.
         trace_stderr: Its standard error.
         lambda_max: Largest eigenvalue of the block; None when not asked for. That of H is at least as large.
-        lambda_max_residual: Its relative residual.
+        lambda_max_residual: Its relative residual; infinite where a larger one may have been missed.
     """
 
     num_parameters: int

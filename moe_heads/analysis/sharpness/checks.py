@@ -10,7 +10,7 @@ from torch import Tensor
 from moe_heads.analysis._shared.mean_check import CutDependence
 from moe_heads.analysis._shared.progress import Progress
 from moe_heads.analysis.sharpness.certificate import Certificate
-from moe_heads.analysis.sharpness.hessian.basis import rademacher
+from moe_heads.analysis.sharpness.hessian.basis import uniform
 from moe_heads.analysis.sharpness.hessian.double_check import DoubleCheck, check_in_double
 from moe_heads.analysis.sharpness.hessian.krylov import LanczosResult
 from moe_heads.analysis.sharpness.hessian.operator import HessianOperator
@@ -56,9 +56,11 @@ def certified(
 ) -> Certificate:
     """Add what float64 says of the products and the gradient, on a part of this process's samples."""
     generator = torch.Generator().manual_seed(seed)
-    signs = torch.randint(0, 2, (1, len(krylov.eigenvalues)), generator=generator).double() * 2 - 1
-    probe = rademacher(operator.num_parameters, operator.dtype, operator.device, generator)
-    vectors = [krylov.basis.combined(signs @ krylov.coefficients)[0], probe]
+    # those of the result: the k largest, and the smallest
+    coefficients = torch.cat([krylov.coefficients, krylov.ritz[1][:, :1].T])
+    signs = torch.randint(0, 2, (1, len(coefficients)), generator=generator).double() * 2 - 1
+    probe = uniform(operator.num_parameters, operator.dtype, operator.device, generator)
+    vectors = [krylov.basis.combined(signs @ coefficients)[0], probe]
     found = check_in_double(operator.gradients, operator.data, vectors, progress, seed)
     others = {name: reason for name, reason in certificate.unchecked.items() if name not in _IN_DOUBLE}
     if not isinstance(found, DoubleCheck):
@@ -68,8 +70,8 @@ def certified(
     return replace(
         certificate,
         rounding=2 * float(along.norm()),
-        trace_rounding=_trace_error(wide, sampled, [slice(None)]),
-        block_rounding={name: _trace_error(wide, sampled, places) for name, places in blocks.items()},
+        trace_rounding=_trace_error(wide, sampled, along, [slice(None)]),
+        block_rounding={name: _trace_error(wide, sampled, along, places) for name, places in blocks.items()},
         derivative_error=found.derivative_error,
         curvature_error=found.curvature_error,
         num_double=found.num_samples,
@@ -77,9 +79,16 @@ def certified(
     )
 
 
-def _trace_error(probe: Tensor, difference: Tensor, places: Sequence[slice]) -> float:
-    """Error of the trace of a diagonal block, from the product of random signs z with the difference D of two H."""
-    # z^T D z is one sample of the error, with a variance of at most 2 ‖D‖_F^2
-    form = sum(float(probe[place] @ difference[place]) for place in places)
-    square = sum(float(difference[place].square().sum()) for place in places)
-    return math.hypot(form, math.sqrt(2 * square))
+def _trace_error(probe: Tensor, sampled: Tensor, along: Tensor, places: Sequence[slice]) -> float:
+    """Error of the trace of a diagonal block, for D the difference of two H.
+
+    Args:
+        probe: Random numbers z of variance 1.
+        sampled: Dz.
+        along: Dw for the sum w of eigenvectors, where most of D may be.
+        places: The block.
+    """
+    # z^T D z is one sample of the error, with a variance of about 2 ‖D‖_F^2
+    form = sum(float(probe[place] @ sampled[place]) for place in places)
+    squares = [sum(float(part[place].square().sum()) for place in places) for part in (sampled, along)]
+    return math.sqrt(form**2 + 2 * squares[0] + 4 * squares[1])

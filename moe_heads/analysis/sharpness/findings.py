@@ -14,7 +14,6 @@ from moe_heads.analysis.sharpness.certificate import Certificate
 from moe_heads.analysis.sharpness.checks import from_krylov
 from moe_heads.analysis.sharpness.first_value import first_value
 from moe_heads.analysis.sharpness.hessian.basis import norm
-from moe_heads.analysis.sharpness.hessian.completeness import MARGIN
 from moe_heads.analysis.sharpness.hessian.density import spectral_density
 from moe_heads.analysis.sharpness.hessian.krylov import LanczosResult
 from moe_heads.analysis.sharpness.hessian.operator import HessianOperator, InterruptedProduct
@@ -100,8 +99,11 @@ class Findings:
         self.progress.step(self.operator.num_products, trace=trace.estimate, stderr=trace.stderr)
 
     def add_block(self, name: str, largest: tuple[float, float]) -> None:
-        """Take the largest eigenvalue of a block."""
-        self.largest[name] = largest
+        """Take the largest eigenvalue of a block and its residual norm."""
+        assert self.certificate is not None
+        value, residual = largest
+        error = residual + self._rounding(self.certificate)
+        self.largest[name] = value, error / max(abs(value), torch.finfo(torch.float64).tiny)
         self.progress.step(self.operator.num_products, largest=largest[0])
 
     def result(self, partial: str = "") -> SharpnessResult:
@@ -120,7 +122,8 @@ class Findings:
             eigenvalues=krylov.eigenvalues,
             residuals=tuple(residuals),
             lambda_min=krylov.lambda_min,
-            lambda_min_residual=krylov.lambda_min_residual,
+            lambda_min_residual=krylov.lambda_min_residual
+            + self._rounding(certificate) / max(abs(krylov.lambda_min), tiny),
             lambda_max_sampling_stderr=self.sampling_stderr,
             trace=trace.estimate,
             trace_stderr=trace_stderr,
@@ -153,16 +156,20 @@ class Findings:
         """Residual norms of the eigenvalues, with what the checks found."""
         count = len(krylov.eigenvalues)
         # an eigenvalue that close above the last one may be missing
-        margin = MARGIN * krylov.tolerance * abs(krylov.eigenvalues[-1])
+        margin = 0.0 if krylov.is_whole else krylov.margin
         norms = krylov.residual_norms.flip(0)[:count].clamp_min(margin).tolist()
         if math.isfinite(certificate.rounding):
             # what rounding does was measured: its assumed size is not needed
             bare = krylov.bare_residual_norms.flip(0)[:count].clamp_min(max(krylov.asymmetry, margin))
-            # inner products and basis vectors are rounded too
-            own = _ROUNDINGS * torch.finfo(self.operator.dtype).eps * certificate.scale
-            norms = (bare + certificate.rounding + own).tolist()
+            norms = (bare + self._rounding(certificate)).tolist()
         norms[0] = max(norms[0], self.true_residual)
         return norms
+
+    def _rounding(self, certificate: Certificate) -> float:
+        """What rounding adds to a residual, as far as it was measured."""
+        measured = certificate.rounding if math.isfinite(certificate.rounding) else 0.0
+        # inner products and basis vectors are rounded too
+        return measured + _ROUNDINGS * torch.finfo(self.operator.dtype).eps * certificate.scale
 
     def _curvatures(
         self, places: Places, kind: str, trace: TraceResult, certificate: Certificate, vectors: Tensor

@@ -1,5 +1,6 @@
 """Sharpness of a trained model: the spectrum of the Hessian of its loss."""
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
@@ -235,12 +236,13 @@ def _both(places: Places, experts: Places) -> Places:
 def _largest(
     operator: HessianOperator, places: Sequence[slice], generator: torch.Generator, tolerance: float, max_steps: int
 ) -> tuple[float, float]:
-    """Largest eigenvalue of a diagonal block, and its relative residual."""
+    """Largest eigenvalue of a diagonal block and its residual norm; infinite where a larger one may be missing."""
     if not places:
         return 0.0, 0.0
     block = DiagonalBlock(operator, places)
     found = lanczos(block, generator=generator, num_eigenvalues=1, tolerance=tolerance, max_steps=max_steps)
-    return found.eigenvalues[0], found.residuals[0]
+    residual = max(float(found.residual_norms[-1]), found.margin) if found.is_complete else math.inf
+    return found.eigenvalues[0], residual
 
 
 def check_sharpness_options(

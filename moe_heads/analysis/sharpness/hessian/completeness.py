@@ -7,20 +7,25 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from moe_heads.analysis.sharpness.hessian.basis import dot, norm
+from moe_heads.analysis.sharpness.hessian.basis import Basis, dot, norm
 from moe_heads.analysis.sharpness.hessian.iteration import KrylovIteration
+from moe_heads.analysis.sharpness.hessian.krylov import margin_of
 from moe_heads.analysis.sharpness.hessian.operator import SymmetricOperator
 
-__all__ = ["CHANCE_OF_MISSING", "MARGIN", "CompletenessCheck", "are_none_above", "bound_outside"]
+__all__ = ["CHANCE_OF_MISSING", "CompletenessCheck", "are_none_above", "bound_outside"]
 
 CHANCE_OF_MISSING = 1e-3
 """Probability, over the random start of the check, with which a missing eigenvalue goes unnoticed, at most."""
 
-MARGIN = 0.05
-"""Part of the tolerance by which a missing eigenvalue may lie above the k-th: those of a cluster need not be parted."""
-
-# Steps after which the check is given up.
+# Steps after which the largest value outside is taken into the basis.
 _MOST_STEPS = 60
+
+# Parts of a random vector, squared, in two eigenvectors are that different once in a thousand times. Rounding brings in
+# further copies of an eigenvalue that was seen, with less.
+_OF_ROUNDING = 1e-6
+
+# Square of how much larger the coupling of further copies may be than that of the one that was seen.
+_COUPLING = 10
 
 
 class CompletenessCheck:
@@ -28,7 +33,7 @@ class CompletenessCheck:
 
     Some Lanczos steps with :math:`B = \Pi H \Pi`, :math:`\Pi` the projection on the complement of the basis, from a
     random vector. Once the k largest Ritz pairs are accurate, B has none of the large eigenvalues but further copies of
-    repeated ones. They take three vectors of memory: the basis is not extended.
+    repeated ones.
 
     Args:
         operator: The matrix H.
@@ -73,103 +78,182 @@ class CompletenessCheck:
         values, _, shares = iteration.ritz()
         if len(values) < self._k:
             return "missing"
-        level = self._level(values)
         self._missing_above = math.inf
-        gram = iteration.residual_gram()
-        if are_none_above(iteration.projected, gram, level, self._bound):
+        if self._are_none_above(values):
             return "complete"
-        if self._bound >= level or iteration.num_steps >= self._look_again_at:
+        if self._bound >= float(values[-self._k]) + self._step(values) or iteration.num_steps >= self._look_again_at:
             began = iteration.num_steps
-            found = self._look_outside(values, level)
+            found = self._look_outside(values)
             # the basis takes in what made the bound weak: look again once that many steps went into it
             self._look_again_at = 2 * iteration.num_steps - began
             if found != "bounded":
                 return found
-            if are_none_above(iteration.projected, gram, level, self._bound):
+            if self._are_none_above(values):
                 return "complete"
         # a Ritz value below the k-th may rise: it has to become more accurate first
+        level = float(values[-self._k]) + 3 * self._step(values)
         return int(shares[:, int((values <= level).nonzero()[-1])].argmax())
 
-    def _level(self, values: Tensor) -> float:
-        """What lies above the k-th eigenvalue, a small part of the tolerance allowed."""
-        kth = float(values[-self._k])
-        return kth + max(MARGIN * self._tolerance * abs(kth), self._iteration.rounding)
+    def _step(self, values: Tensor) -> float:
+        """A third of the margin: for what shows outside, for the error of what shows, and for the inertia."""
+        return margin_of(float(values[-self._k]), self._tolerance, self._iteration.rounding) / 3
 
-    def _look_outside(self, values: Tensor, level: float) -> Literal["complete", "missing", "unknown", "bounded"]:
-        """Take Lanczos steps outside the basis until something above the level shows, or a bound below it is there."""
-        iteration, kth = self._iteration, float(values[-self._k])
-        alphas: list[float] = []
-        betas: list[float] = []
-        before, vector = torch.zeros(0), iteration.fresh()
-        while iteration.num_steps < self._max_steps and len(alphas) < _MOST_STEPS:
-            product = self._operator.matvec(vector)
-            iteration.num_steps += 1
-            iteration.steps_of_check += 1
-            alphas.append(dot(vector, product))
-            rest = product.sub(vector, alpha=alphas[-1])
-            if betas:
-                rest.sub_(before, alpha=betas[-1])
-            rest = iteration.basis.complement(rest)
-            betas.append(norm(rest))
+    def _look_outside(self, values: Tensor) -> Literal["complete", "missing", "unknown", "bounded"]:
+        """Take Lanczos steps outside the basis until something above the k-th shows, or a bound below it is there."""
+        iteration, kth, step = self._iteration, float(values[-self._k]), self._step(values)
+        outside = _Outside(iteration)
+        while iteration.num_steps < self._max_steps and len(outside.alphas) < _MOST_STEPS:
+            outside.add(self._operator)
             self._notify()
-            outside, residuals = _ritz(alphas, betas)
-            largest = float(outside[-1])
-            if largest > level:
-                self._missing_above, self._num_above = level, int((values > level).sum())
-                return "missing"
-            if float(residuals[-1]) <= level - kth:
-                if level - largest <= 2 * (level - kth):
-                    # nothing above it is missing; where it is a copy of the k-th, nothing more can be said
-                    return "complete"
-                return self._accept_or_take_in(values, level, kth, largest)
-            self._bound = bound_outside(outside, float(values[0]), iteration.dim - len(values))
-            if self._bound < level:
-                gram = iteration.residual_gram()
-                is_enough = are_none_above(iteration.projected, gram, level, self._bound)
-                # a sharper bound helps only if the largest value outside itself would be enough
-                if is_enough or not are_none_above(iteration.projected, gram, level, largest):
+            ritz, residuals = outside.ritz()
+            largest = float(ritz[-1])
+            if largest > kth + step:
+                return self._take_in(values, kth + step)
+            dim, lowest = iteration.dim - len(values), float(values[0])
+            if outside.is_exhausted and not iteration.remainders:
+                return "complete"  # nothing couples the two, and what is outside is known
+            if float(residuals[-1]) <= step:
+                self._bound = largest + step
+                if self._are_none_above(values):
                     return "bounded"
-            before, vector = vector, rest / betas[-1]
-        self._bound = math.inf
-        return "unknown"
+                # copies of the k-th: so near to the level, their bound takes every unfinished Ritz pair for a large one
+                count = int(((ritz >= largest - 2 * step) & (residuals <= step)).sum())
+                added, rest = outside.influence(count, kth + 3 * step), ritz[:-count][outside.is_real()[:-count]]
+                next_value = float(rest[-1]) if len(rest) else lowest
+                bound = bound_outside(rest, lowest, dim - count, largest)
+                if self._are_none_above(values, next_value if outside.is_exhausted else bound, added):
+                    return "complete"
+                if outside.is_exhausted or not self._are_none_above(values, next_value, added):
+                    return self._take_in(values, largest - step)
+                continue
+            self._bound = bound_outside(ritz, lowest, dim)
+            # a sharper bound helps only if the largest value outside itself would be enough
+            if self._are_none_above(values) or (
+                self._bound < kth + step and not self._are_none_above(values, largest)
+            ):
+                return "bounded"
+        if iteration.num_steps >= self._max_steps:
+            self._bound = math.inf
+            return "unknown"
+        return self._take_in(values, largest - step)
 
-    def _accept_or_take_in(
-        self, values: Tensor, level: float, kth: float, largest: float
-    ) -> Literal["missing", "bounded"]:
-        """Use the largest eigenvalue outside as the bound, or have it taken into the basis where that is too weak."""
-        self._bound = largest
-        if are_none_above(self._iteration.projected, self._iteration.residual_gram(), level, largest):
-            return "bounded"
-        # so near to the level, the bound takes every unfinished Ritz pair for a large one
+    def _are_none_above(self, values: Tensor, bound: float | None = None, added: Tensor | float = 0.0) -> bool:
+        """Whether no eigenvalue lies more than the margin above the k-th.
+
+        Args:
+            values: The Ritz values.
+            bound: Bound on what is outside; by default the one that is known.
+            added: What some eigenvectors outside, which the bound leaves out, add to the Schur complement.
+        """
+        iteration = self._iteration
+        level = float(values[-self._k]) + 3 * self._step(values)
+        bound = self._bound if bound is None else bound
+        return are_none_above(iteration.projected, iteration.residual_gram(), level, bound, added)
+
+    def _take_in(self, values: Tensor, above: float) -> Literal["missing"]:
+        """Have the iteration go on until there is one more Ritz value above a number."""
         self._bound = math.inf
-        self._missing_above = largest - (level - kth)
-        self._num_above = int((values > self._missing_above).sum())
+        self._missing_above, self._num_above = above, int((values > above).sum())
         return "missing"
 
 
-def bound_outside(ritz: Tensor, lowest: float, dim: int) -> float:
+class _Outside:
+    """A Lanczos iteration outside the basis, from a random vector.
+
+    It keeps its vectors as far as the basis leaves room, since without them a value that has converged comes again.
+    """
+
+    def __init__(self, iteration: KrylovIteration) -> None:
+        self._iteration = iteration
+        self._before, self._vector = torch.zeros(0), iteration.fresh()
+        self._kept = Basis(iteration.dim, self._vector.dtype, self._vector.device)
+        self.alphas: list[float] = []
+        self._betas: list[float] = []
+        self._couplings: list[Tensor] = []
+
+    def add(self, operator: SymmetricOperator) -> None:
+        """Take a step."""
+        iteration = self._iteration
+        dots = [dot(remainder, self._vector) for remainder in iteration.remainders]
+        self._couplings.append(torch.tensor(dots, dtype=torch.float64))
+        product = operator.matvec(self._vector)
+        iteration.num_steps += 1
+        iteration.steps_of_check += 1
+        self.alphas.append(dot(self._vector, product))
+        rest = product.sub(self._vector, alpha=self.alphas[-1])
+        if self._betas:
+            rest.sub_(self._before, alpha=self._betas[-1])
+        rest = iteration.basis.complement(rest)
+        if len(self._kept) < iteration.num_spare:
+            self._kept.append(self._vector)
+        if len(self._kept):
+            rest = self._kept.complement(rest)
+        self._betas.append(norm(rest))
+        self._before, self._vector = self._vector, rest / max(self._betas[-1], 1e-300)
+
+    @property
+    def is_exhausted(self) -> bool:
+        """Whether the Ritz values are all eigenvalues that there are outside, up to rounding."""
+        return self._betas[-1] <= self._iteration.rounding
+
+    def ritz(self) -> tuple[Tensor, Tensor]:
+        """Ritz values, ascending, and residual norms."""
+        values, vectors = self._eigenpairs()
+        return values, self._betas[-1] * vectors[-1].abs()
+
+    def is_real(self) -> Tensor:
+        """Whether each Ritz vector has a part in the start that random numbers explain, against that of the last."""
+        parts = self._eigenpairs()[1][0].square()
+        return parts > _OF_ROUNDING * parts[-1]
+
+    def influence(self, count: int, level: float) -> Tensor:
+        """What the last Ritz vectors, and others like them, add to the Schur complement at a level; (m, m)."""
+        iteration = self._iteration
+        if not iteration.remainders:
+            return torch.zeros_like(iteration.projected)
+        values, vectors = self._eigenpairs()
+        couplings = iteration.tails @ torch.stack(self._couplings).T @ vectors[:, -count:]
+        return _COUPLING * couplings @ couplings.T / (level - float(values[-1]))
+
+    def _eigenpairs(self) -> tuple[Tensor, Tensor]:
+        inner = torch.tensor(self._betas[:-1], dtype=torch.float64)
+        diagonal = torch.diag(torch.tensor(self.alphas, dtype=torch.float64))
+        values, vectors = torch.linalg.eigh(diagonal + torch.diag(inner, 1) + torch.diag(inner, -1))
+        return values, vectors
+
+
+def bound_outside(ritz: Tensor, lowest: float, dim: int, above: float | None = None) -> float:
     r"""Bound the largest eigenvalue of a symmetric matrix by the Ritz values of a Lanczos run.
 
     After m steps from a random start in dimension n, the largest Ritz value :math:`\xi` satisfies
     :math:`P[\lambda_1 - \xi > \varepsilon (\lambda_1 - \lambda_n)] \le 1.648 \sqrt n \, e^{-\sqrt\varepsilon (2m - 1)}`
     whatever the spectrum is (Kuczyński and Woźniakowski 1992, Theorem 4.1). With the probability `CHANCE_OF_MISSING`
-    this gives :math:`\lambda_1 \le (\xi - \varepsilon \lambda_n) / (1 - \varepsilon)`.
+    this gives :math:`\lambda_1 \le (\xi - \varepsilon \lambda_n) / (1 - \varepsilon)`. The second eigenvalue is bounded
+    by the others in the same way: a polynomial that vanishes at the first costs a step, and makes the part of the
+    second in the start smaller against the rest, by :math:`(\lambda_1 - \lambda_n) / (\lambda_1 - \lambda_2)` at most.
 
     Args:
         ritz: Ritz values of the run, ascending; m of them.
         lowest: Estimate of the smallest eigenvalue :math:`\lambda_n`.
         dim: n.
+        above: A larger eigenvalue, all of whose Ritz values have converged and are not among ``ritz``.
 
     Returns:
         The bound; infinite after too few steps.
     """
-    share = (math.log(1.648 * math.sqrt(max(dim, 1)) / CHANCE_OF_MISSING) / (2 * len(ritz) - 1)) ** 2
-    if share >= 1:
+    if len(ritz) == 0:
         return math.inf
-    return (float(ritz[-1]) - share * min(lowest, float(ritz[0]))) / (1 - share)
+    lowest = min(lowest, float(ritz[0]))
+    ratio = 1.648 * math.sqrt(max(dim, 1)) / CHANCE_OF_MISSING
+    if above is not None:
+        ratio *= (above - lowest) / max(above - float(ritz[-1]), 1e-300)
+    share = (math.log(ratio) / (2 * len(ritz) - 1)) ** 2
+    return (float(ritz[-1]) - share * lowest) / (1 - share) if share < 1 else math.inf
 
 
-def are_none_above(projected: Tensor, residual_gram: Tensor, level: float, bound: float) -> bool:
+def are_none_above(
+    projected: Tensor, residual_gram: Tensor, level: float, bound: float, added: Tensor | float = 0.0
+) -> bool:
     r"""Return whether H has no more eigenvalues above ``level`` than its projection T.
 
     With B the part of H on the complement of the basis and :math:`B \le b < x`, the inertia of H - x is that of
@@ -182,14 +266,9 @@ def are_none_above(projected: Tensor, residual_gram: Tensor, level: float, bound
         residual_gram: :math:`E^T E`, (m, m).
         level: x.
         bound: b.
+        added: What a part of B above the bound adds to the Schur complement.
     """
-    raised = torch.linalg.eigvalsh(projected + residual_gram / (level - bound)) if bound < level else None
-    return raised is not None and int((raised > level).sum()) == int((torch.linalg.eigvalsh(projected) > level).sum())
-
-
-def _ritz(alphas: list[float], betas: list[float]) -> tuple[Tensor, Tensor]:
-    """Ritz values, ascending, and residual norms of a tridiagonal matrix; the last beta is that of the remainder."""
-    inner = torch.tensor(betas[:-1], dtype=torch.float64)
-    diagonal = torch.diag(torch.tensor(alphas, dtype=torch.float64))
-    values, vectors = torch.linalg.eigh(diagonal + torch.diag(inner, 1) + torch.diag(inner, -1))
-    return values, betas[-1] * vectors[-1].abs()
+    if bound >= level:
+        return False
+    raised = projected + added + residual_gram / (level - bound)
+    return int((torch.linalg.eigvalsh(raised) > level).sum()) == int((torch.linalg.eigvalsh(projected) > level).sum())

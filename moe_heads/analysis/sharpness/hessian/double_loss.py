@@ -33,10 +33,12 @@ class DoubleLoss:
 
     def __init__(self, model: nn.Module, loss_fn: LossFn, params: Mapping[str, Tensor]) -> None:
         self._loss = _Loss(model, loss_fn)
-        tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-        wide = {name: _widened(tensor.detach()) for name, tensor in tensors.items()}
-        self.params = {name: wide[name].requires_grad_() for name in params}
-        self._values = {f"model.{name}": tensor for name, tensor in wide.items()}
+        places = _places(model)
+        wide = {id(tensor): _widened(tensor.detach()) for tensor in places.values()}
+        self.params = {name: wide[id(tensor)].requires_grad_() for name, tensor in params.items()}
+        self._values = {f"model.{place}": wide[id(tensor)] for place, tensor in places.items()}
+        names = {id(tensor): name for name, tensor in params.items()}
+        self._moved = {f"model.{place}": names[id(t)] for place, t in places.items() if id(t) in names}
 
     def __call__(self, batch: Batch, params: Sequence[Tensor] | None = None) -> Tensor:
         """The loss of a batch, at ``params`` instead of the model's own where they are given.
@@ -45,14 +47,30 @@ class DoubleLoss:
             ValueError: If the loss reaches parameters other than through the modules of the model.
         """
         own = self.params.values() if params is None else params
-        moved = dict(zip((f"model.{name}" for name in self.params), own, strict=True))
+        given = dict(zip(self.params, own, strict=True))
+        moved = {place: given[name] for place, name in self._moved.items()}
         copied = map_leaves(own_copy(batch), lambda leaf: _widened(leaf) if isinstance(leaf, Tensor) else leaf)
         with _doubles():
-            loss = torch.func.functional_call(self._loss, {**self._values, **moved}, (copied,))
+            values = {**self._values, **moved}
+            loss = torch.func.functional_call(self._loss, values, (copied,), tie_weights=False)
         if params is not None and loss.requires_grad and not any(p.requires_grad for p in params):
             # a loss that holds the parameters itself, for a penalty say: here they would be constants
             raise ValueError("the loss reaches parameters other than through the modules of the model")
         return cast(Tensor, loss).reshape(())
+
+
+def _places(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers by every place at which a module holds them, each module once.
+
+    ``functional_call`` itself ties weights by all their names, and leaves a module that has two with the values it was
+    given (torch 2.15).
+    """
+    places: dict[str, Tensor] = {}
+    for path, module in model.named_modules():
+        for name, tensor in [*module._parameters.items(), *module._buffers.items()]:
+            if tensor is not None:
+                places[f"{path}.{name}" if path else name] = tensor
+    return places
 
 
 class _Loss(nn.Module):

@@ -78,6 +78,15 @@ class KrylovIteration:
         return self.basis.dim
 
     @property
+    def num_spare(self) -> int:
+        """Vectors that may be held beside the basis."""
+        return max(self._most_vectors - self._num_held, 0)
+
+    @property
+    def _num_held(self) -> int:
+        return len(self.basis) + max(len(self.remainders) - 1, 0)
+
+    @property
     def rounding(self) -> float:
         """Size of the rounding errors; see `LanczosResult`."""
         return _ROUNDING[self._operator.dtype] * self._scale
@@ -209,7 +218,7 @@ class KrylovIteration:
 
     def _restarted(self) -> bool:
         """Make room for another vector; keeps the Ritz vectors that matter most where there is none."""
-        held = len(self.basis) + max(len(self.remainders) - 1, 0)
+        held = self._num_held
         if held < self._most_vectors and unless_out_of_memory(self.basis.reserve) is not None:
             return False
         self._keep_first_projected()

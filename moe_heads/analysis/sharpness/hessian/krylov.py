@@ -9,7 +9,18 @@ from torch import Tensor
 
 from moe_heads.analysis.sharpness.hessian.basis import Basis, dot
 
-__all__ = ["LanczosResult"]
+__all__ = ["LanczosResult", "margin_of"]
+
+# Part of the tolerance by which a missing eigenvalue may lie above the k-th: those of a cluster need not be parted.
+_MARGIN = 0.05
+
+# The same over the rounding errors.
+_MARGIN_OF_ROUNDING = 0.3
+
+
+def margin_of(kth: float, tolerance: float, rounding: float) -> float:
+    """Return the most by which an eigenvalue above the k-th may go unnoticed."""
+    return max(_MARGIN * tolerance * abs(kth), _MARGIN_OF_ROUNDING * rounding)
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,6 +76,11 @@ class LanczosResult:
     def dim(self) -> int:
         """P, the order of H."""
         return self.basis.dim
+
+    @property
+    def margin(self) -> float:
+        """Most by which an eigenvalue above the k-th may be missing."""
+        return margin_of(self.eigenvalues[-1], self.tolerance, self.rounding)
 
     @property
     def is_whole(self) -> bool:

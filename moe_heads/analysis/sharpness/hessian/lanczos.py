@@ -38,9 +38,9 @@ def lanczos(
 
     Goes on until the k algebraically largest Ritz pairs all have :math:`\|Hv - \lambda v\| \le` ``tolerance``
     :math:`|\lambda|`, or a residual at the level of rounding. A Krylov space holds one copy of an eigenvalue that is
-    repeated, so for k > 1 (or a ``start``) some steps from a random vector orthogonal to the basis then look for an
-    eigenvalue above the k-th outside (`CompletenessCheck`). Where there is one, the iteration goes on from a further
-    start vector until it is found.
+    repeated, and one that its start vector hardly touches comes late. So some steps from a random vector orthogonal to
+    the basis then look for an eigenvalue above the k-th outside (`CompletenessCheck`). Where there is one, the iteration
+    goes on from a further start vector until it is found.
 
     Args:
         operator: The matrix H.
@@ -81,8 +81,6 @@ def lanczos(
             on_step(iteration.result(is_complete=False))
 
     check = CompletenessCheck(operator, iteration, num_eigenvalues, tolerance, max_steps, notify)
-    # a random vector has a part in every eigenspace: the largest eigenvalue alone is not missed
-    needs_check = num_eigenvalues > 1 or start is not None
     while True:
         iteration.step()
         notify()
@@ -90,7 +88,7 @@ def lanczos(
             return iteration.result(is_complete=True)
         following = _following(iteration, num_eigenvalues, tolerance, min_steps, check)
         if following is None:
-            found = check.run() if needs_check else "complete"
+            found = check.run()
             if found in {"complete", "unknown"}:
                 return iteration.result(is_complete=found == "complete")
             following = found if isinstance(found, int) else None

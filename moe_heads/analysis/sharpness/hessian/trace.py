@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from moe_heads.analysis.sharpness.hessian.basis import dot, rademacher
+from moe_heads.analysis.sharpness.hessian.basis import dot, uniform
 from moe_heads.analysis.sharpness.hessian.lanczos import LanczosResult
 from moe_heads.analysis.sharpness.hessian.operator import SymmetricOperator
 from moe_heads.checks import check_at_least, check_positive
@@ -84,7 +84,7 @@ def deflated_trace(
     .. math:: \operatorname{tr} H = \operatorname{tr} T + \sum_s E[z_s^T \Pi H_s \Pi z_s],
         \qquad \|H\|_F^2 = \|T\|_F^2 + \|r\|^2 + E\|H \Pi z\|^2
 
-    for independent Rademacher z, unbiased given Q. Q carries the large eigenvalues, so little variance is left. A
+    for independent z with entries of mean 0 and variance 1 (`uniform`), unbiased given Q. Q carries the large eigenvalues, so little variance is left. A
     vector of its own for each stratum costs no more than one for all, and averages out what the strata share: the
     variance falls by up to their number. One round with the same vector for all gives the Frobenius norm. Of a block
     of parameters, with P the projection on them, the same vectors give :math:`\operatorname{tr} PHP =
@@ -142,8 +142,8 @@ class _Sampling:
         at_once = max(1, _PROBE_MEMORY // (dim * torch.finfo(dtype).bits // 8))
         forms: list[Tensor] = []
         for start in range(0, len(strata), at_once):
-            signs = [rademacher(dim, dtype, device, self._generator) for _ in strata[start : start + at_once]]
-            probes = self._krylov.basis.complement(torch.stack(signs))
+            drawn = [uniform(dim, dtype, device, self._generator) for _ in strata[start : start + at_once]]
+            probes = self._krylov.basis.complement(torch.stack(drawn))
             for stratum, probe in zip(strata[start:], probes, strict=False):
                 product = self._operator.matvec(probe, stratum)
                 forms.append(self._forms(probe, product))
