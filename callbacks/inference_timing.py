@@ -93,10 +93,10 @@ class InferenceTimingCallback(FitEndAnalysis):
         )
         check_callables(forward_fn=forward_fn)
         if modules is not None and not are_names(modules):
-            raise ValueError(f"modules: expected a list of dotted names; got {modules!r}")
+            raise ValueError(f"modules: expected a list of dotted names, got {modules!r}")
         for argument in ("num_samples", "batch_size"):
             if options.get(argument) is not None:
-                raise ValueError(f"{argument}: expected None, since batch_sizes decides; got {options.get(argument)!r}")
+                raise ValueError(f"{argument}: expected None, since batch_sizes decides, got {options.get(argument)!r}")
         options["num_samples"] = options["batch_size"] = min(max(batch_sizes), _MOST_SAMPLES)
         super().__init__(**options)
         self.batch_sizes, self.num_runs, self.warmup_runs = tuple(batch_sizes), num_runs, warmup_runs

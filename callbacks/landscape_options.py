@@ -20,7 +20,7 @@ def check_plane_points(plane_points: Any) -> None:
     """
     check_at_least(3, plane_points=plane_points)
     if plane_points > _MAX_PLANE_POINTS:
-        raise ValueError(f"plane_points: expected 3 to {_MAX_PLANE_POINTS}; got {plane_points}")
+        raise ValueError(f"plane_points: expected 3 to {_MAX_PLANE_POINTS}, got {plane_points}")
 
 
 def checked_plane_splits(plane_splits: Any, splits: Sequence[Split]) -> tuple[Split, ...]:
@@ -31,5 +31,5 @@ def checked_plane_splits(plane_splits: Any, splits: Sequence[Split]) -> tuple[Sp
     """
     wanted = splits[:1] if plane_splits is None else plane_splits
     if not isinstance(wanted, (list, tuple)) or any(split not in splits for split in wanted):
-        raise ValueError(f"plane_splits: expected some of splits = {splits}; got {wanted!r}")
+        raise ValueError(f"plane_splits: expected some of splits = {splits}, got {wanted!r}")
     return tuple(wanted)

@@ -128,11 +128,11 @@ class LossLandscapeCallback(FitEndAnalysis):
         if resume is not None and (
             not isinstance(resume, (str, os.PathLike)) or not str(resume) or Path(resume).is_file()
         ):
-            raise ValueError(f"resume: expected a folder; got {resume!r}")
+            raise ValueError(f"resume: expected a folder, got {resume!r}")
         if params is not None:
             check_list_of_names("params", params)
         if num_directions == 1:
-            raise ValueError("num_directions: expected 0, or at least 2 that can be compared; got 1")
+            raise ValueError("num_directions: expected 0, or at least 2 that can be compared, got 1")
         self.plane_splits = checked_plane_splits(plane_splits, self.splits)
         self.line_points, self.line_reach = line_points, line_reach
         self.plane_points, self.plane_reach = plane_points, plane_reach

@@ -32,14 +32,14 @@ def check_report_options(flags: Mapping[str, Any], params: Any, blocks: Any, rou
         check_list_of_names("params", params)
     if blocks is not None:
         if not isinstance(blocks, Mapping) or not blocks or not all(isinstance(block, str) for block in blocks):
-            raise ValueError(f"blocks: expected lists of names by the name of the block; got {blocks!r}")
+            raise ValueError(f"blocks: expected lists of names by the name of the block, got {blocks!r}")
         for block, members in blocks.items():
             check_list_of_names(f"blocks[{block!r}]", members)
     if not isinstance(routing_steps, (list, tuple)):
-        raise ValueError(f"routing_steps: expected a list of finite numbers above 0; got {routing_steps!r}")
+        raise ValueError(f"routing_steps: expected a list of finite numbers above 0, got {routing_steps!r}")
     check_positive(**{f"routing_steps[{place}]": step for place, step in enumerate(routing_steps)})
     if len(set(routing_steps)) < len(routing_steps):
-        raise ValueError(f"routing_steps: expected different numbers; got {routing_steps!r}")
+        raise ValueError(f"routing_steps: expected different numbers, got {routing_steps!r}")
     check_option("engine", engine, get_args(Engine))
     if engine == "pyhessian":
         asked = {
@@ -50,7 +50,7 @@ def check_report_options(flags: Mapping[str, Any], params: Any, blocks: Any, rou
         for name, value in asked.items():
             if value:
                 raise ValueError(
-                    f"{name}: expected its default with engine='pyhessian', which does without; got {value!r}"
+                    f"{name}: expected its default with engine='pyhessian', which does without, got {value!r}"
                 )
 
 
@@ -67,7 +67,7 @@ def check_names(model: nn.Module, params: Iterable[str] | None, blocks: Mapping[
         for name in names:
             if name not in known:
                 some = ", ".join(repr(other) for other in sorted(known - {""}, key=lambda other: other.count("."))[:5])
-                raise ValueError(f"{option}: expected names of parameters or modules, such as {some}; got {name!r}")
+                raise ValueError(f"{option}: expected names of parameters or modules, such as {some}, got {name!r}")
 
 
 def check_differentiable(
@@ -104,4 +104,4 @@ def check_differentiable(
 def check_list_of_names(option: str, names: Any) -> None:
     """Refuse anything but a list of names."""
     if not isinstance(names, (list, tuple)) or not names or not all(isinstance(name, str) for name in names):
-        raise ValueError(f"{option}: expected a list of names of parameters or modules; got {names!r}")
+        raise ValueError(f"{option}: expected a list of names of parameters or modules, got {names!r}")

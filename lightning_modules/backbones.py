@@ -115,7 +115,7 @@ class CifarResNet(nn.Module):
         check_at_least_one(depth=depth, width=width, in_channels=in_channels)
         num_blocks, rest = divmod(depth - 2, 6)
         if num_blocks < 1 or rest:
-            raise ValueError(f"depth: expected 6n + 2 with n of at least 1 (8, 14, 20, 32, 44 …); got {depth}")
+            raise ValueError(f"depth: expected 6n + 2 with n of at least 1 (8, 14, 20, 32, 44 …), got {depth}")
         self.num_features = 4 * width
         layers = _conv_bn_relu(in_channels, width)
         channels = width
@@ -201,7 +201,7 @@ def build_backbone(name: str, in_channels: int, image_size: int) -> nn.Module:
     """
     check_at_least_one(in_channels=in_channels, image_size=image_size)
     if name == "fast_cnn" and image_size < FastCNN.least_size():
-        raise ValueError(f"image_size: expected at least {FastCNN.least_size()} for fast_cnn; got {image_size}")
+        raise ValueError(f"image_size: expected at least {FastCNN.least_size()} for fast_cnn, got {image_size}")
     if name in _BY_NAME:
         return _BY_NAME[name](in_channels)
     library, _, model_name = name.partition(":")
@@ -210,4 +210,4 @@ def build_backbone(name: str, in_channels: int, image_size: int) -> nn.Module:
     if library == "timm" and model_name:
         return TimmBackbone(model_name, in_channels, image_size)
     choices = [*_BY_NAME, "torchvision:<name>", "timm:<name>"]
-    raise ValueError(f"backbone: expected one of {', '.join(choices)}; got {name!r}")
+    raise ValueError(f"backbone: expected one of {', '.join(choices)}, got {name!r}")

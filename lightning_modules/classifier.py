@@ -87,7 +87,7 @@ class MoEClassifier(LightningModule):
         for name, module in (("backbone", backbone), ("head", head)):
             if not isinstance(module, nn.Module):
                 raise ValueError(
-                    f"{name}: expected a torch.nn.Module; got {module!r}. Checkpoints hold its weights "
+                    f"{name}: expected a torch.nn.Module, got {module!r}. Checkpoints hold its weights "
                     f"only: call load_from_checkpoint(path, backbone=..., head=...)"
                 )
         check_positive(learning_rate=learning_rate)
@@ -95,7 +95,7 @@ class MoEClassifier(LightningModule):
         check_not_negative(weight_decay=weight_decay)
         check_flags(nesterov=nesterov, channels_last=channels_last)
         if nesterov and momentum == 0:
-            raise ValueError("nesterov: expected False with momentum 0; got True")
+            raise ValueError("nesterov: expected False with momentum 0, got True")
         check_option("schedule", schedule, SCHEDULES)
         _check_sizes(backbone, head)
         self.num_classes = _num_classes(head, num_classes)
@@ -128,7 +128,7 @@ class MoEClassifier(LightningModule):
         """
         expected = getattr(getattr(self.trainer, "datamodule", None), "num_classes", self.num_classes)
         if expected != self.num_classes:
-            raise ValueError(f"head: expected {expected} classes, as the data module has; got {self.num_classes}")
+            raise ValueError(f"head: expected {expected} classes, as the data module has, got {self.num_classes}")
 
     @override
     def on_fit_start(self) -> None:
@@ -139,10 +139,10 @@ class MoEClassifier(LightningModule):
         """
         for name, parameter in self.named_parameters():
             if not isinstance(parameter, nn.UninitializedParameter) and not bool(parameter.isfinite().all()):
-                raise ValueError(f"weights: expected finite numbers before training; got NaN or infinity in {name}")
+                raise ValueError(f"weights: expected finite numbers before training, got NaN or infinity in {name}")
         self.trainer.fit_loop.setup_data()
         if self.trainer.num_training_batches == 0 and self.trainer.limit_train_batches != 0:
-            raise ValueError("train loader: expected at least one batch; got an empty loader")
+            raise ValueError("train loader: expected at least one batch, got an empty loader")
 
     @override
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
@@ -236,7 +236,7 @@ class MoEClassifier(LightningModule):
 def _check_sizes(backbone: nn.Module, head: nn.Module) -> None:
     came, expected = getattr(backbone, "num_features", None), getattr(head, "in_features", None)
     if isinstance(came, int) and isinstance(expected, int) and came != expected:
-        raise ValueError(f"head: expected in_features={came}, the backbone's num_features; got {expected}")
+        raise ValueError(f"head: expected in_features={came}, the backbone's num_features, got {expected}")
 
 
 def _num_classes(head: nn.Module, num_classes: int | None) -> int:
@@ -245,12 +245,12 @@ def _num_classes(head: nn.Module, num_classes: int | None) -> int:
         if not isinstance(known, int):
             raise ValueError(
                 f"num_classes: expected a number, as {type(head).__name__} has neither num_classes nor "
-                "out_features; got None"
+                "out_features, got None"
             )
         return known
     check_at_least_one(num_classes=num_classes)
     if isinstance(known, int) and known != num_classes:
-        raise ValueError(f"num_classes: expected {known}, the head's number of logits; got {num_classes}")
+        raise ValueError(f"num_classes: expected {known}, the head's number of logits, got {num_classes}")
     return num_classes
 
 
@@ -273,6 +273,6 @@ def _check_finite(logits: Tensor) -> None:
     num_bad = int((~logits.isfinite().all(-1)).sum())
     if num_bad:
         raise ValueError(
-            f"logits: expected finite numbers from the model; got NaN or infinity in {num_bad} of {len(logits)} rows "
+            f"logits: expected finite numbers from the model, got NaN or infinity in {num_bad} of {len(logits)} rows "
             "of a validation batch before training. Check the inputs and the initial or loaded weights"
         )

@@ -109,7 +109,7 @@ class ImageDataModule(LightningDataModule, ABC):
         check_at_least(0, num_workers=num_workers)
         check_positive(val_split=val_split)
         if val_split >= 1:
-            raise ValueError(f"val_split: expected a share between 0 and 1; got {val_split!r}")
+            raise ValueError(f"val_split: expected a share between 0 and 1, got {val_split!r}")
         check_at_least_one(or_none=True, limit_train=limit_train)
         check_seed(seed)
         check_flags(augment=augment)
@@ -118,7 +118,7 @@ class ImageDataModule(LightningDataModule, ABC):
             or not all(map(math.isfinite, (*mean, *std)))
             or not all(deviation > 0 for deviation in std)
         ):
-            raise ValueError(f"mean, std: expected one number a channel, std above 0; got {mean!r}, {std!r}")
+            raise ValueError(f"mean, std: expected one number a channel, std above 0, got {mean!r}, {std!r}")
         self.mean, self.std = tuple(mean), tuple(std)
         self.batch_size = batch_size
         self.num_workers = num_workers
@@ -184,7 +184,7 @@ class ImageDataModule(LightningDataModule, ABC):
             return train
         if self.limit_train > len(train.labels):
             raise ValueError(
-                f"limit_train: expected at most the {len(train.labels)} training images; got {self.limit_train}"
+                f"limit_train: expected at most the {len(train.labels)} training images, got {self.limit_train}"
             )
         return _select(*train, choose_stratified(train.labels, self.limit_train, self.seed))
 

@@ -61,7 +61,7 @@ class DigitsDataModule(ImageDataModule):
         # mean and standard deviation over all pixels
         super().__init__((0.3053,), (0.3760,), batch_size, num_workers, val_split, seed, augment, limit_train)
         if val_split > 1 - _TEST_SHARE:
-            raise ValueError(f"val_split: expected at most 0.8, a fifth of the digits is for the test; got {val_split}")
+            raise ValueError(f"val_split: expected at most 0.8, a fifth of the digits is for the test, got {val_split}")
 
     @override
     def load_splits(self) -> Mapping[Split, RawSplit]:

@@ -55,7 +55,7 @@ class FastCNN(nn.Module):
     def __init__(self, widths: Sequence[int] = (32, 128, 128), in_channels: int = 3) -> None:
         super().__init__()
         if not isinstance(widths, Sequence) or not widths:
-            raise ValueError(f"widths: expected the channels of each stage; got {widths!r}")
+            raise ValueError(f"widths: expected the channels of each stage, got {widths!r}")
         sizes: dict[str, Any] = {f"widths[{place}]": width for place, width in enumerate(widths)}
         check_at_least_one(in_channels=in_channels, **sizes)
         self.num_features = widths[-1]
@@ -94,7 +94,7 @@ class FastCNN(nn.Module):
         """
         channels = self.first.in_channels
         if images.ndim != 4 or images.shape[1] != channels or min(images.shape[2:]) < _PATCH or not len(images):
-            raise ValueError(f"images: expected (N, {channels}, H, W); got shape {tuple(images.shape)}")
+            raise ValueError(f"images: expected (N, {channels}, H, W), got shape {tuple(images.shape)}")
         if not images.is_floating_point() or not bool(images.isfinite().all()):
             raise ValueError("images: expected finite floats, normalized as the network gets them")
         patches = images.unfold(2, _PATCH, 1).unfold(3, _PATCH, 1).permute(0, 2, 3, 1, 4, 5).flatten(0, 2).flatten(1)

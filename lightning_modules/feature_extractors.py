@@ -49,7 +49,7 @@ class FeatureExtractor(nn.Module):
         if not isinstance(output, Tensor) or output.shape[:2] != expected or math.prod(output.shape[2:]) != 1:
             came = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
             raise ValueError(
-                f"{type(self.module).__name__}: expected an output of shape (B, num_features) = {expected}; got {came}"
+                f"{type(self.module).__name__}: expected an output of shape (B, num_features) = {expected}, got {came}"
             )
         return output.flatten(1)
 
@@ -77,7 +77,7 @@ class TorchvisionBackbone(FeatureExtractor):
     def __init__(self, name: str, in_channels: int = 3, image_size: int = 224, weights: str | None = None) -> None:
         check_at_least_one(image_size=image_size)
         if in_channels not in {1, 3}:
-            raise ValueError(f"in_channels: expected 3 or 1 for a torchvision model; got {in_channels!r}")
+            raise ValueError(f"in_channels: expected 3 or 1 for a torchvision model, got {in_channels!r}")
         known = torchvision.models.list_models(module=torchvision.models)
         check_option("torchvision model", name, known)
         options: dict[str, int | bool] = {}
@@ -128,7 +128,7 @@ class TimmBackbone(FeatureExtractor):
             raise ImportError(f"backbone timm:{name}: timm is not installed; run `pip install timm`") from error
         if not timm.is_model(name):
             similar = ", ".join(difflib.get_close_matches(name, timm.list_models(), n=5)) or "none"
-            raise ValueError(f"timm model: expected a name of timm.list_models(); got {name!r}; similar: {similar}")
+            raise ValueError(f"timm model: expected a name of timm.list_models(), got {name!r}; similar: {similar}")
         settings = timm.get_pretrained_cfg(name)
         options = {"img_size": image_size} if settings is not None and settings.fixed_input_size else {}
         try:
@@ -155,7 +155,7 @@ def _drop_last_linear(model: nn.Module, name: str) -> int:
     if not isinstance(last, nn.Linear):
         linear = [path for path, module in model.named_modules() if isinstance(module, nn.Linear)]
         raise ValueError(
-            f"{name}: expected a linear classifier at the end; got {type(last).__name__} at {path!r}, "
+            f"{name}: expected a linear classifier at the end, got {type(last).__name__} at {path!r}, "
             f"linear layers: {linear or 'none'}; wrap the part you need in FeatureExtractor"
         )
     model.set_submodule(path, nn.Identity())

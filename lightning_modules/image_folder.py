@@ -70,11 +70,11 @@ class ImageFolderDataModule(ImageDataModule):
     ) -> None:
         super().__init__(mean, std, batch_size, num_workers, val_split, seed, augment, limit_train)
         if len(mean) != 3:
-            raise ValueError(f"mean, std: expected three numbers (red, green, blue); got {mean!r}, {std!r}")
+            raise ValueError(f"mean, std: expected three numbers (red, green, blue), got {mean!r}, {std!r}")
         check_at_least_one(or_none=True, image_size=image_size)
         check_at_least(0, crop_padding=crop_padding)
         if not memory_limit_mb >= 0:
-            raise ValueError(f"memory_limit_mb: expected at least 0; got {memory_limit_mb!r}")
+            raise ValueError(f"memory_limit_mb: expected at least 0, got {memory_limit_mb!r}")
         self.root = Path(root)
         self.image_size = image_size
         self.crop_padding = crop_padding
@@ -128,7 +128,7 @@ def _class_names(folder: Path) -> tuple[str, ...]:
         raise ValueError(f"root: expected class folders in {folder}; there is no such folder")
     names = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
     if len(names) < 2:
-        raise ValueError(f"root: expected at least two class folders in {folder}; got {names or 'none'}")
+        raise ValueError(f"root: expected at least two class folders in {folder}, got {names or 'none'}")
     return tuple(names)
 
 

@@ -79,7 +79,7 @@ def _random_crop(images: Tensor, padding: int, border: CropBorder) -> Tensor:
 def _mirrored(images: Tensor, padding: int) -> Tensor:
     """Reflected borders by indices, since torch's own padding does not take integers."""
     if padding >= min(images.shape[2:]):
-        raise ValueError(f"padding: expected less than the image's side for border='reflect'; got {padding}")
+        raise ValueError(f"padding: expected less than the image's side for border='reflect', got {padding}")
     rows, columns = (torch.arange(-padding, size + padding).abs() for size in images.shape[2:])
     height, width = images.shape[2:]
     rows, columns = torch.minimum(rows, 2 * (height - 1) - rows), torch.minimum(columns, 2 * (width - 1) - columns)
@@ -163,7 +163,7 @@ class LabeledImages(Dataset[tuple[Tensor, Tensor]]):
 
     def __init__(self, images: Tensor | ImageFiles, labels: Tensor, transform: Callable[[Tensor], Tensor]) -> None:
         if len(images) != len(labels):
-            raise ValueError(f"labels: expected one for each of the {len(images)} images; got {len(labels)}")
+            raise ValueError(f"labels: expected one for each of the {len(images)} images, got {len(labels)}")
         self.images = images
         self.labels = labels
         self.transform = transform

@@ -88,7 +88,7 @@ def match_capacity(
     check_option("kind", kind, get_args(HeadKind))
     check_positive(tolerance=tolerance)
     if (total is None) == (active is None):
-        raise ValueError(f"total, active: expected exactly one of the two; got total={total!r}, active={active!r}")
+        raise ValueError(f"total, active: expected exactly one of the two, got total={total!r}, active={active!r}")
     measure = "total" if active is None else "active"
     target = total if active is None else active
     assert target is not None

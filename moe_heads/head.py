@@ -128,7 +128,7 @@ class Head(nn.Module, ABC):
         version = local_metadata.get("version")
         if version is not None and version > self._version:
             error_msgs.append(
-                f"{prefix or 'head'}: expected a state dict of format {self._version} or older; got format {version},"
+                f"{prefix or 'head'}: expected a state dict of format {self._version} or older, got format {version},"
                 " which a newer moe_heads wrote"
             )
         super()._load_from_state_dict(

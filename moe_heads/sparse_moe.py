@@ -151,12 +151,12 @@ class SparseMoE(Head):
 
 def _check_router(router: Router, sizes: Mapping[str, int]) -> None:
     if not isinstance(router, Router):
-        raise ValueError(f"router: expected a moe_heads.Router; got {router!r}")
+        raise ValueError(f"router: expected a moe_heads.Router, got {router!r}")
     for name, size in sizes.items():
         # a router of the user's own need not tell the number of features
         known = getattr(router, name, size if name == "in_features" else None)
         if known != size:
-            raise ValueError(f"router: expected one for {name} = {size}; got one for {known}")
+            raise ValueError(f"router: expected one for {name} = {size}, got one for {known}")
 
 
 def _check_absent(options: Mapping[str, object]) -> None:

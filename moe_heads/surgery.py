@@ -55,7 +55,7 @@ def upcycle(dense_head: Dense, num_experts: int, **options: Any) -> SparseMoE:
         True
     """
     if not isinstance(dense_head, Dense):
-        raise ValueError(f"dense_head: expected a moe_heads.Dense; got {type(dense_head).__name__}")
+        raise ValueError(f"dense_head: expected a moe_heads.Dense, got {type(dense_head).__name__}")
     check_at_least_one(num_experts=num_experts)
     for name, reason in _NOT_FOR_UPCYCLING.items():
         if name in options:
@@ -95,13 +95,13 @@ def ablate(head: MoEHead, experts: Sequence[int]) -> MoEHead:
         3
     """
     if not isinstance(head, (SoftMoE, SparseMoE)):
-        raise ValueError(f"head: expected a SoftMoE or SparseMoE; got {type(head).__name__}")
+        raise ValueError(f"head: expected a SoftMoE or SparseMoE, got {type(head).__name__}")
     try:
         out = [operator.index(expert) for expert in experts]
     except TypeError:
         out = [-1]
     if len(set(out)) != len(out) or not all(0 <= expert < head.num_experts for expert in out):
-        raise ValueError(f"experts: expected different integers from 0 to {head.num_experts - 1}; got {experts!r}")
+        raise ValueError(f"experts: expected different integers from 0 to {head.num_experts - 1}, got {experts!r}")
     kept = [expert for expert in range(head.num_experts) if expert not in out]
     needed = max(1, head.k) if isinstance(head, SparseMoE) and head.router.k is not None else 1
     if len(kept) < needed:

@@ -139,6 +139,6 @@ def _training_loss(model: nn.Module, batch: Batch) -> Tensor:
     if not isinstance(loss, Tensor):
         got = f"a dict with {sorted(map(str, output))}" if isinstance(output, Mapping) else type(output).__name__
         raise MisconfigurationException(
-            f"{type(model).__name__}.training_step: expected a tensor or a dict with 'loss'; got {got}. {_REMEDY}"
+            f"{type(model).__name__}.training_step: expected a tensor or a dict with 'loss', got {got}. {_REMEDY}"
         )
     return loss

@@ -165,7 +165,7 @@ class PlainContext(ExecutionContext):
         self._device = None if device is None else torch.device(device)
         if self._device is not None and self._device.type == "cuda" and not torch.cuda.is_available():
             raise ValueError(
-                f"device: expected one that torch finds on this machine; got {device!r}, and there is none"
+                f"device: expected one that torch finds on this machine, got {device!r}, and there is none"
             )
         self._model: nn.Module | None = None
 
@@ -178,7 +178,7 @@ class PlainContext(ExecutionContext):
     def prepared(self, model: nn.Module, weights: Weights) -> Iterator[None]:
         if weights == "best":
             raise MisconfigurationException(
-                "weights: expected 'last' without a Trainer, which would know the best checkpoint; got 'best'. Load the"
+                "weights: expected 'last' without a Trainer, which would know the best checkpoint, got 'best'. Load the"
                 " checkpoint into the model first."
             )
         home = next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))

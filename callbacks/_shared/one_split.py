@@ -117,7 +117,7 @@ class Analysis(ABC):
         given: dict[Split, Any] = {"train": train, "val": val, "test": test}
         given = {split: loaders for split, loaders in given.items() if loaders is not None}
         if not given:
-            raise ValueError("train, val, test: expected data for at least one split; got none")
+            raise ValueError("train, val, test: expected data for at least one split, got none")
         for split, loaders in given.items():
             if not isinstance(loaders, Mapping):  # a collection of loaders
                 check_is_list(loaders, split, "a loader or a list of batches")

@@ -109,15 +109,15 @@ def check_options(options: Options, *, needs_loss: bool) -> None:
     check_option("on_error", options.on_error, get_args(OnError))
     check_max_time(options.max_time)
     if not isinstance(options.name, str) or not options.name.strip("/ ") or options.name != options.name.strip("/ "):
-        raise ValueError(f"name: expected the beginning of a key, such as 'sharpness_head'; got {options.name!r}")
+        raise ValueError(f"name: expected the beginning of a key, such as 'sharpness_head', got {options.name!r}")
     if options.loss_fn is not None and not callable(options.loss_fn):
-        raise ValueError(f"loss_fn: expected loss_fn(module, batch) -> scalar; got {options.loss_fn!r}")
+        raise ValueError(f"loss_fn: expected loss_fn(module, batch) -> scalar, got {options.loss_fn!r}")
     for name, function in {"batch_size_fn": options.batch_size_fn, "batch_weight_fn": options.batch_weight_fn}.items():
         if function is not None and not callable(function):
-            raise ValueError(f"{name}: expected {name}(batch) -> number; got {function!r}")
+            raise ValueError(f"{name}: expected {name}(batch) -> number, got {function!r}")
     if options.batch_weight_fn is not None and not needs_loss:
         raise ValueError(
-            f"batch_weight_fn: expected None, as this analysis evaluates no loss; got {options.batch_weight_fn!r}"
+            f"batch_weight_fn: expected None, as this analysis evaluates no loss, got {options.batch_weight_fn!r}"
         )
     if options.loss_fn is not None and not needs_loss:
-        raise ValueError(f"loss_fn: expected None, as this analysis evaluates no loss; got {options.loss_fn!r}")
+        raise ValueError(f"loss_fn: expected None, as this analysis evaluates no loss, got {options.loss_fn!r}")

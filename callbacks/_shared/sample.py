@@ -138,11 +138,11 @@ class _Draw:
                 return self.of_dataset(loader.dataset, loader, origin)
             return self._of_whole_batches(self._batch_loader(loader), origin)
         if not isinstance(loader, Iterable):
-            raise MisconfigurationException(f"{self.split} loader: expected an iterable; got {type(loader).__name__}")
+            raise MisconfigurationException(f"{self.split} loader: expected an iterable, got {type(loader).__name__}")
         if isinstance(loader, Iterator):
             # reading it would take batches away from the training
             raise MisconfigurationException(
-                f"{self.split} loader: expected something that can be iterated again and again; got the one-way"
+                f"{self.split} loader: expected something that can be iterated again and again, got the one-way"
                 f" iterator {type(loader).__name__}. Give the Trainer a DataLoader, or an object whose __iter__ starts"
                 " anew."
             )
@@ -235,7 +235,7 @@ class _Draw:
     ) -> Sample:
         there = [(batch, size) for batch, size in found if size > 0]
         if not there:
-            raise ValueError(f"{self.split}: expected a data set with at least one sample; got an empty loader")
+            raise ValueError(f"{self.split}: expected a data set with at least one sample, got an empty loader")
         batches = Batches([batch for batch, _ in there], [size for _, size in there])
         return Sample(self.split, batches, batches.num_samples, available, description, are_exchangeable)
 

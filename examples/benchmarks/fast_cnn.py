@@ -138,7 +138,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     given = parser.parse_args(arguments)
     check_at_least_one(**{"--epochs": given.epochs, "--seeds": given.seeds, "--jobs": given.jobs})
     if given.out is not None and not given.out.parent.is_dir():
-        raise ValueError(f"--out: expected a file in a folder that there is; got {given.out}")
+        raise ValueError(f"--out: expected a file in a folder that there is, got {given.out}")
     protocol = replace(PRESETS["cpu"], data=f"imagefolder:{given.images}", epochs=given.epochs)
     base = Options(preset="cpu", out=Path("runs"), limit_train=given.limit_train, **vars(protocol))
     results: dict[str, list[dict[str, float]]] = {name: [] for name in given.only}

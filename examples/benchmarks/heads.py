@@ -146,10 +146,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=None, help="JSON file to write")
     options = parser.parse_args()
     if options.only == "layers" and options.peers is None:
-        parser.error("--only layers: expected --peers; got none")
+        parser.error("--only layers: expected --peers, got none")
     if options.peers is not None:
         if not (options.peers / "davidmrau" / "moe.py").is_file():
-            parser.error(f"--peers: expected a folder as bench/peers.py describes it; got {options.peers}")
+            parser.error(f"--peers: expected a folder as bench/peers.py describes it, got {options.peers}")
         sys.path.append(str(options.peers))
     torch.set_num_threads(1)
     torch.manual_seed(0)

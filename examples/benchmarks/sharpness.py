@@ -50,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> Row:
     for (net, head), sections in cells.items():
         size = options.batch or NETS[net].batch
         if options.samples % size or options.samples > len(images.raw):
-            parser.error(f"--samples: expected a multiple of {size} up to {len(images.raw)}; got {options.samples}")
+            parser.error(f"--samples: expected a multiple of {size} up to {len(images.raw)}, got {options.samples}")
         model = trained(
             net,
             head,
@@ -94,7 +94,7 @@ def _chosen(only: Sequence[str]) -> dict[tuple[str, str], list[str]]:
         allowed = {"network": (net, NETS), "head": (head or HEADS[0], HEADS), "section": (section or "ours", SECTIONS)}
         for what, (name, names) in allowed.items():
             if name not in names:
-                raise ValueError(f"--only: expected a {what} of {', '.join(names)}; got {name!r}")
+                raise ValueError(f"--only: expected a {what} of {', '.join(names)}, got {name!r}")
         default = [name for name in SECTIONS if name != "equal" or net == "resnet8"]
         for each in [head] if head else HEADS:
             chosen = cells.setdefault((net, each), [])
@@ -115,7 +115,7 @@ def _opened(options: argparse.Namespace, found: dict[str, str]) -> Row:
         ("commit", report["machine"]["commit"], before["machine"]["commit"]),
     ):
         if mine != theirs:
-            raise ValueError(f"--out: the file was made with {what} {theirs}; got {mine}: give another file")
+            raise ValueError(f"--out: the file was made with {what} {theirs}, got {mine}: give another file")
     before["versions"] |= found
     return before
 

@@ -100,7 +100,7 @@ def build_model(options: Options, head: str, data: ImageDataModule) -> MoEClassi
     backbone = build_backbone(options.backbone, channels, height)
     if options.whiten:
         if not isinstance(backbone, FastCNN):
-            raise ValueError(f"--whiten: expected fast_cnn as --backbone; got {options.backbone}")
+            raise ValueError(f"--whiten: expected fast_cnn as --backbone, got {options.backbone}")
         train = data.analysis_dataset("train")
         assert isinstance(train, LabeledImages)
         backbone.whiten(train.transform(train.images[torch.arange(min(_WHITENING_IMAGES, len(train)))]))

@@ -33,19 +33,19 @@ class Options(Protocol):
     def __post_init__(self) -> None:
         kind, _, path = self.data.partition(":")
         if kind not in PRESET_OF or (kind == "imagefolder") != bool(path):
-            raise ValueError(f"--data: expected {_DATA}; got {self.data!r}")
+            raise ValueError(f"--data: expected {_DATA}, got {self.data!r}")
         if path and not Path(path).is_dir():
             raise ValueError(f"--data: expected a folder with train/<class>/ and test/<class>/; there is no {path!r}")
         unknown = sorted(set(self.heads) - set(HEADS))
         if unknown:
-            raise ValueError(f"--heads: expected some of {', '.join(HEADS)}; got {', '.join(unknown)}")
+            raise ValueError(f"--heads: expected some of {', '.join(HEADS)}, got {', '.join(unknown)}")
         counts = ("seeds", "epochs", "batch_size", "analysis_samples", "head_width", "limit_train", "image_size")
         given = {_flag(name): getattr(self, name) for name in (*counts, "threads")}
         check_at_least_one(**{flag: value for flag, value in given.items() if value is not None})
         check_at_least(0, **{"--crop-padding": self.crop_padding})
         check_positive(**{"--learning-rate": self.learning_rate})
         if not 3 <= self.plane_points <= 256:
-            raise ValueError(f"--plane-points: expected 3 to 256; got {self.plane_points}")
+            raise ValueError(f"--plane-points: expected 3 to 256, got {self.plane_points}")
         if self.max_minutes is not None:
             check_positive(**{"--max-minutes": self.max_minutes})
         for head in self.heads:
@@ -81,7 +81,7 @@ def _check_data_options(kind: str, given: dict[str, Any]) -> None:
     unused = {"digits": ("crop_padding", "crop_border", "image_size"), "cifar10": ("image_size",)}.get(kind, ())
     for name in unused:
         if given[name] is not None:
-            raise ValueError(f"{_flag(name)}: expected data with such an option, not {kind}; got {given[name]!r}")
+            raise ValueError(f"{_flag(name)}: expected data with such an option, not {kind}, got {given[name]!r}")
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -79,7 +79,7 @@ def path_of(experts: Experts, x: Tensor, routing: Routing, dispatch: Dispatch) -
         ValueError: As `mix` does.
     """
     if x.dtype != experts.weight1.dtype and not is_autocasting(x):
-        raise ValueError(f"x: expected {experts.weight1.dtype}, as the experts have; got {x.dtype}")
+        raise ValueError(f"x: expected {experts.weight1.dtype}, as the experts have, got {x.dtype}")
     if dispatch == "auto":
         return _fastest(experts, x, routing)
     _check(experts, x, routing, dispatch)
@@ -123,13 +123,13 @@ def _check(experts: Experts, x: Tensor, routing: Routing, dispatch: Dispatch) ->
         return
     reason = None
     if routing.weights is None:
-        reason, instead = "expected a router that chooses; got one that mixes all experts", "all"
+        reason, instead = "expected a router that chooses, got one that mixes all experts", "all"
     elif dispatch == "gathered" and routing.indices is None:
-        reason, instead = "expected rows that choose their experts; got experts that choose their rows", "ragged"
+        reason, instead = "expected rows that choose their experts, got experts that choose their rows", "ragged"
     elif dispatch == "grouped":
         reason, instead = why_not_grouped(experts, x), "all" if is_vmapped() else "ragged"
     elif dispatch == "ragged" and not _serves_ragged(x):
-        reason = "expected eager mode, since it reads the segment lengths; got a recording, vmap or no values"
+        reason = "expected eager mode, since it reads the segment lengths, got a recording, vmap or no values"
         instead = "all"
     if reason is not None:
         raise ValueError(f"dispatch={dispatch!r}: {reason}. Use dispatch={instead!r}")

@@ -60,15 +60,15 @@ def why_not_grouped(experts: Experts, x: Tensor) -> str | None:
     """What keeps the grouped product from serving these experts and rows; None if nothing does."""
     dtype, device = compute_dtype(x), x.device.type
     if dtype not in {torch.float32, torch.bfloat16, torch.float16}:
-        return f"expected fp32, bf16 or fp16; got {dtype}"
+        return f"expected fp32, bf16 or fp16, got {dtype}"
     if device not in {"cpu", "cuda", "meta"}:
-        return f"expected a CPU or a CUDA device; got {device}"
+        return f"expected a CPU or a CUDA device, got {device}"
     if device == "cuda" and (dtype != torch.bfloat16 or torch.cuda.get_device_capability(x.device) < (9, 0)):
         # torch then falls back to a loop whose bounds the host reads
-        return f"expected bf16 and compute capability 9.0 on a CUDA device; got {dtype} on {x.device}"
+        return f"expected bf16 and compute capability 9.0 on a CUDA device, got {dtype} on {x.device}"
     if is_transformed():
         # a setup_context would let torch.func in, and cost every other pass an inspection of signatures
-        return "expected no transform of torch.func; got one"
+        return "expected no transform of torch.func, got one"
     multiple = _ALIGNMENT_BYTES // dtype.itemsize
     if experts.in_features % multiple or experts.width % multiple:
         return (
@@ -76,5 +76,5 @@ def why_not_grouped(experts: Experts, x: Tensor) -> str | None:
             f" {experts.in_features} and {experts.width}"
         )
     if forward_ad._current_level >= 0:
-        return "expected no forward-mode derivative, which grouped_mm does not have; got one"
+        return "expected no forward-mode derivative, which grouped_mm does not have, got one"
     return None

@@ -60,7 +60,7 @@ class ExpertChoiceRouter(LinearRouter):
         super().__init__(in_features, num_experts, temperature, balance)
         check_positive(k=k)
         if k > num_experts:
-            raise ValueError(f"k: expected at most num_experts = {num_experts}; got {k}")
+            raise ValueError(f"k: expected at most num_experts = {num_experts}, got {k}")
         self.k = k
 
     def forward(self, x: Tensor, rows_per_sample: int = 1) -> Routing:
@@ -73,7 +73,7 @@ class ExpertChoiceRouter(LinearRouter):
         if traced or (torch.compiler.is_exporting() and not isinstance(size, int)):
             raise ValueError(
                 "dynamic_shapes: expected a fixed number of rows that compete for the experts (the batch of pooled"
-                " features, the tokens of a sample), since it decides how many an expert takes; got a dynamic one"
+                " features, the tokens of a sample), since it decides how many an expert takes, got a dynamic one"
             )
         groups = probs.unflatten(0, (-1, size)) if x.shape[0] else probs.new_zeros(0, max(size, 1), self.num_experts)
         # a row that is not a number would be the first choice of every expert

@@ -97,7 +97,7 @@ def check_chosen(k: int, num_experts: int) -> None:
     """Refuse anything but a number of experts between one and all."""
     check_at_least_one(num_experts=num_experts, k=k)
     if k > num_experts:
-        raise ValueError(f"k: expected at most num_experts = {num_experts}; got {k}")
+        raise ValueError(f"k: expected at most num_experts = {num_experts}, got {k}")
 
 
 def _rows(values: Tensor, experts: Sequence[int], num_experts: int) -> Tensor:

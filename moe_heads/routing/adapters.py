@@ -42,7 +42,7 @@ def adapted_routers(model: nn.Module, adapters: Adapters | None) -> dict[str, tu
         ValueError: If a key is neither a class of modules nor a name, fits no module, or is a router of this package.
     """
     if adapters is not None and not isinstance(adapters, Mapping):
-        raise ValueError(f"adapters: expected a mapping from classes or names to adapters; got {adapters!r}")
+        raise ValueError(f"adapters: expected a mapping from classes or names to adapters, got {adapters!r}")
     found: dict[str, nn.Module] = {}
     chosen: dict[nn.Module, RoutingAdapter] = {}
     for key, adapter in (adapters or {}).items():

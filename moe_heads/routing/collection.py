@@ -170,7 +170,7 @@ class _Recorder:
         if isinstance(routing, Routing):
             return routing
         raise ValueError(
-            f"adapters: expected a moe_heads.Routing of router {self._name!r}; got {type(routing).__name__}: build one"
+            f"adapters: expected a moe_heads.Routing of router {self._name!r}, got {type(routing).__name__}: build one"
             " with Routing.from_probs"
         )
 

@@ -60,7 +60,7 @@ def fixed_routing(model: nn.Module, reference: RoutingCollection) -> Iterator[No
     routers = named_routers(model)
     unknown = [name for name, passes in reference.routings.items() if passes and name not in routers]
     if unknown:
-        raise ValueError(f"reference: expected passes of the model's routers {list(routers)}; got some of {unknown}")
+        raise ValueError(f"reference: expected passes of the model's routers {list(routers)}, got some of {unknown}")
     replays = [_Replay(name, reference.routings.get(name, ())) for name in routers]
     with ExitStack() as stack:
         for replay, router in zip(replays, routers.values(), strict=True):
@@ -101,7 +101,7 @@ class _Replay:
         self._num_done += 1
         if self._num_done > len(self._passes):
             raise ValueError(
-                f"reference: expected {len(self._passes)} passes of router {self._name!r} as recorded; got one more"
+                f"reference: expected {len(self._passes)} passes of router {self._name!r} as recorded, got one more"
             )
         self._logits.append(output.logits.detach().nan_to_num())
         return self._passes[self._num_done - 1]
@@ -115,7 +115,7 @@ class _Replay:
                 return reference
         raise ValueError(
             f"model: expected in backward the logits of one of the {self._num_done} passes of router {self._name!r} in"
-            " this block; got others (from a pass before the block, or a checkpoint that is not deterministic)"
+            " this block, got others (from a pass before the block, or a checkpoint that is not deterministic)"
         )
 
 

@@ -55,7 +55,7 @@ class Routing:
 
     def __post_init__(self) -> None:
         if self.weights is None and (self.indices is not None or self.rows is not None):
-            raise ValueError("weights: expected those of the choices in indices or rows; got None")
+            raise ValueError("weights: expected those of the choices in indices or rows, got None")
 
     @classmethod
     def from_probs(
@@ -91,11 +91,11 @@ class Routing:
             tensor([[0.7000, 0.0000, 0.1000]])
         """
         if probs.dim() not in (2, 3) or not probs.is_floating_point():
-            raise ValueError(f"probs: expected (N, E) or (B, T, E), floating; got {tuple(probs.shape)}, {probs.dtype}")
+            raise ValueError(f"probs: expected (N, E) or (B, T, E), floating, got {tuple(probs.shape)}, {probs.dtype}")
         if indices is not None:
             _check_indices(indices, probs)
         if weights is not None and (indices is None or weights.shape != indices.shape):
-            raise ValueError(f"weights: expected the shape of indices; got {tuple(weights.shape)}")
+            raise ValueError(f"weights: expected the shape of indices, got {tuple(weights.shape)}")
         _check_signs("probs", probs, ": pass logits.softmax(-1), not logits")
         if weights is not None:
             _check_signs("weights", weights)
@@ -103,7 +103,7 @@ class Routing:
             rows_per_sample = probs.shape[1] if probs.dim() == 3 else 1
         probs = probs.flatten(0, -2)
         if rows_per_sample < 1 or len(probs) % rows_per_sample:
-            raise ValueError(f"rows_per_sample: expected a divisor of the {len(probs)} rows; got {rows_per_sample}")
+            raise ValueError(f"rows_per_sample: expected a divisor of the {len(probs)} rows, got {rows_per_sample}")
         if indices is not None:
             indices = indices.flatten(0, -2)
             weights = probs.gather(-1, indices) if weights is None else weights.flatten(0, -2)
@@ -280,19 +280,19 @@ def _check_indices(indices: Tensor, probs: Tensor) -> None:
     if indices.shape[:-1] != probs.shape[:-1] or not is_whole or not 1 <= indices.shape[-1] <= probs.shape[-1]:
         raise ValueError(
             f"indices: expected whole numbers, {tuple(probs.shape[:-1])} and one more dimension, 1 to"
-            f" {probs.shape[-1]}; got {tuple(indices.shape)}, {indices.dtype}"
+            f" {probs.shape[-1]}, got {tuple(indices.shape)}, {indices.dtype}"
         )
     if indices.device.type == "cpu" and can_read_values(indices) and len(indices):
         lowest, highest = (int(bound) for bound in indices.aminmax())
         if lowest < 0 or highest >= probs.shape[-1]:
-            raise ValueError(f"indices: expected 0 to {probs.shape[-1] - 1}; got {lowest} to {highest}")
+            raise ValueError(f"indices: expected 0 to {probs.shape[-1] - 1}, got {lowest} to {highest}")
         if bool((indices.sort(-1).values.diff() == 0).any()):
-            raise ValueError("indices: expected every expert at most once a row; got rows with one of them twice")
+            raise ValueError("indices: expected every expert at most once a row, got rows with one of them twice")
 
 
 def _check_signs(name: str, values: Tensor, advice: str = "") -> None:
     if values.device.type == "cpu" and can_read_values(values) and bool((values < 0).any()):
-        raise ValueError(f"{name}: expected numbers from 0 on; got {float(values.min()):.3g}{advice}")
+        raise ValueError(f"{name}: expected numbers from 0 on, got {float(values.min()):.3g}{advice}")
 
 
 def _lowest(scores: Tensor, among: Tensor, dim: int) -> Tensor:

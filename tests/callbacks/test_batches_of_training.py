@@ -160,7 +160,7 @@ def test_a_loss_that_is_no_mean_is_told_once_with_the_callbacks_prefix() -> None
     told = [str(warning.message) for warning in caught if "sharpness/" in str(warning.message)]
     assert len(told) == 1
     assert told[0].startswith(
-        "sharpness/train: loss_fn: expected the mean over the samples of a batch; got a loss that"
+        "sharpness/train: loss_fn: expected the mean over the samples of a batch, got a loss that"
     )
     weigh: dict[str, Any] = {"batch_weight_fn": lambda batch: (batch[1] != -100).sum()}
     many, one = (analyzed(module, loader, batch_size=size, **weigh) for size in (7, 60))
@@ -182,7 +182,7 @@ def test_the_trainers_mode_of_several_loaders_is_known() -> None:
 
 @pytest.mark.parametrize("name", ["batch_size_fn", "batch_weight_fn"])
 def test_functions_have_to_be_functions(name: str) -> None:
-    with pytest.raises(ValueError, match=rf"{name}: expected {name}\(batch\) -> number; got 3"):
+    with pytest.raises(ValueError, match=rf"{name}: expected {name}\(batch\) -> number, got 3"):
         SharpnessCallback(**{name: 3})
 
 
@@ -193,5 +193,5 @@ def test_weights_are_refused_where_there_is_no_loss() -> None:
 
 @pytest.mark.parametrize("given", [(torch.zeros(4, 2), torch.zeros(4)), [torch.zeros(4, 2), torch.zeros(4).long()]])
 def test_one_batch_in_place_of_a_loader_is_refused(given: Any) -> None:
-    with pytest.raises(ValueError, match=r"train: expected a loader or a list of batches; got .* pass \[\(X, y\)\]"):
+    with pytest.raises(ValueError, match=r"train: expected a loader or a list of batches, got .* pass \[\(X, y\)\]"):
         SharpnessCallback(loss_fn=lambda m, b: m(b).mean()).analyze(nn.Linear(2, 1), train=given)

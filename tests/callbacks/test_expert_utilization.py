@@ -333,15 +333,15 @@ def test_a_model_without_a_router_writes_nothing(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"label_fn": 3}, "label_fn: expected a function or None; got 3"),
-        ({"warn": "no"}, "warn: expected True or False; got 'no'"),
-        ({"ablation": None}, "ablation: expected True or False; got None"),
-        ({"dead_below": 1.0}, r"dead_below: expected a number in \[0, 1\); got 1.0"),
-        ({"starved_below": -0.1}, r"starved_below: expected a number in \[0, 1\); got -0.1"),
-        ({"num_examples": -1}, "num_examples: expected an integer of at least 0; got -1"),
-        ({"num_permutations": 1.5}, "num_permutations: expected an integer of at least 0; got 1.5"),
-        ({"class_names": [1, 2]}, r"class_names: expected a list of names; got \[1, 2\]"),
-        ({"class_names": "cat"}, "class_names: expected a list of names; got 'cat'"),
+        ({"label_fn": 3}, "label_fn: expected a function or None, got 3"),
+        ({"warn": "no"}, "warn: expected True or False, got 'no'"),
+        ({"ablation": None}, "ablation: expected True or False, got None"),
+        ({"dead_below": 1.0}, r"dead_below: expected a number in \[0, 1\), got 1.0"),
+        ({"starved_below": -0.1}, r"starved_below: expected a number in \[0, 1\), got -0.1"),
+        ({"num_examples": -1}, "num_examples: expected an integer of at least 0, got -1"),
+        ({"num_permutations": 1.5}, "num_permutations: expected an integer of at least 0, got 1.5"),
+        ({"class_names": [1, 2]}, r"class_names: expected a list of names, got \[1, 2\]"),
+        ({"class_names": "cat"}, "class_names: expected a list of names, got 'cat'"),
     ],
 )
 def test_bad_options(options: dict[str, Any], message: str) -> None:

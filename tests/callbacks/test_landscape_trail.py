@@ -71,7 +71,7 @@ def test_one_epoch_gives_a_line_and_a_warning() -> None:
 
 def test_no_epoch_gives_a_warning() -> None:
     landscape = LossLandscapeCallback(**SMALL, trajectory=True)
-    with pytest.warns(UserWarning, match="no trajectory: states: expected at least two; got 1"):
+    with pytest.warns(UserWarning, match="no trajectory: states: expected at least two, got 1"):
         trainer(landscape, max_epochs=0).fit(PlainModule(), loader())
     assert landscape.results["train"].plane is not None
 

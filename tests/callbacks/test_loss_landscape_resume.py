@@ -71,7 +71,7 @@ def test_damaged_eigenvectors_are_named(tmp_path: Path) -> None:
     trained(LossLandscapeCallback(**options))
     (file,) = tmp_path.rglob("eigenvectors_*.npz")
     file.write_bytes(file.read_bytes()[:50])
-    with pytest.raises(ValueError, match=f"resume: expected a file that loss_landscape wrote; got .*{file.name}"):
+    with pytest.raises(ValueError, match=f"resume: expected a file that loss_landscape wrote, got .*{file.name}"):
         trained(LossLandscapeCallback(**options))
     (line,) = tmp_path.rglob("line_*.npz")
     file.write_bytes(line.read_bytes())

@@ -145,9 +145,9 @@ def test_the_published_engine_says_what_is_wrong_with_it() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"engine": "scipy"}, r"engine: expected one of 'lanczos', 'pyhessian'; got 'scipy'"),
-        ({"routing_steps": [0.1, -1]}, r"routing_steps\[1\]: expected a finite number above 0; got -1"),
-        ({"trace_tolerance": 0}, "trace_tolerance: expected a finite number above 0; got 0"),
+        ({"engine": "scipy"}, r"engine: expected one of 'lanczos', 'pyhessian', got 'scipy'"),
+        ({"routing_steps": [0.1, -1]}, r"routing_steps\[1\]: expected a finite number above 0, got -1"),
+        ({"trace_tolerance": 0}, "trace_tolerance: expected a finite number above 0, got 0"),
     ],
 )
 def test_bad_options(options: dict[str, Any], message: str) -> None:
@@ -158,7 +158,7 @@ def test_bad_options(options: dict[str, Any], message: str) -> None:
 def test_memory_bounds_are_checked_before_training_and_reach_the_function() -> None:
     with pytest.raises(ValueError, match=r"basis_memory: expected at least .* bytes, 8 vectors of .* parameters"):
         trainer(SharpnessCallback(basis_memory=10)).fit(PlainModule(), loader())
-    with pytest.raises(ValueError, match="graph_memory: expected an integer of at least 0 or None; got -1"):
+    with pytest.raises(ValueError, match="graph_memory: expected an integer of at least 0 or None, got -1"):
         SharpnessCallback(graph_memory=-1)
     callback = SharpnessCallback(loss_fn=cross_entropy, graph_memory=0, splits=["train"])
     assert callback.analyze(sparse_model(), train=loader())["train"].graph_mode == "rebuilt"

@@ -70,9 +70,9 @@ def test_a_peer_alone_needs_our_results(main: Main, arguments: list[str]) -> Non
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (["--only", "resnet9"], "--only: expected a network of resnet8, resnet18; got 'resnet9'"),
+        (["--only", "resnet9"], "--only: expected a network of resnet8, resnet18, got 'resnet9'"),
         (["--only", "resnet8/dense/magic"], "--only: expected a section of costs, ours"),
-        (["--samples", "10"], "--samples: expected a multiple of 4 up to 20; got 10"),
+        (["--samples", "10"], "--samples: expected a multiple of 4 up to 20, got 10"),
         (["--images", "nowhere"], "expected images in train/<class> folders; found none in nowhere"),
     ],
 )

@@ -70,13 +70,13 @@ def test_shortcut_carries_the_input_where_the_residual_is_silent() -> None:
 
 @pytest.mark.parametrize("depth", [2, 7, 9, 18])
 def test_cifar_resnet_refuses_other_depths(depth: int) -> None:
-    with pytest.raises(ValueError, match=rf"depth: expected 6n \+ 2 .*; got {depth}"):
+    with pytest.raises(ValueError, match=rf"depth: expected 6n \+ 2 .*, got {depth}"):
         CifarResNet(depth)
 
 
 @pytest.mark.parametrize("make", [DigitsCNN, CifarResNet, ResNet18Cifar])
 def test_backbones_refuse_no_channels(make: type[nn.Module]) -> None:
-    with pytest.raises(ValueError, match="in_channels: expected an integer of at least 1; got 0"):
+    with pytest.raises(ValueError, match="in_channels: expected an integer of at least 1, got 0"):
         make(in_channels=0)
 
 
@@ -106,10 +106,10 @@ def test_resnet8_and_resnet20_differ_in_depth() -> None:
 
 @pytest.mark.parametrize("name", ["resnet", "timm:", "torchvision:", "keras:resnet", ""])
 def test_build_backbone_lists_the_choices(name: str) -> None:
-    with pytest.raises(ValueError, match=f"expected one of digits_cnn, fast_cnn, resnet8, .*timm:<name>; got {name!r}"):
+    with pytest.raises(ValueError, match=f"expected one of digits_cnn, fast_cnn, resnet8, .*timm:<name>, got {name!r}"):
         build_backbone(name, 3, 32)
 
 
 def test_build_backbone_refuses_bad_sizes() -> None:
-    with pytest.raises(ValueError, match="image_size: expected an integer of at least 1; got 0"):
+    with pytest.raises(ValueError, match="image_size: expected an integer of at least 1, got 0"):
         build_backbone("resnet8", 3, 0)

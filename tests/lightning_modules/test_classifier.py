@@ -178,7 +178,7 @@ def test_non_finite_logits_are_refused_before_training(bad: float) -> None:
 
 
 def test_data_with_another_number_of_classes_is_refused() -> None:
-    with pytest.raises(ValueError, match="head: expected 10 classes, as the data module has; got 3"):
+    with pytest.raises(ValueError, match="head: expected 10 classes, as the data module has, got 3"):
         trainer().fit(MoEClassifier(DigitsCNN(), Dense(64, 3)), DigitsDataModule())
 
 
@@ -199,18 +199,18 @@ def test_number_of_classes() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"learning_rate": 0.0}, r"learning_rate: expected a finite number above 0; got 0\.0"),
-        ({"momentum": 1.0}, r"momentum: expected a number in \[0, 1\); got 1\.0"),
-        ({"label_smoothing": -0.1}, r"label_smoothing: expected a number in \[0, 1\); got -0\.1"),
-        ({"weight_decay": -1e-4}, r"weight_decay: expected a finite number of at least 0; got -0\.0001"),
-        ({"nesterov": True, "momentum": 0.0}, "nesterov: expected False with momentum 0; got True"),
-        ({"nesterov": "False"}, "nesterov: expected True or False; got 'False'"),
-        ({"schedule": "step"}, "schedule: expected one of 'cosine', 'linear', 'constant'; got 'step'"),
+        ({"learning_rate": 0.0}, r"learning_rate: expected a finite number above 0, got 0\.0"),
+        ({"momentum": 1.0}, r"momentum: expected a number in \[0, 1\), got 1\.0"),
+        ({"label_smoothing": -0.1}, r"label_smoothing: expected a number in \[0, 1\), got -0\.1"),
+        ({"weight_decay": -1e-4}, r"weight_decay: expected a finite number of at least 0, got -0\.0001"),
+        ({"nesterov": True, "momentum": 0.0}, "nesterov: expected False with momentum 0, got True"),
+        ({"nesterov": "False"}, "nesterov: expected True or False, got 'False'"),
+        ({"schedule": "step"}, "schedule: expected one of 'cosine', 'linear', 'constant', got 'step'"),
         ({"head": nn.Identity()}, "num_classes: expected a number, as Identity has neither .* got None"),
-        ({"num_classes": 4}, "num_classes: expected 3, the head's number of logits; got 4"),
-        ({"num_classes": 0}, "num_classes: expected an integer of at least 1; got 0"),
-        ({"head": Dense(5, 3)}, "head: expected in_features=6, the backbone's num_features; got 5"),
-        ({"head": "SparseMoE"}, "head: expected a torch.nn.Module; got 'SparseMoE'"),
+        ({"num_classes": 4}, "num_classes: expected 3, the head's number of logits, got 4"),
+        ({"num_classes": 0}, "num_classes: expected an integer of at least 1, got 0"),
+        ({"head": Dense(5, 3)}, "head: expected in_features=6, the backbone's num_features, got 5"),
+        ({"head": "SparseMoE"}, "head: expected a torch.nn.Module, got 'SparseMoE'"),
     ],
 )
 def test_bad_arguments(options: dict[str, Any], message: str) -> None:
@@ -243,7 +243,7 @@ def test_training_steps_do_not_synchronize_with_the_gpu(head: nn.Module) -> None
 def test_an_empty_training_loader_is_refused_before_training() -> None:
     model = MoEClassifier(backbone(), nn.Linear(NUM_FEATURES, NUM_CLASSES))
     empty = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(torch.zeros(0, 3), torch.zeros(0)))
-    with pytest.raises(ValueError, match="train loader: expected at least one batch; got an empty loader"):
+    with pytest.raises(ValueError, match="train loader: expected at least one batch, got an empty loader"):
         trainer().fit(model, empty)
 
 

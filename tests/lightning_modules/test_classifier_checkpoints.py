@@ -52,7 +52,7 @@ def test_checkpoint_without_the_modules_says_what_to_pass(tmp_path: Path) -> Non
     fit.fit(MoEClassifier(backbone(), sparse()), loader())
     fit.save_checkpoint(tmp_path / "model.ckpt")
     with pytest.raises(
-        ValueError, match=r"backbone: expected .*Module; got 'FeatureExtractor'.*load_from_checkpoint\("
+        ValueError, match=r"backbone: expected .*Module, got 'FeatureExtractor'.*load_from_checkpoint\("
     ):
         MoEClassifier.load_from_checkpoint(tmp_path / "model.ckpt")
 

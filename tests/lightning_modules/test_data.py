@@ -150,13 +150,13 @@ def test_hyper_parameters_for_the_table_of_runs() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"batch_size": 0}, "batch_size: expected an integer of at least 1; got 0"),
+        ({"batch_size": 0}, "batch_size: expected an integer of at least 1, got 0"),
         ({"seed": None}, "seed: expected an int from 0 to .* got None"),
-        ({"augment": "False"}, "augment: expected True or False; got 'False'"),
-        ({"num_workers": -1}, "num_workers: expected an integer of at least 0; got -1"),
-        ({"val_split": 0.0}, r"val_split: expected a finite number above 0; got 0\.0"),
-        ({"val_split": 1.0}, r"val_split: expected a share between 0 and 1; got 1\.0"),
-        ({"limit_train": 0}, "limit_train: expected an integer of at least 1 or None; got 0"),
+        ({"augment": "False"}, "augment: expected True or False, got 'False'"),
+        ({"num_workers": -1}, "num_workers: expected an integer of at least 0, got -1"),
+        ({"val_split": 0.0}, r"val_split: expected a finite number above 0, got 0\.0"),
+        ({"val_split": 1.0}, r"val_split: expected a share between 0 and 1, got 1\.0"),
+        ({"limit_train": 0}, "limit_train: expected an integer of at least 1 or None, got 0"),
     ],
 )
 def test_bad_arguments(options: dict[str, Any], message: str) -> None:
@@ -175,12 +175,12 @@ def test_bad_normalization(mean: tuple[float, ...], std: tuple[float, ...]) -> N
 
 
 def test_limit_train_above_the_split() -> None:
-    with pytest.raises(ValueError, match="limit_train: expected at most the 150 training images; got 151"):
+    with pytest.raises(ValueError, match="limit_train: expected at most the 150 training images, got 151"):
         Numbered(limit_train=151).setup()
 
 
 def test_unknown_split() -> None:
-    with pytest.raises(ValueError, match="split: expected one of 'train', 'val', 'test'; got 'valid'"):
+    with pytest.raises(ValueError, match="split: expected one of 'train', 'val', 'test', got 'valid'"):
         Numbered().analysis_dataset("valid")
 
 

@@ -56,11 +56,11 @@ def test_training_images_are_shifted_by_up_to_one_pixel_and_never_mirrored() -> 
 
 
 def test_too_large_a_validation_split() -> None:
-    with pytest.raises(ValueError, match=r"val_split: expected at most 0\.8, .*; got 0\.9"):
+    with pytest.raises(ValueError, match=r"val_split: expected at most 0\.8, .*, got 0\.9"):
         DigitsDataModule(val_split=0.9)
 
 
 def test_limit_train() -> None:
     assert len(DigitsDataModule(limit_train=100).analysis_dataset("train")) == 100
-    with pytest.raises(ValueError, match="limit_train: expected at most the 1258 training images; got 1500"):
+    with pytest.raises(ValueError, match="limit_train: expected at most the 1258 training images, got 1500"):
         DigitsDataModule(limit_train=1500).setup()

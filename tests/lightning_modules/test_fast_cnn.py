@@ -19,7 +19,7 @@ def test_size_and_gradients() -> None:
 def test_least_size_of_an_image() -> None:
     assert FastCNN()(torch.zeros(2, 3, 9, 9)).shape == (2, 128)
     assert build_backbone("fast_cnn", 3, 9).num_features == 128
-    with pytest.raises(ValueError, match="image_size: expected at least 9 for fast_cnn; got 8"):
+    with pytest.raises(ValueError, match="image_size: expected at least 9 for fast_cnn, got 8"):
         build_backbone("fast_cnn", 3, 8)
 
 
@@ -65,9 +65,9 @@ def test_a_loaded_layer_is_as_fixed_as_the_saved_one() -> None:
 @pytest.mark.parametrize(
     ("images", "message"),
     [
-        (torch.zeros(4, 1, 8, 8), r"images: expected \(N, 3, H, W\); got shape \(4, 1, 8, 8\)"),
-        (torch.zeros(0, 3, 8, 8), r"images: expected \(N, 3, H, W\); got shape \(0, 3, 8, 8\)"),
-        (torch.zeros(4, 3, 1, 8), r"images: expected \(N, 3, H, W\); got shape \(4, 3, 1, 8\)"),
+        (torch.zeros(4, 1, 8, 8), r"images: expected \(N, 3, H, W\), got shape \(4, 1, 8, 8\)"),
+        (torch.zeros(0, 3, 8, 8), r"images: expected \(N, 3, H, W\), got shape \(0, 3, 8, 8\)"),
+        (torch.zeros(4, 3, 1, 8), r"images: expected \(N, 3, H, W\), got shape \(4, 3, 1, 8\)"),
         (torch.zeros(4, 3, 8, 8, dtype=torch.uint8), "images: expected finite floats, normalized"),
         (torch.full((4, 3, 8, 8), float("nan")), "images: expected finite floats, normalized"),
     ],
@@ -83,10 +83,10 @@ def test_bad_images_are_refused(images: torch.Tensor, message: str) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"widths": ()}, r"widths: expected the channels of each stage; got \(\)"),
-        ({"widths": 64}, "widths: expected the channels of each stage; got 64"),
-        ({"widths": (8, 0)}, r"widths\[1\]: expected an integer of at least 1; got 0"),
-        ({"in_channels": 0}, "in_channels: expected an integer of at least 1; got 0"),
+        ({"widths": ()}, r"widths: expected the channels of each stage, got \(\)"),
+        ({"widths": 64}, "widths: expected the channels of each stage, got 64"),
+        ({"widths": (8, 0)}, r"widths\[1\]: expected an integer of at least 1, got 0"),
+        ({"in_channels": 0}, "in_channels: expected an integer of at least 1, got 0"),
     ],
 )
 def test_bad_sizes_are_refused(options: dict[str, Any], message: str) -> None:

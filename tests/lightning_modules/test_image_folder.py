@@ -139,7 +139,7 @@ def test_missing_test_folder(root: Path) -> None:
 
 def test_no_class_folders(tmp_path: Path) -> None:
     (tmp_path / "train").mkdir()
-    with pytest.raises(ValueError, match=r"root: expected at least two class folders in .*/train; got none"):
+    with pytest.raises(ValueError, match=r"root: expected at least two class folders in .*/train, got none"):
         module(tmp_path)
 
 
@@ -180,12 +180,12 @@ def test_a_file_that_is_no_image(root: Path, memory_limit_mb: int) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"image_size": 0}, "image_size: expected an integer of at least 1 or None; got 0"),
-        ({"crop_padding": -1}, "crop_padding: expected an integer of at least 0; got -1"),
-        ({"memory_limit_mb": -2}, "memory_limit_mb: expected at least 0; got -2"),
+        ({"image_size": 0}, "image_size: expected an integer of at least 1 or None, got 0"),
+        ({"crop_padding": -1}, "crop_padding: expected an integer of at least 0, got -1"),
+        ({"memory_limit_mb": -2}, "memory_limit_mb: expected at least 0, got -2"),
         ({"mean": (0.5,), "std": (0.5,)}, "mean, std: expected three numbers"),
         ({"mean": (0.5, 0.5, math.nan)}, "mean, std: expected one number a channel"),
-        ({"batch_size": 0}, "batch_size: expected an integer of at least 1; got 0"),
+        ({"batch_size": 0}, "batch_size: expected an integer of at least 1, got 0"),
     ],
 )
 def test_bad_arguments(root: Path, options: dict[str, Any], message: str) -> None:

@@ -87,7 +87,7 @@ def test_with_transform_shares_the_pixels_and_leaves_the_original_alone() -> Non
 
 
 def test_number_of_labels_is_checked() -> None:
-    with pytest.raises(ValueError, match="labels: expected one for each of the 3 images; got 2"):
+    with pytest.raises(ValueError, match="labels: expected one for each of the 3 images, got 2"):
         LabeledImages(torch.zeros(3, 1, 2, 2), torch.zeros(2).long(), lambda x: x)
 
 
@@ -151,5 +151,5 @@ def test_a_border_wider_than_the_image_cannot_be_its_mirror() -> None:
 
 
 def test_unknown_border_is_refused() -> None:
-    with pytest.raises(ValueError, match="border: expected one of 'black', 'reflect'; got 'white'"):
+    with pytest.raises(ValueError, match="border: expected one of 'black', 'reflect', got 'white'"):
         ImageTransform(**IDENTITY, border="white")

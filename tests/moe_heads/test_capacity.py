@@ -57,11 +57,11 @@ def test_does_not_touch_the_generator_before_the_one_head_is_built() -> None:
     [
         (
             {"total": 500},
-            r"total: .* sparse head can come within 2.0% of; got 500, and the nearest is .*expert_width=1",
+            r"total: .* sparse head can come within 2.0% of, got 500, and the nearest is .*expert_width=1",
         ),
-        ({}, "total, active: expected exactly one of the two; got total=None, active=None"),
+        ({}, "total, active: expected exactly one of the two, got total=None, active=None"),
         ({"total": 1, "active": 1}, "total, active: expected exactly one"),
-        ({"total": 0}, "total: expected an integer of at least 1; got 0"),
+        ({"total": 0}, "total: expected an integer of at least 1, got 0"),
         ({"total": 9, "expert_width": 3}, "expert_width: is what match_capacity chooses"),
         ({"total": 9, "tolerance": 0.0}, "tolerance: expected a finite number above 0"),
     ],
@@ -72,7 +72,7 @@ def test_bad_arguments_are_refused(arguments: dict[str, object], message: str) -
 
 
 def test_unknown_kind_is_refused() -> None:
-    with pytest.raises(ValueError, match="kind: expected one of 'dense', 'soft', 'sparse'; got 'hard'"):
+    with pytest.raises(ValueError, match="kind: expected one of 'dense', 'soft', 'sparse', got 'hard'"):
         match_capacity("hard", 64, 10, total=9)
 
 

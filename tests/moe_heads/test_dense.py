@@ -36,10 +36,10 @@ def test_dropout_zero_stays_zero() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"width": 0}, "width: expected an integer of at least 1; got 0"),
-        ({"dropout": 1}, r"dropout: expected a number in \[0, 1\); got 1"),
-        ({"in_features": 0}, "in_features: expected an integer of at least 1; got 0"),
-        ({"num_classes": "10"}, "num_classes: expected an integer of at least 1; got '10'"),
+        ({"width": 0}, "width: expected an integer of at least 1, got 0"),
+        ({"dropout": 1}, r"dropout: expected a number in \[0, 1\), got 1"),
+        ({"in_features": 0}, "in_features: expected an integer of at least 1, got 0"),
+        ({"num_classes": "10"}, "num_classes: expected an integer of at least 1, got '10'"),
     ],
 )
 def test_bad_arguments_are_refused(options: dict[str, object], message: str) -> None:

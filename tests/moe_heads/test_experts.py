@@ -48,5 +48,5 @@ def test_selected_applies_dropout_in_training() -> None:
 @pytest.mark.parametrize("name", ["num_experts", "in_features", "width", "out_features"])
 def test_sizes_are_checked(name: str) -> None:
     sizes = {"num_experts": 2, "in_features": 3, "width": 4, "out_features": 5} | {name: 0}
-    with pytest.raises(ValueError, match="expected an integer of at least 1; got 0"):
+    with pytest.raises(ValueError, match="expected an integer of at least 1, got 0"):
         Experts(**sizes)

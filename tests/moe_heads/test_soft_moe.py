@@ -72,11 +72,11 @@ def test_default_balance_is_not_shared_between_heads() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"num_experts": 0}, "num_experts: expected an integer of at least 1; got 0"),
-        ({"slots_per_expert": 0}, "slots_per_expert: expected an integer of at least 1; got 0"),
-        ({"temperature": -1.0}, "temperature: expected a finite number above 0; got -1.0"),
-        ({"dropout": -0.1}, r"dropout: expected a number in \[0, 1\); got -0.1"),
-        ({"balance": {"load": 0.1}}, "balance: expected one of 'kl', 'importance', 'z'; got 'load'"),
+        ({"num_experts": 0}, "num_experts: expected an integer of at least 1, got 0"),
+        ({"slots_per_expert": 0}, "slots_per_expert: expected an integer of at least 1, got 0"),
+        ({"temperature": -1.0}, "temperature: expected a finite number above 0, got -1.0"),
+        ({"dropout": -0.1}, r"dropout: expected a number in \[0, 1\), got -0.1"),
+        ({"balance": {"load": 0.1}}, "balance: expected one of 'kl', 'importance', 'z', got 'load'"),
     ],
 )
 def test_bad_arguments_are_refused(options: dict[str, object], message: str) -> None:

@@ -70,7 +70,7 @@ def test_a_newer_format_is_named() -> None:
     model = torch.nn.Sequential(build("sparse"))
     state = model.state_dict()
     state._metadata["0"]["version"] = 3
-    with pytest.raises(RuntimeError, match=r"0\.: expected a state dict of format 2 or older; got format 3, which"):
+    with pytest.raises(RuntimeError, match=r"0\.: expected a state dict of format 2 or older, got format 3, which"):
         model.load_state_dict(state)
 
 

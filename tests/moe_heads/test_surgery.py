@@ -126,17 +126,17 @@ def test_ablation_of_nothing_is_an_independent_copy() -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: upcycle(nn.Linear(8, 3), 4), "dense_head: expected a moe_heads.Dense; got Linear"),
-        (lambda: upcycle(Dense(8, 3), 0), "num_experts: expected an integer of at least 1; got 0"),
-        (lambda: upcycle(Dense(8, 3), 4, k=5), "k: expected at most num_experts = 4; got 5"),
+        (lambda: upcycle(nn.Linear(8, 3), 4), "dense_head: expected a moe_heads.Dense, got Linear"),
+        (lambda: upcycle(Dense(8, 3), 0), "num_experts: expected an integer of at least 1, got 0"),
+        (lambda: upcycle(Dense(8, 3), 4, k=5), "k: expected at most num_experts = 4, got 5"),
         (lambda: upcycle(Dense(8, 3), 4, expert_width=5), "expert_width: is the dense head's; .* got 5"),
         (
             lambda: upcycle(Dense(8, 3), 4, num_shared_experts=1),
             "num_shared_experts: would add to the dense head's logits",
         ),
-        (lambda: ablate(Dense(8, 3), [0]), "head: expected a SoftMoE or SparseMoE; got Dense"),
-        (lambda: ablate(head_with("switch"), [4]), r"experts: expected different integers from 0 to 3; got \[4\]"),
-        (lambda: ablate(head_with("switch"), 1), r"experts: expected different integers from 0 to 3; got 1"),
+        (lambda: ablate(Dense(8, 3), [0]), "head: expected a SoftMoE or SparseMoE, got Dense"),
+        (lambda: ablate(head_with("switch"), [4]), r"experts: expected different integers from 0 to 3, got \[4\]"),
+        (lambda: ablate(head_with("switch"), 1), r"experts: expected different integers from 0 to 3, got 1"),
         (lambda: upcycle(Dense(8, 3), 4, in_features=9), "in_features: is the dense head's; .* got 9"),
         (lambda: ablate(head_with("switch"), [1, 1]), r"experts: expected different integers .* got \[1, 1\]"),
         (lambda: ablate(head_with("noisy_top_k"), [0, 1, 2]), "experts: expected at least 2 experts to be left"),

@@ -86,7 +86,7 @@ class Batches(Sequence[Batch]):
     ) -> None:
         if not batches or not all(sizes):
             raise ValueError(
-                "batches: expected at least one batch with at least one sample each; got an empty loader or batch"
+                "batches: expected at least one batch with at least one sample each, got an empty loader or batch"
             )
         self._batches, self.sizes = list(batches), tuple(sizes)
         self.size_fn, self.weight_fn, self.may_cut = size_fn, weight_fn, may_cut
@@ -97,7 +97,7 @@ class Batches(Sequence[Batch]):
                 for index, batch in enumerate(self._batches)
             )
         if not any(self.weights):
-            raise ValueError("batch_weight_fn: expected a weight above 0 for at least one batch; got zeros")
+            raise ValueError("batch_weight_fn: expected a weight above 0 for at least one batch, got zeros")
         self.checked: dict[int, tuple[Any, Any]] = {}
 
     @classmethod
@@ -208,7 +208,7 @@ def check_is_list(batches: Any, name: str, expected: str = "a list of batches") 
             shapes = ", ".join(str(tuple(tensor.shape)) for tensor in tensors[:5])
             got = f"a {type(batches).__name__} with tensors of shapes {shapes}, which is one batch: pass [(X, y)]"
     if got:
-        raise ValueError(f"{name}: expected {expected}; got {got}")
+        raise ValueError(f"{name}: expected {expected}, got {got}")
 
 
 def _sizes(batches: Sequence[Batch], size_fn: Callable[[Batch], int] | None) -> list[int]:

@@ -61,11 +61,11 @@ def batch_size(batch: Any, name: str = "batch") -> int:
         votes = [*votes, _Vote("the length of the list", _one(len(batch)))]
     if not votes:
         raise ValueError(
-            f"{name}: expected a tensor with a batch dimension somewhere inside; got {type(batch).__name__}. {_REMEDY}"
+            f"{name}: expected a tensor with a batch dimension somewhere inside, got {type(batch).__name__}. {_REMEDY}"
         )
     if len(numbers) != 1:
         raise ValueError(
-            f"{name}: expected entries that agree on the number of samples; got first dimensions"
+            f"{name}: expected entries that agree on the number of samples, got first dimensions"
             f" {', '.join(map(str, votes))}. {_REMEDY}"
         )
     return next(iter(numbers))
@@ -80,7 +80,7 @@ def checked_size(function: BatchSizeFn, batch: Any, name: str) -> int:
     given = function(batch)
     value = _number(given)
     if value is None or value < 0 or value != int(value):
-        raise ValueError(f"batch_size_fn: expected the number of samples of {name}; got {given!r}")
+        raise ValueError(f"batch_size_fn: expected the number of samples of {name}, got {given!r}")
     return int(value)
 
 
@@ -93,7 +93,7 @@ def checked_weight(function: BatchWeightFn, batch: Any, name: str) -> float:
     given = function(batch)
     value = _number(given)
     if value is None or value < 0:
-        raise ValueError(f"batch_weight_fn: expected a finite number of at least 0 for {name}; got {given!r}")
+        raise ValueError(f"batch_weight_fn: expected a finite number of at least 0 for {name}, got {given!r}")
     return value
 
 

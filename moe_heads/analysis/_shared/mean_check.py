@@ -154,7 +154,7 @@ class _Sums:
                 " grow with batch_size. Give the loss reduction='mean', or pass a loss_fn that is a mean."
             )
         return (
-            f"loss_fn: expected the mean over the samples of a batch; got a loss that differs by {_percent(found.size)}"
+            f"loss_fn: expected the mean over the samples of a batch, got a loss that differs by {_percent(found.size)}"
             f" between a batch and its halves ({self.num_different} of {self.num_checked} batches). Eigenvalues, trace"
             f" and landscape depend on how the samples are cut into batches. {_REMEDY}."
         )

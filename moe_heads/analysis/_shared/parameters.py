@@ -25,7 +25,7 @@ def trainable_parameters(
     """
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not named:
-        raise ValueError("model: expected at least one parameter that requires a gradient; got none")
+        raise ValueError("model: expected at least one parameter that requires a gradient, got none")
     lazy = [name for name, p in named.items() if isinstance(p, nn.UninitializedParameter)]
     if lazy:
         raise ValueError(f"model: expected initialized parameters; {lazy[0]} is lazy: run one forward pass first")
@@ -56,7 +56,7 @@ def check_real(chosen: Mapping[str, Tensor]) -> None:
 
 def _chosen(model: nn.Module, trainable: dict[str, nn.Parameter], params: Selection) -> dict[str, nn.Parameter]:
     if isinstance(params, (str, Tensor)) or not isinstance(params, Iterable):
-        raise ValueError(f"params: expected a list of parameters or of their names; got {_described(params)}")
+        raise ValueError(f"params: expected a list of parameters or of their names, got {_described(params)}")
     first_names = {id(p): name for name, p in trainable.items()}
     # a shared parameter may be meant by any of its names
     known = [(name, p) for name, p in model.named_parameters(remove_duplicate=False) if id(p) in first_names]
@@ -70,7 +70,7 @@ def _chosen(model: nn.Module, trainable: dict[str, nn.Parameter], params: Select
             )
         names |= found
     if not names:
-        raise ValueError("params: expected at least one parameter; got none")
+        raise ValueError("params: expected at least one parameter, got none")
     return {name: p for name, p in trainable.items() if name in names}
 
 

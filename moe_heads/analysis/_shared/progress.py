@@ -135,4 +135,4 @@ def check_max_time(max_time: float | None) -> None:
     """Refuse a limit that is not a positive number of seconds."""
     is_number = isinstance(max_time, (int, float)) and not isinstance(max_time, bool)
     if max_time is not None and not (is_number and 0 < max_time < math.inf):
-        raise ValueError(f"max_time: expected a positive number of seconds or None; got {max_time!r}")
+        raise ValueError(f"max_time: expected a positive number of seconds or None, got {max_time!r}")

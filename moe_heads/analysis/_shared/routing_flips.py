@@ -36,7 +36,7 @@ def flip_share(choices: Choices, reference: Choices) -> float:
     shapes, expected = [c.shape for c in choices], [c.shape for c in reference]
     if shapes != expected:
         raise ValueError(
-            "model: expected the same routed rows at every point of the landscape; got shapes "
+            "model: expected the same routed rows at every point of the landscape, got shapes "
             f"{[tuple(s) for s in shapes]} against {[tuple(s) for s in expected]} at the center"
         )
     if not reference:

@@ -91,9 +91,9 @@ def images_by(image_fn: Callable[[Batch], Tensor | None], batch: Batch, num_samp
         return None
     got = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
     if not isinstance(images, Tensor) or images.dim() != 4 or images.shape[1] not in (1, 3):
-        raise ValueError(f"image_fn: expected images (B, C, H, W) with one channel or three, or None; got {got}")
+        raise ValueError(f"image_fn: expected images (B, C, H, W) with one channel or three, or None, got {got}")
     if len(images) != num_samples:
-        raise ValueError(f"image_fn: expected an image for each of the {num_samples} samples; got {got}")
+        raise ValueError(f"image_fn: expected an image for each of the {num_samples} samples, got {got}")
     return images
 
 

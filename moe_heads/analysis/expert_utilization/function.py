@@ -124,7 +124,7 @@ def expert_utilization(
         num_classes = num_classes_of(found_labels, num_classes, class_names)
     num_classes = max((known for known in ranks.gather(num_classes) if known is not None), default=None)
     if ablation and num_classes is None:
-        raise ValueError("ablation: expected labels, to tell the accuracy; got data without")
+        raise ValueError("ablation: expected labels, to tell the accuracy, got data without")
     names = names_of_classes(num_classes, class_names)
     with ranks.synchronized(), analysis_mode(model, seed), torch.no_grad():
         data = Microbatches(listed, device_of(model), progress)
@@ -160,7 +160,7 @@ def checked_options(
     """The options of the report, where they are in range."""
     check_shares(dead_below=dead_below, starved_below=starved_below)
     if starved_below < dead_below:
-        raise ValueError(f"starved_below: expected at least dead_below = {dead_below}; got {starved_below}")
+        raise ValueError(f"starved_below: expected at least dead_below = {dead_below}, got {starved_below}")
     check_seed(seed)
     check_at_least(0, num_permutations=num_permutations, num_examples=num_examples)
     return ReportOptions(dead_below, starved_below, num_permutations, num_examples, seed)

@@ -31,11 +31,11 @@ def labels_by(label_fn: Callable[[Batch], Tensor | None], batch: Batch) -> Tenso
     if labels is None:
         return None
     if not isinstance(labels, Tensor):
-        raise ValueError(f"label_fn: expected a tensor (B,) or None; got {type(labels).__name__}. {SAY_NONE}")
+        raise ValueError(f"label_fn: expected a tensor (B,) or None, got {type(labels).__name__}. {SAY_NONE}")
     flat = labels.squeeze(1) if labels.dim() == 2 and labels.shape[1] == 1 else labels
     if flat.dim() != 1 or flat.is_floating_point() or flat.is_complex():
         raise ValueError(
-            f"label_fn: expected one whole number a sample, shape (B,); got {tuple(labels.shape)}, {labels.dtype}."
+            f"label_fn: expected one whole number a sample, shape (B,), got {tuple(labels.shape)}, {labels.dtype}."
             f" {SAY_NONE}"
         )
     return flat.long()  # in an unsigned type the label of no class would be that of some class
@@ -55,7 +55,7 @@ def num_classes_of(
         ValueError: If names and number disagree, some batches have no labels, or a label is no class.
     """
     if class_names is not None and num_classes is not None and len(class_names) != num_classes:
-        raise ValueError(f"class_names: expected num_classes = {num_classes} names; got {len(class_names)}")
+        raise ValueError(f"class_names: expected num_classes = {num_classes} names, got {len(class_names)}")
     given = [labels.cpu() for labels in found if labels is not None]
     if not given:
         return None
@@ -87,7 +87,7 @@ def are_names(names: object) -> TypeGuard[Sequence[str]]:
 def check_class_names(class_names: object) -> None:
     """Refuse what cannot name the classes."""
     if class_names is not None and not are_names(class_names):
-        raise ValueError(f"class_names: expected a list of names; got {class_names!r}")
+        raise ValueError(f"class_names: expected a list of names, got {class_names!r}")
 
 
 def names_of_classes(num_classes: int | None, class_names: Sequence[str] | None) -> tuple[str, ...]:

@@ -66,9 +66,9 @@ class ExpertUtilizationMetric(Metric):
             ValueError: If it is no `Routing`, or its router has another number of experts.
         """
         if not isinstance(routing, Routing):
-            raise ValueError(f"routing: expected a moe_heads.Routing; got {type(routing).__name__}")
+            raise ValueError(f"routing: expected a moe_heads.Routing, got {type(routing).__name__}")
         if routing.num_experts != self.num_experts:
-            raise ValueError(f"routing: expected {self.num_experts} experts; got {routing.num_experts}")
+            raise ValueError(f"routing: expected {self.num_experts} experts, got {routing.num_experts}")
         stats = routing.stats()
         for f in fields(RoutingStats):
             setattr(self, f.name, getattr(self, f.name) + getattr(stats, f.name).to(self.device))

@@ -50,7 +50,7 @@ def mutual_information(counts: Tensor) -> MutualInformation:
         0.6931
     """
     if counts.dim() != 2 or bool((counts < 0).any()):
-        raise ValueError(f"counts: expected a matrix of counts from 0 on; got shape {tuple(counts.shape)}")
+        raise ValueError(f"counts: expected a matrix of counts from 0 on, got shape {tuple(counts.shape)}")
     table = counts.to(torch.float64)
     total = float(table.sum())
     if total == 0:

@@ -109,7 +109,7 @@ def named_modules(model: nn.Module, names: Sequence[str] | None) -> dict[str, nn
         names = [name for name in _defaults(inside) if not _is_scripted(inside[name])]
     unknown = [name for name in names if name not in inside]
     if unknown:
-        raise ValueError(f"modules: expected names of modules, such as {next(iter(inside), None)!r}; got {unknown}")
+        raise ValueError(f"modules: expected names of modules, such as {next(iter(inside), None)!r}, got {unknown}")
     scripted = [name for name in names if _is_scripted(inside[name])]
     if scripted:
         raise ValueError(f"modules: expected modules whose inputs can be seen; {scripted} are compiled by TorchScript")

@@ -107,7 +107,7 @@ def inference_timing(
     )
     check_seed(seed)
     if num_rows(example_batch) == 0:
-        raise ValueError("example_batch: expected at least one sample; got none")
+        raise ValueError("example_batch: expected at least one sample, got none")
     if any(size != num_rows(example_batch) for size in batch_sizes):
         check_resizable(example_batch)
     named = named_modules(model, modules)

@@ -31,7 +31,7 @@ class TimingPlan:
         check_at_least_one(**{f"batch_sizes[{place}]": size for place, size in enumerate(sizes)})
         if not sizes or len(set(sizes)) < len(sizes):
             raise ValueError(
-                f"batch_sizes: expected a list of different whole numbers from 1 on; got {self.batch_sizes!r}"
+                f"batch_sizes: expected a list of different whole numbers from 1 on, got {self.batch_sizes!r}"
             )
         check_choices("modes", self.modes, get_args(TimingMode))
         check_choices("caches", self.caches, get_args(Cache))

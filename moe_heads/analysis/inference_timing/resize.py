@@ -20,7 +20,7 @@ def num_rows(batch: Batch) -> int:
             return int(leaf.batch_sizes[0])
         if isinstance(leaf, Tensor) and leaf.dim() > 0:
             return leaf.size(0)
-    raise ValueError(f"batch: expected a tensor with a batch dimension somewhere inside; got {type(batch).__name__}")
+    raise ValueError(f"batch: expected a tensor with a batch dimension somewhere inside, got {type(batch).__name__}")
 
 
 def check_resizable(batch: Batch) -> None:
@@ -36,7 +36,7 @@ def check_resizable(batch: Batch) -> None:
         if found:
             raise ValueError(
                 f"example_batch: expected tensors whose first dimension counts the {given} samples, to be repeated to "
-                f"each of batch_sizes; got {found}: reshape it in forward_fn, or time that size alone"
+                f"each of batch_sizes, got {found}: reshape it in forward_fn, or time that size alone"
             )
 
 

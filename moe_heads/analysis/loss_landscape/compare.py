@@ -34,7 +34,7 @@ def plot_lines(results: "Mapping[str, LossLandscapeResult]", ax: "Axes | None" =
         >>> figure, ax = plot_lines({"one": line, "the other": line})
     """
     if not results or any(result.betas is not None for result in results.values()):
-        raise ValueError(f"results: expected landscapes along a line; got {'a plane' if results else 'none'}")
+        raise ValueError(f"results: expected landscapes along a line, got {'a plane' if results else 'none'}")
     figure, ax = axes_of(ax, CARD)
     for number, (name, result) in enumerate(results.items()):
         rises = (result.losses - result.center_loss).nan_to_num(math.nan, math.nan)

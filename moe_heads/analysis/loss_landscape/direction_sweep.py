@@ -186,7 +186,7 @@ def _swept(
     """Measure the end of each direction, then one after the other, inwards; the center is the same of all."""
     center = Point.of(total(torch.zeros(2, dtype=torch.float64)))
     if not math.isfinite(center.loss):
-        raise ValueError(f"loss_fn: expected a finite loss of the model as it is; got {center.loss}")
+        raise ValueError(f"loss_fn: expected a finite loss of the model as it is, got {center.loss}")
     rows: list[list[Point]] = []
     known = [{0.0: center} for _ in range(num_directions)]
     outside = sorted((alpha for alpha in axis.tolist() if alpha), key=lambda alpha: -abs(alpha))

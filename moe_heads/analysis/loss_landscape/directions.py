@@ -62,11 +62,11 @@ def split_direction(
     if direction.shape != (sum(sizes),):
         raise ValueError(
             f"{name}: expected shape ({sum(sizes)},), one entry for each trainable parameter"
-            f"{'' if params is None else ' of params'}; got {tuple(direction.shape)}"
+            f"{'' if params is None else ' of params'}, got {tuple(direction.shape)}"
         )
     # the sum is nan or inf if one of the entries is, and takes no memory
     if not bool(direction.sum().isfinite()) and not bool(direction.isfinite().all()):
-        raise ValueError(f"{name}: expected finite entries; got {int((~direction.isfinite()).sum())} nan or inf")
+        raise ValueError(f"{name}: expected finite entries, got {int((~direction.isfinite()).sum())} nan or inf")
     parts = torch.split(direction.detach(), sizes)
     return {key: part.to(p.device, p.dtype).view(p.shape) for (key, p), part in zip(named.items(), parts, strict=True)}
 
@@ -208,7 +208,7 @@ def _towards(model: nn.Module, state: Mapping[str, Tensor], name: str, params: S
         here |= {key: buffer for key, buffer in model.named_buffers() if buffer.is_floating_point()}
     missing = [key for key in parameters if key not in state]
     if missing:
-        raise ValueError(f"{name}: expected a state with all trainable parameters; got one without {missing[0]!r}")
+        raise ValueError(f"{name}: expected a state with all trainable parameters, got one without {missing[0]!r}")
     steps: dict[str, Target] = {}
     for key, tensor in here.items():
         if key not in state:
@@ -216,7 +216,7 @@ def _towards(model: nn.Module, state: Mapping[str, Tensor], name: str, params: S
         end = state[key].detach()
         if end.shape != tensor.shape or not bool(end.isfinite().all()):
             got = f"shape {tuple(end.shape)}" if end.shape != tensor.shape else "nan or inf"
-            raise ValueError(f"{name}: expected finite {key!r} of shape {tuple(tensor.shape)}; got {got}")
+            raise ValueError(f"{name}: expected finite {key!r} of shape {tuple(tensor.shape)}, got {got}")
         end = end.to(tensor.device, tensor.dtype)
         if not torch.equal(end, tensor):
             steps[key] = Target(end)

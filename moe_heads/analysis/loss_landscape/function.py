@@ -188,7 +188,7 @@ def _axes(
     is_plane: bool,
 ) -> list[Tensor]:
     if betas is not None and not is_plane:
-        raise ValueError("betas: expected None without a direction2; got coordinates")
+        raise ValueError("betas: expected None without a direction2, got coordinates")
     check_at_least(2, num_points=num_points)
     reach = _REACH_2D if is_plane else _REACH_1D
     axes = [grid_of("alphas", alphas, reach, num_points)]
@@ -199,12 +199,12 @@ def _checked_options(model: nn.Module, refine: int, fixed_routing: bool | None, 
     """Whether routing is to be held fixed."""
     check_at_least(0, refine=refine)
     if refine and is_plane:
-        raise ValueError(f"refine: expected 0 for a plane: points are added to a line; got {refine!r}")
+        raise ValueError(f"refine: expected 0 for a plane: points are added to a line, got {refine!r}")
     can_hold = can_hold_routing(model)
     if fixed_routing and not can_hold:
         raise ValueError(
             "fixed_routing: expected False for a model with a sparse router that does not define rechosen(routing,"
-            " reference); got True"
+            " reference), got True"
         )
     return can_hold if fixed_routing is None else fixed_routing
 

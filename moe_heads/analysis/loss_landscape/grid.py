@@ -25,7 +25,7 @@ def grid_of(name: str, values: Sequence[float] | Tensor | None, reach: float, nu
         return steps * (reach / (num_points - 1))
     grid = torch.as_tensor(values, dtype=torch.float64, device="cpu")
     if grid.dim() != 1 or len(grid) < 2 or not bool(grid.isfinite().all()) or not bool((grid.diff() > 0).all()):
-        raise ValueError(f"{name}: expected at least two finite, increasing numbers; got {grid.tolist()}")
+        raise ValueError(f"{name}: expected at least two finite, increasing numbers, got {grid.tolist()}")
     return torch.where(grid.abs() < 1e-6 * grid.diff().min(), 0, grid)
 
 

@@ -43,7 +43,7 @@ def surface_mesh(
     faces = triangles(finite)
     if not len(faces) or int(finite.sum()) > _MAX_VERTICES:
         raise ValueError(
-            f"losses: expected neighboring finite points, {_MAX_VERTICES} at most; got {int(finite.sum())} "
+            f"losses: expected neighboring finite points, {_MAX_VERTICES} at most, got {int(finite.sum())} "
             f"finite points of {losses.numel()}, with {len(faces)} triangles"
         )
     heights = losses[finite].log() if scale == "log" else losses[finite]

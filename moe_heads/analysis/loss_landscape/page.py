@@ -44,7 +44,7 @@ def landscape_page(cuts: "Mapping[str, LossLandscapeResult]", title: str = "Loss
         True
     """
     if not cuts:
-        raise ValueError("cuts: expected at least one landscape; got none")
+        raise ValueError("cuts: expected at least one landscape, got none")
     data = {"title": title, "cuts": {name: _data_of(cut) for name, cut in cuts.items()}}
     # a name with "</script>" in it would end the block
     text = json.dumps(data, ensure_ascii=False, allow_nan=False).replace("<", "\\u003c")

@@ -126,7 +126,7 @@ class LossLandscapeResult(MeasuredLandscape):
             ValueError: For a line.
         """
         if self.betas is None:
-            raise ValueError("mesh: expected a landscape on a plane (direction2); got one along a line")
+            raise ValueError("mesh: expected a landscape on a plane (direction2), got one along a line")
         return surface_mesh(self.alphas, self.betas, self.losses, scale=self.scale, tilt=tilt)
 
     def summary(self) -> str:

@@ -139,7 +139,7 @@ def _checked_steps(steps: Sequence[float] | Tensor) -> list[float]:
     numbers: list[float] = given.reshape(-1).tolist()
     distinct = len(set(numbers)) == len(numbers)
     if given.dim() != 1 or not numbers or not all(map(math.isfinite, numbers)) or not distinct:
-        raise ValueError(f"steps: expected at least one number, finite and distinct; got {given.tolist()}")
+        raise ValueError(f"steps: expected at least one number, finite and distinct, got {given.tolist()}")
     return numbers
 
 
@@ -245,7 +245,7 @@ class _Survey:
         loss, collection = self._free(index, batch)
         if not math.isfinite(loss):
             raise ValueError(
-                f"loss_fn: expected a finite loss of the model as it is; got {loss} as the loss of batch {index}"
+                f"loss_fn: expected a finite loss of the model as it is, got {loss} as the loss of batch {index}"
             )
         return loss, collection
 
@@ -280,7 +280,7 @@ class _Survey:
         if isinstance(loss, Tensor) and loss.numel() == 1:
             return float(loss.detach())
         got = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
-        raise ValueError(f"loss_fn: expected a scalar tensor, the mean loss of batch {index}; got {got}")
+        raise ValueError(f"loss_fn: expected a scalar tensor, the mean loss of batch {index}, got {got}")
 
 
 def _detached(collection: RoutingCollection) -> RoutingCollection:

@@ -60,7 +60,7 @@ class Scan:
         known = {} if self.record is None else self.record.load()
         center = Point.of(self.total(torch.tensor(self._origin, dtype=torch.float64)))
         if not math.isfinite(center.loss):
-            raise ValueError(f"loss_fn: expected a finite loss of the model as it is; got {center.loss}")
+            raise ValueError(f"loss_fn: expected a finite loss of the model as it is, got {center.loss}")
         _check_same("loss_fn", known.get(self._origin, center).loss, center.loss)
         _check_same("accuracy_fn", known.get(self._origin, center).accuracy, center.accuracy)
         self.found = known | {self._origin: center}
@@ -138,7 +138,7 @@ class Scan:
 def _check_same(name: str, before: float, now: float) -> None:
     is_same = math.isclose(before, now, rel_tol=_SAME_CENTER) or (math.isnan(before) and math.isnan(now))
     if not is_same:
-        raise ValueError(f"resume: expected the same {name}, {now} at the center; got {before} in the file")
+        raise ValueError(f"resume: expected the same {name}, {now} at the center, got {before} in the file")
 
 
 def _product(axes: Sequence[Tensor]) -> list[Place]:

@@ -45,5 +45,5 @@ def write_arrays(path: str | os.PathLike[str], arrays: Mapping[str, Any]) -> Non
 def damaged(path: str | os.PathLike[str], error: Exception) -> ValueError:
     """The error for a file that is not what it should be."""
     return ValueError(
-        f"resume: expected a file that loss_landscape wrote; got {path}: {error}: give another file, or delete it"
+        f"resume: expected a file that loss_landscape wrote, got {path}: {error}: give another file, or delete it"
     )

@@ -241,4 +241,4 @@ def _scalar(name: str, value: object) -> float:
     if isinstance(value, Tensor) and value.numel() == 1:
         return float(value.detach())
     got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-    raise ValueError(f"{name}: expected a scalar tensor, the mean over the samples of the batch; got {got}")
+    raise ValueError(f"{name}: expected a scalar tensor, the mean over the samples of the batch, got {got}")

@@ -107,9 +107,9 @@ def trajectory_plane(
     named = trainable_parameters(model, params)
     here = torch.cat([p.detach().cpu().reshape(-1) for p in named.values()])
     if len(states) < 2:
-        raise NoPlaneError(f"states: expected at least two; got {len(states)}")
+        raise NoPlaneError(f"states: expected at least two, got {len(states)}")
     if labels is not None and len(labels) != len(states):
-        raise ValueError(f"labels: expected one for each of {len(states)} states; got {len(labels)}")
+        raise ValueError(f"labels: expected one for each of {len(states)} states, got {len(labels)}")
     flat = [_flat(state, named, number) for number, state in enumerate(states)]
     gram = torch.zeros(len(flat), len(flat), dtype=torch.float64)
     for steps in _pieces(flat, here):
@@ -117,7 +117,7 @@ def trajectory_plane(
     # principal components by the T × T matrix: a run has far fewer states than parameters
     values, vectors = torch.linalg.eigh(gram)
     if values[-2] <= 1e-12 * values[-1] or values[-1] <= 0:
-        raise NoPlaneError("states: expected at least two that are not on one line through the model; got a line")
+        raise NoPlaneError("states: expected at least two that are not on one line through the model, got a line")
     weights = vectors[:, [-1, -2]] / values[[-1, -2]].sqrt()  # (T, 2): of the states in each unit direction
     directions = torch.cat([(weights.T @ steps).to(here.dtype) for steps in _pieces(flat, here)], dim=1)
     coordinates = gram @ weights

@@ -142,7 +142,7 @@ def sharpness(
     num_parameters = sum(p.numel() for p in selected.values())
     if num_eigenvalues > num_parameters:
         raise ValueError(
-            f"num_eigenvalues: expected 1 to {num_parameters}, the number of parameters; got {num_eigenvalues}"
+            f"num_eigenvalues: expected 1 to {num_parameters}, the number of parameters, got {num_eigenvalues}"
         )
     if start is not None and density:
         raise ValueError("start: expected None with density=True, whose start has to be random; pass density=False")
@@ -253,4 +253,4 @@ def check_sharpness_options(
     check_at_least(MIN_PROBES, max_probes=max_probes)
     check_positive(tolerance=tolerance, trace_tolerance=trace_tolerance)
     if max_steps < num_eigenvalues:
-        raise ValueError(f"max_steps: expected at least num_eigenvalues = {num_eigenvalues}; got {max_steps}")
+        raise ValueError(f"max_steps: expected at least num_eigenvalues = {num_eigenvalues}, got {max_steps}")

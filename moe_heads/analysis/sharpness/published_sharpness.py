@@ -93,7 +93,7 @@ def published_sharpness(
     check_seed(seed)
     if num_eigenvalues > num_parameters:
         raise ValueError(
-            f"num_eigenvalues: expected 1 to {num_parameters}, the number of parameters; got {num_eigenvalues!r}"
+            f"num_eigenvalues: expected 1 to {num_parameters}, the number of parameters, got {num_eigenvalues!r}"
         )
     progress = progress or Progress()
     given = Batches.of(batches, batch_size_fn, batch_weight_fn)

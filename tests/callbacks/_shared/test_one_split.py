@@ -58,7 +58,7 @@ def test_a_plain_call_takes_any_module_with_a_loss_and_batches() -> None:
 
 
 def test_a_plain_call_raises() -> None:
-    with pytest.raises(ValueError, match="train, val, test: expected data for at least one split; got none"):
+    with pytest.raises(ValueError, match="train, val, test: expected data for at least one split, got none"):
         SharpnessCallback().analyze(PlainModule())
     with pytest.raises(MisconfigurationException, match=r"Linear has no training_step to take the loss from\. Pass"):
         SharpnessCallback().analyze(nn.Linear(NUM_FEATURES, 3), train=loader())
@@ -112,7 +112,7 @@ def test_a_model_with_fewer_parameters_than_eigenvalues_gives_those_there_are() 
 
 
 def test_one_tensor_in_place_of_a_loader_is_refused() -> None:
-    with pytest.raises(ValueError, match="train: expected a loader or a list of batches; got one tensor"):
+    with pytest.raises(ValueError, match="train: expected a loader or a list of batches, got one tensor"):
         SharpnessCallback(loss_fn=cross_entropy).analyze(nn.Linear(1, 1), train=torch.ones(3, 1))
 
 
@@ -209,5 +209,5 @@ def test_a_plain_call_after_another_starts_anew() -> None:
 def test_a_cuda_device_where_there_is_none_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     batches = [torch.zeros(2, 3)]
-    with pytest.raises(ValueError, match="device: expected one that torch finds on this machine; got 'cuda', and"):
+    with pytest.raises(ValueError, match="device: expected one that torch finds on this machine, got 'cuda', and"):
         InferenceTimingCallback(batch_sizes=(1,)).analyze(torch.nn.Linear(3, 2), test=batches, device="cuda")

@@ -174,7 +174,7 @@ def test_little_memory_changes_no_number() -> None:
 @pytest.mark.parametrize(
     ("loss_fn", "message"),
     [
-        (lambda m, b: cross_entropy(m, b) * float("nan"), "expected a finite loss; got nan as the loss of batch 0"),
+        (lambda m, b: cross_entropy(m, b) * float("nan"), "expected a finite loss, got nan as the loss of batch 0"),
         (lambda m, b: (_ for _ in ()).throw(torch.OutOfMemoryError("full")), r"not enough memory for a single sample"),
         (lambda m, b: cross_entropy(m, b).detach(), "that of no batch has a graph"),
         (lambda m, b: OnceDifferentiable.apply(cross_entropy(m, b)), "a layer of the model has no second derivative"),

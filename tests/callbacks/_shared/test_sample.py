@@ -112,7 +112,7 @@ def test_overfit_batches_are_the_first_of_the_loader() -> None:
 def test_a_one_way_iterator_is_refused_and_not_read() -> None:
     stream = iter([torch.zeros(3)] * 9)
     with pytest.raises(
-        MisconfigurationException, match=r"iterated again and again; got the one-way iterator list_iter"
+        MisconfigurationException, match=r"iterated again and again, got the one-way iterator list_iter"
     ):
         draw(stream, 3, 3)
     assert len(list(stream)) == 9
@@ -126,12 +126,12 @@ def test_the_draw_shows_its_progress() -> None:
 
 def test_empty_loader_is_refused() -> None:
     empty = DataLoader(TensorDataset(torch.zeros(0, NUM_FEATURES)))
-    with pytest.raises(ValueError, match="train: expected a data set with at least one sample; got an empty loader"):
+    with pytest.raises(ValueError, match="train: expected a data set with at least one sample, got an empty loader"):
         draw(empty, 10, 4, seed=0)
 
 
 def test_something_else_than_a_loader_is_refused() -> None:
-    with pytest.raises(MisconfigurationException, match=r"train loader: expected an iterable; got int"):
+    with pytest.raises(MisconfigurationException, match=r"train loader: expected an iterable, got int"):
         draw(3, 10, 4, seed=0)
 
 

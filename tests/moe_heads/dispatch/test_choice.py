@@ -101,7 +101,7 @@ def test_every_path_under_the_transforms_it_serves(num_rows: int, dispatch: str)
 
     tolerance = {"rtol": 1e-4, "atol": 1e-5}
     if dispatch == "grouped":
-        with pytest.raises(ValueError, match=r"'grouped': expected no transform of torch.func; got one."):
+        with pytest.raises(ValueError, match=r"'grouped': expected no transform of torch.func, got one."):
             torch.func.grad(loss)(x)
         return
     torch.testing.assert_close(torch.func.grad(loss)(x), expected, **tolerance)
@@ -125,7 +125,7 @@ def test_auto_is_static_for_a_router_that_mixes_all(taken: list[str]) -> None:
     [
         ("softmax", torch.float32, "ragged", r"'ragged': expected a router that chooses; .* Use dispatch='all'"),
         ("expert_choice", torch.float32, "gathered", r"'gathered': .* experts that choose .* Use dispatch='ragged'"),
-        ("switch", torch.float64, "grouped", r"'grouped': expected fp32, bf16 or fp16; got torch.float64. Use"),
+        ("switch", torch.float64, "grouped", r"'grouped': expected fp32, bf16 or fp16, got torch.float64. Use"),
     ],
 )
 def test_a_path_that_cannot_serve_names_one_that_can(
@@ -139,7 +139,7 @@ def test_a_path_that_cannot_serve_names_one_that_can(
 @pytest.mark.parametrize("dispatch", ["auto", "all", "gathered", "grouped", "ragged"])
 def test_rows_of_another_dtype_than_the_experts_are_refused_on_every_path(dispatch: str) -> None:
     head = head_with("switch", torch.bfloat16, dispatch=dispatch)
-    with pytest.raises(ValueError, match=r"x: expected torch.bfloat16, as the experts have; got torch.float32"):
+    with pytest.raises(ValueError, match=r"x: expected torch.bfloat16, as the experts have, got torch.float32"):
         head(torch.randn(5, FEATURES))
 
 
@@ -151,7 +151,7 @@ def test_ragged_refuses_what_has_no_values() -> None:
 
 def test_grouped_names_the_sizes_it_needs() -> None:
     head = SparseMoE(7, 3, num_experts=4, expert_width=8, dispatch="grouped").eval()
-    with pytest.raises(ValueError, match=r"multiples of 4 in torch.float32; got 7 and 8. Use dispatch='ragged'"):
+    with pytest.raises(ValueError, match=r"multiples of 4 in torch.float32, got 7 and 8. Use dispatch='ragged'"):
         head(torch.randn(5, 7))
 
 

@@ -63,5 +63,5 @@ def test_linear_fp32_keeps_float64() -> None:
 
 
 def test_too_many_chosen_experts_are_refused() -> None:
-    with pytest.raises(ValueError, match="k: expected at most num_experts = 3; got 4"):
+    with pytest.raises(ValueError, match="k: expected at most num_experts = 3, got 4"):
         NoisyTopKRouter(4, 3, k=4)

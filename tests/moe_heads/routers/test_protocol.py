@@ -136,16 +136,16 @@ def test_a_router_of_ones_own_serves_in_a_head() -> None:
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: NoisyTopKRouter(4, 3, k=4), "k: expected at most num_experts = 3; got 4"),
-        (lambda: BiasBalancedRouter(4, 3, k=4), "k: expected at most num_experts = 3; got 4"),
-        (lambda: BiasBalancedRouter(4, 3, update_rate=0), "update_rate: expected a finite number above 0; got 0"),
-        (lambda: ExpertChoiceRouter(4, 3, k=3.5), "k: expected at most num_experts = 3; got 3.5"),
-        (lambda: ExpertChoiceRouter(4, 3, k=0), "k: expected a finite number above 0; got 0"),
-        (lambda: ExpertChoiceRouter(4, 3, balance={"load": 1.0}), "balance: expected one of 'z', 'kl'; got 'load'"),
-        (lambda: SwitchRouter(4, 3, jitter=1.0), r"jitter: expected a number in \[0, 1\); got 1.0"),
-        (lambda: SwitchRouter(4, 0), "num_experts: expected an integer of at least 1; got 0"),
-        (lambda: SoftmaxRouter(4, 3, slots_per_expert=0), "slots_per_expert: expected an integer of at least 1; got 0"),
-        (lambda: SoftmaxRouter(4, 3, temperature=0), "temperature: expected a finite number above 0; got 0"),
+        (lambda: NoisyTopKRouter(4, 3, k=4), "k: expected at most num_experts = 3, got 4"),
+        (lambda: BiasBalancedRouter(4, 3, k=4), "k: expected at most num_experts = 3, got 4"),
+        (lambda: BiasBalancedRouter(4, 3, update_rate=0), "update_rate: expected a finite number above 0, got 0"),
+        (lambda: ExpertChoiceRouter(4, 3, k=3.5), "k: expected at most num_experts = 3, got 3.5"),
+        (lambda: ExpertChoiceRouter(4, 3, k=0), "k: expected a finite number above 0, got 0"),
+        (lambda: ExpertChoiceRouter(4, 3, balance={"load": 1.0}), "balance: expected one of 'z', 'kl', got 'load'"),
+        (lambda: SwitchRouter(4, 3, jitter=1.0), r"jitter: expected a number in \[0, 1\), got 1.0"),
+        (lambda: SwitchRouter(4, 0), "num_experts: expected an integer of at least 1, got 0"),
+        (lambda: SoftmaxRouter(4, 3, slots_per_expert=0), "slots_per_expert: expected an integer of at least 1, got 0"),
+        (lambda: SoftmaxRouter(4, 3, temperature=0), "temperature: expected a finite number above 0, got 0"),
     ],
 )
 def test_bad_arguments_are_refused(build: object, message: str) -> None:
@@ -156,11 +156,11 @@ def test_bad_arguments_are_refused(build: object, message: str) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"router": "switch"}, "router: expected a moe_heads.Router; got 'switch'"),
-        ({"router": SwitchRouter(8, 5)}, "router: expected one for num_experts = 4; got one for 5"),
-        ({"router": SwitchRouter(9, 4)}, "router: expected one for in_features = 8; got one for 9"),
+        ({"router": "switch"}, "router: expected a moe_heads.Router, got 'switch'"),
+        ({"router": SwitchRouter(8, 5)}, "router: expected one for num_experts = 4, got one for 5"),
+        ({"router": SwitchRouter(9, 4)}, "router: expected one for in_features = 8, got one for 9"),
         ({"router": SwitchRouter(8, 4), "k": 1}, "k: belongs to the router that was given; .* got 1"),
-        ({"num_shared_experts": -1}, "num_shared_experts: expected an integer of at least 1; got -1"),
+        ({"num_shared_experts": -1}, "num_shared_experts: expected an integer of at least 1, got -1"),
     ],
 )
 def test_a_router_that_does_not_fit_is_refused(options: dict[str, object], message: str) -> None:

@@ -133,15 +133,15 @@ def test_scores_that_do_not_sum_to_one_and_those_that_cannot_be() -> None:
     assert routing.valid.tolist() == [True, False]
     weights = torch.tensor([[torch.nan], [0.5]])
     assert Routing.from_probs(torch.ones(2, 2), torch.tensor([[0], [0]]), weights).valid.tolist() == [False, True]
-    with pytest.raises(ValueError, match=r"probs: expected numbers from 0 on; got -1: pass logits.softmax"):
+    with pytest.raises(ValueError, match=r"probs: expected numbers from 0 on, got -1: pass logits.softmax"):
         Routing.from_probs(torch.tensor([[0.9, 0.3], [2.0, -1.0]]))
-    with pytest.raises(ValueError, match=r"weights: expected numbers from 0 on; got -0.5"):
+    with pytest.raises(ValueError, match=r"weights: expected numbers from 0 on, got -0.5"):
         Routing.from_probs(torch.ones(2, 2), torch.tensor([[0], [0]]), torch.tensor([[0.5], [-0.5]]))
 
 
 def test_rows_of_a_sample_can_be_told() -> None:
     assert Routing.from_probs(torch.ones(6, 2), rows_per_sample=3).rows_per_sample == 3
-    with pytest.raises(ValueError, match="rows_per_sample: expected a divisor of the 6 rows; got 4"):
+    with pytest.raises(ValueError, match="rows_per_sample: expected a divisor of the 6 rows, got 4"):
         Routing.from_probs(torch.ones(6, 2), rows_per_sample=4)
 
 
@@ -179,7 +179,7 @@ def test_adapters_that_cannot_be(adapters: dict[Any, Any], message: str) -> None
 def test_an_adapter_that_gives_no_routing() -> None:
     model = nn.Sequential(Layer())
     with (
-        pytest.raises(ValueError, match=r"adapters: expected a moe_heads.Routing of router '0'; got tuple"),
+        pytest.raises(ValueError, match=r"adapters: expected a moe_heads.Routing of router '0', got tuple"),
         collect_routing(model, {ForeignRouter: lambda m, a, output: output}),
     ):
         model(torch.randn(2, 4))
@@ -188,13 +188,13 @@ def test_an_adapter_that_gives_no_routing() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((torch.ones(3),), r"probs: expected \(N, E\) or \(B, T, E\), floating; got \(3,\)"),
+        ((torch.ones(3),), r"probs: expected \(N, E\) or \(B, T, E\), floating, got \(3,\)"),
         ((torch.ones(3, 2, dtype=torch.int64),), r"probs: expected \(N, E\)"),
         ((torch.ones(3, 2), torch.zeros(2, 1, dtype=torch.int64)), r"indices: expected whole numbers, \(3,\)"),
         ((torch.ones(3, 2), torch.zeros(3, 1)), "indices: expected whole numbers"),
         ((torch.ones(3, 2), torch.zeros(3, 1, dtype=torch.bool)), "indices: expected whole numbers"),
         ((torch.ones(3, 2), torch.zeros(3, 0, dtype=torch.int64)), "indices: expected whole numbers"),
-        ((torch.ones(3, 2), torch.full((3, 1), -1)), "indices: expected 0 to 1; got -1 to -1"),
+        ((torch.ones(3, 2), torch.full((3, 1), -1)), "indices: expected 0 to 1, got -1 to -1"),
         ((torch.ones(3, 2), torch.zeros(3, 2, dtype=torch.int64)), "indices: expected every expert at most once a row"),
         ((torch.ones(3, 2), torch.zeros(3, 1, dtype=torch.int64), torch.ones(3, 2)), "weights: expected the shape"),
         ((torch.ones(3, 2), None, torch.ones(3, 2)), "weights: expected the shape of indices"),

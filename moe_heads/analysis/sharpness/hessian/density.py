@@ -67,7 +67,7 @@ def spectral_density(
         ValueError: If there is no run, ``sigma`` is not positive, or the grid is too coarse for ``sigma``.
     """
     if not runs:
-        raise ValueError("runs: expected at least one Lanczos run; got none")
+        raise ValueError("runs: expected at least one Lanczos run, got none")
     dim = runs[0].dim
     if all(run.is_whole for run in runs):
         nodes = torch.cat([run.ritz[0] for run in runs])
@@ -117,7 +117,7 @@ def density_of(
     check_positive(sigma=sigma)
     needed = int((high - low + 10 * sigma) / sigma) + 2
     if num_points < needed:
-        raise ValueError(f"num_points: expected at least {needed}, one per sigma = {sigma:.3g}; got {num_points}")
+        raise ValueError(f"num_points: expected at least {needed}, one per sigma = {sigma:.3g}, got {num_points}")
     grid = torch.linspace(low - 5 * sigma, high + 5 * sigma, num_points, dtype=torch.float64)
     bumps = _bumps(grid, nodes, sigma)
     # a node of the quadrature stands for one eigenvalue at least, however little of it is in the start vector

@@ -117,7 +117,7 @@ def check_basis_memory(
         if basis_memory < fewest * each:
             raise ValueError(
                 f"basis_memory: expected at least {fewest * each:,} bytes, {fewest} vectors of {dim:,} parameters for"
-                f" num_eigenvalues = {num_eigenvalues}; got {basis_memory:,}. Ask for fewer eigenvalues, or for a part"
+                f" num_eigenvalues = {num_eigenvalues}, got {basis_memory:,}. Ask for fewer eigenvalues, or for a part"
                 " of the parameters (params)."
             )
         return basis_memory // each
@@ -150,11 +150,11 @@ def _following(
 def _check(dim: int, num_eigenvalues: int, tolerance: float, max_steps: int, start: Tensor | None) -> None:
     check_at_least(1, num_eigenvalues=num_eigenvalues, max_steps=max_steps)
     if num_eigenvalues > dim:
-        raise ValueError(f"num_eigenvalues: expected 1 to {dim}, the number of parameters; got {num_eigenvalues}")
+        raise ValueError(f"num_eigenvalues: expected 1 to {dim}, the number of parameters, got {num_eigenvalues}")
     check_positive(tolerance=tolerance)
     if max_steps < num_eigenvalues:
-        raise ValueError(f"max_steps: expected at least num_eigenvalues = {num_eigenvalues}; got {max_steps}")
+        raise ValueError(f"max_steps: expected at least num_eigenvalues = {num_eigenvalues}, got {max_steps}")
     if start is not None and (start.shape != (dim,) or not bool(start.isfinite().all()) or not bool(start.any())):
         raise ValueError(
-            f"start: expected a finite vector of shape ({dim},) that is not zero; got {tuple(start.shape)}"
+            f"start: expected a finite vector of shape ({dim},) that is not zero, got {tuple(start.shape)}"
         )

@@ -39,9 +39,9 @@ def checked_loss(loss: object, index: int) -> Tensor:
     where = f"of batch {index}"
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         got = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
-        raise ValueError(f"loss_fn: expected a scalar tensor, the mean loss {where}; got {got}")
+        raise ValueError(f"loss_fn: expected a scalar tensor, the mean loss {where}, got {got}")
     if not bool(loss.isfinite().all()):
-        raise ValueError(f"loss_fn: expected a finite loss; got {loss.item()} as the loss {where}")
+        raise ValueError(f"loss_fn: expected a finite loss, got {loss.item()} as the loss {where}")
     check_checkpoints(loss)
     return loss.reshape(())
 
@@ -56,7 +56,7 @@ def check_checkpoints(loss: Tensor) -> None:
     """
     if any(node.name() == "CheckpointFunctionBackward" for node in _nodes([loss])):
         raise ValueError(
-            "model: expected checkpoint(..., use_reentrant=False); got reentrant checkpointing, whose second "
+            "model: expected checkpoint(..., use_reentrant=False), got reentrant checkpointing, whose second "
             "derivatives are silently wrong"
         )
 

@@ -243,7 +243,7 @@ class HessianOperator:
             RuntimeError: If a layer has no second derivative.
         """
         if vector.shape != (self.num_parameters,):
-            raise ValueError(f"vector: expected shape ({self.num_parameters},); got {tuple(vector.shape)}")
+            raise ValueError(f"vector: expected shape ({self.num_parameters},), got {tuple(vector.shape)}")
         total = self._total or self.sample_sum
         sums = total(vector.to(self.device, self.dtype), stratum).div_(self.total_weight)
         self._weight_differentiated += self._weight_here(stratum)
@@ -278,7 +278,7 @@ class HessianOperator:
         if not (bool(total.sum().isfinite()) or bool(total.isfinite().all())):
             for index, batch in enumerate(self._data):
                 self._products.check_loss(index, batch)
-            raise ValueError("loss_fn: expected a loss with finite second derivatives; got nan or inf in a product Hv")
+            raise ValueError("loss_fn: expected a loss with finite second derivatives, got nan or inf in a product Hv")
         return total
 
     def _sum(self, parts: Sequence[Tensor], wanted: Callable[[int], bool]) -> Tensor:

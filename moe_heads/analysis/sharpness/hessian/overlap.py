@@ -28,6 +28,6 @@ def subspace_overlap(first: Tensor, second: Tensor) -> float:
         0.5
     """
     if first.shape != second.shape or first.dim() != 2:
-        raise ValueError(f"second: expected the shape of the first, {tuple(first.shape)}; got {tuple(second.shape)}")
+        raise ValueError(f"second: expected the shape of the first, {tuple(first.shape)}, got {tuple(second.shape)}")
     products = first @ second.to(first.device, first.dtype).T
     return float(products.square().sum(dtype=torch.float64)) / len(first)

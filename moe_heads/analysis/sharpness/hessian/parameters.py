@@ -46,7 +46,7 @@ def check_types(chosen: Mapping[str, Tensor]) -> None:
             ' precision with params=[...], train with precision="bf16-mixed", which keeps them in float32, or analyze'
             " a copy, callback.analyze(copy.deepcopy(model).float(), ...)"
         )
-    raise ValueError(f"model: expected parameters all float32 or all float64, on one device; got {found}. {remedy}.")
+    raise ValueError(f"model: expected parameters all float32 or all float64, on one device, got {found}. {remedy}.")
 
 
 def slices_of(named: Mapping[str, Tensor]) -> dict[str, slice]:

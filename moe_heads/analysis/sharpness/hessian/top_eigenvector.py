@@ -74,7 +74,7 @@ def top_eigenvectors(
     num_parameters = sum(p.numel() for p in selected_parameters(model, params).values())
     check_at_least(1, num_eigenvectors=num_eigenvectors)
     if num_eigenvectors > num_parameters:
-        raise ValueError(f"num_eigenvectors: expected 1 to {num_parameters}; got {num_eigenvectors}")
+        raise ValueError(f"num_eigenvectors: expected 1 to {num_parameters}, got {num_eigenvectors}")
     progress, ranks = progress or Progress(), ranks or Ranks()
 
     def show(krylov: LanczosResult) -> None:

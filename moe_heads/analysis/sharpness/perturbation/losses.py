@@ -63,7 +63,7 @@ class PerturbedLosses:
         # an embedding called as a function may have a sparse gradient
         gradient = tuple(part if part.layout == torch.strided else part.to_dense() for part in found)
         if at_center and not all(bool(part.isfinite().all()) for part in gradient):
-            raise ValueError(f"loss_fn: expected a finite gradient; got nan or inf in that of batch {index}")
+            raise ValueError(f"loss_fn: expected a finite gradient, got nan or inf in that of batch {index}")
         return float(loss.detach()), gradient
 
 
@@ -71,9 +71,9 @@ def _checked(loss: object, index: int, at_center: bool) -> Tensor:
     """The loss of batch ``index``; away from the center it may be nan or inf."""
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         got = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
-        raise ValueError(f"loss_fn: expected a scalar tensor, the mean loss of batch {index}; got {got}")
+        raise ValueError(f"loss_fn: expected a scalar tensor, the mean loss of batch {index}, got {got}")
     if at_center and not bool(loss.isfinite().all()):
         raise ValueError(
-            f"loss_fn: expected a finite loss of the model as it is; got {loss.item()} as the loss of batch {index}"
+            f"loss_fn: expected a finite loss of the model as it is, got {loss.item()} as the loss of batch {index}"
         )
     return loss.reshape(())

@@ -33,7 +33,7 @@ X, Y = torch.zeros(6, 4), torch.zeros(6, dtype=torch.int64)
     ],
 )
 def test_one_batch_in_place_of_the_list_is_refused(batches: Any, got: str) -> None:
-    with pytest.raises(ValueError, match=f"batches: expected a list of batches; got {got}"):
+    with pytest.raises(ValueError, match=f"batches: expected a list of batches, got {got}"):
         sharpness(nn.Linear(4, 3), lambda m, b: m(b).mean(), batches)
 
 

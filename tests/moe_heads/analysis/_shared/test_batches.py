@@ -39,7 +39,7 @@ def test_empty_data_are_refused(batches: Any) -> None:
 
 
 def test_a_tensor_in_place_of_a_list_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"batches: expected a list of batches; got one tensor, \(5, 2\)"):
+    with pytest.raises(ValueError, match=r"batches: expected a list of batches, got one tensor, \(5, 2\)"):
         Batches.of(torch.zeros(5, 2))
 
 
@@ -68,7 +68,7 @@ def test_model_is_called_with_a_batchs_inputs() -> None:
     assert torch.equal(call_model(Named(), x), x)
     assert torch.equal(call_model(Named(), (x, "label")), x)
     assert torch.equal(call_model(Named(), {"x": x, "scale": 2.0, "label": 1}), 2 * x)
-    with pytest.raises(ValueError, match=r"Named.forward needs; got \['image', 'scale'\], without \['x'\]. Say with"):
+    with pytest.raises(ValueError, match=r"Named.forward needs, got \['image', 'scale'\], without \['x'\]. Say with"):
         call_model(Named(), {"image": x, "scale": 2.0})
 
 

@@ -14,7 +14,7 @@ def test_frozen_ones_are_left_out_and_shared_ones_come_once() -> None:
 
 
 def test_nothing_to_train_is_refused() -> None:
-    with pytest.raises(ValueError, match="model: expected at least one parameter that requires a gradient; got none"):
+    with pytest.raises(ValueError, match="model: expected at least one parameter that requires a gradient, got none"):
         trainable_parameters(nn.Flatten())
 
 

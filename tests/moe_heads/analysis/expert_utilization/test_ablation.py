@@ -132,7 +132,7 @@ def test_a_head_that_cannot_lose_one_costs_the_others_nothing() -> None:
 @pytest.mark.parametrize(
     ("model", "batch", "message"),
     [
-        (Last(HEADS["soft"]()), torch.randn(3, 5), "ablation: expected labels, to tell the accuracy; got data without"),
+        (Last(HEADS["soft"]()), torch.randn(3, 5), "ablation: expected labels, to tell the accuracy, got data without"),
         (
             Last(SparseMoE(8, 3, num_experts=2, expert_width=4)),
             (torch.randn(3, 5), torch.zeros(3, dtype=torch.int64)),
@@ -141,12 +141,12 @@ def test_a_head_that_cannot_lose_one_costs_the_others_nothing() -> None:
         (
             nn.Sequential(SoftMoE(5, 3, num_experts=2, expert_width=4), nn.Flatten(0)),
             (torch.randn(3, 5), torch.zeros(3, dtype=torch.int64)),
-            r"ablation: expected a model that returns logits \(3, C\) of C ≥ 2 .*; got \(9,\)",
+            r"ablation: expected a model that returns logits \(3, C\) of C ≥ 2 .*, got \(9,\)",
         ),
         (
             Last(SparseMoE(8, 1, num_experts=4, expert_width=4)),
             (torch.randn(3, 5), torch.zeros(3, dtype=torch.int64)),
-            r"ablation: expected a model that returns logits \(3, C\) of C ≥ 2 classes.*; got \(3, 1\)",
+            r"ablation: expected a model that returns logits \(3, C\) of C ≥ 2 classes.*, got \(3, 1\)",
         ),
     ],
 )
@@ -202,9 +202,9 @@ def test_images_are_kept_small_and_of_one_size() -> None:
             torch.zeros(2, 2, 4, 4),
             r"image_fn: expected images \(B, C, H, W\) with one channel or three.*\(2, 2, 4, 4\)",
         ),
-        (torch.zeros(2, 4, 4), r"image_fn: expected images .*; got \(2, 4, 4\)"),
-        ([1, 2], "image_fn: expected images .*; got list"),
-        (torch.zeros(3, 1, 4, 4), r"image_fn: expected an image for each of the 2 samples; got \(3, 1, 4, 4\)"),
+        (torch.zeros(2, 4, 4), r"image_fn: expected images .*, got \(2, 4, 4\)"),
+        ([1, 2], "image_fn: expected images .*, got list"),
+        (torch.zeros(3, 1, 4, 4), r"image_fn: expected an image for each of the 2 samples, got \(3, 1, 4, 4\)"),
     ],
 )
 def test_images_that_cannot_be(images: Any, message: str) -> None:

@@ -212,18 +212,18 @@ def test_progress() -> None:
         (
             [(torch.zeros(2, 2), torch.tensor([0, 3]))],
             {"num_classes": 3},
-            "labels: expected classes 0 to 2, or -100 for a sample without a class; got 0 to 3",
+            "labels: expected classes 0 to 2, or -100 for a sample without a class, got 0 to 3",
         ),
-        ([(torch.zeros(2, 2), torch.tensor([-1, 1]))], {}, "labels: expected classes 0 to 1, or .*; got -1 to 1"),
+        ([(torch.zeros(2, 2), torch.tensor([-1, 1]))], {}, "labels: expected classes 0 to 1, or .*, got -1 to 1"),
         (
             [(torch.zeros(2, 2), torch.tensor([0, 2]))],
             {"class_names": ("cat", "dog")},
-            r"labels: expected classes 0 to 1 \(there are 2 class_names\), or .*; got 0 to 2. Pass label_fn=",
+            r"labels: expected classes 0 to 1 \(there are 2 class_names\), or .*, got 0 to 2. Pass label_fn=",
         ),
         (
             [torch.zeros(2, 2)],
             {"num_classes": 3, "class_names": ("cat", "dog")},
-            "class_names: expected num_classes = 3 names; got 2",
+            "class_names: expected num_classes = 3 names, got 2",
         ),
         (
             [(torch.zeros(2, 2), torch.tensor([0, 1])), torch.zeros(2, 2)],
@@ -238,22 +238,22 @@ def test_progress() -> None:
         (
             [(torch.zeros(2, 2), torch.tensor([-100, -100]))],
             {"ablation": True},
-            "ablation: expected labels, to tell the accuracy; got data without",
+            "ablation: expected labels, to tell the accuracy, got data without",
         ),
         (
             [torch.zeros(2, 2)],
             {"label_fn": lambda b: torch.tensor([0, 1, 1])},
-            "label_fn: expected a label for each of the 2 samples that head 'head' routed; got 3 labels",
+            "label_fn: expected a label for each of the 2 samples that head 'head' routed, got 3 labels",
         ),
         (
             [torch.full((2, 2), torch.nan)],
             {},
             "model: expected finite router logits; all 2 rows of head 'head' have nan",
         ),
-        ([torch.zeros(2, 2)], {"label_fn": lambda b: [0, 1]}, r"label_fn: expected a tensor \(B,\) or None; got list"),
-        ([torch.zeros(2, 2)], {"dead_below": 0.5}, "starved_below: expected at least dead_below = 0.5; got 0.25"),
+        ([torch.zeros(2, 2)], {"label_fn": lambda b: [0, 1]}, r"label_fn: expected a tensor \(B,\) or None, got list"),
+        ([torch.zeros(2, 2)], {"dead_below": 0.5}, "starved_below: expected at least dead_below = 0.5, got 0.25"),
         ([torch.zeros(2, 2)], {"adapters": [print]}, "adapters: expected a mapping from classes or names"),
-        ([torch.zeros(2, 2)], {"dead_below": 1.0}, r"dead_below: expected a number in \[0, 1\); got 1.0"),
+        ([torch.zeros(2, 2)], {"dead_below": 1.0}, r"dead_below: expected a number in \[0, 1\), got 1.0"),
     ],
 )
 def test_bad_input(batches: list, options: dict, message: str) -> None:
@@ -387,12 +387,12 @@ def test_experts_in_another_order_say_the_same() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"starved_below": 1.0}, r"starved_below: expected a number in \[0, 1\); got 1.0"),
-        ({"dead_below": "a"}, r"dead_below: expected a number in \[0, 1\); got 'a'"),
-        ({"seed": None}, "seed: expected an int from 0 to .*; got None"),
-        ({"class_names": "abc"}, "class_names: expected a list of names; got 'abc'"),
-        ({"num_permutations": -1}, "num_permutations: expected an integer of at least 0; got -1"),
-        ({"num_examples": 2.0}, "num_examples: expected an integer of at least 0; got 2.0"),
+        ({"starved_below": 1.0}, r"starved_below: expected a number in \[0, 1\), got 1.0"),
+        ({"dead_below": "a"}, r"dead_below: expected a number in \[0, 1\), got 'a'"),
+        ({"seed": None}, "seed: expected an int from 0 to .*, got None"),
+        ({"class_names": "abc"}, "class_names: expected a list of names, got 'abc'"),
+        ({"num_permutations": -1}, "num_permutations: expected an integer of at least 0, got -1"),
+        ({"num_examples": 2.0}, "num_examples: expected an integer of at least 0, got 2.0"),
     ],
 )
 def test_options_out_of_range(options: dict, message: str) -> None:

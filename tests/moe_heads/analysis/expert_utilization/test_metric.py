@@ -65,9 +65,9 @@ def test_many_experts_have_percentiles_and_no_curves_each() -> None:
 
 
 def test_a_router_of_another_size_is_refused() -> None:
-    with pytest.raises(ValueError, match="routing: expected 3 experts; got 4"):
+    with pytest.raises(ValueError, match="routing: expected 3 experts, got 4"):
         ExpertUtilizationMetric(3).update(next(routings()))
-    with pytest.raises(ValueError, match="num_experts: expected an integer of at least 1; got 0"):
+    with pytest.raises(ValueError, match="num_experts: expected an integer of at least 1, got 0"):
         ExpertUtilizationMetric(0)
 
 

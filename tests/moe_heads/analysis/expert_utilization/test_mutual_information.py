@@ -111,5 +111,5 @@ def test_an_empty_table() -> None:
 
 @pytest.mark.parametrize("counts", [torch.ones(3), torch.tensor([[1, -1]])])
 def test_bad_counts(counts: torch.Tensor) -> None:
-    with pytest.raises(ValueError, match="counts: expected a matrix of counts from 0 on; got shape"):
+    with pytest.raises(ValueError, match="counts: expected a matrix of counts from 0 on, got shape"):
         mutual_information(counts)

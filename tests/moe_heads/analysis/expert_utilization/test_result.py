@@ -104,7 +104,7 @@ def test_plot_draws_the_head_asked_for_into_given_axes() -> None:
 
 
 def test_a_head_that_is_not_there() -> None:
-    with pytest.raises(ValueError, match="head: expected one of 'first'; got 'second'"):
+    with pytest.raises(ValueError, match="head: expected one of 'first', got 'second'"):
         result(first=utilization()).plot(head="second")
     with pytest.raises(ValueError, match="head: expected a model with a router that ran"):
         result().plot()

@@ -321,10 +321,10 @@ def test_everything_is_in_the_json() -> None:
     ("options", "message"),
     [
         ({"seed": -1}, "seed: expected an int from 0 to .* got -1"),
-        ({"batch_sizes": [0]}, r"batch_sizes\[0\]: expected an integer of at least 1; got 0"),
-        ({"example_batch": torch.zeros(0, 3)}, "example_batch: expected at least one sample; got none"),
+        ({"batch_sizes": [0]}, r"batch_sizes\[0\]: expected an integer of at least 1, got 0"),
+        ({"example_batch": torch.zeros(0, 3)}, "example_batch: expected at least one sample, got none"),
         ({"example_batch": torch.zeros(2, 4)}, "example_batch: expected a batch that the model takes; it failed with"),
-        ({"modules": ["neck"]}, r"modules: expected names of modules, such as 'backbone'; got \['neck'\]"),
+        ({"modules": ["neck"]}, r"modules: expected names of modules, such as 'backbone', got \['neck'\]"),
         ({"modules": ["spare"]}, r"modules: expected modules that run in the forward pass; \['spare'\] do not"),
     ],
 )

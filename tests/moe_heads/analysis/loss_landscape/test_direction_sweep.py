@@ -147,14 +147,14 @@ def test_whole_numbers_of_numpy() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"num_directions": 1}, "num_directions: expected an integer of at least 2; got 1"),
-        ({"num_points": 1}, "num_points: expected an integer of at least 2; got 1"),
+        ({"num_directions": 1}, "num_directions: expected an integer of at least 2, got 1"),
+        ({"num_points": 1}, "num_points: expected an integer of at least 2, got 1"),
         ({"num_points": 2.5}, r"num_points: .* got 2\.5"),
-        ({"num_directions": True}, "num_directions: expected an integer of at least 2; got True"),
+        ({"num_directions": True}, "num_directions: expected an integer of at least 2, got True"),
         ({"seed": 0.5}, r"seed: expected an int from 0 to .* got 0\.5"),
-        ({"reach": -1.0}, "reach: expected a finite number above 0; got -1.0"),
-        ({"normalization": "weight"}, "normalization: expected one of 'filter', 'layer', 'none'; got 'weight'"),
-        ({"biases": "kept"}, "biases: expected one of 'zero', 'normalized'; got 'kept'"),
+        ({"reach": -1.0}, "reach: expected a finite number above 0, got -1.0"),
+        ({"normalization": "weight"}, "normalization: expected one of 'filter', 'layer', 'none', got 'weight'"),
+        ({"biases": "kept"}, "biases: expected one of 'zero', 'normalized', got 'kept'"),
         ({"loss_fn": lambda m, b: m(b[0]).sum() / 0}, "loss_fn: expected a finite loss of the model as it is"),
     ],
 )

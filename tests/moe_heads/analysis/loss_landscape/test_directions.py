@@ -124,9 +124,9 @@ def test_normalization_removes_the_scale_of_a_relu_network() -> None:
 @pytest.mark.parametrize(
     ("direction", "message"),
     [
-        (torch.ones(3), r"direction: expected shape \(6,\), one entry for each trainable parameter; got \(3,\)"),
+        (torch.ones(3), r"direction: expected shape \(6,\), one entry for each trainable parameter, got \(3,\)"),
         (torch.ones(6, 1), r"direction: expected shape \(6,\).*got \(6, 1\)"),
-        (torch.tensor([1, 1, 1, 1, 1, torch.nan]), "direction: expected finite entries; got 1 nan or inf"),
+        (torch.tensor([1, 1, 1, 1, 1, torch.nan]), "direction: expected finite entries, got 1 nan or inf"),
     ],
 )
 def test_bad_directions(direction: torch.Tensor, message: str) -> None:
@@ -135,7 +135,7 @@ def test_bad_directions(direction: torch.Tensor, message: str) -> None:
 
 
 def test_models_without_a_direction() -> None:
-    with pytest.raises(ValueError, match="model: expected at least one parameter that requires a gradient; got none"):
+    with pytest.raises(ValueError, match="model: expected at least one parameter that requires a gradient, got none"):
         random_direction(nn.ReLU())
     with pytest.raises(ValueError, match=r"model: expected initialized parameters; weight is lazy"):
         random_direction(nn.LazyLinear(2))

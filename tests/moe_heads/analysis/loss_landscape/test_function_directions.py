@@ -81,7 +81,7 @@ def test_towards_a_state_only_with_the_parameters_that_are_asked_for() -> None:
         (lambda state: state.pop("3.bias"), "direction1: expected a state with all trainable .* without '3.bias'"),
         (
             lambda state: state.update({"3.bias": torch.ones(2)}),
-            r"direction1: expected finite '3.bias' of shape \(3,\); got shape \(2,\)",
+            r"direction1: expected finite '3.bias' of shape \(3,\), got shape \(2,\)",
         ),
         (lambda state: state["3.bias"].fill_(math.nan), "direction1: expected finite '3.bias' .* got nan or inf"),
     ],
@@ -244,9 +244,9 @@ def test_refinement_finds_the_jump_of_a_sparse_head() -> None:
 @pytest.mark.parametrize("refine", [-1, 1.5])
 def test_refine_is_a_number_of_points(refine: Any) -> None:
     model = network()
-    with pytest.raises(ValueError, match=f"refine: expected an integer of at least 0; got {refine}"):
+    with pytest.raises(ValueError, match=f"refine: expected an integer of at least 0, got {refine}"):
         loss_landscape(model, cross_entropy, [batch()], direction1=random_direction(model), refine=refine)
-    with pytest.raises(ValueError, match="refine: expected 0 for a plane: points are added to a line; got 2"):
+    with pytest.raises(ValueError, match="refine: expected 0 for a plane: points are added to a line, got 2"):
         loss_landscape(
             model,
             cross_entropy,

@@ -93,7 +93,7 @@ def test_functions_of_the_same_code_are_told_apart_at_the_center(tmp_path: Path)
     options: dict[str, Any] = {"direction1": random_direction(model), "num_points": 3, "resume": file}
     plain, twice = counted()[0], counted(scale=2.0)[0]
     loss_landscape(model, plain, [data], accuracy_fn=plain, **options)
-    with pytest.raises(ValueError, match=r"resume: expected the same loss_fn, .* at the center; got .* in the file"):
+    with pytest.raises(ValueError, match=r"resume: expected the same loss_fn, .* at the center, got .* in the file"):
         loss_landscape(model, twice, [data], accuracy_fn=plain, **options)
     with pytest.raises(ValueError, match=r"resume: expected the same accuracy_fn, .* at the center; got"):
         loss_landscape(model, plain, [data], accuracy_fn=twice, **options)
@@ -120,7 +120,7 @@ def test_a_damaged_file_is_named(damage: Any, tmp_path: Path) -> None:
     data = batch()
     loss_landscape(model, cross_entropy, [data], **options)
     damage(file)
-    message = r"resume: expected a file that loss_landscape wrote; got .*line\.npz: .*: give another file, or delete it"
+    message = r"resume: expected a file that loss_landscape wrote, got .*line\.npz: .*: give another file, or delete it"
     with pytest.raises(ValueError, match=message):
         loss_landscape(model, cross_entropy, [data], **options)
 

@@ -69,13 +69,13 @@ def test_a_flat_surface() -> None:
 
 
 def test_nothing_to_draw() -> None:
-    with pytest.raises(ValueError, match=r"losses: expected neighboring finite points, 65536 at most; got 0 finite"):
+    with pytest.raises(ValueError, match=r"losses: expected neighboring finite points, 65536 at most, got 0 finite"):
         surface_mesh(ALPHAS, BETAS, torch.full_like(LOSSES, math.nan))
 
 
 def test_more_vertices_than_the_viewer_can_address() -> None:
     side = torch.linspace(0, 1, 257)
-    with pytest.raises(ValueError, match="65536 at most; got 66049 finite"):
+    with pytest.raises(ValueError, match="65536 at most, got 66049 finite"):
         surface_mesh(side, side, torch.ones(257, 257))
 
 

@@ -97,11 +97,11 @@ def test_axes_have_numbers(tmp_path: Path) -> None:
 
 
 def test_nothing_to_show() -> None:
-    with pytest.raises(ValueError, match="cuts: expected at least one landscape; got none"):
+    with pytest.raises(ValueError, match="cuts: expected at least one landscape, got none"):
         landscape_page({})
-    with pytest.raises(ValueError, match="results: expected landscapes along a line; got none"):
+    with pytest.raises(ValueError, match="results: expected landscapes along a line, got none"):
         plot_lines({})
-    with pytest.raises(ValueError, match="results: expected landscapes along a line; got a plane"):
+    with pytest.raises(ValueError, match="results: expected landscapes along a line, got a plane"):
         plot_lines({"plane": landscape(torch.ones(3, 3))})
 
 

@@ -165,7 +165,7 @@ def test_maps_of_what_else_there_is() -> None:
     assert drawn["losses"].get_clim() == drawn["losses_fixed_routing"].get_clim() == (0.5, 5.0)
     assert drawn["routing_flips"].get_clim() == (0, 1)
     assert landscape(bowl(), routing_flips=0 * flips, losses_fixed_routing=fixed).maps == ("losses",)
-    with pytest.raises(ValueError, match="quantity: expected one of 'losses'; got 'accuracies'"):
+    with pytest.raises(ValueError, match="quantity: expected one of 'losses', got 'accuracies'"):
         landscape(bowl()).plot(quantity="accuracies")
     with pytest.raises(ValueError, match=r"quantity: expected one of .* got 'routing_flips'"):
         landscape(torch.ones(3), routing_flips=torch.ones(3)).plot(quantity="routing_flips")

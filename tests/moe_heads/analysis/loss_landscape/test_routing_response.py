@@ -370,20 +370,20 @@ def test_the_steps_near_the_center_are_there_when_the_time_is_over() -> None:
     [
         ({"direction": torch.ones(3)}, r"direction: expected shape \(2,\)"),
         ({"direction": torch.tensor([1.0, math.nan])}, "direction: expected finite entries"),
-        ({"steps": []}, r"steps: expected at least one number, finite and distinct; got \[\]"),
+        ({"steps": []}, r"steps: expected at least one number, finite and distinct, got \[\]"),
         ({"steps": [0.1, math.inf]}, r"steps: .* got \[0.1, inf\]"),
         ({"steps": [0.1, 0.1]}, r"steps: .* got \[0.1, 0.1\]"),
         ({"steps": 0.1}, "steps: .* got 0.1"),
         ({"batches": []}, "batches: expected at least one batch"),
-        ({"loss_fn": lambda m, b: m(b)}, r"loss_fn: expected a scalar tensor, .* batch 0; got shape \(4, 1\)"),
-        ({"loss_fn": lambda m, b: 1.0}, "loss_fn: expected a scalar tensor, .* batch 0; got float"),
+        ({"loss_fn": lambda m, b: m(b)}, r"loss_fn: expected a scalar tensor, .* batch 0, got shape \(4, 1\)"),
+        ({"loss_fn": lambda m, b: 1.0}, "loss_fn: expected a scalar tensor, .* batch 0, got float"),
         (
             {"loss_fn": lambda m, b: m(b).sum() * (b.sum() - 8).log()},
-            "loss_fn: expected a finite loss of the model as it is; got nan as the loss of batch 0",
+            "loss_fn: expected a finite loss of the model as it is, got nan as the loss of batch 0",
         ),
         (
             {"loss_fn": lambda m, b: m(b).mean() / (b.sum() - 8)},
-            "loss_fn: expected a finite loss of the model as it is; got -?inf as the loss of batch 1",
+            "loss_fn: expected a finite loss of the model as it is, got -?inf as the loss of batch 1",
         ),
     ],
 )
@@ -456,5 +456,5 @@ def test_two_ranks_equal_one(tmp_path: Path) -> None:
     assert zero["partial"] == one["partial"]
     assert zero["partial"].steps == (0.05, -0.05)
     assert zero["dense"].flips is one["dense"].losses_fixed is None
-    assert one["error"].startswith("ValueError: loss_fn: expected a finite loss of the model as it is; got inf")
+    assert one["error"].startswith("ValueError: loss_fn: expected a finite loss of the model as it is, got inf")
     assert zero["error"].startswith("RankError: rank 1: ValueError: loss_fn: expected a finite loss")

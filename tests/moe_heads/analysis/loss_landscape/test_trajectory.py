@@ -53,13 +53,13 @@ def test_a_folder_of_checkpoints_in_the_order_of_their_steps(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("states", "labels", "message"),
     [
-        ([torch.ones(3)], None, "states: expected at least two; got 1"),
+        ([torch.ones(3)], None, "states: expected at least two, got 1"),
         ([torch.ones(3), torch.ones(4)], None, r"states: expected \(3,\) finite numbers in each; number 1 differs"),
         ([torch.full((3,), math.nan), torch.ones(3)], None, r"states: expected .* number 0 differs"),
         ([{"weight": torch.ones(1, 3)}, {}], None, r"states: expected .*'weight' in each, .* number 1 differs"),
-        ([torch.ones(3), 2 * torch.ones(3)], None, "states: expected .* not on one line through the model; got a line"),
+        ([torch.ones(3), 2 * torch.ones(3)], None, "states: expected .* not on one line through the model, got a line"),
         ([torch.zeros(3), torch.zeros(3)], None, "states: expected .* got a line"),
-        ([torch.ones(3), torch.eye(3)[0]], ["a"], "labels: expected one for each of 2 states; got 1"),
+        ([torch.ones(3), torch.eye(3)[0]], ["a"], "labels: expected one for each of 2 states, got 1"),
     ],
 )
 def test_bad_input(states: Any, labels: Any, message: str) -> None:

@@ -248,17 +248,17 @@ def test_works_under_no_grad_and_inference_mode() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"num_eigenvalues": 0}, "num_eigenvalues: expected an integer of at least 1; got 0"),
+        ({"num_eigenvalues": 0}, "num_eigenvalues: expected an integer of at least 1, got 0"),
         ({"num_eigenvalues": 58}, "num_eigenvalues: expected 1 to 57, .*got 58"),
-        ({"tolerance": 0.0}, "^tolerance: expected a finite number above 0; got 0.0"),
-        ({"trace_tolerance": -1.0}, "trace_tolerance: expected a finite number above 0; got -1.0"),
+        ({"tolerance": 0.0}, "^tolerance: expected a finite number above 0, got 0.0"),
+        ({"trace_tolerance": -1.0}, "trace_tolerance: expected a finite number above 0, got -1.0"),
         ({"seed": "0"}, "seed: expected an int from 0 to .* got '0'"),
-        ({"density": 1}, "density: expected True or False; got 1"),
-        ({"max_steps": 4}, "max_steps: expected at least num_eigenvalues = 5; got 4"),
-        ({"max_probes": 2}, "max_probes: expected an integer of at least 8; got 2"),
+        ({"density": 1}, "density: expected True or False, got 1"),
+        ({"max_steps": 4}, "max_steps: expected at least num_eigenvalues = 5, got 4"),
+        ({"max_probes": 2}, "max_probes: expected an integer of at least 8, got 2"),
         ({"params": ["fc"]}, "params: expected parameters .*'fc' is none"),
         ({"blocks": {"head": ["2", "2.bias"]}}, r"each parameter once in a block; 'head' has \['2.bias'\] twice"),
-        ({"blocks": {"head": ["2.weight", "fc"]}}, r"blocks: expected names .*'0.weight'; got 'fc' in 'head'"),
+        ({"blocks": {"head": ["2.weight", "fc"]}}, r"blocks: expected names .*'0.weight', got 'fc' in 'head'"),
     ],
 )
 def test_bad_options_are_refused_before_the_data_is_read(options: dict[str, object], message: str) -> None:
@@ -271,11 +271,11 @@ def test_bad_options_are_refused_before_the_data_is_read(options: dict[str, obje
 
 
 def test_bad_model_and_data() -> None:
-    with pytest.raises(ValueError, match="model: expected at least one parameter that requires a gradient; got none"):
+    with pytest.raises(ValueError, match="model: expected at least one parameter that requires a gradient, got none"):
         sharpness(nn.Flatten(), cross_entropy, [classification(4, 5)])
     with pytest.raises(ValueError, match="batches"):
         sharpness(small_mlp(), cross_entropy, [])
-    with pytest.raises(ValueError, match="loss_fn: expected a finite loss; got nan"):
+    with pytest.raises(ValueError, match="loss_fn: expected a finite loss, got nan"):
         x, y = classification(4, 5)
         sharpness(small_mlp(), cross_entropy, [(x * float("nan"), y)])
 

@@ -395,19 +395,19 @@ class Unreadable:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"radius": 0}, "radius: expected a finite number above 0 or None; got 0"),
-        ({"radius": math.inf}, "radius: expected a finite number above 0 or None; got inf"),
-        ({"radius": math.nan}, "radius: expected a finite number above 0 or None; got nan"),
-        ({"radius": True}, "radius: expected a finite number above 0 or None; got True"),
-        ({"average_radius": -0.1}, "average_radius: expected a finite number above 0 or None; got -0.1"),
-        ({"average_radius": "0.1"}, "average_radius: expected a finite number above 0 or None; got '0.1'"),
-        ({"adaptive": 1}, "adaptive: expected True or False; got 1"),
-        ({"norm": "l1"}, "norm: expected one of 'l2', 'linf'; got 'l1'"),
-        ({"num_draws": 1}, "num_draws: expected an integer of at least 2; got 1"),
-        ({"num_draws": 2.0}, r"num_draws: expected an integer of at least 2; got 2\.0"),
-        ({"num_steps": -1}, "num_steps: expected an integer of at least 0; got -1"),
+        ({"radius": 0}, "radius: expected a finite number above 0 or None, got 0"),
+        ({"radius": math.inf}, "radius: expected a finite number above 0 or None, got inf"),
+        ({"radius": math.nan}, "radius: expected a finite number above 0 or None, got nan"),
+        ({"radius": True}, "radius: expected a finite number above 0 or None, got True"),
+        ({"average_radius": -0.1}, "average_radius: expected a finite number above 0 or None, got -0.1"),
+        ({"average_radius": "0.1"}, "average_radius: expected a finite number above 0 or None, got '0.1'"),
+        ({"adaptive": 1}, "adaptive: expected True or False, got 1"),
+        ({"norm": "l1"}, "norm: expected one of 'l2', 'linf', got 'l1'"),
+        ({"num_draws": 1}, "num_draws: expected an integer of at least 2, got 1"),
+        ({"num_draws": 2.0}, r"num_draws: expected an integer of at least 2, got 2\.0"),
+        ({"num_steps": -1}, "num_steps: expected an integer of at least 0, got -1"),
         ({"seed": 0.5}, r"seed: expected an int from .* got 0\.5"),
-        ({"params": []}, "params: expected at least one parameter; got none"),
+        ({"params": []}, "params: expected at least one parameter, got none"),
         ({"params": [torch.ones(1)]}, "params: expected parameters of the model that require a gradient"),
     ],
 )
@@ -419,15 +419,15 @@ def test_bad_options_are_refused_before_the_data_is_read(options: dict[str, Any]
 @pytest.mark.parametrize(
     ("loss", "message"),
     [
-        (lambda m, b: m(b), r"loss_fn: expected a scalar tensor, the mean loss of batch 0; got shape \(4, 1\)"),
-        (lambda m, b: 1.0, "loss_fn: expected a scalar tensor, the mean loss of batch 0; got float"),
+        (lambda m, b: m(b), r"loss_fn: expected a scalar tensor, the mean loss of batch 0, got shape \(4, 1\)"),
+        (lambda m, b: 1.0, "loss_fn: expected a scalar tensor, the mean loss of batch 0, got float"),
         (
             lambda m, b: m(b).mean() / (b.sum() - 8),
-            "loss_fn: expected a finite loss of the model as it is; got -?inf as the loss of batch 1",
+            "loss_fn: expected a finite loss of the model as it is, got -?inf as the loss of batch 1",
         ),
         (
             lambda m, b: (m(b).mean() * (b.sum() - 8)).square().sqrt(),
-            "loss_fn: expected a finite gradient; got nan or inf in that of batch 1",
+            "loss_fn: expected a finite gradient, got nan or inf in that of batch 1",
         ),
         (lambda m, b: b.sum(), "loss_fn: expected a loss that depends on the model's parameters; that of batch 0"),
     ],
@@ -484,5 +484,5 @@ def test_two_ranks_equal_one(tmp_path: Path) -> None:
     assert zero["partial"] == one["partial"]
     assert zero["partial"].partial
     assert (zero["partial"].num_gradients, zero["partial"].sam) == (2, zero["l2"].sam)
-    assert one["error"].startswith("ValueError: loss_fn: expected a finite loss of the model as it is; got inf")
+    assert one["error"].startswith("ValueError: loss_fn: expected a finite loss of the model as it is, got inf")
     assert zero["error"].startswith("RankError: rank 1: ValueError: loss_fn: expected a finite loss")

@@ -433,7 +433,7 @@ def test_without_pyhessian(monkeypatch: pytest.MonkeyPatch) -> None:
     [(0, "an integer of at least 1"), (58, "1 to 57, .*"), (1.5, "an integer of at least 1"), (True, "an integer .*")],
 )
 def test_bad_number_of_eigenvalues(num_eigenvalues: Any, expected: str) -> None:
-    with pytest.raises(ValueError, match=f"num_eigenvalues: expected {expected}; got {num_eigenvalues}"):
+    with pytest.raises(ValueError, match=f"num_eigenvalues: expected {expected}, got {num_eigenvalues}"):
         published_sharpness(small_mlp(), cross_entropy, [classification(4, 5)], num_eigenvalues=num_eigenvalues)
 
 

@@ -75,7 +75,7 @@ def test_bad_arguments() -> None:
     one = runs(random_operator(20), 1, steps=5)
     with pytest.raises(ValueError, match="runs: expected at least one"):
         spectral_density([])
-    with pytest.raises(ValueError, match="sigma: expected a finite number above 0; got -1"):
+    with pytest.raises(ValueError, match="sigma: expected a finite number above 0, got -1"):
         spectral_density(one, sigma=-1)
     with pytest.raises(ValueError, match=r"num_points: expected at least \d+, .*got 50"):
         spectral_density(one, num_points=50)

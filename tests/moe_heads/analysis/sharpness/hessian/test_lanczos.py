@@ -303,11 +303,11 @@ def test_certificates_in_float32_hold_in_float64() -> None:
 def test_bad_arguments() -> None:
     operator = DenseOperator(torch.eye(4))
     for number, expected in ((0, "an integer of at least 1"), (5, "1 to 4, .*")):
-        with pytest.raises(ValueError, match=f"num_eigenvalues: expected {expected}; got {number}"):
+        with pytest.raises(ValueError, match=f"num_eigenvalues: expected {expected}, got {number}"):
             lanczos(operator, generator=seeded(), num_eigenvalues=number)
-    with pytest.raises(ValueError, match="tolerance: expected a finite number above 0; got 0"):
+    with pytest.raises(ValueError, match="tolerance: expected a finite number above 0, got 0"):
         lanczos(operator, generator=seeded(), num_eigenvalues=2, tolerance=0)
-    with pytest.raises(ValueError, match="max_steps: expected at least num_eigenvalues = 2; got 1"):
+    with pytest.raises(ValueError, match="max_steps: expected at least num_eigenvalues = 2, got 1"):
         lanczos(operator, generator=seeded(), num_eigenvalues=2, max_steps=1)
     for start in (torch.zeros(4), torch.ones(3), torch.full((4,), torch.nan)):
         with pytest.raises(ValueError, match=r"start: expected a finite vector of shape \(4,\) that is not zero; got"):

@@ -289,7 +289,7 @@ def test_non_finite_loss_names_the_loss_and_the_batch(value: float) -> None:
     model, (x, y) = small_mlp(), classification(4, 5)
     spoilt = torch.full_like(x, float("nan")) if value != value else x + 1
     scale = 1.0 if value != value else value
-    with pytest.raises(ValueError, match=r"loss_fn: expected a finite loss; got (nan|inf) as the loss of batch 1"):
+    with pytest.raises(ValueError, match=r"loss_fn: expected a finite loss, got (nan|inf) as the loss of batch 1"):
         operator = HessianOperator(
             model, lambda m, b: cross_entropy(m, b) * (1.0 if torch.equal(b[0], x) else scale), [(x, y), (spoilt, y)]
         )
@@ -322,7 +322,7 @@ def test_bad_data_and_vectors() -> None:
     batch = classification(4, 5)
     with pytest.raises(ValueError, match="batches"):
         HessianOperator(small_mlp(), cross_entropy, [])
-    with pytest.raises(ValueError, match=r"vector: expected shape \(57,\); got \(3,\)"):
+    with pytest.raises(ValueError, match=r"vector: expected shape \(57,\), got \(3,\)"):
         HessianOperator(small_mlp(), cross_entropy, [batch]).matvec(torch.ones(3))
 
 
@@ -349,10 +349,10 @@ def test_what_lies_before_the_parameters_is_computed_once(mode: GraphMode) -> No
 @pytest.mark.parametrize(
     ("params", "message"),
     [
-        ("head", "params: expected a list of parameters or of their names; got 'head'"),
+        ("head", "params: expected a list of parameters or of their names, got 'head'"),
         (["head"], "or names of parameters or modules such as '0.weight'; 'head' is none"),
         ([torch.ones(2)], r"a tensor of shape \(2,\) is none"),
-        ([], "params: expected at least one parameter; got none"),
+        ([], "params: expected at least one parameter, got none"),
     ],
 )
 def test_bad_selections(params: Any, message: str) -> None:

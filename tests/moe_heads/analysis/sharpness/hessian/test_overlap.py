@@ -12,5 +12,5 @@ def test_same_orthogonal_and_random_spaces() -> None:
     others = [torch.linalg.qr(torch.randn(100, 5, dtype=torch.float64))[0].T for _ in range(200)]
     mean = sum(subspace_overlap(basis[:5], other) for other in others) / 200
     assert mean == pytest.approx(5 / 100, rel=0.1)
-    with pytest.raises(ValueError, match=r"second: expected the shape of the first, \(5, 100\); got \(4, 100\)"):
+    with pytest.raises(ValueError, match=r"second: expected the shape of the first, \(5, 100\), got \(4, 100\)"):
         subspace_overlap(basis[:5], basis[:4])

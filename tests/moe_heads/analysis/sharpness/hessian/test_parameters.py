@@ -21,9 +21,9 @@ def test_shared_parameters_count_once() -> None:
 
 
 def test_bad_parameters() -> None:
-    with pytest.raises(ValueError, match=r"model: .*requires a gradient; got none"):
+    with pytest.raises(ValueError, match=r"model: .*requires a gradient, got none"):
         selected_parameters(small_mlp().requires_grad_(False), None)
-    with pytest.raises(ValueError, match=r"model: .*on one device; got .*bfloat16"):
+    with pytest.raises(ValueError, match=r"model: .*on one device, got .*bfloat16"):
         selected_parameters(small_mlp(torch.bfloat16), None)
     mixed = small_mlp()
     mixed[2].float()

@@ -88,9 +88,9 @@ def test_bad_arguments() -> None:
     operator = spiked(20)
     generator = torch.Generator().manual_seed(0)
     krylov = lanczos(operator, generator=generator, num_eigenvalues=1)
-    with pytest.raises(ValueError, match="tolerance: expected a finite number above 0; got -1"):
+    with pytest.raises(ValueError, match="tolerance: expected a finite number above 0, got -1"):
         deflated_trace(operator, krylov, generator=generator, tolerance=-1)
-    with pytest.raises(ValueError, match="max_probes: expected an integer of at least 8; got 7"):
+    with pytest.raises(ValueError, match="max_probes: expected an integer of at least 8, got 7"):
         deflated_trace(operator, krylov, generator=generator, max_probes=7)
 
 
