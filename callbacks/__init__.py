@@ -1,4 +1,4 @@
-"""Lightning callbacks that analyze the trained model when fit ends."""
+"""Lightning callbacks that analyze the trained model at the end of fit."""
 
 from moe_heads.callbacks._shared.inputs import AnalysisInputs
 from moe_heads.callbacks._shared.options import AnalysisOptions

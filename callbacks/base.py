@@ -1,4 +1,4 @@
-"""The base of the callbacks: when an analysis runs, and what an error or Ctrl-C in it costs."""
+"""Base class of the callbacks: the hooks in which an analysis runs, and the handling of errors and Ctrl-C."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -20,30 +20,32 @@ __all__ = ["FitEndAnalysis"]
 
 
 class FitEndAnalysis(Analysis, Callback):
-    """A callback that analyses the trained model when fit ends.
+    """A callback that analyzes the trained model at the end of fit.
 
-    It runs in ``on_fit_end``: checkpoints are written and averaged weights are in place by then, so an analysis that
-    fails costs nothing. Where there was no fit, it runs at the end of ``trainer.validate`` and ``trainer.test``, on the
-    split evaluated there. It also runs every n epochs while training if asked to, and by a plain call of `analyze`
-    without any Trainer. Within one fit the same weights on the same samples are not analyzed twice.
+    It runs in ``on_fit_end``, after checkpoints are written and averaged weights are in place, so a failed analysis
+    does not affect them. Without a fit, it runs at the end of ``trainer.validate`` and ``trainer.test`` on the
+    evaluated split. It can also run every n epochs during training, or without a Trainer by a call of `analyze`. Within
+    one fit, the same weights are not analyzed twice on the same samples.
 
-    Each split is analyzed by itself. The results are kept in ``results``, the numbers go to
-    ``trainer.callback_metrics`` and every logger under ``<name>/<split>/<quantity>``, and figures, tables and meshes to
-    the loggers that can show them. The last analysis of a trainer writes one row of TensorBoard's HPARAMS table.
+    Each split is analyzed separately. The results are stored in ``results``. The numbers go to
+    ``trainer.callback_metrics`` and to every logger under ``<name>/<split>/<quantity>``. Figures, tables and meshes go
+    to the loggers that support them. The last analysis of a trainer writes one row of TensorBoard's HPARAMS table.
 
-    A subclass has a ``name``, a `compute` and a `report`, and says by class attributes whether it needs a loss
-    (``needs_loss``), which split takes the place of one without data (``fallbacks``), and what several processes do
-    (``over_ranks``): "same", every rank computes the same on all samples; "share", each gets its part of the samples
-    and gives ``inputs.ranks`` to a function that adds up; "rank_zero", rank zero computes and the others wait.
+    A subclass defines ``name``, `compute` and `report`, and three class attributes: whether it needs a loss
+    (``needs_loss``), the splits that replace one without data (``fallbacks``), and the work of several processes
+    (``over_ranks``). With "same", every rank computes the same on all samples. With "share", each rank gets its part of
+    the samples and passes ``inputs.ranks`` to a function that adds up. With "rank_zero", rank zero computes and the
+    other ranks wait.
 
     Args:
-        options: What all analyses share; see `AnalysisOptions`.
+        options: Options of all analyses; see `AnalysisOptions`.
 
     Attributes:
         results: Result by split.
-        tracked: Metrics by split and epoch, of ``every_n_epochs``.
-        is_tracking: Whether what runs at the moment is one of these.
-        was_interrupted: Whether Ctrl-C ended a split of what ran last. The run goes on; who wants it to end can raise.
+        tracked: Metrics by split and epoch, recorded with ``every_n_epochs``.
+        is_tracking: Whether an analysis of ``every_n_epochs`` is running.
+        was_interrupted: Whether Ctrl-C ended a split of the last analysis. The run continues; code that should stop it
+            can check this attribute and raise.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -60,13 +62,14 @@ class FitEndAnalysis(Analysis, Callback):
         owner = type(self).__name__
         if is_sharded(trainer):
             raise MisconfigurationException(
-                f"{owner} needs the whole model in one process, which {type(trainer.strategy).__name__} does not have."
-                " Train with strategy='ddp', or analyze a checkpoint of this run in a second script."
+                f"{owner}: expected a strategy with the whole model in every process, got"
+                f" {type(trainer.strategy).__name__}. Train with strategy='ddp', or analyze a checkpoint of this run in"
+                " a second script."
             )
         if sum(other.name == self.name for other in _analyses_of(trainer)) > 1:
             raise MisconfigurationException(
-                f"{owner}: two analyses of this Trainer write below {self.name!r}. Give one of them another name:"
-                f" {owner}(..., name='{self.name}_2')."
+                f"{owner}: expected one analysis for each name, got two with the name {self.name!r}. Give one of them"
+                f" another name: {owner}(..., name='{self.name}_2')."
             )
         if stage != "fit":
             return
@@ -74,39 +77,39 @@ class FitEndAnalysis(Analysis, Callback):
         is_dry = bool(trainer.fast_dev_run)  # type: ignore[attr-defined]
         if at_the_end and self.weights == "best" and trainer.checkpoint_callback is None and not is_dry:
             raise MisconfigurationException(
-                f"{owner}(weights='best') needs a checkpoint, and the Trainer writes none. Give it a"
+                f"{owner}(weights='best'): expected a Trainer that writes checkpoints, got one without. Add a"
                 " ModelCheckpoint(monitor=...), or analyze weights='last'."
             )
         if self.needs_loss and (at_the_end or self.every_n_epochs is not None):
-            # a loss that cannot be had is told before training, not after it
+            # a missing loss raises an error before training, not after it
             loss_of(pl_module, self.loss_fn)
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # before any analysis of this fit: another one may ask for these results
+        # before any analysis of this fit: another analysis may read these results
         self.results, self.tracked, self._known = {}, {}, {}
         self._has_fitted = True
 
     @override
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        # not by state_dict: Lightning would ask whoever resumes without this callback to add it, and refuse two without
-        # a name in its own words
+        # not by state_dict: Lightning would warn when a run is resumed without this callback, and raise its own error
+        # for two callbacks of the same class
         if kept := self.kept_in_checkpoints():
             checkpoint[self._checkpoint_key] = kept
 
     @override
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        # an evaluation with the weights of another epoch takes nothing from what this fit has gathered
+        # an evaluation with the weights of another epoch must not overwrite the records of this fit
         is_wanted = trainer.state.fn == TrainerFn.FITTING or not self.kept_in_checkpoints()
         if self._checkpoint_key in checkpoint and is_wanted:
             self.restore(checkpoint[self._checkpoint_key])
 
     def kept_in_checkpoints(self) -> dict[str, Any]:
-        """What a fit that is resumed has to know of the one before; tensors and plain data."""
+        """Return the state that a resumed fit needs, as tensors and plain data."""
         return {}
 
     def restore(self, kept: dict[str, Any]) -> None:
-        """Take what `kept_in_checkpoints` gave."""
+        """Restore the state that `kept_in_checkpoints` returned."""
 
     @property
     def _checkpoint_key(self) -> str:
@@ -114,7 +117,7 @@ class FitEndAnalysis(Analysis, Callback):
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        # what is known of weights and samples holds within one run: between two, anything may change
+        # cached results are valid within one run: between two runs, anything may change
         self._known = {}
 
     @override
@@ -122,7 +125,7 @@ class FitEndAnalysis(Analysis, Callback):
         epoch = trainer.current_epoch
         if self.every_n_epochs is None or (epoch + 1) % self.every_n_epochs:
             return
-        self.results = {}  # those of an earlier epoch are not those of this one
+        self.results = {}  # results of an earlier epoch do not belong to this one
         self.is_tracking = True
         try:
             done = self._analyze_all(trainer, pl_module, self.splits, "last")
@@ -153,7 +156,7 @@ class FitEndAnalysis(Analysis, Callback):
 
     @property
     def runs_in_fit(self) -> bool:
-        """Whether it runs at the end of fit, or in the course of it."""
+        """True if the analysis runs at the end of fit or during it."""
         return self.every_n_epochs is not None or self.stages is None or "fit" in self.stages
 
     @property
@@ -168,7 +171,7 @@ class FitEndAnalysis(Analysis, Callback):
         """Analyze splits one by one; an error or Ctrl-C ends the analysis of a split, not the run.
 
         Returns:
-            The numbers of the splits that were analyzed.
+            Metrics of the analyzed splits.
         """
         context = TrainerContext(trainer, type(self).__name__)
         done: dict[Split, Mapping[str, float]] = {}
@@ -180,13 +183,13 @@ class FitEndAnalysis(Analysis, Callback):
                 done.update([] if analyzed is None else [analyzed])
             except KeyboardInterrupt as error:
                 self.was_interrupted = True
-                rank_zero_warn(f"{name}: {described(error)}. The trained model is as it was.")
+                rank_zero_warn(f"{name}: {described(error)}. The trained model is unchanged.")
             except Exception as error:
                 if self.on_error == "raise":
                     raise
                 rank_zero_warn(
-                    f"{name}: {described(error)}\nThe trained model is as it was, and the other analyses go"
-                    f" on. Pass {type(self).__name__}(on_error='raise') for the traceback."
+                    f"{name}: {described(error)}\nThe trained model is unchanged, and the other analyses continue."
+                    f" Pass {type(self).__name__}(on_error='raise') for the traceback."
                 )
         return done
 

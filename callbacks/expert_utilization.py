@@ -1,4 +1,4 @@
-"""Callback: who does what among the experts, over training and at the end of fit."""
+"""Callback for expert utilization during training and at the end of fit."""
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -12,11 +12,11 @@ from typing_extensions import Unpack, override
 
 from moe_heads.analysis import ExpertUtilizationResult, expert_utilization
 from moe_heads.analysis._shared.batches import Batch, ForwardFn, call_model, labels_of
+from moe_heads.analysis._shared.names import are_names, check_names
 from moe_heads.analysis._shared.ranks import Ranks
 from moe_heads.analysis.expert_utilization.examples import images_of
+from moe_heads.analysis.expert_utilization.figures import plot_load_history
 from moe_heads.analysis.expert_utilization.function import checked_options
-from moe_heads.analysis.expert_utilization.history import plot_load_history
-from moe_heads.analysis.expert_utilization.labels import are_names, check_class_names
 from moe_heads.analysis.expert_utilization.training import TrainingRouters
 from moe_heads.callbacks._shared.evaluation import check_forward
 from moe_heads.callbacks._shared.inputs import AnalysisInputs
@@ -31,50 +31,52 @@ __all__ = ["ExpertUtilizationCallback"]
 
 
 class ExpertUtilizationCallback(FitEndAnalysis):
-    """Load, importance and classes of every expert, epoch by epoch while training and in full at the end of fit.
+    """Load, importance and classes of every expert, after each training epoch and in full at the end of fit.
 
-    Works for any module with heads of `moe_heads` inside and, by ``adapters``, for anybody's routers; a module without
-    a router is left alone. While training, one point an epoch below ``expert_utilization/epoch/<head>/``, over the
-    training batches as they were routed, noise included: what `functional.ExpertUtilizationMetric` gives, and
+    Works for any module that contains heads of `moe_heads` and, with ``adapters``, for other routers. A module without
+    a router is ignored. During training, one point is logged for each epoch below ``expert_utilization/epoch/<head>/``.
+    It covers the training batches as they were routed, including noise: the numbers of
+    `functional.ExpertUtilizationMetric`, and
 
     ======================  ===========================================================================
     num_dead_experts        experts below ``dead_below``, and likewise num_starved_experts
     router_gradient_norm    norm of the router's gradient, mean over every twentieth optimizer step
-    routing_flips           share of the validation samples with other experts than one validation before
+    routing_flips           fraction of validation samples with different experts than one validation before
     ======================  ===========================================================================
 
-    An expert that dies or starves, and a routing that collapses, are told when the epoch ends in which it happens, once
-    each, with what to change. So is what only the validation batches show, where nothing disturbs the routing, once it
-    lasts for two validations.
+    Dead experts, starved experts and collapsed routing each trigger one warning with advice at the end of the epoch in
+    which they appear. Findings that appear only in validation batches, where routing has no noise, trigger a warning
+    after two validations.
 
-    At the end of fit, below ``expert_utilization/<split>/``: the numbers of `functional.ExpertUtilizationResult` for
-    each head; to TensorBoard also figures of load and classes, of co-activation, of the load over the epochs and of
-    what each expert sees, and two tables.
+    At the end of fit, the numbers of `functional.ExpertUtilizationResult` are logged for each head below
+    ``expert_utilization/<split>/``. TensorBoard also receives two tables and figures of load and classes, of
+    co-activation, of the load over the epochs, and of examples for each expert.
 
-    A training step pays for a few references to what the router returned: they are counted at the end of the epoch, or
-    before that in large pieces. torch.compile sees no graph break.
+    A training step only stores references to the router's outputs. They are counted at the end of the epoch, or earlier
+    in large pieces. The callback causes no graph break in torch.compile.
 
     Args:
         class_names: Names of the classes; by default those of the data module, else numbers.
         forward_fn: ``forward_fn(pl_module, batch)``; by default the module is called with a batch's first entry.
         label_fn: ``label_fn(batch) -> labels (B,)``, -100 for a sample without a class, or None; by default the second
             entry of a batch, or "labels".
-        image_fn: ``image_fn(batch) -> images (B, C, H, W)``, or None; by default the first entry, if it has this form.
-        adapters: For routers that are not of this package; see `moe_heads.collect_routing`.
-        dead_below: Fraction of the fair share 1/E of the load (of the weight, for a soft router) under which an expert
+        image_fn: ``image_fn(batch) -> images (B, C, H, W)`` or None; by default the first entry, if it has this shape.
+        adapters: Adapters for routers of other packages; see `moe_heads.collect_routing`.
+        dead_below: Fraction of the fair share 1/E of the load (of the weight, for a soft router) below which an expert
             is dead.
-        starved_below: Fraction under which it is starved; a quarter, as a balanced head keeps well above.
-        num_examples: Images shown of the samples that each expert receives with the highest gate; 0 for none. Ignored
-            where batches hold no images.
-        num_permutations: Permutations of the labels behind the chance level of the mutual information.
-        ablation: Whether to evaluate the accuracy without each expert too.
-        warn: Whether to warn while training.
-        options: What all analyses share, without a loss; see `AnalysisOptions`. 10,000 samples by default: the class
-            map needs some of each class for each expert.
+        starved_below: Fraction below which an expert is starved. The default is a quarter, since a balanced head stays
+            well above it.
+        num_examples: Number of images for each expert, of the samples with the highest gate; 0 for none. Ignored if
+            batches hold no images.
+        num_permutations: Permutations of the labels for the chance level of the mutual information.
+        ablation: Whether to evaluate also the accuracy without each expert.
+        warn: Whether to warn during training.
+        options: Options of all analyses, without a loss; see `AnalysisOptions`. The default of 10,000 samples gives the
+            class map several samples of each class for each expert.
 
     Attributes:
-        history: Statistics of each finished training epoch, by name of the head and number of the epoch. Checkpoints
-            keep it; one that is written before its epoch ends, as by a validation, is without that epoch.
+        history: Statistics of each finished training epoch, by name of the head and number of the epoch. It is saved in
+            checkpoints. A checkpoint written before the end of an epoch, as after a validation, lacks that epoch.
 
     Example:
         >>> from moe_heads.callbacks import ExpertUtilizationCallback
@@ -104,7 +106,7 @@ class ExpertUtilizationCallback(FitEndAnalysis):
         **options: Unpack[AnalysisOptions],
     ) -> None:
         super().__init__(**options)
-        check_class_names(class_names)
+        check_names(class_names=class_names)
         checked_options(dead_below, starved_below, num_permutations, num_examples, self.seed)
         check_callables(forward_fn=forward_fn, label_fn=label_fn, image_fn=image_fn)
         check_flags(ablation=ablation, warn=warn)
@@ -114,7 +116,7 @@ class ExpertUtilizationCallback(FitEndAnalysis):
         self.dead_below, self.starved_below, self.warn = dead_below, starved_below, warn
         self.num_examples, self.num_permutations, self.ablation = num_examples, num_permutations, ablation
         self.history: dict[str, dict[int, RoutingStats]] = {}
-        self._has_told_order, self._has_told_silence = False, False
+        self._warned_of_order, self._warned_of_silence = False, False
         self._listening = ExitStack()
         self._routers: TrainingRouters | None = None
 
@@ -122,18 +124,18 @@ class ExpertUtilizationCallback(FitEndAnalysis):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
         if stage == "fit" and trainer.current_epoch == 0:
-            # neither a Trainer that goes on, nor, as yet, a checkpoint
+            # a new fit: neither a Trainer that continues nor a loaded checkpoint
             self.history = {}
-        # the modules that adapters name may not be there yet: they are looked for when the fit starts
+        # modules named by adapters may not exist yet; they are checked when the fit starts
         if named_routers(pl_module) or self.adapters:
             check_forward(self, pl_module, self.forward_fn)
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_fit_start(trainer, pl_module)
-        self._has_told_order, self._has_told_silence = False, False
+        self._warned_of_order, self._warned_of_silence = False, False
         self._close()
-        # once for the whole fit: a compiled model that loses its hooks and gets others is compiled anew
+        # once for the whole fit: a change of hooks would trigger a recompilation of a compiled model
         collection = self._listening.enter_context(collect_routing(pl_module, self.adapters))
         self._routers = TrainingRouters(pl_module, collection, self.adapters, self.dead_below, self.starved_below)
 
@@ -240,27 +242,27 @@ class ExpertUtilizationCallback(FitEndAnalysis):
 
     def _end_epoch(self, trainer: Trainer, pl_module: LightningModule, routers: TrainingRouters) -> None:
         reports = routers.end_epoch(Ranks(process_group_of(trainer), f"{self.name}/epoch"))
-        if routers.has_other_data and not self._has_told_order:
-            self._has_told_order = True
+        if routers.validation_data_changed and not self._warned_of_order:
+            self._warned_of_order = True
             rank_zero_warn(
-                f"{self.name}: the validation data are others each time, or come in another order, so routing flips"
-                " between epochs cannot be told. Give the validation loader shuffle=False, and no random transform."
+                f"{self.name}: validation batches differ between epochs, so routing flips cannot be computed. Give the"
+                " validation loader shuffle=False and no random transform."
             )
-        if routers.are_silent and not self._has_told_silence:
-            self._has_told_silence = True
+        if routers.none_ran and not self._warned_of_silence:
+            self._warned_of_silence = True
             rank_zero_warn(
-                f"{self.name}: no router ran in epoch {trainer.current_epoch}, so nothing is known of it. A model that"
-                " was compiled and run before this fit does not call forward hooks: attach the callback to its first"
-                " fit, or compile it anew (torch._dynamo.reset())."
+                f"{self.name}: no router ran in epoch {trainer.current_epoch}, so there are no numbers for it. A model"
+                " that was compiled and run before this fit does not call forward hooks. Attach the callback to its"
+                " first fit, or compile it again after torch._dynamo.reset()."
             )
         for head, report in reports.items():
             if int(report.stats.num_rows):
                 self.history.setdefault(head, {})[trainer.current_epoch] = report.stats
-            # equal on every rank already; without sync_dist Lightning warns
+            # already equal on every rank, but Lightning warns without sync_dist
             named = {f"{self.name}/epoch/{head}/{key}": value for key, value in report.scalars.items()}
             pl_module.log_dict(named, sync_dist=True)
-            for news in report.news if self.warn else ():
-                rank_zero_warn(f"{self.name}: epoch {trainer.current_epoch}, head {head!r}: {news}")
+            for warning in report.warnings if self.warn else ():
+                rank_zero_warn(f"{self.name}: epoch {trainer.current_epoch}, head {head!r}: {warning}")
 
     def _close(self) -> None:
         self._listening.close()
@@ -268,6 +270,6 @@ class ExpertUtilizationCallback(FitEndAnalysis):
 
 
 def _class_names_of(datamodule: object) -> Sequence[str] | None:
-    """The class names that a data module offers, where it does so as a list of names."""
+    """Return the class names of a data module if it has them as a list of names, else None."""
     names = getattr(datamodule, "class_names", None)
     return names if are_names(names) else None

@@ -1,4 +1,4 @@
-"""Callback: the loss under finite perturbations of the trained weights, at the end of fit."""
+"""Callback for the loss under finite perturbations of the trained weights at the end of fit."""
 
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -25,24 +25,25 @@ from moe_heads.analysis import (
 from moe_heads.analysis._shared.batches import Batch
 from moe_heads.analysis._shared.parameters import trainable_parameters
 from moe_heads.analysis._shared.progress import TimeUp
+from moe_heads.analysis.loss_landscape.checkpoint import stored_eigenvectors
 from moe_heads.analysis.loss_landscape.direction_sweep import Normalization
 from moe_heads.analysis.loss_landscape.directions import Biases
 from moe_heads.analysis.loss_landscape.grid import grid_through_zero
-from moe_heads.analysis.loss_landscape.trajectory import NoPlaneError
+from moe_heads.analysis.loss_landscape.trajectory import NoPlaneError, WeightHistory
+from moe_heads.callbacks._landscape_eigenvectors import points_file, top_eigenvectors_of
+from moe_heads.callbacks._landscape_report import Landscape, landscape_report
 from moe_heads.callbacks._shared.inputs import AnalysisInputs
 from moe_heads.callbacks._shared.options import AnalysisOptions, OverRanks
 from moe_heads.callbacks._shared.reporting import Report
 from moe_heads.callbacks._shared.trainer_access import Split
 from moe_heads.callbacks.base import FitEndAnalysis
-from moe_heads.callbacks.landscape_eigenvectors import top_eigenvectors_of
-from moe_heads.callbacks.landscape_options import check_plane_points, checked_plane_splits
-from moe_heads.callbacks.landscape_points import kept_eigenvectors, points_file
-from moe_heads.callbacks.landscape_record import Landscape, landscape_report
-from moe_heads.callbacks.landscape_trail import WeightTrail
 from moe_heads.callbacks.sharpness_options import check_differentiable, check_list_of_names, check_names
 from moe_heads.checks import check_at_least, check_flags, check_option, check_positive
 
 __all__ = ["Landscape", "LossLandscapeCallback"]
+
+# TensorBoard's mesh viewer can address 65,536 vertices.
+_MAX_PLANE_POINTS = 256
 
 _Part = Callable[[AnalysisInputs, Landscape], LossLandscapeResult | DirectionSweepResult | None]
 
@@ -51,41 +52,55 @@ class LossLandscapeCallback(FitEndAnalysis):
     r"""Loss along the top Hessian eigenvector and on a filter-normalized plane, at the end of fit.
 
     The line is that of arXiv 2601.15021: 21 points of :math:`\theta + \alpha v`, :math:`\alpha` from -0.5 to 0.5. The
-    eigenvector is taken from a `SharpnessCallback` that ran before on the same split, loss and parameters, else
-    computed. The plane is that of Li et al. (arXiv 1712.09913). With a sparse head the loss with the routing of the
-    trained model held fixed is measured beside it. Logged at the end of fit, below ``loss_landscape/<split>/``: the
-    numbers of `functional.LossLandscapeResult`, prefixed by ``line_``, ``plane_``, ``trajectory_``, and those of
-    `functional.DirectionSweepResult`, prefixed by ``sweep_``; to TensorBoard as well a figure of each, of a plane also
-    ``plane_flips``, ``plane_fixed_routing`` and ``plane_accuracy`` where there are any, the 3-D mesh ``surface`` and
-    the text ``summary``; to the logger's folder the arrays, ``line.npz`` and so on.
+    eigenvector is taken from a `SharpnessCallback` that ran before on the same split, loss and parameters. Otherwise it
+    is computed. The plane is that of Li et al. (arXiv 1712.09913). For a sparse head, the loss with the routing of the
+    trained model is also measured. Logged at the end of fit, below ``loss_landscape/<split>/``:
+
+    =============================  =================================================================================
+    line_<quantity>, …             values of the line, see `functional.LossLandscapeResult`
+    plane_<quantity>, …            values of the plane
+    trajectory_<quantity>, …       values of the plane of the training run (``trajectory``)
+    sweep_<quantity>, …            values of the random directions (``num_directions``), see
+                                   `functional.DirectionSweepResult`
+    line, plane, …                 figure of each part (TensorBoard)
+    plane_flips,                   figures of a plane, if the quantity was measured (TensorBoard)
+    plane_fixed_routing,
+    plane_accuracy
+    surface                        3-D mesh of the plane (TensorBoard)
+    summary                        tables of all parts (TensorBoard)
+    line.npz, plane.npz, …         arrays of each part, in the folder of the logger
+    partial                        1 if max_time, an error or Ctrl-C ended the analysis early; else absent
+    =============================  =================================================================================
 
     Args:
-        line_points: Points of the line; an odd number holds the center.
+        line_points: Number of points of the line. An odd number includes the center.
         line_reach: Largest :math:`|\alpha|` of the line.
-        plane_points: Points along each side of a plane. The cost is their square times one forward pass over the
-            samples.
-        plane_reach: Largest coordinate on the plane and of the sweep, where 1 is the norm of each filter.
-        plane_splits: Splits whose plane is computed; by default the first of ``splits``, since it costs most, and since
-            a browser shows no more than 16 surfaces at once: TensorBoard shows each surface of each run twice. An empty
-            list for no plane. The same splits get the sweep and the plane of the trajectory.
+        plane_points: Number of points along each side of a plane. The cost is their square times one forward pass over
+            the samples.
+        plane_reach: Largest coordinate of the plane and of the sweep. 1 is the norm of each filter.
+        plane_splits: Splits whose plane, sweep and trajectory plane are computed. An empty list disables them. Defaults
+            to the first of ``splits``: planes cost the most, and a browser shows at most 16 surfaces at once, of which
+            TensorBoard uses two for each surface of each run.
         plane_directions: "random", or "eigenvectors" for the first two of the Hessian, of unit length.
-        normalization: Of random directions: "filter", "layer" or "none"; see `functional.normalized_random_direction`.
-        biases: What becomes of biases and norm parameters in these: "zero", as in the paper, or "normalized".
+        normalization: Normalization of random directions: "filter", "layer" or "none", see
+            `functional.normalized_random_direction`.
+        biases: Treatment of biases and norm parameters in random directions: "zero" as in the paper, or "normalized".
         params: Parameters that move, as names of parameters or modules such as ``["head"]``, ``["backbone"]`` or
-            ``["head.router"]``; by default all that require a gradient. What lies before them is computed once.
-        num_directions: Random directions of the sweep; by default 0, none. Their spread says how far the plane depends
-            on its directions.
-        trajectory: Keep the weights of every epoch (on the CPU, as many numbers as move) and draw the run on its
-            principal plane: that of the parameters which require a gradient in the end and were there all along.
-        check_curvatures: Compare the curvature of each slice with that of the Hessian; one product and four points
-            more each. Left out where a layer has no second derivative.
-        refine: Points to add to the line where it bends most.
-        resume: Folder where the points of the lines and planes are kept as they come, with the eigenvectors, and taken
-            from if they are there; by default none. Below ``<name>/<split>/`` each has a file for the weights, the
-            sample and the direction, told by a digest in its name: epochs, trainings and callbacks do not meet, a run
-            of the same goes on. The files stay until you delete them.
-        html: Also write ``landscape.html``, a page to turn the surfaces in, into the logger's folder.
-        options: What all analyses share; see `AnalysisOptions`.
+            ``["head.router"]``. By default all that require a gradient. Modules before them are evaluated once.
+        num_directions: Number of random directions of the sweep, 0 by default. Their spread measures how much the plane
+            depends on its directions.
+        trajectory: Store the weights of every epoch (on the CPU, as many numbers as there are moved parameters) and
+            draw the run on its principal plane. It includes the parameters that require a gradient at the end and
+            existed at all epochs.
+        check_curvatures: Compare the curvature of each slice with that of the Hessian, at the cost of one product and
+            four points each. It is skipped if a layer has no second derivative.
+        refine: Number of points to add to the line where it bends the most.
+        resume: Folder for the points and eigenvectors of lines and planes. They are written during the analysis, and
+            read if they exist. By default there is none. Below ``<name>/<split>/`` each line or plane has a file whose
+            name has a digest of the weights, the sample and the direction. So epochs, trainings and callbacks use
+            separate files, and an equal run continues. The files are not deleted.
+        html: Also write ``landscape.html``, a page with rotatable surfaces, into the folder of the logger.
+        options: Options of all analyses, see `AnalysisOptions`.
 
     Example:
         >>> from moe_heads.callbacks import LossLandscapeCallback
@@ -118,7 +133,11 @@ class LossLandscapeCallback(FitEndAnalysis):
     ) -> None:
         super().__init__(**options)
         check_at_least(3, line_points=line_points)
-        check_plane_points(plane_points)
+        check_at_least(3, plane_points=plane_points)
+        if plane_points > _MAX_PLANE_POINTS:
+            raise ValueError(
+                f"plane_points: expected 3 to {_MAX_PLANE_POINTS}, got {plane_points}. TensorBoard cannot draw more."
+            )
         check_at_least(0, refine=refine, num_directions=num_directions)
         check_positive(line_reach=line_reach, plane_reach=plane_reach)
         check_option("plane_directions", plane_directions, ("random", "eigenvectors"))
@@ -128,25 +147,28 @@ class LossLandscapeCallback(FitEndAnalysis):
         if resume is not None and (
             not isinstance(resume, (str, os.PathLike)) or not str(resume) or Path(resume).is_file()
         ):
-            raise ValueError(f"resume: expected a folder, got {resume!r}")
+            raise ValueError(f"resume: expected a folder, got {resume!r}.")
         if params is not None:
             check_list_of_names("params", params)
         if num_directions == 1:
-            raise ValueError("num_directions: expected 0, or at least 2 that can be compared, got 1")
-        self.plane_splits = checked_plane_splits(plane_splits, self.splits)
+            raise ValueError("num_directions: expected 0, or at least 2 that can be compared, got 1.")
+        planes = self.splits[:1] if plane_splits is None else plane_splits
+        if not isinstance(planes, (list, tuple)) or any(split not in self.splits for split in planes):
+            raise ValueError(f"plane_splits: expected some of splits = {self.splits}, got {planes!r}.")
+        self.plane_splits = tuple(planes)
         self.line_points, self.line_reach = line_points, line_reach
         self.plane_points, self.plane_reach = plane_points, plane_reach
         self.plane_directions, self.normalization, self.biases = plane_directions, normalization, biases
         self.params = params
         self.num_directions, self.trajectory, self.refine = num_directions, trajectory, refine
         self.check_curvatures, self.resume, self.html = check_curvatures, resume, html
-        self._trail = WeightTrail(params)
+        self._history = WeightHistory(params)
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
         if stage == "fit" and self.params is not None and not is_overridden("configure_model", pl_module):
-            # a name that is wrong is told before training, not after it
+            # a wrong name raises an error before training, not after it
             check_names(pl_module, self.params, None)
 
     @override
@@ -154,14 +176,14 @@ class LossLandscapeCallback(FitEndAnalysis):
         super().on_fit_start(trainer, pl_module)
         if self.runs_in_fit:
             self._check_parameters(pl_module)
-        self._trail = WeightTrail(self.params)
+        self._history = WeightHistory(self.params)
         if self.trajectory:
-            self._trail.remember("start", pl_module)
+            self._history.record("start", pl_module)
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.trajectory:
-            self._trail.remember(f"epoch {trainer.current_epoch}", pl_module)
+            self._history.record(f"epoch {trainer.current_epoch}", pl_module)
         super().on_train_epoch_end(trainer, pl_module)
 
     def _check_parameters(self, pl_module: LightningModule) -> None:
@@ -170,7 +192,7 @@ class LossLandscapeCallback(FitEndAnalysis):
         try:
             check_differentiable(owner, pl_module, self.params)
         except MisconfigurationException as error:
-            rank_zero_warn(f"{error} The landscape is without its line, whose direction is an eigenvector.")
+            rank_zero_warn(f"{error} The landscape has no line, whose direction is an eigenvector.")
 
     @override
     def compute(self, inputs: AnalysisInputs) -> Landscape:
@@ -184,8 +206,8 @@ class LossLandscapeCallback(FitEndAnalysis):
             except TimeUp:
                 raise
             except Exception as error:
-                # The others need no second derivative; what the line needs is told when they are there. Of any kind,
-                # since on another rank it is of another kind.
+                # The other parts need no second derivative, so the error of the line is raised after them. Any kind of
+                # error, since the kind differs between ranks.
                 failure = failure or error
                 continue
             found = replace(found, **{name: part})  # type: ignore[arg-type]
@@ -198,7 +220,7 @@ class LossLandscapeCallback(FitEndAnalysis):
 
     @override
     def is_enough(self, result: Landscape) -> bool:
-        # what was tracked after the last epoch has no trajectory yet
+        # the result that was tracked after the last epoch has no trajectory yet
         return not self._draws_trajectory or result.plane is None or result.trajectory is not None
 
     @override
@@ -206,10 +228,10 @@ class LossLandscapeCallback(FitEndAnalysis):
         return landscape_report(result, html=self.html)
 
     def _parts(self, split: Split) -> Iterator[tuple[str, _Part]]:
-        """What is measured of a split, the cheapest first.
+        """List the parts of a split, the cheapest first.
 
         Yields:
-            Name of the part in a `Landscape`, and what measures it.
+            Name of the part in a `Landscape`, and the method that measures it.
         """
         yield "line", self._line
         if not self._wants_plane(split):
@@ -218,18 +240,18 @@ class LossLandscapeCallback(FitEndAnalysis):
         if self.num_directions:
             yield "sweep", self._sweep
         if self._draws_trajectory:
-            if self._trail:
+            if self._history:
                 yield "trajectory", self._trajectory
             else:
-                rank_zero_warn(f"{self.name}/{split}: no trajectory, since this callback has seen no training.")
+                rank_zero_warn(f"{self.name}/{split}: no trajectory, since no training was recorded by this callback.")
 
     @property
     def _draws_trajectory(self) -> bool:
         return self.trajectory and not self.is_tracking
 
     def _wants_plane(self, split: Split) -> bool:
-        stand_ins = {other for wanted in self.plane_splits for other in self.fallbacks.get(wanted, ())}
-        return split in {*self.plane_splits, *(stand_ins - {*self.splits})}
+        fallbacks = {other for wanted in self.plane_splits for other in self.fallbacks.get(wanted, ())}
+        return split in {*self.plane_splits, *(fallbacks - {*self.splits})}
 
     def _line(self, inputs: AnalysisInputs, found: Landscape) -> LossLandscapeResult:
         return self._landscape(
@@ -256,16 +278,23 @@ class LossLandscapeCallback(FitEndAnalysis):
             direction2=second,
             alphas=side,
             betas=side,
-            # where the line failed, a layer may have no second derivative
+            # if the line failed, a layer may have no second derivative
             check_curvatures=self.check_curvatures and found.line is not None,
         )
 
     def _trajectory(self, inputs: AnalysisInputs, found: Landscape) -> LossLandscapeResult | None:
         name = f"{self.name}/{inputs.split}"
+        params = self._history.common_parameters(inputs.model)
+        omitted = self._history.omitted_parameters(inputs.model)
+        if params and omitted:
+            rank_zero_warn(
+                f"{name}: the trajectory omits {len(omitted)} parameters that moved, such as {omitted[0]!r}. They are"
+                " frozen now, or did not exist at all epochs."
+            )
         try:
-            plane, params = self._trail.plane(inputs.model, name)
+            plane = self._history.plane(inputs.model)
         except NoPlaneError as error:
-            rank_zero_warn(f"{name}: no trajectory: {error}. One epoch gives a line; train for two, or more.")
+            rank_zero_warn(f"{name}: no trajectory: {error} One epoch gives a line. Train for two or more.")
             return None
         sides = [grid_through_zero(axis, self.plane_points) for axis in plane.trajectory.coordinates.T]
         return self._landscape(
@@ -317,7 +346,7 @@ class LossLandscapeCallback(FitEndAnalysis):
 
     def _file(self, inputs: AnalysisInputs, part: str, depends_on: Sequence[Any]) -> Path:
         assert self.resume is not None
-        # other batches sum in another order: their points differ by rounding
+        # the division into batches changes the order of the sums, so points differ by rounding
         return points_file(Path(self.resume, self.name), inputs, part, [inputs.batches.weights, *depends_on])
 
     def _top_eigenvectors(self, inputs: AnalysisInputs, number: int) -> Tensor:
@@ -325,9 +354,8 @@ class LossLandscapeCallback(FitEndAnalysis):
         if self.resume is None:
             return find()
         names = [*trainable_parameters(inputs.model, self.params)]
-        return kept_eigenvectors(
-            self._file(inputs, "eigenvectors", [number, self.seed, "\n".join(names)]), inputs, find
-        )
+        file = self._file(inputs, "eigenvectors", [number, self.seed, "\n".join(names)])
+        return stored_eigenvectors(file, inputs.ranks, find)
 
 
 def _ended(found: Landscape, reason: str) -> Landscape:
@@ -335,6 +363,6 @@ def _ended(found: Landscape, reason: str) -> Landscape:
 
 
 def _accuracy_of(model: nn.Module) -> Callable[[nn.Module, Batch], Tensor] | None:
-    """The module's own ``analysis_accuracy(batch)``, where it has one."""
+    """Return the ``analysis_accuracy(batch)`` of the module, or None if it has none."""
     accuracy = getattr(model, "analysis_accuracy", None)
     return None if accuracy is None else lambda _, batch: accuracy(batch)

@@ -1,31 +1,22 @@
-"""Callback: spectrum, trace and density of the Hessian at the end of fit."""
+"""Callback for eigenvalues, trace and spectral density of the Hessian at the end of fit."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any, ClassVar
 
-import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import Unpack, override
 
-from moe_heads.analysis import (
-    SharpnessResult,
-    perturbation_sharpness,
-    published_sharpness,
-    routing_response,
-    sharpness,
-)
+from moe_heads.analysis import SharpnessResult, sharpness
 from moe_heads.analysis._shared.digest import digest_of
-from moe_heads.analysis.loss_landscape.routing_response import has_sparse_router
 from moe_heads.analysis.sharpness.function import check_sharpness_options
 from moe_heads.analysis.sharpness.hessian import subspace_overlap
 from moe_heads.analysis.sharpness.hessian.lanczos import check_basis_memory
 from moe_heads.analysis.sharpness.hessian.parameters import selected_parameters
-from moe_heads.analysis.sharpness.published.conversion import as_sharpness_result
+from moe_heads.analysis.sharpness.pyhessian import pyhessian_sharpness
 from moe_heads.analysis.sharpness.result import Engine
 from moe_heads.callbacks._shared.inputs import AnalysisInputs
 from moe_heads.callbacks._shared.options import AnalysisOptions, OverRanks
@@ -38,15 +29,15 @@ from moe_heads.checks import check_at_least
 
 __all__ = ["SharpnessCallback"]
 
-# Rounds of probes for the trace of an epoch on the way: it comes with a standard error, whatever that is.
-_TRACKING_PROBES = 10
+# Rounds of probes for the trace of ``every_n_epochs``, whatever standard error they reach.
+_TRACKING_PROBES = 16
 
 
 class SharpnessCallback(FitEndAnalysis):
     r"""Largest Hessian eigenvalues with residuals, trace with standard error, and spectral density, at the end of fit.
 
-    Works on any Trainer without an argument; `functional.sharpness` says what is computed and how. Logged at the end of
-    fit, below ``sharpness/<split>/``:
+    Works with any Trainer without an argument. `functional.sharpness` documents the quantities and methods. Logged at
+    the end of fit, below ``sharpness/<split>/``:
 
     =============================  =================================================================================
     lambda_max, lambda_2, …        largest eigenvalues, in units of the loss over squared parameter
@@ -56,59 +47,60 @@ class SharpnessCallback(FitEndAnalysis):
     frobenius_norm                 estimate of the Frobenius norm
     trace_<block>, …               trace of the block of parameters (backbone, router, experts, …), and
                                    trace_stderr_<block>
-    share_<block>                  share of the first eigenvector that lies in the block
+    share_<block>                  fraction of the first eigenvector's squared norm in the block
     lambda_max_<block>             largest eigenvalue of the block (``block_eigenvalues``)
-    overlap_<split>                overlap of the top eigenvectors with those of the split analyzed before
+    overlap_<split>                overlap of the top eigenvectors with those of a split analyzed earlier
     stability_threshold            :math:`2/\eta`, above which the steps of SGD are unstable (split "train")
-    routing_flips_<s>, …           share of samples that choose other experts at the step s along the first
-                                   eigenvector; losses and curvatures with routing free and fixed (sparse heads)
-    perturbation_average, …        rise of the loss under adaptive perturbations (``perturbation``)
+    routing_flips_<s>, …           fraction of samples routed to different experts at the step s along the first
+                                   eigenvector; losses and curvatures with free and fixed routing (sparse heads)
+    perturbation_average, …        increase of the loss under adaptive perturbations (``perturbation``)
     center_loss                    mean loss over the samples
-    lambda_max_sampling_stderr,    standard errors from the choice of samples, by the spread over batches
+    lambda_max_sampling_stderr,    standard errors from the choice of samples, estimated from the spread over batches
     trace_sampling_stderr
     rounding, trace_rounding       change of the eigenvalues and of the trace by rounding, measured in float64
     asymmetry                      antisymmetric part of the products over their norm
     derivative_error,              relative difference of the gradient from a finite difference of the loss, and of a
     curvature_error                product from one of the gradient
-    cut_dependence                 relative change of the loss when batches are cut in halves
-    num_products                   Hessian-vector products that were spent
-    num_samples, converged         samples of the draw; 1 when every tolerance was met, with eigenvalues_converged and
+    cut_dependence                 relative change of the loss when batches are halved
+    num_products                   number of Hessian-vector products
+    num_samples, converged         number of samples; 1 if every tolerance was met, with eigenvalues_converged and
                                    trace_converged
     spectrum                       figure: log density with its error and the eigenvalues marked (TensorBoard)
     blocks                         figure: traces by block and expert, shares of the eigenvectors (TensorBoard)
-    tracking                       figure: lambda_max over the epochs beside the threshold (``every_n_epochs``)
+    tracking                       figure: lambda_max over the epochs with the threshold (``every_n_epochs``)
     summary                        tables with residuals and standard errors (TensorBoard)
-    partial                        1 when max_time, an error or Ctrl-C ended it early; else absent
+    partial                        1 if max_time, an error or Ctrl-C ended the analysis early; else absent
     =============================  =================================================================================
 
-    ``converged`` is a certificate, see docs/certificate.md. With ``every_n_epochs`` each analysis starts from the
-    eigenvectors of the one before, leaves out the density, and spends at most ten rounds of probes on the trace.
+    ``converged`` is a certificate, see docs/certificate.md. With ``every_n_epochs``, each analysis starts from the
+    eigenvectors of the previous one, skips the density, and uses at most ten rounds of probes for the trace.
 
     Args:
-        num_eigenvalues: Number of largest eigenvalues; as many as there are where the model has fewer parameters.
+        num_eigenvalues: Number of largest eigenvalues, limited to the number of parameters.
         tolerance: Largest relative residual of an eigenvalue.
-        trace_tolerance: Standard error of the trace over the larger of its size and the Frobenius norm.
-        max_steps: Most Lanczos steps.
-        max_probes: Most rounds of random probes.
-        density: Also give the spectral density; without it a trained network takes a third of the products.
+        trace_tolerance: Standard error of the trace, relative to the larger of its absolute value and the Frobenius
+            norm.
+        max_steps: Maximum number of Lanczos steps.
+        max_probes: Maximum number of rounds of random probes.
+        density: Whether to compute the spectral density. Without it, a trained network takes a third of the products.
         params: Names of parameters or modules to restrict the Hessian to, such as ``["head"]``; by default all that
-            require a gradient. What lies before them is computed once.
-        blocks: Names of parameters or modules by block; by default backbone, router and experts of a model with one of
-            our routers, else one block for each child of the module.
-        block_eigenvalues: Also give the largest eigenvalue of each block; about ten products each.
-        routing_steps: Lengths of the steps along the first eigenvector at which routing is looked at, in both
-            directions, for models with a sparse router; 0.5 is the reach of the slice of arXiv 2601.15021. Empty for
+            require a gradient. The layers before them are computed once.
+        blocks: Names of parameters or modules by block; by default backbone, router and experts of a model with a
+            router of this package, else one block for each child of the module.
+        block_eigenvalues: Whether to compute the largest eigenvalue of each block; about ten products each.
+        routing_steps: Lengths of the steps along the first eigenvector at which routing is compared, in both
+            directions, for models with a sparse router. 0.5 is the range of the slice in arXiv 2601.15021. Empty for
             none.
-        perturbation: Also give the adaptive and SAM-type sharpness of `functional.perturbation_sharpness`, which do not
-            change when layers are rescaled; about forty gradients.
-        graph_memory: Bytes that may be kept between products; by default 4 GiB on a CPU, if that is not more than half
-            of what is free, and half of the free memory on a GPU. 0 rebuilds the graph in every product.
-        basis_memory: Bytes of the vectors of the Krylov space, by default 4 GiB on a CPU and a quarter of the free
-            memory on a GPU, or what ``num_eigenvalues`` + 3 vectors take if that is more. Eigenvectors that are kept
-            take ``num_eigenvalues`` vectors besides.
-        engine: "lanczos", the default, or "pyhessian" for the procedure with which arXiv 2601.15021 was measured:
-            PyHessian with its own settings, its failures caught and named. It gives eigenvalues, trace and density.
-        options: What all analyses share: splits, num_samples, batch_size, seed, loss_fn, stages, every_n_epochs,
+        perturbation: Whether to compute the adaptive and SAM-type sharpness of `functional.perturbation_sharpness`,
+            which are invariant to rescaled layers; about forty gradients.
+        graph_memory: Bytes that may be kept between products. The default is 4 GiB on a CPU, limited to half of the
+            free memory, and half of the free memory on a GPU. 0 rebuilds the graph in every product.
+        basis_memory: Bytes for the vectors of the Krylov space. The default is 4 GiB on a CPU and a quarter of the free
+            memory on a GPU, or the size of ``num_eigenvalues`` + 3 vectors if that is more. Kept eigenvectors take
+            another ``num_eigenvalues`` vectors.
+        engine: "lanczos", the default, or "pyhessian" for the procedure of arXiv 2601.15021: PyHessian with its own
+            settings, with its failures caught and reported. It computes eigenvalues, trace and density.
+        options: Options of all analyses: splits, num_samples, batch_size, seed, loss_fn, stages, every_n_epochs,
             weights, max_time, on_error, name; see `AnalysisOptions`.
 
     Example:
@@ -163,22 +155,22 @@ class SharpnessCallback(FitEndAnalysis):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
         if stage == "fit" and not is_overridden("configure_model", pl_module):
-            # a name that is wrong is told before training, not after it
+            # a wrong name raises an error before training, not after it
             check_names(pl_module, self.params, self.blocks)
             if self.basis_memory is not None:
                 self._check_basis_memory(pl_module, self.basis_memory)
 
     @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        # of the step that is taken: at the end of an epoch a scheduler has moved on already
+        # the threshold of this step: at the end of an epoch, a scheduler has already changed the learning rate
         self._threshold = stability_threshold(trainer.optimizers)
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_fit_start(trainer, pl_module)
-        if self.runs_in_fit:  # the Trainer has converted the parameters to its precision by now
+        if self.runs_in_fit:  # the Trainer has already converted the parameters to its precision
             check_differentiable(type(self).__name__, pl_module, self.params)
-        # a fit that goes on where a checkpoint left it may take no further step
+        # a fit that is resumed from a checkpoint may take no further step
         self._threshold, self._threshold_before = self._threshold_before, None
         self._starts = {}
 
@@ -203,12 +195,7 @@ class SharpnessCallback(FitEndAnalysis):
     def compute(self, inputs: AnalysisInputs) -> SharpnessResult:
         assert inputs.loss_fn is not None
         weights = digest_of(inputs.model.parameters())
-        result = self._besides(inputs, self._spectrum(inputs), weights)
-        for part in (self._routing, self._perturbation):
-            if result.partial:
-                break
-            inputs.progress.keep(partial(_ended, result))
-            result = part(inputs, result)
+        result = self._with_context(inputs, self._sharpness(inputs), weights)
         self._weights[inputs.split] = weights
         if result.eigenvectors is not None:
             self._starts[inputs.split] = result.eigenvectors.sum(0)
@@ -220,7 +207,7 @@ class SharpnessCallback(FitEndAnalysis):
         there = {name: figure for name, figure in figures.items() if figure is not None}
         return Report(result.metrics(), {"summary": result.summary()}, there)
 
-    def _spectrum(self, inputs: AnalysisInputs) -> SharpnessResult:
+    def _sharpness(self, inputs: AnalysisInputs) -> SharpnessResult:
         assert inputs.loss_fn is not None
         selected = selected_parameters(inputs.model, self.params)
         num_parameters = sum(p.numel() for p in selected.values())
@@ -232,8 +219,7 @@ class SharpnessCallback(FitEndAnalysis):
             "progress": inputs.progress,
         }
         if self.engine == "pyhessian":
-            found = published_sharpness(inputs.model, inputs.loss_fn, inputs.batches, **shared)
-            return as_sharpness_result(found, inputs.model, self.seed)
+            return pyhessian_sharpness(inputs.model, inputs.loss_fn, inputs.batches, **shared)
         start = self._starts.get(inputs.split) if self.is_tracking else None
         return sharpness(
             inputs.model,
@@ -246,6 +232,8 @@ class SharpnessCallback(FitEndAnalysis):
             blocks=self.blocks,
             block_eigenvalues=self.block_eigenvalues,
             keep_eigenvectors=True,
+            routing_steps=self.routing_steps,
+            perturbation=self.perturbation and not self.is_tracking,
             graph_memory=self.graph_memory,
             basis_memory=self.basis_memory,
             start=start if start is not None and len(start) == num_parameters else None,
@@ -253,8 +241,8 @@ class SharpnessCallback(FitEndAnalysis):
             **shared,
         )
 
-    def _besides(self, inputs: AnalysisInputs, result: SharpnessResult, weights: bytes) -> SharpnessResult:
-        """What needs no further product: overlaps with other splits, the stability threshold, the epochs before."""
+    def _with_context(self, inputs: AnalysisInputs, result: SharpnessResult, weights: bytes) -> SharpnessResult:
+        """Add overlaps with other splits, the stability threshold and earlier epochs, which need no further product."""
         overlaps: dict[str, float] = {
             split: subspace_overlap(other.eigenvectors, result.eigenvectors)
             for split, other in self.results.items()
@@ -274,53 +262,10 @@ class SharpnessCallback(FitEndAnalysis):
         }
         return replace(result, overlaps=overlaps, stability_threshold=threshold, history=history)
 
-    def _routing(self, inputs: AnalysisInputs, result: SharpnessResult) -> SharpnessResult:
-        is_wanted = self.routing_steps and self.engine == "lanczos" and has_sparse_router(inputs.model)
-        if not is_wanted or result.eigenvectors is None:
-            return result
-        assert inputs.loss_fn is not None
-        found = routing_response(
-            inputs.model,
-            inputs.loss_fn,
-            inputs.batches,
-            self._whole_direction(inputs, result.eigenvectors[0]),
-            [sign * step for step in self.routing_steps for sign in (1, -1)],
-            seed=self.seed,
-            progress=inputs.progress.part(lambda part: replace(result, routing=part, partial=part.partial)),
-            ranks=inputs.ranks,
-        )
-        return replace(result, routing=found, partial=found.partial)
-
-    def _perturbation(self, inputs: AnalysisInputs, result: SharpnessResult) -> SharpnessResult:
-        if not self.perturbation or self.is_tracking or self.engine != "lanczos":
-            return result
-        assert inputs.loss_fn is not None
-        found = perturbation_sharpness(
-            inputs.model,
-            inputs.loss_fn,
-            inputs.batches,
-            params=self.params,
-            seed=self.seed,
-            progress=inputs.progress.part(lambda part: replace(result, perturbation=part, partial=part.partial)),
-            ranks=inputs.ranks,
-        )
-        return replace(result, perturbation=found, partial=found.partial)
-
     def _check_basis_memory(self, model: LightningModule, basis_memory: int) -> None:
         try:
             selected = list(selected_parameters(model, self.params).values())
         except ValueError:
-            return  # what cannot be analyzed yet is refused when the analysis begins
+            return  # a model that cannot be analyzed yet raises an error when the analysis begins
         size, first = sum(p.numel() for p in selected), selected[0]
         check_basis_memory(basis_memory, size, first.dtype, first.device, min(self.num_eigenvalues, size))
-
-    def _whole_direction(self, inputs: AnalysisInputs, vector: Tensor) -> Tensor:
-        """A vector over the selected parameters as one over all that require a gradient."""
-        selected = selected_parameters(inputs.model, self.params)
-        parts = dict(zip(selected, vector.split([p.numel() for p in selected.values()]), strict=True))
-        every = selected_parameters(inputs.model, None)
-        return torch.cat([parts.get(name, vector.new_zeros(p.numel())) for name, p in every.items()])
-
-
-def _ended(result: SharpnessResult, reason: str) -> SharpnessResult:
-    return replace(result, partial=reason)

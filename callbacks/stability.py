@@ -1,4 +1,4 @@
-"""The sharpness above which the steps of an optimizer are unstable (Cohen et al., arXiv 2103.00065)."""
+"""Sharpness above which the steps of an optimizer are unstable (Cohen et al., arXiv 2103.00065)."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -10,20 +10,20 @@ __all__ = ["stability_threshold"]
 
 
 def stability_threshold(optimizers: Iterable[Optimizer]) -> float | None:
-    r""":math:`\lambda_{\max}` above which gradient descent on a quadratic diverges.
+    r"""Return the :math:`\lambda_{\max}` above which gradient descent on a quadratic diverges.
 
     .. math:: \frac{2}{\eta}\ \text{for SGD}, \qquad \frac{2 (1 + \beta)}{\eta}\ \text{with momentum}, \qquad
         \frac{2 (1 + \beta)}{\eta (1 + 2 \beta)}\ \text{with Nesterov's}
 
-    (appendix B of Cohen et al.), less the weight decay, which adds to every eigenvalue. It holds for full batches; the
-    noise of small ones keeps the sharpness below.
+    (appendix B of Cohen et al.), minus the weight decay, which adds to every eigenvalue. The threshold holds for full
+    batches. The noise of small batches keeps the sharpness below it.
 
     Args:
         optimizers: The optimizers of a run.
 
     Returns:
-        The threshold at the learning rate of the moment; None unless there is one `torch.optim.SGD` without dampening
-        whose parameter groups agree: another method moves in another metric.
+        The threshold at the current learning rate. None unless there is one `torch.optim.SGD` without dampening whose
+        parameter groups agree, since other methods move in another metric.
 
     Example:
         >>> import torch

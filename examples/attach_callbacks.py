@@ -1,4 +1,4 @@
-"""Attach the analyses to somebody's LightningModule: no argument is needed, nothing in the module changes.
+"""Attach the analyses to an existing LightningModule, without arguments and without changes to the module.
 
 python examples/attach_callbacks.py
 """
@@ -14,24 +14,24 @@ from moe_heads.callbacks import LossLandscapeCallback, SharpnessCallback
 
 
 class Regression(pl.LightningModule):
-    """A module that knows nothing of this package."""
+    """A module without any reference to this package."""
 
     def __init__(self) -> None:
         super().__init__()
         self.net = nn.Sequential(nn.Linear(2, 32), nn.Tanh(), nn.Linear(32, 1))
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        """Mean squared error."""
+        """Return the mean squared error."""
         x, y = batch
         return F.mse_loss(self.net(x), y)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """Adam."""
+        """Return Adam."""
         return torch.optim.Adam(self.parameters(), lr=1e-2)
 
 
 def main(max_epochs: int = 20) -> SharpnessCallback:
-    """Fit a sine, and look at the curvature of what was found."""
+    """Fit a sine and print the curvature at the solution."""
     pl.seed_everything(0)
     x = 4 * torch.rand(512, 2) - 2
     data = TensorDataset(x, torch.sin(x.sum(-1, keepdim=True)))

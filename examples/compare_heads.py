@@ -5,9 +5,9 @@
     python examples/compare_heads.py --preset paper --accelerator gpu      # the protocol of the paper
     python examples/compare_heads.py --data imagefolder:PATH --backbone resnet8 --epochs 10
 
-Each run writes `<out>/<head>/seed<k>/`; the study writes `report.md`, `report.html` and `results.json` beside them.
-Interrupted, it loses an epoch or an analysis at most and goes on with `--resume`. Several processes, one for each
-device, may work on one folder.
+Each run writes `<out>/<head>/seed<k>/`. The study writes `report.md`, `report.html` and `results.json` to `<out>`. An
+interruption loses at most one epoch or analysis, and `--resume` continues. Several processes, one for each device, may
+work on one folder.
 """
 
 import logging
@@ -27,32 +27,32 @@ from study.training import TimeIsUp
 
 from moe_heads.lightning_modules import ImageDataModule
 
-_FAILED, _REFUSED, _NOT_FINISHED, _INTERRUPTED = 1, 2, 3, 130
+_FAILED, _INVALID, _UNFINISHED, _INTERRUPTED = 1, 2, 3, 130
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the study.
 
     Returns:
-        0 when every run is finished; 1 when one failed, 2 when something impossible was asked for, 3 when time was up
-        or other processes have not finished theirs, 130 after Ctrl-C.
+        0 if every run is finished, 1 if one failed, 2 for invalid options, 3 if time was up or other processes have
+        unfinished runs, 130 after Ctrl-C.
     """
     started = time.monotonic()
     _quiet_lightning()
     try:
         options = parse(arguments)
         results.check_new(options)
-        results.finished(options.out, options.config())  # what the folder forbids is told before the images are read
+        results.finished(options.out, options.config())  # raises errors of the folder before the images are read
         data = build_data(options)
         description = describe_data(options, data)
         config = options.config() | {"data_sha256": description["sha256"]}
         results.finished(options.out, config)
         check_accelerator(options)
         for head in options.heads:
-            build_model(options, head, data)  # a head that cannot be had is told before the first one trains
+            build_model(options, head, data)  # raises errors of any head before the first one trains
         options.out.mkdir(parents=True, exist_ok=True)
     except (ValueError, RuntimeError, ImportError, OSError) as error:
-        return _tell(error, _REFUSED)
+        return _report_error(error, _INVALID)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     deadline = started + 60 * (options.max_minutes or float("inf"))
@@ -63,17 +63,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with locked(options.out):
             _finish(options, description, config, time.monotonic() - started)
     except (ValueError, OSError) as error:
-        return _tell(error, _FAILED)
-    except (KeyboardInterrupt, SystemExit):  # the latter is what Lightning makes of Ctrl-C
-        print("compare_heads.py: interrupted; what is done is kept, carry on with --resume", file=sys.stderr)
+        return _report_error(error, _FAILED)
+    except (KeyboardInterrupt, SystemExit):  # Lightning turns Ctrl-C into the latter
+        print("compare_heads.py: interrupted. Finished parts are kept. Continue with --resume.", file=sys.stderr)
         return _INTERRUPTED
     return status
 
 
 def _run_all(options: Options, data: ImageDataModule, config: dict[str, Any], deadline: float) -> int:
-    """Do what is not done, seed by seed, so that what there is can be compared at any time.
+    """Run all unfinished heads seed by seed, so that finished heads can be compared at any time.
 
-    A run that fails, since it diverged for instance, does not keep the others from theirs.
+    A failed run, for example one that diverged, does not stop the others.
 
     Returns:
         Exit status.
@@ -83,17 +83,17 @@ def _run_all(options: Options, data: ImageDataModule, config: dict[str, Any], de
     for number, (head, seed) in enumerate(runs, start=1):
         label = f"[{number}/{len(runs)}] {head}, seed {seed}"
         folder = options.run_dir(head, seed)
-        with claimed(folder) as is_mine:
-            if not is_mine:
-                print(f"{label}: another process works on it", flush=True)
-                status = status or _NOT_FINISHED
+        with claimed(folder) as is_claimed:
+            if not is_claimed:
+                print(f"{label}: another process is working on it", flush=True)
+                status = status or _UNFINISHED
                 continue
             if (folder / "result.json").exists():
-                print(f"{label}: finished before", flush=True)
-                analyses.forget(folder)  # where the process ended just before it would have done so
+                print(f"{label}: already finished", flush=True)
+                analyses.remove_saved(folder)  # the earlier process may have ended just before this step
                 continue
             if has_begun and time.monotonic() > deadline:
-                return status or _time_is_up(label, "not begun")
+                return status or _time_is_up(label, "not started")
             print(f"{label}: training and analyzing ...", flush=True)
             has_begun = True
             results.check_begun(folder, config)
@@ -103,46 +103,46 @@ def _run_all(options: Options, data: ImageDataModule, config: dict[str, Any], de
             except TimeIsUp as reached:
                 return status or _time_is_up(label, str(reached))
             except (RuntimeError, ValueError) as error:
-                status = _tell(error, _FAILED, f"{label}: ")
+                status = _report_error(error, _FAILED, f"{label}: ")
                 continue
         print(f"{label}: {_headline(result)}", flush=True)
     return status
 
 
 def _finish(options: Options, data: dict[str, Any], config: dict[str, Any], seconds: float) -> None:
-    """Report on all runs of the folder, whoever made them and when."""
+    """Write the report on all runs in the folder, including those of other processes."""
     runs = [*results.finished(options.out, config).values()]
     if runs:
         path = report.write(options, data, runs)
         count = "1 run" if len(runs) == 1 else f"{len(runs)} runs"
-        print(f"\n{main_table(runs)}\n\n{count} by now; this took {seconds:.0f} s. Report: {path}")
+        print(f"\n{main_table(runs)}\n\n{count} finished. This process took {seconds:.0f} s. Report: {path}")
         print(f"Browse the results: tensorboard --logdir {options.out}")
 
 
 def _headline(result: results.Run) -> str:
     metrics = result["metrics"]
     sharpness = metrics.get("sharpness/train/lambda_max", float("nan"))
-    minutes = f"{result['training_seconds']:.0f} s of training, {result['analysis_seconds']:.0f} s of analyses"
-    return f"test accuracy {metrics['plain/test/accuracy']:.2%}, λmax on training data {sharpness:.3g}, {minutes}"
+    times = f"{result['training_seconds']:.0f} s of training, {result['analysis_seconds']:.0f} s of analyses"
+    return f"test accuracy {metrics['plain/test/accuracy']:.2%}, λmax on training data {sharpness:.3g}, {times}"
 
 
 def _time_is_up(label: str, reached: str) -> int:
-    print(f"compare_heads.py: time is up ({label}: {reached}); carry on with --resume", file=sys.stderr)
-    return _NOT_FINISHED
+    print(f"compare_heads.py: time is up ({label}: {reached}). Continue with --resume.", file=sys.stderr)
+    return _UNFINISHED
 
 
-def _tell(error: Exception, status: int, label: str = "") -> int:
+def _report_error(error: Exception, status: int, label: str = "") -> int:
     print(f"compare_heads.py: error: {label}{error}", file=sys.stderr)
     return status
 
 
 def _quiet_lightning() -> None:
-    """Leave out Lightning's advice on hardware and worker processes: this script has chosen both."""
+    """Silence Lightning's advice on hardware and worker processes, which this script chooses itself."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=".*does not have many workers")
     warnings.filterwarnings("ignore", message="`isinstance.treespec, LeafSpec.` is deprecated")
     warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
-    # an analysis that an earlier piece has done is left out
+    # analyses finished by an earlier process are not among the callbacks
     warnings.filterwarnings("ignore", message=".*callbacks used to create the checkpoint need to be provided")
 
 

@@ -1,4 +1,4 @@
-"""Train any head on any data from a YAML file, by LightningCLI.
+"""Train any head on any data from a YAML file with LightningCLI.
 
     python examples/train.py fit --config examples/configs/sparse_moe.yaml
     python examples/train.py fit --config examples/configs/soft_moe.yaml --trainer.max_epochs 5
@@ -12,7 +12,7 @@ from moe_heads.lightning_modules import ImageDataModule, MoEClassifier
 
 
 def main(args: ArgsType = None) -> LightningCLI:
-    """Run the command line; ``args`` stands in for it in tests."""
+    """Run the command line, or ``args`` in its place."""
     return LightningCLI(
         MoEClassifier, ImageDataModule, subclass_mode_data=True, save_config_kwargs={"overwrite": True}, args=args
     )

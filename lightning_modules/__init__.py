@@ -1,4 +1,4 @@
-"""The Lightning side of a classifier: module, backbones and data."""
+"""Lightning components of a classifier: module, backbones and data modules."""
 
 from moe_heads.lightning_modules.backbones import CifarResNet, DigitsCNN, ResNet18Cifar, build_backbone
 from moe_heads.lightning_modules.cifar10 import CIFAR10DataModule

@@ -1,4 +1,4 @@
-"""Backbones for small images: modules from images to features, whose size is their attribute ``num_features``.
+"""Backbones for small images: modules from images to features, with the attribute ``num_features``.
 
 Shapes: B batch, C channels, H and W pixels, F features. The CIFAR networks follow He et al. 2016, arXiv 1512.03385.
 """
@@ -29,12 +29,13 @@ def _he_init(module: nn.Module) -> None:
 class DigitsCNN(nn.Module):
     """Four 3x3 convolutions with batch norm, then the mean over each quarter: (B, C, H, W) → (B, 4·width).
 
-    Made for the 8x8 digits: small enough (18,768 parameters) that a run takes seconds and its Hessian can be analyzed
-    on two cores. The quarters of the image stay apart because a digit is told by where its strokes are.
+    The network is made for the 8x8 digits. It is small enough (18,768 parameters) that a run takes seconds and its
+    Hessian can be analyzed on two cores. The quarters of the image are pooled separately because the positions of the
+    strokes distinguish the digits.
 
     Args:
-        in_channels: C; the digits are gray.
-        width: Channels of the first and last convolution; the two between have twice as many.
+        in_channels: C. The digits are gray.
+        width: Channels of the first and the last convolution. The two in between have twice as many.
 
     Attributes:
         num_features: F = 4·width.
@@ -63,13 +64,13 @@ class DigitsCNN(nn.Module):
         self.apply(_he_init)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Features (B, F) of images (B, C, H, W)."""
+        """Compute the features (B, F) of images (B, C, H, W)."""
         features: Tensor = self.layers(x)
         return features
 
 
 class _BasicBlock(nn.Module):
-    """Two convolutions and the identity; where the shape changes, a strided and zero-padded one (He's option A)."""
+    """Two convolutions with an identity shortcut, strided and zero-padded where the shape changes (option A of He)."""
 
     def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
         super().__init__()
@@ -87,22 +88,23 @@ class _BasicBlock(nn.Module):
 
 
 class CifarResNet(nn.Module):
-    """The residual networks of He et al. (2016, section 4.2) for CIFAR: (B, C, H, W) → (B, 4·width).
+    """Residual network of He et al. (2016, section 4.2) for CIFAR: (B, C, H, W) → (B, 4·width).
 
-    A 3x3 stem, then three stages of n = (depth - 2)/6 blocks with width, 2·width and 4·width channels at full, half
-    and quarter resolution, then the mean over the pixels. Shortcuts carry no parameters. Depth 20 has 269,072
+    It has a 3x3 stem, three stages of n = (depth - 2)/6 blocks with width, 2·width and 4·width channels at full, half
+    and quarter resolution, and the mean over the pixels. Shortcuts have no parameters. Depth 20 has 269,072
     parameters.
 
     Args:
-        depth: Layers with weights, counting the classifier that is left out here: 8, 14, 20, 32, 44, 56, 110 …
-        width: Channels of the first stage; 16 in the paper.
+        depth: Number of layers with weights: 8, 14, 20, 32, 44, 56, 110 … It counts the classifier, which is omitted
+            here.
+        width: Channels of the first stage, 16 in the paper.
         in_channels: C.
 
     Attributes:
         num_features: F = 4·width.
 
     Raises:
-        ValueError: If the depth is not 6n + 2 with n of at least 1, or a size below 1.
+        ValueError: If the depth is not 6n + 2 with n of at least 1, or a size is below 1.
 
     Example:
         >>> import torch
@@ -115,7 +117,7 @@ class CifarResNet(nn.Module):
         check_at_least_one(depth=depth, width=width, in_channels=in_channels)
         num_blocks, rest = divmod(depth - 2, 6)
         if num_blocks < 1 or rest:
-            raise ValueError(f"depth: expected 6n + 2 with n of at least 1 (8, 14, 20, 32, 44 …), got {depth}")
+            raise ValueError(f"depth: expected 6n + 2 with n of at least 1 (8, 14, 20, 32, 44 …), got {depth}.")
         self.num_features = 4 * width
         layers = _conv_bn_relu(in_channels, width)
         channels = width
@@ -127,16 +129,17 @@ class CifarResNet(nn.Module):
         self.apply(_he_init)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Features (B, F) of images (B, C, H, W)."""
+        """Compute the features (B, F) of images (B, C, H, W)."""
         features: Tensor = self.layers(x)
         return features
 
 
 class ResNet18Cifar(nn.Module):
-    """torchvision's ResNet-18 for 32x32 images, the backbone of arXiv 2601.15021: (B, C, H, W) → (B, 512).
+    """ResNet-18 of torchvision for 32x32 images, the backbone of arXiv 2601.15021: (B, C, H, W) → (B, 512).
 
-    The 7x7 stride-2 stem becomes a 3x3 stride-1 one and the max-pool goes, so that the first stage sees all pixels;
-    ``fc`` is left out. 11,168,832 parameters, 555 million multiply-adds for a 32x32 image.
+    A 3x3 stem with stride 1 replaces the 7x7 stem with stride 2, and the max-pool is removed, so that the first stage
+    has full resolution. ``fc`` is removed. The network has 11,168,832 parameters and takes 555 million multiply-adds
+    for a 32x32 image.
 
     Args:
         in_channels: C.
@@ -164,7 +167,7 @@ class ResNet18Cifar(nn.Module):
         self.resnet.fc = nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        """Features (B, 512) of images (B, C, H, W)."""
+        """Compute the features (B, 512) of images (B, C, H, W)."""
         features: Tensor = self.resnet(x)
         return features
 
@@ -179,21 +182,21 @@ _BY_NAME: dict[str, Callable[[int], nn.Module]] = {
 
 
 def build_backbone(name: str, in_channels: int, image_size: int) -> nn.Module:
-    """The backbone of that name, untrained, for square images; its attribute ``num_features`` sizes the head.
+    """Build the untrained backbone of a given name for square images. Its ``num_features`` is the input size of a head.
 
     Args:
         name: "digits_cnn", "fast_cnn" (for a CPU), "resnet8", "resnet20", "resnet18" (of arXiv 2601.15021), or any
             model of two libraries as "torchvision:<name>" or "timm:<name>".
         in_channels: Channels of the images.
-        image_size: Side of the images in pixels. The names without a colon take any size,
-            fast_cnn from 9 pixels on.
+        image_size: Side of the images in pixels. The names without a colon accept any size, but fast_cnn needs at
+            least 9 pixels.
 
     Returns:
         A module from (B, in_channels, image_size, image_size) to (B, num_features).
 
     Raises:
-        ValueError: If there is no backbone of that name, or it cannot take such images.
-        ImportError: If timm is asked for and not installed.
+        ValueError: If there is no backbone of that name, or it does not support such images.
+        ImportError: If a timm model is requested and timm is not installed.
 
     Example:
         >>> build_backbone("resnet8", in_channels=3, image_size=32).num_features
@@ -201,7 +204,7 @@ def build_backbone(name: str, in_channels: int, image_size: int) -> nn.Module:
     """
     check_at_least_one(in_channels=in_channels, image_size=image_size)
     if name == "fast_cnn" and image_size < FastCNN.least_size():
-        raise ValueError(f"image_size: expected at least {FastCNN.least_size()} for fast_cnn, got {image_size}")
+        raise ValueError(f"image_size: expected at least {FastCNN.least_size()} for fast_cnn, got {image_size}.")
     if name in _BY_NAME:
         return _BY_NAME[name](in_channels)
     library, _, model_name = name.partition(":")
@@ -210,4 +213,4 @@ def build_backbone(name: str, in_channels: int, image_size: int) -> nn.Module:
     if library == "timm" and model_name:
         return TimmBackbone(model_name, in_channels, image_size)
     choices = [*_BY_NAME, "torchvision:<name>", "timm:<name>"]
-    raise ValueError(f"backbone: expected one of {', '.join(choices)}, got {name!r}")
+    raise ValueError(f"backbone: expected one of {', '.join(choices)}, got {name!r}.")

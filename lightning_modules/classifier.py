@@ -1,4 +1,4 @@
-"""A classifier from a backbone and a head, trained with the settings of arXiv 2601.15021."""
+"""Classifier with a backbone and a head, trained with the settings of arXiv 2601.15021."""
 
 from typing import Any
 
@@ -29,37 +29,38 @@ Batch = tuple[Tensor, Tensor]
 
 
 class MoEClassifier(LightningModule):
-    """Backbone and head as one LightningModule: cross-entropy plus the head's balance loss, by SGD.
+    """LightningModule of a backbone and a head, trained by SGD on the cross-entropy plus the balance loss of the head.
 
-    Works with any head from features to logits: those of `moe_heads`, a plain `torch.nn.Linear`, or a module that
-    holds heads anywhere inside; the balance losses of all of them, and of heads inside the backbone, are trained.
+    It works with any head from features to logits: those of `moe_heads`, a plain `torch.nn.Linear`, or a module that
+    contains heads at any depth. The objective includes the balance losses of all of them and of heads inside the
+    backbone.
 
-    Logged once an epoch, as means over the samples: ``train/loss`` (the objective: cross-entropy with label smoothing
-    plus balance loss), ``train/aux_loss`` (its balance part), ``train/accuracy``; and for validation and test
-    ``val/loss`` (plain cross-entropy in nats), ``val/accuracy`` (share of correct samples) and
+    It logs once per epoch, as means over the samples: ``train/loss`` (the objective: cross-entropy with label smoothing
+    plus balance loss), ``train/aux_loss`` (the balance part), and ``train/accuracy``. For validation and test it logs
+    ``val/loss`` (plain cross-entropy in nats), ``val/accuracy`` (fraction of correct samples) and
     ``val/calibration_error`` (expected calibration error, 15 bins).
 
     Args:
         backbone: Module from inputs to features.
         head: Module from features to logits (B, C).
-        learning_rate: Of SGD at the start.
-        momentum: Of SGD.
+        learning_rate: Initial learning rate of SGD.
+        momentum: Momentum of SGD.
         weight_decay: L2 coefficient on all parameters.
-        nesterov: Use Nesterov's momentum.
-        schedule: "cosine" lowers the learning rate to 0 over the trainer's ``max_epochs``, one step an epoch; "linear"
-            raises it in the first fifth of the training and lowers it to 0, one step a batch, which suits trainings of
-            few epochs; "constant" keeps it.
-        label_smoothing: Of the training cross-entropy, in [0, 1).
-        channels_last: Hold the backbone's convolutions and the images with the channels last in memory, which
-            convolutions in bf16, and those of a CPU, run faster. It changes no value beyond rounding.
-        num_classes: C; None takes it from the head's ``num_classes`` or ``out_features``.
+        nesterov: Whether to use Nesterov momentum.
+        schedule: "cosine" lowers the learning rate to 0 over ``max_epochs`` of the trainer, one step per epoch.
+            "linear" raises it in the first fifth of the training and then lowers it to 0, one step per batch, which is
+            suited to few epochs. "constant" keeps it.
+        label_smoothing: Label smoothing of the training cross-entropy, in [0, 1).
+        channels_last: Whether to store the convolutions of the backbone and the images with the channels last.
+            Convolutions in bf16, and those on a CPU, are faster in this format. The values change by rounding only.
+        num_classes: C. None takes it from ``num_classes`` or ``out_features`` of the head.
 
     Attributes:
         num_classes: C.
 
     Raises:
-        ValueError: If an argument is out of its range, the number of classes is unknown or contradicts the head, or
-            the head does not fit the backbone's ``num_features``.
+        ValueError: If an argument is out of range, the number of classes is unknown or contradicts the head, or the
+            head does not match ``num_features`` of the backbone.
 
     Example:
         >>> import torch
@@ -87,23 +88,23 @@ class MoEClassifier(LightningModule):
         for name, module in (("backbone", backbone), ("head", head)):
             if not isinstance(module, nn.Module):
                 raise ValueError(
-                    f"{name}: expected a torch.nn.Module, got {module!r}. Checkpoints hold its weights "
-                    f"only: call load_from_checkpoint(path, backbone=..., head=...)"
+                    f"{name}: expected a torch.nn.Module, got {module!r}. A checkpoint contains only weights: call"
+                    " load_from_checkpoint(path, backbone=..., head=...)."
                 )
         check_positive(learning_rate=learning_rate)
         check_shares(momentum=momentum, label_smoothing=label_smoothing)
         check_not_negative(weight_decay=weight_decay)
         check_flags(nesterov=nesterov, channels_last=channels_last)
         if nesterov and momentum == 0:
-            raise ValueError("nesterov: expected False with momentum 0, got True")
+            raise ValueError("nesterov: expected False with momentum 0, got True. Set a momentum above 0.")
         check_option("schedule", schedule, SCHEDULES)
         _check_sizes(backbone, head)
         self.num_classes = _num_classes(head, num_classes)
         self.backbone = backbone.to(memory_format=torch.channels_last) if channels_last else backbone
         self.head = head
-        # modules and LightningCLI's own entries stay out: the table of runs and load_from_checkpoint need scalars
+        # without modules and the entries of LightningCLI: the table of runs and load_from_checkpoint need scalars
         self.save_hyperparameters(ignore=["backbone", "head", "_instantiator", "_class_path"])
-        # numbers of NumPy, as a sweep gives them, would keep load_from_checkpoint from reading the checkpoint
+        # load_from_checkpoint cannot read NumPy scalars, which a sweep may pass
         plain = {name: value.item() if isinstance(value, np.generic) else value for name, value in self.hparams.items()}
         self.save_hyperparameters(plain | _describe(backbone, head))
         self._head_returns_all = isinstance(head, Head) and not any(isinstance(m, Router) for m in backbone.modules())
@@ -115,38 +116,47 @@ class MoEClassifier(LightningModule):
 
     @override
     def forward(self, x: Tensor) -> Tensor:
-        """Logits (B, C)."""
+        """Compute the logits (B, C)."""
         logits: Tensor = self.head(self._features(x))
         return logits
 
     @override
     def setup(self, stage: str) -> None:
-        """Refuse data with another number of classes, where the data module tells it.
+        """Check that the data module, if it has ``num_classes``, has as many classes as the head.
 
         Raises:
-            ValueError: If ``trainer.datamodule.num_classes`` is not the head's.
+            ValueError: If ``trainer.datamodule.num_classes`` differs from that of the head.
         """
         expected = getattr(getattr(self.trainer, "datamodule", None), "num_classes", self.num_classes)
         if expected != self.num_classes:
-            raise ValueError(f"head: expected {expected} classes, as the data module has, got {self.num_classes}")
+            raise ValueError(
+                f"head: expected {expected} classes, the number of the data module, got {self.num_classes}. Build the"
+                f" head with num_classes={expected}."
+            )
 
     @override
     def on_fit_start(self) -> None:
-        """Refuse weights and training data that no training can come of.
+        """Check that the weights are finite and the training data is not empty.
 
         Raises:
             ValueError: If a weight is not finite, or the training loader is empty.
         """
         for name, parameter in self.named_parameters():
             if not isinstance(parameter, nn.UninitializedParameter) and not bool(parameter.isfinite().all()):
-                raise ValueError(f"weights: expected finite numbers before training, got NaN or infinity in {name}")
+                raise ValueError(
+                    f"weights: expected finite numbers before training, got nan or infinity in {name}. Check the"
+                    " initialization or the loaded checkpoint."
+                )
         self.trainer.fit_loop.setup_data()
         if self.trainer.num_training_batches == 0 and self.trainer.limit_train_batches != 0:
-            raise ValueError("train loader: expected at least one batch, got an empty loader")
+            raise ValueError(
+                "train loader: expected at least one batch, got an empty loader. Check the data set, the batch size and"
+                " drop_last."
+            )
 
     @override
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Cross-entropy plus balance loss, scalar; no synchronization with the host."""
+        """Compute the cross-entropy plus the balance loss, scalar, without synchronizing with the host."""
         x, labels = batch
         logits, aux_loss = self._logits_and_aux_loss(x)
         loss = F.cross_entropy(logits, labels, label_smoothing=self.hparams["label_smoothing"]) + aux_loss
@@ -159,24 +169,24 @@ class MoEClassifier(LightningModule):
 
     @override
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Loss, accuracy and calibration error of a validation batch.
+        """Log loss, accuracy and calibration error of a validation batch.
 
         Raises:
-            ValueError: In the sanity check before training, if logits are not finite.
+            ValueError: If logits are not finite in the sanity check before training.
         """
         self._evaluate("val", batch, self.val_accuracy, self.val_calibration_error)
 
     @override
     def test_step(self, batch: Batch, batch_idx: int) -> None:
-        """Loss, accuracy and calibration error of a test batch."""
+        """Log loss, accuracy and calibration error of a test batch."""
         self._evaluate("test", batch, self.test_accuracy, self.test_calibration_error)
 
     @override
     def configure_optimizers(self) -> Any:
-        """SGD and its schedule.
+        """Build SGD and its schedule.
 
         Raises:
-            MisconfigurationException: If the schedule ends with the training and the training has no end.
+            MisconfigurationException: If the schedule depends on the length of the training and it is infinite.
         """
         options = {name: self.hparams[name] for name in ("momentum", "weight_decay", "nesterov")}
         optimizer = torch.optim.SGD(self.parameters(), lr=self.hparams["learning_rate"], **options)
@@ -188,15 +198,15 @@ class MoEClassifier(LightningModule):
         }
 
     def analysis_loss(self, batch: Batch) -> Tensor:
-        """Mean cross-entropy of a batch, scalar, nats: what the analyses differentiate.
+        """Compute the mean cross-entropy of a batch, scalar, nats: the loss that the analyses differentiate.
 
-        Neither balance loss nor label smoothing, so that heads can be compared.
+        It includes neither balance loss nor label smoothing, so that heads can be compared.
         """
         x, labels = batch
         return F.cross_entropy(self(x), labels)
 
     def analysis_accuracy(self, batch: Batch) -> Tensor:
-        """Share of correct samples of a batch, scalar."""
+        """Compute the fraction of correct samples of a batch, scalar."""
         x, labels = batch
         accuracy: Tensor = (self(x).argmax(-1) == labels).float().mean()
         return accuracy
@@ -223,7 +233,7 @@ class MoEClassifier(LightningModule):
         if self.trainer.sanity_checking:
             _check_finite(logits)
         accuracy(logits, labels)
-        # as probabilities: logits that all happen to lie in [0, 1] would be taken for some
+        # as probabilities: torchmetrics treats logits that all happen to be in [0, 1] as probabilities
         calibration(logits.softmax(-1), labels)
         metrics: dict[str, Metric | Tensor] = {
             f"{split}/loss": F.cross_entropy(logits, labels),
@@ -236,7 +246,10 @@ class MoEClassifier(LightningModule):
 def _check_sizes(backbone: nn.Module, head: nn.Module) -> None:
     came, expected = getattr(backbone, "num_features", None), getattr(head, "in_features", None)
     if isinstance(came, int) and isinstance(expected, int) and came != expected:
-        raise ValueError(f"head: expected in_features={came}, the backbone's num_features, got {expected}")
+        raise ValueError(
+            f"head: expected in_features={came}, the num_features of the backbone, got {expected}. Build the head with"
+            f" in_features={came}."
+        )
 
 
 def _num_classes(head: nn.Module, num_classes: int | None) -> int:
@@ -244,18 +257,18 @@ def _num_classes(head: nn.Module, num_classes: int | None) -> int:
     if num_classes is None:
         if not isinstance(known, int):
             raise ValueError(
-                f"num_classes: expected a number, as {type(head).__name__} has neither num_classes nor "
-                "out_features, got None"
+                f"num_classes: expected a number, since {type(head).__name__} has neither num_classes nor out_features,"
+                " got None. Pass num_classes=C."
             )
         return known
     check_at_least_one(num_classes=num_classes)
     if isinstance(known, int) and known != num_classes:
-        raise ValueError(f"num_classes: expected {known}, the head's number of logits, got {num_classes}")
+        raise ValueError(f"num_classes: expected {known}, the number of logits of the head, got {num_classes}.")
     return num_classes
 
 
 def _describe(backbone: nn.Module, head: nn.Module) -> dict[str, str | int | float]:
-    """What tells one run's model from another's in a table of hyper-parameters."""
+    """Return the hyperparameters that distinguish the models in a table of runs."""
     size = capacity(head)
     shape = {name: getattr(head, name, None) for name in ("num_experts", "k", "expert_width", "width")}
     router = getattr(head, "router", None)
@@ -273,6 +286,6 @@ def _check_finite(logits: Tensor) -> None:
     num_bad = int((~logits.isfinite().all(-1)).sum())
     if num_bad:
         raise ValueError(
-            f"logits: expected finite numbers from the model, got NaN or infinity in {num_bad} of {len(logits)} rows "
-            "of a validation batch before training. Check the inputs and the initial or loaded weights"
+            f"logits: expected finite numbers from the model, got nan or infinity in {num_bad} of {len(logits)} rows "
+            "of a validation batch before training. Check the inputs and the initial or loaded weights."
         )

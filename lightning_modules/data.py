@@ -1,4 +1,4 @@
-"""Base of the image data modules: stratified splits, of which only the training loader augments."""
+"""Base of the image data modules: stratified splits, with augmentation in the training loader only."""
 
 import math
 from abc import ABC, abstractmethod
@@ -33,14 +33,14 @@ class RawSplit(NamedTuple):
 
 
 def choose_stratified(labels: Tensor, num_chosen: int, seed: int) -> Tensor:
-    """Mask of ``num_chosen`` random samples with the classes in the proportions of the whole.
+    """Choose ``num_chosen`` random samples with the class proportions of the data set, as a mask.
 
-    Shares are rounded by the largest remainder, so that the sizes add up.
+    The class sizes are rounded by the largest remainder, so that they add up.
 
     Args:
         labels: (N,), int64.
-        num_chosen: Samples to choose, 0 … N.
-        seed: The choice is a function of this and of the labels.
+        num_chosen: Number of samples to choose, 0 … N.
+        seed: Seed. The choice depends only on it and on the labels.
 
     Returns:
         (N,), bool.
@@ -64,21 +64,21 @@ def choose_stratified(labels: Tensor, num_chosen: int, seed: int) -> Tensor:
 
 
 class ImageDataModule(LightningDataModule, ABC):
-    """Base of the image data modules: three splits, of which only the training loader augments.
+    """Base of the image data modules: three splits, with augmentation in the training loader only.
 
-    Each split has its own data set and each data set its own transform, so nothing that one of them does can reach
-    another. Batches are ``(images (B, C, H, W) float32, labels (B,) int64)``. Shuffling and augmentation draw from
-    torch's global generator (``seed_everything``); which image belongs to which split is a function of ``seed`` alone.
+    Each split has its own data set and each data set its own transform, so the splits are independent. Batches are
+    ``(images (B, C, H, W) float32, labels (B,) int64)``. Shuffling and augmentation use the global generator of torch
+    (``seed_everything``). The assignment of images to splits depends only on ``seed``.
 
     Args:
-        mean: Mean of each channel on the scale 0 … 1.
-        std: Standard deviation of each channel on the scale 0 … 1.
-        batch_size: Images a batch.
-        num_workers: Processes that load; 0 loads in the main process, the fastest for images held in memory.
-        val_split: Share of the training images that becomes the validation split.
-        seed: Seed of the splits; 42 as in arXiv 2601.15021.
-        augment: Augment the training split.
-        limit_train: Train on a random subset of that many images, classes in proportion; None for all.
+        mean: Mean of each channel on the scale of 0 to 1.
+        std: Standard deviation of each channel on the scale of 0 to 1.
+        batch_size: Images per batch.
+        num_workers: Number of loader processes. 0 loads in the main process, the fastest for images in memory.
+        val_split: Fraction of the training images used for the validation split.
+        seed: Seed of the splits, 42 as in arXiv 2601.15021.
+        augment: Whether to augment the training split.
+        limit_train: Size of a random, stratified subset to train on. None uses all training images.
 
     Attributes:
         num_classes: C.
@@ -109,7 +109,7 @@ class ImageDataModule(LightningDataModule, ABC):
         check_at_least(0, num_workers=num_workers)
         check_positive(val_split=val_split)
         if val_split >= 1:
-            raise ValueError(f"val_split: expected a share between 0 and 1, got {val_split!r}")
+            raise ValueError(f"val_split: expected a number between 0 and 1, got {val_split!r}.")
         check_at_least_one(or_none=True, limit_train=limit_train)
         check_seed(seed)
         check_flags(augment=augment)
@@ -118,7 +118,7 @@ class ImageDataModule(LightningDataModule, ABC):
             or not all(map(math.isfinite, (*mean, *std)))
             or not all(deviation > 0 for deviation in std)
         ):
-            raise ValueError(f"mean, std: expected one number a channel, std above 0, got {mean!r}, {std!r}")
+            raise ValueError(f"mean, std: expected one number per channel, std above 0, got {mean!r}, {std!r}.")
         self.mean, self.std = tuple(mean), tuple(std)
         self.batch_size = batch_size
         self.num_workers = num_workers
@@ -127,25 +127,25 @@ class ImageDataModule(LightningDataModule, ABC):
         self.augment = augment
         self.limit_train = limit_train
         self._splits: Mapping[Split, RawSplit] | None = None
-        # the seed of the splits stays out: in a table of runs it would pass for the seed of the training
+        # without the seed of the splits, which a table of runs would present as the seed of the training
         self.save_hyperparameters("batch_size", "augment", "limit_train")
 
     @abstractmethod
     def load_splits(self) -> Mapping[Split, RawSplit]:
-        """All three splits; called once."""
+        """Return all three splits. Called once."""
 
     @abstractmethod
     def transform(self, augment: bool) -> ImageTransform:
-        """A new transform of raw images, with or without augmentation."""
+        """Return a new transform of raw images, with or without augmentation."""
 
     @override
     def setup(self, stage: str | None = None) -> None:
-        """Load the images, the first time it is called."""
+        """Load the images on the first call."""
         if self._splits is None:
             self._splits = self.load_splits()
 
     def analysis_dataset(self, split: Split) -> Dataset[tuple[Tensor, Tensor]]:
-        """The images of a split without augmentation, in a fixed order.
+        """Return the images of a split without augmentation, in a fixed order.
 
         Args:
             split: "train", "val" or "test".
@@ -160,31 +160,31 @@ class ImageDataModule(LightningDataModule, ABC):
 
     @override
     def train_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
-        """Shuffled, augmented training images."""
+        """Return a loader of the training images, shuffled and augmented."""
         return self._loader(self._dataset("train", self.augment), shuffle=True)
 
     @override
     def val_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
-        """Validation images."""
+        """Return a loader of the validation images."""
         return self._loader(self._dataset("val", augment=False))
 
     @override
     def test_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
-        """Test images."""
+        """Return a loader of the test images."""
         return self._loader(self._dataset("test", augment=False))
 
     def split_off_validation(self, images: Tensor | ImageFiles, labels: Tensor) -> tuple[RawSplit, RawSplit]:
-        """Training and validation split of labeled images."""
+        """Split labeled images into a training and a validation split."""
         is_val = choose_stratified(labels, round(self.val_split * len(labels)), self.seed)
         return _select(images, labels, ~is_val), _select(images, labels, is_val)
 
     def limited(self, train: RawSplit) -> RawSplit:
-        """The training split cut down to ``limit_train``."""
+        """Return the training split, reduced to ``limit_train`` images."""
         if self.limit_train is None:
             return train
         if self.limit_train > len(train.labels):
             raise ValueError(
-                f"limit_train: expected at most the {len(train.labels)} training images, got {self.limit_train}"
+                f"limit_train: expected at most the {len(train.labels)} training images, got {self.limit_train}."
             )
         return _select(*train, choose_stratified(train.labels, self.limit_train, self.seed))
 
@@ -195,7 +195,7 @@ class ImageDataModule(LightningDataModule, ABC):
         return LabeledImages(*self._splits[split], self.transform(augment))
 
     def _loader(self, dataset: LabeledImages, shuffle: bool = False) -> DataLoader[tuple[Tensor, Tensor]]:
-        # by name: Lightning builds the loader anew with a distributed sampler and shuffle=False
+        # keyword arguments: Lightning rebuilds the loader with a distributed sampler and shuffle=False
         return DataLoader(
             dataset,
             batch_size=self.batch_size,

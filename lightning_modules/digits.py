@@ -1,9 +1,8 @@
-"""The handwritten digits that come with scikit-learn: real images without a download."""
+"""Handwritten digits included in scikit-learn: real images without a download."""
 
 from collections.abc import Mapping
 
 import torch
-from sklearn.datasets import load_digits
 from typing_extensions import override
 
 from moe_heads.lightning_modules.data import ImageDataModule, RawSplit, Split, choose_stratified
@@ -17,17 +16,17 @@ _TEST_SHARE = 0.2
 class DigitsDataModule(ImageDataModule):
     """1,797 handwritten digits of 8x8 gray pixels: 1,258 train, 180 validation and 359 test images by default.
 
-    A fifth of the images is the test split. Augmentation moves a training image by up to one pixel in each direction;
-    a flip would change what a digit means. Source: Alpaydin and Kaynak, UCI "Optical Recognition of Handwritten
-    Digits", the part that scikit-learn ships.
+    The test split is a fifth of the images. Augmentation shifts a training image by up to one pixel in each direction.
+    A flip would change the meaning of a digit. Source: Alpaydin and Kaynak, UCI "Optical Recognition of Handwritten
+    Digits", the part included in scikit-learn. Needs ``pip install moe-heads[study]``.
 
     Args:
-        batch_size: Images a batch.
-        num_workers: Processes that load; the images are in memory, so 0 is the fastest.
-        val_split: Share of all images that becomes the validation split.
+        batch_size: Images per batch.
+        num_workers: Number of loader processes. The images are in memory, so 0 is the fastest.
+        val_split: Fraction of all images used for the validation split.
         seed: Seed of the splits.
-        augment: Shift the training images at random.
-        limit_train: Train on a random subset of that many images, classes in proportion; None for all.
+        augment: Whether to shift the training images at random.
+        limit_train: Size of a random, stratified subset to train on. None uses all training images.
 
     Attributes:
         num_classes: 10.
@@ -35,7 +34,8 @@ class DigitsDataModule(ImageDataModule):
         image_shape: (1, 8, 8).
 
     Raises:
-        ValueError: If an argument is out of its range, or the training split is empty or smaller than ``limit_train``.
+        ValueError: If an argument is out of range, or the training split is empty or smaller than ``limit_train``.
+        ImportError: In ``setup``, if scikit-learn is not installed.
 
     Example:
         >>> data = DigitsDataModule(batch_size=32)
@@ -61,11 +61,24 @@ class DigitsDataModule(ImageDataModule):
         # mean and standard deviation over all pixels
         super().__init__((0.3053,), (0.3760,), batch_size, num_workers, val_split, seed, augment, limit_train)
         if val_split > 1 - _TEST_SHARE:
-            raise ValueError(f"val_split: expected at most 0.8, a fifth of the digits is for the test, got {val_split}")
+            raise ValueError(
+                f"val_split: expected at most 0.8, since a fifth of the digits is the test split, got {val_split}."
+            )
 
     @override
     def load_splits(self) -> Mapping[Split, RawSplit]:
-        """The digits, split with the classes in proportion."""
+        """Return the digits in stratified splits.
+
+        Raises:
+            ImportError: If scikit-learn is not installed.
+        """
+        try:
+            from sklearn.datasets import load_digits
+        except ModuleNotFoundError as error:
+            raise ImportError(
+                "DigitsDataModule: scikit-learn, which contains the images, is not installed. Run `pip install"
+                " moe-heads[study]`."
+            ) from error
         digits = load_digits()
         images = torch.from_numpy(digits.images).to(torch.uint8).unsqueeze(1)
         labels = torch.from_numpy(digits.target).long()
@@ -78,5 +91,5 @@ class DigitsDataModule(ImageDataModule):
 
     @override
     def transform(self, augment: bool) -> ImageTransform:
-        """Scale 0 … 16 to normalized floats; shift by up to one pixel with ``augment``."""
+        """Return a transform from 0 … 16 to normalized floats, with shifts by up to one pixel if ``augment``."""
         return ImageTransform(self.mean, self.std, padding=1 if augment else 0, max_value=16.0)

@@ -1,4 +1,4 @@
-"""Labeled images served as whole batches: from memory or from files, with tensor transforms for a batch at once.
+"""Labeled images in whole batches, from memory or from files, with tensor transforms of a batch at once.
 
 Shapes: N images, B batch, C channels, H and W pixels.
 """
@@ -20,25 +20,25 @@ from moe_heads.checks import check_option
 __all__ = ["CropBorder", "ImageFiles", "ImageTransform", "LabeledImages", "check_size"]
 
 CropBorder = Literal["black", "reflect"]
-"""What a random crop sees beyond the image."""
+"""Pixels of a random crop outside the image."""
 
 
 @dataclass(frozen=True)
 class ImageTransform:
-    """Raw images to normalized floats, (x / max_value - mean) / std, with random crops and flips if asked for.
+    """Transform of raw images to normalized floats, (x / max_value - mean) / std, with optional random crops and flips.
 
-    Each image of the batch draws its own crop and flip from torch's global generator.
+    Each image of the batch has its own random crop and flip, from the global generator of torch.
 
     Attributes:
-        mean: Mean of each channel on the scale 0 … 1.
-        std: Standard deviation of each channel on the scale 0 … 1.
-        padding: Pixels added on every side before a crop of the old size at a random place; 0 for no crop.
-        flip: Mirror an image left to right with probability 1/2.
-        max_value: Raw value that means 1.
-        border: What is added: "black", or the image's own pixels mirrored at its edge ("reflect").
+        mean: Mean of each channel on the scale of 0 to 1.
+        std: Standard deviation of each channel on the scale of 0 to 1.
+        padding: Pixels added on every side before a random crop of the original size, 0 for no crop.
+        flip: Whether to mirror an image left to right with probability 1/2.
+        max_value: Raw value that corresponds to 1.
+        border: Added pixels: "black", or the pixels of the image mirrored at its edge ("reflect").
 
     Raises:
-        ValueError: If ``border`` is neither.
+        ValueError: If ``border`` is neither of the two.
 
     Example:
         >>> transform = ImageTransform(mean=(0.5,), std=(0.25,))
@@ -57,7 +57,7 @@ class ImageTransform:
         check_option("border", self.border, get_args(CropBorder))
 
     def __call__(self, images: Tensor) -> Tensor:
-        """Floats (B, C, H, W) of raw images (B, C, H, W), uint8."""
+        """Transform raw images (B, C, H, W), uint8, to floats (B, C, H, W)."""
         if self.padding:
             images = _random_crop(images, self.padding, self.border)
         if self.flip:
@@ -70,16 +70,19 @@ class ImageTransform:
 def _random_crop(images: Tensor, padding: int, border: CropBorder) -> Tensor:
     num_images, _, height, width = images.shape
     padded = F.pad(images, (padding, padding, padding, padding)) if border == "black" else _mirrored(images, padding)
-    # every window of the old size, as a view: (B, C, 2·padding + 1, 2·padding + 1, H, W)
+    # every window of the original size, as a view: (B, C, 2·padding + 1, 2·padding + 1, H, W)
     windows = padded.unfold(2, height, 1).unfold(3, width, 1)
     top, left = torch.randint(2 * padding + 1, (2, num_images))
     return windows[torch.arange(num_images), :, top, left]
 
 
 def _mirrored(images: Tensor, padding: int) -> Tensor:
-    """Reflected borders by indices, since torch's own padding does not take integers."""
+    """Add reflected borders by indexing, since the reflection padding of torch does not support integers."""
     if padding >= min(images.shape[2:]):
-        raise ValueError(f"padding: expected less than the image's side for border='reflect', got {padding}")
+        raise ValueError(
+            f"padding: expected less than the side of the image for border='reflect', got {padding}. Use a smaller"
+            " padding or border='black'."
+        )
     rows, columns = (torch.arange(-padding, size + padding).abs() for size in images.shape[2:])
     height, width = images.shape[2:]
     rows, columns = torch.minimum(rows, 2 * (height - 1) - rows), torch.minimum(columns, 2 * (width - 1) - columns)
@@ -88,13 +91,14 @@ def _mirrored(images: Tensor, padding: int) -> Tensor:
 
 @dataclass(frozen=True)
 class ImageFiles:
-    """Image files that are decoded when they are indexed, as RGB.
+    """Image files that are decoded to RGB on indexing.
 
     Attributes:
         paths: The files.
         height: H.
         width: W.
-        resize: Scale an image until it covers H x W and cut out the middle; without it any other size is an error.
+        resize: Whether to scale an image until it covers H x W and crop the center. Otherwise any other size is an
+            error.
     """
 
     paths: Sequence[Path]
@@ -106,10 +110,10 @@ class ImageFiles:
         return len(self.paths)
 
     def __getitem__(self, indices: Tensor) -> Tensor:
-        """Raw images (B, 3, H, W), uint8, of the indices (B,).
+        """Decode the raw images (B, 3, H, W), uint8, of the indices (B,).
 
         Raises:
-            ValueError: If a file is not an image or has another size.
+            ValueError: If a file is not an image or has a different size.
         """
         images = np.empty((len(indices), self.height, self.width, 3), dtype=np.uint8)
         for position, index in enumerate(indices.tolist()):
@@ -117,7 +121,7 @@ class ImageFiles:
         return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
 
     def select(self, indices: Tensor) -> "ImageFiles":
-        """The files of the indices (B,)."""
+        """Return the files of the indices (B,)."""
         return replace(self, paths=[self.paths[i] for i in indices.tolist()])
 
     def _decode(self, path: Path) -> Image.Image:
@@ -125,7 +129,9 @@ class ImageFiles:
             with Image.open(path) as file:
                 image = file.convert("RGB")
         except (UnidentifiedImageError, OSError) as error:
-            raise ValueError(f"{path}: not a readable image: {error}") from error
+            raise ValueError(
+                f"{path}: expected a readable image, got an error: {error}. Replace or remove the file."
+            ) from error
         if self.resize:
             image = ImageOps.fit(image, (self.width, self.height), Image.Resampling.BILINEAR)
         check_size(path, image.size, (self.width, self.height))
@@ -133,25 +139,27 @@ class ImageFiles:
 
 
 def check_size(path: Path, size: tuple[int, int], expected: tuple[int, int]) -> None:
-    """Refuse an image whose (width, height) is not the expected one."""
+    """Check that an image has the expected (width, height)."""
     if size != expected:
         came, wanted = ("x".join(map(str, pixels)) for pixels in (size, expected))
-        raise ValueError(f"{path}: {came} pixels, expected {wanted} as in the first image; give image_size to resize")
+        raise ValueError(
+            f"{path}: expected {wanted} pixels as in the first image, got {came}. Pass image_size to resize the images."
+        )
 
 
 class LabeledImages(Dataset[tuple[Tensor, Tensor]]):
-    """Pairs of a transformed image (C, H, W) and its class label (scalar, int64).
+    """Data set of pairs of a transformed image (C, H, W) and its class label (scalar, int64).
 
-    A `torch.utils.data.DataLoader` asks for a whole batch of indices at once (``__getitems__``), so the transform
-    runs once a batch, not once an image.
+    A `torch.utils.data.DataLoader` requests a whole batch of indices at once (``__getitems__``), so the transform
+    runs once per batch, not once per image.
 
     Args:
         images: Raw images (N, C, H, W), uint8, or `ImageFiles`.
         labels: Class labels (N,), int64.
-        transform: From raw images (B, C, H, W) to what a model takes.
+        transform: Function from raw images (B, C, H, W) to the inputs of a model.
 
     Raises:
-        ValueError: If there are not as many labels as images.
+        ValueError: If the numbers of labels and images differ.
 
     Example:
         >>> images = torch.zeros(3, 1, 8, 8, dtype=torch.uint8)
@@ -163,7 +171,7 @@ class LabeledImages(Dataset[tuple[Tensor, Tensor]]):
 
     def __init__(self, images: Tensor | ImageFiles, labels: Tensor, transform: Callable[[Tensor], Tensor]) -> None:
         if len(images) != len(labels):
-            raise ValueError(f"labels: expected one for each of the {len(images)} images, got {len(labels)}")
+            raise ValueError(f"labels: expected one for each of the {len(images)} images, got {len(labels)}.")
         self.images = images
         self.labels = labels
         self.transform = transform
@@ -175,11 +183,11 @@ class LabeledImages(Dataset[tuple[Tensor, Tensor]]):
         return self.__getitems__([index])[0]
 
     def __getitems__(self, indices: list[int]) -> list[tuple[Tensor, Tensor]]:
-        """The samples of a batch."""
+        """Return the samples of a batch."""
         chosen = torch.tensor(indices)
         images = self.transform(self.images[chosen])
         return list(zip(images.unbind(), self.labels[chosen].unbind(), strict=True))
 
     def with_transform(self, transform: Callable[[Tensor], Tensor]) -> "LabeledImages":
-        """The same images under another transform; the pixels are shared, not copied."""
+        """Return the same images with a different transform. The pixels are shared, not copied."""
         return LabeledImages(self.images, self.labels, transform)

@@ -1,4 +1,4 @@
-"""Which precision a device trains fastest in."""
+"""Fastest training precision of a device."""
 
 from typing import Literal
 
@@ -6,19 +6,20 @@ import torch
 
 __all__ = ["fastest_precision"]
 
-# multiplication of bf16 on x86, by vectors and by tiles, as `torch.cpu.get_capabilities` names it
+# bf16 multiplication on x86, by vectors and by tiles, with the names of `torch.cpu.get_capabilities`
 _BF16_INSTRUCTIONS = ("avx512_bf16", "amx_bf16")
 
 
 def fastest_precision(device: torch.device | str) -> Literal["bf16-mixed", "32-true"]:
-    """The precision for the Trainer in which convolutions and matrix products of this device are fastest.
+    """Return the precision for the Trainer with the fastest convolutions and matrix products on this device.
 
-    Mixed bf16 where the device multiplies bf16 by instructions of its own, else fp32: a processor without them converts
+    It is mixed bf16 if the device has instructions to multiply bf16, else fp32. A processor without them converts
     each number. On two AVX-512 cores without them, the convolutions of `FastCNN` trained at 89 to 128 GFLOP/s in fp32
     and at 37 to 41 in bf16 (torch 2.15, ``examples/benchmarks/convolution_precision.py``).
 
     Args:
-        device: A CPU or CUDA device of this machine. Others, and processors that are not x86, were not measured: fp32.
+        device: A CPU or CUDA device of this machine. Other devices, and processors that are not x86, were not measured
+            and get fp32.
 
     Example:
         >>> fastest_precision("cpu") in ("bf16-mixed", "32-true")

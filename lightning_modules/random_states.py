@@ -1,4 +1,4 @@
-"""Callback: checkpoints that carry on with the same random numbers."""
+"""Callback that saves the random number generators in each checkpoint."""
 
 import random
 from typing import Any
@@ -12,12 +12,12 @@ __all__ = ["RandomStates"]
 
 
 class RandomStates(Callback):
-    """Keeps the random number generators in each checkpoint, so that a resumed training is the uninterrupted one.
+    """Callback that saves the random number generators, so that a resumed training equals an uninterrupted one.
 
-    Python's, NumPy's and torch's on the CPU and on every CUDA device, as they are when a `ModelCheckpoint` writes.
-    A training that is resumed from the checkpoint of an epoch's end (``ModelCheckpoint(save_last=True,
-    save_on_train_epoch_end=True)``) shuffles, augments and drops out as it would have done, bit for bit where the
-    arithmetic is deterministic. One process; loaders with workers draw from generators of their own.
+    It saves the generators of Python, NumPy and torch, on the CPU and on every CUDA device, when a `ModelCheckpoint`
+    writes. A training resumed from the checkpoint at the end of an epoch (``ModelCheckpoint(save_last=True,
+    save_on_train_epoch_end=True)``) then has the same shuffling, augmentation and dropout, bit for bit if the
+    arithmetic is deterministic. Only one process is supported. Loaders with workers have generators of their own.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -29,7 +29,7 @@ class RandomStates(Callback):
         version, words, gauss_next = random.getstate()
         name, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
         return {
-            # plain numbers and tensors: a checkpoint is then read without trusting it
+            # plain numbers and tensors, so that the checkpoint loads with weights_only=True
             "python": [version, list(words), gauss_next],
             "numpy": [str(name), torch.from_numpy(np.asarray(keys).astype(np.int64)), position, has_gauss, gauss],
             "torch": torch.get_rng_state(),

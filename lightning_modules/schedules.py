@@ -1,4 +1,4 @@
-"""Learning-rate schedules over a whole training, as Lightning takes them."""
+"""Learning-rate schedules over a whole training, in the format of Lightning."""
 
 from typing import Any, Literal, TypedDict, get_args
 
@@ -10,8 +10,8 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, LRScheduler
 __all__ = ["SCHEDULES", "Schedule", "schedule_config"]
 
 Schedule = Literal["cosine", "linear", "constant"]
-"""``cosine``: lowered to 0 over the epochs, one step an epoch. ``linear``: raised in the first fifth of the training,
-then lowered to 0, both in a straight line, one step a batch. ``constant``: kept."""
+"""Name of a schedule. ``cosine`` lowers the rate to 0 over the epochs, one step per epoch. ``linear`` raises it
+linearly in the first fifth of the training, then lowers it linearly to 0, one step per batch. ``constant`` keeps it."""
 
 SCHEDULES: tuple[Schedule, ...] = get_args(Schedule)
 
@@ -19,17 +19,17 @@ _WARMUP_SHARE = 0.2
 
 
 class ScheduleConfig(TypedDict):
-    """A scheduler, and whether it steps each "epoch" or each "step"."""
+    """Scheduler with its interval, "epoch" or "step"."""
 
     scheduler: LRScheduler
     interval: str
 
 
 def schedule_config(schedule: Schedule, optimizer: Optimizer, trainer: Trainer) -> ScheduleConfig:
-    """The scheduler of that name, one that is not constant, for the length of the trainer's training.
+    """Build the scheduler of a given name, other than "constant", for the length of the training.
 
     Raises:
-        MisconfigurationException: If the schedule ends with the training and the training has no end.
+        MisconfigurationException: If the length of the training is infinite.
     """
     if schedule == "cosine":
         max_epochs = trainer.max_epochs
@@ -43,7 +43,7 @@ def schedule_config(schedule: Schedule, optimizer: Optimizer, trainer: Trainer) 
 
 
 class _LinearRate:
-    """Share of the largest rate at a step: 1 at a fifth of the steps, 0 after the last; never 0 at a step taken."""
+    """Factor of the learning rate by step: 1 after a fifth of the steps, 0 after the last, never 0 at a step taken."""
 
     def __init__(self, num_steps: int) -> None:
         self.num_steps = num_steps
@@ -57,6 +57,6 @@ class _LinearRate:
 
 def _without_end(schedule: str, limit: str, came: Any) -> MisconfigurationException:
     return MisconfigurationException(
-        f'schedule="{schedule}" ends with the training: give the Trainer a finite {limit} (got {came}), or use'
-        ' schedule="constant"'
+        f'schedule: expected a finite {limit} with "{schedule}", got {came}. Pass it to the Trainer, or use'
+        ' schedule="constant".'
     )

@@ -1,9 +1,9 @@
-"""Balance losses: what pulls a router towards using every expert.
+"""Balance losses, which encourage a router to use every expert.
 
-Shapes: N rows, E experts, K chosen experts a row. ``valid`` (N,) marks the rows that count: the value of a loss does
-not depend on a row whose logits are not finite (its gradient is as lost as that of the task loss). Each loss is a
-ratio of sums over rows; with ``sync`` the sums are taken over all ranks of the default process group before the ratio,
-so that the loss is that of the global batch.
+Shapes: N rows, E experts, K chosen experts per row. ``valid`` (N,) marks the rows that count: the value of a loss does
+not depend on a row whose logits are not finite. The gradient of such a batch is not finite, like that of the task
+loss. Each loss is a ratio of sums over rows. With ``sync`` the sums are taken over all ranks of the default process
+group before the ratio, so that the result is the loss of the global batch.
 """
 
 import torch
@@ -16,10 +16,10 @@ _TINY = 1e-12
 
 
 def importance_loss(gates: Tensor, valid: Tensor, sync: bool = False) -> Tensor:
-    r"""Squared coefficient of variation of the experts' importance, :math:`CV^2(\sum_n G_{n,e})`.
+    r"""Return the squared coefficient of variation of the experts' importance, :math:`CV^2(\sum_n G_{n,e})`.
 
-    The variance is the population variance (divided by E, not E - 1): 0 when all experts have equal importance,
-    E - 1 when one has all of it. Shazeer et al., arXiv 1701.06538, section 4.
+    The variance is the population variance (divided by E, not E - 1). The loss is 0 when all experts have equal
+    importance and E - 1 when one expert has all of it. Shazeer et al., arXiv 1701.06538, section 4.
 
     Args:
         gates: Mixing weights, (N, E), zero where an expert was not chosen.
@@ -35,15 +35,16 @@ def importance_loss(gates: Tensor, valid: Tensor, sync: bool = False) -> Tensor:
 def load_loss(
     logits: Tensor, noisy_logits: Tensor, noise_std: Tensor, k: int, valid: Tensor, sync: bool = False
 ) -> Tensor:
-    r"""Squared coefficient of variation of the smooth load, :math:`CV^2(\sum_n P(n,e))` with `selection_probability`.
+    r"""Return the squared coefficient of variation of the smooth load, :math:`CV^2(\sum_n P(n,e))`.
 
-    Population variance, as in `importance_loss`. Shazeer et al., arXiv 1701.06538, appendix A.
+    P is `selection_probability`. The variance is the population variance, as in `importance_loss`. Shazeer et al.,
+    arXiv 1701.06538, appendix A.
 
     Args:
         logits: Clean router logits, (N, E).
-        noisy_logits: Logits with the noise that was drawn, (N, E).
+        noisy_logits: Logits with the sampled noise, (N, E).
         noise_std: Standard deviation of the noise, (N, E).
-        k: Experts chosen a row.
+        k: Number of experts chosen per row.
         valid: Rows that count, (N,).
         sync: Sum over the ranks first.
 
@@ -54,38 +55,38 @@ def load_loss(
 
 
 def selection_probability(logits: Tensor, noisy_logits: Tensor, noise_std: Tensor, k: int) -> Tensor:
-    r"""Probability that a row chooses an expert when only that expert's noise is drawn again.
+    r"""Return the probability that a row chooses an expert when only the noise of that expert is resampled.
 
     .. math:: P(n,e) = \Phi\big((z_{n,e} - \text{kth largest of } \tilde z_n \text{ without } e) / \sigma_{n,e}\big)
 
     Args:
         logits: Clean router logits z, (N, E).
-        noisy_logits: Logits with the noise that was drawn, (N, E).
+        noisy_logits: Logits with the sampled noise, (N, E).
         noise_std: Standard deviation of the noise, (N, E).
-        k: Experts chosen a row.
+        k: Number of experts chosen per row.
 
     Returns:
-        Probabilities, (N, E); ones when k = E.
+        Probabilities, (N, E). They are ones when k = E.
     """
     if k == logits.shape[-1]:
         return torch.ones_like(logits)
     values = noisy_logits.topk(k + 1, dim=-1).values
     kth, next_best = values[..., k - 1 : k], values[..., k:]
-    # without e, the k-th largest is the (k+1)-th of all where e itself is among the first k
+    # without e, the k-th largest is the (k+1)-th of all if e itself is among the first k
     threshold = torch.where(noisy_logits >= kth, next_best, kth)
     probability: Tensor = torch.special.ndtr((logits - threshold) / noise_std.clamp_min(1e-6))
     return probability
 
 
 def switch_loss(probs: Tensor, counts: Tensor, valid: Tensor, sync: bool = False) -> Tensor:
-    r"""Switch / GShard loss :math:`E \sum_e f_e P_e`; 1 when both are uniform.
+    r"""Return the Switch / GShard loss :math:`E \sum_e f_e P_e`, which is 1 when f and P are uniform.
 
-    f is the share of the choices that went to an expert (no gradient), P the mean of the full softmax.
+    f is the fraction of the choices that an expert received (no gradient), and P is the mean of the full softmax.
     Fedus et al., arXiv 2101.03961, equation 4.
 
     Args:
         probs: Full softmax over the experts, (N, E).
-        counts: One-hot sum of a row's choices, (N, E).
+        counts: One-hot sum of the choices of a row, (N, E).
         valid: Rows that count, (N,).
         sync: Sum over the ranks first.
 
@@ -98,7 +99,7 @@ def switch_loss(probs: Tensor, counts: Tensor, valid: Tensor, sync: bool = False
 
 
 def z_loss(logits: Tensor, valid: Tensor, sync: bool = False) -> Tensor:
-    r"""Router z-loss :math:`\frac1N \sum_n \log^2 \sum_e e^{z_{n,e}}`, which keeps the logits small.
+    r"""Return the router z-loss :math:`\frac1N \sum_n \log^2 \sum_e e^{z_{n,e}}`, which keeps the logits small.
 
     Zoph et al. (ST-MoE), arXiv 2202.08906, equation 5.
 
@@ -115,9 +116,11 @@ def z_loss(logits: Tensor, valid: Tensor, sync: bool = False) -> Tensor:
 
 
 def kl_uniform_loss(gates: Tensor, valid: Tensor, sync: bool = False) -> Tensor:
-    r"""Divergence of the mean gate from uniform, :math:`KL(\bar g \| u) = \log E + \sum_e \bar g_e \log \bar g_e`.
+    r"""Return the divergence of the mean gate from uniform.
 
-    0 when the mean gate is uniform, log E when one expert has all of it. Unit: nats.
+    .. math:: KL(\bar g \| u) = \log E + \sum_e \bar g_e \log \bar g_e
+
+    It is 0 when the mean gate is uniform and log E when one expert has all the weight. Unit: nats.
 
     Args:
         gates: Gates that sum to one over the experts, (N, E).
@@ -146,10 +149,10 @@ def _sum_rows(values: Tensor, valid: Tensor, sync: bool) -> Tensor:
 
 
 def _sum_over_ranks(sums: Tensor, sync: bool) -> Tensor:
-    """Sum over the ranks whose gradient, averaged over the ranks as DDP does, is that of the global loss."""
+    """Sum over the ranks. The gradient, averaged over the ranks as DDP does, is that of the global loss."""
     if not (sync and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
         return sums
     total = sums.detach().clone()
     dist.all_reduce(total)
-    # DDP divides the summed gradients by the number of ranks: scale the local part up by as much
+    # DDP divides the summed gradients by the number of ranks, so the local part is scaled up by the same factor
     return total + dist.get_world_size() * (sums - sums.detach())

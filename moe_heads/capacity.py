@@ -1,4 +1,4 @@
-"""Parameters of a head, in all and active, and heads of equal capacity."""
+"""Total and active parameters of a head, and heads of equal capacity."""
 
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -28,8 +28,8 @@ class Capacity:
     """Number of parameters.
 
     Attributes:
-        total: All of them.
-        active: Those that take part in the evaluation of one row: for a sparse head k experts and the gate.
+        total: Number of all parameters.
+        active: Number of the parameters used to evaluate one row. For a sparse head these are k experts and the gate.
     """
 
     total: int
@@ -37,7 +37,7 @@ class Capacity:
 
 
 def capacity(module: nn.Module) -> Capacity:
-    """Parameters of a head, or of any model with heads inside: total, and active in the evaluation of one row.
+    """Count the parameters of a head, or of any model that contains heads: in total, and active for one row.
 
     Example:
         >>> from moe_heads import SparseMoE, capacity
@@ -60,23 +60,24 @@ def match_capacity(
     tolerance: float = 0.02,
     **options: Any,
 ) -> Head:
-    """Build the head whose capacity is nearest to a given one, by choice of its width.
+    """Build the head whose capacity is closest to a target, by choosing its width.
 
     Args:
         kind: "dense", "soft" or "sparse".
         in_features: D.
         num_classes: C.
-        total: Parameters in all to come near to; give this or ``active``.
-        active: Active parameters to come near to.
-        tolerance: Largest relative deviation that is accepted: 2 %, the spread of the study's three heads being 3 %.
+        total: Target for the total number of parameters. Pass either this or ``active``.
+        active: Target for the number of active parameters.
+        tolerance: Largest accepted relative deviation. The default is 2 %, because the three heads of the study differ
+            by 3 %.
         **options: Further arguments of the head, such as ``num_experts`` or ``k``.
 
     Returns:
         The head.
 
     Raises:
-        ValueError: If no width comes near enough (the message says how near), both or none of the targets are given,
-            the width itself is among the options, or an option is bad.
+        ValueError: If no width comes within the tolerance (the message names the closest one), both or neither of the
+            targets are given, the width itself is among the options, or an option is invalid.
 
     Example:
         >>> from moe_heads import Dense, capacity, match_capacity
@@ -88,7 +89,10 @@ def match_capacity(
     check_option("kind", kind, get_args(HeadKind))
     check_positive(tolerance=tolerance)
     if (total is None) == (active is None):
-        raise ValueError(f"total, active: expected exactly one of the two, got total={total!r}, active={active!r}")
+        raise ValueError(
+            f"total, active: expected exactly one of the two, got total={total!r}, active={active!r}. Remove one of"
+            " them, or pass capacity(head).total of a reference head as total."
+        )
     measure = "total" if active is None else "active"
     target = total if active is None else active
     assert target is not None
@@ -97,7 +101,8 @@ def match_capacity(
     head_class, width_name = _KINDS[kind]
     if width_name in options:
         raise ValueError(
-            f"{width_name}: is what match_capacity chooses; expected it absent, got {options[width_name]!r}"
+            f"{width_name}: expected no value, since match_capacity chooses it, got {options[width_name]!r}. Remove it"
+            " from the options."
         )
 
     def size(width: int) -> int:
@@ -107,13 +112,14 @@ def match_capacity(
 
     # the number of parameters is affine in the width
     smallest = size(1)
-    # (over many units: a mean number of active experts is rounded)
+    # (the slope is taken over many units because a mean number of active experts is rounded)
     width = max(1, 1 + round((target - smallest) / ((size(1001) - smallest) / 1000)))
     nearest = size(width)
     if abs(nearest - target) > tolerance * target:
         raise ValueError(
-            f"{measure}: expected a number of parameters that a {kind} head can come within {tolerance:.1%} of; got"
-            f" {target:,}, and the nearest is {nearest:,} ({nearest / target - 1:+.1%}) at {width_name}={width}"
+            f"{measure}: expected a number of parameters within {tolerance:.1%} of a {kind} head, got {target:,}. The"
+            f" closest head has {nearest:,} ({nearest / target - 1:+.1%}) at {width_name}={width}: change the target or"
+            " raise the tolerance."
         )
     return head_class(in_features, num_classes, **{width_name: width}, **options)
 

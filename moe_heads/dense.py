@@ -1,4 +1,4 @@
-"""The dense head: one two-layer perceptron."""
+"""Dense head: one two-layer perceptron."""
 
 from torch import Tensor, nn
 
@@ -41,11 +41,11 @@ class Dense(Head):
         )
 
     def classify(self, x: Tensor) -> tuple[Tensor, Routing | None]:
-        """Logits (B, C); a dense head has no routing."""
+        """Return the logits (B, C). A dense head has no routing."""
         logits = self.layers(x)
         return (logits.mean(1) if x.dim() == 3 else logits), None
 
     def count_flops(self, batch: int, tokens: int) -> Flops:
-        """Two matrix products, all of them active."""
+        """Count two matrix products, all of which are active."""
         flops = 2 * batch * tokens * self.width * (self.in_features + self.num_classes)
         return Flops(flops, flops)

@@ -1,4 +1,4 @@
-"""Experts as stacked parameters.
+"""Experts with stacked parameters.
 
 Shapes: N rows, D features, E experts, H expert width, C classes.
 """
@@ -19,9 +19,9 @@ __all__ = ["Experts"]
 class Experts(nn.Module):
     """E two-layer perceptrons D → H → ReLU → dropout → C with their parameters stacked along the first dimension.
 
-    Stacked parameters get a dense gradient, zero for an expert that no row reached, so that DistributedDataParallel
-    sees every parameter in every step. Each expert starts like a pair of `torch.nn.Linear`. Which of them run on
-    which rows is the matter of `moe_heads.dispatch`.
+    Stacked parameters get a dense gradient, which is zero for an expert without rows. So DistributedDataParallel finds
+    a gradient for every parameter in every step. Each expert is initialized like a pair of `torch.nn.Linear`.
+    `moe_heads.dispatch` decides which experts run on which rows.
 
     Args:
         num_experts: E.
@@ -32,7 +32,7 @@ class Experts(nn.Module):
     """
 
     num_filter_dims = 2
-    """Leading dimensions that count filters, for `callbacks.functional.filter_normalized`: expert and unit."""
+    """Number of leading dimensions that index filters, for filter normalization: expert and unit."""
 
     def __init__(self, num_experts: int, in_features: int, width: int, out_features: int, dropout: float = 0.0) -> None:
         super().__init__()
@@ -50,7 +50,7 @@ class Experts(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw every parameter from U(-1/√fan_in, 1/√fan_in), as `torch.nn.Linear` does."""
+        """Sample every parameter from U(-1/√fan_in, 1/√fan_in), as `torch.nn.Linear` does."""
         for parameter, fan_in in (
             (self.weight1, self.in_features),
             (self.bias1, self.in_features),
@@ -60,26 +60,26 @@ class Experts(nn.Module):
             nn.init.uniform_(parameter, -1 / math.sqrt(fan_in), 1 / math.sqrt(fan_in))
 
     def stacks(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Weights and biases: (E, H, D), (E, H), (E, C, H), (E, C)."""
+        """Return the weights and biases: (E, H, D), (E, H), (E, C, H), (E, C)."""
         return self.weight1, self.bias1, self.weight2, self.bias2
 
     @property
     def parameters_per_expert(self) -> int:
-        """Parameters of one expert."""
+        """Number of parameters of one expert."""
         return sum(parameter[0].numel() for parameter in self.parameters())
 
     @property
     def flops_per_row(self) -> int:
-        """Floating point operations of one expert on one row: two for each multiply-add of its matrices."""
+        """Floating point operations of one expert on one row, two per multiply-add of its matrices."""
         return 2 * self.width * (self.in_features + self.out_features)
 
     def activate(self, hidden: Tensor) -> Tensor:
-        """ReLU, and dropout in training, between the two layers; ``hidden`` may be overwritten."""
+        """Apply ReLU, and dropout in training, between the two layers. ``hidden`` may be overwritten."""
         hidden = hidden.relu_()
         return F.dropout(hidden, self.dropout) if self.training and self.dropout else hidden
 
     def each(self, slots: Tensor) -> Tensor:
-        """Every expert on its own slots.
+        """Run every expert on its own slots.
 
         Args:
             slots: (B, E, S, D).
@@ -91,8 +91,8 @@ class Experts(nn.Module):
         return torch.einsum("besh,ech->besc", hidden, self.weight2) + self.bias2.unsqueeze(-2)
 
     def keep(self, experts: Sequence[int]) -> Self:
-        """A copy with these experts only, for `moe_heads.ablate`."""
-        # on the meta device nothing is drawn from the random number generator
+        """Return a copy with only these experts, for `moe_heads.ablate`."""
+        # the meta device leaves the random number generator untouched
         with torch.device("meta"):
             kept = type(self)(len(experts), self.in_features, self.width, self.out_features, self.dropout)
         for name, parameter in self.named_parameters():
@@ -100,7 +100,7 @@ class Experts(nn.Module):
         return kept.train(self.training)
 
     def extra_repr(self) -> str:
-        """Sizes of the stacked experts."""
+        """Return the sizes of the stacked experts."""
         return (
             f"num_experts={self.num_experts}, in_features={self.in_features}, width={self.width}, "
             f"out_features={self.out_features}, dropout={self.dropout}"

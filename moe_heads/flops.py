@@ -1,4 +1,4 @@
-"""Theoretical arithmetic of a head."""
+"""Theoretical floating point operations of a head."""
 
 from dataclasses import dataclass
 
@@ -7,14 +7,14 @@ __all__ = ["Flops"]
 
 @dataclass(frozen=True)
 class Flops:
-    """Floating point operations of one forward pass in evaluation mode: two for each multiply-add of a matrix product.
+    """Floating point operations of one forward pass in evaluation mode, two per multiply-add of a matrix product.
 
-    Biases, activations, softmax, top-k and the weighted sum of the experts' logits are not counted; together they are
-    below 1 % for the study's heads.
+    Biases, activations, softmax, top-k and the weighted sum of the experts' logits are not counted. Together they are
+    below 1 % for the heads of the study.
 
     Attributes:
-        total: As if every expert ran on every row.
-        active: Of the experts that the router chooses, and of the router.
+        total: Operations if every expert ran on every row.
+        active: Operations of the router and of the experts that it chooses.
     """
 
     total: int

@@ -1,4 +1,4 @@
-"""What all classifier heads share: the call, its two forms of output, and the check of the input."""
+"""Base class of the classifier heads: the call, its two output formats, and the input check."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
@@ -14,12 +14,12 @@ __all__ = ["Head", "HeadOutput"]
 
 
 class HeadOutput(NamedTuple):
-    """Output of ``head(x, return_routing=True)``, the same three for every head.
+    """Output of ``head(x, return_routing=True)``, with the same three fields for every head.
 
     Attributes:
         logits: (B, C).
-        aux_loss: Balance loss to add to the task loss, scalar; zero for `Dense`.
-        routing: What the router did; None for `Dense`.
+        aux_loss: Balance loss to add to the task loss, scalar. Zero for `Dense`.
+        routing: Decisions of the router. None for `Dense`.
     """
 
     logits: Tensor
@@ -28,7 +28,7 @@ class HeadOutput(NamedTuple):
 
 
 class Head(nn.Module, ABC):
-    """Base of the classifier heads: ``head(x) -> logits``, so that a head stands where a `torch.nn.Linear` stood.
+    """Base of the classifier heads: ``head(x) -> logits``, a drop-in replacement for a final `torch.nn.Linear`.
 
     Args:
         in_features: D, the size of the last dimension of the input.
@@ -36,7 +36,7 @@ class Head(nn.Module, ABC):
     """
 
     _version = 2
-    """Format of the state dict, saved as metadata; 1 is what `torch.nn.Module` writes, a head without a format."""
+    """Format of the state dict, saved as metadata. Format 1 is the default of `torch.nn.Module`."""
 
     def __init__(self, in_features: int, num_classes: int) -> None:
         super().__init__()
@@ -49,22 +49,23 @@ class Head(nn.Module, ABC):
     @overload
     def forward(self, x: Tensor, return_routing: Literal[True]) -> HeadOutput: ...
     def forward(self, x: Tensor, return_routing: bool = False) -> Tensor | HeadOutput:
-        """Logits of the classes.
+        """Compute the logits of the classes.
 
         Args:
             x: Pooled features (B, D), or tokens (B, T, D), whose logits are averaged over T.
-            return_routing: Return the balance loss and the routing as well.
+            return_routing: Whether to return the balance loss and the routing as well.
 
         Returns:
             Logits (B, C), or a `HeadOutput` with ``return_routing``.
 
         Raises:
-            ValueError: If x has another shape or holds integers.
+            ValueError: If x has a different shape or an integer dtype.
         """
         if x.dim() not in (2, 3) or x.shape[-1] != self.in_features or not x.is_floating_point():
             raise ValueError(
-                f"x: expected floating point numbers of shape (B, {self.in_features}) or (B, T, {self.in_features});"
-                f" got {x.dtype} of shape {tuple(x.shape)}"
+                f"x: expected floating point numbers of shape (B, {self.in_features}) or (B, T, {self.in_features}),"
+                f" got {x.dtype} of shape {tuple(x.shape)}. Flatten or cast the features, or build the head with their"
+                " size."
             )
         logits, routing = self.classify(x)
         if not return_routing:
@@ -73,18 +74,18 @@ class Head(nn.Module, ABC):
 
     @abstractmethod
     def classify(self, x: Tensor) -> tuple[Tensor, Routing | None]:
-        """Logits (B, C) and routing for an input of checked shape."""
+        """Compute the logits (B, C) and the routing of an input whose shape was checked."""
 
     @abstractmethod
     def count_flops(self, batch: int, tokens: int) -> Flops:
-        """Arithmetic for checked sizes, tokens being 1 for pooled features."""
+        """Count the operations for sizes that were checked. ``tokens`` is 1 for pooled features."""
 
     def flops(self, batch: int = 1, tokens: int = 1) -> Flops:
-        """Theoretical floating point operations of a forward pass, total and active; see `Flops` for what counts.
+        """Count the theoretical floating point operations of a forward pass, total and active. See `Flops`.
 
         Args:
             batch: B.
-            tokens: T; 1 for pooled features.
+            tokens: T, which is 1 for pooled features.
 
         Raises:
             ValueError: If a size is below 1.
@@ -100,10 +101,11 @@ class Head(nn.Module, ABC):
         return self.count_flops(batch, tokens)
 
     def stages(self, x: Tensor) -> Mapping[str, Callable[[], object]]:
-        """What a forward pass of x does besides its modules, by name: functions that do it once more, to be timed.
+        """Return functions that repeat the work of a forward pass outside the submodules, by name, for timing.
 
-        Of a sparse head "dispatch", which brings the rows to their experts, and "combine", which brings the logits
-        back, where the path that runs does them apart from the experts' arithmetic. Empty for other heads.
+        A sparse head has "dispatch", which gathers the rows of each expert, and "combine", which sums the logits per
+        row. Either is absent where the dispatch path fuses it with the matrix products of the experts. Other heads
+        return an empty mapping.
 
         Args:
             x: Input of the head.
@@ -112,7 +114,7 @@ class Head(nn.Module, ABC):
 
     @property
     def num_active_parameters(self) -> int:
-        """Parameters that take part in the evaluation of one row."""
+        """Number of parameters used to evaluate one row."""
         return sum(parameter.numel() for parameter in self.parameters())
 
     def _load_from_state_dict(
@@ -129,14 +131,14 @@ class Head(nn.Module, ABC):
         if version is not None and version > self._version:
             error_msgs.append(
                 f"{prefix or 'head'}: expected a state dict of format {self._version} or older, got format {version},"
-                " which a newer moe_heads wrote"
+                " which a newer moe_heads wrote. Upgrade moe_heads."
             )
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
 
     def extra_repr(self) -> str:
-        """Sizes."""
+        """Return the sizes of the head."""
         total = sum(parameter.numel() for parameter in self.parameters())
         return (
             f"in_features={self.in_features}, num_classes={self.num_classes}, "

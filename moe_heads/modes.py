@@ -1,6 +1,6 @@
-"""In which mode of torch the code runs: recorded, transformed, inside backward.
+"""Predicates for the execution mode of torch: recorded, transformed, inside backward.
 
-Most of these questions have no public function; torch asks them itself in the same way.
+Most of them have no public function. torch itself queries the same private ones.
 """
 
 import torch
@@ -10,12 +10,12 @@ __all__ = ["can_read_values", "in_backward", "is_transformed", "is_vmapped"]
 
 
 def is_transformed() -> bool:
-    """Whether a transform of torch.func is active."""
+    """Return whether a transform of torch.func is active."""
     return torch._C._functorch.maybe_current_level() is not None
 
 
 def is_vmapped() -> bool:
-    """Whether the call is inside `torch.vmap`, at any depth."""
+    """Return whether the call is inside `torch.vmap`, at any depth."""
     if not is_transformed():
         return False
     stack = torch._C._functorch.get_interpreter_stack() or []
@@ -23,7 +23,7 @@ def is_vmapped() -> bool:
 
 
 def can_read_values(x: Tensor) -> bool:
-    """Whether the host may look at the numbers that follow from x: in eager mode, where nothing records them."""
+    """Return whether the host can read values computed from x: only in eager mode, without tracing or capture."""
     if torch.compiler.is_compiling():
         return False
     return not (
@@ -37,5 +37,5 @@ def can_read_values(x: Tensor) -> bool:
 
 
 def in_backward() -> bool:
-    """Whether the autograd engine runs this code, as gradient checkpointing's second pass does."""
+    """Return whether the autograd engine runs this code, as in the second pass of gradient checkpointing."""
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1

@@ -1,4 +1,4 @@
-"""The precision of operations that autocast does not know, or must not touch."""
+"""Precision of operations that autocast does not cover or must not change."""
 
 import torch
 from torch import Tensor
@@ -7,13 +7,13 @@ __all__ = ["compute_dtype", "is_autocasting"]
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
-    """The dtype in which `torch.nn.functional.linear` would compute for these rows."""
-    # autocast leaves float64 alone
+    """Return the dtype in which `torch.nn.functional.linear` would compute for these rows."""
+    # autocast does not cast float64
     return torch.get_autocast_dtype(x.device.type) if is_autocasting(x) and x.dtype != torch.float64 else x.dtype
 
 
 def is_autocasting(x: Tensor) -> bool:
-    """Whether autocast is on for the device of x; devices such as "meta" have none."""
+    """Return whether autocast is enabled for the device of x. Devices such as "meta" have no autocast."""
     device = x.device.type
     available = device in {"cpu", "cuda"} or torch.amp.is_autocast_available(device)
     return available and torch.is_autocast_enabled(device)

@@ -1,4 +1,4 @@
-"""The soft head: every expert runs, the gate mixes."""
+"""Soft mixture-of-experts head: every expert runs, and the gate weights their outputs."""
 
 from collections.abc import Mapping
 
@@ -19,11 +19,11 @@ __all__ = ["SoftMoE"]
 class SoftMoE(Head):
     r"""Softmax mixture of experts for pooled features, Soft MoE with slots for tokens.
 
-    For features (B, D): :math:`y = \sum_e p_e(x) f_e(x)` with :math:`p = \mathrm{softmax}((x W_g + b_g)/\tau)`. For
-    tokens (B, T, D), Soft MoE of Puigcerver et al. (arXiv 2308.00951): a softmax over the tokens fills E·S slots,
-    expert e runs on its S slots, a softmax over the slots brings the results back to the tokens, whose logits are
-    averaged. One token and one slot an expert give the first form. (The paper's normalization of x and of the gate is
-    left out, for that reason.)
+    For features (B, D), :math:`y = \sum_e p_e(x) f_e(x)` with :math:`p = \mathrm{softmax}((x W_g + b_g)/\tau)`. For
+    tokens (B, T, D), the head is Soft MoE of Puigcerver et al. (arXiv 2308.00951). A softmax over the tokens fills E·S
+    slots, expert e runs on its S slots, and a softmax over the slots maps the outputs back to the tokens. The logits of
+    the tokens are averaged. One token and one slot per expert give the first form. For that reason the normalization
+    of x and of the gate in the paper is omitted.
 
     The defaults are those of the study (arXiv 2601.15021): 271,960 parameters for 512 features and 10 classes.
 
@@ -32,16 +32,16 @@ class SoftMoE(Head):
         num_classes: C.
         num_experts: E.
         expert_width: Hidden units of one expert.
-        slots_per_expert: S. With pooled features all slots of an expert see the same input, so more than one serves
-            tokens only.
-        temperature: :math:`\tau` of the gate; above 1 the mixture is flatter.
-        dropout: Probability after an expert's ReLU.
-        balance: Coefficients of the balance losses "kl" (mean gate against uniform; 0.2 as in the study), "importance"
-            and "z"; see `moe_heads.balance`.
+        slots_per_expert: S. With pooled features all slots of an expert have the same input, so more than one slot
+            is useful for tokens only.
+        temperature: :math:`\tau` of the gate. Above 1 the mixture is flatter.
+        dropout: Dropout probability after the ReLU of an expert.
+        balance: Coefficients of the balance losses "kl" (mean gate against uniform, 0.2 as in the study), "importance"
+            and "z". See `moe_heads.balance`.
 
     Raises:
-        ValueError: If a size is below 1, the temperature not positive, the dropout outside [0, 1) or a balance term
-            unknown.
+        ValueError: If a size is below 1, the temperature is not positive, the dropout is outside [0, 1), or a balance
+            term is unknown.
 
     Example:
         >>> import torch
@@ -70,7 +70,7 @@ class SoftMoE(Head):
         self.experts = Experts(num_experts, in_features, expert_width, num_classes, dropout)
 
     def classify(self, x: Tensor) -> tuple[Tensor, Routing | None]:
-        """Logits (B, C) and the routing of the rows or tokens."""
+        """Compute the logits (B, C) and the routing of the rows or tokens."""
         if x.dim() == 2:
             routing = self.router(x)
             return sum_all(self.experts, x, routing.gates), routing
@@ -80,12 +80,12 @@ class SoftMoE(Head):
         dispatch = slot_logits.softmax(1)
         combine = slot_logits.flatten(2).softmax(-1).view_as(slot_logits)
         slots = torch.einsum("btes,btd->besd", dispatch.to(x.dtype), x)
-        # the mean over the tokens is linear: it is taken of the weights, before the product
+        # the mean over the tokens is linear, so it is applied to the weights, before the product
         outputs = self.experts.each(slots)
         return torch.einsum("bes,besc->bc", combine.mean(1).to(outputs.dtype), outputs), routing
 
     def count_flops(self, batch: int, tokens: int) -> Flops:
-        """The gate, every expert, and for tokens the two mixtures; all of it active."""
+        """Count the gate, every expert, and for tokens the two mixtures, all of which are active."""
         slots = self.num_experts * self.slots_per_expert
         gate = 2 * batch * tokens * self.in_features * slots
         if tokens == 1:

@@ -1,4 +1,4 @@
-"""The sparse head: a router chooses few experts a row."""
+"""Sparse mixture-of-experts head: a router chooses few experts per row."""
 
 import inspect
 from collections.abc import Callable, Mapping
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from moe_heads.checks import check_at_least_one, check_option
-from moe_heads.dispatch import Dispatch, mix, stages, sum_all
+from moe_heads.dispatch import Dispatch, keep_outside_the_graph, mix, stages, sum_all
 from moe_heads.experts import Experts
 from moe_heads.flops import Flops
 from moe_heads.head import Head
@@ -19,11 +19,11 @@ __all__ = ["SparseMoE"]
 
 
 class SparseMoE(Head):
-    r"""Mixture of few experts a row, :math:`y = \sum_{s} f_s(x) + \sum_{e \in \mathrm{chosen}} g_e(x) f_e(x)`.
+    r"""Mixture of few experts per row, :math:`y = \sum_{s} f_s(x) + \sum_{e \in \mathrm{chosen}} g_e(x) f_e(x)`.
 
-    The gate g is that of `moe_heads.routers.NoisyTopKRouter`, or of another router; the shared experts s run on every
-    row (DeepSeekMoE, arXiv 2401.06066; none by default). Tokens (B, T, D) are routed one by one and their logits
-    averaged over T. The loss is piecewise smooth: its derivatives are those at fixed choice of the experts.
+    The gate g is that of `moe_heads.routers.NoisyTopKRouter` or of another router. The shared experts s run on every
+    row (DeepSeekMoE, arXiv 2401.06066). There are none by default. Tokens (B, T, D) are routed separately, and their
+    logits are averaged over T. The loss is piecewise smooth. Its derivatives hold the choice of the experts fixed.
 
     The defaults are those of the study (arXiv 2601.15021): 276,064 parameters for 512 features and 10 classes, 71,068
     of them active in the evaluation of one row.
@@ -33,26 +33,28 @@ class SparseMoE(Head):
         num_classes: C.
         num_experts: E.
         expert_width: Hidden units of one expert.
-        k: Experts chosen a row; with 1 the weight is the full-softmax probability, which keeps the router's gradient.
-        noisy: Draw noise on the logits in training (never in evaluation); it explores, and the load loss needs it.
-        temperature: Divides the router's logits; above 1 the weights are flatter.
-        dropout: Probability after an expert's ReLU.
-        balance: Coefficients of the balance losses "importance", "load", "switch", "z" and "kl"; 0.2 for the first
-            two as in the study; see `moe_heads.balance`.
-        dispatch: How the experts run; the result is the same. "ragged": each expert that is hit, on the rows that
-            chose it (eager mode). "all": every expert on every row, masked by the weights; serves every mode
-            (torch.export, vmap, CUDA graphs). "gathered": the weights of the chosen experts are gathered for each row;
-            for few rows under torch.compile. "grouped": one grouped matrix product; for many rows under
-            torch.compile. "auto": on a CPU the one that a model of the costs, fitted on one machine in fp32, finds the
-            fastest for the number of rows and the mode; elsewhere "all".
-        router: One of `moe_heads.routers`, or a `Router` of your own, in the place of the noisy top-k gate; it brings
-            its own ``k``, ``noisy``, ``temperature`` and ``balance``.
-        num_shared_experts: S, of the width of the others.
+        k: Number of experts chosen per row. With 1 the weight is the full-softmax probability, which keeps the
+            gradient of the router.
+        noisy: Whether to add noise to the logits in training (never in evaluation). The noise explores, and the load
+            loss needs it.
+        temperature: Divisor of the router logits. Above 1 the weights are flatter.
+        dropout: Dropout probability after the ReLU of an expert.
+        balance: Coefficients of the balance losses "importance", "load", "switch", "z" and "kl". The first two are 0.2
+            as in the study. See `moe_heads.balance`.
+        dispatch: Execution path of the experts. The result is the same for all. "ragged" runs each chosen expert on
+            its rows (eager mode). "all" runs every expert on every row, masked by the weights, and supports every mode
+            (torch.export, vmap, CUDA graphs). "gathered" gathers the weights of the chosen experts for each row, for
+            few rows under torch.compile. "grouped" is one grouped matrix product, for many rows under torch.compile.
+            "auto" takes on a CPU the path that a cost model, fitted on one machine in fp32, predicts to be the fastest
+            for the number of rows and the mode. On other devices it is "all".
+        router: One of `moe_heads.routers`, or a custom `Router`, instead of the noisy top-k gate. It has its own ``k``,
+            ``noisy``, ``temperature`` and ``balance``.
+        num_shared_experts: S, the number of shared experts, of the same width as the others.
 
     Raises:
-        ValueError: If k > num_experts, a size is below 1, the temperature not positive, the dropout outside [0, 1), a
-            balance term or dispatch unknown, the load loss asked for without noise, or the router does not fit. In a
-            call: if the path that ``dispatch`` names cannot serve the dtype, device, shape or mode.
+        ValueError: If k > num_experts, a size is below 1, the temperature is not positive, the dropout is outside
+            [0, 1), a balance term or dispatch is unknown, the load loss is used without noise, or the router does not
+            match. In a call, if the path named by ``dispatch`` does not support the dtype, device, shape or mode.
 
     Example:
         >>> import torch
@@ -90,6 +92,7 @@ class SparseMoE(Head):
             _check_absent({"k": k, "noisy": noisy, "temperature": temperature, "balance": balance})
         self.num_experts, self.expert_width = num_experts, expert_width
         self.dispatch: Dispatch = dispatch
+        keep_outside_the_graph(dispatch)
         self.router = router
         self.experts = Experts(num_experts, in_features, expert_width, num_classes, dropout)
         self.shared: Experts | None = None
@@ -98,11 +101,11 @@ class SparseMoE(Head):
 
     @property
     def k(self) -> float:
-        """Experts chosen a row; where the experts choose, their mean number."""
+        """Number of experts chosen per row. Under expert choice, their mean number."""
         return self.num_experts if self.router.k is None else self.router.k
 
     def classify(self, x: Tensor) -> tuple[Tensor, Routing | None]:
-        """Logits (B, C) and the routing of the rows or tokens."""
+        """Compute the logits (B, C) and the routing of the rows or tokens."""
         if x.dim() == 2:
             return self._mix(x, 1)
         logits, routing = self._mix(x.flatten(0, 1), x.shape[1])
@@ -112,14 +115,14 @@ class SparseMoE(Head):
         routing = self.router(rows, rows_per_sample)
         logits = mix(self.experts, rows, routing, self.dispatch)
         if routing.rows is not None:
-            # no expert takes a row that is not a number: its logits would be zero, as if nothing were wrong
+            # no expert takes a row with non-finite logits: zero logits would hide the error
             logits = logits.masked_fill(~routing.valid.unsqueeze(-1), torch.nan)
         if self.shared is not None:
             logits = logits + sum_all(self.shared, rows)
         return logits, routing
 
     def count_flops(self, batch: int, tokens: int) -> Flops:
-        """The gate, the shared experts, and all or the chosen ones of the others; noise is drawn in training only."""
+        """Count the gate, the shared experts, and all or the chosen ones of the other experts, without the noise."""
         rows = batch * tokens
         gate = 2 * sum(parameter.numel() for parameter in self.router.active_parameters() if parameter.dim() > 1)
         always = gate + self._num_shared * self.experts.flops_per_row
@@ -129,18 +132,18 @@ class SparseMoE(Head):
         )
 
     def stages(self, x: Tensor) -> Mapping[str, Callable[[], object]]:
-        """Dispatch and combination of the path that serves x; see `Head.stages`."""
+        """Return the dispatch and the combination of the path that x takes. See `Head.stages`."""
         rows = x.flatten(0, -2)
         routing = self.router(rows, x.shape[1] if x.dim() == 3 else 1)
         return stages(self.experts, rows, routing, self.dispatch)
 
     def extra_repr(self) -> str:
-        """Sizes, and how the experts run."""
+        """Return the sizes and the dispatch path."""
         return f"{super().extra_repr()}, dispatch={self.dispatch!r}"
 
     @property
     def num_active_parameters(self) -> int:
-        """Parameters of the gate, of k experts and of the shared ones; the noise takes part in training only."""
+        """Number of parameters of the gate, of k experts and of the shared ones, without the noise of training."""
         gate = sum(parameter.numel() for parameter in self.router.active_parameters())
         return gate + round((self.k + self._num_shared) * self.experts.parameters_per_expert)
 
@@ -151,16 +154,21 @@ class SparseMoE(Head):
 
 def _check_router(router: Router, sizes: Mapping[str, int]) -> None:
     if not isinstance(router, Router):
-        raise ValueError(f"router: expected a moe_heads.Router, got {router!r}")
+        raise ValueError(f"router: expected a moe_heads.Router, got {router!r}.")
     for name, size in sizes.items():
-        # a router of the user's own need not tell the number of features
+        # a custom router need not have the number of features
         known = getattr(router, name, size if name == "in_features" else None)
         if known != size:
-            raise ValueError(f"router: expected one for {name} = {size}, got one for {known}")
+            raise ValueError(
+                f"router: expected one for {name} = {size}, got one for {known}. Build the router and the head with the"
+                " same sizes."
+            )
 
 
 def _check_absent(options: Mapping[str, object]) -> None:
     defaults = inspect.signature(SparseMoE.__init__).parameters
     for name, value in options.items():
         if value != defaults[name].default:
-            raise ValueError(f"{name}: belongs to the router that was given; expected it absent here, got {value!r}")
+            raise ValueError(
+                f"{name}: expected no value, since router sets it, got {value!r}. Pass {name} to the router instead."
+            )

@@ -1,4 +1,4 @@
-"""New heads made from trained ones: a dense head becomes experts, experts are taken out."""
+"""New heads from trained ones: upcycling of a dense head, and removal of experts."""
 
 import copy
 import operator
@@ -18,32 +18,32 @@ __all__ = ["ablate", "upcycle"]
 MoEHead = TypeVar("MoEHead", SoftMoE, SparseMoE)
 
 _NOT_FOR_UPCYCLING = {
-    "in_features": "is the dense head's",
-    "num_classes": "is the dense head's",
-    "expert_width": "is the dense head's",
-    "num_shared_experts": "would add to the dense head's logits",
+    "in_features": "since the dense head sets it",
+    "num_classes": "since the dense head sets it",
+    "expert_width": "since the dense head sets it",
+    "num_shared_experts": "since shared experts would add to the logits of the dense head",
 }
 
 
 def upcycle(dense_head: Dense, num_experts: int, **options: Any) -> SparseMoE:
-    """A sparse head whose experts all start as copies of a trained dense head, the router being new.
+    """Build a sparse head whose experts are copies of a trained dense head, with a new router.
 
-    Sparse upcycling, Komatsuzaki et al., arXiv 2212.05055. With the noisy top-k and the bias-balanced router and k > 1
-    the weights of a row's experts sum to one, so the new head starts with the logits of the dense one (dropout aside).
-    Where the weight is a probability (k = 1, Switch, expert choice) it scales them, and the head has to learn its scale
-    anew. The experts part in training because they see different rows.
+    The method is sparse upcycling, Komatsuzaki et al., arXiv 2212.05055. With the noisy top-k and the bias-balanced
+    router and k > 1 the weights of a row sum to one, so the new head starts with the logits of the dense one (up to
+    dropout). Where the weight is a probability (k = 1, Switch, expert choice), it scales the logits, and the head has
+    to relearn its scale. The experts diverge in training because they receive different rows.
 
     Args:
-        dense_head: The head to copy; it is not changed.
+        dense_head: The head to copy. It is not changed.
         num_experts: E.
-        **options: Further arguments of `SparseMoE`, such as ``k`` or ``router``; ``expert_width`` is the width of the
+        **options: Further arguments of `SparseMoE`, such as ``k`` or ``router``. ``expert_width`` is the width of the
             dense head, and its dropout is the default.
 
     Returns:
         The head, with the device, dtype and mode of the dense one.
 
     Raises:
-        ValueError: If the head is not a `Dense`, a shared expert is asked for, or an option is bad.
+        ValueError: If the head is not a `Dense`, shared experts are requested, or an option is invalid.
 
     Example:
         >>> import torch
@@ -55,14 +55,14 @@ def upcycle(dense_head: Dense, num_experts: int, **options: Any) -> SparseMoE:
         True
     """
     if not isinstance(dense_head, Dense):
-        raise ValueError(f"dense_head: expected a moe_heads.Dense, got {type(dense_head).__name__}")
+        raise ValueError(f"dense_head: expected a moe_heads.Dense, got {type(dense_head).__name__}.")
     check_at_least_one(num_experts=num_experts)
     for name, reason in _NOT_FOR_UPCYCLING.items():
         if name in options:
-            raise ValueError(f"{name}: {reason}; expected it absent, got {options[name]!r}")
+            raise ValueError(f"{name}: expected no value, {reason}, got {options[name]!r}. Remove it from the options.")
     settings = {"dropout": dense_head.dropout, **options, "expert_width": dense_head.width}
     head = SparseMoE(dense_head.in_features, dense_head.num_classes, num_experts, **settings)
-    # by name: a pruned or parametrized layer has other parameters than its weight
+    # by name: a pruned or parametrized layer has other parameters besides its weight
     sources = [getattr(dense_head.layers[index], name) for index in (0, 3) for name in ("weight", "bias")]
     head.to(sources[0].device, sources[0].dtype)
     with torch.no_grad():
@@ -72,22 +72,22 @@ def upcycle(dense_head: Dense, num_experts: int, **options: Any) -> SparseMoE:
 
 
 def ablate(head: MoEHead, experts: Sequence[int]) -> MoEHead:
-    """A copy of a head without some of its experts, as if they had never been there.
+    """Return a copy of a head without some of its experts.
 
-    The router chooses among the others: softmax and normalization run over those that are left, and where experts
-    choose, each takes its share of the rows anew. What the head loses by it is what the experts contribute. Hooks stay
-    behind.
+    The router chooses among the remaining experts: softmax and normalization run over those, and under expert choice
+    each expert takes its share of the rows again. The accuracy that the copy loses is the contribution of the removed
+    experts. Hooks are not copied.
 
     Args:
-        head: `SoftMoE` or `SparseMoE`; it is not changed.
-        experts: Indices of the experts to take out.
+        head: `SoftMoE` or `SparseMoE`. It is not changed.
+        experts: Indices of the experts to remove.
 
     Returns:
         The smaller head.
 
     Raises:
-        ValueError: If the head has no experts, an index is out of range or twice there, or fewer experts than a row
-            needs would be left.
+        ValueError: If the head has no experts, an index is out of range or repeated, or fewer experts remain than a
+            row needs.
 
     Example:
         >>> from moe_heads import SparseMoE, ablate
@@ -95,19 +95,25 @@ def ablate(head: MoEHead, experts: Sequence[int]) -> MoEHead:
         3
     """
     if not isinstance(head, (SoftMoE, SparseMoE)):
-        raise ValueError(f"head: expected a SoftMoE or SparseMoE, got {type(head).__name__}")
+        raise ValueError(f"head: expected a SoftMoE or SparseMoE, got {type(head).__name__}.")
     try:
         out = [operator.index(expert) for expert in experts]
     except TypeError:
         out = [-1]
     if len(set(out)) != len(out) or not all(0 <= expert < head.num_experts for expert in out):
-        raise ValueError(f"experts: expected different integers from 0 to {head.num_experts - 1}, got {experts!r}")
+        raise ValueError(f"experts: expected different integers from 0 to {head.num_experts - 1}, got {experts!r}.")
     kept = [expert for expert in range(head.num_experts) if expert not in out]
     needed = max(1, head.k) if isinstance(head, SparseMoE) and head.router.k is not None else 1
     if len(kept) < needed:
-        raise ValueError(f"experts: expected at least {needed} experts to be left; {len(kept)} would be of {experts!r}")
+        raise ValueError(
+            f"experts: expected at least {needed} remaining experts, got {len(kept)}. Remove fewer experts than"
+            f" {experts!r}."
+        )
     if any(parametrize.is_parametrized(module) for module in head.modules()):
-        raise ValueError("head: expected one without parametrizations; remove them first (torch.nn.utils.parametrize)")
+        raise ValueError(
+            "head: expected a head without parametrizations, got a parametrized one. Remove them first with"
+            " torch.nn.utils.parametrize.remove_parametrizations."
+        )
     smaller = copy.deepcopy(head)
     smaller.num_experts = len(kept)
     smaller.router = head.router.keep(kept)

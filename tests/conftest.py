@@ -3,10 +3,15 @@
 import importlib
 import os
 import random
+import signal
 
 # The tests' tensors are small, and on a busy machine a second thread makes them many times slower. Set before torch is
 # imported, and inherited by the processes that some tests start.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# A shell starts background jobs with Ctrl-C ignored, and the tests of Ctrl-C send it to themselves.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import numpy as np
 import pytest
@@ -28,8 +33,8 @@ def without_mean_check(monkeypatch: pytest.MonkeyPatch) -> None:
         "loss_landscape.function",
         "loss_landscape.routing_response",
         "sharpness.function",
-        "sharpness.perturbation_sharpness",
-        "sharpness.published_sharpness",
+        "sharpness.perturbation",
+        "sharpness.pyhessian",
     ):
         module = importlib.import_module(f"moe_heads.analysis.{name}")
         monkeypatch.setattr(module, "check_mean", lambda *arguments, **options: None)

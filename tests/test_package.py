@@ -66,7 +66,7 @@ FOREIGN = {
     "moe_heads": {"torch"},
     "moe_heads.analysis": {"torch", "numpy", "matplotlib", "scipy", "typing_extensions"},
     "moe_heads.analysis.expert_utilization.metric": {"torch", "torchmetrics"},
-    "moe_heads.analysis.sharpness.published.run": {"torch", "pyhessian"},
+    "moe_heads.analysis.sharpness.pyhessian": {"torch", "pyhessian"},
 }
 
 DATA_FILES = {"moe_heads/py.typed", "moe_heads/analysis/loss_landscape/page.html"}
@@ -227,7 +227,8 @@ from moe_heads.analysis.sharpness.result import SharpnessResult
 from moe_heads.analysis import expert_utilization, inference_timing, loss_landscape, sharpness
 from moe_heads.analysis.sharpness.hessian import HessianOperator
 import moe_heads.analysis
-print([f.__name__ for f in (expert_utilization, inference_timing, loss_landscape, sharpness, moe_heads.analysis.sharpness)])
+functions = (expert_utilization, inference_timing, loss_landscape, sharpness, moe_heads.analysis.sharpness)
+print([function.__name__ for function in functions])
 """
     assert run(code, ROOT) == str([
         "expert_utilization",

@@ -1,4 +1,4 @@
-"""Compare the losses at the center of all analyses of the same weights and samples."""
+"""Comparison of the center losses of all analyses with the same weights and samples."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -11,16 +11,16 @@ from moe_heads.analysis._shared.half_precision import computes_in_half
 
 __all__ = ["CenterLossError", "center_losses_of", "check_center_losses"]
 
-# Relative differences that rounding explains, and an absolute one for losses near zero.
+# Relative tolerances for rounding, and an absolute one for losses near zero.
 _IN_HALF, _IN_SINGLE, _IN_DOUBLE, _NEAR_ZERO = 1e-2, 1e-4, 1e-8, 1e-6
 
 
 class CenterLossError(ValueError):
-    """Two analyses evaluated different functions."""
+    """Error raised when two analyses evaluated different functions."""
 
 
 def center_losses_of(name: str, result: Any) -> dict[str, float]:
-    """Return the finite losses of the model as it is, by name of the result or of its part.
+    """Return the finite losses of the unperturbed model, by name of the result or of its part.
 
     Args:
         name: Name of the result, such as "sharpness/train".
@@ -30,22 +30,22 @@ def center_losses_of(name: str, result: Any) -> dict[str, float]:
 
 
 def check_center_losses(model: nn.Module, losses: Mapping[str, float]) -> None:
-    """Refuse losses of the same weights and samples that differ beyond rounding.
+    """Raise an error if losses of the same weights and samples differ beyond rounding.
 
     Args:
         model: The model.
         losses: Loss by name of the analysis.
 
     Raises:
-        CenterLossError: Names two of them and both values.
+        CenterLossError: If two losses differ.
     """
     tolerance = _tolerance(model)
     for first, one in losses.items():
         for second, other in losses.items():
             if abs(one - other) > tolerance * max(abs(one), abs(other)) + _NEAR_ZERO * tolerance / _IN_SINGLE:
                 raise CenterLossError(
-                    f"loss: expected the same loss of the same weights and samples in all analyses, got {one:.8g} in"
-                    f" {first} and {other:.8g} in {second}. Give the module a loss (analysis_loss) that is the same"
+                    f"loss: expected equal losses for the same weights and samples in all analyses, got {one:.8g} in"
+                    f" {first} and {other:.8g} in {second}. Define analysis_loss(batch) as a loss that is the same"
                     " function of the weights with and without gradients, for frozen and trainable parameters, and on"
                     " every call."
                 )

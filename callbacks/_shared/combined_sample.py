@@ -1,4 +1,4 @@
-"""Several training loaders together, in the modes of Lightning's `CombinedLoader`."""
+"""Combination of several training loaders in the modes of Lightning's `CombinedLoader`."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,13 +13,13 @@ __all__ = ["Part", "combined"]
 
 @dataclass(frozen=True)
 class Part:
-    """What was drawn of one of the loaders.
+    """Batches drawn from one of several loaders.
 
     Attributes:
-        name: Place of the loader in the collection.
-        batches: Its batches.
-        sizes: Number of samples of each.
-        description: How they were drawn.
+        name: Key path of the loader in the collection.
+        batches: The batches.
+        sizes: Number of samples of each batch.
+        description: Description of the draw.
     """
 
     name: str
@@ -29,7 +29,7 @@ class Part:
 
     @property
     def num_samples(self) -> int:
-        """Samples in all."""
+        """Total number of samples."""
         return sum(self.sizes)
 
 
@@ -37,13 +37,14 @@ def combined(parts: Sequence[Part], structure: TreeSpec, mode: str) -> tuple[Bat
     """Combine the batches of several loaders step by step.
 
     Args:
-        parts: What was drawn of each loader.
-        structure: Of the collection, which each batch has too.
-        mode: "max_size_cycle": as many steps as the longest has, the others begin again; "max_size": None in place of
-            those that have ended; "min_size": as many steps as the shortest has; "sequential": one after the other.
+        parts: The batches drawn from each loader.
+        structure: Structure of the collection and of each combined batch.
+        mode: "max_size_cycle" runs until the longest loader ends and repeats the others. "max_size" puts None in place
+            of loaders that have ended. "min_size" runs until the shortest loader ends. "sequential" runs one loader
+            after the other.
 
     Returns:
-        The batches, each of as many samples as its parts have together, and what the report says of them.
+        The combined batches, whose sizes are sums over their parts, and their description for the report.
     """
     if mode == "sequential":
         batches = [batch for part in parts for batch in part.batches]

@@ -1,4 +1,4 @@
-"""What an analysis evaluates of any LightningModule: its loss, or its forward pass."""
+"""Loss and forward pass of any LightningModule, and checks of them."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
@@ -11,28 +11,28 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor, nn
 
+from moe_heads.analysis._shared.analysis_mode import analysis_mode
 from moe_heads.analysis._shared.batches import Batch, ForwardFn, LossFn
 from moe_heads.analysis._shared.copies import on_copies
 from moe_heads.analysis._shared.environment import device_of
 from moe_heads.analysis._shared.graph_on_demand import GraphOnDemand
 from moe_heads.analysis._shared.microbatches import Microbatches
-from moe_heads.analysis._shared.preserve import analysis_mode
 from moe_heads.analysis._shared.progress import Progress
+from moe_heads.analysis._shared.scalar import is_scalar
 
 __all__ = ["check_forward", "check_initialized", "draws_random_numbers", "loss_of"]
 
-# What the order of a sum on several threads or on a GPU may change in single precision.
+# Relative change of a loss in single precision by another summation order on several threads or on a GPU.
 _ROUNDING = 1e-5
 
 _REMEDY = "Pass loss_fn=lambda model, batch: ... to the callback, or give the module a method analysis_loss(batch)."
 
 
 def loss_of(model: nn.Module, loss_fn: LossFn | None) -> LossFn:
-    """The loss of a module, in the order of preference.
+    """Return the loss function of a module, in this order of preference.
 
-    1. ``loss_fn(pl_module, batch)``, the callback's argument;
-    2. the module's own ``analysis_loss(batch)``;
-    3. what ``training_step`` returns, a tensor or a dict with "loss", under automatic optimization.
+    1. ``loss_fn(pl_module, batch)``, the callback's argument; 2. the module's own ``analysis_loss(batch)``; 3. the
+    output of ``training_step``, a tensor or a dict with "loss", under automatic optimization.
 
     Args:
         model: The module.
@@ -42,8 +42,8 @@ def loss_of(model: nn.Module, loss_fn: LossFn | None) -> LossFn:
         ``loss_fn(model, batch) -> scalar``.
 
     Raises:
-        MisconfigurationException: If the module offers neither of the first two, and is no LightningModule, optimizes
-            by hand (calling its training step would change the weights), or takes its batches from an iterator.
+        MisconfigurationException: If there is neither of the first two, and the module is not a LightningModule, uses
+            manual optimization (its training step would change the weights), or takes its batches from an iterator.
     """
     if loss_fn is not None:
         return loss_fn
@@ -51,40 +51,42 @@ def loss_of(model: nn.Module, loss_fn: LossFn | None) -> LossFn:
         return lambda model, batch: cast(Any, model).analysis_loss(batch)
     name = type(model).__name__
     if not isinstance(model, LightningModule) or not is_overridden("training_step", model):
-        raise MisconfigurationException(f"{name} has no training_step to take the loss from. {_REMEDY}")
+        raise MisconfigurationException(f"{name}: expected a training_step that returns the loss, got none. {_REMEDY}")
     if not model.automatic_optimization:
         raise MisconfigurationException(
-            f"{name} optimizes by hand, so its training_step would change the weights. {_REMEDY}"
+            f"{name}: expected automatic optimization, got manual optimization, whose training_step would change the"
+            f" weights. {_REMEDY}"
         )
     if is_param_in_hook_signature(model.training_step, "dataloader_iter", explicit=True):
         raise MisconfigurationException(
-            f"{name}.training_step takes its batches from dataloader_iter: it has no loss of a given batch. {_REMEDY}"
+            f"{name}.training_step: expected a batch as argument, got dataloader_iter, with which it has no loss of a"
+            f" given batch. {_REMEDY}"
         )
     return _training_loss
 
 
 def check_initialized(model: nn.Module) -> None:
-    """Refuse a model with lazy layers that no batch has gone through yet.
+    """Check that no lazy layer is uninitialized.
 
     Raises:
-        MisconfigurationException: If a parameter or buffer has no values.
+        MisconfigurationException: If a parameter or buffer is uninitialized.
     """
     kinds = (nn.UninitializedParameter, nn.UninitializedBuffer)
     lazy = [name for name, t in (*model.named_parameters(), *model.named_buffers()) if isinstance(t, kinds)]
     if lazy:
         raise MisconfigurationException(
-            f"{type(model).__name__}: {lazy[0]} is lazy and has no values yet. Run one forward pass first: train at"
-            " least one batch, or call the module in configure_model."
+            f"{type(model).__name__}: expected initialized parameters, got a lazy {lazy[0]}. Run one forward pass"
+            " first: train at least one batch, or call the module in configure_model."
         )
 
 
 def draws_random_numbers(model: nn.Module, loss_fn: LossFn, batches: Sequence[Batch], name: str) -> bool:
-    """Evaluate the loss of the first batch twice from the same random numbers, and once from others.
+    """Evaluate the loss of the first batch twice with the same random numbers, and once with different ones.
 
-    A warning says when the first two differ, as by a hidden state that is carried on, or by random numbers that do not
-    come from torch: then there is no function of the weights whose curvature or landscape could be known.
+    Warns if the first two losses differ, for example because of a hidden state or of random numbers from outside torch.
+    Then the loss is not a function of the weights, and its curvature and landscape are not defined.
 
-    The batch is evaluated as it is, since a module may need it whole.
+    The batch is not cut, since a module may need whole batches.
 
     Returns:
         Whether the loss depends on torch's random numbers.
@@ -101,28 +103,28 @@ def draws_random_numbers(model: nn.Module, loss_fn: LossFn, batches: Sequence[Ba
 
             found = data.evaluate(lambda index, batch: graph(lambda: evaluate(batch)), copies=False)
             losses.append(next(loss for _, loss in found))
-    if not all(isinstance(loss, Tensor) and loss.numel() == 1 for loss in losses):
-        return False  # told by the analysis itself, with the same words as without a Trainer
+    if not all(map(is_scalar, losses)):
+        return False  # the analysis itself raises an error, the same as without a Trainer
     first, second, third = (float(loss.detach()) for loss in losses)
     if _differ(first, second):
         rank_zero_warn(
             f"{name}: the loss of one batch was {first:.8g}, and {second:.8g} on a repeat with the same weights and"
-            " random numbers. The module carries a state from one batch to the next, or draws numbers outside torch:"
-            f" the result is a mixture. {_REMEDY}"
+            " random numbers. The module carries a state between batches or draws random numbers outside torch, so the"
+            f" result mixes different losses. {_REMEDY}"
         )
     return not _differ(first, second) and _differ(second, third)
 
 
 def check_forward(callback: Callback, pl_module: nn.Module, forward_fn: ForwardFn | None) -> None:
-    """Refuse a module that cannot be called, before training.
+    """Check before training that the module can be called.
 
     Raises:
         MisconfigurationException: If the module has no ``forward`` and no ``forward_fn`` takes its place.
     """
     if forward_fn is None and type(pl_module).forward in {LightningModule.forward, nn.Module.forward}:
         raise MisconfigurationException(
-            f"{type(callback).__name__} calls the module, and {type(pl_module).__name__} has no forward. Define it, or"
-            " pass forward_fn=lambda module, batch: ... to the callback."
+            f"{type(callback).__name__}: expected a module with a forward method, got {type(pl_module).__name__}"
+            " without one. Define forward, or pass forward_fn=lambda module, batch: ... to the callback."
         )
 
 
@@ -132,7 +134,7 @@ def _differ(first: float, second: float) -> bool:
 
 def _training_loss(model: nn.Module, batch: Batch) -> Tensor:
     step = cast(LightningModule, model).training_step
-    # the Trainer's own rule: a second argument, whatever its name, is the index of the batch
+    # the Trainer's own rule: a second argument of any name is the index of the batch
     takes_index = is_param_in_hook_signature(step, "batch_idx", min_args=2)
     output = step(batch, 0) if takes_index else step(batch)
     loss = output.get("loss") if isinstance(output, Mapping) else output

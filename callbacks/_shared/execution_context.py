@@ -1,4 +1,4 @@
-"""Where an analysis takes place: in a run of a Trainer, or in a plain call without one."""
+"""Execution contexts of an analysis: a run of a Trainer, or a plain call without one."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,9 +15,9 @@ from typing_extensions import override
 
 from moe_heads.analysis._shared.batches import Batch, to_device
 from moe_heads.analysis._shared.interrupts import HeldInterrupts
-from moe_heads.analysis._shared.preserve import preserved
 from moe_heads.analysis._shared.progress import Show
 from moe_heads.analysis._shared.ranks import Ranks
+from moe_heads.analysis._shared.state import preserved
 from moe_heads.callbacks._shared.options import Weights
 from moe_heads.callbacks._shared.progress_bar import progress_bar
 from moe_heads.callbacks._shared.reporting import Report, log_report
@@ -40,7 +40,7 @@ _DRY_RUN_SAMPLES = 16
 
 
 class ExecutionContext(ABC):
-    """What an analysis needs of its surroundings.
+    """Data, devices, processes and loggers that an analysis uses.
 
     Attributes:
         trainer: The trainer, or None.
@@ -50,47 +50,47 @@ class ExecutionContext(ABC):
 
     @abstractmethod
     def ranks(self, name: str) -> Ranks:
-        """The processes that work together."""
+        """Return the processes that work together."""
 
     @abstractmethod
     def prepared(self, model: nn.Module, weights: Weights) -> AbstractContextManager[None]:
-        """The model on its device with the weights asked for, in evaluation mode; all put back on leaving."""
+        """Move the model to its device, load the weights and set evaluation mode; restore everything at the end."""
 
     @abstractmethod
     def loader(self, split: Split, fallbacks: Sequence[Split]) -> tuple[Split, Any] | None:
-        """The split that there is data for, this one or a fallback, and its loader or collection of loaders."""
+        """Return the first of ``split`` and its fallbacks with data, and its loader or collection of loaders."""
 
     @abstractmethod
     def transfer(self, batch: Batch) -> Batch:
-        """The batch on the device of the model."""
+        """Move a batch to the device of the model."""
 
     def dataset(self, split: Split) -> Any | None:
-        """The un-augmented data set that is offered for a split."""
+        """Return the un-augmented data set of a split, if there is one."""
         return None
 
     def limits(self, split: Split, num_samples: int) -> tuple[int, int | None]:
-        """Samples to draw of a split, and how many batches of its loader to draw them from (None for all)."""
+        """Return the number of samples to draw, and the number of batches to draw them from (None for all)."""
         return num_samples, None
 
     def time_limit(self) -> float | None:
-        """Seconds for which one rank may work while the others wait; None for any time."""
+        """Return the seconds for which one rank may work while the others wait, None for no limit."""
         return None
 
     def progress(self, description: str) -> AbstractContextManager[Show]:
-        """Shows the progress of an analysis inside the block."""
+        """Show the progress of an analysis while the block runs."""
         return progress_bar(self.trainer, description)
 
     @abstractmethod
     def log(self, prefix: str, report: Report, *, is_known: bool) -> None:
-        """Write a report; of one that is known already, only what the Trainer has forgotten."""
+        """Write a report; for a cached result, only restore the metrics that the Trainer has cleared."""
 
 
 class TrainerContext(ExecutionContext):
-    """In a run of a Trainer.
+    """Context of a run of a Trainer.
 
     Args:
         trainer: The trainer.
-        owner: Who asks, for messages.
+        owner: Name of the callback in messages.
     """
 
     trainer: Trainer
@@ -119,9 +119,9 @@ class TrainerContext(ExecutionContext):
             found = loader_of(self.trainer, candidate)
             if found is not None:
                 if candidate != split:
-                    rank_zero_warn(f"{self._owner}: the trainer has no {split} data; {candidate} takes its place.")
+                    rank_zero_warn(f"{self._owner}: the trainer has no {split} data. Using {candidate} data instead.")
                 return candidate, found
-        rank_zero_warn(f"{self._owner}: the trainer has no {split} data; the split is skipped.")
+        rank_zero_warn(f"{self._owner}: the trainer has no {split} data. The split is skipped.")
         return None
 
     @override
@@ -135,7 +135,7 @@ class TrainerContext(ExecutionContext):
 
     @override
     def limits(self, split: Split, num_samples: int) -> tuple[int, int | None]:
-        # a dry run goes through everything, on few samples
+        # a dry run executes everything on few samples
         is_dry = bool(self.trainer.fast_dev_run)  # type: ignore[attr-defined]
         num_batches = num_overfit_batches(self.trainer) if split == "train" else None
         return min(num_samples, _DRY_RUN_SAMPLES) if is_dry else num_samples, num_batches
@@ -150,23 +150,21 @@ class TrainerContext(ExecutionContext):
 
 
 class PlainContext(ExecutionContext):
-    """In a plain call.
+    """Context of a plain call without a Trainer.
 
     Args:
         loaders: Loader, or collection of loaders, by split.
-        device: Where to analyze; None for where the model is.
+        device: Device of the analysis; None for the device of the model.
 
     Raises:
-        ValueError: If it is a CUDA device, and torch finds none.
+        ValueError: If it is a CUDA device and CUDA is not available.
     """
 
     def __init__(self, loaders: Mapping[Split, Any], device: torch.device | str | None) -> None:
         self._loaders = {split: _Batches(given) if _is_batches(given) else given for split, given in loaders.items()}
         self._device = None if device is None else torch.device(device)
         if self._device is not None and self._device.type == "cuda" and not torch.cuda.is_available():
-            raise ValueError(
-                f"device: expected one that torch finds on this machine, got {device!r}, and there is none"
-            )
+            raise ValueError(f"device: expected an available device, got {device!r}. CUDA is not available.")
         self._model: nn.Module | None = None
 
     @override
@@ -178,8 +176,7 @@ class PlainContext(ExecutionContext):
     def prepared(self, model: nn.Module, weights: Weights) -> Iterator[None]:
         if weights == "best":
             raise MisconfigurationException(
-                "weights: expected 'last' without a Trainer, which would know the best checkpoint, got 'best'. Load the"
-                " checkpoint into the model first."
+                "weights: expected 'last' without a Trainer, got 'best'. Load the best checkpoint into the model first."
             )
         home = next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
         self._device, self._model = self._device or home, model
@@ -206,11 +203,11 @@ class PlainContext(ExecutionContext):
 
     @override
     def log(self, prefix: str, report: Report, *, is_known: bool) -> None:
-        """There is no logger: the result says it all."""
+        """Do nothing: there is no logger."""
 
 
 class _Batches:
-    """A list of batches, which could be taken for a list of loaders."""
+    """A list of batches, wrapped so that it is not mistaken for a list of loaders."""
 
     def __init__(self, batches: Sequence[Batch]) -> None:
         self._batches = batches

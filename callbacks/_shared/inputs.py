@@ -1,4 +1,4 @@
-"""What an analysis of one split works with: batches, loss and the processes that share them."""
+"""Inputs of an analysis of one split: batches, loss, and the processes that share them."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -28,18 +28,18 @@ __all__ = ["AnalysisInputs", "prepare"]
 
 @dataclass(frozen=True)
 class AnalysisInputs:
-    """What an analysis gets to work with.
+    """Inputs of the `compute` method of an analysis.
 
     Attributes:
         model: The module, on the device of the analysis, in evaluation mode.
-        loss_fn: ``loss_fn(model, batch) -> scalar``; None where the analysis needs no loss.
-        batches: Batches on the same device, with their numbers of samples and weights: all of the sample, or this
-            rank's share of it.
-        split: Where they come from.
-        cut: Number of processes that share the sample, and samples of each of its batches.
-        key: Fingerprint of the weights and the sample: equal for an analysis of the same, in whatever batches.
-        progress: To be given to the functions, or told of each step by hand.
-        ranks: The processes that share the sample; one alone unless the analysis says that it shares.
+        loss_fn: ``loss_fn(model, batch) -> scalar``; None if the analysis needs no loss.
+        batches: Batches on the same device, with their numbers of samples and weights: the whole sample, or this rank's
+            share of it.
+        split: Split of the batches.
+        cut: Number of processes that share the sample, and number of samples of each of its batches.
+        key: Fingerprint of the weights and the sample. It does not depend on the division into batches.
+        progress: Progress for the functions of this package. Other code calls its ``step``.
+        ranks: The processes that share the sample; a single one unless ``over_ranks`` is "share".
         trainer: The trainer; None in a plain call.
     """
 
@@ -55,7 +55,7 @@ class AnalysisInputs:
 
 
 class AnalysisTraits(Options, Protocol):
-    """What has to be known of an analysis to prepare it."""
+    """Attributes of an analysis that `prepare` uses."""
 
     needs_loss: ClassVar[bool]
     fallbacks: ClassVar[Mapping[Split, Sequence[Split]]]
@@ -70,33 +70,33 @@ def prepare(
     progress: Progress,
     ranks: Ranks,
 ) -> tuple[AnalysisInputs, Sample] | None:
-    """Draw the sample, share it out, find the loss and try it.
+    """Draw the sample, divide it among the ranks, find the loss and evaluate it once.
 
-    Rank zero draws, so that all ranks have the same samples, also of a stream.
+    Rank zero draws, so that all ranks have the same samples, also for a stream.
 
     Args:
-        context: Where the analysis takes place.
+        context: Context of the analysis.
         model: The module, on the device of the analysis.
-        split: The split asked for.
+        split: The requested split.
         analysis: The analysis.
-        progress: Told of each batch that is drawn.
+        progress: Receives a step for each drawn batch.
         ranks: The processes.
 
     Returns:
-        The inputs, and the whole sample that they come from; None when there is no data.
+        The inputs and the whole sample; None if there is no data.
 
     Raises:
-        MisconfigurationException: If the loss cannot be had, or parameters are not initialized yet.
-        ValueError: If there is no sample, or the loss is not what it should be.
+        MisconfigurationException: If there is no loss, or parameters are not initialized yet.
+        ValueError: If the sample is empty or the loss is invalid.
     """
     shares = analysis.over_ranks == "share"
     with ranks.synchronized():
         check_initialized(model)
         loss_fn = loss_of(model, analysis.loss_fn) if analysis.needs_loss else None
-        # samples that the data set augments are the same in every analysis of one seed
+        # random augmentation gives the same samples in every analysis with the same seed
         seed_generators(analysis.seed)
         found = context.loader(split, analysis.fallbacks.get(split, ()))
-    # rank zero draws, so its data count
+    # rank zero draws, so its data decide
     there = ranks.run_on_rank_zero(lambda: None if found is None else found[0])
     if there is None:
         return None
@@ -126,16 +126,16 @@ def prepare(
             first = Batches([batch], sample.batches.sizes[:1], weight_fn=analysis.batch_weight_fn)
             try:
                 is_random = draws_random_numbers(model, loss_fn, first, ranks.name)
-            except Exception as error:  # of any kind: code of the user's
+            except Exception as error:  # of any kind: this is code of the user
                 explain_evaluation_mode(model, loss_fn, batch, error)
                 _add_size(error, first.num_samples, getattr(found[1] if found else None, "batch_size", None))
                 raise
             if shares and ranks.size > 1 and not is_random:
-                # what it shows of all batches is told by the analysis itself
+                # the analysis itself issues the warning, for all batches
                 may_cut = check_mean(model, loss_fn, first, progress=Progress(on_warning=lambda message: None)).may_cut
     may_cut = all(ranks.gather(may_cut))
     if shares and ranks.size > 1 and any(ranks.gather(is_random)):
-        # random numbers drawn for a part of a batch are not those that one process draws
+        # random numbers drawn for a part of a batch differ from those of a single process
         shares = False
     key = ranks.run_on_rank_zero(lambda: _key(model, sample))
     share = _share(sample.batches, ranks, may_cut=may_cut) if shares else None
@@ -149,11 +149,11 @@ def prepare(
 
 
 def _add_size(error: Exception, num_samples: int, trained: Any) -> None:
-    """Add to the error of a loss that the training has batches of another size, which a module may need."""
+    """Add a note to an error of the loss if the batch size of training differs, since a module may need it."""
     if isinstance(trained, int) and trained != num_samples:
         error.add_note(
-            f"(the batch holds {num_samples} samples, and those of the training {trained}: a module that needs that"
-            f" many takes batch_size={trained} and a multiple of it for num_samples)"
+            f"(the batch holds {num_samples} samples, and the training batches {trained}. If the module needs this"
+            f" size, pass batch_size={trained} and a multiple of it as num_samples)"
         )
 
 
@@ -163,7 +163,7 @@ def _key(model: nn.Module, sample: Sample) -> bytes:
 
 
 def _contents(batches: Sequence[Batch]) -> list[Any]:
-    """What the batches hold; where samples can be told apart it does not matter into which batches they are cut."""
+    """Return the contents of the batches; for divisible batches, they do not depend on the division into batches."""
     inside = [leaves_of(batch) for batch in batches]
     forms = {tuple(leaf is None for leaf in leaves) for leaves in inside}
     if len(forms) > 1 or not all(map(_has_rows, batches)):
@@ -172,20 +172,20 @@ def _contents(batches: Sequence[Batch]) -> list[Any]:
 
 
 def _has_rows(batch: Batch) -> bool:
-    """Whether it holds plain tensors only, with a row for each sample."""
+    """Return whether a batch holds only dense tensors with one row for each sample."""
     tensors = [leaf for leaf in leaves_of(batch) if leaf is not None]
     return is_divisible(batch) and not any(leaf.is_nested or leaf.layout != torch.strided for leaf in tensors)
 
 
 def _share(batches: Sequence[Batch], ranks: Ranks, *, may_cut: bool = True) -> Batches | None:
-    """This rank's part of each batch; batches that cannot be cut go whole to one rank after the other.
+    """Return this rank's part of each batch; batches that cannot be cut go to the ranks in turn.
 
-    None for a single rank, and when a rank would be left with nothing.
+    Returns None for a single rank, and if a rank would get no samples.
 
     Args:
         batches: The batches of all ranks.
         ranks: The processes.
-        may_cut: Whether a loss of a part of a batch is what it should be.
+        may_cut: Whether the loss of a part of a batch is valid.
     """
     if ranks.size == 1:
         return None

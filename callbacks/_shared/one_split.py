@@ -1,4 +1,4 @@
-"""How one split is analyzed: sample, computation, what is kept of an error, and the record of the result."""
+"""Analysis of one split: sample, computation, partial results of errors, and report."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -28,7 +28,7 @@ __all__ = ["Analysis", "described"]
 
 
 class Analysis(ABC):
-    """An analysis of a model on samples of its splits; `FitEndAnalysis` says when it runs, and what its options are.
+    """An analysis of a model on samples of its splits; `FitEndAnalysis` documents when it runs and its options.
 
     Attributes:
         results: Result by split.
@@ -77,7 +77,7 @@ class Analysis(ABC):
 
     @abstractmethod
     def report(self, result: Any) -> Report:
-        """What the result says, for the loggers."""
+        """Return the metrics, texts, figures, meshes and files of a result for the loggers."""
 
     def analyze(
         self,
@@ -88,23 +88,23 @@ class Analysis(ABC):
         test: Any | None = None,
         device: torch.device | str | None = None,
     ) -> dict[Split, Any]:
-        """Analyze a model without a Trainer: a checkpoint that was loaded, or a module that is trained elsewhere.
+        """Analyze a model without a Trainer, such as a loaded checkpoint or a module with its own training loop.
 
-        Errors and Ctrl-C are raised. The model is left bit for bit as it was, and where it was.
+        Errors and Ctrl-C are raised. The model is restored bit for bit, on its device.
 
         Args:
             model: A LightningModule, or any module with a ``loss_fn`` for this callback.
-            train: Loader of the training data, or anything that gives batches when iterated; likewise the others.
+            train: Loader of the training data, or another iterable of batches; likewise for ``val`` and ``test``.
             val: Validation data.
             test: Test data.
-            device: Where to analyze; by default where the model is.
+            device: Device of the analysis; by default that of the model.
 
         Returns:
-            ``results``: result by split, of those that data were given for.
+            ``results``: the result for each split with data.
 
         Raises:
             ValueError: If no data are given.
-            MisconfigurationException: If the loss cannot be had.
+            MisconfigurationException: If there is no loss.
 
         Example:
             >>> import torch
@@ -117,7 +117,7 @@ class Analysis(ABC):
         given: dict[Split, Any] = {"train": train, "val": val, "test": test}
         given = {split: loaders for split, loaders in given.items() if loaders is not None}
         if not given:
-            raise ValueError("train, val, test: expected data for at least one split, got none")
+            raise ValueError("train, val, test: expected data for at least one split, got none.")
         for split, loaders in given.items():
             if not isinstance(loaders, Mapping):  # a collection of loaders
                 check_is_list(loaders, split, "a loader or a list of batches")
@@ -128,28 +128,27 @@ class Analysis(ABC):
         return self.results
 
     def result_for(self, inputs: AnalysisInputs) -> Any | None:
-        """The whole result that is there for the same split, weights and samples, or None."""
+        """Return the cached complete result for the same split, weights and samples, or None."""
         key, result = self._known.get(inputs.split, (b"", None))
         return result if key == inputs.key else None
 
     def is_enough(self, result: Any) -> bool:
-        """Whether a result that is known says all that is wanted now."""
+        """Return whether the cached result already contains every requested quantity."""
         return True
 
     def analyze_split(
         self, context: ExecutionContext, model: nn.Module, split: Split, weights: Weights
     ) -> tuple[Split, Mapping[str, float]] | None:
-        """Analyze one split and record the result, also a partial one, before its error goes on.
+        """Analyze one split and record the result; a partial result is recorded before its error is raised.
 
         Args:
-            context: Where.
+            context: Context of the analysis.
             model: The model.
-            split: The split asked for.
-            weights: Which weights.
+            split: The requested split.
+            weights: The weights to analyze.
 
         Returns:
-            The split that was analyzed, this one or the one that takes its place, and the numbers that were logged;
-            None without data.
+            The analyzed split, which may be a fallback, and the logged metrics; None without data.
         """
         ranks = context.ranks(f"{self.name}/{split}")
         with ranks.working():
@@ -175,27 +174,27 @@ class Analysis(ABC):
         except KeyboardInterrupt as raised:
             if result is None:
                 raise
-            error = raised  # pressed while all was put back: what was found is whole
+            error = raised  # Ctrl-C while the state was restored: the result is complete
         if isinstance(error, TimeUp) and result is not None:
-            error = None  # the time was over, and there is a result
-        # from here on the model is as it was, and the loggers are those of the run
+            error = None  # the time limit was exceeded, and there is a result
+        # from here on the model is restored and the loggers of the run are active
         metrics: Mapping[str, float] = {}
         if result is not None:
             with ranks.synchronized():
-                metrics = self._record(context, inputs, sample, result, is_known, is_told=error is not None)
+                metrics = self._record(context, inputs, sample, result, is_known, has_error=error is not None)
         if error is not None:
             if result is not None:
-                how = "marked as partial" if getattr(result, "partial", "") else "and whole"
-                error.add_note(f"(what was found before is kept, {how})")
+                kind = "partial" if getattr(result, "partial", "") else "complete"
+                error.add_note(f"(the {kind} result up to this point is kept)")
             if inputs.split != split:
-                error.add_note(f"({inputs.split} data took the place of {split} data)")
+                error.add_note(f"({inputs.split} data were used instead of {split} data)")
             raise error
         return inputs.split, metrics
 
     def _found(
         self, inputs: AnalysisInputs, ranks: Ranks, progress: Progress, is_known: bool
     ) -> tuple[Any | None, BaseException | None]:
-        """The result, which may be partial or missing, and the error that ended the analysis."""
+        """Return the result, which may be partial or missing, and the error that ended the analysis."""
         if is_known:
             return self.result_for(inputs), None
         try:
@@ -205,14 +204,14 @@ class Analysis(ABC):
         except (Exception, KeyboardInterrupt) as raised:
             error = raised
         if isinstance(error, CenterLossError):
-            progress.forget()  # which of the two is the function that was trained is not known
+            progress.forget()  # it is unknown which of the two losses belongs to training
         return ranks.run_on_rank_zero(partial(_partial, progress, error)), error
 
     def _compare_centers(self, inputs: AnalysisInputs, result: Any) -> None:
-        """Refuse a result whose loss at the center is another one in a part of it, or in another analysis.
+        """Check that all parts of the result and all other analyses have the same loss at the center.
 
         Raises:
-            CenterLossError: Names both.
+            CenterLossError: If two losses differ.
         """
         losses = center_losses_of(f"{self.name}/{inputs.split}", result)
         callbacks = [] if inputs.trainer is None else inputs.trainer.callbacks  # type: ignore[attr-defined]
@@ -223,11 +222,11 @@ class Analysis(ABC):
 
     @property
     def _loss(self) -> tuple[Any, ...]:
-        """What decides about the mean loss of a sample."""
+        """Options that determine the mean loss of a sample."""
         return self.loss_fn, self.seed, self.batch_weight_fn
 
     def _centers(self, inputs: AnalysisInputs) -> dict[str, float]:
-        """Losses at the center that are known of the same weights and samples, cut into the same batches."""
+        """Return the cached center losses for the same weights and samples in the same batches."""
         known = {split: result for split, (key, result) in self._known.items() if key == inputs.key}
         alike = {split: result for split, result in known.items() if self._cuts[split] == inputs.cut}
         return {
@@ -242,7 +241,7 @@ class Analysis(ABC):
                 return self.compute(inputs)
         if self.over_ranks == "share" and inputs.ranks.size == ranks.size:
             return self.compute(inputs)
-        # also where the sample could not be shared
+        # also if the sample could not be divided among the ranks
         return ranks.run_on_rank_zero(lambda: self.compute(inputs))
 
     def _record(
@@ -252,11 +251,11 @@ class Analysis(ABC):
         sample: Sample,
         result: Any,
         is_known: bool,
-        is_told: bool,
+        has_error: bool,
     ) -> Mapping[str, float]:
         prefix, ended = f"{self.name}/{inputs.split}", getattr(result, "partial", "")
         self.results[inputs.split] = result
-        if ended and not is_told:
+        if ended and not has_error:
             rank_zero_warn(f"{prefix}: the result is partial: {ended}.")
         report = self.report(result)
         context.log(prefix, _with_origin(report, sample), is_known=is_known)
@@ -273,27 +272,27 @@ class Analysis(ABC):
         limit = context.time_limit() if self.over_ranks == "rank_zero" else None
         if limit is None or (self.max_time is not None and self.max_time <= limit):
             return Progress(self.max_time, show, **options)
-        # the other ranks wait for rank zero, and torch.distributed waits only so long
-        end = f"half of the time for which the other ranks wait ({limit:g} s) was over"
+        # the other ranks wait for rank zero, up to the timeout of torch.distributed
+        end = f"half of the timeout of the other ranks ({limit:g} s) was exceeded"
         return Progress(limit, show, end=end, **options)
 
 
 def _partial(progress: Progress, error: BaseException) -> Any | None:
-    """What there is when an error ends an analysis; the error is what matters, whatever becomes of this."""
+    """Return the partial result after an error; a failure to build it only adds a note to the error."""
     try:
         return progress.partial(progress.end if isinstance(error, TimeUp) else described(error))
     except (ValueError, RuntimeError) as failure:
-        error.add_note(f"(what was found before could not be kept: {failure})")
+        error.add_note(f"(the partial result could not be built: {failure})")
         return None
 
 
 def described(error: BaseException) -> str:
-    """Kind and message of an error, and the notes that were added to it."""
+    """Return the type, message and notes of an error as text."""
     kind = "interrupted" if isinstance(error, KeyboardInterrupt) else f"failed with {type(error).__name__}: {error}"
     return " ".join([kind, *getattr(error, "__notes__", [])])
 
 
 def _with_origin(report: Report, sample: Sample) -> Report:
-    """The report with a line below each text that says which samples it is about."""
+    """Add a line with the description of the samples to each text of a report."""
     line = f"\n\nSamples: {sample.description} ({sample.split} split)."
     return replace(report, texts={name: text + line for name, text in report.texts.items()})

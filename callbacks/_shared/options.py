@@ -1,4 +1,4 @@
-"""The options that all analyses share, and what is refused of them."""
+"""Options that all analyses share, and their checks."""
 
 from collections.abc import Sequence
 from typing import Literal, Protocol, TypedDict, get_args
@@ -14,45 +14,45 @@ __all__ = ["AnalysisOptions", "OnError", "Options", "OverRanks", "Stage", "Weigh
 OnError = Literal["warn", "raise"]
 
 Stage = Literal["fit", "validate", "test"]
-"""A call of the Trainer at whose end an analysis runs."""
+"""A method of the Trainer after which an analysis runs."""
 
 Weights = Literal["last", "best"]
 
 OverRanks = Literal["same", "share", "rank_zero"]
-"""What several processes do: all the same, each a share of the samples, or rank zero alone."""
+"""Work of several processes: the same on all ranks, a share of the samples each, or rank zero alone."""
 
 
 class AnalysisOptions(TypedDict, total=False):
-    """Keyword arguments that every analysis takes; all of them have a default.
+    """Keyword arguments of every analysis, all with a default.
 
     Args:
-        splits: Splits to analyze, of "train", "val" and "test"; by default train and test. A missing test loader falls
-            back to the validation data, and says so; a split without data is skipped, and says so.
-        num_samples: Samples drawn of each split; by default 1,000 as in arXiv 2601.15021.
-        batch_size: Samples a batch, cut among the processes that share the work; by default 250, and 50 for the
-            sharpness, whose trace needs fewer probes with more batches, but no more than the loader's batches have. It
-            decides memory and speed, not what is estimated, as long as the loss is a mean over the samples of a batch:
-            where it is not, a warning says by how much. A batch sampler of the loader's own keeps its batches.
+        splits: Splits to analyze, of "train", "val" and "test"; by default train and test. A missing test loader is
+            replaced by the validation data, with a warning. A split without data is skipped, with a warning.
+        num_samples: Number of samples drawn from each split; by default 1,000 as in arXiv 2601.15021.
+        batch_size: Samples in a batch, divided among the processes that share the work. The default is 250, and 50 for
+            the sharpness, whose trace needs fewer probes with more batches; it is limited to the batch size of the
+            loader. It affects memory and speed, but not the estimated quantity if the loss is a mean over the samples
+            of a batch. Otherwise a warning states the size of the effect. A custom batch sampler keeps its batches.
         seed: Seed of the draw and of the analysis, by default 0.
-        loss_fn: ``loss_fn(pl_module, batch) -> scalar``; by default the module's ``analysis_loss(batch)``, else what
-            its ``training_step`` returns.
-        batch_size_fn: ``batch_size_fn(batch) -> int``, the number of samples of a batch; by default the number that the
-            data set was asked for, and for data that come in whole batches what their tensors agree on.
-        batch_weight_fn: ``batch_weight_fn(batch) -> float``, the weight of a batch's loss, where that is a mean over
-            something else than samples, tokens say; by default the number of samples.
-        stages: Calls of the Trainer at whose end to run, of "fit", "validate" and "test"; by default None: "fit", and
-            the other two where this callback has seen no fit, so that ``trainer.test`` after a fit analyses nothing
-            once more.
-        every_n_epochs: Run also at the end of every n-th training epoch, on the weights as they are then; see
+        loss_fn: ``loss_fn(pl_module, batch) -> scalar``; by default the module's ``analysis_loss(batch)``, else the
+            output of its ``training_step``.
+        batch_size_fn: ``batch_size_fn(batch) -> int``, the number of samples of a batch. By default it is the number of
+            indices, or it is inferred from the tensors if the data set returns whole batches.
+        batch_weight_fn: ``batch_weight_fn(batch) -> float``, the weight of a batch's loss, if that is a mean over
+            something other than samples, such as tokens; by default the number of samples.
+        stages: Methods of the Trainer after which to run, of "fit", "validate" and "test". By default None: "fit", and
+            the other two only if this callback has not been part of a fit, so that ``trainer.test`` after a fit does
+            not repeat the analysis.
+        every_n_epochs: Run also at the end of every n-th training epoch, on the weights at that time; see
             ``FitEndAnalysis.tracked``. By default None, never.
         weights: "last", the default: the weights at the end of fit; "best": those of the best checkpoint, loaded for
-            the analysis and put back afterwards.
-        max_time: Seconds for one split after which the best result so far is taken, marked as partial; by default
-            None, any time.
-        on_error: "warn", the default: an analysis that fails is reported and the others go on; "raise": its error ends
+            the analysis. The last weights are restored afterwards.
+        max_time: Time limit in seconds for one split, after which the partial result is used and marked as partial; by
+            default None, no limit.
+        on_error: "warn", the default: a failed analysis is reported and the others continue; "raise": its error ends
             the run.
-        name: First part of the keys; by default the name of the analysis. Two analyses of one kind in one Trainer need
-            two names.
+        name: First part of the keys; by default the name of the analysis. Two analyses of the same class in one Trainer
+            need two names.
     """
 
     splits: Sequence[Split] | None
@@ -71,7 +71,7 @@ class AnalysisOptions(TypedDict, total=False):
 
 
 class Options(Protocol):
-    """The same as attributes, with their defaults filled in."""
+    """Options of an analysis as attributes, with defaults filled in."""
 
     splits: Sequence[Split]
     num_samples: int
@@ -90,14 +90,14 @@ class Options(Protocol):
 
 
 def check_options(options: Options, *, needs_loss: bool) -> None:
-    """Refuse what no Trainer could be analyzed with.
+    """Check the values of the options.
 
     Args:
         options: The options.
         needs_loss: Whether the analysis evaluates a loss.
 
     Raises:
-        ValueError: If one of them is out of range; names it, what was expected and what came.
+        ValueError: If an option is invalid.
     """
     check_choices("splits", options.splits, get_args(Split))
     if options.stages is not None:
@@ -109,15 +109,15 @@ def check_options(options: Options, *, needs_loss: bool) -> None:
     check_option("on_error", options.on_error, get_args(OnError))
     check_max_time(options.max_time)
     if not isinstance(options.name, str) or not options.name.strip("/ ") or options.name != options.name.strip("/ "):
-        raise ValueError(f"name: expected the beginning of a key, such as 'sharpness_head', got {options.name!r}")
+        raise ValueError(f"name: expected the first part of a key, such as 'sharpness_head', got {options.name!r}.")
     if options.loss_fn is not None and not callable(options.loss_fn):
-        raise ValueError(f"loss_fn: expected loss_fn(module, batch) -> scalar, got {options.loss_fn!r}")
+        raise ValueError(f"loss_fn: expected loss_fn(module, batch) -> scalar, got {options.loss_fn!r}.")
     for name, function in {"batch_size_fn": options.batch_size_fn, "batch_weight_fn": options.batch_weight_fn}.items():
         if function is not None and not callable(function):
-            raise ValueError(f"{name}: expected {name}(batch) -> number, got {function!r}")
+            raise ValueError(f"{name}: expected {name}(batch) -> number, got {function!r}.")
     if options.batch_weight_fn is not None and not needs_loss:
         raise ValueError(
-            f"batch_weight_fn: expected None, as this analysis evaluates no loss, got {options.batch_weight_fn!r}"
+            f"batch_weight_fn: expected None, as this analysis evaluates no loss, got {options.batch_weight_fn!r}."
         )
     if options.loss_fn is not None and not needs_loss:
-        raise ValueError(f"loss_fn: expected None, as this analysis evaluates no loss, got {options.loss_fn!r}")
+        raise ValueError(f"loss_fn: expected None, as this analysis evaluates no loss, got {options.loss_fn!r}.")

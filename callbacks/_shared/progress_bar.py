@@ -1,4 +1,4 @@
-"""Progress of an analysis, in the style of the Trainer's own progress bar."""
+"""Progress bar of an analysis, in the style of the Trainer's own progress bar."""
 
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -19,7 +19,7 @@ __all__ = ["progress_bar"]
 
 _Draw = Callable[[int, int | None, str], None]
 
-# Lightning's format, but with the quantities before the time: a narrow terminal cuts the end off
+# Lightning's format, but with the quantities before the time, since a narrow terminal cuts off the end
 _TQDM_FORMAT = "{l_bar}{bar}| {n_fmt}/{total_fmt}{postfix} [{elapsed}"
 _SECONDS_BEFORE_SHOWN = 2.0
 _SECONDS_BETWEEN_DRAWS = 0.5
@@ -27,19 +27,19 @@ _SECONDS_BETWEEN_DRAWS = 0.5
 
 @contextmanager
 def progress_bar(trainer: Trainer | None, description: str) -> Iterator[Show]:
-    """A bar that appears after two seconds, whether or not a step is done by then, and goes when the block ends.
+    """Show a progress bar that appears after two seconds and disappears when the block ends.
 
-    It is drawn by a thread of its own twice a second, so that the elapsed time goes on during a long step. A bar that
-    cannot be drawn is a warning when the block ends, never an error.
+    A separate thread draws it twice a second, so that the elapsed time advances during a long step. A bar that cannot
+    be drawn causes a warning at the end of the block, not an error.
 
     Args:
-        trainer: The trainer whose progress bar sets the style: rich for a ``RichProgressBar``, tqdm for any other. None
-            is shown where that bar is missing or disabled, nor on other ranks than zero. Without a trainer: tqdm.
-        description: What is going on.
+        trainer: The trainer whose progress bar sets the style: rich for a ``RichProgressBar``, tqdm for any other. No
+            bar is shown if that bar is missing or disabled, or on ranks other than zero. Without a trainer: tqdm.
+        description: Text of the bar.
 
     Yields:
-        ``show(done, total, quantities)``: steps done, steps in all (None: unknown) and what converges, by name, to be
-        shown with 3 significant digits. The total may change from call to call; a new phase begins again at 0.
+        ``show(done, total, quantities)``: finished steps, all steps (None: unknown), and the converging quantities by
+        name, shown with 3 significant digits. The total may change between calls. A new phase starts again at 0.
     """
     bar = _bar_like_the_trainers(trainer, description)
     if bar is None:
@@ -61,7 +61,7 @@ def progress_bar(trainer: Trainer | None, description: str) -> Iterator[Show]:
                 while not ended.wait(seconds):
                     draw(*latest)
                     seconds = _SECONDS_BETWEEN_DRAWS
-        except Exception as error:  # a closed stream, a second live display: no reason to end an analysis
+        except Exception as error:  # a closed stream or a second live display must not end an analysis
             errors.append(error)
 
     # One thread creates, draws and removes the bar, so the bar needs no lock.
@@ -73,7 +73,7 @@ def progress_bar(trainer: Trainer | None, description: str) -> Iterator[Show]:
         ended.set()
         thread.join()
         for error in errors:
-            rank_zero_warn(f"{description}: its progress bar failed with {type(error).__name__}: {error}")
+            rank_zero_warn(f"{description}: the progress bar failed with {type(error).__name__}: {error}")
 
 
 def _bar_like_the_trainers(trainer: Trainer | None, description: str) -> AbstractContextManager[_Draw] | None:
@@ -85,7 +85,7 @@ def _bar_like_the_trainers(trainer: Trainer | None, description: str) -> Abstrac
         return None
     if isinstance(own, RichProgressBar):
         return _rich_bar(description, own)
-    return _tqdm_bar(description, sys.stdout)  # where the Trainer's bars are
+    return _tqdm_bar(description, sys.stdout)  # the stream of the Trainer's bars
 
 
 @contextmanager
@@ -101,16 +101,16 @@ def _tqdm_bar(description: str, file: TextIO) -> Iterator[_Draw]:
 
         def draw(done: int, total: int | None, quantities: str) -> None:
             if done < bar.n:
-                # a new phase has a speed of its own
+                # a new phase has its own speed
                 bar.start_t = bar.last_print_t = time()
                 bar.initial = done
             bar.n, bar.total = done, total
             bar.bar_format = _TQDM_FORMAT + ("]" if total is None else "<{remaining}]")
             bar.set_postfix_str(quantities, refresh=False)
-            # refresh() never releases the lock of all bars if it fails, and the Trainer's would wait for this thread
+            # a failed refresh() never releases the lock of all bars, and the Trainer's bars would wait for this thread
             with bar.get_lock():
                 bar.display()
-            # close() takes a bar within its delay for one never shown, and leaves it there
+            # close() treats a bar within its delay as never shown, and does not remove it
             bar.delay = 0
 
         yield draw
@@ -118,7 +118,7 @@ def _tqdm_bar(description: str, file: TextIO) -> Iterator[_Draw]:
 
 @contextmanager
 def _rich_bar(description: str, own: RichProgressBar) -> Iterator[_Draw]:
-    # an optional dependency, there where its bar is
+    # an optional dependency, installed if a RichProgressBar exists
     import rich.progress
     from rich.table import Column
 
@@ -154,7 +154,8 @@ def _rich_bar(description: str, own: RichProgressBar) -> Iterator[_Draw]:
             progress.live.start()
             progress.refresh()
         else:
-            # Before 14.1, rich refuses a second live display; a task among the Trainer's would stay in its list.
+            # before 14.1, rich does not support a second live display; a task among the Trainer's would stay in its
+            # list
             host.get_renderables = lambda: chain(type(host).get_renderables(host), progress.get_renderables())  # type: ignore[method-assign]
             host.refresh()
 

@@ -1,4 +1,4 @@
-"""From a result to every logger of the trainer: numbers to all, texts, figures and meshes where there is a place."""
+"""Reports of results to the loggers: metrics to every logger, texts, figures and meshes to those that support them."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Mesh", "Report", "log_hparams", "log_report"]
 
-# W&B shows HTML without any style: without these the columns of a table run into each other.
+# W&B shows HTML without any style, so the columns of a table would run into each other.
 _HTML_STYLE = "<style>body {font-family: sans-serif} td, th {padding: 2px 8px; text-align: left}</style>"
 
 
@@ -36,14 +36,14 @@ class Mesh:
 
 @dataclass(frozen=True)
 class Report:
-    """What one analysis of one split says, by name; names are joined to ``<analysis>/<split>/<name>``.
+    """Outputs of one analysis of one split by name; names are joined to ``<analysis>/<split>/<name>``.
 
     Attributes:
         metrics: Numbers.
-        texts: Markdown.
+        texts: Texts in Markdown.
         figures: Matplotlib figures.
         meshes: Surfaces.
-        files: Contents of files, such as JSON, for programs to read.
+        files: Contents of machine-readable files, such as JSON.
     """
 
     metrics: Mapping[str, float] = field(default_factory=dict)
@@ -54,23 +54,25 @@ class Report:
 
 
 def log_report(trainer: Trainer, prefix: str, report: Report, *, to_loggers: bool = True) -> None:
-    """Write a report: numbers into ``trainer.callback_metrics`` and every logger, the rest where a logger shows it.
+    """Write the metrics to ``trainer.callback_metrics`` and every logger, and the rest to loggers that support it.
 
-    - TensorBoard: texts, figures and meshes under their keys; files as ``<key>`` below its folder, those of the last
-      step.
+    - TensorBoard: texts, figures and meshes under their keys; files as ``<key>`` in its folder, overwritten by later
+      steps.
     - CSV: files, likewise.
     - W&B: figures as images, texts as HTML panels; no meshes and files.
-    - MLflow: figures, texts and files as the artifacts ``<key>.png``, ``<key>.md`` and ``<key>``, those of the last
-      step; no meshes.
-    - Any other logger: numbers only.
+    - MLflow: figures, texts and files as the artifacts ``<key>.png``, ``<key>.md`` and ``<key>``, overwritten by later
+      steps; no meshes.
+    - Any other logger: metrics only.
 
-    A logger that raises is reported by a warning and left out of this report; the others get theirs.
+    A logger that raises an error causes a warning and may lack a part of the report. The other loggers are not
+    affected.
 
     Args:
-        trainer: The trainer; its ``global_step`` is the step of everything.
+        trainer: The trainer; its ``global_step`` is the step of all outputs.
         prefix: ``<analysis>/<split>``.
         report: The report.
-        to_loggers: False for a report that the loggers have already: the trainer forgets it from one call to the next.
+        to_loggers: False for a cached report, which only restores the trainer's metrics: the trainer clears them
+            between calls.
     """
     metrics = {f"{prefix}/{name}": float(value) for name, value in report.metrics.items()}
     trainer.callback_metrics.update({name: torch.tensor(value) for name, value in metrics.items()})
@@ -79,26 +81,26 @@ def log_report(trainer: Trainer, prefix: str, report: Report, *, to_loggers: boo
     for logger in trainer.loggers:
         with _errors_as_warning(logger, prefix):
             logger.log_metrics(metrics, step=trainer.global_step)
-            # on disk now: the next analysis may take long, and a killed run never finalizes its loggers
+            # write to disk now: the next analysis may take long, and a killed run never finalizes its loggers
             logger.save()
             _log_media(logger, prefix, report, trainer.global_step)
 
 
 @contextmanager
 def _errors_as_warning(logger: Logger, what: str) -> Iterator[None]:
-    """A disk that is full or a network that is down costs neither the other loggers nor the results."""
+    """Turn errors of a logger into warnings, so that a full disk or a network failure affects no other output."""
     try:
         yield
     except Exception as error:
         rank_zero_warn(
             f"{what}: {type(logger).__name__} failed with {type(error).__name__}: {error}\nIt may lack a part of this"
-            " report; the other loggers get theirs, and the callback keeps its results."
+            " report. The other loggers and the results of the callback are not affected."
         )
 
 
 @singledispatch
 def _log_media(logger: Logger, prefix: str, report: Report, step: int) -> None:
-    """Write texts, figures, meshes and files; a kind of logger that is not registered below gets none."""
+    """Write texts, figures, meshes and files; do nothing for types of loggers that are not registered below."""
 
 
 @_log_media.register(TensorBoardLogger)
@@ -120,7 +122,7 @@ def _(logger: CSVLogger, prefix: str, report: Report, step: int) -> None:
 
 @_log_media.register(WandbLogger)
 def _(logger: WandbLogger, prefix: str, report: Report, step: int) -> None:
-    # all through the logger, which gives the step as a metric: W&B drops what comes with a step below its own counter
+    # everything through the logger, which logs the step as a metric: W&B drops data with a step below its own counter
     from wandb import Html
 
     for name, text in report.texts.items():
@@ -152,14 +154,14 @@ def _write_files(folder: str, prefix: str, report: Report) -> None:
 
 @rank_zero_only
 def log_hparams(trainer: Trainer) -> None:
-    """One row of TensorBoard's HPARAMS table: the hyper-parameters that the logger was told, beside all its scalars."""
+    """Write one row of TensorBoard's HPARAMS table: the logger's hyperparameters next to all its scalars."""
     for logger in trainer.loggers:
         if not isinstance(logger, TensorBoardLogger):
             continue
         if logger._default_hp_metric:
             rank_zero_warn(
-                "TensorBoardLogger wrote its placeholder hp_metric, so TensorBoard's HPARAMS table cannot show the"
-                " analyses of this run. Pass TensorBoardLogger(..., default_hp_metric=False)."
+                "TensorBoardLogger: expected default_hp_metric=False, got True, so TensorBoard's HPARAMS table cannot"
+                " show the analyses of this run. Pass TensorBoardLogger(..., default_hp_metric=False)."
             )
         else:
             with _errors_as_warning(logger, "HPARAMS"):
@@ -167,7 +169,7 @@ def log_hparams(trainer: Trainer) -> None:
 
 
 def _scalars(hparams: Mapping[str, Any]) -> dict[str, Any]:
-    """The hyper-parameters that the table can hold; anything else as text."""
+    """Convert hyperparameters that the table does not support to text."""
     return {
         name: value if isinstance(value, (bool, str, int, float)) else repr(value)
         for name, value in hparams.items()

@@ -1,4 +1,4 @@
-"""The data of an analysis: a deterministic sample of a split, drawn afresh from the data set behind its loader."""
+"""Sample of a split for an analysis, drawn deterministically from the data set of its loader."""
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -24,16 +24,16 @@ __all__ = ["Sample", "draw_sample"]
 
 @dataclass(frozen=True)
 class Sample:
-    """Batches of an analysis and where they come from.
+    """Batches of an analysis and their origin.
 
     Attributes:
         split: "train", "val" or "test".
-        batches: The batches, as the collate function gave them (on the CPU), with their numbers of samples.
-        num_samples: Samples in them.
-        num_available: Samples in the whole split; None where that is not known.
-        description: How they were drawn, for the report.
-        are_exchangeable: Whether every batch is a random sample of the draw, so that a spread over the batches says
-            something; False for the batches of a stream, of a batch sampler, or of several loaders.
+        batches: The batches as returned by the collate function (on the CPU), with their numbers of samples.
+        num_samples: Number of samples in the batches.
+        num_available: Number of samples in the whole split; None if unknown.
+        description: Description of the draw for the report.
+        are_exchangeable: Whether every batch is a random subset of the drawn samples, so that the spread over batches
+            is a valid error estimate. False for the batches of a stream, of a batch sampler, or of several loaders.
     """
 
     split: Split
@@ -59,32 +59,31 @@ def draw_sample(
 ) -> Sample:
     """Draw the analysis batches of a split.
 
-    Of a data set with a length, ``num_samples`` indices are drawn without repetition by a generator seeded with
-    ``seed``, and put into batches in random order; see `draw_index_batches` for the samplers that are respected. Of
-    an iterable data set, one that gives whole batches, and anything else that can be iterated, the first batches are
-    taken.
+    From a data set with a length, ``num_samples`` indices are drawn without repetition by a generator seeded with
+    ``seed``, and put into batches in random order. `draw_index_batches` lists the samplers that are respected. From an
+    iterable data set, a data set that returns whole batches, and any other iterable, the first batches are used.
 
-    A collection of training loaders gives batches of the same structure, combined as Lightning does; of several
-    validation or test loaders the first is taken.
+    A collection of training loaders gives batches of the same structure, combined as in Lightning. Of several
+    validation or test loaders, the first is used.
 
     Args:
         split: "train", "val" or "test".
         loaders: The trainer's loader or loaders of the split.
-        num_samples: Samples to draw of each loader; all of them when the data set has fewer.
-        size: Samples a batch.
+        num_samples: Number of samples to draw from each loader, limited to the size of the data set.
+        size: Samples in a batch.
         seed: Seed of the draw.
-        dataset: The un-augmented data set, where one is offered; by default the one behind the loader, as it is.
-        num_batches: Draw from this many first batches of the loader only (``overfit_batches``).
-        progress: Told of each batch.
-        is_size_default: Whether ``size`` is nobody's wish: the batches are then no larger than those of the loader, and
-            those of several loaders as large as in the training.
-        batch_size_fn: Number of samples of a batch; by default the number of indices that it was made of.
+        dataset: The un-augmented data set, if available; by default the data set of the loader.
+        num_batches: Draw only from this many first batches of the loader (``overfit_batches``).
+        progress: Receives a step for each batch.
+        is_size_default: Whether ``size`` is a default. Then the batches are no larger than those of the loader, and
+            those of several loaders are as large as in training.
+        batch_size_fn: Returns the number of samples of a batch; by default its number of indices.
 
     Returns:
         The sample.
 
     Raises:
-        MisconfigurationException: If a loader is something that cannot be iterated again and again.
+        MisconfigurationException: If a loader cannot be iterated repeatedly.
         ValueError: If a data set is empty.
     """
     draw = _Draw(split, num_samples, size, seed, num_batches, progress or Progress(), is_size_default, batch_size_fn)
@@ -112,7 +111,7 @@ def draw_sample(
 
 @dataclass(frozen=True)
 class _Draw:
-    """The options of a draw."""
+    """Options of a draw."""
 
     split: Split
     num_samples: int
@@ -124,7 +123,7 @@ class _Draw:
     size_fn: BatchSizeFn | None
 
     def sizes_in_proportion(self, loaders: list[Any]) -> list[int]:
-        """Batch sizes of several loaders: their own, scaled so that the largest is the size that was asked for."""
+        """Return the batch sizes of several loaders, scaled so that the largest is the requested size."""
         own = [getattr(loader, "batch_size", None) for loader in loaders]
         known = [size for size in own if isinstance(size, int)]
         largest = max(known, default=self.size)
@@ -132,25 +131,25 @@ class _Draw:
         return [max(1, round(scale * size)) if isinstance(size, int) else self.size for size in own]
 
     def of_loader(self, loader: Any) -> Sample:
-        origin = "data set of the loader, as it is"
+        origin = "data set of the loader, unchanged"
         if isinstance(loader, DataLoader):
             if loader.batch_sampler is not None or gives_batches(loader):
                 return self.of_dataset(loader.dataset, loader, origin)
             return self._of_whole_batches(self._batch_loader(loader), origin)
         if not isinstance(loader, Iterable):
-            raise MisconfigurationException(f"{self.split} loader: expected an iterable, got {type(loader).__name__}")
+            raise MisconfigurationException(f"{self.split} loader: expected an iterable, got {type(loader).__name__}.")
         if isinstance(loader, Iterator):
-            # reading it would take batches away from the training
+            # reading it would consume batches of the training
             raise MisconfigurationException(
-                f"{self.split} loader: expected something that can be iterated again and again, got the one-way"
-                f" iterator {type(loader).__name__}. Give the Trainer a DataLoader, or an object whose __iter__ starts"
-                " anew."
+                f"{self.split} loader: expected an iterable that can be iterated repeatedly, got the iterator"
+                f" {type(loader).__name__}. Give the Trainer a DataLoader, or an object whose __iter__ returns a new"
+                " iterator."
             )
         return self._of_whole_batches(loader, origin)
 
     def of_dataset(self, dataset: Dataset[Any], loader: DataLoader[Any], origin: str) -> Sample:
         size = min(self.size, loader.batch_size or self.size) if self.is_size_default else self.size
-        # a loader without a generator of its own would draw from the global one
+        # a loader without its own generator would draw from the global one
         options: dict[str, Any] = {"collate_fn": _Counting(loader.collate_fn), "generator": self._generator()}
         if isinstance(dataset, IterableDataset):
             found = self._read(dataset, loader, {**options, "batch_size": size}, None)
@@ -171,7 +170,7 @@ class _Draw:
         )
 
     def _batch_loader(self, loader: DataLoader[Any]) -> DataLoader[Any]:
-        """A loader of the whole batches that a data set gives; its sampler may draw from a generator of the user's."""
+        """Return a loader of the whole batches of a data set; its sampler may draw from the user's generator."""
         options: dict[str, Any] = {"batch_size": None, "collate_fn": loader.collate_fn, "generator": self._generator()}
         if not isinstance(loader.dataset, IterableDataset):
             options["sampler"] = keys_of(loader, self.seed, self.num_samples)
@@ -190,15 +189,15 @@ class _Draw:
         except (TypeError, AttributeError):
             if loader.num_workers == 0:
                 raise
-            # a data set that asks which worker it is in, or that workers open, can be read by workers only
+            # a data set that depends on the worker, or that workers open, can be read by workers only
             workers: dict[str, Any] = {"num_workers": loader.num_workers, "worker_init_fn": loader.worker_init_fn}
             return self._first_of(self._counted(DataLoader(dataset, **options, **workers), numbers))
 
     def _counted(self, loader: DataLoader[Any], numbers: list[int] | None) -> Iterator[tuple[Any, int]]:
-        """Read batches with their numbers of samples; ``numbers`` are those of the indices.
+        """Read batches with their numbers of samples; ``numbers`` are the numbers of indices.
 
         Yields:
-            Each batch, and its number of samples.
+            Each batch and its number of samples.
         """
         for place, found in enumerate(loader):
             if not isinstance(loader.collate_fn, _Counting):
@@ -207,7 +206,7 @@ class _Draw:
                 continue
             batch, num_items, num_missing = found
             known = num_items if numbers is None else numbers[place]
-            # a collate function that leaves out what could not be read gets None in its place
+            # data sets may return None for samples that cannot be read, and collate functions skip them
             yield batch, self._size_of(batch, known - num_missing if known == num_items else known)
 
     def _size_of(self, batch: Any, known: int | None) -> int:
@@ -219,7 +218,7 @@ class _Draw:
         return torch.Generator().manual_seed(self.seed)
 
     def _first_of(self, batches: Iterable[tuple[Any, int]]) -> list[tuple[Any, int]]:
-        """Whole batches until there are enough samples."""
+        """Return whole batches until there are enough samples."""
         taken: list[tuple[Any, int]] = []
         num_taken = 0
         for batch, size in batches:
@@ -235,13 +234,13 @@ class _Draw:
     ) -> Sample:
         there = [(batch, size) for batch, size in found if size > 0]
         if not there:
-            raise ValueError(f"{self.split}: expected a data set with at least one sample, got an empty loader")
+            raise ValueError(f"{self.split}: expected a data set with at least one sample, got an empty loader.")
         batches = Batches([batch for batch, _ in there], [size for _, size in there])
         return Sample(self.split, batches, batches.num_samples, available, description, are_exchangeable)
 
 
 class _Counting:
-    """A collate function that also says how many items it was given, and how many of them are None."""
+    """A collate function that also returns the number of items and the number of None items."""
 
     def __init__(self, collate: Callable[[Any], Any]) -> None:
         self._collate = collate

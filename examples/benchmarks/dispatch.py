@@ -1,8 +1,8 @@
-"""Check the choice of "auto" against the fastest path over 124 shapes: moe_heads/dispatch/choice.py is fitted to them.
+"""Compare the choice of "auto" with the fastest path over 124 shapes, to which moe_heads/dispatch/choice.py is fitted.
 
     python examples/benchmarks/dispatch.py     # one CPU thread, eager inference, fp32, three minutes
 
-Prints a line for each shape, and at the end the share of the shapes in which "auto" is within 10 % of the fastest path.
+Prints a line for each shape and at the end the number of shapes for which "auto" is within 10 % of the fastest path.
 """
 
 import copy

@@ -1,8 +1,8 @@
-"""What each choice of FastCNN and of the preset for a CPU is worth: validation accuracy and speed without it.
+"""Ablation of FastCNN and of the preset `cpu`: validation accuracy and speed without each choice.
 
-Each variant is the preset `cpu` of compare_heads.py with one choice taken back, trained for fewer epochs with the dense
-head, once a seed. `--jobs` trains that many seeds of a variant at a time, which is faster than one on all threads; a
-speed is then that of a busy machine.
+Each variant is the preset `cpu` of compare_heads.py with one choice reverted (ablation), trained for fewer epochs with
+the dense head, once for each seed. `--jobs` trains several seeds of a variant at a time, which is faster than one seed
+on all threads. Speeds are then measured on a loaded machine.
 
     python examples/benchmarks/fast_cnn.py --images FOLDER --epochs 3 --seeds 2 --jobs 2 --out fast_cnn.json
 """
@@ -58,7 +58,7 @@ def _long_memory(model: MoEClassifier) -> None:
             layer.momentum = 0.1
 
 
-# name: options that differ from the preset, and what is done to the model
+# name: options that differ from the preset, and a change of the model
 VARIANTS: Mapping[str, tuple[dict[str, Any], Change | None]] = {
     "preset": ({}, None),
     "first layer not whitened": ({"whiten": False}, None),
@@ -80,7 +80,7 @@ VARIANTS: Mapping[str, tuple[dict[str, Any], Change | None]] = {
 
 
 def train(base: Options, variant: str, seed: int) -> dict[str, float]:
-    """Validation accuracy at the end, and images a second with everything around the steps."""
+    """Train a variant; return its final validation accuracy and its images per second, including all overhead."""
     differences, change = VARIANTS[variant]
     options = replace(base, **differences)
     pl.seed_everything(seed, verbose=False)
@@ -108,7 +108,7 @@ def train(base: Options, variant: str, seed: int) -> dict[str, float]:
 def train_all(
     base: Options, variants: Sequence[str], seeds: int, jobs: int, threads: int
 ) -> Iterator[tuple[str, int, dict[str, float]]]:
-    """Train each variant once a seed, the next ``jobs`` seeds of a variant at the same time.
+    """Train each variant once for each seed, with ``jobs`` seeds of a variant at the same time.
 
     Yields:
         Variant, seed and result.
@@ -120,25 +120,25 @@ def train_all(
     with ProcessPoolExecutor(jobs, get_context("spawn"), torch.set_num_threads, (threads,)) as pool:
         for group in groups:
             for variant in variants:
-                # no more than run at once: what waits in the pool would still be trained after an error or Ctrl-C
+                # no more tasks than run at once: tasks waiting in the pool would still run after an error or Ctrl-C
                 results = pool.map(train, repeat(base), repeat(variant), group)
                 yield from ((variant, seed, result) for seed, result in zip(group, results, strict=True))
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
-    """Train, print and write."""
+    """Train all variants, print the results and write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", required=True, help="folder with train/<class>/ and test/<class>/")
     parser.add_argument("--epochs", type=int, default=5)
     parser.add_argument("--seeds", type=int, default=2)
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, each on its share of the threads")
+    parser.add_argument("--jobs", type=int, default=1, help="parallel runs, each on its share of the threads")
     parser.add_argument("--only", nargs="+", choices=[*VARIANTS], default=[*VARIANTS], metavar="VARIANT")
-    parser.add_argument("--limit-train", type=int, default=None, help="train on that many images")
-    parser.add_argument("--out", type=Path, default=None, help="JSON file to write, also after each variant")
+    parser.add_argument("--limit-train", type=int, default=None, help="number of training images to use")
+    parser.add_argument("--out", type=Path, default=None, help="JSON file to write, updated after each variant")
     given = parser.parse_args(arguments)
     check_at_least_one(**{"--epochs": given.epochs, "--seeds": given.seeds, "--jobs": given.jobs})
     if given.out is not None and not given.out.parent.is_dir():
-        raise ValueError(f"--out: expected a file in a folder that there is, got {given.out}")
+        raise ValueError(f"--out: expected a file in an existing folder, got {given.out}.")
     protocol = replace(PRESETS["cpu"], data=f"imagefolder:{given.images}", epochs=given.epochs)
     base = Options(preset="cpu", out=Path("runs"), limit_train=given.limit_train, **vars(protocol))
     results: dict[str, list[dict[str, float]]] = {name: [] for name in given.only}

@@ -1,12 +1,12 @@
-"""Time the sparse head beside the dense head of equal total parameters, the usual mask loop, and other libraries.
+"""Compare the speed of the sparse head with the dense head of equal total parameters, a mask loop, and other libraries.
 
-One CPU thread, fp32, all contenders in one process, interleaved, medians (see bench/timing.py). D = 512, C = 10, k = 2.
+One CPU thread, fp32, all candidates in one process, interleaved, medians (see bench/timing.py). D = 512, C = 10, k = 2.
 
     python examples/benchmarks/heads.py --out heads.json                       # inference and training steps
-    python examples/benchmarks/heads.py --compiled --peers FOLDER --out heads.json   # all of it, half an hour
+    python examples/benchmarks/heads.py --compiled --peers FOLDER --out heads.json   # everything, half an hour
 
-The second also times the head under torch.compile, which needs a C++ compiler, and other libraries (bench/peers.py says
-what FOLDER holds).
+The second command also times the head under torch.compile, which needs a C++ compiler, and other libraries
+(bench/peers.py describes FOLDER).
 """
 
 import argparse
@@ -34,32 +34,32 @@ BATCHES = (1, 8, 32, 256, 4096)
 TRAINING_SIZES, TRAINING_BATCHES = ((8, 64), (32, 512)), (256, 4096)
 
 Row = dict[str, object]
-Contenders = dict[str, Callable[[Tensor], object]]
+Candidates = dict[str, Callable[[Tensor], object]]
 
 
 def with_path(head: SparseMoE, path: str) -> SparseMoE:
-    """The same weights with another dispatch."""
+    """Return a head with the same weights and another dispatch."""
     other = copy.copy(head)
     other.dispatch = path  # type: ignore[assignment]
     return other
 
 
 def in_place_compiled(module: nn.Module) -> nn.Module:
-    """The same weights in a module of its own that was told to compile itself."""
+    """Return a compiled copy of a module that shares its weights."""
     other = copy.copy(module)
     other.compile(fullgraph=True, dynamic=False)
     return other
 
 
 def build(num_experts: int, width: int, dropout: float = 0.1) -> tuple[SparseMoE, nn.Module]:
-    """The sparse head and the dense one of equal total parameters."""
+    """Build the sparse head and the dense head of equal total parameters."""
     head = SparseMoE(FEATURES, CLASSES, num_experts, width, K, dropout=dropout)
     dense = match_capacity("dense", FEATURES, CLASSES, total=capacity(head).total, dropout=dropout)
     return head, dense
 
 
 def inference(rounds: int, peers: Path | None, compiled: bool) -> Iterator[Row]:
-    """Forward passes in eager mode, by every path, and under torch.compile (fullgraph, a graph for each shape).
+    """Time forward passes in eager mode, by every path, and under torch.compile (fullgraph, one graph for each shape).
 
     Yields:
         A row for each cell.
@@ -70,21 +70,21 @@ def inference(rounds: int, peers: Path | None, compiled: bool) -> Iterator[Row]:
         for batch in BATCHES:
             torch.compiler.reset()
             x = torch.randn(batch, FEATURES)
-            contenders: Contenders = {"dense": dense, "mask_loop": loop}
-            contenders |= {path: with_path(head, path) for path in ("auto", "all", "ragged", "grouped")}
+            candidates: Candidates = {"dense": dense, "mask_loop": loop}
+            candidates |= {path: with_path(head, path) for path in ("auto", "all", "ragged", "grouped")}
             if compiled:
-                contenders |= {"dense_compiled": in_place_compiled(dense), "auto_compiled": in_place_compiled(head)}
+                candidates |= {"dense_compiled": in_place_compiled(dense), "auto_compiled": in_place_compiled(head)}
             if peers is not None:
-                contenders["davidmrau"] = davidmrau(peers, FEATURES, CLASSES, num_experts, width, K)
+                candidates["davidmrau"] = davidmrau(peers, FEATURES, CLASSES, num_experts, width, K)
             repeats = 5 if num_experts * width * batch > 10**7 else rounds
             with torch.inference_mode():
                 expected = with_path(head, "all")(x)
-                for name, contender in contenders.items():
-                    if not name.startswith(("dense", "davidmrau")):  # those compute something else
-                        torch.testing.assert_close(contender(x), expected, rtol=1e-3, atol=1e-4)
-                times = time_interleaved(_bound(contenders, x), repeats)
-                chosen = [name for name in contenders if name.startswith(("dense", "auto", "mask_loop"))]
-                cold = {name: contenders[name] for name in chosen}
+                for name, candidate in candidates.items():
+                    if not name.startswith(("dense", "davidmrau")):  # these compute a different function
+                        torch.testing.assert_close(candidate(x), expected, rtol=1e-3, atol=1e-4)
+                times = time_interleaved(_bound(candidates, x), repeats)
+                chosen = [name for name in candidates if name.startswith(("dense", "auto", "mask_loop"))]
+                cold = {name: candidates[name] for name in chosen}
                 cold_times = time_interleaved(_bound(cold, x), repeats, cold=True)
                 bound = bound_ms(head, x)
             row = _row(num_experts, width, batch, times | {f"{name}_cold": ms for name, ms in cold_times.items()})
@@ -92,7 +92,7 @@ def inference(rounds: int, peers: Path | None, compiled: bool) -> Iterator[Row]:
 
 
 def training(rounds: int) -> Iterator[Row]:
-    """Forward and backward passes of cross-entropy (and of the balance losses), gradient of the features included.
+    """Time forward and backward passes of cross-entropy (and balance losses), with the gradient of the features.
 
     Yields:
         A row for each cell.
@@ -110,14 +110,14 @@ def training(rounds: int) -> Iterator[Row]:
                 (loss + output.aux_loss if balance else loss).backward()
 
             modules = {"dense": dense, "auto": head, "all": with_path(head, "all")}
-            contenders = {name: partial(step, module, False) for name, module in modules.items()}
-            contenders["auto_with_balance"] = partial(step, head, True)
+            candidates = {name: partial(step, module, False) for name, module in modules.items()}
+            candidates["auto_with_balance"] = partial(step, head, True)
             slow = num_experts * width * batch > 10**7
-            yield _row(num_experts, width, batch, time_interleaved(contenders, 3 if slow else rounds))
+            yield _row(num_experts, width, batch, time_interleaved(candidates, 3 if slow else rounds))
 
 
 def layers(rounds: int) -> Iterator[Row]:
-    """Other libraries' layers map features to features: our heads with C = D beside them, at equal sizes.
+    """Time layers of other libraries, which map features to features, and our heads with C = D at equal sizes.
 
     Yields:
         A row for each cell.
@@ -127,29 +127,29 @@ def layers(rounds: int) -> Iterator[Row]:
         ("tokens", token_layers, [(batch, 16, FEATURES) for batch in (1, 32, 256)]),
     ):
         for num_experts, width in ((8, 64), (32, 512)):
-            contenders = build_layers(FEATURES, num_experts, width, K)
+            candidates = build_layers(FEATURES, num_experts, width, K)
             for shape in shapes:
                 if shape[0] > 32:
-                    contenders.pop("transformers_batched_mm", None)  # it copies weights for every row: minutes
+                    candidates.pop("transformers_batched_mm", None)  # copies weights for every row, takes minutes
                 with torch.inference_mode():
-                    times = time_interleaved(_bound(contenders, torch.randn(shape)), min(rounds, 7))
+                    times = time_interleaved(_bound(candidates, torch.randn(shape)), min(rounds, 7))
                 yield _row(num_experts, width, shape[0], times) | {"input": kind}
 
 
 def main() -> None:
-    """Run the sections that were asked for, print one line a cell, and write the JSON."""
+    """Run the selected sections, print one line for each cell, and write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=15, help="blocks a contender")
-    parser.add_argument("--compiled", action="store_true", help="time under torch.compile as well")
+    parser.add_argument("--rounds", type=int, default=15, help="timed blocks of each candidate")
+    parser.add_argument("--compiled", action="store_true", help="also time under torch.compile")
     parser.add_argument("--peers", type=Path, default=None, help="folder with the other libraries")
     parser.add_argument("--only", choices=["inference", "training", "layers"], help="one section instead of all")
     parser.add_argument("--out", type=Path, default=None, help="JSON file to write")
     options = parser.parse_args()
     if options.only == "layers" and options.peers is None:
-        parser.error("--only layers: expected --peers, got none")
+        parser.error("--only layers: expected --peers, got none.")
     if options.peers is not None:
         if not (options.peers / "davidmrau" / "moe.py").is_file():
-            parser.error(f"--peers: expected a folder as bench/peers.py describes it, got {options.peers}")
+            parser.error(f"--peers: expected a folder as described in bench/peers.py, got {options.peers}.")
         sys.path.append(str(options.peers))
     torch.set_num_threads(1)
     torch.manual_seed(0)
@@ -173,8 +173,8 @@ def main() -> None:
     print(f"{time.perf_counter() - start:.0f} s")
 
 
-def _bound(contenders: Contenders, x: Tensor) -> dict[str, Callable[[], object]]:
-    return {name: lambda call=call: call(x) for name, call in contenders.items()}
+def _bound(candidates: Candidates, x: Tensor) -> dict[str, Callable[[], object]]:
+    return {name: lambda call=call: call(x) for name, call in candidates.items()}
 
 
 def _row(num_experts: int, width: int, batch: int, times: dict[str, float]) -> Row:

@@ -1,9 +1,9 @@
-"""Check the inference timing by measurement: against torch.utils.benchmark, against itself, and by its own duration.
+"""Validate the inference timing: agreement with torch.utils.benchmark, repeatability, and run time of the sweep.
 
-CPU, fp32. Three sections: the medians of one module by `inference_timing` and by torch.utils.benchmark, the two taking
-turns; pairs of runs of one model in one process, and how many differ by more than their intervals, alone and with the
-allowance for drift between runs; the seconds that the default sweep takes of the digits model and of the paper's
-ResNet-18, each with its sparse head.
+CPU, fp32. The first section compares medians of `inference_timing` and torch.utils.benchmark for the same module, in
+turns. The second runs pairs of analyses of one model in one process, and counts how many differ by more than their
+intervals, with and without the allowance for drift between runs. The third measures the seconds of the default sweep
+for the digits model and for the paper's ResNet-18, each with its sparse head.
 
     python examples/benchmarks/inference_timing.py --threads 1 --out inference_timing.json     # some ten minutes
 """
@@ -30,16 +30,16 @@ _SINGLE_RUNS = 200
 
 
 def digits() -> nn.Module:
-    """The study's model of the digits, with its sparse head."""
+    """Build the study's model for the digits with its sparse head."""
     total = capacity(Dense(64, 10, width=128)).total
     return MoEClassifier(DigitsCNN(), match_capacity("sparse", 64, 10, total=total, tolerance=0.05))
 
 
 def agreement(repeats: int) -> Iterator[Row]:
-    """Medians by both, of the same module on the same input.
+    """Compare the medians of both timers for the same module and input.
 
-    torch.utils.benchmark is asked for the median of single runs, and for its usual one, of blocks of runs: the mean of
-    a block contains what other processes took of the processor, so that on a busy machine it is another quantity.
+    torch.utils.benchmark measures the median of single runs, and its usual median of blocks of runs. The mean of a
+    block includes the time of other processes, so on a loaded machine it is a different quantity.
 
     Yields:
         A row for each module.
@@ -52,7 +52,7 @@ def agreement(repeats: int) -> Iterator[Row]:
     }
     for name, (module, x) in modules.items():
         module.eval()
-        # its own timer asks in each reading whether there is an accelerator: 75 µs in a CUDA build without a GPU
+        # its default timer checks for an accelerator in each reading: 75 µs in a CUDA build without a GPU
         timer = Timer("module(x)", globals={"module": module, "x": x}, timer=time.perf_counter)
         ours, theirs, blocks = [], [], []
         for _ in range(repeats):
@@ -74,7 +74,7 @@ def agreement(repeats: int) -> Iterator[Row]:
 
 
 def repeatability(num_pairs: int) -> Iterator[Row]:
-    """Two runs of one model, one after the other, and whether they agree within intervals, and with the allowance.
+    """Count pairs of consecutive runs that disagree by their intervals, with and without the allowance for drift.
 
     Yields:
         A row for each batch size and module.
@@ -106,7 +106,7 @@ def repeatability(num_pairs: int) -> Iterator[Row]:
 
 
 def sweeps() -> Iterator[Row]:
-    """Seconds of the default sweep.
+    """Measure the seconds of the default sweep.
 
     Yields:
         A row for each model.
@@ -139,14 +139,14 @@ def _found(result: InferenceTimingResult) -> Row:
 
 
 def main() -> None:
-    """Run the sections, print one line a row, and write the JSON."""
+    """Run the sections, print one line for each row, and write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=1, help="threads of torch")
-    parser.add_argument("--repeats", type=int, default=11, help="turns of the two timers")
+    parser.add_argument("--repeats", type=int, default=11, help="repetitions of the two timers")
     parser.add_argument("--pairs", type=int, default=20, help="pairs of runs of one model")
     parser.add_argument("--only", choices=["agreement", "repeatability", "sweeps"], help="one section instead of all")
     parser.add_argument(
-        "--note", default="", help="what a reader of the JSON should know, such as who shared the machine"
+        "--note", default="", help="note in the JSON, such as the load of the machine by other processes"
     )
     parser.add_argument("--out", type=Path, default=None, help="JSON file to write")
     options = parser.parse_args()

@@ -1,8 +1,8 @@
-"""Measure several points of a head's plane at once against one after the other: does torch.vmap pay?
+"""Compare batched evaluation of a head's loss plane by torch.vmap with a loop over the points.
 
-A head on features that are computed once, as `loss_landscape(params=["head"])` has it: the same points, the same loss,
-no routing beside it. One after the other the weights are moved in place; at once they are stacked and the head is
-called through torch.func. fp32, interleaved, medians of the wall clock; the largest difference of a loss beside it.
+The head runs on features that are computed once, as in `loss_landscape(params=["head"])`, with the same points and the
+same loss, without routing. The loop moves the weights in place. The batched version stacks them and calls the head
+through torch.func. fp32, interleaved, medians of the wall-clock time, with the largest difference of a loss.
 
     python examples/benchmarks/landscape_vmap.py --threads 1 --out result.json
 """
@@ -29,7 +29,7 @@ HEADS: dict[str, Callable[[int, int], nn.Module]] = {"dense": Dense, "soft": Sof
 
 
 def main(arguments: Sequence[str] | None = None) -> Row:
-    """Measure every head, sample size and chunk, print the ratios, and write the JSON."""
+    """Measure every head, sample size and chunk size, print the ratios, and write the JSON."""
     options = _options(arguments)
     torch.set_num_threads(options.threads)
     report: Row = {"machine": machine(), "options": {k: v for k, v in vars(options).items() if k != "out"}, "rows": []}
@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> Row:
 
 @torch.no_grad()
 def measured(head: nn.Module, samples: int, options: argparse.Namespace) -> Row:
-    """Milliseconds of a plane by each way, and the largest relative difference of a loss from the loop's."""
+    """Return the milliseconds of a plane by each method, and the largest relative difference from the loop's losses."""
     x = torch.randn(samples, options.features, device=options.device)
     y = torch.randint(10, (samples,), device=options.device)
     start = {name: p.clone() for name, p in head.named_parameters()}
@@ -88,15 +88,15 @@ def _vmapped(
 def _line(row: Row) -> str:
     loop, difference = row["ms"]["loop"], row["largest_relative_difference"]
     ways = [f"{name} {ms / loop:.2f} ({difference[name]:.0e})" for name, ms in row["ms"].items() if name != "loop"]
-    return f"{row['head']}, {row['samples']} samples: loop {loop:.1f} ms; times of it: {', '.join(ways)}"
+    return f"{row['head']}, {row['samples']} samples: loop {loop:.1f} ms; relative to it: {', '.join(ways)}"
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--samples", type=int, nargs="+", default=[128, 1000], help="samples of the loss")
     parser.add_argument("--features", type=int, default=512, help="features of a sample")
-    parser.add_argument("--side", type=int, default=15, help="points a side of the plane")
-    parser.add_argument("--chunks", type=int, nargs="+", default=[5, 25, 225], help="points at once")
+    parser.add_argument("--side", type=int, default=15, help="points on each side of the plane")
+    parser.add_argument("--chunks", type=int, nargs="+", default=[5, 25, 225], help="points in a batch")
     parser.add_argument("--rounds", type=int, default=7, help="repetitions")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")
     parser.add_argument("--device", default="cpu", help="device of the head")

@@ -1,8 +1,8 @@
-"""What it costs a training step that ExpertUtilizationCallback follows the routers.
+"""Overhead of ExpertUtilizationCallback in a training step.
 
-A training step (forward, cross entropy, backward, SGD) with the callback's hooks around it and without. The two take
-turns every few steps, so that a machine whose speed changes slows both; a pair is an epoch's worth of each, and ends
-like an epoch: what waits is counted. CPU time, fp32, one thread. Ratios of the pairs, their median and quartiles.
+Times a training step (forward, cross entropy, backward, SGD) with and without the callback's hooks. The two alternate
+every few steps, so that changes of the machine's speed affect both. A pair consists of one epoch of each, including the
+counting at the end of the epoch. CPU time, fp32, one thread. Reports median and quartiles of the ratios of the pairs.
 
     python examples/benchmarks/utilization.py --out utilization.json
     python examples/benchmarks/utilization.py --only head --compile
@@ -29,12 +29,12 @@ from moe_heads.lightning_modules import ResNet18Cifar
 HEADS: dict[str, Callable[[], nn.Module]] = {"soft": lambda: SoftMoE(512, 10), "sparse": lambda: SparseMoE(512, 10)}
 
 
-# Steps until the other one's turn: speed changes over seconds, and a turn has to be long enough to run warm.
+# Steps before switching: the speed changes over seconds, and caches have to be warm within a turn.
 _TURN = 8
 
 
 def cases(only: Sequence[str]) -> dict[str, tuple[nn.Module, Tensor, int]]:
-    """Model, inputs and steps of an epoch."""
+    """Return model, inputs and steps of an epoch for each case."""
     found: dict[str, tuple[nn.Module, Tensor, int]] = {}
     for name, head in HEADS.items():
         if "head" in only:
@@ -46,7 +46,7 @@ def cases(only: Sequence[str]) -> dict[str, tuple[nn.Module, Tensor, int]]:
 
 
 def measure(model: nn.Module, x: Tensor, steps: int, pairs: int, compiled: bool) -> dict[str, Any]:
-    """Milliseconds of CPU time of a step, with and without."""
+    """Measure the CPU milliseconds of a step with and without the hooks."""
     y = torch.randint(10, (len(x),))
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
     run = torch.compile(model) if compiled else model
@@ -65,7 +65,7 @@ def measure(model: nn.Module, x: Tensor, steps: int, pairs: int, compiled: bool)
 
     with collect_routing(model) as collection:
         routers = TrainingRouters(model, collection, None, 0.01, 0.25)  # one for the whole training
-        for number in range(-1, pairs):  # the first is to warm up
+        for number in range(-1, pairs):  # the first pair is a warm-up
             spent = {True: 0.0, False: 0.0}
             for done in range(0, steps, _TURN):
                 turn = min(_TURN, steps - done)
@@ -92,11 +92,11 @@ def measure(model: nn.Module, x: Tensor, steps: int, pairs: int, compiled: bool)
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
-    """Measure, print and write."""
+    """Run the benchmark, print the overheads and write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", default=["head", "resnet18"], choices=["head", "resnet18"])
-    parser.add_argument("--pairs", type=int, default=15, help="epochs with the hooks, and as many without")
-    parser.add_argument("--compile", action="store_true", help="with torch.compile")
+    parser.add_argument("--pairs", type=int, default=15, help="number of epochs with and without the hooks")
+    parser.add_argument("--compile", action="store_true", help="use torch.compile")
     parser.add_argument("--out", type=Path, default=None, help="JSON file to write")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
@@ -107,7 +107,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         row = report["cases"][name] = measure(model, x, steps, options.pairs, options.compile)
         low, high = row["quartiles"]
         print(
-            f"{name}: {row['ms_without']:.2f} ms a step, {row['ms_with']:.2f} with the callback:"
+            f"{name}: {row['ms_without']:.2f} ms per step, {row['ms_with']:.2f} with the callback:"
             f" {row['overhead']:+.1%} (quartiles {low:+.1%} to {high:+.1%})",
             flush=True,
         )

@@ -1,1 +1,1 @@
-"""Parts of `compare_heads.py`: options, one run, the results, the report."""
+"""Parts of `compare_heads.py`: options, single runs, results, claims and report."""

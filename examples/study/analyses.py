@@ -1,4 +1,4 @@
-"""The analyses of a trained run, each kept in the run's folder as soon as it is done."""
+"""Analyses of a trained run, each saved in the run's folder as soon as it is finished."""
 
 import hashlib
 import json
@@ -29,14 +29,14 @@ from study.training import Deadline
 _FOLDER = "analyses"
 
 
-class Found(TypedDict):
-    """What is kept of an analysis.
+class SavedAnalysis(TypedDict):
+    """Saved results of one analysis.
 
     Attributes:
-        weights: Digest of the weights that were analyzed.
-        seconds: How long it took, in the piece that ended it.
-        metrics: Its numbers by name; finite ones.
-        lines: Loss along the top eigenvector by split, and with the routing held fixed.
+        weights: Digest of the analyzed weights.
+        seconds: Run time of the analysis in the process that finished it.
+        metrics: Finite metrics by name.
+        lines: Loss along the top eigenvector by split, with free and with fixed routing.
         loads: Hard load and importance of every expert of the head, by split.
     """
 
@@ -48,79 +48,80 @@ class Found(TypedDict):
 
 
 def folder_of(run: Path, machine: Mapping[str, Any]) -> Path:
-    """Where a run keeps what it has found before it is finished.
+    """Return the folder for the saved analyses of an unfinished run.
 
-    One for each machine, version and commit: a result names one, so all of its numbers have to come from there.
+    Each machine, version and commit has its own folder: a result names one machine, so all its numbers have to come
+    from it.
     """
     return run / _FOLDER / hashlib.sha256(json.dumps(machine).encode()).hexdigest()[:16]
 
 
-def forget(run: Path) -> None:
-    """Remove what was kept of a run that is finished."""
+def remove_saved(run: Path) -> None:
+    """Remove the saved analyses of a finished run."""
     shutil.rmtree(run / _FOLDER, ignore_errors=True)
 
 
-def analyses_of(options: Options, kept: Path) -> list[FitEndAnalysis]:
-    """All analyses of a run; the landscape keeps its points in the folder of what is kept."""
+def analyses_of(options: Options, folder: Path) -> list[FitEndAnalysis]:
+    """Create all analyses of a run; the landscape saves its points in the folder."""
     analyzed = {"num_samples": options.analysis_samples}
     return [
         SharpnessCallback(engine=options.engine, **analyzed),
-        LossLandscapeCallback(plane_points=options.plane_points, resume=kept, **analyzed),
+        LossLandscapeCallback(plane_points=options.plane_points, resume=folder, **analyzed),
         ExpertUtilizationCallback(),
         InferenceTimingCallback(),
     ]
 
 
-def found_in(kept: Path, weights: Mapping[str, Tensor]) -> dict[str, Found]:
-    """What was found on these weights, by the name of the analysis.
+def saved_in(folder: Path, weights: Mapping[str, Tensor]) -> dict[str, SavedAnalysis]:
+    """Read the saved analyses of these weights, by the name of the analysis.
 
     Raises:
-        RuntimeError: Names the file that cannot be read, and what to do.
+        RuntimeError: If a file cannot be read.
     """
     digest, found = _digest(weights), {}
-    for path in sorted(kept.glob("*.json")):
+    for path in sorted(folder.glob("*.json")):
         try:
-            analysis: Found = json.loads(path.read_text(encoding="utf-8"))
+            analysis: SavedAnalysis = json.loads(path.read_text(encoding="utf-8"))
             is_of_these = analysis["weights"] == digest
         except (ValueError, TypeError, KeyError) as error:
-            raise RuntimeError(f"{path} is damaged ({error}); remove it to repeat this analysis") from error
+            raise RuntimeError(f"{path} is damaged: {error}. Remove it to repeat this analysis.") from error
         if is_of_these:
             found[path.stem] = analysis
     return found
 
 
-class Keeper(Callback):
-    """Stands behind an analysis: keeps what it found, then sees whether there is time for what follows.
+class AnalysisCheckpoint(Callback):
+    """A callback after an analysis that saves its results and then checks the deadline.
 
-    An analysis that was cut short or failed is not kept. Ctrl-C in an analysis ends the study, as in the training.
+    A partial or failed analysis is not saved. Ctrl-C in an analysis ends the study, as in training.
 
     Args:
-        analysis: The one before it in the Trainer's list.
-        gate: Says when time is up.
-        kept: Folder for what is found.
-        figures: Folder for the figures of one split, for the report; None for no figures.
+        analysis: The analysis directly before it in the Trainer's list of callbacks.
+        deadline: Raises `TimeIsUp` after the time limit.
+        folder: Folder for the results.
+        figures: Folder for the figures of one split for the report; None for no figures.
 
     Attributes:
-        has_failed: Whether the analysis ended without a whole result.
+        has_failed: Whether the analysis ended without a complete result.
     """
 
-    def __init__(self, analysis: FitEndAnalysis, gate: Deadline, kept: Path, figures: Path | None) -> None:
+    def __init__(self, analysis: FitEndAnalysis, deadline: Deadline, folder: Path, figures: Path | None) -> None:
         self.analysis, self.has_failed = analysis, False
-        self._gate, self._kept, self._figures = gate, kept, figures
+        self._deadline, self._folder, self._figures = deadline, folder, figures
 
     @override
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        assert self._gate.began is not None
-        seconds = time.perf_counter() - self._gate.began
-        if _is_whole(self.analysis):
-            self._keep(_digest(pl_module.state_dict()), seconds)
+        assert self._deadline.began is not None
+        seconds = time.perf_counter() - self._deadline.began
+        if _is_complete(self.analysis):
+            self._save(_digest(pl_module.state_dict()), seconds)
         else:
             self.has_failed = True
         if self.analysis.was_interrupted:
             raise KeyboardInterrupt
-        self._gate.begin(f"trained, and analyzed as far as {self.analysis.name}")
+        self._deadline.begin(f"trained, and analyzed up to {self.analysis.name}")
 
-    def _keep(self, weights: str, seconds: float) -> None:
+    def _save(self, weights: str, seconds: float) -> None:
         analysis = self.analysis
         reports = {split: analysis.report(result) for split, result in analysis.results.items()}
         named = {
@@ -128,7 +129,7 @@ class Keeper(Callback):
             for split, report in reports.items()
             for quantity, value in report.metrics.items()
         }
-        found: Found = {
+        saved: SavedAnalysis = {
             "weights": weights,
             "seconds": seconds,
             "metrics": {name: value for name, value in named.items() if math.isfinite(value)},
@@ -139,8 +140,8 @@ class Keeper(Callback):
         if self._figures is not None and shown is not None:
             for name, figure in shown.figures.items():
                 save_figure(self._figures / f"{analysis.name}_{name.replace('/', '_')}.png", figure)
-        self._kept.mkdir(parents=True, exist_ok=True)
-        replace(self._kept / f"{analysis.name}.json", json.dumps(found))
+        self._folder.mkdir(parents=True, exist_ok=True)
+        replace(self._folder / f"{analysis.name}.json", json.dumps(saved))
 
 
 def _digest(weights: Mapping[str, Tensor]) -> str:
@@ -151,7 +152,7 @@ def _digest(weights: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()[:16]
 
 
-def _is_whole(analysis: FitEndAnalysis) -> bool:
+def _is_complete(analysis: FitEndAnalysis) -> bool:
     results = analysis.results
     return set(results) == set(analysis.splits) and not any(result.partial for result in results.values())
 
@@ -172,7 +173,7 @@ def _lines(landscape: LossLandscapeCallback) -> dict[str, dict[str, list[float |
 
 
 def _finite(values: Sequence[float]) -> list[float | None]:
-    """JSON has no infinity."""
+    """Replace infinity and nan, which JSON does not support, by None."""
     return [value if math.isfinite(value) else None for value in values]
 
 

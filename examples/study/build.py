@@ -22,15 +22,15 @@ from moe_heads.lightning_modules import (
 )
 from study.options import Options
 
-# enough for the second moments of 12 numbers; the patches of one image are some thousand
+# enough for the second moments of 12 numbers: one image has about a thousand patches
 _WHITENING_IMAGES = 2000
 
 
 def build_data(options: Options) -> ImageDataModule:
-    """Data module of the options, its images loaded: what is wrong with them shows before anything is written.
+    """Create the data module and load its images, so that errors occur before anything is written.
 
     Raises:
-        ValueError: If the data cannot be had or is not what a study can be made of.
+        ValueError: If the data cannot be loaded or are not suitable for a study.
     """
     kind, _, path = options.data.partition(":")
     shared: dict[str, Any] = {
@@ -50,13 +50,13 @@ def build_data(options: Options) -> ImageDataModule:
         data.prepare_data()
         data.setup()
     except ValueError as error:
-        # what the module calls root is a part of --data to whoever calls the study
+        # the argument root of the data module is a part of --data on the command line
         raise ValueError(re.sub("^root: ", "--data: ", str(error))) from error
     return data
 
 
 def describe_data(options: Options, data: ImageDataModule) -> dict[str, Any]:
-    """What the runs of a study were trained on: sizes, kind of files, and a digest of the images."""
+    """Describe the data of a study: sizes, file types and a digest of the images."""
     kind, digest = options.data.partition(":")[0], hashlib.sha256()
     for split in ("train", "val", "test"):
         part = data.analysis_dataset(split)
@@ -73,39 +73,41 @@ def describe_data(options: Options, data: ImageDataModule) -> dict[str, Any]:
 
 
 def check_accelerator(options: Options) -> None:
-    """Refuse an accelerator that this machine has not."""
+    """Raise an error if the accelerator is not available."""
     try:
         device_of(options)
     except (MisconfigurationException, RuntimeError, ValueError) as error:
-        raise ValueError(f"--accelerator: cannot train on {options.accelerator!r} here: {error}") from error
+        raise ValueError(
+            f"--accelerator: expected an available accelerator, got {options.accelerator!r}: {error}"
+        ) from error
 
 
 def precision_of(options: Options) -> Literal["bf16-mixed", "32-true"]:
-    """Precision for the Trainer: that of the options, or the fastest of the device that they train on."""
+    """Return the precision for the Trainer: that of the options, or the fastest on the device."""
     return fastest_precision(device_of(options)) if options.precision == "auto" else options.precision
 
 
 def device_of(options: Options) -> torch.device:
-    """Where the study trains and analyses."""
+    """Return the device of training and analyses."""
     quiet = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
     return pl.Trainer(accelerator=options.accelerator, devices=1, logger=False, **quiet).strategy.root_device
 
 
 def build_model(options: Options, head: str, data: ImageDataModule) -> MoEClassifier:
-    """Classifier with a head whose total parameters equal those of the dense head of ``head_width`` units.
+    """Build a classifier with a head whose total parameters match the dense head of ``head_width`` units.
 
-    The backbone is drawn first: with the same seed it starts the same for every head.
+    The backbone is initialized first, so that it starts with the same weights for every head of a seed.
     """
     channels, height, _ = data.image_shape
     backbone = build_backbone(options.backbone, channels, height)
     if options.whiten:
         if not isinstance(backbone, FastCNN):
-            raise ValueError(f"--whiten: expected fast_cnn as --backbone, got {options.backbone}")
+            raise ValueError(f"--whiten: expected --backbone fast_cnn, got {options.backbone}.")
         train = data.analysis_dataset("train")
         assert isinstance(train, LabeledImages)
         backbone.whiten(train.transform(train.images[torch.arange(min(_WHITENING_IMAGES, len(train)))]))
     features = int(backbone.num_features)
-    # as in the study, 512 units for 512 features; below 128 eight experts of equal total would have a few units each
+    # as in the paper, 512 units for 512 features; below 128, eight experts of equal total would have a few units each
     dense = Dense(features, data.num_classes, width=options.head_width or max(128, features))
     return MoEClassifier(
         backbone,

@@ -1,4 +1,4 @@
-"""One figure a claim: each seed a point, each head a color."""
+"""One figure for each claim, with a point for each seed and a color for each head."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -19,7 +19,7 @@ FIGURES = ("accuracy", "utilization", "sharpness", "generalization", "landscape"
 
 
 def figures(runs: Sequence[Run]) -> dict[str, Figure]:
-    """Figures by name, as the verdicts refer to them; those that have no numbers are absent."""
+    """Draw the figures of the claims by name, without those that have no numbers."""
     present = heads_of(runs)
     drawn: dict[str, Callable[[], Figure | None]] = {
         "accuracy": lambda: _panels(runs, present, (q.ACCURACY, q.VAL_ACCURACY)),
@@ -34,12 +34,12 @@ def figures(runs: Sequence[Run]) -> dict[str, Figure]:
 
 
 def color(head: str) -> str:
-    """The color of a head, the same in every figure of a study."""
+    """Return the color of a head, the same in every figure of a study."""
     return f"C{HEADS.index(head)}"
 
 
 def _panels(runs: Sequence[Run], heads: Sequence[str], wanted: Sequence[Quantity]) -> Figure | None:
-    """A panel a quantity: every seed, and the mean with its interval."""
+    """Draw one panel for each quantity: all seeds, and the mean with its interval."""
     present = [quantity for quantity in wanted if any(values_of(runs, quantity, head) for head in heads)]
     if not present:
         return None
@@ -68,7 +68,7 @@ def _panels(runs: Sequence[Run], heads: Sequence[str], wanted: Sequence[Quantity
 
 
 def _loads(runs: Sequence[Run], heads: Sequence[str]) -> Figure | None:
-    """Use of every expert on test data in fair shares, the most used first, a line a seed."""
+    """Draw the load of every expert on test data relative to 1/E, sorted, one line for each seed."""
     routed = [head for head in heads if any(run["head"] == head and run["loads"] for run in runs)]
     if not routed:
         return None
@@ -81,14 +81,14 @@ def _loads(runs: Sequence[Run], heads: Sequence[str]) -> Figure | None:
                 ax.plot(range(1, len(shares) + 1), shares, ".-", color=color(head), linewidth=0.8, alpha=0.8)
         ax.axhline(1, color="gray", linewidth=0.8)
         ax.axhline(0.25, color="red", linewidth=0.8, linestyle=":")
-        _dress(ax, title=head, xlabel="expert, by its use")
-    axes[0].set_ylim(bottom=0)  # of all panels, once their lines are there: a limit that is set stays as it is
-    axes[0].set_ylabel("use, in fair shares", fontsize=_SIZE)
+        _dress(ax, title=head, xlabel="expert, sorted by load")
+    axes[0].set_ylim(bottom=0)  # for all panels, after their lines: an earlier call would fix the upper limit
+    axes[0].set_ylabel("load × E", fontsize=_SIZE)
     return figure
 
 
 def _gaps(runs: Sequence[Run], heads: Sequence[str]) -> Figure | None:
-    """Generalization gap against each measure of sharpness, a point a run."""
+    """Plot the generalization gap over each measure of sharpness, one point for each run."""
     wanted = (q.LAMBDA_TRAIN, q.TRACE_TRAIN, q.RADIUS)
     figure = Figure(figsize=(2.7 * len(wanted) + 0.4, 2.7), layout="constrained")
     drawn = 0
@@ -109,9 +109,9 @@ def _gaps(runs: Sequence[Run], heads: Sequence[str]) -> Figure | None:
 
 
 def _lines(runs: Sequence[Run], heads: Sequence[str]) -> Figure | None:
-    """Loss along the top eigenvector: a row a split, a column a head, a line a run; dashed with the routing held fixed.
+    """Plot the loss along the top eigenvector by split (rows) and head (columns), dashed for fixed routing.
 
-    An eigenvector has no sign: every line is turned so that its higher end lies right.
+    The sign of an eigenvector is arbitrary: every line is oriented so that its higher end is on the right.
     """
     splits = [split for split in ("train", "test") if any(split in run["lines"] for run in runs)]
     drawn = [head for head in heads if any(run["head"] == head and run["lines"] for run in runs)]

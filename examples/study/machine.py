@@ -1,4 +1,4 @@
-"""Where and with what a run was made."""
+"""Machine and software versions of a run."""
 
 import platform
 import subprocess
@@ -10,7 +10,7 @@ import torch
 
 
 def describe_machine(device: torch.device, precision: str) -> dict[str, Any]:
-    """Device, processor, threads, precision of the training, versions and commit."""
+    """Return device, processor, threads, precision of training, versions and commit."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
     packages = ("torch", "torchvision", "lightning", "numpy", "scipy")
     return {
@@ -34,7 +34,7 @@ def _processor() -> str:
 
 
 def _commit() -> str | None:
-    """Commit of the sources, "+" if they are changed; None outside a repository."""
+    """Return the commit of the sources, with "+" for uncommitted changes; None outside a repository."""
     here = Path(__file__).parent
     try:
         head = subprocess.run(

@@ -1,4 +1,4 @@
-"""The protocols that the study knows, as whole sets of options."""
+"""Protocols of the study as complete sets of options."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -11,33 +11,33 @@ HEADS = ("dense", "soft", "sparse", "hard")
 
 @dataclass(frozen=True, kw_only=True)
 class Protocol:
-    """How a classifier is trained and analyzed; the defaults are those of arXiv 2601.15021.
+    """Training and analysis options of a classifier; the defaults are those of arXiv 2601.15021.
 
     Attributes:
         data: "digits", "cifar10" or "imagefolder:PATH".
-        backbone: A name that `build_backbone` knows.
+        backbone: Name of a backbone; see `build_backbone`.
         heads: Heads to compare.
         seeds: Number of seeds.
         epochs: Epochs of training.
-        batch_size: Images a step.
+        batch_size: Images in a training step.
         learning_rate: Largest learning rate.
-        schedule: Of the learning rate.
-        nesterov: Use Nesterov's momentum.
+        schedule: Schedule of the learning rate.
+        nesterov: Whether to use Nesterov's momentum.
         weight_decay: L2 coefficient.
-        label_smoothing: Of the training loss.
-        augment: Random crops and flips of the training images.
-        crop_padding: Pixels by which a crop may move each way.
-        crop_border: What a crop sees beyond the image: "black", or the image mirrored ("reflect").
-        precision: Of the training, as Lightning names it, or "auto": bf16 where the device has it, else fp32. Analyses
+        label_smoothing: Label smoothing of the training loss.
+        augment: Whether to crop and flip the training images at random.
+        crop_padding: Largest shift of a crop in pixels.
+        crop_border: Padding of a crop beyond the image: "black", or the mirrored image ("reflect").
+        precision: Lightning's precision of training, or "auto": bf16 if the device supports it, else fp32. Analyses
             compute in fp32.
-        channels_last: Memory format of backbone and images.
-        whiten: Whiten the first layer of a backbone that can (fast_cnn).
-        load_loss: Balance of the sparse heads: "shazeer", importance and the smooth load; "importance", the importance
-            twice, as the published code has it.
-        engine: Of the sharpness: "lanczos", or "pyhessian" with that package's own stopping rule.
-        analysis_samples: Samples of each split that curvature and landscape are computed on.
-        plane_points: Points a side of the plane.
-        threads: Threads of torch on the CPU; None for torch's choice.
+        channels_last: Whether backbone and images use the channels-last memory format.
+        whiten: Whether to whiten the first layer of the backbone (fast_cnn only).
+        load_loss: Balance loss of the sparse heads: "shazeer", importance and the smooth load; "importance", the
+            importance twice, as in the published code.
+        engine: Engine of the sharpness: "lanczos", or "pyhessian" with that package's own stopping rule.
+        analysis_samples: Samples of each split for curvature and landscape.
+        plane_points: Points on each side of the plane.
+        threads: Threads of torch on the CPU; None for torch's default.
     """
 
     data: str = "cifar10"
@@ -65,7 +65,7 @@ class Protocol:
 
 
 # Digits: minutes on two cores. Fewer samples, and one thread, because tensors of 8x8 images gain little from a second
-# one and lose much where another program wants the core.
+# thread and lose much if another program uses the core.
 PRESETS = {
     "digits": Protocol(
         data="digits",
@@ -80,11 +80,11 @@ PRESETS = {
     ),
     "folder": Protocol(data="imagefolder", backbone="resnet8", heads=HEADS[:3], seeds=2, epochs=15),
     "paper": Protocol(),
-    # Of the defects of the published code, those that change what is measured: no augmentation, a load loss that is
-    # the importance loss, and eigenvalues by a power iteration that stops before it has converged.
+    # The defects of the published code that change the results: no augmentation, a load loss equal to the importance
+    # loss, and eigenvalues from a power iteration that stops before convergence.
     "paper-as-published": Protocol(augment=False, load_loss="importance", engine="pyhessian"),
-    # Two CPU cores: a narrow network for more epochs, nearly all of its arithmetic in convolutions.
-    # What each choice is worth: docs/results.md, by benchmarks/fast_cnn.py.
+    # Two CPU cores: a narrow network for more epochs, with nearly all arithmetic in convolutions. docs/results.md has
+    # the effect of each choice, measured by benchmarks/fast_cnn.py.
     "cpu": Protocol(
         backbone="fast_cnn",
         seeds=5,
@@ -101,7 +101,7 @@ PRESETS = {
         whiten=True,
         plane_points=11,
     ),
-    # One large GPU: the paper's network with the same means.
+    # One large GPU: the paper's network with the same techniques.
     "gpu": Protocol(
         batch_size=512,
         learning_rate=0.4,
@@ -114,5 +114,5 @@ PRESETS = {
     ),
 }
 
-# the preset of a kind of data, where none is named
+# the default preset of each kind of data
 PRESET_OF = {"digits": "digits", "cifar10": "paper", "imagefolder": "folder"}

@@ -1,4 +1,4 @@
-"""What is compared between the heads: one number a run, computed from what the run stored."""
+"""Quantities that are compared between heads: one number for each run, computed from its stored results."""
 
 import math
 from collections.abc import Callable
@@ -21,14 +21,14 @@ class Quantity:
     Attributes:
         key: Short name.
         title: Name in tables and figures, with its unit.
-        value: From a run to the number; None where the run has none.
+        value: Computes the number of a run, or None if the run lacks it.
         pattern: Format of the number.
-        is_ratio: Compared between heads by its logarithm: differences are factors.
+        is_ratio: Whether heads are compared by the logarithm, so that differences are factors.
         scale: Factor in tables and figures, 100 for percent.
-        is_compared: Whether runs are held against each other: a time of one process against that of another says
-            more about the machine than about the heads, and a speed is one against the dense head already.
-        is_censored: Whether a run without the number has one that is too large to be seen: then a head of which any
-            run lacks it is not compared, as the runs that have it are not like the others.
+        is_compared: Whether heads are compared. Times of different processes depend more on the machine than on the
+            heads, and a speed is already relative to the dense head.
+        is_censored: Whether a missing number is too large to be measured. Then a head with a missing number is not
+            compared, since the runs with a number are a biased selection.
     """
 
     key: str
@@ -41,7 +41,7 @@ class Quantity:
     is_censored: bool = False
 
     def of(self, run: Run) -> float | None:
-        """The number of a run; None where there is none, or none that is finite (and above 0, for a ratio)."""
+        """Return the number of a run, or None unless it is finite (and above 0, for a ratio)."""
         value = self.value(run)
         if value is None or not math.isfinite(value) or (self.is_ratio and value <= 0):
             return None
@@ -49,7 +49,7 @@ class Quantity:
 
 
 def metric(name: str) -> Value:
-    """A number that was logged."""
+    """Return a function that reads a logged number."""
     return lambda run: run["metrics"].get(name)
 
 
@@ -62,9 +62,9 @@ def _difference(first: str, second: str) -> Value:
 
 
 def shares_of_experts(run: Run) -> list[float]:
-    """Use of every expert on test data in parts of its fair share 1/E; empty for a head without experts.
+    """Return the load of every expert on test data relative to 1/E; empty for a head without experts.
 
-    The load of a head that chooses experts, the mixing weight of one that runs all.
+    For a soft head, which runs all experts, the mixing weight takes the place of the load.
     """
     found = run["loads"].get("test", {})
     shares = found.get("importance" if run["head"] == "soft" else "load", [])
@@ -76,7 +76,7 @@ def _share_of_least_used(run: Run) -> float | None:
 
 
 def _beyond_quadratic(run: Run) -> float | None:
-    """Largest rise of the loss on the line of the training split, by that of the parabola with the curvature λmax."""
+    """Return the largest loss increase on the training line, relative to the parabola with the curvature λmax."""
     line = run["lines"].get("train")
     curvature = run["metrics"].get("sharpness/train/lambda_max")
     if line is None or not curvature:
@@ -86,13 +86,13 @@ def _beyond_quadratic(run: Run) -> float | None:
 
 
 def _largest_rise(run: Run) -> float | None:
-    """Largest rise of the loss on the line of the training split, nats."""
+    """Return the largest loss increase on the line of the training split, in nats."""
     line = run["lines"].get("train")
     return None if line is None else max(_rises(line))
 
 
 def _radius(run: Run) -> float | None:
-    """Distance along the top eigenvector of the training split at which the loss has risen by 0.1 nats, either way."""
+    """Return the smallest distance along the training split's top eigenvector with a loss increase of 0.1 nats."""
     line = run["lines"].get("train")
     if line is None:
         return None
@@ -103,7 +103,7 @@ def _radius(run: Run) -> float | None:
 
 
 def _crossing(alphas: list[float], rises: list[float], path: range, level: float) -> float | None:
-    """|α| at which the rise first reaches a level on the way, between grid points in a straight line."""
+    """Return |α| at which the increase first reaches a level on a path, by linear interpolation."""
     for before, after in pairwise(path):
         if rises[after] >= level:
             share = 0.0 if math.isinf(rises[after]) else (level - rises[before]) / (rises[after] - rises[before])
@@ -112,17 +112,17 @@ def _crossing(alphas: list[float], rises: list[float], path: range, level: float
 
 
 def _rises(line: dict[str, list[Any]]) -> list[float]:
-    # what JSON holds as null was infinite or nan
+    # null in JSON was infinite or nan
     losses = [math.inf if loss is None else loss for loss in line["losses"]]
     center = min(range(len(losses)), key=lambda i: abs(line["alphas"][i]))
     return [loss - losses[center] for loss in losses]
 
 
 def _model_speedup(run: Run) -> float | None:
-    """Time of the model with the dense head of equal capacity by that with its own.
+    """Return the time of the model with the dense head of equal capacity, divided by that with its own head.
 
-    Model, head and dense head are timed in turns in one process; that of the model with the dense head is the model's
-    without its head's, and with the dense head's.
+    Model, head and dense head are timed in turns in one process. The time of the model with the dense head is the
+    model's time minus its head's time plus the dense head's time.
     """
     prefix = "inference_timing/test"
     names = [f"{prefix}/{module}/batch{_BATCH}/p50_ms" for module in ("model", "head", "head_dense")]
@@ -142,9 +142,11 @@ TRACE_TRAIN = Quantity("trace_train", "trace train", metric("sharpness/train/tra
 LAMBDA_TEST = Quantity("lambda_test", "λmax test", metric("sharpness/test/lambda_max"), is_ratio=True)
 TRACE_TEST = Quantity("trace_test", "trace test", metric("sharpness/test/trace"), is_ratio=True)
 RADIUS = Quantity("radius", "radius (train), α at +0.1 nats", _radius, is_ratio=True, is_censored=True)
-RISE = Quantity("rise", "largest rise on the line (train), nats", _largest_rise, is_ratio=True)
-SHAPE = Quantity("shape", "largest rise on the line by that of its parabola (train)", _beyond_quadratic, is_ratio=True)
-BALANCE = Quantity("balance", "use of the least used expert, in fair shares", _share_of_least_used, ".2f")
+RISE = Quantity("rise", "largest loss increase on the line (train), nats", _largest_rise, is_ratio=True)
+SHAPE = Quantity(
+    "shape", "largest loss increase on the line, relative to its parabola (train)", _beyond_quadratic, is_ratio=True
+)
+BALANCE = Quantity("balance", "load of the least-used expert × E", _share_of_least_used, ".2f")
 SPEEDUP = Quantity(
     "speedup", "speed of the model, dense = 1 (B = 256)", _model_speedup, ".4f", is_ratio=True, is_compared=False
 )
@@ -167,7 +169,7 @@ QUANTITIES = (
     RADIUS,
     RISE,
     SHAPE,
-    Quantity("experts", "experts in effect", metric("expert_utilization/test/head/effective_experts"), ".2f"),
+    Quantity("experts", "effective experts", metric("expert_utilization/test/head/effective_experts"), ".2f"),
     BALANCE,
     Quantity(
         "head_ms",
@@ -189,4 +191,4 @@ QUANTITIES = (
 """Rows of the report's table."""
 
 SHARPNESS = (LAMBDA_TRAIN, LAMBDA_TEST, TRACE_TRAIN, TRACE_TEST, RADIUS, RISE, SHAPE)
-"""What the generalization gap is held against."""
+"""Quantities that are correlated with the generalization gap."""

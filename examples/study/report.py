@@ -1,4 +1,4 @@
-"""The study's report: verdicts, tables and figures, as markdown and as one HTML file that stands alone."""
+"""Report of the study with verdicts, tables and figures, in Markdown and as one self-contained HTML file."""
 
 import base64
 import html
@@ -14,6 +14,7 @@ from tensorboard.plugins.hparams import summary_v2 as hparams
 from torch.utils.tensorboard import SummaryWriter
 
 from study import quantities as q
+from study.claims import RULES, comparisons_of, verdicts
 from study.figures import FIGURES, figures
 from study.options import Options
 from study.presets import PRESETS, Protocol
@@ -21,9 +22,9 @@ from study.results import Run, heads_of
 from study.statistics import correlate
 from study.storage import replace, save_figure
 from study.tables import comparison_table, correlation_table, main_table, verdict_table
-from study.verdicts import RULES, Verdict, comparisons_of, verdicts
+from study.verdicts import Verdict
 
-# Scalars of a run that TensorBoard's table of runs shows, with their titles there.
+# Scalars of a run in TensorBoard's HPARAMS table, with their titles.
 _COLUMNS = {
     "test/accuracy": "test accuracy",
     "test/calibration_error": "calibration error",
@@ -31,39 +32,41 @@ _COLUMNS = {
     "sharpness/test/lambda_max": "λmax test",
     "sharpness/train/trace": "trace train",
     "sharpness/test/trace": "trace test",
-    "expert_utilization/test/head/effective_experts": "experts in effect",
-    "inference_timing/test/head/batch256/p50_ms": "head, ms a batch of 256",
-    "inference_timing/test/model/batch256/p50_ms": "model, ms a batch of 256",
+    "expert_utilization/test/head/effective_experts": "effective experts",
+    "inference_timing/test/head/batch256/p50_ms": "head, ms for a batch of 256",
+    "inference_timing/test/model/batch256/p50_ms": "model, ms for a batch of 256",
 }
 _COLUMNS_SUFFIX = ".columns"
 _LINE_CHECK = "loss_landscape/train/line_curvature_1_agrees"
 
-_METHOD = """The unit is the seed. Heads are paired by seed, which fixes the first weights of the backbone and the
-split of the data; order and augmentation of the images differ between heads from the first step on, as heads draw
-random numbers of their own. Means stand with Student's 95 % interval (geometric means for λ, trace, radius, rise and
-times, where differences are factors). p is that of the paired t-test; corrected (Benjamini and Yekutieli, which holds
-for dependent tests) are the tests of "above" that decide a claim, all of them together. Nothing else is corrected: not
-the other rows of the table between heads, nor the tests of "alike" (two one-sided tests at 5 % against the margin that
-is stated). d_z is the paired effect size with Hedges' correction, of the logarithms for a factor. Intervals of rank
-correlations draw whole seeds and keep the heads: they say how steady the order of these heads is, not what other heads
-would do. *ρ within heads* is the correlation of what is left without each head's mean.
+_METHOD = """The unit of observation is the seed. Heads are paired by seed, which fixes the initial weights of the
+backbone and the split of the data. The order and augmentation of the images differ between heads from the first step
+on, since heads draw their own random numbers. Means have Student's 95 % interval. They are geometric means for λ,
+trace, radius, loss increase and times, whose differences are factors. p is the p-value of the paired t-test. The tests
+of "above" that decide a claim are corrected together by the method of Benjamini and Yekutieli, which is valid for
+dependent tests. Other rows of the comparison table and the tests of "equivalent" (two one-sided tests at 5 % against
+the stated margin) are not corrected. d_z is the paired effect size with Hedges' correction, computed from logarithms
+for factors. Intervals of rank correlations resample whole seeds and keep the heads. They show the stability of the
+order of these heads and do not generalize to other heads. *ρ within heads* is the correlation after subtracting each
+head's mean.
 
-Losses and accuracies of a split are those of the whole split, without augmentation, in evaluation mode and fp32, and so
-are curvature and landscape, of the plain cross-entropy on {samples:,} samples. The line of the landscape is that of the
-paper: 21 points up to 0.5 along the unit top eigenvector, so that every head goes equally far along its own; an
-eigenvector has no sign, and the figure turns every line so that its higher end lies right. *Routing held* (dashed):
-every sample keeps the experts that it has at α = 0. The *parabola* is ½ λmax α². Between two points the loss is taken
-for straight: the radius is no finer than their distance allows. {line_check}
+Losses and accuracies are computed on the whole split, without augmentation, in evaluation mode and fp32. Curvature and
+landscape are computed in the same way for the plain cross-entropy on {samples:,} samples. The line of the landscape is
+that of the paper: 21 points up to 0.5 along the unit top eigenvector of each head. The sign of an eigenvector is
+arbitrary, and the figure orients every line so that its higher end is on the right. *Fixed routing* (dashed): every
+sample keeps its experts of α = 0. The *parabola* is ½ λmax α². The loss is interpolated linearly between points, which
+limits the resolution of the radius. {line_check}
 
-A dense head has one hidden layer; soft and sparse heads have experts of such layers and a router, of which soft runs
-all and mixes them, sparse runs two of them a sample and hard one. *Active* parameters are those that a sample meets.
-The use of an expert is its share of the choices, and of the mixing weights for a head that runs all; its *fair share*
-is 1/E. *Experts in effect* is exp of the entropy of these weights, E where all are used alike. The *calibration error*
-is the expected difference of confidence and accuracy in 15 bins (torchmetrics).
+A dense head has one hidden layer. Soft and sparse heads have a router and experts with one hidden layer each. The soft
+head runs and mixes all experts, the sparse head runs two for each sample, and the hard head one. *Active* parameters
+are those used for one sample. The load of an expert is its share of the assignments, or of the mixing weights for the
+soft head. Its *fair share* is 1/E. *Effective experts* is the exponential of the entropy of these weights, which is E
+for uniform weights. The *calibration error* is the expected difference of confidence and accuracy in 15 bins
+(torchmetrics).
 
-Times are medians of forward passes in evaluation mode. Those of different runs are of different hours of the machine
-and are not compared; model, head and dense head of equal capacity are timed in turns in one process, and the *speed of
-the model* is its time with the dense head's in place of its own head's, by its time."""
+Times are medians of forward passes in evaluation mode. Times of different runs were taken under different load of the
+machine and are not compared. Model, head and dense head of equal capacity are timed in turns in one process. The *speed
+of the model* is its time with the dense head in place of its own head, divided by its time."""
 
 
 def write(options: Options, data: dict[str, Any], runs: Sequence[Run]) -> Path:
@@ -87,7 +90,7 @@ def write(options: Options, data: dict[str, Any], runs: Sequence[Run]) -> Path:
 
 
 def write_columns(options: Options) -> None:
-    """Tell TensorBoard's HPARAMS table its columns, once for the study: it would show every scalar."""
+    """Define the columns of TensorBoard's HPARAMS table once for the study; by default it shows every scalar."""
     described = ("head", "seed", "num_head_params", "num_active_head_params")
     summary = hparams.hparams_config_pb(
         hparams=[hparams.HParam(name) for name in described],
@@ -108,20 +111,20 @@ def _text(options: Options, data: dict[str, Any], runs: Sequence[Run], drawn: Co
     sections = [
         f"# {', '.join(heads)} on {_data_title(data)}",
         _setting(options, data, runs),
-        "## The claims of arXiv 2601.15021",
+        "## Claims of arXiv 2601.15021",
         verdict_table(found),
         *(_evidence(verdict, verdict.figure in drawn) for verdict in found),
         "## All numbers",
         main_table(runs),
-        *(["### Between heads", comparison_table(comparisons)] if comparisons else []),
+        *(["### Comparison of heads", comparison_table(comparisons)] if comparisons else []),
         *(["### Sharpness and generalization", correlation_table(known)] if known else []),
-        "## How a claim is decided",
+        "## Decision rules",
         RULES,
         "## Method",
         _METHOD.format(samples=options.analysis_samples, line_check=_line_check(runs)),
-        "The protocol in full: " + ", ".join(f"{name} {value}" for name, value in runs[0]["config"].items()) + ".",
+        "Full protocol: " + ", ".join(f"{name} {value}" for name, value in runs[0]["config"].items()) + ".",
         *filter(None, (_head_section(options, run["head"]) for run in runs if run["seed"] == 0)),
-        f"Everything interactively: `tensorboard --logdir {options.out.name}`",
+        f"Interactive results: `tensorboard --logdir {options.out.name}`",
     ]
     return "\n\n".join(sections) + "\n"
 
@@ -129,7 +132,7 @@ def _text(options: Options, data: dict[str, Any], runs: Sequence[Run], drawn: Co
 def _setting(options: Options, data: dict[str, Any], runs: Sequence[Run]) -> str:
     machines = [run["machine"] for run in runs]
     counts = {head: sum(run["head"] == head for run in runs) for head in heads_of(runs)}
-    told = [
+    lines = [
         f"Runs: {', '.join(f'{count} {head}' for head, count in counts.items())}. Preset `{options.preset}`:"
         f" {options.backbone}, {options.epochs} epochs, batches of {options.batch_size}, learning rate"
         f" {options.learning_rate:g} ({options.schedule}), {'with' if options.augment else 'without'} augmentation,"
@@ -137,31 +140,31 @@ def _setting(options: Options, data: dict[str, Any], runs: Sequence[Run]) -> str
         *_warnings(options),
         f"Data: {_data_title(data)}; {data['train']:,} / {data['val']:,} / {data['test']:,} images for training,"
         " validation and test.",
-        f"Machine: {_all(machine['name'] for machine in machines)}, threads a process:"
+        f"Machine: {_all(machine['name'] for machine in machines)}, threads per process:"
         f" {_all(machine['threads'] for machine in machines)};"
         f" Python {_all(machine['python'] for machine in machines)},"
         f" torch {_all(machine['packages']['torch'] for machine in machines)},"
         f" lightning {_all(machine['packages']['lightning'] for machine in machines)};"
         f" commit {_all(machine['commit'] for machine in machines)}.",
-        f"Minutes a run: {_range([run['training_seconds'] / 60 for run in runs])} of training with validation,"
-        f" {_range([run['analysis_seconds'] / 60 for run in runs])} of analyses.",
+        f"Minutes per run: {_range([run['training_seconds'] / 60 for run in runs])} for training with validation,"
+        f" {_range([run['analysis_seconds'] / 60 for run in runs])} for analyses.",
         f"Command: `{_command(options)}`",
     ]
-    return "\n".join(f"- {line}" for line in told)
+    return "\n".join(f"- {line}" for line in lines)
 
 
 def _warnings(options: Options) -> list[str]:
-    """What a reader would else take for what it is not."""
-    told = []
+    """Return warnings about options that affect the interpretation of the numbers."""
+    warnings = []
     if options.engine == "pyhessian":
-        told.append("Curvature by PyHessian with its own stopping rule: its eigenvalues need not have converged.")
+        warnings.append("Curvature by PyHessian with its own stopping rule: its eigenvalues may not have converged.")
     if options.load_loss == "importance":
-        told.append("The load loss is the importance loss once more, as in the published code.")
-    return told
+        warnings.append("The load loss equals the importance loss, as in the published code.")
+    return warnings
 
 
 def _command(options: Options) -> str:
-    """The command line, without the places of this machine."""
+    """Return the command line without paths of this machine."""
     protocol = PRESETS[options.preset]
     parts = ["python examples/compare_heads.py", f"--preset {options.preset}"]
     for field in fields(Protocol):
@@ -188,7 +191,7 @@ def _data_title(data: dict[str, Any]) -> str:
 
 
 def _evidence(verdict: Verdict, is_drawn: bool) -> str:
-    marks = {True: "held up", False: "refuted", None: "open"}
+    marks = {True: "supported", False: "contradicted", None: "undecided"}
     lines = [f"### {verdict.number}. {verdict.claim}", f"Verdict: **{verdict.outcome}**."]
     lines.append("\n".join(f"- {statement.text}: {marks[statement.is_true]}." for statement in verdict.statements))
     if is_drawn:
@@ -197,13 +200,13 @@ def _evidence(verdict: Verdict, is_drawn: bool) -> str:
 
 
 def _line_check(runs: Sequence[Run]) -> str:
-    """Whether the line, at its spacing, sees the curvature that the eigenvalue says."""
+    """Report in how many runs the second difference of the line agrees with the eigenvalue."""
     found = [value for run in runs if (value := run["metrics"].get(_LINE_CHECK)) is not None]
     if not found:
         return ""
     return (
         f"The second difference of its three middle points agrees with λmax in {sum(map(bool, found))} of"
-        f" {len(found)} runs; where it does not, the loss is no parabola over one step of the line."
+        f" {len(found)} runs. In the others, the loss is not a parabola over one step of the line."
     )
 
 
@@ -214,7 +217,7 @@ def _head_section(options: Options, head: str) -> str:
 
 
 def _page(text: str, folder: Path) -> str:
-    """The report as one HTML file with its pictures inside."""
+    """Render the report as one HTML file with embedded figures."""
     body = markdown(text, extensions=["tables"])
     for path in sorted(folder.rglob("*.png")):
         name = html.escape(path.relative_to(folder).as_posix(), quote=True)

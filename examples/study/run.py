@@ -1,4 +1,4 @@
-"""One run of the study: train, test, analyze, store; carried on where an earlier piece ended."""
+"""One run of the study: train, test, analyze and store, resumed from an earlier process."""
 
 import json
 import math
@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from moe_heads import capacity
 from moe_heads.lightning_modules import ImageDataModule, MoEClassifier, RandomStates
 from moe_heads.lightning_modules.data import Split
-from study.analyses import Keeper, analyses_of, folder_of, forget, found_in
+from study.analyses import AnalysisCheckpoint, analyses_of, folder_of, remove_saved, saved_in
 from study.build import build_model, device_of, precision_of
 from study.machine import describe_machine
 from study.options import Options
@@ -30,45 +30,45 @@ def run(
     deadline: float,
     show_progress: bool,
 ) -> dict[str, Any]:
-    """Train and analyze one head with one seed; events, checkpoint and ``result.json`` go into the run's folder.
+    """Train and analyze one head with one seed, and write events, checkpoint and ``result.json`` to the run's folder.
 
     Args:
-        options: Of the study.
+        options: Options of the study.
         head: Name of the head.
-        seed: Of weights, order and augmentation.
-        data: Data module with its images loaded.
-        config: What the result says that it was made with.
-        deadline: `time.monotonic` after which nothing new is begun.
-        show_progress: Show bars.
+        seed: Seed of weights, order and augmentation.
+        data: Data module with loaded images.
+        config: Options that are stored in the result.
+        deadline: `time.monotonic` after which no epoch or analysis is started.
+        show_progress: Whether to show progress bars.
 
     Returns:
-        What is stored in ``result.json``.
+        The content of ``result.json``.
 
     Raises:
-        TimeIsUp: When the deadline is over before the run is; what is done is kept.
-        RuntimeError: If an analysis could not be finished, or a file of an earlier piece is damaged.
+        TimeIsUp: If the deadline ends the run early; finished parts are kept.
+        RuntimeError: If an analysis failed, or a file of an earlier process is damaged.
     """
     folder = options.run_dir(head, seed)
     pl.seed_everything(seed, verbose=False)
     model = build_model(options, head, data)
     last = folder / "checkpoints" / LAST
     machine = describe_machine(device_of(options), precision_of(options))
-    kept = folder_of(folder, machine)
-    before = found_in(kept, read_weights(last)) if last.exists() else {}
+    saved = folder_of(folder, machine)
+    before = saved_in(saved, read_weights(last)) if last.exists() else {}
     logger = TensorBoardLogger(options.out, name=head, version=folder.name, default_hp_metric=False)
     logger.log_hyperparams({"seed": seed, "data": options.data.partition(":")[0]})
-    clock, gate = TrainingClock(), Deadline(deadline)
+    clock, limit = TrainingClock(), Deadline(deadline)
     figures = folder if seed == 0 else None
-    analyses = analyses_of(options, kept)
-    keepers = [Keeper(analysis, gate, kept, figures) for analysis in analyses if analysis.name not in before]
-    analyzing = [callback for keeper in keepers for callback in (keeper.analysis, keeper)]
+    analyses = analyses_of(options, saved)
+    savers = [AnalysisCheckpoint(one, limit, saved, figures) for one in analyses if one.name not in before]
+    analyzing = [callback for saver in savers for callback in (saver.analysis, saver)]
     trainer = pl.Trainer(
         max_epochs=options.epochs,
         accelerator=options.accelerator,
         devices=1,
         precision=precision_of(options),
         logger=logger,
-        callbacks=[gate, *analyzing, clock, RandomStates(), checkpoints(last.parent)],
+        callbacks=[limit, *analyzing, clock, RandomStates(), checkpoints(last.parent)],
         enable_progress_bar=show_progress,
         enable_model_summary=False,
         log_every_n_steps=10,
@@ -76,15 +76,15 @@ def run(
     try:
         trainer.fit(model, datamodule=data, ckpt_path=last if last.exists() else None)
     except TimeIsUp:
-        # more time would not help a piece whose analysis fails: it is told, not tried again and again
-        if not any(keeper.has_failed for keeper in keepers):
+        # a failed analysis is reported below: more time would not help
+        if not any(saver.has_failed for saver in savers):
             raise
-    found = found_in(kept, model.state_dict())
+    found = saved_in(saved, model.state_dict())
     if missing := [analysis.name for analysis in analyses if analysis.name not in found]:
-        raise RuntimeError(f"{folder}: not finished, for want of {', '.join(missing)}; start again with --resume")
+        raise RuntimeError(f"{folder}: the run lacks {', '.join(missing)}. Start again with --resume.")
     metrics = {name: value for analysis in found.values() for name, value in analysis["metrics"].items()}
     metrics |= trainer.test(model, datamodule=data, verbose=False)[0]
-    model.to(trainer.strategy.root_device)  # the Trainer has taken it back to the CPU
+    model.to(trainer.strategy.root_device)  # the Trainer has moved it to the CPU
     for split in get_args(Split):
         metrics |= _evaluated(model, data, split)
     logger.finalize("success")
@@ -101,15 +101,15 @@ def run(
         "analysis_seconds": sum(analysis["seconds"] for analysis in found.values()),
         "machine": machine,
     }
-    # written last: a run without it is not finished
+    # written last: a run without this file is unfinished
     replace(folder / "result.json", json.dumps(result, indent=1))
-    forget(folder)
+    remove_saved(folder)
     return result
 
 
 @torch.no_grad()
 def _evaluated(model: MoEClassifier, data: ImageDataModule, split: Split) -> dict[str, float]:
-    """Loss and accuracy on a whole split as it is, in fp32: what a gap between splits is made of."""
+    """Return loss and accuracy on a whole split without augmentation, in fp32."""
     model.eval()
     losses, hits, count = 0.0, 0, 0
     for images, labels in DataLoader(data.analysis_dataset(split), batch_size=500):

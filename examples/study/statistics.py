@@ -1,7 +1,4 @@
-"""Statistics over seeds: intervals, paired comparisons, rank correlations. The unit is the seed.
-
-scipy does the arithmetic.
-"""
+"""Statistics over seeds with scipy: intervals, paired comparisons, rank correlations."""
 
 import math
 from collections.abc import Sequence
@@ -16,20 +13,20 @@ from study.quantities import Quantity
 from study.results import Run
 
 CONFIDENCE = 0.95
-_ALIKE_CONFIDENCE = 2 * CONFIDENCE - 1  # of the interval that stands for two one-sided tests
+_ALIKE_CONFIDENCE = 2 * CONFIDENCE - 1  # of the interval that corresponds to two one-sided tests
 
 Values = npt.NDArray[Any]
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over seeds with Student's interval; without one for a single seed.
+    """A mean over seeds with Student's interval, which a single seed lacks.
 
     Attributes:
         mean: Mean, the geometric one for a ratio.
         low: Lower end of the 95 % interval, or None.
         high: Upper end.
-        num_seeds: Seeds that had a value.
+        num_seeds: Number of seeds with a value.
     """
 
     mean: float
@@ -38,7 +35,7 @@ class Estimate:
     num_seeds: int
 
     def format(self, pattern: str = ".3g", scale: float = 1.0) -> str:
-        """``mean [low, high]``."""
+        """Format as ``mean [low, high]``."""
         mean = format(scale * self.mean, pattern)
         if self.low is None or self.high is None:
             return mean
@@ -47,19 +44,19 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Comparison:
-    """A head against another over the seeds that both have; the difference of a ratio is a factor.
+    """A paired comparison of two heads over their common seeds; the difference of a ratio is a factor.
 
     Attributes:
-        quantity: What is compared.
+        quantity: The compared quantity.
         head: The head.
         baseline: The head that it is compared with.
         difference: Mean difference, or the factor, with its interval.
-        effect_size: Mean of the paired differences by their standard deviation (Cohen's d_z), with Hedges' correction
-            for few values; None for fewer than three seeds, or without any spread.
-        p_value: Of the paired t-test; None for fewer than two seeds.
-        adjusted_p_value: The same with the correction for all tests that decide a claim (Benjamini and Yekutieli); None
-            for one that decides none.
-        differences: Of every seed, logarithms for a ratio.
+        effect_size: Mean of the paired differences divided by their standard deviation (Cohen's d_z), with Hedges'
+            correction for few values; None for fewer than three seeds, or without any spread.
+        p_value: p-value of the paired t-test; None for fewer than two seeds.
+        adjusted_p_value: The p-value corrected for all tests that decide a claim (Benjamini and Yekutieli); None for
+            other tests.
+        differences: Differences of the seeds; logarithms for a ratio.
     """
 
     quantity: Quantity
@@ -73,35 +70,35 @@ class Comparison:
 
     @property
     def sign(self) -> int:
-        """1 or -1 where the head is above or below the baseline after the correction; 0 where that is open."""
+        """1 or -1 if the head is significantly above or below the baseline after the correction, else 0."""
         if self.adjusted_p_value is None or not self.adjusted_p_value < 1 - CONFIDENCE:
             return 0
         return 1 if np.mean(self.differences) > 0 else -1
 
     @property
     def narrow(self) -> tuple[float, float] | None:
-        """The 90 % interval of the difference, or of the factor: what decides whether the two are alike."""
+        """The 90 % interval of the difference or factor, which decides equivalence."""
         ends = self._ends(_ALIKE_CONFIDENCE)
         return (math.exp(ends[0]), math.exp(ends[1])) if ends is not None and self.quantity.is_ratio else ends
 
     @property
     def is_wholly_above(self) -> bool:
-        """Whether the 95 % interval lies above no difference: so it does before any correction."""
+        """True if the 95 % interval, without correction, lies above no difference."""
         ends = self._ends(CONFIDENCE)
         return ends is not None and ends[0] > 0
 
     def is_within(self, margin: float) -> bool:
-        """Whether the two are alike: the 90 % interval lies within ±margin (two one-sided tests at 5 %).
+        """Return whether the heads are equivalent: the 90 % interval lies within ±margin (two one-sided tests at 5 %).
 
         Args:
-            margin: Largest difference that does not matter; a factor above 1 for a ratio.
+            margin: Largest irrelevant difference; a factor above 1 for a ratio.
         """
         ends = self._ends(_ALIKE_CONFIDENCE)
         limit = math.log(margin) if self.quantity.is_ratio else margin
         return ends is not None and -limit < ends[0] and ends[1] < limit
 
     def is_beyond(self, margin: float) -> bool:
-        """Whether the two differ by more than the margin: the 95 % interval lies outside of ±margin."""
+        """Return whether the heads differ by more than the margin: the 95 % interval lies outside ±margin."""
         ends = self._ends(CONFIDENCE)
         limit = math.log(margin) if self.quantity.is_ratio else margin
         return ends is not None and (ends[0] > limit or ends[1] < -limit)
@@ -115,12 +112,12 @@ class Correlation:
     """Spearman's rank correlation over all runs, with an interval that resamples seeds.
 
     Attributes:
-        quantity: What is held against the generalization gap.
+        quantity: The quantity that is correlated with the generalization gap.
         rho: The correlation.
         low: Lower end of the 95 % percentile interval; None for fewer than three seeds.
         high: Upper end.
-        num_runs: Runs that had both numbers.
-        within_heads: The same of what is left after each head's mean is taken away: not what tells heads apart.
+        num_runs: Number of runs with both numbers.
+        within_heads: The correlation after subtracting each head's mean, which removes differences between heads.
     """
 
     quantity: Quantity
@@ -132,13 +129,13 @@ class Correlation:
 
 
 def values_of(runs: Sequence[Run], quantity: Quantity, head: str) -> dict[int, float]:
-    """The quantity of a head by seed, where there is one."""
+    """Return the existing values of a head's quantity by seed."""
     found = {run["seed"]: quantity.of(run) for run in runs if run["head"] == head}
     return {seed: value for seed, value in found.items() if value is not None}
 
 
 def estimate(values: Sequence[float], is_ratio: bool = False) -> Estimate | None:
-    """Mean and interval; None without values."""
+    """Return mean and interval, None without values."""
     if not values:
         return None
     data = np.log(values) if is_ratio else np.asarray(values)
@@ -149,7 +146,7 @@ def estimate(values: Sequence[float], is_ratio: bool = False) -> Estimate | None
 
 
 def student_interval(data: Sequence[float] | Values, confidence: float = CONFIDENCE) -> tuple[float, float] | None:
-    """Student's interval of the mean; None for fewer than two values."""
+    """Return Student's interval of the mean, None for fewer than two values."""
     if len(data) < 2:
         return None
     spread = float(stats.sem(data))
@@ -160,7 +157,7 @@ def student_interval(data: Sequence[float] | Values, confidence: float = CONFIDE
 
 
 def compare(runs: Sequence[Run], quantity: Quantity, head: str, baseline: str) -> Comparison | None:
-    """Paired by seed; None where no seed has both, or where some run is censored."""
+    """Compare two heads paired by seed; return None without a common seed, or if a run is censored."""
     if quantity.is_censored and any(quantity.of(run) is None for run in runs if run["head"] in (head, baseline)):
         return None
     first, second = values_of(runs, quantity, head), values_of(runs, quantity, baseline)
@@ -174,7 +171,7 @@ def compare(runs: Sequence[Run], quantity: Quantity, head: str, baseline: str) -
     found = estimate(np.exp(differences).tolist() if quantity.is_ratio else differences.tolist(), quantity.is_ratio)
     assert found is not None
     spread = differences.std(ddof=1) if len(seeds) > 1 else 0.0
-    # where all seeds differ by the same there is no spread to test against, but for rounding
+    # if all seeds have the same difference, the only spread is rounding, and there is no test
     is_spread = spread > 1e-9 * float(np.abs(np.concatenate([ours, theirs])).max())
     p_value = float(stats.ttest_rel(ours, theirs).pvalue) if is_spread else None
     return Comparison(
@@ -183,9 +180,10 @@ def compare(runs: Sequence[Run], quantity: Quantity, head: str, baseline: str) -
 
 
 def adjusted(comparisons: Sequence[Comparison]) -> list[Comparison]:
-    """With p-values for their number.
+    """Return the comparisons with p-values corrected for their number.
 
-    Benjamini and Yekutieli's, which hold for dependent tests: all heads share the seeds, and λmax and trace a Hessian.
+    The method of Benjamini and Yekutieli is valid for dependent tests: all heads share the seeds, and λmax and trace
+    share a Hessian.
     """
     tested = [c.p_value for c in comparisons if c.p_value is not None]
     corrected = iter(stats.false_discovery_control(tested, method="by") if tested else [])
@@ -193,7 +191,7 @@ def adjusted(comparisons: Sequence[Comparison]) -> list[Comparison]:
 
 
 def correlate(runs: Sequence[Run], quantity: Quantity, gap: Quantity, num_resamples: int = 2000) -> Correlation | None:
-    """A quantity against the generalization gap; None for fewer than four runs, or if it never changes."""
+    """Correlate a quantity with the generalization gap; return None for fewer than four runs or a constant quantity."""
     if quantity.is_censored and any(quantity.of(run) is None for run in runs):
         return None
     both = [(run["head"], run["seed"], quantity.of(run), gap.of(run)) for run in runs]
@@ -211,7 +209,7 @@ def correlate(runs: Sequence[Run], quantity: Quantity, gap: Quantity, num_resamp
 
 
 def _resampled_by_seed(x: Values, y: Values, seeds: Values, times: int) -> tuple[float | None, float | None]:
-    """Percentile interval of the rank correlation: whole seeds are drawn, as their runs are not independent."""
+    """Return the percentile interval of the rank correlation over resampled seeds; runs of a seed are dependent."""
     known = np.unique(seeds)
     if len(known) < 3:
         return None, None
@@ -222,7 +220,7 @@ def _resampled_by_seed(x: Values, y: Values, seeds: Values, times: int) -> tuple
     for _ in range(times):
         index = np.concatenate([rows[seed] for seed in rng.choice(known, len(known))])
         found.append(_spearman(x[index], y[index]))
-    # one head and one seed drawn again and again have no ranks to compare
+    # a resample of one head with one seed has no ranks to compare
     low, high = np.nanpercentile(found, [100 * (1 - CONFIDENCE) / 2, 100 * (1 + CONFIDENCE) / 2])
     return float(low), float(high)
 
@@ -242,6 +240,6 @@ def _hedges(differences: Values, spread: float) -> float | None:
     degrees = len(differences) - 1
     if degrees < 2 or spread == 0:
         return None
-    # the exact factor by which d of few values is too large (Hedges 1981)
+    # the exact bias of d for few values (Hedges 1981)
     correction = math.exp(math.lgamma(degrees / 2) - math.lgamma((degrees - 1) / 2)) / math.sqrt(degrees / 2)
     return float(correction * differences.mean() / spread)

@@ -1,19 +1,19 @@
-"""Files of a study that appear whole or not at all, and folders that one process at a time works in."""
+"""Atomic writes of files, and locks of folders between processes."""
 
-import fcntl
 import io
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from filelock import FileLock, Timeout
 from matplotlib.figure import Figure
 
-_DPI = 150  # sharp on a page, and still small enough to stand inside of it
+_DPI = 150  # sharp on a page, and small enough to be embedded
 
 
 def replace(path: Path, content: str | bytes) -> None:
-    """Write a whole file or leave the old one; nothing half-written stays behind on a full disk."""
+    """Write a file atomically; on failure, such as a full disk, the old file stays and no partial file remains."""
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
         partial.write_bytes(content.encode() if isinstance(content, str) else content)
@@ -23,34 +23,29 @@ def replace(path: Path, content: str | bytes) -> None:
 
 
 def save_figure(path: Path, figure: Figure) -> None:
-    """Write a figure as a PNG, whole or not at all."""
+    """Write a figure atomically as a PNG."""
     picture = io.BytesIO()
     figure.savefig(picture, format="png", dpi=_DPI)
     replace(path, picture.getvalue())
 
 
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Wait until no other process is inside such a block for the folder."""
-    with (folder / ".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
+def locked(folder: Path) -> FileLock:
+    """Return a lock that one process at a time holds for the folder."""
+    return FileLock(folder / ".lock")
 
 
 @contextmanager
 def claimed(folder: Path) -> Iterator[bool]:
-    """Whether this process may work in the folder; no other may until the block ends or this process does.
+    """Claim a folder for this process until the block or the process ends.
 
-    Several processes, one for each device, can so share one study: each takes the runs that nobody works on.
+    Several processes, one for each device, can share one study this way. Each takes the runs that no other works on.
 
     Yields:
-        False where another process works.
+        Whether the folder is claimed. False means that another process works in it.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-            return
-        yield True
+    try:
+        with locked(folder).acquire(timeout=0):
+            yield True
+    except Timeout:
+        yield False

@@ -1,4 +1,4 @@
-"""Tables of the study, as markdown that also reads well in a terminal."""
+"""Tables of the study in Markdown with aligned columns, which are readable in a terminal."""
 
 from collections.abc import Sequence
 
@@ -9,7 +9,7 @@ from study.verdicts import Verdict
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table with its columns aligned."""
+    """Format a table with aligned columns."""
     cells = [list(header), *map(list, rows)]
     widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
     lines = [
@@ -20,7 +20,7 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def main_table(runs: Sequence[Run]) -> str:
-    """A row a quantity, a column a head: mean over the seeds and its 95 % interval, and how many had it if not all."""
+    """Format all quantities (rows) by head (columns): mean over the seeds, 95 % interval, and number of seeds."""
     sizes = {run["head"]: run["capacity"] for run in runs}
     heads = heads_of(runs)
     sized = [f"{sizes[head]['total']:,} ({sizes[head]['active']:,})" for head in heads]
@@ -33,7 +33,7 @@ def main_table(runs: Sequence[Run]) -> str:
 
 
 def comparison_table(comparisons: Sequence[Comparison]) -> str:
-    """A row a comparison of two heads: difference or factor, effect size, p-values."""
+    """Format the comparisons of heads: difference or factor, effect size, p-values."""
     rows = [
         [
             c.quantity.title,
@@ -50,7 +50,7 @@ def comparison_table(comparisons: Sequence[Comparison]) -> str:
 
 
 def correlation_table(correlations: Sequence[Correlation]) -> str:
-    """A row a measure of sharpness, against the generalization gap."""
+    """Format the correlations of sharpness measures with the generalization gap."""
     rows = [
         [
             c.quantity.title,
@@ -60,11 +60,11 @@ def correlation_table(correlations: Sequence[Correlation]) -> str:
         ]
         for c in correlations
     ]
-    return markdown(["against the generalization gap", "Spearman's ρ [95 %]", "ρ within heads", "runs"], rows)
+    return markdown(["quantity, with the generalization gap", "Spearman's ρ [95 %]", "ρ within heads", "runs"], rows)
 
 
 def verdict_table(verdicts: Sequence[Verdict]) -> str:
-    """A row a claim."""
+    """Format the verdicts on all claims."""
     return markdown(["", "claim", "verdict"], [[str(v.number), v.claim, f"**{v.outcome}**"] for v in verdicts])
 
 
@@ -73,11 +73,12 @@ def _cell(runs: Sequence[Run], quantity: Quantity, head: str) -> str:
     found = estimate(values, quantity.is_ratio)
     num_runs = sum(run["head"] == head for run in runs)
     if quantity.is_censored and values and len(values) < num_runs:
-        return f"{min(values):{quantity.pattern}} and more; beyond reach in {num_runs - len(values)} of {num_runs} runs"
+        num_missing = num_runs - len(values)
+        return f"≥ {min(values):{quantity.pattern}}; beyond the line in {num_missing} of {num_runs} runs"
     if found is None:
-        return "beyond reach" if quantity.is_censored and num_runs else _NOTHING
-    some = f" (n = {len(values)})" if len(values) < num_runs else ""
-    return found.format(quantity.pattern, quantity.scale) + some
+        return "beyond the line" if quantity.is_censored and num_runs else _NOTHING
+    count = f" (n = {len(values)})" if len(values) < num_runs else ""
+    return found.format(quantity.pattern, quantity.scale) + count
 
 
 _NOTHING = "–"

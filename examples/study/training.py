@@ -1,4 +1,4 @@
-"""Training a model of the study, in as many pieces as it takes."""
+"""Training of a model of the study, in one or several processes."""
 
 import time
 from pathlib import Path
@@ -14,19 +14,19 @@ LAST = "last.ckpt"
 
 
 class TimeIsUp(Exception):
-    """The time of this piece is over; everything up to the last epoch or analysis is kept."""
+    """Error raised when the time limit is exceeded; everything up to the last epoch or analysis is kept."""
 
 
 class Deadline(Callback):
-    """Begins no epoch, and no analysis at the end of fit, once the time of this process is over.
+    """A time limit after which no epoch and no analysis starts.
 
-    One thing is begun at least: else a short time would never lead anywhere.
+    At least one of them starts, so that repeated processes with a short limit make progress.
 
     Args:
-        at: `time.monotonic` of the end; infinity for none.
+        at: `time.monotonic` of the end; infinity for no limit.
 
     Attributes:
-        began: `time.perf_counter` at which the last thing was begun; None before the first.
+        began: `time.perf_counter` of the last start; None before the first.
     """
 
     def __init__(self, at: float) -> None:
@@ -34,13 +34,13 @@ class Deadline(Callback):
         self.began: float | None = None
 
     def begin(self, done: str) -> None:
-        """Begin something more.
+        """Start the next epoch or analysis.
 
         Args:
-            done: What is on the disk by now.
+            done: Description of the finished parts.
 
         Raises:
-            TimeIsUp: When there is no time for it; says what is done.
+            TimeIsUp: If the time limit is exceeded; its message is ``done``.
         """
         if self.began is not None and time.monotonic() > self.at:
             raise TimeIsUp(done)
@@ -56,7 +56,7 @@ class Deadline(Callback):
 
 
 class TrainingClock(Callback):
-    """Seconds of training, validation included, over all pieces; kept in the checkpoints."""
+    """Seconds of training, including validation, over all processes; saved in checkpoints."""
 
     def __init__(self) -> None:
         self.seconds = 0.0
@@ -87,7 +87,7 @@ class TrainingClock(Callback):
 
 
 def checkpoints(folder: Path) -> ModelCheckpoint:
-    """The last epoch's weights as ``last.ckpt``, all that it takes to carry on; no other file."""
+    """Return a callback that saves the last epoch as ``last.ckpt``, from which training can be resumed."""
     return ModelCheckpoint(
         folder,
         filename="last",
@@ -99,13 +99,13 @@ def checkpoints(folder: Path) -> ModelCheckpoint:
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """The weights in a checkpoint that can be read.
+    """Read the weights of a checkpoint.
 
     Raises:
-        RuntimeError: Names the file that cannot, and what to do.
+        RuntimeError: If the file cannot be read.
     """
     try:
         weights: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
     except Exception as error:
-        raise RuntimeError(f"{path} is damaged ({error}); remove it to train this run anew") from error
+        raise RuntimeError(f"{path} is damaged: {error}. Remove it to train this run again.") from error
     return weights

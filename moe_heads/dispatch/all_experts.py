@@ -1,4 +1,4 @@
-"""Every expert on every row, weighted by the gates: static shapes, no branch, no host synchronization."""
+"""Path that runs every expert on every row, weighted by the gates: static shapes, no branch, no synchronization."""
 
 import torch
 from torch import Tensor
@@ -11,15 +11,15 @@ __all__ = ["mix_all", "sum_all"]
 
 
 def mix_all(experts: Experts, x: Tensor, routing: Routing) -> Tensor:
-    """Weighted sum of the experts (N, C) for the rows x (N, D)."""
+    """Compute the weighted sum of the experts (N, C) for the rows x (N, D)."""
     return sum_all(experts, x, routing.gates, some_closed=not routing.soft)
 
 
 def sum_all(experts: Experts, x: Tensor, gates: Tensor | None = None, some_closed: bool = False) -> Tensor:
-    """Sum of all experts (N, C) for the rows x (N, D), weighted by the gates (N, E), as two matrix products.
+    """Sum all experts (N, C) for the rows x (N, D), weighted by the gates (N, E), as two matrix products.
 
     The gates scale the hidden units, so that the second product sums over experts and units at once. With
-    ``some_closed`` a gate of zero shuts out an expert whose hidden units are not finite, too.
+    ``some_closed`` a gate of zero also excludes an expert whose hidden units are not finite.
     """
     weight1, bias1, weight2, bias2 = experts.stacks()
     num_experts, width, _ = weight1.shape

@@ -1,4 +1,4 @@
-"""The choices of a routing, whoever made them, in the order of the experts."""
+"""Choices of a routing in the order of the experts, for row choice and expert choice alike."""
 
 from typing import NamedTuple
 
@@ -11,7 +11,7 @@ __all__ = ["Assignments", "assignments", "combine"]
 
 
 class Assignments(NamedTuple):
-    """One entry for each choice, sorted by expert.
+    """Choices of a routing, one entry each, sorted by expert.
 
     Attributes:
         experts: (P,), ascending.
@@ -25,7 +25,7 @@ class Assignments(NamedTuple):
 
 
 def assignments(routing: Routing) -> Assignments:
-    """The choices of a sparse routing, sorted by expert."""
+    """Return the choices of a sparse routing, sorted by expert."""
     assert routing.weights is not None
     if routing.rows is not None:
         num_experts, num_rows = routing.rows.shape
@@ -38,7 +38,7 @@ def assignments(routing: Routing) -> Assignments:
 
 
 def combine(outputs: Tensor, chosen: Assignments, num_rows: int) -> Tensor:
-    """Weighted sums of the outputs (P, C) by row, (N, C), in the dtype of the outputs."""
+    """Sum the weighted outputs (P, C) by row, (N, C), in the dtype of the outputs."""
     weighted = outputs * chosen.weights.unsqueeze(-1)
     total = weighted.new_zeros(num_rows, outputs.shape[-1]).index_add(0, chosen.rows, weighted)
     return total.to(outputs.dtype)

@@ -1,4 +1,4 @@
-"""Which path runs: the one that was asked for, if it can, or the one that shape, device and mode make the fastest."""
+"""Selection of the dispatch path: the requested one, or the fastest for the shape, device and mode."""
 
 from collections.abc import Callable, Mapping
 from typing import Literal
@@ -15,7 +15,7 @@ from moe_heads.modes import can_read_values, is_vmapped
 from moe_heads.precision import is_autocasting
 from moe_heads.routing import Routing
 
-__all__ = ["Dispatch", "mix", "path_of"]
+__all__ = ["Dispatch", "keep_outside_the_graph", "mix", "path_of"]
 
 Dispatch = Literal["auto", "all", "gathered", "grouped", "ragged"]
 
@@ -26,25 +26,26 @@ _PATHS: Mapping[str, Callable[[Experts, Tensor, Routing], Tensor]] = {
     "ragged": mix_ragged,
 }
 
-# It reads values: a compiled graph breaks there, and with fullgraph=True torch quotes the reason.
-_ragged_outside_the_graph = torch.compiler.disable(
-    mix_ragged, reason="dispatch='ragged' reads the segment lengths. Use dispatch='auto'"
-)
+# The ragged path reads values, so a compiled graph breaks there. With fullgraph=True torch quotes the reason. The entry
+# is made for the first head that names the path, because `torch.compiler.disable` imports the compiler, which takes
+# seconds.
+_outside_the_graph: dict[str, Callable[[Experts, Tensor, Routing], Tensor]] = {}
 
-# What the bookkeeping of a path costs, in multiply-adds that the CPU does in the same time: once, for each expert that
-# is hit, and for each feature of each choice, which is copied. Fitted by examples/benchmarks/dispatch.py on one thread
-# of a server processor with AVX-512, in fp32.
+# Overhead of a path in equivalent multiply-adds of the CPU: a constant, a part per chosen expert, and a part per copied
+# feature of each choice. Fitted by examples/benchmarks/dispatch.py on one thread of a server processor with AVX-512, in
+# fp32.
 _MACS_ONCE = {"ragged": 0, "grouped": 1_500_000}
 _MACS_PER_EXPERT = {"ragged": 350_000, "grouped": 150_000}
 _MACS_PER_COPIED_FEATURE = 32
-# Up to this many rows a compiled loop over gathered weights beats the grouped product in inference.
+# Up to this many rows a compiled loop over gathered weights is faster than the grouped product in inference.
 _FEW_ROWS = 32
-# While the weights and the hidden units of all choices stay in the cache, one grouped product beats one an expert.
+# If the weights and the hidden units of all choices fit in the cache, one grouped product is faster than one product
+# per expert.
 _HIDDEN_BYTES = 2**20
 
 
 def mix(experts: Experts, x: Tensor, routing: Routing, dispatch: Dispatch) -> Tensor:
-    """Weighted sum of the experts that a routing chose.
+    """Compute the weighted sum of the experts that a routing chose.
 
     Args:
         experts: The experts.
@@ -56,18 +57,25 @@ def mix(experts: Experts, x: Tensor, routing: Routing, dispatch: Dispatch) -> Te
         Logits, (N, C).
 
     Raises:
-        ValueError: If the rows have another dtype than the experts, or the path that was named cannot serve the
-            routing, dtype, device, shape or mode.
+        ValueError: If the rows and the experts have different dtypes, or the named path does not support the routing,
+            dtype, device, shape or mode.
     """
     path = path_of(experts, x, routing, dispatch)
-    if path == "ragged" and torch.compiler.is_compiling():
-        logits: Tensor = _ragged_outside_the_graph(experts, x, routing)
-        return logits
+    if torch.compiler.is_compiling() and path in _outside_the_graph:
+        return _outside_the_graph[path](experts, x, routing)
     return _PATHS[path](experts, x, routing)
 
 
+def keep_outside_the_graph(dispatch: Dispatch) -> None:
+    """Exclude a path from compiled graphs if it reads values."""
+    if dispatch == "ragged" and dispatch not in _outside_the_graph:
+        _outside_the_graph[dispatch] = torch.compiler.disable(
+            mix_ragged, reason="dispatch='ragged' reads the segment lengths. Use dispatch='auto'"
+        )
+
+
 def path_of(experts: Experts, x: Tensor, routing: Routing, dispatch: Dispatch) -> Dispatch:
-    """Name of the path that `mix` takes: the one that was named, or what "auto" decides.
+    """Return the name of the path that `mix` takes: the named one, or the choice of "auto".
 
     Args:
         experts: The experts.
@@ -79,7 +87,9 @@ def path_of(experts: Experts, x: Tensor, routing: Routing, dispatch: Dispatch) -
         ValueError: As `mix` does.
     """
     if x.dtype != experts.weight1.dtype and not is_autocasting(x):
-        raise ValueError(f"x: expected {experts.weight1.dtype}, as the experts have, got {x.dtype}")
+        raise ValueError(
+            f"x: expected {experts.weight1.dtype}, the dtype of the experts, got {x.dtype}. Cast x or the model."
+        )
     if dispatch == "auto":
         return _fastest(experts, x, routing)
     _check(experts, x, routing, dispatch)
@@ -111,7 +121,7 @@ def _fastest(experts: Experts, x: Tensor, routing: Routing) -> Dispatch:
 
 
 def _pays(path: str, experts: Experts, num_rows: int, num_choices: int) -> bool:
-    """Whether running the chosen experts alone saves more arithmetic than its bookkeeping costs."""
+    """Return whether running only the chosen experts saves more arithmetic than the overhead of the path costs."""
     saved = (num_rows * experts.num_experts - num_choices) * experts.flops_per_row // 2
     per_expert = min(experts.num_experts, num_choices) * _MACS_PER_EXPERT[path]
     copied = num_choices * experts.in_features * _MACS_PER_COPIED_FEATURE
@@ -123,20 +133,20 @@ def _check(experts: Experts, x: Tensor, routing: Routing, dispatch: Dispatch) ->
         return
     reason = None
     if routing.weights is None:
-        reason, instead = "expected a router that chooses, got one that mixes all experts", "all"
+        reason, instead = "expected a sparse router, got one that mixes all experts", "all"
     elif dispatch == "gathered" and routing.indices is None:
         reason, instead = "expected rows that choose their experts, got experts that choose their rows", "ragged"
     elif dispatch == "grouped":
         reason, instead = why_not_grouped(experts, x), "all" if is_vmapped() else "ragged"
     elif dispatch == "ragged" and not _serves_ragged(x):
-        reason = "expected eager mode, since it reads the segment lengths, got a recording, vmap or no values"
+        reason = "expected eager mode, since it reads the segment lengths, got tracing, capture, vmap or a meta tensor"
         instead = "all"
     if reason is not None:
-        raise ValueError(f"dispatch={dispatch!r}: {reason}. Use dispatch={instead!r}")
+        raise ValueError(f"dispatch={dispatch!r}: {reason}. Use dispatch={instead!r}.")
 
 
 def _serves_ragged(x: Tensor) -> bool:
     if torch.compiler.is_compiling():
-        # outside the graph, which an export cannot break
+        # it runs outside the graph, which is not possible in an export
         return not torch.compiler.is_exporting()
     return can_read_values(x)

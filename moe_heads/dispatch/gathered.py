@@ -1,6 +1,6 @@
-"""The weights of the chosen experts gathered for each row: static shapes, and only the experts that are hit are read.
+"""Path that gathers the weights of the chosen experts for each row: static shapes, and it reads only those experts.
 
-For few rows under torch.compile, which fuses the gathering into the products and copies nothing.
+It is for few rows under torch.compile, which fuses the gathering into the products and copies nothing.
 """
 
 from torch import Tensor
@@ -13,13 +13,13 @@ __all__ = ["mix_gathered"]
 
 
 def mix_gathered(experts: Experts, x: Tensor, routing: Routing) -> Tensor:
-    """Weighted sum of the chosen experts (N, C) for the rows x (N, D)."""
+    """Compute the weighted sum of the chosen experts (N, C) for the rows x (N, D)."""
     indices, weights = routing.indices, routing.weights
     assert indices is not None and weights is not None
     dtype = compute_dtype(x)
     x = x.to(dtype)
     weight1, bias1, weight2, bias2 = (stack[indices].to(dtype) for stack in experts.stacks())
-    # products and sums instead of batched matrix products: the compiler makes one loop of them and of the gathering
+    # products and sums instead of batched matrix products: the compiler fuses them with the gathering into one loop
     hidden = experts.activate((x[:, None, None, :] * weight1).sum(-1) + bias1)
     logits = (hidden.unsqueeze(-2) * weight2).sum(-1) + bias2
     return (logits * weights.to(dtype).unsqueeze(-1)).sum(1)

@@ -1,6 +1,6 @@
-"""The experts as one grouped matrix product over the rows sorted by expert: static shapes, no host synchronization.
+"""Path with one grouped matrix product over the rows sorted by expert: static shapes, no host synchronization.
 
-For many rows under torch.compile. `torch.nn.functional.grouped_mm` has no bias and no forward-mode derivative.
+It is for many rows under torch.compile. `torch.nn.functional.grouped_mm` has no bias and no forward-mode derivative.
 """
 
 import torch
@@ -16,12 +16,12 @@ from moe_heads.routing import Routing
 
 __all__ = ["mix_grouped", "why_not_grouped"]
 
-# of the strides of every operand
+# alignment of the strides of every operand
 _ALIGNMENT_BYTES = 16
 
 
 def mix_grouped(experts: Experts, x: Tensor, routing: Routing) -> Tensor:
-    """Weighted sum of the chosen experts (N, C) for the rows x (N, D)."""
+    """Compute the weighted sum of the chosen experts (N, C) for the rows x (N, D)."""
     chosen = assignments(routing)
     dtype = compute_dtype(x)
     weight1, bias1, weight2, bias2 = experts.stacks()
@@ -34,16 +34,16 @@ def mix_grouped(experts: Experts, x: Tensor, routing: Routing) -> Tensor:
     hidden = F.grouped_mm(x.index_select(0, chosen.rows), weight1.transpose(1, 2), offs=ends)
     hidden = experts.activate(hidden.add_(bias1.index_select(0, chosen.experts)))
     if torch.is_grad_enabled() or x.device.type != "cpu":
-        # zero classes fill up the rows of the result, whose gradient is an operand too
+        # classes of zeros pad the rows of the result, because its gradient is an operand too
         weight2 = F.pad(weight2, (0, 0, 0, -experts.out_features % (_ALIGNMENT_BYTES // dtype.itemsize)))
     outputs = F.grouped_mm(hidden, weight2.transpose(1, 2), offs=ends)[:, : experts.out_features]
     return combine(outputs + bias2.index_select(0, chosen.experts), chosen, x.shape[0])
 
 
 class _DenseGradient(torch.autograd.Function):
-    """Identity whose gradient, of every order, has its numbers in memory: grouped_mm refuses strides of zero.
+    """Identity with contiguous gradients of every order: grouped_mm rejects strides of zero.
 
-    The gradient of a gradient's plain sum has them.
+    The gradient of the plain sum of a gradient has such strides.
     """
 
     @staticmethod
@@ -57,22 +57,22 @@ class _DenseGradient(torch.autograd.Function):
 
 
 def why_not_grouped(experts: Experts, x: Tensor) -> str | None:
-    """What keeps the grouped product from serving these experts and rows; None if nothing does."""
+    """Return the reason why the grouped product does not support these experts and rows, or None if it does."""
     dtype, device = compute_dtype(x), x.device.type
     if dtype not in {torch.float32, torch.bfloat16, torch.float16}:
         return f"expected fp32, bf16 or fp16, got {dtype}"
     if device not in {"cpu", "cuda", "meta"}:
         return f"expected a CPU or a CUDA device, got {device}"
     if device == "cuda" and (dtype != torch.bfloat16 or torch.cuda.get_device_capability(x.device) < (9, 0)):
-        # torch then falls back to a loop whose bounds the host reads
+        # torch falls back to a loop whose bounds the host reads
         return f"expected bf16 and compute capability 9.0 on a CUDA device, got {dtype} on {x.device}"
     if is_transformed():
-        # a setup_context would let torch.func in, and cost every other pass an inspection of signatures
+        # a setup_context would support torch.func, at the cost of inspecting signatures in every other pass
         return "expected no transform of torch.func, got one"
     multiple = _ALIGNMENT_BYTES // dtype.itemsize
     if experts.in_features % multiple or experts.width % multiple:
         return (
-            f"expected in_features and expert_width to be multiples of {multiple} in {dtype}; got"
+            f"expected in_features and expert_width to be multiples of {multiple} in {dtype}, got"
             f" {experts.in_features} and {experts.width}"
         )
     if forward_ad._current_level >= 0:

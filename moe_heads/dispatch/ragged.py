@@ -1,6 +1,6 @@
-"""Each expert that is hit, once, on the rows that chose it: the arithmetic and the memory traffic of those alone.
+"""Path that runs each chosen expert once, on its rows, without arithmetic or memory traffic for the other experts.
 
-The lengths of the segments are read by the host, so the path is for eager mode: on a GPU it costs a synchronization.
+The host reads the lengths of the segments, so the path is for eager mode. On a GPU this costs a synchronization.
 """
 
 from collections.abc import Iterable
@@ -16,25 +16,26 @@ from moe_heads.routing import Routing
 
 __all__ = ["mix_ragged", "reads_memory"]
 
-# Weights of more than this come from memory, not from a cache. There W·xᵀ reads them twice as fast as x·Wᵀ for two to
-# seven rows (55 against 136 µs for 512 × 512 and two rows); from a cache x·Wᵀ is the faster one.
+# Larger weights are read from memory, not from a cache. Then W·xᵀ reads them twice as fast as x·Wᵀ for two to seven
+# rows (55 against 136 µs for 512 × 512 and two rows). From a cache x·Wᵀ is faster.
 _CACHE_BYTES = 16 * 2**20
 _FEW_ROWS = range(2, 8)
 _MANY_ROWS = 1024
 
 
 def mix_ragged(experts: Experts, x: Tensor, routing: Routing) -> Tensor:
-    """Weighted sum of the chosen experts (N, C) for the rows x (N, D)."""
+    """Compute the weighted sum of the chosen experts (N, C) for the rows x (N, D)."""
     stacks = _by_expert(experts)
     if x.shape[0] == 1 and routing.indices is not None and routing.weights is not None:
-        # one row: nothing to sort and to bring back
+        # one row needs no sorting and no scattering
         outputs = torch.cat([_run(experts, stacks, expert, x) for expert in routing.indices.tolist()[0]])
         return (routing.weights @ outputs.to(routing.weights.dtype)).to(outputs.dtype)
     chosen = assignments(routing)
     lengths = torch.bincount(chosen.experts, minlength=experts.num_experts).tolist()
-    hit = [expert for expert, length in enumerate(lengths) if length]
+    chosen_experts = [expert for expert, length in enumerate(lengths) if length]
     each = [
-        _run(experts, stacks, expert, rows) for expert, rows in zip(hit, _segments(x, chosen, lengths), strict=True)
+        _run(experts, stacks, expert, rows)
+        for expert, rows in zip(chosen_experts, _segments(x, chosen, lengths), strict=True)
     ]
     return combine(
         torch.cat(each or [x.new_zeros(0, experts.out_features, dtype=compute_dtype(x))]), chosen, x.shape[0]
@@ -42,17 +43,17 @@ def mix_ragged(experts: Experts, x: Tensor, routing: Routing) -> Tensor:
 
 
 def _segments(x: Tensor, chosen: Assignments, lengths: list[int]) -> Iterable[Tensor]:
-    """The rows of each expert that is hit."""
+    """Return the rows of each chosen expert."""
     sizes = [length for length in lengths if length]
     if torch.is_grad_enabled() or len(chosen.rows) < _MANY_ROWS:
         rows: tuple[Tensor, ...] = x.index_select(0, chosen.rows).split(sizes)
         return rows
-    # one segment after the other: it is still in the cache when its expert runs
+    # one segment at a time, so that it is still in the cache when its expert runs
     return (x.index_select(0, of_expert) for of_expert in chosen.rows.split(sizes))
 
 
 def reads_memory(experts: Experts) -> bool:
-    """Whether the experts are too many to stay in a processor's cache."""
+    """Return whether the experts are too large for the cache of a processor."""
     return experts.weight1.nbytes > _CACHE_BYTES
 
 
@@ -60,7 +61,7 @@ Stack = Tensor | tuple[Tensor, ...]
 
 
 def _by_expert(experts: Experts) -> tuple[Stack, Stack, Stack, Stack]:
-    """The stacked parameters, to be indexed by expert."""
+    """Return the stacked parameters in a form to be indexed by expert."""
     stacks = experts.stacks()
     if not torch.is_grad_enabled():
         return stacks

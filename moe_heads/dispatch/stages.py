@@ -1,4 +1,4 @@
-"""The bookkeeping of a path, stage by stage, to be timed alone: what is not the arithmetic of the experts."""
+"""Overhead of a dispatch path apart from the arithmetic of the experts, as stages that can be timed separately."""
 
 from collections.abc import Callable, Mapping
 
@@ -14,7 +14,7 @@ __all__ = ["stages"]
 
 
 def stages(experts: Experts, x: Tensor, routing: Routing, dispatch: Dispatch) -> Mapping[str, Callable[[], object]]:
-    """What the path that would run does before and after the experts.
+    """Return functions for the work that the chosen path does before and after the experts.
 
     Args:
         experts: The experts.
@@ -23,8 +23,8 @@ def stages(experts: Experts, x: Tensor, routing: Routing, dispatch: Dispatch) ->
         dispatch: Name of a path, or "auto".
 
     Returns:
-        "dispatch", which finds out what runs where and brings the rows (or the weights) together, and "combine", which
-        sums the logits of the choices. The path "all" only spreads the gates, and sums inside its second product.
+        "dispatch", which assigns and gathers the rows (or the weights), and "combine", which sums the logits of the
+        choices. The path "all" only scatters the gates. It sums inside its second product.
     """
     path = path_of(experts, x, routing, dispatch)
     if path == "all":

@@ -1,6 +1,6 @@
-"""Routers: modules that decide which experts a row goes to, and with which weight.
+"""Routers: modules that assign rows to experts with mixing weights.
 
-Each takes rows (N, D) and returns a `moe_heads.Routing`; each stands as ``SparseMoE(..., router=...)``.
+Each maps rows (N, D) to a `moe_heads.Routing` and can be passed as ``SparseMoE(..., router=...)``.
 """
 
 from moe_heads.routers.bias_balanced import BiasBalancedRouter

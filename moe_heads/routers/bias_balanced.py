@@ -1,4 +1,4 @@
-"""Balance without a loss: a bias that enters the selection only, Wang et al., arXiv 2408.15664."""
+"""Loss-free balancing by a bias on the selection, Wang et al., arXiv 2408.15664."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -26,27 +26,27 @@ class BiasBalancedRouter(LinearRouter):
         b_e \leftarrow b_e + u \, \mathrm{sign}\big(\bar c - c_e\big)
 
     where :math:`c_e` counts the rows of the last training pass (of all ranks) that chose expert e. The bias has no
-    gradient and does not enter the weights, so it balances without bending the loss. The weights are normalized over
-    the chosen as in DeepSeek-V3 (arXiv 2412.19437); for k = 1 the weight is :math:`s_i` itself, else the gate would
-    have no gradient.
+    gradient and does not enter the weights, so it balances without changing the loss. The weights are normalized over
+    the chosen experts as in DeepSeek-V3 (arXiv 2412.19437). For k = 1 the weight is :math:`s_i` itself, because the
+    gate would have no gradient otherwise.
 
-    The bias moves once an optimizer step: in the first training pass that finds the gate changed. Between two steps
-    the router is a pure function, so gradient checkpointing, which runs a pass twice, chooses the same experts, with
-    torch.compile too. Accumulating gradients, the last pass before the step counts. With a frozen gate, and under the
-    transforms of torch.func, the bias stays. It is held as a whole number of steps of u, exact in every precision, and
-    saved with the counts in the state dict.
+    The bias is updated once per optimizer step, in the first training pass after the gate has changed. Between two
+    steps the router is a pure function. So gradient checkpointing, which runs a pass twice, chooses the same experts,
+    also with torch.compile. With gradient accumulation the last pass before the step counts. The bias does not change
+    with a frozen gate or under the transforms of torch.func. It is stored as an integer number of steps of u, exact in
+    every precision, and saved with the counts in the state dict.
 
     Args:
         in_features: D.
         num_experts: E.
-        k: Experts chosen a row.
-        update_rate: u; 0.001 as in the paper.
-        temperature: Divides the logits.
-        balance: Coefficients of further balance losses; none by default, which is the point.
+        k: Number of experts chosen per row.
+        update_rate: u. The default is 0.001 as in the paper.
+        temperature: Divisor of the logits.
+        balance: Coefficients of additional balance losses. There are none by default, since the bias balances the load.
 
     Raises:
-        ValueError: If k > num_experts, a size is below 1, a rate or the temperature not positive, or a balance term
-            unknown.
+        ValueError: If k > num_experts, a size is below 1, a rate or the temperature is not positive, or a balance term
+            is unknown.
 
     Example:
         >>> import torch
@@ -85,14 +85,14 @@ class BiasBalancedRouter(LinearRouter):
         self.register_buffer("seen_weight", torch.zeros(num_experts, in_features + 1), persistent=False)
 
     def reset_parameters(self) -> None:
-        """Forget the bias, as after `torch.nn.Module.to_empty`."""
+        """Reset the bias to zero, for use after `torch.nn.Module.to_empty`."""
         self.bias_steps.zero_()
         self.pending_counts.zero_()
         self.seen_weight.zero_()
 
     @property
     def selection_bias(self) -> Tensor:
-        """What is added to an expert's sigmoid to select, b, (E,)."""
+        """Bias b that is added to the sigmoids for the selection, (E,)."""
         return self.bias_steps * self.update_rate
 
     def forward(self, x: Tensor, rows_per_sample: int = 1) -> Routing:
@@ -118,19 +118,19 @@ class BiasBalancedRouter(LinearRouter):
         return routing
 
     def rechosen(self, routing: Routing, reference: Routing) -> Routing:
-        """The experts of ``reference`` with the weights of their sigmoids in ``routing``."""
+        """Return the experts of ``reference`` with the weights of their sigmoids in ``routing``."""
         assert reference.indices is not None
         return replace(routing, indices=reference.indices, weights=self._weights(routing.logits, reference.indices))
 
     def _weights(self, logits: Tensor, indices: Tensor) -> Tensor:
         chosen = logits.gather(-1, indices)
-        # the softmax of log-sigmoids is their ratio, without 0 / 0 where all of them vanish
+        # the softmax of log-sigmoids is the ratio of the sigmoids, without 0 / 0 where all of them vanish
         return chosen.sigmoid() if self.k == 1 else F.logsigmoid(chosen).softmax(-1)
 
     def keep(self, experts: Sequence[int]) -> Self:
-        """A copy that knows these experts only."""
+        """Return a copy with only these experts."""
         kept = super().keep(experts)
-        kept.pending_counts.zero_()  # of choices among all experts
+        kept.pending_counts.zero_()  # they count choices among all experts
         return kept
 
     @torch.no_grad()
@@ -138,7 +138,7 @@ class BiasBalancedRouter(LinearRouter):
         weight = torch.cat((self.gate.weight, self.gate.bias.unsqueeze(-1)), dim=-1)
         changed = (weight != self.seen_weight).any()
         counts = self.pending_counts
-        # c < mean without a division: whole numbers stay exact
+        # c < mean without a division: integers stay exact
         missing = (counts.sum() - counts * self.num_experts).sign()
         self.bias_steps.add_(missing * changed)
         self.seen_weight.copy_(weight)
@@ -147,10 +147,10 @@ class BiasBalancedRouter(LinearRouter):
     def _note(self, routing: Routing) -> None:
         counts = routing.selected.masked_fill(~routing.valid.unsqueeze(-1), False).sum(0)
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            # summed here, not when it is used: DistributedDataParallel overwrites the buffers by those of rank zero
+            # summed here rather than on use: DistributedDataParallel overwrites the buffers with those of rank zero
             dist.all_reduce(counts)
         self.pending_counts.copy_(counts)
 
     def extra_repr(self) -> str:
-        """Settings that the children's lines do not show."""
+        """Return the settings that the lines of the submodules do not show."""
         return f"k={self.k}, update_rate={self.update_rate}, {super().extra_repr()}"

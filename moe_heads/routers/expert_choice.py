@@ -1,4 +1,4 @@
-"""Expert choice: every expert takes the rows that suit it best, Zhou et al., arXiv 2202.09368."""
+"""Expert choice: every expert takes the rows with the highest probability, Zhou et al., arXiv 2202.09368."""
 
 import math
 from collections.abc import Mapping
@@ -15,28 +15,28 @@ __all__ = ["ExpertChoiceRouter"]
 
 
 class ExpertChoiceRouter(LinearRouter):
-    r"""Every expert takes the rows with the highest probability for it, Zhou et al., arXiv 2202.09368, section 3.2.
+    r"""Router in which every expert takes its most probable rows, Zhou et al., arXiv 2202.09368, section 3.2.
 
     .. math::
         S = \mathrm{softmax}(z) \in R^{n \times E}, \qquad
         (G, I) = \mathrm{TopK}\big(S^\top, M\big), \qquad M = \min(n, \lceil n k / E \rceil)
 
-    The load is balanced by construction; a row may get several experts or none (`Routing.dropped`), in which case its
-    logits come from the shared experts alone, or are zero. Two and more tokens of a sample compete with each other,
-    so a sample does not depend on its batch. Pooled features (and single tokens) compete within the batch: **the logits
-    of a row then depend on the other rows**, in evaluation too, on how an analysis batches them and on the ranks they
-    are shared among; a single row is taken by every expert. Prefer it for tokens.
+    The load is balanced by construction. A row may get several experts or none (`Routing.dropped`). In the latter case
+    its logits come from the shared experts alone, or are zero. Several tokens of a sample compete with each other, so
+    a sample does not depend on its batch. Pooled features (and single tokens) compete within the batch: **the logits
+    of a row then depend on the other rows**, in evaluation too. They depend on the batches of an analysis and on the
+    ranks that share the data. A single row is taken by every expert. Prefer this router for tokens.
 
     Args:
         in_features: D.
         num_experts: E.
-        k: Experts a row gets on average, the paper's capacity factor c.
-        temperature: Divides the logits.
-        balance: Coefficients of "z" and "kl"; the load needs no loss.
+        k: Mean number of experts per row, the capacity factor c of the paper.
+        temperature: Divisor of the logits.
+        balance: Coefficients of "z" and "kl". The load needs no loss.
 
     Raises:
-        ValueError: If a size is below 1, k not in (0, num_experts], the temperature not positive, or a balance term
-            unknown. In an export: if the number of competing rows is dynamic.
+        ValueError: If a size is below 1, k is not in (0, num_experts], the temperature is not positive, or a balance
+            term is unknown. In an export, if the number of competing rows is dynamic.
 
     Example:
         >>> import torch
@@ -60,7 +60,7 @@ class ExpertChoiceRouter(LinearRouter):
         super().__init__(in_features, num_experts, temperature, balance)
         check_positive(k=k)
         if k > num_experts:
-            raise ValueError(f"k: expected at most num_experts = {num_experts}, got {k}")
+            raise ValueError(f"k: expected at most num_experts = {num_experts}, got {k}.")
         self.k = k
 
     def forward(self, x: Tensor, rows_per_sample: int = 1) -> Routing:
@@ -68,15 +68,16 @@ class ExpertChoiceRouter(LinearRouter):
         logits = self.gate_logits(x)
         probs = logits.softmax(-1)
         size = rows_per_sample if rows_per_sample > 1 else x.shape[0]
-        # a traced graph takes any batch without a word
+        # a traced graph accepts any batch size silently
         traced = torch.jit.is_tracing() and rows_per_sample == 1  # type: ignore[attr-defined,no-untyped-call]
         if traced or (torch.compiler.is_exporting() and not isinstance(size, int)):
             raise ValueError(
-                "dynamic_shapes: expected a fixed number of rows that compete for the experts (the batch of pooled"
-                " features, the tokens of a sample), since it decides how many an expert takes, got a dynamic one"
+                "dynamic_shapes: expected a fixed number of rows that compete for the experts, since it decides how"
+                " many rows an expert takes, got a dynamic one. Fix the batch size of pooled features, or the number"
+                " of tokens of a sample."
             )
         groups = probs.unflatten(0, (-1, size)) if x.shape[0] else probs.new_zeros(0, max(size, 1), self.num_experts)
-        # a row that is not a number would be the first choice of every expert
+        # a row with nan would be the first choice of every expert
         ranked = groups.detach().nan_to_num(nan=-1.0)
         chosen = ranked.topk(self._num_taken(size), dim=1).indices
         first = torch.arange(groups.shape[0], device=x.device).mul(size).view(-1, 1, 1)
@@ -93,7 +94,7 @@ class ExpertChoiceRouter(LinearRouter):
         )
 
     def rechosen(self, routing: Routing, reference: Routing) -> Routing:
-        """The rows of ``reference`` with their probabilities in ``routing``."""
+        """Return the rows of ``reference`` with their probabilities in ``routing``."""
         assert reference.rows is not None
         return replace(routing, rows=reference.rows, weights=self._weights(routing.probs, reference.rows))
 
@@ -102,7 +103,7 @@ class ExpertChoiceRouter(LinearRouter):
         return probs.t().gather(-1, rows)
 
     def num_choices(self, batch: int, tokens: int) -> float:
-        """Rows that all experts together take."""
+        """Count the rows that all experts together take."""
         competing = batch if tokens == 1 else tokens
         return batch * tokens / competing * self.num_experts * self._num_taken(competing)
 
@@ -111,5 +112,5 @@ class ExpertChoiceRouter(LinearRouter):
         return min(competing, math.ceil(competing * self.k / self.num_experts - 1e-9))
 
     def extra_repr(self) -> str:
-        """Settings that the children's lines do not show."""
+        """Return the settings that the lines of the submodules do not show."""
         return f"k={self.k}, {super().extra_repr()}"

@@ -1,4 +1,4 @@
-"""What the routers share: a linear gate in full precision, a temperature, and balance losses."""
+"""Base class of the routers: a linear gate in full precision, a temperature, and balance losses."""
 
 import copy
 from collections.abc import Mapping, Sequence
@@ -23,15 +23,15 @@ class LinearRouter(Router):
         in_features: D.
         num_experts: E.
         temperature: :math:`\tau`.
-        balance: Coefficients of the balance losses that `balance_terms` lists; see `moe_heads.balance`.
-        logits_per_expert: Rows of the gate an expert has.
+        balance: Coefficients of the balance losses listed in `balance_terms`. See `moe_heads.balance`.
+        logits_per_expert: Number of rows of the gate per expert.
 
     Raises:
-        ValueError: If a size is below 1, the temperature not positive, or a balance term unknown.
+        ValueError: If a size is below 1, the temperature is not positive, or a balance term is unknown.
     """
 
     balance_terms: tuple[str, ...] = ("importance", "load", "switch", "z", "kl")
-    """Balance losses that make sense for this router."""
+    """Balance losses that this router supports."""
 
     def __init__(
         self,
@@ -52,12 +52,12 @@ class LinearRouter(Router):
         self.gate = nn.Linear(in_features, num_experts * logits_per_expert)
 
     def gate_logits(self, x: Tensor) -> Tensor:
-        """Logits z of the rows x, in fp32 or wider."""
+        """Compute the logits z of the rows x, in fp32 or wider."""
         logits = linear_fp32(self.gate, x)
         return logits if self.temperature == 1 else logits / self.temperature
 
     def keep(self, experts: Sequence[int]) -> Self:
-        """A copy that knows these experts only: every layer and buffer with a row an expert loses the others."""
+        """Return a copy with only these experts. Layers and buffers with one row per expert lose the other rows."""
         kept = copy.deepcopy(self)
         kept.num_experts = len(experts)
         with torch.no_grad():
@@ -72,15 +72,15 @@ class LinearRouter(Router):
         return kept
 
     def extra_repr(self) -> str:
-        """Settings that the children's lines do not show."""
+        """Return the settings that the lines of the submodules do not show."""
         return f"temperature={self.temperature}, balance={self.balance}"
 
 
 def linear_fp32(layer: nn.Linear, x: Tensor) -> Tensor:
-    """``layer(x)`` in fp32 (or wider, if x is), also under autocast: in bf16 near ties would flip the choice.
+    """Compute ``layer(x)`` in fp32 (or wider, if x is), also under autocast: bf16 would flip the choice at near ties.
 
-    The layer is called, so that hooks and what stands in its place (an adapter, say) are part of it; but for one in
-    half precision, whose weights are cast.
+    The layer itself is called, so that hooks and replacements (such as an adapter) take effect. The exception is a
+    layer in half precision, whose weights are cast.
     """
     dtype = torch.promote_types(x.dtype, torch.float32)
     weight = getattr(layer, "weight", None)
@@ -94,14 +94,14 @@ def linear_fp32(layer: nn.Linear, x: Tensor) -> Tensor:
 
 
 def check_chosen(k: int, num_experts: int) -> None:
-    """Refuse anything but a number of experts between one and all."""
+    """Check that k is a number of experts between 1 and num_experts."""
     check_at_least_one(num_experts=num_experts, k=k)
     if k > num_experts:
-        raise ValueError(f"k: expected at most num_experts = {num_experts}, got {k}")
+        raise ValueError(f"k: expected at most num_experts = {num_experts}, got {k}.")
 
 
 def _rows(values: Tensor, experts: Sequence[int], num_experts: int) -> Tensor:
-    """The rows of the experts, of which each may have several in a block."""
+    """Return the rows of the experts. Each expert may have a block of several rows."""
     blocks = values.detach().unflatten(0, (num_experts, -1))
     kept: Tensor = blocks[list(experts)]
     return kept.flatten(0, 1)

@@ -1,4 +1,4 @@
-"""The noisy top-k gate of Shazeer et al., arXiv 1701.06538."""
+"""Noisy top-k gate of Shazeer et al., arXiv 1701.06538."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
@@ -19,20 +19,20 @@ class NoisyTopKRouter(LinearRouter):
     .. math:: z = (x W_g + b_g) / \tau, \qquad \tilde z = z + \epsilon \, \mathrm{softplus}(x W_n + b_n)
 
     with standard normal :math:`\epsilon`, in training only. The k largest :math:`\tilde z` are selected by index, so
-    ties never select more than k; their softmax gives the weights. For k = 1 that softmax is constant and would leave
-    the router without a gradient: the weight is then the full-softmax probability, as in Switch (arXiv 2101.03961).
+    ties never select more than k. Their softmax gives the weights. For k = 1 that softmax is constant and would leave
+    the router without a gradient. The weight is then the full-softmax probability, as in Switch (arXiv 2101.03961).
 
     Args:
         in_features: D.
         num_experts: E.
-        k: Experts chosen a row.
-        noisy: Draw noise in training; without it the second projection does not exist.
+        k: Number of experts chosen per row.
+        noisy: Whether to add noise in training. Without it the second projection does not exist.
         temperature: :math:`\tau`.
-        balance: Coefficients of "importance", "load", "switch", "z" and "kl"; see `moe_heads.balance`.
+        balance: Coefficients of "importance", "load", "switch", "z" and "kl". See `moe_heads.balance`.
 
     Raises:
-        ValueError: If k > num_experts, a size is below 1, the temperature not positive, a balance term unknown, or the
-            load loss asked for without noise.
+        ValueError: If k > num_experts, a size is below 1, the temperature is not positive, a balance term is unknown,
+            or the load loss is used without noise.
 
     Example:
         >>> import torch
@@ -56,8 +56,8 @@ class NoisyTopKRouter(LinearRouter):
         super().__init__(in_features, num_experts, temperature, balance)
         if not noisy and self.balance.get("load"):
             raise ValueError(
-                "balance['load']: the smooth load differentiates through the noise, so it needs noisy=True; with"
-                " noisy=False use balance={'importance': 0.2} or {'switch': 0.01}"
+                f"balance['load']: expected noisy=True, since the smooth load differentiates through the noise, got"
+                f" noisy={noisy}. With noisy=False use balance={{'importance': 0.2}} or {{'switch': 0.01}}."
             )
         self.k = k
         self.noise = _ZeroLinear(in_features, num_experts) if noisy else None
@@ -85,29 +85,29 @@ class NoisyTopKRouter(LinearRouter):
         )
 
     def rechosen(self, routing: Routing, reference: Routing) -> Routing:
-        """The experts of ``reference`` with the weights of the logits in ``routing``."""
+        """Return the experts of ``reference`` with the weights that the logits of ``routing`` give them."""
         indices = reference.indices
         assert indices is not None
         values = routing.deciding_logits.gather(-1, indices)
         return replace(routing, indices=indices, weights=self._weights(values, routing.probs, indices))
 
     def _weights(self, values: Tensor, probs: Tensor, indices: Tensor) -> Tensor:
-        """Weights of the chosen experts by their logits, (N, K), and the full softmax."""
+        """Compute the weights of the chosen experts from their logits, (N, K), and the full softmax."""
         return probs.gather(-1, indices) if self.k == 1 else values.softmax(-1)
 
     def active_parameters(self) -> Iterable[nn.Parameter]:
-        """Those of the gate: the noise takes part in training only."""
+        """Return the parameters of the gate. The noise is used in training only."""
         return self.gate.parameters()
 
     def extra_repr(self) -> str:
-        """Settings that the children's lines do not show."""
+        """Return the settings that the lines of the submodules do not show."""
         return f"k={self.k}, {super().extra_repr()}"
 
 
 class _ZeroLinear(nn.Linear):
-    """Every expert starts with the same noise, softplus(0) = 0.69: at first the choice is close to random."""
+    """Linear layer initialized to zero: all experts start with the noise softplus(0) = 0.69, a nearly random choice."""
 
     def reset_parameters(self) -> None:
-        super().reset_parameters()  # what is drawn after it stays what a seed gave before
+        super().reset_parameters()  # keeps the sequence of random numbers of a seed unchanged
         nn.init.zeros_(self.weight)
         nn.init.zeros_(self.bias)

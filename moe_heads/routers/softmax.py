@@ -1,4 +1,4 @@
-"""The soft gate: every expert runs, weighted."""
+"""Soft gate: every expert runs, weighted by a softmax."""
 
 from collections.abc import Mapping
 
@@ -17,13 +17,13 @@ class SoftmaxRouter(LinearRouter):
     Args:
         in_features: D.
         num_experts: E.
-        temperature: :math:`\tau`; above 1 the gate is flatter.
-        balance: Coefficients of "kl", "importance" and "z"; see `moe_heads.balance`.
-        slots_per_expert: S logits an expert; the expert's gate is the sum over its slots, so its logit in the `Routing`
-            is their logsumexp.
+        temperature: :math:`\tau`. Above 1 the gate is flatter.
+        balance: Coefficients of "kl", "importance" and "z". See `moe_heads.balance`.
+        slots_per_expert: S, the number of logits per expert. The gate of an expert is the sum over its slots, so its
+            logit in the `Routing` is their logsumexp.
 
     Raises:
-        ValueError: If a size is below 1, the temperature not positive, or a balance term unknown.
+        ValueError: If a size is below 1, the temperature is not positive, or a balance term is unknown.
 
     Example:
         >>> import torch
@@ -60,5 +60,5 @@ class SoftmaxRouter(LinearRouter):
         )
 
     def extra_repr(self) -> str:
-        """Settings that the children's lines do not show."""
+        """Return the settings that the lines of the submodules do not show."""
         return f"slots_per_expert={self.slots_per_expert}, {super().extra_repr()}"

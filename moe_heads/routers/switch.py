@@ -1,4 +1,4 @@
-"""The top-1 gate of the Switch Transformer, Fedus et al., arXiv 2101.03961."""
+"""Top-1 gate of the Switch Transformer, Fedus et al., arXiv 2101.03961."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -18,20 +18,20 @@ class SwitchRouter(LinearRouter):
 
     .. math:: p = \mathrm{softmax}\big((x \odot u) W_g + b_g\big), \qquad y = p_i f_i(x), \quad i = \arg\max_e p_e
 
-    with :math:`u \sim U(1 - \epsilon, 1 + \epsilon)` in training only: the paper's input jitter, which explores near
-    the boundaries. No row is dropped: the paper's capacity factor serves fixed buffers, which the dispatch here does
-    not need.
+    with :math:`u \sim U(1 - \epsilon, 1 + \epsilon)` in training only. This is the input jitter of the paper, which
+    explores near the boundaries. No row is dropped: the capacity factor of the paper exists for fixed buffers, which
+    the dispatch here does not need.
 
     Args:
         in_features: D.
         num_experts: E.
-        jitter: :math:`\epsilon`, in [0, 1); 0.01 as in the paper.
-        temperature: Divides the logits.
-        balance: Coefficients of the balance losses; the Switch loss with 0.01, as in the paper.
+        jitter: :math:`\epsilon`, in [0, 1). The default is 0.01 as in the paper.
+        temperature: Divisor of the logits.
+        balance: Coefficients of the balance losses. The default is the Switch loss with 0.01, as in the paper.
 
     Raises:
-        ValueError: If a size is below 1, the jitter outside [0, 1), the temperature not positive, or a balance term
-            unknown.
+        ValueError: If a size is below 1, the jitter is outside [0, 1), the temperature is not positive, or a balance
+            term is unknown.
 
     Example:
         >>> import torch
@@ -78,7 +78,7 @@ class SwitchRouter(LinearRouter):
         )
 
     def rechosen(self, routing: Routing, reference: Routing) -> Routing:
-        """The expert of ``reference`` with its probability in ``routing``."""
+        """Return the expert of ``reference`` with its probability in ``routing``."""
         assert reference.indices is not None
         return replace(routing, indices=reference.indices, weights=self._weights(routing.probs, reference.indices))
 
@@ -87,5 +87,5 @@ class SwitchRouter(LinearRouter):
         return probs.gather(-1, indices)
 
     def extra_repr(self) -> str:
-        """Settings that the children's lines do not show."""
+        """Return the settings that the lines of the submodules do not show."""
         return f"jitter={self.jitter}, {super().extra_repr()}"

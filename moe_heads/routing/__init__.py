@@ -1,4 +1,4 @@
-"""What a router did: its decisions for a batch, their statistics, and how to collect and replay them in any model."""
+"""Decisions of a router for a batch, their statistics, and their collection and replay in any model."""
 
 from moe_heads.routing.adapters import Adapters, RoutingAdapter, adapted_routers, named_routers
 from moe_heads.routing.collection import RoutingCollection, collect_routing

@@ -1,4 +1,4 @@
-"""Find the routers inside any model: those of this package by their class, anybody else's by an adapter."""
+"""Discovery of the routers inside any model: those of this package by class, others by an adapter."""
 
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -12,56 +12,60 @@ from moe_heads.routing.routing import Routing
 
 __all__ = ["Adapters", "RoutingAdapter", "adapted_routers", "named_routers"]
 
-_MAX_NAMED = 8  # names of modules in a message
+_MAX_NAMED = 8  # module names in a message
 
 M = TypeVar("M", bound=nn.Module)
 
 RoutingAdapter = Callable[[nn.Module, tuple[Any, ...], Any], Routing]
-"""``adapter(module, args, output) -> Routing``: what a forward pass of somebody else's router decided.
+"""``adapter(module, args, output) -> Routing``: the decisions of a forward pass of a third-party router.
 
-`Routing.from_probs` builds the `Routing` from probabilities and, for a router that chooses, indices.
+`Routing.from_probs` builds the `Routing` from probabilities and, for a sparse router, indices.
 """
 
 Adapters = Mapping[type[nn.Module] | str, RoutingAdapter]
-"""Adapters by the class of the routers, or by their name in the model; ``*`` in a name stands for anything."""
+"""Adapters by the class of the routers, or by their name in the model. ``*`` in a name matches anything."""
 
 
 def named_routers(model: nn.Module) -> dict[str, Router]:
-    """The routers of this package inside a model, each by the name under which `RoutingCollection` has its passes."""
+    """Return the routers of this package inside a model, by the name under which `RoutingCollection` lists them."""
     return _by_owner({path: module for path, module in model.named_modules() if isinstance(module, Router)}, set())
 
 
 def adapted_routers(model: nn.Module, adapters: Adapters | None) -> dict[str, tuple[nn.Module, RoutingAdapter]]:
-    """Somebody else's routers inside a model, likewise by name, each with the first adapter that fits it.
+    """Return the third-party routers inside a model, by name, each with the first adapter that matches it.
 
     Args:
         model: The model.
         adapters: Adapters by class or name.
 
     Raises:
-        ValueError: If a key is neither a class of modules nor a name, fits no module, or is a router of this package.
+        ValueError: If a key is neither a module class nor a name, matches no module, or matches a router of this
+            package.
     """
     if adapters is not None and not isinstance(adapters, Mapping):
-        raise ValueError(f"adapters: expected a mapping from classes or names to adapters, got {adapters!r}")
+        raise ValueError(f"adapters: expected a mapping from classes or names to adapters, got {adapters!r}.")
     found: dict[str, nn.Module] = {}
     chosen: dict[nn.Module, RoutingAdapter] = {}
     for key, adapter in (adapters or {}).items():
         is_class = isinstance(key, type) and issubclass(key, nn.Module)
         if not (is_class or isinstance(key, str)) or not callable(adapter):
             raise ValueError(
-                "adapters: expected adapter(module, args, output) by a class of modules or a name; got"
-                f" {key!r}: {adapter!r}"
+                "adapters: expected adapter(module, args, output) by a module class or a name, got"
+                f" {key!r}: {adapter!r}."
             )
         fitting = {path: module for path, module in model.named_modules() if _fits(key, path, module)}
         if not fitting:
             names = [path for path, _ in model.named_modules() if path]
             ending = [path for path in names if isinstance(key, str) and path.endswith(key.rpartition(".")[2])]
             raise ValueError(
-                f"adapters: expected classes or names of modules inside the model; nothing fits {key!r}."
-                f" Names are {', '.join(map(repr, (ending or names)[:_MAX_NAMED]))} …"
+                f"adapters: expected classes or names of modules inside the model, got {key!r}, which matches no"
+                f" module. Use names such as {', '.join(map(repr, (ending or names)[:_MAX_NAMED]))} …"
             )
         if any(isinstance(module, Router) for module in fitting.values()):
-            raise ValueError(f"adapters: expected modules that are no routers of moe_heads; {key!r} fits some that are")
+            raise ValueError(
+                f"adapters: expected modules that are not routers of moe_heads, got {key!r}, which matches some."
+                " Routers of moe_heads need no adapter."
+            )
         for path, module in fitting.items():
             if module not in chosen:
                 found[path], chosen[module] = module, adapter
@@ -74,9 +78,9 @@ def _fits(key: type[nn.Module] | str, path: str, module: nn.Module) -> bool:
 
 
 def _by_owner(modules: Mapping[str, M], taken: set[str]) -> dict[str, M]:
-    """The modules by the names of those that own them; "head" stands for the model itself.
+    """Return the modules by the names of their parent modules. The name "head" denotes the model itself.
 
-    Modules that share their owner, among themselves or with what is taken, go by their own names, all of them.
+    Modules that share a parent, with each other or with a name in ``taken``, keep their own names.
     """
     owners = {path: path.rpartition(".")[0] or "head" for path in modules}
     num_owned = Counter(owners.values())

@@ -1,4 +1,4 @@
-"""Collect what the routers inside any model do."""
+"""Collection of the decisions of the routers inside any model."""
 
 import warnings
 from collections.abc import Iterator
@@ -17,11 +17,11 @@ __all__ = ["RoutingCollection", "collect_routing"]
 
 
 class RoutingCollection:
-    """What the routers of a model did while `collect_routing` was active.
+    """Decisions of the routers of a model while `collect_routing` was active.
 
     Attributes:
-        paused: Whether forward passes are let by for now; by default not. Cheaper than to leave the block and enter it
-            again, for which torch.compile would compile the model anew.
+        paused: Whether forward passes are ignored for now. False by default. Pausing is cheaper than leaving the block
+            and entering it again, which would make torch.compile recompile the model.
     """
 
     def __init__(self) -> None:
@@ -31,63 +31,64 @@ class RoutingCollection:
 
     @property
     def routings(self) -> dict[str, list[Routing]]:
-        """The `Routing` of every forward pass, by the name of the head that owns the router.
+        """The `Routing` of every forward pass, by the name of the head that contains the router.
 
-        The name is "head" when the model is itself the head; routers that share an owner go by their own names. The
-        lists are the collection's own: what is taken out of them is forgotten.
+        The name is "head" when the model is itself the head. Routers that share a parent module have their own names.
+        The lists are not copies: a routing that is removed from them is no longer part of the collection.
         """
         for name, recorder in self._recorders.items():
             self._routings.setdefault(name, []).extend(recorder.taken())
         return self._routings
 
     def _end(self) -> None:
-        """Hold what was recorded and no recorder, which holds the collection: a circle would keep graphs alive."""
+        """Keep the routings and drop the recorders, which refer to the collection: a cycle would keep graphs alive."""
         self._routings, self._recorders = self.routings, {}
 
-    def _warn_if_nothing_was_seen(self) -> None:
+    def _warn_if_nothing_ran(self) -> None:
         routings = self.routings
         if routings and not any(routings.values()):
             warnings.warn(
-                f"collect_routing: none of the routers {list(routings)} ran inside the block. A model that was"
-                " compiled before does not call forward hooks: use head(x, return_routing=True) inside it instead",
+                f"collect_routing: expected a forward pass of the routers {list(routings)} inside the block, got none."
+                " If the model was compiled before, it does not call forward hooks: use head(x, return_routing=True)"
+                " inside it instead.",
                 stacklevel=3,
             )
 
     @property
     def aux_loss(self) -> Tensor:
-        """Sum of the balance losses of all heads and passes, scalar; zero for a model without a router.
+        """Sum of the balance losses of all heads and passes, scalar. Zero for a model without a router.
 
-        Under DDP a training pass sums over the ranks here: every rank has to read it. Through a checkpoint with
-        ``use_reentrant=True`` it has no gradient; use ``use_reentrant=False``.
+        Under DDP a training pass sums over the ranks here, so every rank must read it. It has no gradient through
+        gradient checkpointing with ``use_reentrant=True``. Use ``use_reentrant=False``.
         """
-        self._warn_if_nothing_was_seen()
+        self._warn_if_nothing_ran()
         losses = [routing.aux_loss for routings in self.routings.values() for routing in routings]
         return torch.stack(losses).sum() if losses else torch.zeros(())
 
     @property
     def stats(self) -> dict[str, RoutingStats]:
         """Statistics of each head, summed over the passes."""
-        self._warn_if_nothing_was_seen()
+        self._warn_if_nothing_ran()
         return {name: _total([r.stats() for r in routings]) for name, routings in self.routings.items() if routings}
 
 
 @contextmanager
 def collect_routing(model: nn.Module, adapters: Adapters | None = None) -> Iterator[RoutingCollection]:
-    """Collect what the routers inside ``model`` do while the block runs.
+    """Collect the decisions of the routers inside ``model`` while the block runs.
 
-    Works by forward hooks on the routers, removed when the block ends, however it ends: no global state, and the
-    model keeps nothing of the batch.
+    The collection uses forward hooks on the routers, which are removed when the block ends, also after an error. There
+    is no global state, and the model keeps nothing of the batch.
 
     Args:
-        model: Any module; heads may sit at any depth.
-        adapters: For routers that are not of this package: ``adapter(module, args, output) -> Routing`` by the class of
-            the router or by its name in the model ("layers.*.gate"); see `Routing.from_probs`.
+        model: Any module. Heads may be nested at any depth.
+        adapters: For third-party routers: ``adapter(module, args, output) -> Routing`` by the class of the router or
+            by its name in the model ("layers.*.gate"). See `Routing.from_probs`.
 
     Yields:
         The collection, filled by the forward passes inside the block.
 
     Raises:
-        ValueError: If an adapter fits no module, or gives no `Routing`.
+        ValueError: If an adapter matches no module, or returns no `Routing`.
 
     Example:
         >>> import torch
@@ -100,7 +101,7 @@ def collect_routing(model: nn.Module, adapters: Adapters | None = None) -> Itera
         >>> routing.aux_loss.requires_grad
         True
 
-        A router of somebody else, which is a linear layer of the model:
+        A third-party router, here a linear layer of the model:
 
         >>> def adapter(module, args, logits):
         ...     return Routing.from_probs(logits.softmax(-1), logits.topk(2).indices)
@@ -111,12 +112,10 @@ def collect_routing(model: nn.Module, adapters: Adapters | None = None) -> Itera
         tensor(10)
     """
     collection = RoutingCollection()
-    watched: dict[str, tuple[nn.Module, RoutingAdapter | None]] = {
-        n: (r, None) for n, r in named_routers(model).items()
-    }
-    watched |= adapted_routers(model, adapters)
+    hooked: dict[str, tuple[nn.Module, RoutingAdapter | None]] = {n: (r, None) for n, r in named_routers(model).items()}
+    hooked |= adapted_routers(model, adapters)
     with ExitStack() as stack:
-        for name, (router, adapter) in watched.items():
+        for name, (router, adapter) in hooked.items():
             recorder = collection._recorders[name] = _Recorder(name, collection, adapter)
             stack.callback(router.register_forward_hook(recorder).remove)
         try:
@@ -126,16 +125,16 @@ def collect_routing(model: nn.Module, adapters: Adapters | None = None) -> Itera
 
 
 class _Link:
-    """A routing, and the link before it. A list would do, but torch.compile compiles anew for each of its lengths."""
+    """Linked list of routings. A plain list would make torch.compile recompile for each of its lengths."""
 
     def __init__(self, routing: Routing | None, before: "_Link | None") -> None:
         self.routing, self.before = routing, before
 
 
 class _Recorder:
-    """Forward hook that records what a router decided.
+    """Forward hook that records the decisions of a router.
 
-    A copy of the module (averaged weights, a saved model) records nothing: it is not the model that is watched.
+    A copy of the module (averaged weights, a saved model) records nothing, because it is not the collected model.
     """
 
     def __init__(self, name: str, collection: RoutingCollection | None, adapter: RoutingAdapter | None) -> None:
@@ -144,12 +143,12 @@ class _Recorder:
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         collection = self._collection
-        # gradient checkpointing runs a pass once more in backward: the same rows, not new ones
+        # gradient checkpointing repeats a pass in backward: the same rows, not new ones
         if collection is not None and not collection.paused and not in_backward():
             self._last = _Link(self._routing(module, args, output), self._last)
 
     def taken(self) -> list[Routing]:
-        """What was recorded since the last time, the oldest first."""
+        """Return the routings recorded since the last call, the oldest first."""
         found: list[Routing] = []
         link: _Link | None = self._last
         while link is not None and link.routing is not None:
@@ -170,8 +169,8 @@ class _Recorder:
         if isinstance(routing, Routing):
             return routing
         raise ValueError(
-            f"adapters: expected a moe_heads.Routing of router {self._name!r}, got {type(routing).__name__}: build one"
-            " with Routing.from_probs"
+            f"adapters: expected a moe_heads.Routing of router {self._name!r}, got {type(routing).__name__}. Build one"
+            " with Routing.from_probs."
         )
 
 

@@ -1,4 +1,4 @@
-"""The protocol of all routers."""
+"""Base class of all routers."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
@@ -11,14 +11,14 @@ __all__ = ["Router"]
 
 
 class Router(nn.Module, ABC):
-    """Base of all routers: a module from rows (N, D) to a `Routing`. `collect_routing` finds them by this class.
+    """Base of all routers: a module from rows (N, D) to a `Routing`. `collect_routing` finds routers by this class.
 
-    A router of your own needs `forward`; with ``num_experts`` and ``k`` it serves in a `SparseMoE`, with `rechosen` in
-    `fixed_routing`.
+    A custom router needs `forward`. It works in a `SparseMoE` if it has ``num_experts`` and ``k``, and in
+    `fixed_routing` if it defines `rechosen`.
 
     Attributes:
         num_experts: E.
-        k: Experts that run for a row, on average; None when all of them do.
+        k: Mean number of experts that run for a row. None when all of them do.
     """
 
     num_experts: int
@@ -29,40 +29,44 @@ class Router(nn.Module, ABC):
         """Route the rows x, (N, D)."""
 
     def num_choices(self, batch: int, tokens: int) -> float:
-        """Pairs of a row and an expert that runs for it, in a batch of so many samples of so many tokens."""
+        """Count the pairs of a row and an expert that runs for it, for ``batch`` samples of ``tokens`` tokens each."""
         return batch * tokens * (self.num_experts if self.k is None else self.k)
 
     def active_parameters(self) -> Iterable[nn.Parameter]:
-        """Parameters that take part in evaluation."""
+        """Return the parameters that are used in evaluation."""
         return self.parameters()
 
     def keep(self, experts: Sequence[int]) -> "Router":
-        """A copy of the router that knows these experts only, for `moe_heads.ablate`.
+        """Return a copy of the router with only these experts, for `moe_heads.ablate`.
 
         Args:
             experts: Indices to keep, ascending.
 
         Raises:
-            ValueError: If the router does not say how.
+            ValueError: If the router does not define this method.
         """
-        raise ValueError(f"head: expected a router that defines keep(experts); {type(self).__name__} does not")
+        raise ValueError(
+            f"head: expected a router that defines keep(experts), got {type(self).__name__}. Define the method to"
+            " remove experts."
+        )
 
     def rechosen(self, routing: Routing, reference: Routing) -> Routing:
-        """The choices of ``reference`` with the mixing weights that this router gives them now.
+        """Return the choices of ``reference`` with the current mixing weights of this router.
 
-        As if the comparison of the scores had come out as in ``reference``: logits, probabilities and scores are those
-        of ``routing``, and the weights follow from them with their gradient. ``rechosen(routing, routing)`` is
-        ``routing``, to the bit. A soft routing chooses nothing and stays as it is.
+        Logits, probabilities and scores are those of ``routing``, and the weights follow from them with their
+        gradient. Only the comparison of the scores has the outcome of ``reference``. ``rechosen(routing, routing)`` is
+        bit for bit ``routing``. A soft routing has no choices and is returned unchanged.
 
         Args:
-            routing: What the router has just decided.
-            reference: Gives the choices, of as many rows and experts.
+            routing: Current decisions of the router.
+            reference: Routing with the choices to use, for as many rows and experts.
 
         Raises:
-            ValueError: If the router chooses and does not say how it weights.
+            ValueError: If the router is sparse and does not define this method.
         """
         if routing.soft:
             return routing
         raise ValueError(
-            f"model: expected routers that define rechosen(routing, reference); {type(self).__name__} does not"
+            f"model: expected routers that define rechosen(routing, reference), got {type(self).__name__}. Define the"
+            " method to hold its choices fixed."
         )

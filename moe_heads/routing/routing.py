@@ -1,6 +1,6 @@
-"""A router's decisions for one batch, with their gradient.
+"""Decisions of a router for one batch, with their gradient.
 
-Shapes: B batch, T tokens, N = B·T rows, E experts, K chosen experts a row, M chosen rows an expert.
+Shapes: B batch, T tokens, N = B·T rows, E experts, K chosen experts per row, M chosen rows per expert.
 """
 
 from collections.abc import Callable, Mapping
@@ -20,23 +20,23 @@ __all__ = ["BALANCE_TERMS", "Routing"]
 
 @dataclass(frozen=True)
 class Routing:
-    """A router's decisions for one batch, with their gradient.
+    """Decisions of a router for one batch, with their gradient.
 
     There are three kinds: rows choose experts (``indices``), experts choose rows (``rows``), or every expert runs on
     every row (neither, a soft router).
 
     Attributes:
         logits: Clean logits z, (N, E), fp32 or wider.
-        probs: Softmax over all experts of the logits that decided (noisy ones in training), (N, E).
-        indices: Experts that each row chose, (N, K), by descending score (in `fixed_routing`, that of the record).
+        probs: Softmax over all experts of the logits that decide (the noisy ones in training), (N, E).
+        indices: Experts that each row chose, (N, K), by descending score (in `fixed_routing`, that of the recording).
         rows: Rows that each expert chose, (E, M).
-        weights: Mixing weights of the choices, of the shape of ``indices`` or ``rows``; None for a soft router.
-        scores: What was compared to choose, (N, E); None: the noisy logits, or the clean ones without noise.
-        noisy_logits: Logits with noise, (N, E); None when no noise was drawn.
-        noise_std: Standard deviation of the noise, (N, E); None when no noise was drawn.
-        slot_logits: Logits of the slots of a soft router, (N, E, S); None for a sparse router.
+        weights: Mixing weights of the choices, of the shape of ``indices`` or ``rows``. None for a soft router.
+        scores: Scores that decide the choice, (N, E). None means the noisy logits, or the clean ones without noise.
+        noisy_logits: Logits with noise, (N, E). None without noise.
+        noise_std: Standard deviation of the noise, (N, E). None without noise.
+        slot_logits: Logits of the slots of a soft router, (N, E, S). None for a sparse router.
         balance: Coefficient of each term of `aux_loss`.
-        rows_per_sample: T for tokens, 1 for pooled features: rows n·T … n·T + T - 1 belong to sample n.
+        rows_per_sample: T for tokens, 1 for pooled features. Rows n·T … n·T + T - 1 belong to sample n.
         sync: Whether `aux_loss` sums its statistics over the ranks first (in training).
     """
 
@@ -55,7 +55,7 @@ class Routing:
 
     def __post_init__(self) -> None:
         if self.weights is None and (self.indices is not None or self.rows is not None):
-            raise ValueError("weights: expected those of the choices in indices or rows, got None")
+            raise ValueError("weights: expected the mixing weights of the choices in indices or rows, got None.")
 
     @classmethod
     def from_probs(
@@ -65,23 +65,22 @@ class Routing:
         weights: Tensor | None = None,
         rows_per_sample: int | None = None,
     ) -> "Routing":
-        """The decisions of a router that is not of this package, for an adapter of `collect_routing`.
+        """Build the decisions of a third-party router, for an adapter of `collect_routing`.
 
-        The logits are the logarithms of what is given, so that margins are ratios of probabilities, in nats; a row with
-        a negative score, or a weight that is nan or infinite, counts as one without finite logits. Scores that do not
-        sum to one are normalized.
+        The logits are the logarithms of the given scores, so that margins are log ratios of probabilities, in nats. A
+        row with a negative score, or with a nan or infinite weight, counts as a row with non-finite logits. Scores that
+        do not sum to one are normalized.
 
         Args:
-            probs: Softmax, or other scores from 0 on, of all experts, (N, E), or (B, T, E) for tokens: then what
-                belongs to a sample is known.
-            indices: Experts that each row chose, none twice, of the same shape but for the last dimension, K; None for
-                a soft router, which runs all.
-            weights: Mixing weights of the choices, of the shape of ``indices``; by default their scores as given.
-            rows_per_sample: T, where the rows of B samples are one after the other, (B·T, E); by default T of (B, T,
-                E), else 1.
+            probs: Softmax, or other non-negative scores, of all experts, (N, E), or (B, T, E) for tokens. The latter
+                form tells which rows belong to a sample.
+            indices: Experts that each row chose, without repetition, of the same shape except for the last dimension,
+                K. None for a soft router, which runs all of them.
+            weights: Mixing weights of the choices, of the shape of ``indices``. By default their scores as given.
+            rows_per_sample: T, if the rows of B samples are consecutive, (B·T, E). By default T of (B, T, E), else 1.
 
         Raises:
-            ValueError: If the shapes do not fit, or (on a CPU, in eager mode) an index is out of range or there twice,
+            ValueError: If the shapes do not match, or (on a CPU, in eager mode) an index is out of range or repeated,
                 or a score or weight is negative.
 
         Example:
@@ -91,24 +90,26 @@ class Routing:
             tensor([[0.7000, 0.0000, 0.1000]])
         """
         if probs.dim() not in (2, 3) or not probs.is_floating_point():
-            raise ValueError(f"probs: expected (N, E) or (B, T, E), floating, got {tuple(probs.shape)}, {probs.dtype}")
+            raise ValueError(
+                f"probs: expected floating point numbers (N, E) or (B, T, E), got {tuple(probs.shape)}, {probs.dtype}."
+            )
         if indices is not None:
             _check_indices(indices, probs)
         if weights is not None and (indices is None or weights.shape != indices.shape):
-            raise ValueError(f"weights: expected the shape of indices, got {tuple(weights.shape)}")
-        _check_signs("probs", probs, ": pass logits.softmax(-1), not logits")
+            raise ValueError(f"weights: expected the shape of indices, got {tuple(weights.shape)}.")
+        _check_signs("probs", probs, " Pass logits.softmax(-1), not logits.")
         if weights is not None:
             _check_signs("weights", weights)
         if rows_per_sample is None:
             rows_per_sample = probs.shape[1] if probs.dim() == 3 else 1
         probs = probs.flatten(0, -2)
         if rows_per_sample < 1 or len(probs) % rows_per_sample:
-            raise ValueError(f"rows_per_sample: expected a divisor of the {len(probs)} rows, got {rows_per_sample}")
+            raise ValueError(f"rows_per_sample: expected a divisor of the {len(probs)} rows, got {rows_per_sample}.")
         if indices is not None:
             indices = indices.flatten(0, -2)
             weights = probs.gather(-1, indices) if weights is None else weights.flatten(0, -2)
         tiny = torch.finfo(probs.dtype).tiny
-        # a score that is zero in its precision is no row without finite logits; the logarithm of a negative one is nan
+        # a score that underflows to zero keeps a finite logit; the logarithm of a negative score is nan
         logits = torch.where(probs == 0, tiny, probs).log()
         if weights is not None:
             logits = torch.where(weights.isfinite().all(-1, keepdim=True), logits, torch.nan)
@@ -117,17 +118,17 @@ class Routing:
 
     @property
     def num_experts(self) -> int:
-        """E."""
+        """Number of experts, E."""
         return self.logits.shape[-1]
 
     @property
     def deciding_logits(self) -> Tensor:
-        """The noisy logits, or the clean ones without noise, (N, E)."""
+        """Noisy logits, or the clean ones without noise, (N, E)."""
         return self.logits if self.noisy_logits is None else self.noisy_logits
 
     @property
     def soft(self) -> bool:
-        """Whether every expert runs on every row."""
+        """True if every expert runs on every row."""
         return self.weights is None
 
     @property
@@ -139,7 +140,7 @@ class Routing:
 
     @property
     def selected(self) -> Tensor:
-        """Whether a row chose an expert, or the expert the row, (N, E), bool; a soft router's is the largest gate."""
+        """Mask of the chosen pairs of row and expert, (N, E), bool. A soft router chooses its largest gate."""
         if self.weights is None:
             best = self.probs.argmax(-1, keepdim=True)
             return torch.zeros_like(self.probs, dtype=torch.bool).scatter(-1, best, True)
@@ -147,73 +148,73 @@ class Routing:
 
     @property
     def top(self) -> Tensor:
-        """Expert with the largest gate of each row, (N,), int64; 0 for a dropped row."""
+        """Expert with the largest gate of each row, (N,), int64. It is 0 for a dropped row."""
         return self.gates.argmax(-1)
 
     @property
     def dropped(self) -> Tensor:
-        """Rows that no expert took, (N,), bool: possible where experts choose rows."""
+        """Mask of the rows that no expert took, (N,), bool. Only expert choice drops rows."""
         return ~self.selected.any(-1)
 
     @property
     def valid(self) -> Tensor:
-        """Rows whose logits are finite, (N,)."""
-        # twice as fast as isfinite().all(-1); the largest of a row with nan is nan
+        """Mask of the rows with finite logits, (N,), bool."""
+        # twice as fast as isfinite().all(-1); the maximum of a row with nan is nan
         return self.logits.abs().amax(-1).isfinite()
 
     @property
     def margin(self) -> Tensor:
-        """How far the choice of each row is from another one, (N,), in the unit of the scores that were compared.
+        """Distance of each row from a different choice, (N,), in the unit of the compared scores.
 
-        Where rows choose, the lowest score that was chosen less the highest that was not. Where experts choose, the
-        smallest change of one score of the row that would bring it into an expert's choice or out of it. Infinite where
-        no other choice exists, as for k = E.
+        If rows choose, it is the lowest chosen score minus the highest score that was not chosen. If experts choose, it
+        is the smallest change of one score of the row that would change the choice of an expert. It is infinite if no
+        other choice exists, as for k = E.
         """
         return self._margin(self.selected)
 
     @property
     def agrees_without_noise(self) -> Tensor:
-        """Whether a row that chooses would choose the same experts by its clean logits, (N,), bool; True otherwise."""
+        """Mask of the rows with the same choice by their clean logits, (N,), bool. All True unless rows choose."""
         if self.indices is None:
             return torch.ones(len(self.logits), dtype=torch.bool, device=self.logits.device)
         return self._margin_of(self.logits, self.indices) >= 0
 
     @property
     def aux_loss(self) -> Tensor:
-        """Sum of the balance terms times their coefficients, scalar; see `moe_heads.balance`.
+        """Sum of the balance terms times their coefficients, scalar. See `moe_heads.balance`.
 
-        In training under DDP it is summed over the ranks every time it is read: every rank has to read it as often.
+        In training under DDP every read sums over the ranks, so every rank must read it equally often.
         """
         check_balance(self.balance, tuple(BALANCE_TERMS))
         terms = [coefficient * BALANCE_TERMS[name](self) for name, coefficient in self.balance.items() if coefficient]
         return torch.stack(terms).sum() if terms else self.logits.new_zeros(())
 
     def detach(self) -> "Routing":
-        """The same decisions without their gradient and the graph behind it.
+        """Return the same decisions without their gradient and graph.
 
-        They may enter a graph, also when they were made in inference mode.
+        They may be used in a graph, even if they were made in inference mode.
         """
         tensors = {f.name: value for f in fields(self) if isinstance(value := getattr(self, f.name), Tensor)}
-        # autograd does not save an inference tensor; its copy it does
+        # autograd cannot save an inference tensor, but it can save a copy
         detached: dict[str, Any] = {name: t.clone() if t.is_inference() else t.detach() for name, t in tensors.items()}
         return replace(self, **detached)
 
     @torch.no_grad()
     def stats(self) -> RoutingStats:
-        """Statistics of this batch; no synchronization with the host."""
+        """Compute the statistics of this batch, without synchronizing with the host."""
         all_valid = self._is_known_valid()
         valid = torch.ones(len(self.logits), dtype=torch.bool) if all_valid else self.valid
         invalid = None if all_valid else ~valid
         num_rows = valid.sum()
 
         def counted(values: Tensor) -> Tensor:
-            """Zero in the rows that do not count."""
+            """Set the rows that do not count to zero."""
             return values if invalid is None else values.masked_fill(invalid.view(-1, *[1] * (values.dim() - 1)), 0)
 
         wide = torch.float32 if self.logits.device.type == "mps" else torch.float64
         probs = counted(self.probs)
         if self.logits.device.type == "cpu" and self.indices is not None and self.weights is not None:
-            # a fifth of the time; on a GPU all rows would wait for the few numbers that they are added to
+            # takes a fifth of the time; on a GPU the many additions to few counters would be serialized
             ones = torch.ones((), dtype=torch.int64).expand(self.indices.shape)
             counts, gate_sum = self._by_expert(counted(ones)), self._by_expert(counted(self.weights).to(wide))
             num_dropped, margin = torch.tensor(0), self._margin_of(self._scores, self.indices)
@@ -225,7 +226,7 @@ class Routing:
             counts=counts,
             gate_sum=gate_sum,
             prob_sum=probs.sum(0, dtype=wide),
-            # over all at once, since a sum over rows of a few experts each is slow; entr takes twice as long
+            # one sum over all elements, since a sum over rows of a few experts each is slow; entr takes twice as long
             entropy_sum=-(probs * probs.clamp_min(torch.finfo(probs.dtype).tiny).log()).sum(dtype=wide),
             margin_sum=counted(margin).sum(dtype=wide),
             num_dropped=num_dropped,
@@ -234,8 +235,8 @@ class Routing:
         )
 
     def _is_known_valid(self) -> bool:
-        """Whether all rows are valid, where the host can tell at once: a device would have to be waited for."""
-        # the sum is not finite if a logit is not; it may overflow, then the rows tell
+        """Return True if the host knows without synchronizing with a device that all rows are valid."""
+        # the sum is not finite if a logit is not; if it overflows, the rows are checked one by one
         on_host = self.logits.device.type == "cpu" and can_read_values(self.logits)
         return on_host and bool(self.logits.sum().isfinite())
 
@@ -245,7 +246,7 @@ class Routing:
             return self._margin_of(scores, self.indices)
         if self.rows is None:
             return _lowest(scores, selected, -1).squeeze(-1) - _highest(scores, ~selected, -1).squeeze(-1)
-        # the rows that compete for a place: those of a sample of tokens, else those of the batch
+        # the rows that compete with each other: those of a sample of tokens, else those of the batch
         shape = (-1, self.rows_per_sample if self.rows_per_sample > 1 else max(len(scores), 1), self.num_experts)
         scores, selected = scores.reshape(shape), selected.reshape(shape)
         leaving = scores - _highest(scores, ~selected, 1)
@@ -254,7 +255,7 @@ class Routing:
 
     @staticmethod
     def _margin_of(scores: Tensor, indices: Tensor) -> Tensor:
-        """The lowest chosen score less the highest other one, (N,); gathered, since masks over all experts are slow."""
+        """Return the lowest chosen score minus the highest other one, (N,). Masks over all experts would be slower."""
         return scores.gather(-1, indices).amin(-1) - scores.scatter(-1, indices, -torch.inf).amax(-1)
 
     @property
@@ -262,12 +263,12 @@ class Routing:
         return self.deciding_logits if self.scores is None else self.scores
 
     def _by_expert(self, values: Tensor) -> Tensor:
-        """Sums of the values of the rows' choices by expert, (E,)."""
+        """Sum the values of the choices by expert, (E,)."""
         assert self.indices is not None
         return values.new_zeros(self.num_experts).index_add_(0, self.indices.flatten(), values.flatten())
 
     def _spread(self, values: Tensor) -> Tensor:
-        """Values of the choices at their places among all rows and experts, (N, E), zero elsewhere."""
+        """Scatter the values of the choices to all rows and experts, (N, E), with zeros elsewhere."""
         zeros = torch.zeros(self.probs.shape, dtype=values.dtype, device=values.device)
         if self.rows is not None:
             return zeros.t().scatter(-1, self.rows, values).t().contiguous()
@@ -279,20 +280,20 @@ def _check_indices(indices: Tensor, probs: Tensor) -> None:
     is_whole = not indices.is_floating_point() and indices.dtype != torch.bool
     if indices.shape[:-1] != probs.shape[:-1] or not is_whole or not 1 <= indices.shape[-1] <= probs.shape[-1]:
         raise ValueError(
-            f"indices: expected whole numbers, {tuple(probs.shape[:-1])} and one more dimension, 1 to"
-            f" {probs.shape[-1]}, got {tuple(indices.shape)}, {indices.dtype}"
+            f"indices: expected integers of shape {tuple(probs.shape[:-1])} and one more dimension of size 1 to"
+            f" {probs.shape[-1]}, got {tuple(indices.shape)}, {indices.dtype}."
         )
     if indices.device.type == "cpu" and can_read_values(indices) and len(indices):
         lowest, highest = (int(bound) for bound in indices.aminmax())
         if lowest < 0 or highest >= probs.shape[-1]:
-            raise ValueError(f"indices: expected 0 to {probs.shape[-1] - 1}, got {lowest} to {highest}")
+            raise ValueError(f"indices: expected 0 to {probs.shape[-1] - 1}, got {lowest} to {highest}.")
         if bool((indices.sort(-1).values.diff() == 0).any()):
-            raise ValueError("indices: expected every expert at most once a row, got rows with one of them twice")
+            raise ValueError("indices: expected every expert at most once per row, got rows with a repeated expert.")
 
 
 def _check_signs(name: str, values: Tensor, advice: str = "") -> None:
     if values.device.type == "cpu" and can_read_values(values) and bool((values < 0).any()):
-        raise ValueError(f"{name}: expected numbers from 0 on, got {float(values.min()):.3g}{advice}")
+        raise ValueError(f"{name}: expected numbers of at least 0, got {float(values.min()):.3g}.{advice}")
 
 
 def _lowest(scores: Tensor, among: Tensor, dim: int) -> Tensor:
@@ -305,7 +306,7 @@ def _highest(scores: Tensor, among: Tensor, dim: int) -> Tensor:
 
 def _load(routing: Routing) -> Tensor:
     if routing.noisy_logits is None or routing.noise_std is None or routing.indices is None:
-        # the limit of vanishing noise: the counts themselves, which have no gradient
+        # in the limit of vanishing noise the load is the counts, which have no gradient
         counts = routing.selected.to(routing.probs.dtype)
         return balance.importance_loss(counts, routing.valid, routing.sync)
     k = routing.indices.shape[-1]
@@ -319,4 +320,4 @@ BALANCE_TERMS: Mapping[str, Callable[[Routing], Tensor]] = {
     "z": lambda r: balance.z_loss(r.logits, r.valid, r.sync),
     "kl": lambda r: balance.kl_uniform_loss(r.probs, r.valid, r.sync),
 }
-"""Names under which a head's ``balance`` argument selects its losses."""
+"""Balance losses by their name in the ``balance`` argument of a head."""

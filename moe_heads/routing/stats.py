@@ -1,4 +1,4 @@
-"""Statistics of a router: sums over rows, so that batches and ranks add up exactly."""
+"""Statistics of a router as sums over rows, which are additive over batches and ranks."""
 
 from dataclasses import dataclass, fields
 
@@ -11,22 +11,22 @@ __all__ = ["RoutingStats"]
 
 @dataclass(frozen=True)
 class RoutingStats:
-    """Sums over rows of what a router did; detached, on the router's device.
+    """Sums over rows of the decisions of a router, detached, on the device of the router.
 
-    Add the statistics of several batches with ``+``, those of all ranks with `all_reduce`; the properties are ratios of
-    the sums. Counts are int64 and exact; the other sums are float64 (fp32 on a device without it), so that the
-    order of the batches shows in the last digits at most. E experts.
+    Add the statistics of several batches with ``+`` and those of all ranks with `all_reduce`. The properties are ratios
+    of the sums. Counts are int64 and exact. The other sums are float64 (fp32 on a device without it), so that the
+    order of the batches changes the last digits at most. E experts.
 
     Attributes:
-        counts: Rows that chose the expert (or that it chose), (E,), int64. A soft router chooses the expert with the
-            largest gate.
+        counts: Number of rows assigned to each expert, (E,), int64. A soft router chooses the expert with the largest
+            gate.
         gate_sum: Sum of the mixing weights, (E,): Shazeer's importance.
         prob_sum: Sum of the full softmax, (E,): the probability mass of an expert, chosen or not.
         entropy_sum: Sum over rows of the entropy of the full softmax, scalar, nats.
-        margin_sum: Sum over rows of `Routing.margin`, scalar, in the unit of the scores that are compared.
-        num_dropped: Rows that no expert took, scalar, int64.
-        num_rows: Rows routed, scalar, int64, dropped ones included.
-        num_nonfinite: Rows with NaN or infinite logits, scalar, int64; they count in none of the other sums.
+        margin_sum: Sum over rows of `Routing.margin`, scalar, in the unit of the compared scores.
+        num_dropped: Number of rows that no expert took, scalar, int64.
+        num_rows: Number of routed rows, scalar, int64, dropped ones included.
+        num_nonfinite: Number of rows with nan or infinite logits, scalar, int64. No other sum includes them.
     """
 
     counts: Tensor
@@ -42,15 +42,15 @@ class RoutingStats:
         return RoutingStats(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
 
     def all_reduce(self, group: dist.ProcessGroup | None = None) -> "RoutingStats":
-        """The sums over all ranks, by one collective for the counts and one for the other sums.
+        """Sum over all ranks, with one collective for the counts and one for the other sums.
 
-        Every rank of the group has to call it, with the statistics of the same router.
+        Every rank of the group must call it, with the statistics of the same router.
 
         Args:
-            group: Process group; None is the default one.
+            group: Process group. None is the default group.
 
         Returns:
-            The sums over the ranks; the statistics themselves where `torch.distributed` is not in use.
+            The sums over the ranks, or the statistics themselves if `torch.distributed` is not initialized.
         """
         if not (dist.is_available() and dist.is_initialized()):
             return self
@@ -65,36 +65,36 @@ class RoutingStats:
         return RoutingStats(**total)
 
     def cpu(self) -> "RoutingStats":
-        """The same sums on the CPU."""
+        """Return the same sums on the CPU."""
         return RoutingStats(*(getattr(self, f.name).cpu() for f in fields(self)))
 
     @property
     def load(self) -> Tensor:
-        """Share of the choices that went to each expert, (E,); sums to 1."""
+        """Fraction of the choices assigned to each expert, (E,). Sums to 1."""
         counts = self.counts.to(self.gate_sum.dtype)
         return counts / counts.sum().clamp_min(1)
 
     @property
     def importance(self) -> Tensor:
-        """Share of the mixing weight that went to each expert, (E,); sums to 1."""
+        """Fraction of the mixing weight of each expert, (E,). Sums to 1."""
         return self.gate_sum / self.gate_sum.sum().clamp_min(torch.finfo(self.gate_sum.dtype).tiny)
 
     @property
     def mean_probs(self) -> Tensor:
-        """Mean of the full softmax, (E,); sums to 1."""
+        """Mean of the full softmax, (E,). Sums to 1."""
         return self.prob_sum / self.num_rows.clamp_min(1)
 
     @property
     def entropy(self) -> Tensor:
-        """Mean entropy of a row's full softmax, scalar, nats."""
+        """Mean entropy of the full softmax of a row, scalar, nats."""
         return self.entropy_sum / self.num_rows.clamp_min(1)
 
     @property
     def margin(self) -> Tensor:
-        """Mean margin to the next expert, scalar; infinite where there is no next one."""
+        """Mean margin to the next expert, scalar. Infinite where there is no next one."""
         return self.margin_sum / self.num_rows.clamp_min(1)
 
     @property
     def dropped(self) -> Tensor:
-        """Share of the rows that no expert took, scalar."""
+        """Fraction of the rows that no expert took, scalar."""
         return self.num_dropped / self.num_rows.clamp_min(1)

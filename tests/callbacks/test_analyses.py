@@ -1,4 +1,4 @@
-"""The four callbacks together on somebody's module and on ours: no argument needed, nothing changed, all reported."""
+"""The four callbacks together on a plain module and on ours: defaults work, nothing changes, all results are logged."""
 
 import json
 from pathlib import Path
@@ -104,7 +104,7 @@ def test_landscape_takes_the_eigenvector_of_the_sharpness_run(
     module = fitted["module"].eval()
     x, y = (torch.cat(parts) for parts in zip(*loader(), strict=True))
     assert line.center_loss == pytest.approx(torch.nn.functional.cross_entropy(module(x), y).item(), rel=1e-5)
-    monkeypatch.setattr("moe_heads.callbacks.landscape_eigenvectors.top_eigenvectors", None)
+    monkeypatch.setattr("moe_heads.callbacks._landscape_eigenvectors.top_eigenvectors", None)
     alone = LossLandscapeCallback(plane_splits=[], line_points=3, splits=["train"], on_error="raise")
     trainer(SharpnessCallback(splits=["train"]), alone).fit(PlainModule(), loader())
     # one that stands after the landscape has nothing to give, not even from an earlier fit
@@ -132,7 +132,7 @@ def test_timing_has_the_head_by_itself(fitted: dict[str, Any]) -> None:
     assert {(row.module, row.batch_size) for row in rows} >= {("model", 1), ("model", 8), ("head", 1), ("head", 8)}
 
 
-def test_timing_is_beside_the_events_as_json(fitted: dict[str, Any]) -> None:
+def test_timing_is_written_as_json_next_to_the_events(fitted: dict[str, Any]) -> None:
     timing = fitted["callbacks"]["InferenceTimingCallback"].results["test"]
     path = Path(fitted["trainer"].logger.log_dir, "inference_timing", "test", "timing.json")
     assert [row["p50_ms"] for row in json.loads(path.read_text())["rows"]] == [row.p50_ms for row in timing.rows]
@@ -200,12 +200,12 @@ def test_hooks_are_gone_when_the_module_ends_its_epoch_early() -> None:
     assert callback.history["head"][0].num_rows == 16
 
 
-def test_a_module_without_forward_is_told_before_training() -> None:
+def test_a_module_without_forward_raises_an_error_before_training() -> None:
     class Silent(PlainModule):
         forward = LightningModule.forward
 
     for callback in (InferenceTimingCallback(), ExpertUtilizationCallback()):
-        with pytest.raises(MisconfigurationException, match=r"calls the module, and Silent has no forward"):
+        with pytest.raises(MisconfigurationException, match=r"expected a module with a forward method, got Silent"):
             trainer(callback).fit(Silent(), loader())
 
 
@@ -249,6 +249,6 @@ def test_hooks_are_gone_after_an_error_in_training() -> None:
         (lambda: InferenceTimingCallback(modules="head"), "modules: expected a list of dotted names, got 'head'"),
     ],
 )
-def test_bad_options_are_refused_before_training(build: Any, message: str) -> None:
+def test_bad_options_raise_an_error_before_training(build: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         build()

@@ -1,4 +1,4 @@
-"""The base of the analyses: when it runs, what it leaves behind, what an error does."""
+"""Base class of the callbacks: hooks, restored state, and errors."""
 
 from typing import Any
 
@@ -83,16 +83,16 @@ def test_ctrl_c_ends_the_analysis_not_the_run() -> None:
     assert "train" in fine.results
 
 
-def test_missing_test_data_falls_back_to_validation_and_says_so() -> None:
+def test_missing_test_data_falls_back_to_validation_with_a_warning() -> None:
     analysis = MeanLoss()
-    with pytest.warns(UserWarning, match="no test data; val takes its place"):
+    with pytest.warns(UserWarning, match="no test data. Using val data instead"):
         trainer(analysis).fit(PlainModule(), loader(), loader(seed=1))
     assert set(analysis.results) == {"train", "val"}
 
 
-def test_missing_data_are_skipped_and_said() -> None:
+def test_missing_data_are_skipped_with_a_warning() -> None:
     analysis = MeanLoss(splits=["train", "val"])
-    with pytest.warns(UserWarning, match="no val data; the split is skipped"):
+    with pytest.warns(UserWarning, match="no val data. The split is skipped"):
         trainer(analysis).fit(PlainModule(), loader())
     assert set(analysis.results) == {"train"}
 
@@ -161,7 +161,7 @@ def test_logging_of_the_training_step_is_muted() -> None:
     assert "train" in analysis.results
 
 
-def test_a_loss_that_cannot_be_had_is_told_before_training() -> None:
+def test_a_missing_loss_raises_an_error_before_training() -> None:
     class ByHand(PlainModule):
         def __init__(self) -> None:
             super().__init__()
@@ -170,15 +170,17 @@ def test_a_loss_that_cannot_be_had_is_told_before_training() -> None:
         def training_step(self, batch: Any, batch_idx: int) -> None:
             raise AssertionError("trained before the error")
 
-    with pytest.raises(MisconfigurationException, match="ByHand optimizes by hand"):
+    with pytest.raises(MisconfigurationException, match="ByHand: expected automatic optimization"):
         trainer(MeanLoss()).fit(ByHand(), loader())
 
 
-def test_sharded_strategies_are_refused() -> None:
+def test_sharded_strategies_raise_an_error() -> None:
     class Sharded:
         strategy = object.__new__(FSDPStrategy)
 
-    with pytest.raises(MisconfigurationException, match="MeanLoss needs the whole model in one process"):
+    with pytest.raises(
+        MisconfigurationException, match="MeanLoss: expected a strategy with the whole model in every process"
+    ):
         MeanLoss().setup(Sharded(), PlainModule(), "fit")
 
 
@@ -207,11 +209,11 @@ def test_runs_of_two_fits_do_not_mix() -> None:
         ({"every_n_epochs": 0}, "every_n_epochs: expected an integer of at least 1 or None, got 0"),
         ({"weights": "mean"}, "weights: expected one of 'last', 'best', got 'mean'"),
         ({"max_time": 0}, "max_time: expected a positive number of seconds or None, got 0"),
-        ({"name": "/"}, "name: expected the beginning of a key, such as 'sharpness_head', got '/'"),
+        ({"name": "/"}, "name: expected the first part of a key, such as 'sharpness_head', got '/'"),
         ({"loss_fn": 3}, r"loss_fn: expected loss_fn\(module, batch\) -> scalar, got 3"),
     ],
 )
-def test_bad_arguments_are_refused(options: dict[str, Any], message: str) -> None:
+def test_bad_arguments_raise_an_error(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         MeanLoss(**options)
 

@@ -1,4 +1,4 @@
-"""When an analysis runs beside the end of fit, and on which weights."""
+"""Analyses outside the end of fit: stages, epochs and weights."""
 
 import csv
 import shutil
@@ -132,10 +132,12 @@ def test_best_weights_are_loaded_and_the_last_ones_put_back(tmp_path: Any) -> No
 
 
 def test_best_weights_need_a_checkpoint(tmp_path: Any) -> None:
-    with pytest.raises(MisconfigurationException, match=r"Weight\(weights='best'\) needs a checkpoint"):
+    with pytest.raises(
+        MisconfigurationException, match=r"Weight\(weights='best'\): expected a Trainer that writes checkpoints"
+    ):
         trainer(Weight(weights="best")).fit(PlainModule(), loader())
     unused = ModelCheckpoint(tmp_path, monitor="val", every_n_epochs=9)
-    with pytest.warns(UserWarning, match="the run has written no best checkpoint"):
+    with pytest.warns(UserWarning, match="expected a run with a best checkpoint"):
         trainer(Weight(splits=["train"], weights="best"), unused, enable_checkpointing=True).fit(
             Evaluated(), loader(), loader()
         )
@@ -179,9 +181,10 @@ def test_overfit_batches_bound_the_sample() -> None:
     assert size.results["train"] == 16
 
 
-def test_two_analyses_of_one_name_are_refused_and_of_two_names_kept_apart() -> None:
+def test_two_analyses_of_one_name_raise_an_error_and_of_two_names_are_separate() -> None:
     with pytest.raises(
-        MisconfigurationException, match=r"two analyses of this Trainer write below 'weight'.*name='wei"
+        MisconfigurationException,
+        match=r"expected one analysis for each name, got two with the name 'weight'.*name='wei",
     ):
         trainer(Weight(), Weight()).fit(PlainModule(), loader())
     run = trainer(Weight(splits=["train"]), Weight(splits=["train"], name="other"))
@@ -230,7 +233,7 @@ def test_a_dry_run_of_the_best_weights_takes_the_last() -> None:
     assert set(best.results) == {"train"}
 
 
-def test_a_fit_is_not_refused_for_what_it_does_not_do() -> None:
+def test_a_fit_without_analyses_raises_no_error_for_their_options() -> None:
     class ByHand(Evaluated):
         def __init__(self) -> None:
             super().__init__()
@@ -239,7 +242,7 @@ def test_a_fit_is_not_refused_for_what_it_does_not_do() -> None:
     later = SharpnessCallback(stages=["test"], weights="best", loss_fn=None)
     trainer(later).fit(ByHand(), loader())
     assert later.results == {}
-    with pytest.raises(MisconfigurationException, match="optimizes by hand"):
+    with pytest.raises(MisconfigurationException, match="expected automatic optimization"):
         trainer(SharpnessCallback(stages=["test"], every_n_epochs=1)).fit(ByHand(), loader())
 
 

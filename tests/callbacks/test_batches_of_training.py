@@ -1,4 +1,4 @@
-"""A batch of a Trainer's run: its number of samples, copies of it, and modules that need it whole."""
+"""Batches in a Trainer's run: numbers of samples, copies, and modules that need whole batches."""
 
 import warnings
 from typing import Any
@@ -93,7 +93,7 @@ def test_a_module_with_a_hidden_state_of_fixed_size() -> None:
     assert analyzed(FixedState(), loader, batch_size=64).num_samples == 128
     with pytest.raises(RuntimeError) as caught:
         analyzed(FixedState(), loader)  # in batches of 50
-    assert "takes batch_size=64" in caught.value.__notes__[0]
+    assert "pass batch_size=64" in caught.value.__notes__[0]
 
 
 class GraphNet(Module):
@@ -150,7 +150,7 @@ class Weighted(Module):
         return F.cross_entropy(self.net(batch[0]), batch[1])
 
 
-def test_a_loss_that_is_no_mean_is_told_once_with_the_callbacks_prefix() -> None:
+def test_a_loss_that_is_not_a_mean_causes_one_warning_with_the_callbacks_prefix() -> None:
     y = torch.where(torch.arange(60) < 25, -100, torch.arange(60) % 3)
     loader = DataLoader(TensorDataset(torch.randn(60, 6), y), batch_size=20)
     module = Weighted()
@@ -186,12 +186,12 @@ def test_functions_have_to_be_functions(name: str) -> None:
         SharpnessCallback(**{name: 3})
 
 
-def test_weights_are_refused_where_there_is_no_loss() -> None:
+def test_weights_without_a_loss_raise_an_error() -> None:
     with pytest.raises(ValueError, match="batch_weight_fn: expected None, as this analysis evaluates no loss"):
         ExpertUtilizationCallback(batch_weight_fn=len)
 
 
 @pytest.mark.parametrize("given", [(torch.zeros(4, 2), torch.zeros(4)), [torch.zeros(4, 2), torch.zeros(4).long()]])
-def test_one_batch_in_place_of_a_loader_is_refused(given: Any) -> None:
-    with pytest.raises(ValueError, match=r"train: expected a loader or a list of batches, got .* pass \[\(X, y\)\]"):
+def test_one_batch_in_place_of_a_loader_raises_an_error(given: Any) -> None:
+    with pytest.raises(ValueError, match=r"train: expected a loader or a list of batches, got .* Pass \[\(X, y\)\]"):
         SharpnessCallback(loss_fn=lambda m, b: m(b).mean()).analyze(nn.Linear(2, 1), train=given)

@@ -1,4 +1,4 @@
-"""The callbacks under DDP: two processes find what one finds, rank zero writes, nothing is lost, nothing hangs."""
+"""The callbacks under DDP: two processes agree with one, rank zero writes, no data is lost, and no process hangs."""
 
 import csv
 import json
@@ -246,7 +246,7 @@ Path("rows.txt").write_text(str(float(trainer.callback_metrics["expert_utilizati
     assert float((tmp_path / "rows.txt").read_text()) == 100
 
 
-def test_launched_processes_find_what_one_finds_and_a_failure_on_one_rank_hangs_nobody(
+def test_launched_processes_agree_with_one_and_do_not_hang_after_a_failure_on_one_rank(
     alone: dict[str, float], tmp_path: Path
 ) -> None:
     process = launch(

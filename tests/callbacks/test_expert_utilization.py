@@ -1,4 +1,4 @@
-"""The utilization while a model trains: series, warnings, resumption, and nothing in the way of the training."""
+"""Expert utilization during training: time series, warnings, resumption, and unchanged training."""
 
 import copy
 import math
@@ -87,25 +87,25 @@ def test_flips_are_those_of_the_validation_samples() -> None:
     assert values == [None, 1.0, 0.0]
 
 
-def test_shuffled_validation_data_are_told_and_not_compared() -> None:
+def test_shuffled_validation_data_cause_a_warning_and_are_not_compared() -> None:
     run = trainer(utilization(), max_epochs=3)
     x, y = torch.randn(40, 5), torch.arange(40) % 3
     with pytest.warns(UserWarning) as caught:
         run.fit(PlainModule(), loader(), DataLoader(TensorDataset(x, y), 16, shuffle=True))
     told = [
-        str(warning.message) for warning in caught if "validation data are others each time" in str(warning.message)
+        str(warning.message) for warning in caught if "validation batches differ between epochs" in str(warning.message)
     ]
     assert len(told) == 1
     assert "shuffle=False" in told[0]
     assert f"{PREFIX}/routing_flips" not in run.callback_metrics
 
 
-def test_collapse_and_dead_experts_are_told_once() -> None:
+def test_collapse_and_dead_experts_cause_one_warning() -> None:
     with pytest.warns(UserWarning) as caught:
         fit(Collapsing(), utilization(warn=True), max_epochs=3)
     told = [str(w.message) for w in caught if str(w.message).startswith("expert_utilization: epoch")]
     (line,) = told
-    assert line.startswith("expert_utilization: epoch 0, head 'head': the routing collapses, 1.0 of 4 experts are in")
+    assert line.startswith("expert_utilization: epoch 0, head 'head': the routing collapses to 1.0 effective")
     assert "; 3 of 4 experts dead: numbers" in line
     assert line.count("Raise the coefficients of balance") == 1
 
@@ -127,12 +127,12 @@ class HiddenByNoise(PlainModule):
         return torch.optim.SGD(self.parameters(), lr=0.0)
 
 
-def test_experts_that_only_noise_keeps_alive_are_told() -> None:
+def test_experts_that_are_used_only_because_of_noise_cause_a_warning() -> None:
     with pytest.warns(UserWarning) as caught:
         fit(HiddenByNoise(), utilization(warn=True), max_epochs=3, num_sanity_val_steps=2)
     (told,) = [str(w.message) for w in caught if str(w.message).startswith("expert_utilization: epoch")]
     assert told.startswith(
-        "expert_utilization: epoch 1, head 'head': on the validation data, and not in training, the routing collapses"
+        "expert_utilization: epoch 1, head 'head': on the validation data, but not in training, the routing collapses"
     )
     assert "3 of 4 experts dead: numbers 1 (0.0% of the fair share of the load), 2 (0.0%), 3 (0.0%)" in told
 
@@ -172,7 +172,7 @@ def test_history_goes_on_where_a_checkpoint_left_it(tmp_path: Path) -> None:
     assert list(again.history["head"]) == [0]
 
 
-def test_whoever_resumes_without_it_is_not_asked_to_add_it(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+def test_resuming_without_the_callback_causes_no_warning(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
     keeper = ModelCheckpoint(tmp_path, save_last=True, save_on_train_epoch_end=True)
     fit(PlainModule(), utilization(), keeper, enable_checkpointing=True)
     run = trainer(ModelCheckpoint(tmp_path, save_last=True), max_epochs=2, enable_checkpointing=True)
@@ -193,7 +193,7 @@ def test_two_of_them_need_names() -> None:
         fit(PlainModule(), utilization(), utilization())
 
 
-def test_logits_that_are_not_finite_are_told_and_leave_no_old_number() -> None:
+def test_nonfinite_logits_cause_a_warning_and_leave_no_old_number() -> None:
     class Broken(PlainModule):
         def forward(self, x: Tensor) -> Tensor:
             return super().forward(x * torch.nan if self.training and self.current_epoch == 1 else x)
@@ -215,7 +215,7 @@ class Compiled(PlainModule):
         return self.whole(x)
 
 
-def test_a_model_whose_hooks_are_not_called_is_told() -> None:
+def test_a_model_whose_hooks_are_not_called_causes_a_warning() -> None:
     torch._dynamo.reset()
     module = Compiled()
     fit(module)
@@ -284,7 +284,7 @@ def adapter(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Routing
     return Routing.from_probs(output.softmax(-1))
 
 
-def test_anybodys_router() -> None:
+def test_a_router_of_another_package() -> None:
     module = Foreign()
     del module.head
     usage = utilization(adapters={"gate": adapter})
@@ -349,7 +349,7 @@ def test_bad_options(options: dict[str, Any], message: str) -> None:
         ExpertUtilizationCallback(**options)
 
 
-def test_an_adapter_that_fits_nothing_is_told_before_training() -> None:
+def test_an_adapter_without_a_match_raises_an_error_before_training() -> None:
     with pytest.raises(ValueError, match="adapters: expected classes or names of modules inside the model"):
         trainer(utilization(adapters={"nowhere": adapter})).fit(PlainModule(), loader())
 

@@ -99,7 +99,7 @@ def test_only_the_head_moves_and_the_body_is_computed_once() -> None:
 
 
 def test_eigenvectors_of_the_same_parameters_are_not_computed_twice(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("moe_heads.callbacks.landscape_eigenvectors.top_eigenvectors", None)
+    monkeypatch.setattr("moe_heads.callbacks._landscape_eigenvectors.top_eigenvectors", None)
     landscape = LossLandscapeCallback(**SMALL, params=["head"], plane_directions="eigenvectors")
     trainer(SharpnessCallback(splits=["train"], params=["head"]), landscape).fit(PlainModule(), loader())
     assert landscape.results["train"].plane is not None
@@ -108,7 +108,7 @@ def test_eigenvectors_of_the_same_parameters_are_not_computed_twice(monkeypatch:
 
 
 def test_eigenvectors_are_those_of_the_same_samples_in_other_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("moe_heads.callbacks.landscape_eigenvectors.top_eigenvectors", None)
+    monkeypatch.setattr("moe_heads.callbacks._landscape_eigenvectors.top_eigenvectors", None)
     sharpness, landscape = SharpnessCallback(splits=["train"], batch_size=7), LossLandscapeCallback(**SMALL)
     trainer(sharpness, landscape).fit(PlainModule(), loader())
     assert sharpness.results["train"].num_samples > 7
@@ -117,7 +117,7 @@ def test_eigenvectors_are_those_of_the_same_samples_in_other_batches(monkeypatch
 
 def test_a_trajectory_needs_a_training() -> None:
     landscape = LossLandscapeCallback(**SMALL, trajectory=True, check_curvatures=False)
-    with pytest.warns(UserWarning, match="no trajectory, since this callback has seen no training"):
+    with pytest.warns(UserWarning, match="no trajectory, since no training was recorded by this callback"):
         results = landscape.analyze(Accurate(), train=loader())
     assert results["train"].trajectory is None
     assert results["train"].plane.checks == ()

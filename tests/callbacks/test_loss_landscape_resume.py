@@ -44,7 +44,7 @@ def test_a_run_of_the_same_goes_on_along_the_same_eigenvector(tmp_path: Path, mo
     trained(first)
     before = {path: path.read_bytes() for path in tmp_path.rglob("*.npz")}
     # what another process would compute differs by rounding
-    monkeypatch.setattr("moe_heads.callbacks.landscape_eigenvectors.top_eigenvectors", None)
+    monkeypatch.setattr("moe_heads.callbacks._landscape_eigenvectors.top_eigenvectors", None)
     second = LossLandscapeCallback(**options)
     trained(second)
     assert {*before} == {*tmp_path.rglob("*.npz")}

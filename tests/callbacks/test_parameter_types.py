@@ -1,4 +1,4 @@
-"""Parameters that cannot be analyzed are refused before training, and others in half precision are analyzed."""
+"""Unsupported parameter types raise an error before training, and half precision is supported."""
 
 import warnings
 from typing import Any
@@ -51,7 +51,7 @@ def half() -> nn.Module:
 
 
 @pytest.mark.parametrize("kind", [SharpnessCallback, LossLandscapeCallback])
-def test_complex_parameters_are_refused_before_training(kind: Any) -> None:
+def test_complex_parameters_raise_an_error_before_training(kind: Any) -> None:
     model = Net(Complex())
     with pytest.raises(
         MisconfigurationException, match=r"'backbone\.weight' of type torch\.complex64.*view_as_complex"
@@ -61,21 +61,21 @@ def test_complex_parameters_are_refused_before_training(kind: Any) -> None:
 
 
 @pytest.mark.parametrize(("backbone", "precision"), [(half, "bf16-mixed"), (lambda: nn.Linear(4, 5), "bf16-true")])
-def test_half_parameters_that_train_are_refused_before_training(backbone: Any, precision: str) -> None:
+def test_half_parameters_that_train_raise_an_error_before_training(backbone: Any, precision: str) -> None:
     model = Net(backbone())
     with pytest.raises(MisconfigurationException, match=r"'backbone\.\w+' is in half precision: freeze it"):
         fit(model, SharpnessCallback(), precision)
     assert model.steps == 0
 
 
-def test_a_landscape_says_before_training_that_its_line_is_missing() -> None:
+def test_a_landscape_warns_before_training_of_its_missing_line() -> None:
     callback = LossLandscapeCallback(splits=["train"], plane_points=3)
     told = fit(Net(nn.Linear(4, 5)), callback, "bf16-true")
-    assert any("The landscape is without its line" in message for message in told)
+    assert any("The landscape has no line" in message for message in told)
     assert callback.results["train"].plane is not None and callback.results["train"].line is None
 
 
-def test_it_is_refused_only_where_it_is_analyzed() -> None:
+def test_only_analyzed_parameters_raise_an_error() -> None:
     for model in (Net(half()), Net(Complex())):
         callback = SharpnessCallback(splits=["train"], params=["head"], on_error="raise")
         fit(model, callback, "bf16-mixed" if isinstance(model.backbone, nn.Linear) else "32-true")

@@ -1,4 +1,4 @@
-"""What the sharpness callback adds to the function: splits, epochs, engines, and what goes with the spectrum."""
+"""Additions of the sharpness callback to the function: splits, epochs, engines, and quantities beyond the spectrum."""
 
 from typing import Any
 
@@ -126,7 +126,7 @@ def test_without_density_the_last_tracked_epoch_is_the_end_of_fit(monkeypatch: p
     assert calls == 1 and callback.results["train"].density is None
 
 
-def test_the_published_engine_says_what_is_wrong_with_it() -> None:
+def test_the_published_engine_reports_its_defects() -> None:
     callback = SharpnessCallback(loss_fn=cross_entropy, engine="pyhessian", splits=["train"], batch_size=8)
     model = sparse_model()
     result = callback.analyze(model, train=loader())["train"]

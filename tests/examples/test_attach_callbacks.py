@@ -1,4 +1,4 @@
-"""The example of somebody's own module."""
+"""Example with an existing LightningModule."""
 
 from pathlib import Path
 

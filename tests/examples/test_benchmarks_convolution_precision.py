@@ -1,4 +1,4 @@
-"""The benchmark of the precisions, tiny: what its rates are made of."""
+"""Benchmark of the precisions at small size: computation of the rates."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The ablation of the fast backbone, tiny: every variant trains, and is the variant that its name says."""
+"""Ablation of the fast backbone at small size: every variant trains and has the change that its name states."""
 
 import json
 import os

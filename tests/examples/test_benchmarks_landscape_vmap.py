@@ -1,4 +1,4 @@
-"""The benchmark of several points at once, tiny."""
+"""Benchmark of batched landscape points at small size."""
 
 import json
 from collections.abc import Iterator
@@ -28,4 +28,4 @@ def test_all_ways_give_the_same_losses(
     for row in rows:
         assert row["ms"].keys() == {"loop", "vmap_2"}
         assert 0 <= row["largest_relative_difference"]["vmap_2"] < 1e-5
-    assert "dense, 7 samples: loop 1.0 ms; times of it: vmap_2 1.00" in capsys.readouterr().out
+    assert "dense, 7 samples: loop 1.0 ms; relative to it: vmap_2 1.00" in capsys.readouterr().out

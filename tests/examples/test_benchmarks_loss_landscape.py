@@ -1,4 +1,4 @@
-"""The benchmark of the loss landscape, tiny: what it measures without the other libraries."""
+"""Benchmark of the loss landscape at small size, without other libraries."""
 
 import json
 import sys
@@ -41,4 +41,4 @@ def test_it_measures_ratios_memory_and_what_is_left_behind(
     assert set(row["restored"].values()) == {True}
     assert row["head_only_saves"] > 0
     assert row["peak_copies_of_the_parameters_beside_directions"] > 0
-    assert "times its bare forward passes" in capsys.readouterr().out
+    assert "times the bare forward passes" in capsys.readouterr().out

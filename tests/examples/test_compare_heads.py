@@ -1,4 +1,4 @@
-"""The main job, small: folders, report, resume, and what it refuses before training starts."""
+"""The study at small size: folders, report, resumption, and invalid options before training."""
 
 import json
 import os
@@ -40,7 +40,9 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.Co
     return folder, compare(*SMALL, folder=folder)
 
 
-def test_runs_to_the_end_and_says_where_to_look(study: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+def test_a_study_runs_to_the_end_and_prints_the_path_of_the_report(
+    study: tuple[Path, subprocess.CompletedProcess[str]],
+) -> None:
     folder, result = study
     assert result.returncode == 0, result.stderr
     assert "Warning" not in result.stderr
@@ -78,31 +80,31 @@ def test_resume_skips_finished_runs_and_a_second_start_needs_it(
     monkeypatch.chdir(study[0])
     main = script(monkeypatch)
     assert main(SMALL) == 2
-    assert "holds runs already; pass --resume" in capsys.readouterr().err
+    assert "expected a folder without runs" in capsys.readouterr().err
     assert main([*SMALL, "--resume", "--epochs", "2"]) == 2
     assert "was made with epochs=1 (now 2)" in capsys.readouterr().err
     assert main([*SMALL, "--resume"]) == 0
-    assert capsys.readouterr().out.count("finished before") == 2
+    assert capsys.readouterr().out.count("already finished") == 2
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--data", "mnist"], "--data: expected digits, cifar10 or imagefolder:PATH, got 'mnist'"),
-        (["--data", "imagefolder:nowhere"], "there is no 'nowhere'"),
+        (["--data", "imagefolder:nowhere"], "got 'nowhere', which does not exist"),
         (["--heads", "dense", "quantum"], "--heads: expected some of dense, soft, sparse, hard, got quantum"),
         (["--seeds", "0"], "--seeds: expected an integer of at least 1, got 0"),
         (["--learning-rate", "-1"], "--learning-rate: expected a finite number above 0, got -1.0"),
         (["--plane-points", "2"], "--plane-points: expected 3 to 256, got 2"),
         (["--max-minutes", "0"], "--max-minutes: expected a finite number above 0, got 0.0"),
-        (["--whiten"], "--whiten: expected fast_cnn as --backbone, got digits_cnn"),
-        (["--out", "file/below"], "--out: expected a folder that can be written"),
+        (["--whiten"], "--whiten: expected --backbone fast_cnn, got digits_cnn"),
+        (["--out", "file/below"], "--out: expected a writable folder"),
         (["--head-width", "1", "--heads", "sparse"], "total: expected a number of parameters"),
         (["--backbone", "resnet9"], "resnet9"),
-        (["--accelerator", "abacus"], "--accelerator: cannot train on 'abacus' here"),
+        (["--accelerator", "abacus"], "--accelerator: expected an available accelerator, got 'abacus'"),
     ],
 )
-def test_bad_input_is_refused_before_anything_is_written(
+def test_invalid_options_raise_an_error_before_anything_is_written(
     arguments: list[str],
     message: str,
     tmp_path: Path,
@@ -132,13 +134,13 @@ def test_ctrl_c_in_an_analysis_ends_the_study(
     monkeypatch.setattr("signal.signal", lambda *handler: None)  # Lightning is deaf to Ctrl-C from here on
     with pytest.warns(UserWarning, match="sharpness/train: interrupted"):
         assert main([*SMALL, "--heads", "dense"]) == 130
-    assert "interrupted; what is done is kept, carry on with --resume" in capsys.readouterr().err
+    assert "interrupted. Finished parts are kept. Continue with --resume." in capsys.readouterr().err
     assert not list(tmp_path.rglob("result.json"))
     assert not list(tmp_path.rglob("loss_landscape.json"))  # no other analysis was begun
     assert mine.exists()
 
 
-def test_a_broken_result_is_told_by_its_name(
+def test_a_damaged_result_is_reported_with_its_path(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "runs" / "digits" / "dense" / "seed0"
@@ -147,7 +149,7 @@ def test_a_broken_result_is_told_by_its_name(
     monkeypatch.chdir(tmp_path)
     assert script(monkeypatch)([*SMALL, "--resume"]) == 2
     error = capsys.readouterr().err
-    assert "seed0/result.json is not what a run has written" in error and "remove the file" in error
+    assert "seed0/result.json is damaged" in error and "Remove the file" in error
 
 
 @pytest.mark.slow

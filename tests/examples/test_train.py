@@ -1,4 +1,4 @@
-"""LightningCLI with the configurations that the repository ships."""
+"""LightningCLI with the configurations of the repository."""
 
 from pathlib import Path
 

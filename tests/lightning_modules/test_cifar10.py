@@ -1,4 +1,4 @@
-"""The real archive is not needed: a small one of the same layout takes its place."""
+"""CIFAR-10 data module, tested on a small archive with the layout of the real one."""
 
 import hashlib
 import io
@@ -126,7 +126,7 @@ def test_failed_download_says_where_the_archive_goes_and_leaves_nothing(
     if exists:
         folder.mkdir()
     with pytest.raises(
-        RuntimeError, match=rf"could not be fetched into {folder}: .* put {CIFAR10.filename} .*into that"
+        RuntimeError, match=rf"could not be downloaded to {folder}: .* put {CIFAR10.filename} .*into that"
     ):
         CIFAR10DataModule(str(folder)).prepare_data()
     assert folder.exists() == exists
@@ -135,14 +135,14 @@ def test_failed_download_says_where_the_archive_goes_and_leaves_nothing(
 
 def test_truncated_download_leaves_nothing(archive: Path, tmp_path: Path) -> None:
     archive.write_bytes(archive.read_bytes()[:1000])
-    with pytest.raises(RuntimeError, match="CIFAR-10 could not be fetched"):
+    with pytest.raises(RuntimeError, match="CIFAR-10 could not be downloaded"):
         CIFAR10DataModule(str(tmp_path / "data")).prepare_data()
     assert not (tmp_path / "data").exists()
 
 
 def test_damaged_archive_in_the_folder(archive: Path, tmp_path: Path) -> None:
     (tmp_path / CIFAR10.filename).write_bytes(b"half")
-    with pytest.raises(RuntimeError, match=rf"{CIFAR10.filename} is damaged .*: delete or replace it"):
+    with pytest.raises(RuntimeError, match=rf"{CIFAR10.filename} is damaged .*\. Delete or replace it"):
         CIFAR10DataModule(str(tmp_path)).prepare_data()
     assert (tmp_path / CIFAR10.filename).read_bytes() == b"half"
 
@@ -151,13 +151,13 @@ def test_damaged_folder(archive: Path, tmp_path: Path) -> None:
     data = CIFAR10DataModule(str(tmp_path))
     data.prepare_data()
     (tmp_path / CIFAR10.base_folder / "data_batch_3").unlink()
-    with pytest.raises(RuntimeError, match=rf"{CIFAR10.base_folder} is incomplete or damaged: delete it"):
+    with pytest.raises(RuntimeError, match=rf"{CIFAR10.base_folder} is incomplete or damaged\. Delete it"):
         data.setup()
 
 
 def test_folder_that_cannot_be_made(archive: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(RuntimeError, match="CIFAR-10 could not be fetched into"):
+    with pytest.raises(RuntimeError, match="CIFAR-10 could not be downloaded to"):
         CIFAR10DataModule(str(tmp_path / "file" / "data")).prepare_data()
 
 

@@ -178,7 +178,7 @@ def test_non_finite_logits_are_refused_before_training(bad: float) -> None:
 
 
 def test_data_with_another_number_of_classes_is_refused() -> None:
-    with pytest.raises(ValueError, match="head: expected 10 classes, as the data module has, got 3"):
+    with pytest.raises(ValueError, match="head: expected 10 classes, the number of the data module, got 3"):
         trainer().fit(MoEClassifier(DigitsCNN(), Dense(64, 3)), DigitsDataModule())
 
 
@@ -206,10 +206,10 @@ def test_number_of_classes() -> None:
         ({"nesterov": True, "momentum": 0.0}, "nesterov: expected False with momentum 0, got True"),
         ({"nesterov": "False"}, "nesterov: expected True or False, got 'False'"),
         ({"schedule": "step"}, "schedule: expected one of 'cosine', 'linear', 'constant', got 'step'"),
-        ({"head": nn.Identity()}, "num_classes: expected a number, as Identity has neither .* got None"),
-        ({"num_classes": 4}, "num_classes: expected 3, the head's number of logits, got 4"),
+        ({"head": nn.Identity()}, "num_classes: expected a number, since Identity has neither .* got None"),
+        ({"num_classes": 4}, "num_classes: expected 3, the number of logits of the head, got 4"),
         ({"num_classes": 0}, "num_classes: expected an integer of at least 1, got 0"),
-        ({"head": Dense(5, 3)}, "head: expected in_features=6, the backbone's num_features, got 5"),
+        ({"head": Dense(5, 3)}, "head: expected in_features=6, the num_features of the backbone, got 5"),
         ({"head": "SparseMoE"}, "head: expected a torch.nn.Module, got 'SparseMoE'"),
     ],
 )
@@ -250,5 +250,5 @@ def test_an_empty_training_loader_is_refused_before_training() -> None:
 def test_weights_that_are_not_finite_are_refused_before_training() -> None:
     model = MoEClassifier(backbone(), nn.Linear(NUM_FEATURES, NUM_CLASSES))
     nn.init.constant_(model.head.bias, float("nan"))
-    with pytest.raises(ValueError, match=r"weights: expected finite numbers .* got NaN or infinity in head.bias"):
+    with pytest.raises(ValueError, match=r"weights: expected finite numbers .* got nan or infinity in head.bias"):
         trainer(num_sanity_val_steps=0).fit(model, loader())

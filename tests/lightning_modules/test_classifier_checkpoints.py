@@ -1,4 +1,4 @@
-"""What a classifier leaves behind: checkpoints, hyper-parameters, and what the command line builds of them."""
+"""Checkpoints and hyperparameters of a classifier, and the command line."""
 
 import json
 import sys

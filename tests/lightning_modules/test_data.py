@@ -155,7 +155,7 @@ def test_hyper_parameters_for_the_table_of_runs() -> None:
         ({"augment": "False"}, "augment: expected True or False, got 'False'"),
         ({"num_workers": -1}, "num_workers: expected an integer of at least 0, got -1"),
         ({"val_split": 0.0}, r"val_split: expected a finite number above 0, got 0\.0"),
-        ({"val_split": 1.0}, r"val_split: expected a share between 0 and 1, got 1\.0"),
+        ({"val_split": 1.0}, r"val_split: expected a number between 0 and 1, got 1\.0"),
         ({"limit_train": 0}, "limit_train: expected an integer of at least 1 or None, got 0"),
     ],
 )
@@ -170,7 +170,7 @@ def test_bad_normalization(mean: tuple[float, ...], std: tuple[float, ...]) -> N
         def __init__(self) -> None:
             ImageDataModule.__init__(self, mean, std, 32, 0, 0.25, 42, True, None)
 
-    with pytest.raises(ValueError, match="mean, std: expected one number a channel, std above 0; got"):
+    with pytest.raises(ValueError, match="mean, std: expected one number per channel, std above 0, got"):
         Other()
 
 

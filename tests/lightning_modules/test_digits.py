@@ -1,3 +1,5 @@
+import sys
+
 import pytest
 import torch
 from sklearn.datasets import load_digits
@@ -64,3 +66,9 @@ def test_limit_train() -> None:
     assert len(DigitsDataModule(limit_train=100).analysis_dataset("train")) == 100
     with pytest.raises(ValueError, match="limit_train: expected at most the 1258 training images, got 1500"):
         DigitsDataModule(limit_train=1500).setup()
+
+
+def test_without_scikit_learn_the_message_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    with pytest.raises(ImportError, match=r"scikit-learn, .*, is not installed. Run `pip install moe-heads\[study\]`"):
+        DigitsDataModule().setup()

@@ -75,7 +75,7 @@ def test_googlenet_has_one_output_in_training() -> None:
         ({"name": "resnet18", "in_channels": 4}, "in_channels: expected 3 or 1 for a torchvision model, got 4"),
         ({"name": "resnet18", "image_size": 0}, "image_size: expected an integer of at least 1, got 0"),
         ({"name": "squeezenet1_1"}, "squeezenet1_1: expected a linear classifier at the end, got AdaptiveAvgPool2d"),
-        ({"name": "alexnet", "image_size": 8}, r"torchvision:alexnet: cannot take images of shape \(3, 8, 8\): "),
+        ({"name": "alexnet", "image_size": 8}, r"torchvision:alexnet does not support images of shape \(3, 8, 8\): "),
         ({"name": "resnet18", "weights": "NONE_SUCH"}, "torchvision:resnet18, weights='NONE_SUCH', image_size=224: "),
     ],
 )
@@ -93,15 +93,15 @@ def test_timm_features(name: str, size: int) -> None:
 
 
 def test_timm_refuses_an_unknown_name_and_names_similar_ones() -> None:
-    with pytest.raises(ValueError, match=r"timm model: .*, got 'resnet10x'; similar: resnet10t, "):
+    with pytest.raises(ValueError, match=r"timm model: .*, got 'resnet10x'\. Similar names: resnet10t, "):
         TimmBackbone("resnet10x")
 
 
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("vgg11", r"timm:vgg11: cannot take images of shape \(3, 8, 8\): "),
-        ("xcit_nano_12_p16_224", "timm:xcit_nano_12_p16_224 cannot be built for image_size=8: "),
+        ("vgg11", r"timm:vgg11 does not support images of shape \(3, 8, 8\): "),
+        ("xcit_nano_12_p16_224", "timm:xcit_nano_12_p16_224 does not support image_size=8: "),
     ],
 )
 def test_timm_refuses_images_that_are_too_small(name: str, message: str) -> None:
@@ -118,5 +118,7 @@ def test_without_timm_the_message_says_what_to_install(monkeypatch: pytest.Monke
         return real(name, package)
 
     monkeypatch.setattr(importlib, "import_module", import_module)
-    with pytest.raises(ImportError, match="backbone timm:resnet18: timm is not installed; run `pip install timm`"):
+    with pytest.raises(
+        ImportError, match=r"backbone timm:resnet18: timm is not installed. Run `pip install moe-heads\[timm\]`"
+    ):
         TimmBackbone("resnet18")

@@ -127,13 +127,13 @@ def test_hidden_folders_and_other_files_are_passed_over(root: Path) -> None:
 
 
 def test_missing_root(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"root: expected class folders in .*nowhere/train; there is no such folder"):
+    with pytest.raises(ValueError, match=r"root: expected class folders in .*nowhere/train, got no such folder"):
         module(tmp_path / "nowhere")
 
 
 def test_missing_test_folder(root: Path) -> None:
     shutil.rmtree(root / "test")
-    with pytest.raises(ValueError, match=r"root: expected class folders in .*/test; there is no such folder"):
+    with pytest.raises(ValueError, match=r"root: expected class folders in .*/test, got no such folder"):
         module(root)
 
 
@@ -147,14 +147,14 @@ def test_no_class_folders(tmp_path: Path) -> None:
 def test_other_classes_in_another_split(root: Path, split: str) -> None:
     shutil.copytree(root / "test", root / "val")
     (root / split / "bee").rename(root / split / "wasp")
-    with pytest.raises(ValueError, match=rf"the same classes in .*/{split} as in train; .* one of them: bee, wasp"):
+    with pytest.raises(ValueError, match=rf"the same classes in .*/{split} as in train, got .* one of them: bee, wasp"):
         module(root)
 
 
 def test_empty_class_folder(root: Path) -> None:
     shutil.rmtree(root / "train" / "bee")
     (root / "train" / "bee").mkdir()
-    with pytest.raises(ValueError, match=r"root: expected images \(.jpg .*\) in .*train/bee; found none"):
+    with pytest.raises(ValueError, match=r"root: expected images \(.jpg .*\) in .*train/bee, got none"):
         module(root)
 
 
@@ -163,17 +163,19 @@ def test_empty_class_folder(root: Path) -> None:
 def test_an_image_of_another_size_is_found_in_setup(root: Path, split: str, memory_limit_mb: int) -> None:
     write(root / split / "bee" / "odd.png", 1, 6, 7)
     data = module(root, memory_limit_mb=memory_limit_mb, val_split=0.05)
-    with pytest.raises(ValueError, match=r"odd\.png: 7x6 pixels, expected 8x6 as in the first image; give image_size"):
+    with pytest.raises(
+        ValueError, match=r"odd\.png: expected 8x6 pixels as in the first image, got 7x6\. Pass image_size"
+    ):
         data.setup()
 
 
 @pytest.mark.parametrize("memory_limit_mb", [1000, 0])
 def test_a_file_that_is_no_image(root: Path, memory_limit_mb: int) -> None:
     (root / "test" / "bee" / "bad.png").write_text("no image")
-    with pytest.raises(ValueError, match=r"bad\.png: not a readable image: "):
+    with pytest.raises(ValueError, match=r"bad\.png: expected a readable image, got an error: "):
         module(root, memory_limit_mb=memory_limit_mb).setup()
     (root / "train" / "ant" / "00.png").write_text("no image")
-    with pytest.raises(ValueError, match=r"00\.png: not a readable image: "):
+    with pytest.raises(ValueError, match=r"00\.png: expected a readable image, got an error: "):
         module(root)
 
 
@@ -184,7 +186,7 @@ def test_a_file_that_is_no_image(root: Path, memory_limit_mb: int) -> None:
         ({"crop_padding": -1}, "crop_padding: expected an integer of at least 0, got -1"),
         ({"memory_limit_mb": -2}, "memory_limit_mb: expected at least 0, got -2"),
         ({"mean": (0.5,), "std": (0.5,)}, "mean, std: expected three numbers"),
-        ({"mean": (0.5, 0.5, math.nan)}, "mean, std: expected one number a channel"),
+        ({"mean": (0.5, 0.5, math.nan)}, "mean, std: expected one number per channel"),
         ({"batch_size": 0}, "batch_size: expected an integer of at least 1, got 0"),
     ],
 )

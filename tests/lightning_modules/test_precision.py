@@ -1,4 +1,4 @@
-"""The precision of a device follows from its instructions."""
+"""Fastest precision by the instructions of a device."""
 
 import pytest
 import torch

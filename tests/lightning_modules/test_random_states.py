@@ -1,4 +1,4 @@
-"""A resumed training is the uninterrupted one."""
+"""Equality of a resumed and an uninterrupted training."""
 
 from pathlib import Path
 

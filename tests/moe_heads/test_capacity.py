@@ -57,12 +57,12 @@ def test_does_not_touch_the_generator_before_the_one_head_is_built() -> None:
     [
         (
             {"total": 500},
-            r"total: .* sparse head can come within 2.0% of, got 500, and the nearest is .*expert_width=1",
+            r"total: .* within 2.0% of a sparse head, got 500. The closest head has .*expert_width=1: change the",
         ),
         ({}, "total, active: expected exactly one of the two, got total=None, active=None"),
         ({"total": 1, "active": 1}, "total, active: expected exactly one"),
         ({"total": 0}, "total: expected an integer of at least 1, got 0"),
-        ({"total": 9, "expert_width": 3}, "expert_width: is what match_capacity chooses"),
+        ({"total": 9, "expert_width": 3}, "expert_width: expected no value, since match_capacity chooses it, got 3"),
         ({"total": 9, "tolerance": 0.0}, "tolerance: expected a finite number above 0"),
     ],
 )

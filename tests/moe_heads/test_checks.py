@@ -1,4 +1,4 @@
-"""The checks of arguments, where the tests of those who call them do not go: kinds of numbers, edges."""
+"""Argument checks: types of numbers and boundary values that the tests of the callers do not cover."""
 
 import math
 from collections.abc import Callable
@@ -41,7 +41,7 @@ def test_the_edges_of_what_is_taken() -> None:
         (lambda: check_at_least(0, count="2"), "count: expected an integer of at least 0, got '2'"),
         (lambda: check_at_least(0, count=2.0), r"count: expected an integer of at least 0, got 2\.0"),
         (lambda: check_at_least(0, count=None), "count: expected an integer of at least 0, got None"),
-        (lambda: check_at_least_one(width=np.int64(3)), "width: expected an integer of at least 1; got"),
+        (lambda: check_at_least_one(width=np.int64(3)), "width: expected an integer of at least 1, got"),
         (lambda: check_at_least(2, or_none=True, count=1), "count: expected an integer of at least 2 or None, got 1"),
         (lambda: check_at_least_one(or_none=True, size=0), "size: expected an integer of at least 1 or None, got 0"),
         (lambda: check_positive(or_none=True, value=0), "value: expected a finite number above 0 or None, got 0"),

@@ -1,4 +1,4 @@
-"""Heads in other people's models, and in the ways in which people train them."""
+"""Heads inside third-party models and training setups."""
 
 from collections.abc import Callable
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Theoretical arithmetic against torch's own counter."""
+"""Theoretical operations against the counter of torch."""
 
 import pytest
 import torch
@@ -53,5 +53,5 @@ def test_it_grows_with_the_batch_and_the_tokens() -> None:
 
 @pytest.mark.parametrize("sizes", [{"batch": 0}, {"batch": 2, "tokens": 0}, {"batch": 1.5}])
 def test_bad_sizes_are_refused(sizes: dict[str, object]) -> None:
-    with pytest.raises(ValueError, match="expected an integer of at least 1; got"):
+    with pytest.raises(ValueError, match="expected an integer of at least 1, got"):
         Dense(8, 3).flops(**sizes)

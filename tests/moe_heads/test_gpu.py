@@ -1,4 +1,4 @@
-"""Heads on a CUDA device: the same numbers as on the CPU, in CUDA graphs, and no wait for the host."""
+"""Heads on a CUDA device: the same numbers as on the CPU, also in CUDA graphs, without host synchronization."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""SparseMoE: what it computes, and what it refuses. Its dispatch paths are tested in dispatch/."""
+"""SparseMoE: values and error messages. The dispatch paths are tested in dispatch/."""
 
 import copy
 
@@ -144,7 +144,7 @@ def test_stands_where_a_linear_stood_in_any_model() -> None:
         ({"balance": {"entropy": 1.0}}, r"balance: expected one of 'importance', .*, got 'entropy'"),
         ({"balance": {"load": -1.0}}, r"balance\['load'\]: expected a finite number of at least 0, got -1.0"),
         ({"balance": 0.2}, r"balance: expected a mapping such as \{'importance': 0.2\}, got 0.2"),
-        ({"noisy": False}, r"balance\['load'\]: .* needs noisy=True"),
+        ({"noisy": False}, r"balance\['load'\]: expected noisy=True, .*, got noisy=False"),
     ],
 )
 def test_bad_arguments_are_refused(options: dict[str, object], message: str) -> None:
@@ -159,5 +159,5 @@ def test_integers_are_refused() -> None:
 
 @pytest.mark.parametrize("shape", [(16,), (4, 15), (2, 3, 4, 16)])
 def test_wrong_input_shape_is_refused(shape: tuple[int, ...]) -> None:
-    with pytest.raises(ValueError, match=r"x: expected floating point numbers of shape \(B, 16\) or \(B, T, 16\); got"):
+    with pytest.raises(ValueError, match=r"x: expected floating point numbers of shape \(B, 16\) or \(B, T, 16\), got"):
         SparseMoE(16, 3)(torch.randn(shape))

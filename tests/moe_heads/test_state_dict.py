@@ -1,4 +1,4 @@
-"""State dicts: names that stay, a version, and what a newer one says."""
+"""State dicts: stable names, the version, and the message for a newer version."""
 
 import copy
 from pathlib import Path

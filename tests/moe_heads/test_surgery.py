@@ -1,4 +1,4 @@
-"""Heads made from trained ones."""
+"""Heads made from trained heads."""
 
 import pytest
 import torch
@@ -52,7 +52,7 @@ def test_upcycling_a_pruned_head_copies_its_weights_by_name() -> None:
 def test_ablating_a_parametrized_head_is_refused() -> None:
     head = head_with("switch")
     torch.nn.utils.parametrizations.weight_norm(head.router.gate)
-    with pytest.raises(ValueError, match="head: expected one without parametrizations"):
+    with pytest.raises(ValueError, match="head: expected a head without parametrizations, got a parametrized one"):
         ablate(head, [0])
 
 
@@ -129,17 +129,17 @@ def test_ablation_of_nothing_is_an_independent_copy() -> None:
         (lambda: upcycle(nn.Linear(8, 3), 4), "dense_head: expected a moe_heads.Dense, got Linear"),
         (lambda: upcycle(Dense(8, 3), 0), "num_experts: expected an integer of at least 1, got 0"),
         (lambda: upcycle(Dense(8, 3), 4, k=5), "k: expected at most num_experts = 4, got 5"),
-        (lambda: upcycle(Dense(8, 3), 4, expert_width=5), "expert_width: is the dense head's; .* got 5"),
+        (lambda: upcycle(Dense(8, 3), 4, expert_width=5), "expert_width: expected no value, since the dense .* got 5"),
         (
             lambda: upcycle(Dense(8, 3), 4, num_shared_experts=1),
-            "num_shared_experts: would add to the dense head's logits",
+            "num_shared_experts: expected no value, since shared experts would add to the logits of the dense head",
         ),
         (lambda: ablate(Dense(8, 3), [0]), "head: expected a SoftMoE or SparseMoE, got Dense"),
         (lambda: ablate(head_with("switch"), [4]), r"experts: expected different integers from 0 to 3, got \[4\]"),
         (lambda: ablate(head_with("switch"), 1), r"experts: expected different integers from 0 to 3, got 1"),
-        (lambda: upcycle(Dense(8, 3), 4, in_features=9), "in_features: is the dense head's; .* got 9"),
+        (lambda: upcycle(Dense(8, 3), 4, in_features=9), "in_features: expected no value, .* got 9"),
         (lambda: ablate(head_with("switch"), [1, 1]), r"experts: expected different integers .* got \[1, 1\]"),
-        (lambda: ablate(head_with("noisy_top_k"), [0, 1, 2]), "experts: expected at least 2 experts to be left"),
+        (lambda: ablate(head_with("noisy_top_k"), [0, 1, 2]), "experts: expected at least 2 remaining .*, got 1"),
     ],
 )
 def test_bad_arguments_are_refused(make: object, message: str) -> None:

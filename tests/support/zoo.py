@@ -121,7 +121,7 @@ NO_SECOND_DERIVATIVE = Told(
     "hardsigmoid has no second derivative",
 )
 CARRIES_A_STATE = Told(
-    r"the loss of one batch was .* on a repeat .* The module carries a state from one batch to the next",
+    r"the loss of one batch was .* on a repeat .* The module carries a state between batches",
     "the module carries a state from batch to batch",
 )
 IS_A_SUM = Told(r"the loss of \d+ samples is the sum of the losses of its halves", "the loss is a sum over the samples")

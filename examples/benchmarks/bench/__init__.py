@@ -1,1 +1,1 @@
-"""Parts of the benchmark scripts."""
+"""Modules that the benchmark scripts share."""

@@ -1,4 +1,4 @@
-"""Residual networks with a head, briefly trained on real images: what the sharpness benchmark measures.
+"""Residual networks with a head, briefly trained on real images, for the benchmarks.
 
 Shapes: N images, H and W pixels.
 """
@@ -25,13 +25,13 @@ HEADS = ("dense", "soft", "sparse")
 
 @dataclass(frozen=True)
 class Net:
-    """A backbone, and what of the benchmark depends on its size.
+    """A backbone with benchmark options that depend on its size.
 
     Attributes:
-        backbone: Makes it, untrained.
-        batch: Images a batch in the measurements.
+        backbone: Builds the untrained backbone.
+        batch: Images in a batch of the measurements.
         steps: Training steps.
-        rounds: How often each contender runs its full measurement.
+        rounds: Number of full measurements of each candidate.
     """
 
     backbone: Callable[[], CifarResNet | ResNet18Cifar]
@@ -52,21 +52,21 @@ class Images:
     num_classes: int
 
     def batches(self, num_samples: int, size: int) -> list[tuple[Tensor, Tensor]]:
-        """The first images as they are, in batches."""
+        """Return the first images without augmentation, in batches."""
         x = ImageTransform(CIFAR10_MEAN, CIFAR10_STD)(self.raw[:num_samples])
         return list(zip(x.split(size), self.labels[:num_samples].split(size), strict=True))
 
 
 def load_images(folder: Path, limit: int, seed: int) -> Images:
-    """At most ``limit`` images of ``folder/train/<class>``, in an order fixed by the seed.
+    """Load at most ``limit`` images of ``folder/train/<class>``, in an order fixed by the seed.
 
     Raises:
-        ValueError: If there are none.
+        ValueError: If there are no images.
     """
     classes = sorted(path for path in (folder / "train").glob("*") if path.is_dir())
     files = [(path, label) for label, name in enumerate(classes) for path in sorted(name.iterdir())]
     if not files:
-        raise ValueError(f"expected images in train/<class> folders; found none in {folder}")
+        raise ValueError(f"--images: expected images in train/<class> folders, got none in {folder}.")
     chosen = random.Random(seed).sample(files, min(limit, len(files)))
     with Image.open(chosen[0][0]) as image:
         width, height = image.size
@@ -77,18 +77,18 @@ def load_images(folder: Path, limit: int, seed: int) -> Images:
 def trained(
     net: str, head: str, images: Images, *, steps: int, seed: int, batch: int = 128, cache: Path | None = None
 ) -> nn.Module:
-    """The backbone and the head, trained by SGD with momentum while its step falls to zero; in evaluation mode.
+    """Return backbone and head, trained by SGD with momentum and a linear schedule to zero, in evaluation mode.
 
-    The heads have equal total parameters. The projection of the sparse head's noise takes no part in evaluation and is
-    frozen: most Hessian libraries stop with an error on a parameter that the loss does not reach.
+    The heads have equal total parameters. The projection of the sparse head's noise is unused in evaluation and is
+    frozen, since most Hessian libraries raise an error for parameters that the loss does not depend on.
 
     Args:
         net: Key of `NETS`.
         head: One of `HEADS`.
-        images: What to train on, with random crops and flips.
+        images: Training images, used with random crops and flips.
         steps: Training steps.
         seed: Seed of the weights and of the training.
-        batch: Images a step.
+        batch: Images in a training step.
         cache: File of trained weights, read before and written after the training.
     """
     torch.manual_seed(seed)

@@ -1,4 +1,4 @@
-"""All that is measured of one network with one head: unit costs, ours, the budget of the peers' traces, the peers."""
+"""Measurements of one network with one head: cost of products, our analysis, trace budget of the peers, and peers."""
 
 import random
 import statistics
@@ -23,17 +23,17 @@ SECTIONS = ("costs", "ours", "budget", *PEERS, "equal")
 Measurement = Callable[[], Row]
 
 
-# Standard error, as a share, of the trace with which PyHessian's rule of stopping is content (7 % root mean square).
+# Relative standard error of the trace at which PyHessian's stopping rule ends (7 % root mean square).
 _MODEST = 0.05
 
 
 class Cell:
-    """The measurements of one network with one head.
+    """Measurements of one network with one head.
 
     Args:
-        problem: Its Hessian.
-        cell: Where the findings go, by section.
-        peers: Those that can be imported.
+        problem: The Hessian.
+        cell: Receives the results by section.
+        peers: Names of the available peers.
         graph_memory: Bytes that our operator may keep; None for its default.
         write: Called after every measurement.
     """
@@ -44,22 +44,22 @@ class Cell:
         self.problem, self.cell, self.peers, self.graph_memory, self.write = problem, cell, peers, graph_memory, write
 
     def measure(self, sections: Sequence[str], rounds: int) -> None:
-        """Run the sections; those of contenders ``rounds`` times, in random order after the first round."""
+        """Run the sections; full analyses run ``rounds`` times, in random order after the first round."""
         self.cell["net"] = self._facts()
         if "costs" in sections:
             self.cell["costs"] = self._costs(rounds)
             self.write()
-        contenders = self._contenders(sections)
-        if "ours" in contenders:
+        candidates = self._candidates(sections)
+        if "ours" in candidates:
             self.cell.pop("ours", None)
-        runs: dict[str, list[Row]] = {name: [] for name in contenders}
+        runs: dict[str, list[Row]] = {name: [] for name in candidates}
         for number in range(rounds):
-            names = list(contenders)
+            names = list(candidates)
             if number:
                 random.Random(number).shuffle(names)
             for name in names:
                 gradient = cpu_seconds(self.problem.gradient)
-                runs[name].append(contenders[name]() | {"gradient_cpu_s": gradient})
+                runs[name].append(candidates[name]() | {"gradient_cpu_s": gradient})
                 self.cell[name] = _median(runs[name])
                 self.write()
                 print(f"{name} {self.cell[name]['cpu_s']:.1f} s", end="  ", flush=True)
@@ -75,7 +75,7 @@ class Cell:
         self.cell |= {"verdicts": verdicts(self.cell), "asides": asides(self.cell)}
         self.write()
 
-    def _contenders(self, sections: Sequence[str]) -> dict[str, Measurement]:
+    def _candidates(self, sections: Sequence[str]) -> dict[str, Measurement]:
         chosen: dict[str, Measurement] = {"ours": self._ours} if "ours" in sections else {}
         for name, peer in PEERS.items():
             if name in sections and name in self.peers:
@@ -90,13 +90,13 @@ class Cell:
         return {"num_parameters": self.problem.num_parameters, "loss": loss, "accuracy": accuracy}
 
     def _known(self) -> Row:
-        """What the peers are told, and compared with.
+        """Return our results, which the peers use and are compared with.
 
         Raises:
-            SystemExit: If it was not measured yet.
+            SystemExit: If they were not measured yet.
         """
         if "ours" not in self.cell or "budget" not in self.cell:
-            raise SystemExit("a peer alone needs the sections ours and budget in the file of --out: run those first")
+            raise SystemExit("--only: expected the sections ours and budget in the file of --out. Run these first.")
         ours: Row = self.cell["ours"]
         return ours | {"trace_vectors": self.cell["budget"]["trace_vectors"]}
 
@@ -104,18 +104,18 @@ class Cell:
         return HessianOperator(problem.model, problem.loss, problem.batches, graph_memory=self.graph_memory)
 
     def _costs(self, rounds: int) -> Row:
-        """One product by everybody, in plain gradients of the same round."""
+        """Measure one product of each candidate, in units of a plain gradient of the same round."""
         own = self.problem.apart()
         vector = torch.randn(own.num_parameters, generator=torch.Generator().manual_seed(own.seed))
         with analysis_mode(own.model, own.seed):
             operator = self._operator(own)
             calls, errors = unit_products(self.problem, self.peers)
-            contenders: dict[str, Callable[[], object]] = {
+            candidates: dict[str, Callable[[], object]] = {
                 "gradient": self.problem.gradient,
                 "ours": partial(operator.matvec, vector),
                 **calls,
             }
-            times = interleaved_cpu_seconds(contenders, max(rounds, 3))
+            times = interleaved_cpu_seconds(candidates, max(rounds, 3))
             exact = self.problem.product(vector)
             difference = float((operator.matvec(vector) - exact).norm() / exact.norm())
         medians = {name: statistics.median(seconds) for name, seconds in times.items()}
@@ -131,13 +131,13 @@ class Cell:
         return found
 
     def _with_unused_parameters(self) -> dict[str, str]:
-        """Who stops when the parameters that the loss does not reach are left trainable, as they are in training."""
+        """Return the errors of candidates when parameters without an effect on the loss are trainable."""
         own = self.problem.apart()
         own.model.requires_grad_(True)
         return unit_products(own, self.peers)[1]
 
     def _ours(self) -> Row:
-        """Everything; the same without the density; and with a trace that is no better than PyHessian's own."""
+        """Measure our full analysis, the same without density, and one with the trace accuracy of PyHessian."""
         own = self.problem.apart()
         options: dict[str, Any] = {
             "num_eigenvalues": own.num_eigenvalues,
@@ -176,7 +176,7 @@ class Cell:
         return row
 
     def _budget(self) -> Row:
-        """How many test vectors the trace estimators of the peers need; charged to nobody."""
+        """Find the number of test vectors for the peers' trace estimators, without counting its cost."""
         own = self.problem.apart()
         wanted = own.trace_tolerance * scale_of(self.cell["ours"])
         with analysis_mode(own.model, own.seed):
@@ -193,7 +193,7 @@ class Cell:
 
 
 def _median(runs: list[Row]) -> Row:
-    """The first run, with the median of each time and all of them beside it."""
+    """Return the first run with the medians of the times over all runs, and all times."""
     row = dict(runs[0])
     for key in [key for key in row if key.endswith("cpu_s")]:
         row[key] = statistics.median(run[key] for run in runs)

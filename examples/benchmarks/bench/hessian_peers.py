@@ -1,13 +1,13 @@
-"""Other libraries' Hessian analyses, each in its own best known way, driven through its public interface.
+"""Hessian analyses of other libraries, each with its best known settings through its public interface.
 
-PyHessian comes with ``pip install .[dev]``. A folder for ``--peers`` with the others is made by
+PyHessian is installed by ``pip install .[dev]``. Create a folder for ``--peers`` with the others by
 
     uv pip install --target FOLDER --no-deps curvlinops-for-pytorch hessian-eigenthings==1.0.0a5 landscaper \
         backpack-for-pytorch einops einconv linear_operator opt-einsum jaxtyping wadler-lindig unfoldNd mpmath \
         pandas gudhi topopy nglpy treelib coloraide drawsvg
 
-A row holds CPU seconds and products of each part ("eigen", "trace", "density"), what came out, what failed, and
-"missed": how many of our top eigenvalues are none of theirs, within one per cent.
+A row holds CPU seconds and products of each part ("eigen", "trace", "density"), results, errors, and "missed": the
+number of our top eigenvalues without a match in theirs within one percent.
 """
 
 import contextlib
@@ -36,14 +36,14 @@ DISTRIBUTIONS = {
 }
 _MODULES = {"eigenthings": "hessian_eigenthings"}
 
-# Name, share of the tolerance at which a vector is accurate, and whether that is measured by the last eigenvalue.
+# Name, fraction of the tolerance at which a vector is accurate, and whether it is relative to the last eigenvalue.
 _END_RULES = (("relative", 0.7, False), ("relative", 0.4, False), ("absolute", 1.0, True), ("absolute", 0.3, True))
 
 Vectors = list[Tensor]
 
 
 def versions() -> tuple[dict[str, str], dict[str, str]]:
-    """Versions of the peers that can be imported, and why the others cannot."""
+    """Return the versions of the peers that can be imported, and the import errors of the others."""
     found, missing = {}, {}
     for peer, distribution in DISTRIBUTIONS.items():
         try:
@@ -56,7 +56,7 @@ def versions() -> tuple[dict[str, str], dict[str, str]]:
 
 
 def unit_products(problem: Problem, peers: list[str]) -> tuple[dict[str, Callable[[], object]], dict[str, str]]:
-    """One product with the Hessian by each peer, set up and ready to be called, and why those of others fail."""
+    """Set up one Hessian-vector product of each peer; return the products, and the errors of peers that fail."""
     vector = torch.randn(problem.num_parameters, generator=torch.Generator().manual_seed(problem.seed))
     makers: dict[str, dict[str, Callable[[Problem], Callable[[Tensor], object]]]] = {
         "pyhessian": {"pyhessian": _pyhessian_product, "pyhessian_one_batch": _pyhessian_one_batch_product},
@@ -77,7 +77,7 @@ def unit_products(problem: Problem, peers: list[str]) -> tuple[dict[str, Callabl
 
 
 def pyhessian(problem: Problem, known: Row) -> Row:
-    """PyHessian as it is shipped: a loader of batches, power iteration, Hutchinson, its stopping rules, its density."""
+    """Run PyHessian as shipped: a loader of batches, power iteration, Hutchinson, its stopping rules, its density."""
     own = problem.apart()
     analysis = _pyhessian(own)
     counted = analysis.dataloader_hv_product = Counted(analysis.dataloader_hv_product)
@@ -86,7 +86,7 @@ def pyhessian(problem: Problem, known: Row) -> Row:
         torch.manual_seed(problem.seed)
         pairs = account.part("eigen", lambda: analysis.eigenvalues(top_n=problem.num_eigenvalues))
         samples = account.part("trace", analysis.trace)
-        # it fails after its last step: a few of them show it as well
+        # the density fails after its last step, so a few steps show the error too
         account.part("density", lambda: analysis.density(iter=2))
     if pairs is not None:
         _add_pairs(account.row, problem, known, pairs[0], [_flat(parts) for parts in pairs[1]])
@@ -97,12 +97,12 @@ def pyhessian(problem: Problem, known: Row) -> Row:
 
 
 def pyhessian_equal(problem: Problem, known: Row) -> Row:
-    """PyHessian's power iteration run on until the true residuals of its pairs meet the tolerance.
+    """Run PyHessian's power iteration until the true residuals of its pairs meet the tolerance.
 
-    Its own rule is about changes of the eigenvalue; here its loop is ended, with its own products, as soon as the
-    residual of the vector is small enough, so that it makes not one product too many. Small is a little less than the
-    tolerance, for its last step lets errors of earlier pairs in again; where later pairs stall on these errors, all
-    pairs aim at the residual of the last eigenvalue wanted. Only the run that succeeds is charged.
+    Its own stopping rule uses changes of the eigenvalue. Here its loop ends, with its own products, as soon as the
+    residual of the vector is small enough, without a superfluous product. The limit is slightly below the tolerance,
+    since its last step reintroduces errors of earlier pairs. If later pairs stall because of these errors, all pairs
+    use the residual limit of the last eigenvalue. Only the successful run counts.
     """
     smallest = abs(known["eigenvalues"][-1])
     runs: list[Row] = []
@@ -128,9 +128,9 @@ def pyhessian_equal(problem: Problem, known: Row) -> Row:
 
 
 def curvlinops(problem: Problem, known: Row) -> Row:
-    """The operator of curvlinops under scipy's eigsh, its XTrace, and its Lanczos density.
+    """Run scipy's eigsh on the operator of curvlinops, its XTrace, and its Lanczos density.
 
-    The budget of XTrace is known beforehand; the density is given the largest eigenvalue. The determinism check is off.
+    XTrace receives the required budget, and the density the largest eigenvalue. The determinism check is off.
     """
     from scipy.sparse.linalg import eigsh
 
@@ -156,10 +156,10 @@ def curvlinops(problem: Problem, known: Row) -> Row:
 
 
 def eigenthings(problem: Problem, known: Row) -> Row:
-    """Lanczos of hessian-eigenthings with as many steps as it needs, its Hutch++ and its quadrature density.
+    """Run Lanczos of hessian-eigenthings with the required number of steps, its Hutch++ and its quadrature density.
 
-    It takes a number of steps, not a tolerance: its default and then, from the steps that ours took, two more at a time
-    until it converges. Only the last run is charged.
+    The library takes a number of steps instead of a tolerance. The first run uses its default. Later runs start from
+    our number of steps and add two at a time until convergence. Only the last run counts.
     """
     library = importlib.import_module("hessian_eigenthings")
     operator, counted = _eigenthings_operator(problem.apart())
@@ -188,7 +188,7 @@ def eigenthings(problem: Problem, known: Row) -> Row:
 
 
 def landscaper(problem: Problem, known: Row) -> Row:
-    """Landscaper's copy of PyHessian, with its cache of graphs: a third cheaper a product, and all in memory."""
+    """Run Landscaper's copy of PyHessian with its cache of graphs, which makes products a third cheaper."""
     own = problem.apart()
     account = Account(Counted(float))
     library = importlib.import_module("landscaper")
@@ -223,17 +223,17 @@ PEERS: dict[str, Callable[[Problem, Row], Row]] = {
 
 
 class _EndWhenAccurate:
-    """PyHessian's product, which repeats the last eigenvalue once the residual of the vector is small.
+    """A wrapper of PyHessian's product that ends its loop by repeating the last eigenvalue once the residual is small.
 
     Args:
-        product: Of a vector in parts; gives the Rayleigh quotient and Hv in parts.
-        tolerance: Residual wanted, as a fraction of the eigenvalue.
-        absolute: If positive, as a fraction of this.
-        patience: Products without a better residual after which the run is given up.
+        product: Product with a vector in parts; returns the Rayleigh quotient and Hv in parts.
+        tolerance: Required residual as a fraction of the eigenvalue.
+        absolute: If positive, the residual is a fraction of this value instead.
+        patience: Number of products without a smaller residual after which the run fails.
     """
 
     TINY = 1e-12
-    """Tolerance for PyHessian's rule which no two eigenvalues meet unless they are equal."""
+    """Tolerance for PyHessian's stopping rule that only equal eigenvalues meet."""
 
     def __init__(
         self, product: Callable[[Vectors], tuple[float, Vectors]], tolerance: float, absolute: float, patience: int = 60
@@ -243,7 +243,7 @@ class _EndWhenAccurate:
         self._best, self._since_best = math.inf, 0
 
     def __call__(self, vector: Vectors) -> tuple[float, Vectors]:
-        """The product."""
+        """Return the product."""
         value, image = self._product(vector)
         squares = sum(float((h - value * v).square().sum()) for h, v in zip(image, vector, strict=True))
         residual = math.sqrt(squares)
@@ -255,8 +255,8 @@ class _EndWhenAccurate:
         if residual < 0.98 * self._best:
             self._best, self._since_best = residual, 0
         if self._since_best > self._patience:
-            raise RuntimeError(f"given up: {self._patience} products without a better residual than {self._best:.2e}")
-        # rounding must not make two eigenvalues equal before the vector is accurate
+            raise RuntimeError(f"stopped: {self._patience} products without a residual below {self._best:.2e}")
+        # two eigenvalues must not be equal by rounding before the vector is accurate
         self._last = value = value * (1 + 1e-9) if value == last else value
         return value, image
 
@@ -272,7 +272,7 @@ def _pyhessian_product(own: Problem) -> Callable[[Tensor], object]:
 
 
 def _pyhessian_one_batch_product(own: Problem) -> Callable[[Tensor], object]:
-    """All samples as one batch, whose graph PyHessian keeps: what it does when given data instead of a loader."""
+    """Use all samples as one batch, whose graph PyHessian keeps when it is given data instead of a loader."""
     library = importlib.import_module("pyhessian")
     data = tuple(torch.cat(tensors) for tensors in zip(*own.batches, strict=True))
     analysis = library.hessian(own.model, own.criterion, data=data, cuda=False)
@@ -281,7 +281,7 @@ def _pyhessian_one_batch_product(own: Problem) -> Callable[[Tensor], object]:
 
 
 def _curvlinops_operator(own: Problem) -> tuple[Any, Counted]:
-    """The operator, one vector at a time: on a CPU its batched products cost more, and much memory."""
+    """Return the operator for one vector at a time: on a CPU, its batched products cost more time and much memory."""
     library = importlib.import_module("curvlinops")
     operator = library.HessianLinearOperator(
         own.model, own.criterion, own.params, own.batches, check_deterministic=False
@@ -339,7 +339,7 @@ def _parts(own: Problem, vector: Tensor) -> Vectors:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without progress bars, remarks and warnings."""
+    """Suppress progress bars, output and warnings."""
     with (
         warnings.catch_warnings(),
         contextlib.redirect_stdout(io.StringIO()),

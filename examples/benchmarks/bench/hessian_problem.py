@@ -1,4 +1,4 @@
-"""The Hessian that all contenders analyze, its exact product, and the account of what each of them did."""
+"""The Hessian that all candidates analyze, its exact product, and records of their times and products."""
 
 import copy
 import gc
@@ -22,13 +22,13 @@ class Problem:
     """The Hessian of the mean cross-entropy of a model over batches of equal size.
 
     Attributes:
-        model: In evaluation mode.
+        model: The model in evaluation mode.
         batches: Pairs of images and labels.
-        num_eigenvalues: Largest eigenvalues wanted.
-        tolerance: Largest relative residual of these.
+        num_eigenvalues: Number of largest eigenvalues.
+        tolerance: Largest relative residual of the eigenvalues.
         trace_tolerance: Standard error of the trace as a fraction of the larger of |tr H| and the Frobenius norm.
         density_steps: Lanczos steps of the spectral density.
-        seed: Seed of every contender's random vectors.
+        seed: Seed of every candidate's random vectors.
     """
 
     model: nn.Module
@@ -51,25 +51,25 @@ class Problem:
 
     @property
     def num_parameters(self) -> int:
-        """P."""
+        """Number of trainable parameters, P."""
         return sum(p.numel() for p in self.params)
 
     def loss(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-        """Mean loss of a batch."""
+        """Return the mean loss of a batch."""
         loss: Tensor = self.criterion(model(batch[0]), batch[1])
         return loss
 
     def apart(self) -> "Problem":
-        """The same with a model of its own: contenders leave gradients and graphs behind, some of them buffers."""
+        """Return the same problem with a copy of the model, since candidates modify gradients, graphs or buffers."""
         return Problem(copy.deepcopy(self.model), **{k: v for k, v in vars(self).items() if k != "model"})
 
     def gradient(self) -> None:
-        """The plain gradient over all batches: the unit of the costs."""
+        """Compute the plain gradient over all batches, the unit of the costs."""
         for batch in self.batches:
             torch.autograd.grad(self.loss(self.model, batch), self.params)
 
     def product(self, vector: Tensor) -> Tensor:
-        """Hv (P,) by double backward, rebuilt each time: slow, and nobody's code."""
+        """Return Hv (P,) by double backward, slow and independent of all candidates."""
         total = torch.zeros_like(vector)
         parts = [
             part.view_as(p) for part, p in zip(vector.split([p.numel() for p in self.params]), self.params, strict=True)
@@ -81,7 +81,7 @@ class Problem:
         return total / len(self.batches)
 
     def residuals(self, eigenvalues: list[float], vectors: list[Tensor]) -> list[float]:
-        """True relative residuals ‖Hv - λv‖ / |λ| of the pairs as they were returned, in their order."""
+        """Return the true relative residuals ‖Hv - λv‖ / |λ| of the pairs in their order."""
         pairs = [(value, vector / vector.norm()) for value, vector in zip(eigenvalues, vectors, strict=True)]
         return [float((self.product(v) - value * v).norm() / abs(value)) for value, v in pairs]
 
@@ -94,19 +94,19 @@ class Counted:
         self.calls = 0
 
     def __call__(self, *arguments: Any) -> Any:
-        """The function."""
+        """Call the function."""
         self.calls += 1
         return self._call(*arguments)
 
 
 class Account:
-    """CPU seconds and products of each part of a measurement, and what failed.
+    """CPU seconds, products and errors of each part of a measurement.
 
     Args:
-        counted: The product of the contender.
+        counted: The product of the candidate.
 
     Attributes:
-        row: What goes into the JSON.
+        row: Entries for the JSON.
     """
 
     def __init__(self, counted: Counted) -> None:
@@ -114,7 +114,7 @@ class Account:
         self.row: Row = {}
 
     def part(self, name: str, call: Callable[[], T]) -> T | None:
-        """The result of the call; None where it raised, which is noted as a finding."""
+        """Return the result of the call, or None if it raised an error, which is recorded."""
         products, start = self._counted.calls, time.process_time()
         value = None
         try:
@@ -126,34 +126,34 @@ class Account:
         return value
 
     def total(self, *parts: str) -> Row:
-        """The row with the sums over the parts."""
+        """Add the sums over the parts and return the row."""
         for unit in ("cpu_s", "products"):
             self.row[unit] = sum(self.row[f"{part}_{unit}"] for part in parts if f"{part}_{unit}" in self.row)
         return self.row
 
 
 def described(error: BaseException) -> str:
-    """Type and first line of an error."""
+    """Return the type and the first line of an error."""
     return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')[:200]}"
 
 
 def cpu_seconds(call: Callable[[], object]) -> float:
-    """CPU seconds of this process in the call."""
-    gc.collect()  # graphs that a contender before it left in reference cycles
+    """Return the CPU seconds of this process in the call."""
+    gc.collect()  # graphs that an earlier candidate left in reference cycles
     start = time.process_time()
     call()
     return time.process_time() - start
 
 
 def interleaved_cpu_seconds(
-    contenders: Mapping[str, Callable[[], object]], rounds: int, seed: int = 0
+    candidates: Mapping[str, Callable[[], object]], rounds: int, seed: int = 0
 ) -> dict[str, list[float]]:
-    """CPU seconds of each contender in each round, in random order within a round, after one call to warm up."""
-    for call in contenders.values():
+    """Return the CPU seconds of each candidate in each round, in random order, after one warm-up call."""
+    for call in candidates.values():
         call()
     order = random.Random(seed)
-    times: dict[str, list[float]] = {name: [] for name in contenders}
+    times: dict[str, list[float]] = {name: [] for name in candidates}
     for _ in range(rounds):
-        for name, call in order.sample(list(contenders.items()), len(contenders)):
+        for name, call in order.sample(list(candidates.items()), len(candidates)):
             times[name].append(cpu_seconds(call))
     return times

@@ -1,4 +1,4 @@
-"""What the numbers of the sharpness benchmark amount to: extrapolations, verdicts on the targets, and the table."""
+"""Evaluation of the sharpness benchmark: extrapolations, comparison with the targets, and the table."""
 
 from collections.abc import Iterator
 
@@ -7,7 +7,7 @@ from bench.trace_budget import hutchinson_samples_needed
 
 __all__ = ["asides", "extrapolated", "scale_of", "table", "verdicts"]
 
-# What is compared, the key of its value, the bound, and whether the value must be at least that.
+# Description, key of the value, bound, and whether the bound is a lower one.
 _BOUNDS = (
     ("largest true residual of our top 5", "residual", 1e-3, False),
     ("standard error of our trace, share of its scale", "stderr", 0.01, False),
@@ -25,16 +25,16 @@ _ROWS = ("ours", "pyhessian", "equal", "curvlinops", "eigenthings", "landscaper"
 
 
 def scale_of(ours: Row) -> float:
-    """What standard errors of the trace are fractions of."""
+    """Return the scale of the trace, to which its standard errors are relative."""
     return max(abs(float(ours["trace"])), float(ours["frobenius_norm"]))
 
 
 def extrapolated(cell: Row, trace_tolerance: float) -> Row:
-    """What PyHessian would take for our accuracy: its eigenvalues run on (where measured), and enough trace samples.
+    """Extrapolate PyHessian's cost for our accuracy: its eigenvalues at equal accuracy, and enough trace samples.
 
-    The number of samples follows from the variance of Hutchinson's samples, PyHessian's and those of the budget's test
-    vectors, which are drawn alike. Where its eigenvalues were not run on, or got nowhere, their cost as shipped stands
-    in: too little.
+    The number of samples follows from the variance of Hutchinson's samples, of PyHessian and of the budget's test
+    vectors, which have the same distribution. If its eigenvalues were not run to equal accuracy, or did not reach it,
+    their cost as shipped is a lower bound.
     """
     shipped, budget = cell.get("pyhessian", {}), cell.get("budget", {})
     if "trace_samples" not in shipped or "hutchinson" not in budget:
@@ -53,7 +53,7 @@ def extrapolated(cell: Row, trace_tolerance: float) -> Row:
         "cpu_s": needed * per_product + eigen["eigen_cpu_s"],
     }
     units = cell.get("costs", {}).get("gradients", {})
-    if "pyhessian_one_batch" in units:  # a kept graph, which PyHessian has when all samples fit into one batch
+    if "pyhessian_one_batch" in units:  # PyHessian keeps the graph if all samples fit into one batch
         ratio = units["pyhessian_one_batch"] / units["pyhessian"]
         found["cpu_s_in_one_batch"] = ratio * found["cpu_s"]
         found["as_shipped_cpu_s_in_one_batch"] = ratio * shipped["cpu_s"]
@@ -61,7 +61,7 @@ def extrapolated(cell: Row, trace_tolerance: float) -> Row:
 
 
 def verdicts(cell: Row) -> list[Row]:
-    """Each target with the value found, whether it is met, and whether the value is an extrapolation."""
+    """Return each target with its value, whether it is met, and whether the value is an extrapolation."""
     values = _values(cell)
     found: list[Row] = []
     for what, key, bound, at_least in _BOUNDS:
@@ -78,7 +78,7 @@ def verdicts(cell: Row) -> list[Row]:
 
 
 def asides(cell: Row) -> dict[str, float]:
-    """Ratios of CPU time to ours that no target asks for."""
+    """Return ratios of CPU time to ours without a target."""
     if "ours" not in cell:
         return {}
     ratios = {}
@@ -104,10 +104,10 @@ def asides(cell: Row) -> dict[str, float]:
 
 
 def table(name: str, cell: Row) -> Iterator[str]:
-    """What the terminal shows of a cell.
+    """Format the results of a cell for the terminal.
 
     Yields:
-        Its lines.
+        Lines of text.
     """
     facts = cell["net"]
     yield (
@@ -128,9 +128,9 @@ def table(name: str, cell: Row) -> Iterator[str]:
     if cell.get("extrapolated"):
         row = cell["extrapolated"]
         remark = f"trace extrapolated, eigenvalues {row['eigenvalues']}"
-        yield f"{'PyHessian, as good':22}{row['products']:>9}{row['cpu_s']:>10.1f}  {remark}"
+        yield f"{'PyHessian, equal':22}{row['products']:>9}{row['cpu_s']:>10.1f}  {remark}"
     if "budget" in cell:
-        reached = "" if cell["budget"]["reached"] else ": not enough, their traces are less accurate than ours may be"
+        reached = "" if cell["budget"]["reached"] else ": not enough, their traces may be less accurate than ours"
         yield f"test vectors for the traces of curvlinops and eigenthings: {cell['budget']['trace_vectors']}{reached}"
     for row in cell.get("verdicts", []):
         value = row["value"] if isinstance(row["value"], str) else f"{row['value']:.3g}"
@@ -158,7 +158,7 @@ def _values(cell: Row) -> dict[str, float | str]:
 
 
 def _failed(row: Row) -> str:
-    """Parts of the comparison that failed, if any; PyHessian's density always does, and is not charged."""
+    """Name the failed parts of the comparison; PyHessian's density always fails and does not count."""
     failed = [part for part in ("setup", "eigen", "trace", "density") if f"{part}_error" in row]
     return f"{', '.join(failed)} failed" if set(failed) - {"density"} else ""
 
@@ -169,6 +169,6 @@ def _line(key: str, row: Row) -> str:
     failed = "; ".join(f"{part}: {value}"[:90] for part, value in row.items() if part.endswith("_error"))
     missed = row.get("missed", "-")
     gradients = row["cpu_s"] / row["gradient_cpu_s"]
-    name = {"equal": "PyHessian, run on"}.get(key, key)
+    name = {"equal": "PyHessian, continued"}.get(key, key)
     costs = f"{row['products']:>9}{row['cpu_s']:>10.1f}{gradients:>10.0f}"
     return f"{name:22}{costs}{residual:>10}{missed:>7}{off:>10}  {failed}"

@@ -1,9 +1,9 @@
-"""A plane of a loss landscape by loss-landscapes and by Landscaper, as their documentation uses them.
+"""Planes of a loss landscape by loss-landscapes and Landscaper, used as in their documentation.
 
     uv pip install --target FOLDER --no-deps loss-landscapes landscaper
 
-Both draw and scale directions in a way of their own, so the planes differ; the points, the model, the samples and the
-loss are the same, and so is the work.
+Each library draws and scales directions differently, so the planes differ. The number of points, the model, the samples
+and the loss are the same, and so is the work.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ Batch = tuple[Tensor, Tensor]
 
 
 def versions() -> tuple[dict[str, str], dict[str, str]]:
-    """Versions of the peers that can be imported, and why the others cannot."""
+    """Return the versions of the peers that can be imported, and the import errors of the others."""
     found, missing = {}, {}
     for peer, distribution in (("loss_landscapes", "loss-landscapes"), ("landscaper", "landscaper")):
         try:
@@ -34,7 +34,7 @@ def versions() -> tuple[dict[str, str], dict[str, str]]:
 
 
 def loss_landscapes(model: nn.Module, batch: Batch, side: int) -> Tensor:
-    """Filter-normalized random plane; without its copy of the model, which leaves the weights moved."""
+    """Compute a filter-normalized random plane without a copy of the model, so the library leaves the weights moved."""
     library = importlib.import_module("loss_landscapes")
     metrics = importlib.import_module("loss_landscapes.metrics")
     with torch.no_grad():
@@ -43,7 +43,7 @@ def loss_landscapes(model: nn.Module, batch: Batch, side: int) -> Tensor:
 
 
 def landscaper(model: nn.Module, batch: Batch, side: int) -> Tensor:
-    """Random directions, scaled parameter by parameter."""
+    """Compute a plane of random directions, scaled for each parameter."""
     library = importlib.import_module("landscaper.compute")
     directions = [[torch.randn_like(p) for p in model.parameters()] for _ in range(2)]
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):

@@ -1,6 +1,6 @@
-"""The usual way to write a sparse head: one module an expert, and a boolean mask for each.
+"""The common implementation of a sparse head: one module for each expert, and a boolean mask for its rows.
 
-With it conditional routing is said to bring no speed-up.
+Claims that conditional routing brings no speed-up are based on it.
 """
 
 import torch
@@ -12,7 +12,7 @@ __all__ = ["MaskLoop"]
 
 
 class MaskLoop(nn.Module):
-    """The same function as a trained `SparseMoE` in evaluation mode, by a loop over masks."""
+    """A loop over masks that computes the function of a trained `SparseMoE` in evaluation mode."""
 
     def __init__(self, head: SparseMoE) -> None:
         super().__init__()
@@ -32,7 +32,7 @@ class MaskLoop(nn.Module):
         self.num_classes = experts.out_features
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits (B, C)."""
+        """Return the logits (B, C)."""
         values, indices = self.gate(x).topk(self.k, dim=-1)
         gates = torch.zeros(len(x), len(self.experts), device=x.device).scatter(-1, indices, values.softmax(-1))
         output = x.new_zeros(len(x), self.num_classes)

@@ -1,4 +1,4 @@
-"""Largest amount of CPU memory that torch held at once while a function ran."""
+"""Peak CPU memory of torch during a function call."""
 
 from collections.abc import Callable
 
@@ -8,7 +8,7 @@ __all__ = ["peak_memory"]
 
 
 def peak_memory(function: Callable[[], object]) -> int:
-    """Bytes at the peak, above those at the start."""
+    """Return the peak number of bytes above the start."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         function()
     held, peak = 0, 0

@@ -1,12 +1,12 @@
-"""Layers of other libraries, built at the sizes of ours.
+"""Layers of other libraries with the sizes of our heads.
 
-A folder for ``--peers`` is made by
+Create a folder for ``--peers`` with
 
     uv pip install --target FOLDER --no-deps st-moe-pytorch soft-moe-pytorch colt5-attention beartype einops \
         local-attention hyper-connections
     git clone https://github.com/davidmrau/mixture-of-experts FOLDER/davidmrau
 
-and `transformers` comes with ``pip install .[dev]``.
+`transformers` is installed by ``pip install .[dev]``.
 """
 
 import importlib.util
@@ -27,14 +27,14 @@ Layers = dict[str, Callable[[Tensor], object]]
 def davidmrau(
     folder: Path, in_features: int, num_classes: int, num_experts: int, width: int, k: int
 ) -> Callable[[Tensor], object]:
-    """``MoE`` of davidmrau/mixture-of-experts; its experts end in a softmax, its gate has no bias."""
+    """Build ``MoE`` of davidmrau/mixture-of-experts, whose experts end in a softmax and whose gate has no bias."""
     layer: nn.Module = _load(folder / "davidmrau" / "moe.py").MoE(in_features, num_classes, num_experts, width, k=k)
-    nn.init.normal_(layer.w_gate, std=in_features**-0.5)  # zeros would send every row to the same experts
+    nn.init.normal_(layer.w_gate, std=in_features**-0.5)  # zeros would route every row to the same experts
     return layer.eval()
 
 
 def feature_layers(in_features: int, num_experts: int, width: int, k: int) -> Layers:
-    """Features (B, D) to (B, D): ours, and the experts of transformers behind our router's choice."""
+    """Build layers of features (B, D) to (B, D): our head, and transformers' experts with our router."""
     from transformers.integrations.moe import batched_mm_experts_forward, grouped_mm_experts_forward
 
     head = SparseMoE(in_features, in_features, num_experts, width, k).eval()
@@ -60,9 +60,10 @@ def feature_layers(in_features: int, num_experts: int, width: int, k: int) -> La
 
 
 def token_layers(in_features: int, num_experts: int, width: int, k: int) -> Layers:
-    """Tokens (B, T, D): lucidrains' st-moe (with dropped tokens) and soft-moe beside ours.
+    """Build layers of tokens (B, T, D): lucidrains' st-moe (with dropped tokens) and soft-moe, and our heads.
 
-    Theirs return tokens, after norms (soft-moe); ours average the tokens' logits, soft ours before the product.
+    Their layers return tokens, soft-moe after norms. Our heads average the logits of the tokens, `SoftMoE` before the
+    last product.
     """
     from soft_moe_pytorch import SoftMoE as LucidrainsSoftMoE
     from st_moe_pytorch import MoE
@@ -81,7 +82,7 @@ def token_layers(in_features: int, num_experts: int, width: int, k: int) -> Laye
 
 
 class _TransformersExperts(nn.Module):
-    """The attributes that the expert functions of transformers read, with the weights of a head."""
+    """An adapter with the attributes that transformers' expert functions read, and the weights of a head."""
 
     has_gate, has_bias, is_transposed, has_post_expert_norm, _is_expert_parallel = False, True, False, False, False
 

@@ -1,7 +1,7 @@
-"""What bounds an eager forward pass: max(arithmetic / peak, bytes of the experts that are hit / bandwidth, launches).
+"""Lower bound of an eager forward pass: max(arithmetic / peak, bytes of the used experts / bandwidth, launches).
 
-Peak and bandwidth are what this machine does in a matrix product and in a sum over as many warm bytes; a launch is what
-the smallest linear layer takes. A compiled head fuses launches and may be below the last of the three.
+Peak and bandwidth are measured on this machine by a matrix product and by a sum over the same number of warm bytes. The
+launch time is that of the smallest linear layer. A compiled head fuses launches and may be faster than the last bound.
 """
 
 import time
@@ -15,12 +15,12 @@ from moe_heads import SparseMoE
 
 __all__ = ["bound_ms", "measured_limits"]
 
-# the gate, the choice, two products and the combination
+# the gate, the selection, two products and the combination
 _LAUNCHES = 5
 
 
 def bound_ms(head: SparseMoE, x: Tensor) -> float:
-    """Lower bound of a forward pass of the rows x, milliseconds, by what this machine was measured to do."""
+    """Return the lower bound in milliseconds of a forward pass of the rows x on this machine."""
     hit = int((head(x, return_routing=True).routing.stats().counts > 0).sum())
     gate = sum(parameter.numel() for parameter in head.router.active_parameters())
     num_bytes = x.element_size() * (hit * head.experts.parameters_per_expert + gate) + x.nbytes
@@ -30,7 +30,7 @@ def bound_ms(head: SparseMoE, x: Tensor) -> float:
 
 
 def measured_limits() -> dict[str, float]:
-    """What the bound is made of."""
+    """Return the measured limits of this machine."""
     return {
         "peak_gflops": round(_peak_gflops(), 1),
         "memory_gbs": round(_bandwidth_gbs(1 << 28), 1),

@@ -1,4 +1,4 @@
-"""Interleaved timing, and what the machine is."""
+"""Interleaved timing, and a description of the machine."""
 
 import os
 import platform
@@ -15,27 +15,26 @@ __all__ = ["machine", "time_interleaved"]
 
 
 def time_interleaved(
-    contenders: Mapping[str, Callable[[], object]], rounds: int = 11, block_ms: float = 2.0, cold: bool = False
+    candidates: Mapping[str, Callable[[], object]], rounds: int = 11, block_ms: float = 2.0, cold: bool = False
 ) -> dict[str, float]:
-    """Median milliseconds a call of each contender.
+    """Return the median milliseconds per call of each candidate.
 
-    In every round each contender, in random order, runs in a block of calls that lasts about ``block_ms`` (one call if
-    it takes longer), so that a slow phase of the machine meets all of them. The first calls before a block are not
-    counted: what fits the cache is warm, as in a loop. With ``cold`` the caches are filled with something else before
-    every call.
+    In every round, each candidate runs in random order in a block of calls of about ``block_ms`` (one call if it takes
+    longer), so that a slow phase of the machine affects all of them. The first calls before a block are not counted, so
+    that caches are warm, as in a loop. With ``cold``, the caches are overwritten before every call.
     """
     calls = {}
-    for name, call in contenders.items():
+    for name, call in candidates.items():
         for _ in range(2):
             call()
         start = time.perf_counter()
         call()
         calls[name] = 1 if cold else max(1, round(block_ms / 1e3 / (time.perf_counter() - start)))
-    times: dict[str, list[float]] = {name: [] for name in contenders}
+    times: dict[str, list[float]] = {name: [] for name in candidates}
     order = random.Random(0)
     flushing = torch.zeros(2**26 if cold else 0)  # 256 MiB
     for _ in range(rounds):
-        for name, call in order.sample(list(contenders.items()), len(contenders)):
+        for name, call in order.sample(list(candidates.items()), len(candidates)):
             if cold:
                 flushing.add_(1)
             for _ in range(0 if cold else 1 + calls[name] // 4):
@@ -48,7 +47,7 @@ def time_interleaved(
 
 
 def machine() -> dict[str, object]:
-    """Processor, device, versions, threads and load."""
+    """Return processor, device, versions, threads and load."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]

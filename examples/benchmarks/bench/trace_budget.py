@@ -1,8 +1,8 @@
-"""How many products a trace to a given standard error takes, read off the samples of another operator.
+"""Number of products for a trace with a given standard error, estimated from samples of our operator.
 
-The estimators of other libraries return a number without its error, so their users would have to guess the budget. Here
-it is found for them, and not charged: XTrace's own error estimate (Epperly, Tropp and Webber 2024, section 2.3) over a
-growing number of test vectors, from inner products alone.
+The estimators of other libraries return a number without an error, so their users have to guess the budget. Here it is
+computed and its cost does not count: XTrace's own error estimate (Epperly, Tropp and Webber 2024, section 2.3) for a
+growing number of test vectors, from inner products only.
 """
 
 import math
@@ -25,7 +25,7 @@ class TraceBudget:
         seed: Seed of the test vectors.
 
     Attributes:
-        count: Test vectors so far, k. XTrace takes 2k products, Hutch++ with the same basis 3k.
+        count: Current number of test vectors, k. XTrace takes 2k products, Hutch++ with the same basis 3k.
     """
 
     def __init__(self, matvec: Callable[[Tensor], Tensor], dim: int, seed: int) -> None:
@@ -37,7 +37,7 @@ class TraceBudget:
 
     @property
     def count(self) -> int:
-        """Test vectors so far."""
+        """Current number of test vectors."""
         return len(self._w)
 
     @property
@@ -46,7 +46,7 @@ class TraceBudget:
         return self._wy.diag().tolist()
 
     def add(self) -> None:
-        """One more test vector, two products."""
+        """Add one test vector, with two products."""
         w = torch.randint(0, 2, (self._dim,), generator=self._generator).mul_(2).sub_(1).float()
         y = self._matvec(w)
         z = self._matvec(y)
@@ -57,12 +57,12 @@ class TraceBudget:
         self._wy = _bordered(self._wy, [_dot(other, y) for other in self._w])
 
     def estimate(self) -> tuple[float, float]:
-        """XTrace's estimate of the trace and of its standard error."""
+        """Return XTrace's estimate of the trace and its standard error."""
         samples = torch.tensor([self._without(i) for i in range(self.count)], dtype=torch.float64)
         return float(samples.mean()), float(samples.std() / math.sqrt(len(samples)))
 
     def _without(self, i: int) -> float:
-        """Exact trace on the span of the other y, plus the sample of w on the complement."""
+        """Return the exact trace on the span of the other y plus the sample of w on the complement."""
         rest = [j for j in range(self.count) if j != i]
         yy, yz = self._yy[rest][:, rest], self._yz[rest][:, rest]
         coefficients = torch.linalg.solve(yy, self._wy[rest, i])
@@ -73,7 +73,7 @@ class TraceBudget:
 def trace_budget(
     matvec: Callable[[Tensor], Tensor], dim: int, stderr: float, *, seed: int, max_vectors: int = 64
 ) -> TraceBudget:
-    """The smallest number of test vectors, at least eight, with which XTrace's error estimate is below ``stderr``."""
+    """Find the smallest number of test vectors, at least eight, with XTrace's error estimate below ``stderr``."""
     budget = TraceBudget(matvec, dim, seed)
     while budget.count < _MIN_VECTORS or (budget.estimate()[1] > stderr and budget.count < max_vectors):
         budget.add()
@@ -81,7 +81,7 @@ def trace_budget(
 
 
 def hutchinson_samples_needed(samples: list[float], stderr: float) -> int:
-    """Samples of that variance for that standard error of their mean."""
+    """Return the number of samples for a standard error of their mean, given their variance."""
     return math.ceil(float(torch.tensor(samples, dtype=torch.float64).var()) / stderr**2)
 
 

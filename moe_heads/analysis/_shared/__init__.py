@@ -1,1 +1,1 @@
-"""Parts that several analyses need: batches, saved state, processes and progress."""
+"""Modules that several analyses share: batches, saved state, processes and progress."""

@@ -1,4 +1,4 @@
-"""The batches of an analysis with their numbers of samples and their weights."""
+"""Batches of an analysis with their numbers of samples and their weights."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
@@ -33,13 +33,13 @@ __all__ = ["Batches", "Piece", "check_is_list", "halves_of"]
 
 @dataclass(frozen=True)
 class Piece:
-    """A batch, or a part of one.
+    """A batch or a part of a batch.
 
     Attributes:
-        batch: What a loss is given.
+        batch: Input of the loss function.
         size: Number of samples.
-        weight: Weight of its loss in the mean.
-        may_cut: Whether its samples may be divided.
+        weight: Weight of the batch loss in the mean.
+        may_cut: Whether the samples may be divided into smaller batches.
     """
 
     batch: Batch
@@ -49,19 +49,19 @@ class Piece:
 
     @property
     def is_divisible(self) -> bool:
-        """Whether it can be halved: every tensor has a row for each sample."""
+        """True if the batch can be halved: every tensor has one row for each sample."""
         return self.may_cut and self.size > 1 and is_divisible(self.batch) and _num_rows(self.batch) == self.size
 
 
 class Batches(Sequence[Batch]):
-    """Batches whose numbers of samples are known, which the analyses take in place of a list.
+    """Batches with known numbers of samples, accepted by the analyses in place of a list.
 
     Args:
         batches: The batches.
-        sizes: Number of samples of each.
-        size_fn: ``batch_size_fn`` that the numbers come from, if they do.
-        weight_fn: ``batch_weight_fn``; by default a batch weighs as much as it has samples.
-        may_cut: Whether the samples of a batch may be divided, as where memory runs out.
+        sizes: Number of samples of each batch.
+        size_fn: The ``batch_size_fn`` that counted the samples, or None.
+        weight_fn: ``batch_weight_fn``. By default the weight of a batch is its number of samples.
+        may_cut: Whether the samples of a batch may be divided, for example when memory runs out.
 
     Attributes:
         sizes: Number of samples of each batch.
@@ -69,10 +69,10 @@ class Batches(Sequence[Batch]):
         size_fn: The argument.
         weight_fn: The argument.
         may_cut: The argument.
-        checked: What is known of the losses of whole and halved batches, by loss; see `mean_check.check_mean`.
+        checked: Results of `mean_check.check_mean` by loss function.
 
     Raises:
-        ValueError: If there is no batch, one of them holds no sample, or all weights are zero.
+        ValueError: If there is no batch, a batch holds no sample, or all weights are zero.
     """
 
     def __init__(
@@ -86,7 +86,7 @@ class Batches(Sequence[Batch]):
     ) -> None:
         if not batches or not all(sizes):
             raise ValueError(
-                "batches: expected at least one batch with at least one sample each, got an empty loader or batch"
+                "batches: expected at least one batch with at least one sample each, got an empty loader or batch."
             )
         self._batches, self.sizes = list(batches), tuple(sizes)
         self.size_fn, self.weight_fn, self.may_cut = size_fn, weight_fn, may_cut
@@ -97,7 +97,7 @@ class Batches(Sequence[Batch]):
                 for index, batch in enumerate(self._batches)
             )
         if not any(self.weights):
-            raise ValueError("batch_weight_fn: expected a weight above 0 for at least one batch, got zeros")
+            raise ValueError("batch_weight_fn: expected a weight above 0 for at least one batch, got zeros.")
         self.checked: dict[int, tuple[Any, Any]] = {}
 
     @classmethod
@@ -107,16 +107,16 @@ class Batches(Sequence[Batch]):
         batch_size_fn: BatchSizeFn | None = None,
         batch_weight_fn: BatchWeightFn | None = None,
     ) -> "Batches":
-        """Count the samples of batches, unless they are known.
+        """Count the samples of the batches unless the numbers are known.
 
         Args:
-            batches: The data; of `Batches` the numbers and weights stay, unless another function is given.
-            batch_size_fn: Gives the number of samples of a batch; by default its tensors tell, see `batch_size`.
-            batch_weight_fn: Gives the weight of a batch; by default its number of samples.
+            batches: The data. `Batches` keep their numbers and weights unless another function is given.
+            batch_size_fn: Returns the number of samples of a batch. By default `batch_size` infers it from the tensors.
+            batch_weight_fn: Returns the weight of a batch. By default its number of samples.
 
         Raises:
-            ValueError: If there are none, one of them holds no sample or an unknown number of them, or a batch stands
-                in place of the list.
+            ValueError: If there is no batch, a batch holds no sample or an unknown number of samples, or a single batch
+                is given in place of the list.
         """
         if isinstance(batches, Batches):
             size_fn, weight_fn = batch_size_fn or batches.size_fn, batch_weight_fn or batches.weight_fn
@@ -125,14 +125,14 @@ class Batches(Sequence[Batch]):
             sizes: Sequence[int] = batches.sizes if size_fn is batches.size_fn else _sizes(batches, size_fn)
             return cls(batches, sizes, size_fn=size_fn, weight_fn=weight_fn, may_cut=batches.may_cut)
         check_is_list(batches, "batches")
-        # a loader draws its seed, its order and its augmentation from the global generators, which are the user's
+        # a loader draws its seed, order and augmentation from the global generators, which belong to the user
         with generators_kept() if isinstance(batches, DataLoader) else nullcontext():
             listed = list(batches)
         return cls(listed, _sizes(listed, batch_size_fn), size_fn=batch_size_fn, weight_fn=batch_weight_fn)
 
     @property
     def num_samples(self) -> int:
-        """Samples in all."""
+        """Total number of samples."""
         return sum(self.sizes)
 
     @property
@@ -142,12 +142,12 @@ class Batches(Sequence[Batch]):
 
     @property
     def pieces(self) -> list[Piece]:
-        """The batches that have a weight."""
+        """The batches with a weight above zero."""
         parts = zip(self._batches, self.sizes, self.weights, strict=True)
         return [Piece(batch, size, weight, self.may_cut) for batch, size, weight in parts if weight > 0]
 
     def to(self, device: torch.device) -> "Batches":
-        """Move the batches; numbers and weights stay, and so do the batches that are moved."""
+        """Return the batches on ``device`` with the same numbers and weights; this object is unchanged."""
         there = [to_device(_free_to_move(batch), device) for batch in self._batches]
         moved = Batches(there, self.sizes, may_cut=self.may_cut)
         moved.size_fn, moved.weight_fn, moved.weights = self.size_fn, self.weight_fn, self.weights
@@ -170,9 +170,9 @@ class Batches(Sequence[Batch]):
 
 
 def halves_of(piece: Piece, weight_fn: BatchWeightFn | None) -> list[Piece]:
-    """Cut a piece in two; their weights add up to that of the piece.
+    """Cut a piece into two halves whose weights add up to the weight of the piece.
 
-    A function that weighs every batch alike would otherwise weigh two halves twice.
+    Without this normalization, a ``batch_weight_fn`` that returns a constant would count the piece twice.
     """
     middle = piece.size // 2
     batches = [cut(piece.batch, 0, middle), cut(piece.batch, middle, piece.size)]
@@ -188,25 +188,25 @@ def halves_of(piece: Piece, weight_fn: BatchWeightFn | None) -> list[Piece]:
 
 
 def check_is_list(batches: Any, name: str, expected: str = "a list of batches") -> None:
-    """Refuse one batch in place of the list of batches.
+    """Raise an error if a single batch is given in place of the list of batches.
 
     Raises:
         ValueError: If it is a tensor, a mapping, or a tuple or list that looks like the entries of a single batch.
     """
     got = ""
     if isinstance(batches, Tensor):
-        got = f"one tensor, {tuple(batches.shape)}: pass [tensor]"
+        got = f"one tensor of shape {tuple(batches.shape)}. Pass [tensor]."
     elif isinstance(batches, Mapping):
-        got = f"a mapping with the keys {list(batches)[:5]}: pass [batch]"
+        got = f"a mapping with the keys {list(batches)[:5]}. Pass [batch]."
     elif isinstance(batches, (tuple, list)) and any(isinstance(entry, Tensor) for entry in batches):
         tensors = [entry for entry in batches if isinstance(entry, Tensor)]
         forms = {(tensor.dim(), tensor.dtype) for tensor in tensors}
-        # batches may be of different kinds, but a number or nothing at all is none
+        # batches may be of different kinds, but a number, a string or None is not a batch
         others = [entry for entry in batches if not isinstance(entry, Tensor)]
         is_batch = len(forms) > 1 or any(entry is None or isinstance(entry, (int, float, str)) for entry in others)
         if isinstance(batches, tuple) or is_batch:
             shapes = ", ".join(str(tuple(tensor.shape)) for tensor in tensors[:5])
-            got = f"a {type(batches).__name__} with tensors of shapes {shapes}, which is one batch: pass [(X, y)]"
+            got = f"a {type(batches).__name__} with tensors of shapes {shapes}, which is one batch. Pass [(X, y)]."
     if got:
         raise ValueError(f"{name}: expected {expected}, got {got}")
 
@@ -219,7 +219,7 @@ def _sizes(batches: Sequence[Batch], size_fn: Callable[[Batch], int] | None) -> 
 
 
 def _free_to_move(batch: Batch) -> Batch:
-    """The batch, or a copy of one with objects that may move in place."""
+    """Return the batch, or a copy if it contains objects whose ``to`` may modify them in place."""
     return own_copy(batch) if any(map(is_movable_object, leaves_of(batch))) else batch
 
 

@@ -1,4 +1,4 @@
-"""The data side of every analysis: batches of tensors in any common container."""
+"""Batches of tensors in any common container: map, move, cut and pass them to a model."""
 
 import copy
 import dataclasses
@@ -28,27 +28,27 @@ __all__ = [
 ]
 
 Batch = Any
-"""A tensor, or a tuple, list, mapping or dataclass of tensors; or any object that a loss understands."""
+"""A tensor, a tuple, list, mapping or dataclass of tensors, or any object that the loss function accepts."""
 
 LossFn = Callable[[nn.Module, Batch], Tensor]
-"""``loss_fn(model, batch) -> scalar``, the mean over the samples of the batch."""
+"""``loss_fn(model, batch) -> scalar``: the mean over the samples of the batch."""
 
 ForwardFn = Callable[[nn.Module, Batch], Any]
-"""``forward_fn(model, batch) -> output`` of the model."""
+"""``forward_fn(model, batch) -> output``: the output of the model."""
 
 
 _BY_NAME = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 
 
 def map_leaves(batch: Batch, function: Callable[[Any], Any]) -> Batch:
-    """The batch with ``function`` applied to everything inside its containers; the containers are new ones.
+    """Apply ``function`` to every leaf of a batch and return the results in new containers.
 
-    Containers are lists, tuples, named tuples, mutable mappings and dataclasses. torch's own pytrees would take a
-    dataclass or a `UserDict` (what Hugging Face tokenizers return) for a leaf.
+    Containers are lists, tuples, named tuples, mutable mappings and dataclasses. torch's own pytrees treat a dataclass
+    or a `UserDict` (the type that Hugging Face tokenizers return) as a leaf.
     """
 
     def mapped(value: Any) -> Any:
-        if isinstance(value, PackedSequence):  # a named tuple, but its parts mean nothing alone
+        if isinstance(value, PackedSequence):  # a named tuple, but its fields have no meaning alone
             return function(value)
         if isinstance(value, MutableMapping):
             copied = copy.copy(value)
@@ -70,14 +70,14 @@ def map_leaves(batch: Batch, function: Callable[[Any], Any]) -> Batch:
 
 
 def leaves_of(batch: Batch) -> list[Any]:
-    """Everything inside the containers of a batch, in order."""
+    """Return all leaves of a batch in order."""
     leaves: list[Any] = []
     map_leaves(batch, leaves.append)
     return leaves
 
 
 def to_device(batch: Batch, device: torch.device | str) -> Batch:
-    """Move every tensor of a batch to ``device``, and every other object that has a method ``to``."""
+    """Move every tensor of a batch, and every other object with a method ``to``, to ``device``."""
 
     def moved(leaf: Any) -> Any:
         if isinstance(leaf, PackedSequence):
@@ -89,15 +89,15 @@ def to_device(batch: Batch, device: torch.device | str) -> Batch:
 
 
 def is_movable_object(leaf: Any) -> bool:
-    """Whether an object that is no tensor has a method ``to``, as batches of graph libraries have."""
+    """Return whether an object other than a tensor has a method ``to``, as batches of graph libraries do."""
     is_data = not isinstance(leaf, (Tensor, PackedSequence, nn.Module, type))
     return is_data and callable(getattr(leaf, "to", None))
 
 
 def is_divisible(batch: Batch) -> bool:
-    """Whether the samples of a batch can be told apart: it holds tensors only, all with the same first dimension.
+    """Return whether a batch can be cut by samples: it holds tensors only, all with the same first dimension.
 
-    A batch with anything else inside (strings, graphs, ragged lists) is used as a whole or not at all.
+    A batch with other contents (strings, graphs, ragged lists) is used as a whole or not at all.
     """
     leaves = [leaf for leaf in leaves_of(batch) if leaf is not None]
     lengths = {leaf.shape[0] if isinstance(leaf, Tensor) and leaf.dim() > 0 else -1 for leaf in leaves}
@@ -105,14 +105,14 @@ def is_divisible(batch: Batch) -> bool:
 
 
 def cut(batch: Batch, start: int, stop: int) -> Batch:
-    """The samples ``start`` to ``stop`` of a divisible batch, as views of its tensors."""
+    """Return the samples ``start`` to ``stop`` of a divisible batch as views of its tensors."""
     return map_leaves(batch, lambda leaf: None if leaf is None else leaf[start:stop])
 
 
 def call_model(model: nn.Module, batch: Batch) -> Any:
-    """Default `ForwardFn`: ``model(batch[0])`` for a tuple or list, ``model(batch)`` for a tensor.
+    """Call the model, the default `ForwardFn`: ``model(batch[0])`` for a tuple or list, ``model(batch)`` for a tensor.
 
-    Of a mapping or a dataclass, the entries that ``forward`` has parameters for are passed by name.
+    For a mapping or a dataclass, the entries that match parameters of ``forward`` are passed by name.
 
     Raises:
         ValueError: If a mapping has no entry for a parameter without a default.
@@ -127,17 +127,17 @@ def call_model(model: nn.Module, batch: Batch) -> Any:
         missing = [p.name for p in parameters if p.default is p.empty and p.kind in _BY_NAME and p.name not in given]
         if missing:
             raise ValueError(
-                f"batch: expected an entry for each parameter that {type(model).__name__}.forward needs; got"
-                f" {list(batch)}, without {missing}. Say with forward_fn=lambda model, batch: ... how to call it"
+                f"batch: expected an entry for each required parameter of {type(model).__name__}.forward, got"
+                f" {list(batch)} without {missing}. Pass forward_fn=lambda model, batch: ... to call the model."
             )
         return model(**given)
     return model(batch[0] if isinstance(batch, (tuple, list)) else batch)
 
 
 def labels_of(batch: Batch) -> Tensor | None:
-    """Class labels (B,) of an ``(inputs, labels)`` batch, or of a mapping or dataclass with "labels" or "label".
+    """Return the class labels (B,) of an ``(inputs, labels)`` batch, or the entry "labels" or "label" of other batches.
 
-    None unless they are whole numbers of shape (B,) or (B, 1): one-hot and soft labels are no classes.
+    Returns None unless the labels are integers of shape (B,) or (B, 1): one-hot and soft labels are not supported.
     """
     labels: Any = None
     if isinstance(batch, (tuple, list)):

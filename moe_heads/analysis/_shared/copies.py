@@ -1,4 +1,4 @@
-"""Copies of batches: what a user's function does to its batch must not reach the next evaluation."""
+"""Copies of batches, so that in-place changes by a user's function do not affect later evaluations."""
 
 import copy
 import types
@@ -16,7 +16,7 @@ __all__ = ["on_copies", "own_copy"]
 
 T = TypeVar("T")
 
-# What cannot be changed, or is no data.
+# Types that are immutable or not data.
 _SHARED = (
     *(bool, int, float, complex, str, bytes, type(None), type, range),
     *(torch.dtype, torch.device, torch.Size, nn.Module, types.ModuleType, types.FunctionType, types.MethodType),
@@ -24,10 +24,10 @@ _SHARED = (
 
 
 def own_copy(batch: Batch) -> Batch:
-    """Copy a batch: new containers, tensors cloned, other objects copied deeply.
+    """Copy a batch: containers are new, tensors are cloned, other objects are deep-copied.
 
-    A tensor that stands in two places stands in two places of the copy. An object that cannot be copied (one that holds
-    a lock or a file, say) is handed on as it is.
+    A tensor that occurs twice in the batch occurs twice in the copy. An object that cannot be copied (for example one
+    that holds a lock or a file) is shared with the copy.
 
     Example:
         >>> import torch
@@ -48,7 +48,7 @@ def own_copy(batch: Batch) -> Batch:
 
 
 def on_copies(function: Callable[[nn.Module, Batch], T]) -> Callable[[nn.Module, Batch], T]:
-    """Return ``function(model, batch)`` that is called with a copy of its batch each time."""
+    """Wrap ``function(model, batch)`` so that each call receives a copy of the batch."""
     if getattr(function, "_is_on_copies", False):
         return function
 
@@ -71,12 +71,12 @@ def _copy_of(leaf: Any) -> Any:
         return leaf.copy()
     try:
         return copy.deepcopy(leaf)
-    except Exception:  # of any kind: whatever its class says of copies
+    except Exception:  # of any kind: its class decides what copying does
         return leaf
 
 
 def _clone(tensor: Tensor) -> Tensor:
-    # of an input that requires a gradient a leaf as before
+    # the copy of a leaf that requires a gradient is a leaf too
     if tensor.requires_grad and tensor.is_leaf:
         return tensor.detach().clone().requires_grad_()
     return tensor.clone()

@@ -1,4 +1,4 @@
-"""The number of samples of a batch: what its tensors agree on, or an error that asks for it."""
+"""Number of samples of a batch, inferred from the shapes of its tensors."""
 
 import dataclasses
 import math
@@ -13,20 +13,20 @@ from torch.nn.utils.rnn import PackedSequence
 __all__ = ["BatchSizeFn", "BatchWeightFn", "batch_size", "checked_size", "checked_weight"]
 
 BatchSizeFn = Callable[[Any], int]
-"""``batch_size_fn(batch)``: the number of samples of a batch."""
+"""``batch_size_fn(batch) -> int``: the number of samples of a batch."""
 
 BatchWeightFn = Callable[[Any], float]
-"""``batch_weight_fn(batch)``: what the loss of a batch was divided by: samples, labels, tokens."""
+"""``batch_weight_fn(batch) -> float``: the divisor of the batch loss, such as a number of samples, labels or tokens."""
 
-_REMEDY = "Pass batch_size_fn=lambda batch: ..., the number of samples of a batch."
+_REMEDY = "Pass batch_size_fn=lambda batch: ... that returns the number of samples of a batch."
 
-# Attributes by which graph libraries give the number of samples of a batch object.
+# Attributes with the number of samples of a batch object in graph libraries.
 _SIZE_ATTRIBUTES = ("num_graphs", "batch_size")
 
 
 @dataclass(frozen=True)
 class _Vote:
-    """The numbers of samples that an entry of a batch may stand for."""
+    """Candidates for the number of samples, derived from one entry of a batch."""
 
     name: str
     numbers: frozenset[int]
@@ -39,16 +39,16 @@ class _Vote:
 def batch_size(batch: Any, name: str = "batch") -> int:
     """Count the samples of a batch.
 
-    Every tensor counts by its first dimension, a list of samples in a field by its length, a graph object by its
-    ``num_graphs`` or ``batch_size``. Numbers, strings and tensors without a dimension do not count, nor does a tensor
-    such as a mask (1, T) that is broadcast over the samples.
+    A tensor contributes its first dimension, a list of samples in a field its length, and a graph object its
+    ``num_graphs`` or ``batch_size``. Numbers, strings, tensors without a dimension, and tensors that are broadcast over
+    the samples, such as a mask (1, T), are ignored.
 
     Args:
         batch: A batch.
-        name: Name of the batch for messages.
+        name: Name of the batch in messages.
 
     Raises:
-        ValueError: If there is nothing to count by, or the entries do not agree.
+        ValueError: If no entry has a number of samples, or the entries disagree.
     """
     strong: list[_Vote] = []
     weak: list[_Vote] = []
@@ -56,12 +56,12 @@ def batch_size(batch: Any, name: str = "batch") -> int:
     votes = _without_broadcast(strong) or weak
     numbers = _agreed(votes)
     if strong and isinstance(batch, list) and _are_samples(batch) and not isinstance(batch[0], Tensor):
-        # a list of samples, or one of fields: both are in use
+        # the list may hold samples or fields; both conventions are common
         numbers |= _one(len(batch))
         votes = [*votes, _Vote("the length of the list", _one(len(batch)))]
     if not votes:
         raise ValueError(
-            f"{name}: expected a tensor with a batch dimension somewhere inside, got {type(batch).__name__}. {_REMEDY}"
+            f"{name}: expected at least one tensor with a batch dimension, got {type(batch).__name__}. {_REMEDY}"
         )
     if len(numbers) != 1:
         raise ValueError(
@@ -72,28 +72,28 @@ def batch_size(batch: Any, name: str = "batch") -> int:
 
 
 def checked_size(function: BatchSizeFn, batch: Any, name: str) -> int:
-    """Return ``batch_size_fn(batch)``, if that is a whole number.
+    """Return ``batch_size_fn(batch)`` after checking that it is a nonnegative integer.
 
     Raises:
-        ValueError: If it is none, or negative.
+        ValueError: If it is not.
     """
     given = function(batch)
     value = _number(given)
     if value is None or value < 0 or value != int(value):
-        raise ValueError(f"batch_size_fn: expected the number of samples of {name}, got {given!r}")
+        raise ValueError(f"batch_size_fn: expected the number of samples of {name}, got {given!r}.")
     return int(value)
 
 
 def checked_weight(function: BatchWeightFn, batch: Any, name: str) -> float:
-    """Return ``batch_weight_fn(batch)``, if that is a number that can be a weight.
+    """Return ``batch_weight_fn(batch)`` after checking that it is a finite, nonnegative number.
 
     Raises:
-        ValueError: If it is none, negative or not finite.
+        ValueError: If it is not.
     """
     given = function(batch)
     value = _number(given)
     if value is None or value < 0:
-        raise ValueError(f"batch_weight_fn: expected a finite number of at least 0 for {name}, got {given!r}")
+        raise ValueError(f"batch_weight_fn: expected a finite number of at least 0 for {name}, got {given!r}.")
     return value
 
 
@@ -106,7 +106,7 @@ def _number(value: Any) -> float | None:
 
 
 def _collect(value: Any, name: str, strong: list[_Vote], weak: list[_Vote], *, is_field: bool) -> None:
-    """Add the votes of an entry and of all inside: of tensors and objects, and of lists of plain values."""
+    """Add the votes of an entry and its contents: strong ones of tensors and objects, weak ones of plain lists."""
     if isinstance(value, PackedSequence):
         strong.append(_Vote(name, _one(int(value.batch_sizes[0]))))
     elif isinstance(value, (Tensor, np.ndarray)):
@@ -127,7 +127,7 @@ def _collect(value: Any, name: str, strong: list[_Vote], weak: list[_Vote], *, i
 
 
 def _collect_list(value: Sequence[Any], name: str, strong: list[_Vote], weak: list[_Vote]) -> None:
-    """Add the votes of a list inside a batch: a list of samples, or of tensors that each hold all of them."""
+    """Add the votes of a list inside a batch: a list of samples, or of tensors that each hold all samples."""
     inside: list[_Vote] = []
     _collect(value, name, inside, [], is_field=False)
     if not inside:
@@ -141,7 +141,7 @@ def _collect_list(value: Sequence[Any], name: str, strong: list[_Vote], weak: li
 
 
 def _fields_of(value: Any) -> Iterable[tuple[str, Any]] | None:
-    """Fields of a container with names; None for anything else."""
+    """Return the named fields of a container, or None for other values."""
     if isinstance(value, Mapping):
         return [(f"[{key!r}]", value[key]) for key in value]
     if isinstance(value, tuple) and hasattr(value, "_fields"):
@@ -152,7 +152,7 @@ def _fields_of(value: Any) -> Iterable[tuple[str, Any]] | None:
 
 
 def _own_size(value: Any) -> int | None:
-    """The number of samples that an object gives by itself."""
+    """Return the number of samples that an object reports in an attribute, or None."""
     for attribute in _SIZE_ATTRIBUTES:
         size = getattr(value, attribute, None)
         if isinstance(size, int) and not isinstance(size, bool) and hasattr(value, "to"):
@@ -161,7 +161,7 @@ def _own_size(value: Any) -> int | None:
 
 
 def _are_samples(values: Sequence[Any]) -> bool:
-    """Whether the entries of a list look like samples: all of one structure, and each with something inside."""
+    """Return whether the entries of a list look like samples: nonempty and all of one structure."""
     forms = {_form_of(value) for value in values}
     return len(forms) == 1 and None not in forms
 
@@ -179,7 +179,7 @@ def _form_of(value: Any) -> tuple[Any, ...] | None:
 
 
 def _without_broadcast(votes: list[_Vote]) -> list[_Vote]:
-    """The votes without those of tensors of first dimension 1 that are broadcast over the samples."""
+    """Remove the votes of tensors with first dimension 1 that are broadcast over the samples."""
     whole = [vote for vote in votes if vote.numbers != {1} or len(vote.shape) < 2]
     dims = {dim for vote in whole for dim in vote.shape[1:]}
     kept = []

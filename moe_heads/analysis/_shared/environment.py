@@ -1,4 +1,4 @@
-"""The machine and the settings under which a model runs."""
+"""Machine and settings under which a model runs."""
 
 import os
 import platform
@@ -13,23 +13,23 @@ __all__ = ["Environment", "device_of", "environment_of", "load_average", "synchr
 
 @dataclass(frozen=True)
 class Environment:
-    """What a measured time depends on besides the model.
+    """Hardware, software and settings that affect a measured time, apart from the model.
 
     Attributes:
         device: Name of the processor or GPU that holds the model.
         device_type: "cpu", "cuda", ...
         dtype: Data type of the model's floating-point parameters; several are joined by "+".
-        autocast: Data type of the autocast that was active, or "off".
+        autocast: Data type of the active autocast, or "off".
         float32_matmul_precision: "highest", "high" (TF32) or "medium".
         num_threads: Threads of torch on the CPU.
         torch_version: Version of torch.
-        num_processors: Processors that the system has, whoever uses them.
-        load_average: Processes that ran or waited to, in the mean of the last minute; None where the system does not
-            tell.
-        driver: Version of the GPU's driver; "" where there is none.
+        num_processors: Processors of the system, including those that this process may not use.
+        load_average: Mean number of running or runnable processes over the last minute; None if the system does not
+            report it.
+        driver: Version of the GPU driver; "" without a GPU.
         python_version: Version of Python.
-        cudnn_benchmark: Whether cuDNN chooses its algorithms by trying them.
-        deterministic: Whether torch was told to use deterministic algorithms.
+        cudnn_benchmark: Whether cuDNN selects its algorithms by benchmarking.
+        deterministic: Whether torch uses deterministic algorithms.
     """
 
     device: str
@@ -57,14 +57,14 @@ class Environment:
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Device of the model's first parameter or buffer; the CPU when it has neither."""
+    """Return the device of the model's first parameter or buffer, or the CPU if it has neither."""
     for tensor in (*model.parameters(), *model.buffers()):
         return tensor.device
     return torch.device("cpu")
 
 
 def environment_of(model: nn.Module) -> Environment:
-    """The environment of the model as it is at this moment."""
+    """Return the current environment of the model."""
     device = device_of(model)
     dtypes = dict.fromkeys(str(p.dtype).removeprefix("torch.") for p in model.parameters() if p.is_floating_point())
     autocast = torch.is_autocast_enabled(device.type)
@@ -86,7 +86,7 @@ def environment_of(model: nn.Module) -> Environment:
 
 
 def load_average() -> float | None:
-    """Processes that ran or waited to, in the mean of the last minute; None where the system does not tell."""
+    """Return the mean number of running or runnable processes over the last minute, None if it is not reported."""
     try:
         return os.getloadavg()[0]
     except (AttributeError, OSError):
@@ -94,13 +94,13 @@ def load_average() -> float | None:
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until the device has done all work queued so far; a CPU never lags."""
+    """Wait until the device has finished all queued work; return at once on a CPU."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
 
 
 def _driver(path: Path = Path("/proc/driver/nvidia/version")) -> str:
-    """Version of the NVIDIA driver: the first number in what the kernel says, "... Module  580.65.06  ..."."""
+    """Return the version of the NVIDIA driver: the first number in the kernel's "... Module  580.65.06  ..."."""
     words = path.read_text(encoding="utf-8").split() if path.is_file() else []
     return next((word for word in words if word.replace(".", "").isdigit() and "." in word), "unknown")
 

@@ -1,4 +1,4 @@
-"""Axes to draw on: the caller's, or those of a new figure that pyplot does not know and so never leaks."""
+"""Axes for plots. New figures are created without pyplot, so that pyplot keeps no reference to them."""
 
 from typing import TYPE_CHECKING
 
@@ -10,11 +10,11 @@ __all__ = ["axes_of", "plain_text"]
 
 
 def axes_of(ax: "Axes | None", size: tuple[float, float] = (6.0, 4.0)) -> "tuple[Figure, Axes]":
-    """Figure and axes to draw on.
+    """Return the figure and axes to draw on.
 
     Args:
-        ax: Axes of the caller; None for a new figure.
-        size: Inches of the new figure.
+        ax: Axes of the caller, or None for a new figure.
+        size: Size of the new figure in inches.
 
     Returns:
         The figure that holds the axes, and the axes.
@@ -29,6 +29,6 @@ def axes_of(ax: "Axes | None", size: tuple[float, float] = (6.0, 4.0)) -> "tuple
 
 
 def plain_text(text: str, length: int) -> str:
-    """A user's text for a figure: one line, cut to a length, its dollars no mathematics."""
+    """Prepare a user's text for a figure: join lines, truncate to ``length``, and escape dollar signs."""
     line = " ".join(text.split())
     return (line if len(line) <= length else line[: length - 1] + "…").replace("$", r"\$")

@@ -1,4 +1,4 @@
-"""Replace the ``forward`` of modules for the length of a block."""
+"""Temporary replacement of the ``forward`` method of modules."""
 
 import functools
 from collections.abc import Callable, Iterable, Iterator
@@ -11,20 +11,20 @@ from torch import nn
 __all__ = ["Handler", "intercepted", "is_opaque"]
 
 Handler = Callable[[nn.Module, Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
-"""``handler(module, forward, args, kwargs)``: the result of a call of the module in place of ``forward(...)``."""
+"""``handler(module, forward, args, kwargs)``: returns the output of the module in place of ``forward(...)``."""
 
 
 @contextmanager
 def intercepted(modules: Iterable[nn.Module], handler: Handler) -> Iterator[None]:
-    """Hand every call of these modules' ``forward`` to the handler while the block runs.
+    """Route every call of these modules' ``forward`` through the handler while the block runs.
 
-    No hook is registered, so a module looks the same to code that asks for its hooks.
+    No hook is registered, so code that inspects the hooks of a module finds no difference.
     """
     before: list[tuple[nn.Module, Any]] = []
     try:
         for module in modules:
             before.append((module, vars(module).get("forward")))
-            # wraps: what a forward takes is looked up in its signature
+            # wraps: other code inspects the signature of forward
             module.forward = functools.wraps(module.forward)(_passed_on(module, module.forward, handler))
         yield
     finally:
@@ -40,5 +40,5 @@ def _passed_on(module: nn.Module, forward: Callable[..., Any], handler: Handler)
 
 
 def is_opaque(module: nn.Module) -> bool:
-    """Whether the ``forward`` of a module cannot be replaced: scripted and compiled ones."""
+    """Return whether the ``forward`` of a module cannot be replaced, as for scripted and compiled modules."""
     return isinstance(module, (torch.jit.ScriptModule, torch._dynamo.OptimizedModule))

@@ -1,4 +1,4 @@
-"""Evaluate losses without the memory of a graph, but for those that need one."""
+"""Evaluation of losses without an autograd graph, except for losses that need one."""
 
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -17,15 +17,15 @@ _ROUNDING = 1e-5
 
 
 class GraphOnDemand:
-    """Calls functions without recording a graph, unless the loss is another one without it.
+    """A caller of functions that records an autograd graph only if the loss depends on it.
 
-    At the center of an analysis each batch is evaluated both with and without a graph, from the same random numbers. A
-    module that takes another path where no gradient is recorded gives another loss there than the one that the Hessian
-    differentiates, and from then on every call records a graph. So does every call from the first one that fails
-    without a graph: a penalty on a gradient, say. What does not fit into memory with a graph is not compared.
+    At the center of an analysis, each batch is evaluated with and without a graph from the same random numbers. A
+    module that takes a different path without gradients returns a different loss from the one that the Hessian
+    differentiates. Then every later call records a graph. The same holds after the first call that fails without a
+    graph, for example because of a gradient penalty. Batches that do not fit into memory with a graph are not compared.
 
     Args:
-        loss_of: Returns the loss from what a function returns.
+        loss_of: Extracts the loss from the return value of a function.
 
     Attributes:
         needs_graph: Whether every call records a graph.
@@ -36,10 +36,10 @@ class GraphOnDemand:
         self.needs_graph = False
 
     def __call__(self, function: Callable[[], T], *, compares: bool = False) -> T:
-        """Return ``function()``; with ``compares`` its loss is compared with that of a call that records a graph."""
+        """Return ``function()``; with ``compares``, also compare its loss with that of a call that records a graph."""
         if not compares or self.needs_graph:
             return self._evaluated(function)
-        # the plain call last: the function may keep what it computes, which has to be free of graphs
+        # the call without a graph comes last: the function may store its results, which must not hold graphs
         with_graph = self._loss_with_graph(function)
         value = self._evaluated(function)
         if self.needs_graph or with_graph is None or not _differ(self._loss_of(value), with_graph):
@@ -49,7 +49,7 @@ class GraphOnDemand:
 
     def _loss_with_graph(self, function: Callable[[], T]) -> float | None:
         def evaluated() -> float:
-            # generators_kept: a loss that draws random numbers draws the same ones again
+            # generators_kept: a loss that draws random numbers has to draw the same ones again
             with torch.enable_grad(), generators_kept():
                 return float(self._loss_of(function()))
 

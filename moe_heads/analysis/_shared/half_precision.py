@@ -1,4 +1,4 @@
-"""Models that are partly in half precision: a frozen bfloat16 backbone below a float32 head, a LoRA base."""
+"""Models partly in half precision, such as a frozen bfloat16 backbone below a float32 head, or a LoRA base model."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,20 +15,20 @@ from moe_heads.head import Head
 
 __all__ = ["computes_in_half", "half_modules_in_autocast"]
 
-# Parts of the messages with which torch refuses tensors of different data types.
+# Parts of torch's error messages about tensors of different data types.
 _OTHER_DTYPE = ("dtype", "scalar type", "data type", "expected scalar")
 
 _REMEDY = (
-    "A part of the model is in half precision. Inside an analysis autocast covers the modules whose parameters are all"
-    " in half precision, and float32 the rest. Convert the tensors where the two meet, or analyze a copy in float32:"
+    "A part of the model is in half precision. During an analysis, modules with parameters only in half precision run"
+    " under autocast and all others in float32. Convert the tensors where the two meet, or analyze a copy in float32:"
     " callback.analyze(copy.deepcopy(model).float(), ...)."
 )
 
 
 def computes_in_half(model: nn.Module) -> torch.dtype | None:
-    """Return the half-precision data type that a part of the model computes in; None for a model without one.
+    """Return the half-precision data type that a part of the model computes in, or None.
 
-    The loss of such a model is known to the rounding of that type: about 3 digits for float16, 2 for bfloat16.
+    The loss of such a model is accurate to the rounding of that type: about 3 digits for float16, 2 for bfloat16.
 
     Example:
         >>> import torch
@@ -42,14 +42,13 @@ def computes_in_half(model: nn.Module) -> torch.dtype | None:
 
 @contextmanager
 def half_modules_in_autocast(model: nn.Module) -> Iterator[None]:
-    """Evaluate the half-precision parts of a model in autocast while the block runs, and the rest in full precision.
+    """Evaluate half-precision parts of a model under autocast, and all other parts in full precision.
 
-    A module whose parameters are all bfloat16 runs under autocast, as it did in training with
-    ``precision="bf16-mixed"``, and its output is converted to the type of the other parameters. One whose parameters
-    are all float16 is computed in full precision from these weights. Elsewhere, where half meets full precision, full
-    precision is computed in (`PromotedPrecision`): a LoRA layer of one's own, or a weight that is used outside its
-    module. A model that is all in one precision is left alone. Autocast keeps no converted weights, since an analysis
-    moves them.
+    A module whose parameters are all bfloat16 runs under autocast, as in training with ``precision="bf16-mixed"``. Its
+    output is converted to the type of the other parameters. A module whose parameters are all float16 is computed in
+    full precision from these weights. Other operations on mixed types, such as a custom LoRA layer or a weight that is
+    used outside its module, are computed in full precision (`PromotedPrecision`). A model with a single precision is
+    not changed. The weight cache of autocast is off, since an analysis changes the weights.
     """
     full = _full_dtype(model)
     if full is None or computes_in_half(model) is None:
@@ -66,11 +65,11 @@ def half_modules_in_autocast(model: nn.Module) -> Iterator[None]:
 
 
 class _Region:
-    """Runs the modules that are in half precision.
+    """The half-precision modules of a model and the code that runs them.
 
-    bfloat16 has the range of float32 and is left to autocast. In float16 the gradients of a mean over many samples are
-    smaller than its smallest number, and a second derivative has no loss scaling, so those modules are computed in full
-    precision from their float16 weights. So are recurrent layers, which not every device has in half precision.
+    bfloat16 has the range of float32 and runs under autocast. In float16, the gradients of a mean over many samples
+    underflow, and a second derivative has no loss scaling. These modules are therefore computed in full precision from
+    their float16 weights. So are recurrent layers, which some devices do not support in half precision.
     """
 
     def __init__(self, model: nn.Module, full: torch.dtype) -> None:
@@ -84,7 +83,7 @@ class _Region:
             return self._recurrent(module, forward, args, kwargs)
         device, dtype = self.modules[module]
         if dtype == torch.float16:
-            # a head compares the types of its input and its weights itself
+            # a head compares the data types of its input and its weights
             with self._full_weights(module if isinstance(module, Head) else None):
                 return self._converted(forward(*args, **kwargs))
         if self._is_inside:
@@ -99,7 +98,7 @@ class _Region:
 
     @contextmanager
     def _full_weights(self, module: nn.Module | None) -> Iterator[None]:
-        """Give all modules inside of one a copy of their parameters in full precision."""
+        """Replace all parameters inside a module by copies in full precision while the block runs."""
         held = [child._parameters for child in ([] if module is None else module.modules())]
         before = [dict(parameters) for parameters in held]
         try:
@@ -134,7 +133,7 @@ class _Region:
 
 
 def _half_modules(model: nn.Module) -> dict[nn.Module, tuple[torch.device, torch.dtype]]:
-    """Modules that hold half-precision tensors, and no floating-point parameter of another type, with the type."""
+    """Return the device and type of each module whose floating-point tensors all have one half-precision type."""
     found: dict[nn.Module, tuple[torch.device, torch.dtype]] = {}
     for module in model.modules():
         parameters: list[Tensor] = [p for p in module.parameters() if p.is_floating_point() or p.is_complex()]
@@ -146,7 +145,7 @@ def _half_modules(model: nn.Module) -> dict[nn.Module, tuple[torch.device, torch
 
 
 def _full_dtype(model: nn.Module) -> torch.dtype | None:
-    """Type of the parameters in full precision, of the trainable ones if there are any; None where there are none."""
+    """Return the type of the full-precision parameters, preferably of the trainable ones, or None without any."""
     full = [p for p in model.parameters() if p.dtype in {torch.float32, torch.float64}]
     chosen = [p for p in full if p.requires_grad] or full
     if not chosen:

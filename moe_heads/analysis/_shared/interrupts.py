@@ -1,4 +1,4 @@
-"""Ctrl-C at a moment when it would leave things half done."""
+"""Delay of Ctrl-C while a block runs, so that the block is not left half done."""
 
 import signal
 import threading
@@ -9,12 +9,12 @@ __all__ = ["HeldInterrupts"]
 
 
 class HeldInterrupts:
-    """Holds Ctrl-C back inside the block and raises it at the end, unless the block ends with an error anyway.
+    """A context manager that delays Ctrl-C to the end of its block, and drops it if the block ends with an error.
 
-    A block inside the block of the same object changes nothing. Where Ctrl-C is ignored, it stays ignored.
+    A nested block of the same object has no effect. If Ctrl-C is ignored, it stays ignored.
 
     Attributes:
-        pending: Whether it was pressed.
+        pending: Whether Ctrl-C was pressed.
     """
 
     def __init__(self) -> None:
@@ -44,7 +44,7 @@ class HeldInterrupts:
         self.pending = False
 
     def check(self) -> None:
-        """Raise what was held back, here and now."""
+        """Raise a delayed Ctrl-C now."""
         if self.pending:
             self.pending = False
             raise KeyboardInterrupt

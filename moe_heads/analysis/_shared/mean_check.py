@@ -1,51 +1,52 @@
-"""Whether a loss is a mean over the samples of its batch: compare whole batches with their halves."""
+"""Check that a loss is a mean over the samples of its batch, by comparing whole batches with their halves."""
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from moe_heads.analysis._shared.analysis_mode import analysis_mode
 from moe_heads.analysis._shared.batch_list import Batches, Piece, halves_of
 from moe_heads.analysis._shared.batches import Batch, LossFn, to_device
 from moe_heads.analysis._shared.copies import own_copy
 from moe_heads.analysis._shared.environment import device_of
+from moe_heads.analysis._shared.generators import random_states
 from moe_heads.analysis._shared.graph_on_demand import GraphOnDemand
 from moe_heads.analysis._shared.microbatches import free_memory, is_out_of_memory
-from moe_heads.analysis._shared.preserve import analysis_mode
 from moe_heads.analysis._shared.progress import Progress
-from moe_heads.analysis._shared.random_states import random_states
 from moe_heads.analysis._shared.ranks import Ranks
+from moe_heads.analysis._shared.scalar import is_scalar
 
 __all__ = ["CutDependence", "check_mean"]
 
-# In units of the resolution of the data type: what another order of a sum, or another kernel for another size of
-# batch, changes in a loss (relative), and what is left of logits of some tens when they cancel (absolute).
+# In units of the resolution of the data type: the relative change of a loss by another summation order or by another
+# kernel for another batch size, and the absolute remainder when logits of some tens cancel.
 _RELATIVE, _ABSOLUTE = 1000, 100
 
-# A relative difference below this matters to nobody, whatever the data type.
+# A relative difference below this is negligible for any data type.
 _NEGLIGIBLE = 1e-6
 
-# A loss of less than this many absolute roundings is too near to zero to be compared.
+# A loss below this many absolute roundings is too close to zero to be compared.
 _RESOLVED = 10
 
 _REMEDY = (
-    "Pass a loss_fn that is a mean over the samples; or what the loss is divided by as batch_weight_fn (for language"
-    ' models lambda batch: (batch["labels"][:, 1:] != -100).sum()); or the batches of the training'
+    "Pass a loss_fn that is a mean over the samples, or pass the divisor of the loss as batch_weight_fn (for language"
+    ' models lambda batch: (batch["labels"][:, 1:] != -100).sum()), or pass the batches of the training'
 )
 
 
 @dataclass(frozen=True)
 class CutDependence:
-    """How much the mean loss depends on how the samples are cut into batches.
+    """Dependence of the mean loss on the division of the samples into batches.
 
     Attributes:
-        size: Mean difference between the loss of a batch and that of its halves, as a fraction of the loss; 0.0 for a
-            mean over the samples, None where it could not be found out.
-        reason: Why it could not; "" where it could.
+        size: Mean difference between the loss of a batch and that of its halves, as a fraction of the loss. 0.0 for a
+            mean over the samples, None if it could not be determined.
+        reason: Why it could not be determined; else "".
         is_sum: Whether the loss of a batch is the sum over its samples.
-        halves_fail: Whether half a batch has no loss: the module needs its batches whole.
+        halves_fail: Whether the loss of half a batch raises an error: the module needs whole batches.
     """
 
     size: float | None
@@ -55,7 +56,7 @@ class CutDependence:
 
     @property
     def may_cut(self) -> bool:
-        """Whether cutting a batch changes nothing, as far as is known."""
+        """True if no effect of cutting a batch is known."""
         return not self.halves_fail and not self.size
 
 
@@ -68,19 +69,19 @@ def check_mean(
     ranks: Ranks | None = None,
     seed: int = 0,
 ) -> CutDependence:
-    """Compare the loss of every batch with the weighted mean of its halves' losses, and warn where they differ.
+    """Compare the loss of every batch with the weighted mean of its halves' losses, and warn if they differ.
 
-    Products with a Hessian, traces and the points of a landscape are weighted means over the batches. They depend on
-    how the samples are cut into batches unless the loss is such a mean itself.
+    Hessian-vector products, traces and the points of a landscape are weighted means over the batches. They depend on
+    the division of the samples into batches unless the loss is itself such a mean.
 
-    Costs two forward passes over the data, inside an `analysis_mode` of its own: call it outside of another one. A
-    result that is known for the same batches and loss is returned without a further warning.
+    The check costs two forward passes over the data. It enters `analysis_mode`, so call it outside of another one. A
+    cached result for the same batches and loss is returned without a further warning.
 
     Args:
         model: The model.
         loss_fn: The loss.
         data: The batches of this process, on any device.
-        progress: Warned; looked at before each batch where this process is alone.
+        progress: Receives the warning. A single process also checks its time limit before each batch.
         ranks: The processes that share the data.
         seed: Seed of torch's random numbers in every evaluation.
     """
@@ -102,13 +103,13 @@ def check_mean(
     data.may_cut = data.may_cut and not found.halves_fail
     data.checked[id(loss_fn)] = loss_fn, found  # with the loss, so that its id is not given to another one
     if found.size and ranks.is_rank_zero:
-        progress.warn(together.told(found))
+        progress.warn(together.message(found))
     return found
 
 
 @dataclass
 class _Sums:
-    """What the batches of one process show."""
+    """Sums over the batches of one process, or of all processes."""
 
     weight: float = 0.0
     size: float = 0.0
@@ -138,30 +139,31 @@ class _Sums:
             return CutDependence(None, (self.reasons or ["no batch could be halved"])[0], halves_fail=halves_fail)
         if self.num_different == 0:
             if self.size < _RESOLVED * self.floor * self.weight:
-                return CutDependence(None, "the loss is too near to zero to be told from rounding errors")
+                return CutDependence(None, "the loss is too close to zero to be distinguished from rounding errors")
             return CutDependence(0.0)
-        if not self.difference:  # opposite infinities aside
+        if not self.difference:
             return CutDependence(0.0)
         return CutDependence(self.difference / self.size, is_sum=self.num_sums == self.num_different)
 
-    def told(self, found: CutDependence) -> str:
+    def message(self, found: CutDependence) -> str:
         assert found.size is not None
         if found.is_sum and self.example is not None:
             num_samples, first, second = self.example
             return (
-                f"the loss of {num_samples} samples is the sum of the losses of its halves, {first:.5g} and"
-                f" {second:.5g}. Expected their mean: the results are those of a sum over the samples of a batch, and"
-                " grow with batch_size. Give the loss reduction='mean', or pass a loss_fn that is a mean."
+                "loss_fn: expected the mean over the samples of a batch, got a sum: the loss of"
+                f" {num_samples} samples is the sum of the losses of its halves, {first:.5g} and {second:.5g}. The"
+                " results grow with batch_size."
+                " Give the loss reduction='mean', or pass a loss_fn that is a mean."
             )
         return (
             f"loss_fn: expected the mean over the samples of a batch, got a loss that differs by {_percent(found.size)}"
             f" between a batch and its halves ({self.num_different} of {self.num_checked} batches). Eigenvalues, trace"
-            f" and landscape depend on how the samples are cut into batches. {_REMEDY}."
+            f" and landscape depend on the division of the samples into batches. {_REMEDY}."
         )
 
 
 class _Check:
-    """Compares batches with their halves."""
+    """A comparison of batches with their halves."""
 
     def __init__(self, model: nn.Module, loss_fn: LossFn, seed: int) -> None:
         self._model, self._loss_fn, self._seed = model, loss_fn, seed
@@ -172,17 +174,17 @@ class _Check:
         self.is_over = False
 
     def add(self, piece: Piece, data: Batches) -> None:
-        """Look at one batch."""
+        """Check one batch."""
         if not piece.is_divisible:
-            why = "they hold one sample each" if piece.size == 1 else "their samples cannot be told apart"
+            why = "they hold one sample each" if piece.size == 1 else "their tensors do not have one row a sample"
             self.sums.reasons.append(f"the batches cannot be halved: {why}")
             return
         batch = to_device(piece.batch, self._device)
         piece = Piece(batch, piece.size, piece.weight, piece.may_cut)
         try:
             whole = self._loss(batch)
-        except Exception as error:  # of any kind: the analysis itself says it
-            self._forgive(error)
+        except Exception as error:  # of any kind: the analysis itself raises it again
+            self._record_failure(error)
             self.is_over = not is_out_of_memory(error)
             return
         if whole is None:
@@ -195,7 +197,7 @@ class _Check:
         try:
             losses = [self._loss(half.batch) for half in halves]
         except Exception as error:  # of any kind: a module may take batches of one size only
-            self._forgive(error)
+            self._record_failure(error)
             self.sums.failed_halves += not is_out_of_memory(error)
             return
         finite = [loss for loss in (whole, *losses) if loss is not None and math.isfinite(loss)]
@@ -227,17 +229,17 @@ class _Check:
     def _end(self, reason: str) -> None:
         self.sums, self.is_over = _Sums(reasons=[reason]), True
 
-    def _forgive(self, error: Exception) -> None:
+    def _record_failure(self, error: Exception) -> None:
         if is_out_of_memory(error):
             free_memory()
-        self.sums.reasons.append(f"a loss of half a batch could not be had: {type(error).__name__}: {error}")
+        self.sums.reasons.append(f"the loss of half a batch could not be computed: {type(error).__name__}: {error}")
 
     def _is_random(self, batch: Batch, loss: float) -> bool:
         other = self._loss(batch, self._seed + 1)
         return other is None or abs(other - loss) > self._allowed(max(abs(other), abs(loss)))
 
     def _allowed(self, size: float) -> float:
-        """The difference of two losses of this size that rounding explains."""
+        """Return the largest difference of two losses of this size that rounding explains."""
         return max(_RELATIVE * self._resolution, _NEGLIGIBLE) * size + _ABSOLUTE * self._resolution
 
     def _loss(self, batch: Batch, seed: int | None = None) -> float | None:
@@ -250,14 +252,14 @@ class _Check:
             return loss
 
         loss = self._graph(evaluate)
-        if not isinstance(loss, Tensor) or loss.numel() != 1:
+        if not is_scalar(loss):
             return None
         self._resolution = max(self._resolution, _resolution(loss.dtype))
         return float(loss.detach())
 
 
 def _resolution_of(model: nn.Module) -> float:
-    """The coarsest resolution of the parameters that require a gradient."""
+    """Return the coarsest resolution among the parameters that require a gradient."""
     return max((_resolution(p.dtype) for p in model.parameters() if p.requires_grad), default=0.0)
 
 

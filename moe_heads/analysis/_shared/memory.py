@@ -1,4 +1,4 @@
-"""How much memory of the machine is free."""
+"""Free memory of the machine."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,12 +9,12 @@ __all__ = ["available_memory", "memory_budget"]
 
 
 def memory_budget(device: torch.device, *, on_cpu: int, share_of_gpu: float) -> int:
-    """Bytes that an analysis may keep where its caller does not say.
+    """Return the default number of bytes that an analysis may keep.
 
     Args:
-        device: Where.
-        on_cpu: Bytes on a CPU, if that is not more than half of what is free.
-        share_of_gpu: Share of what is free on a GPU.
+        device: Device of the model.
+        on_cpu: Bytes on a CPU, limited to half of the free memory.
+        share_of_gpu: Fraction of the free memory on a GPU.
     """
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0] * share_of_gpu)
@@ -23,9 +23,9 @@ def memory_budget(device: torch.device, *, on_cpu: int, share_of_gpu: float) -> 
 
 
 def available_memory() -> int | None:
-    """Bytes that this process can still get, by the kernel and by the limits of its control groups (containers, jobs).
+    """Return the bytes that this process can still allocate, or None if the system does not report it.
 
-    None where the system does not tell.
+    Considers the free memory of the machine and the limits of the process's control groups (containers, jobs).
     """
     known = [bytes_ for bytes_ in (_of_the_machine(), *_of_the_groups()) if bytes_ is not None]
     return min(known, default=None)
@@ -41,10 +41,10 @@ def _of_the_machine(path: Path = Path("/proc/meminfo")) -> int | None:
 def _of_the_groups(
     groups: Path = Path("/proc/self/cgroup"), mount: Path = Path("/sys/fs/cgroup")
 ) -> Iterator[int | None]:
-    """What each control group leaves, this process's own and those around it.
+    """Read the remaining memory of the process's control group and of the groups that contain it.
 
     Yields:
-        Bytes; None for a group without a limit.
+        Bytes, or None for a group without a limit.
     """
     if not groups.exists():
         return
@@ -58,7 +58,7 @@ def _of_the_groups(
         else:
             continue
         inside = root / path.lstrip("/")
-        # a container may not see its own path, but the root that it is mounted at
+        # a container may not have access to its own path, but to the root of the mount
         for folder in dict.fromkeys([inside, *inside.parents, root]):
             if folder == root or root in folder.parents:
                 yield _left(folder, *names)
@@ -73,6 +73,6 @@ def _left(folder: Path, limit_name: str, used_name: str, reclaimable: str) -> in
         return None
     if limit == "max":
         return None
-    # files that were read and can be forgotten count as used
+    # the kernel counts reclaimable file cache as used
     cached = dict(line.split() for line in statistics.splitlines()).get(reclaimable, "0")
     return max(int(limit) - used + int(cached), 0)

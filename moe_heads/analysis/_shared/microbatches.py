@@ -1,4 +1,4 @@
-"""Batches on the device of a model, evaluated one after the other and cut smaller where memory runs out."""
+"""Batches on the device of a model, evaluated one after the other and halved when memory runs out."""
 
 import gc
 from collections.abc import Callable, Iterable, Iterator
@@ -18,26 +18,27 @@ T = TypeVar("T")
 
 
 class Microbatches:
-    """The data of an analysis on one device.
+    """Data of an analysis on one device.
 
-    A function that is the mean over the samples of a batch has the same weighted mean over all batches however they are
-    cut, so a batch that does not fit into memory is halved and the result stays the same. The halves stay halves.
+    If a function is the mean over the samples of a batch, its weighted mean over all batches does not depend on the
+    division into batches. A batch that does not fit into memory is therefore halved, and the result stays the same.
+    Halved batches stay halved in later evaluations.
 
     Args:
-        batches: The data; `Batches` bring their numbers of samples and weights along.
-        device: Where the model is.
-        progress: Looked at before each batch.
-        batch_size_fn: ``batch_size_fn(batch)``, the number of samples of a batch; by default its tensors tell.
+        batches: The data. `Batches` keep their numbers of samples and weights.
+        device: Device of the model.
+        progress: Its time limit is checked before each batch.
+        batch_size_fn: ``batch_size_fn(batch)``, the number of samples of a batch; by default inferred from its tensors.
         batch_weight_fn: ``batch_weight_fn(batch)``, the weight of a batch; by default its number of samples. Batches of
-            weight 0 are left out.
+            weight 0 are skipped.
 
     Attributes:
-        num_samples: Samples in all batches that have a weight.
+        num_samples: Number of samples in all batches with a weight above zero.
         total_weight: Sum of the weights.
-        origins: For each batch or piece of one, the place of the batch among those that were given.
+        origins: Index of the original batch for each batch or part of a batch.
 
     Raises:
-        ValueError: If the data is empty, or the number of samples of a batch is not known.
+        ValueError: If the data is empty, or the number of samples of a batch is unknown.
     """
 
     def __init__(
@@ -58,16 +59,16 @@ class Microbatches:
 
     @property
     def sizes(self) -> list[int]:
-        """Number of samples of each batch or piece of one."""
+        """Number of samples of each batch or part of a batch."""
         return [piece.size for piece in self._pieces]
 
     @property
     def weights(self) -> list[float]:
-        """Weight of each batch or piece of one."""
+        """Weight of each batch or part of a batch."""
         return [piece.weight for piece in self._pieces]
 
     def __iter__(self) -> Iterator[Batch]:
-        """The batches themselves: whoever hands one to a function of the user copies it."""
+        """Iterate over the batches themselves; callers copy a batch before passing it to a user's function."""
         return (piece.batch for piece in self._pieces)
 
     def __len__(self) -> int:
@@ -83,16 +84,16 @@ class Microbatches:
         """Call ``function(index, batch)`` for each batch.
 
         Args:
-            function: Called with the place of the batch, or piece of one, and the batch.
-            wanted: Whether to call it for the pieces of the batch that was given at a place; by default all.
-            copies: Whether to call it with a copy of the batch, so that it may change it; False for a function that
-                copies what it hands on.
+            function: Called with the index of the batch or part of a batch, and with the batch.
+            wanted: Returns whether to evaluate the parts of the original batch at an index. By default all are.
+            copies: Whether to pass a copy of the batch, so that the function may change it. False for a function that
+                makes its own copy.
 
         Yields:
-            The weight of the batch, and what the function returned.
+            Weight of the batch and return value of the function.
 
         Raises:
-            MemoryError: If there is no memory for a batch that cannot be cut.
+            MemoryError: If a batch that cannot be cut does not fit into memory.
         """
         index = 0
         while index < len(self._pieces):
@@ -106,46 +107,46 @@ class Microbatches:
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
-                _refuse_if_indivisible(piece, error)
+                _raise_if_indivisible(piece, error)
             else:
                 yield piece.weight, value
                 index += 1
                 continue
-            # outside the except clause: its traceback holds what did not fit
+            # outside the except clause: its traceback references the tensors of the failed attempt
             self._halve(index)
 
     def _halve(self, index: int) -> None:
         free_memory()
         if not self._is_mean:
             self._monitor.warn(
-                f"memory ran out for a batch of {self._pieces[index].size} samples, which was halved, and the loss"
-                " depends on how the samples are cut into batches: the result is of smaller batches than were asked for"
+                f"memory ran out for a batch of {self._pieces[index].size} samples, which was halved. The loss depends"
+                " on the division into batches, so the result belongs to smaller batches than requested."
             )
         halves = [half for half in halves_of(self._pieces[index], self._weight_fn) if half.weight > 0]
         self._pieces[index : index + 1] = halves
         self.origins[index : index + 1] = [self.origins[index]] * len(halves)
 
 
-def _refuse_if_indivisible(piece: Piece, error: Exception) -> None:
+def _raise_if_indivisible(piece: Piece, error: Exception) -> None:
     if not piece.is_divisible:
         what = "a single sample" if piece.size == 1 else f"a batch of {piece.size} samples that cannot be cut"
         raise MemoryError(
-            f"there is not enough memory for {what} ({error}); analyze a smaller model, fewer samples at a time"
-            " (batch_size), or on another device"
+            f"there is not enough memory for {what} ({error}). Analyze a smaller model, use fewer samples at a time"
+            " (batch_size), or use another device."
         ) from error
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that the memory of a GPU or of the machine is used up."""
+    """Return whether an error reports that the memory of a GPU or of the machine ran out."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
-    # what the CPU's allocator and cuDNN say, which have no class of their own
+    # messages of the CPU allocator, cuDNN and cuBLAS, whose errors have no class of their own
     signs = ("can't allocate memory", "not enough memory", "CUDNN_STATUS_ALLOC_FAILED", "CUBLAS_STATUS_ALLOC_FAILED")
     return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
 
 
 def unless_out_of_memory(compute: Callable[[], T]) -> T | None:
-    """What ``compute`` returns, or None when memory runs out in it."""
+    """Return ``compute()``, or None if it runs out of memory."""
     try:
         return compute()
     except (RuntimeError, MemoryError) as error:
@@ -155,7 +156,7 @@ def unless_out_of_memory(compute: Callable[[], T]) -> T | None:
 
 
 def free_memory() -> None:
-    """Give back what an attempt that failed has left on the GPU; the CPU's memory is free when its error is gone."""
+    """Release GPU memory that a failed attempt left behind; CPU memory is free once the error is discarded."""
     if torch.cuda.is_available():
         gc.collect()
         torch.cuda.empty_cache()

@@ -1,4 +1,4 @@
-"""Move the tensors of a model along directions, and hit the ends of a segment exactly."""
+"""Movement of the tensors of a model along directions, with exact end points."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -7,30 +7,32 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from moe_heads.analysis._shared.contents import write_back
+from moe_heads.analysis._shared.state import write_back
 
 __all__ = ["ParameterPath", "Steps", "Target"]
 
 
 @dataclass(frozen=True)
 class Target:
-    """Values that a tensor has at coordinate 1, to the bit: what an added difference would miss by rounding."""
+    """Exact values of a tensor at coordinate 1, which adding a difference would miss by rounding."""
 
     end: Tensor
 
 
 Steps = Mapping[str, Tensor | Target]
-"""One direction: by the name of a parameter or buffer, what is added at coordinate 1, or what is reached there."""
+"""One direction: the step to coordinate 1, or the target values there, by the name of the parameter or buffer."""
 
 
 class ParameterPath:
-    """Moves parameters and buffers in place; `analysis_mode` brings them back. Shared parameters move once.
+    """Parameters and buffers of a model that move in place along directions.
+
+    `analysis_mode` restores them. Shared parameters move once.
 
     Args:
         model: The model.
-        directions: The directions; of a tensor that none of them names, or all by zero, nothing is held.
-        original: Gives the values of a tensor from which to start, which `analysis_mode` holds already; by default a
-            copy of the values now.
+        directions: The directions. Tensors without a nonzero step are not stored.
+        original: Returns the start values of a tensor, such as those that `analysis_mode` holds. By default the current
+            values are copied.
 
     Attributes:
         moved: The tensors that move.
@@ -51,7 +53,7 @@ class ParameterPath:
 
     @property
     def norms(self) -> tuple[float, ...]:
-        """Length of a step by 1 along each direction."""
+        """Length of a unit step along each direction."""
         squares = [0.0] * self.num_directions
         for _, start, steps in self._moves:
             for number, step in enumerate(steps):
@@ -63,7 +65,7 @@ class ParameterPath:
     @torch.no_grad()
     def go(self, coordinates: Sequence[float]) -> None:
         """Move to the start plus the sum of the directions times their coordinates."""
-        # always from the start, never from the last point: rounding errors do not add up
+        # always from the start, never from the last point: rounding errors do not accumulate
         for tensor, start, steps in self._moves:
             used = [(c, step) for c, step in zip(coordinates, steps, strict=True) if c and step is not None]
             if all(isinstance(step, Tensor) for _, step in used) and _is_dense(tensor):
@@ -75,7 +77,7 @@ class ParameterPath:
 def _moves(step: Tensor | Target | None) -> bool:
     if step is None or isinstance(step, Target):
         return step is not None
-    return step.numel() > 0 and any(map(bool, torch.aminmax(step)))  # any() would take memory
+    return step.numel() > 0 and any(map(bool, torch.aminmax(step)))  # any() would allocate memory
 
 
 def _is_dense(tensor: Tensor) -> bool:
@@ -83,7 +85,7 @@ def _is_dense(tensor: Tensor) -> bool:
 
 
 def _add(target: Tensor, start: Tensor, used: Sequence[tuple[float, Tensor | Target]]) -> None:
-    """Start plus steps, without any memory beside them."""
+    """Set ``target`` to start plus steps, without temporary memory."""
     if not used:
         target.copy_(start)
     for coordinate, step in used:

@@ -1,4 +1,4 @@
-"""The parameters that an analysis differentiates by or moves, and their order in a flat vector."""
+"""Selection of the parameters that an analysis differentiates or moves, and their order in a flat vector."""
 
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -7,28 +7,30 @@ from torch import Tensor, nn
 __all__ = ["Selection", "check_real", "trainable_parameters"]
 
 Selection = Sequence[Tensor | str]
-"""Parameters of a model: tensors, names of parameters, or names of modules, which stand for all their parameters."""
+"""Parameters of a model: tensors, names of parameters, or names of modules, which select all their parameters."""
 
 
 def trainable_parameters(
     model: nn.Module, params: Selection | None = None, *, only_real: bool = True
 ) -> dict[str, nn.Parameter]:
-    """Parameters that require a gradient by name, shared ones once, in the order of every flat vector (P,).
+    """Return the parameters that require a gradient by name, in the order of every flat vector (P,).
+
+    A shared parameter occurs once.
 
     Args:
         model: The model.
-        params: Those of them that are meant; by default all.
-        only_real: Refuse complex ones, which have no place in a flat vector.
+        params: The selected parameters; by default all.
+        only_real: Whether complex parameters raise an error, since they do not fit into a flat vector.
 
     Raises:
-        ValueError: If there are none, one of them is lazy or complex, or an entry of ``params`` is none of them.
+        ValueError: If there is none, one of them is lazy or complex, or an entry of ``params`` matches none of them.
     """
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not named:
-        raise ValueError("model: expected at least one parameter that requires a gradient, got none")
+        raise ValueError("model: expected at least one parameter that requires a gradient, got none.")
     lazy = [name for name, p in named.items() if isinstance(p, nn.UninitializedParameter)]
     if lazy:
-        raise ValueError(f"model: expected initialized parameters; {lazy[0]} is lazy: run one forward pass first")
+        raise ValueError(f"model: expected initialized parameters, got a lazy {lazy[0]!r}. Run one forward pass first.")
     chosen = named if params is None else _chosen(model, named, params)
     if only_real:
         check_real(chosen)
@@ -36,10 +38,10 @@ def trainable_parameters(
 
 
 def check_real(chosen: Mapping[str, Tensor]) -> None:
-    """Refuse complex parameters.
+    """Raise an error if a parameter is complex.
 
     Raises:
-        ValueError: Names one of them, and the remedy.
+        ValueError: If a parameter is complex.
     """
     found = {name: p for name, p in chosen.items() if p.is_complex()}
     if not found:
@@ -49,16 +51,16 @@ def check_real(chosen: Mapping[str, Tensor]) -> None:
     others = "" if real is None else f", or choose real ones, such as params=[{real!r}]"
     raise ValueError(
         f"model: expected real parameters, got {name!r} of type {parameter.dtype}. Complex parameters are not"
-        " supported. Store real and imaginary part as a real parameter, and use torch.view_as_complex in"
+        " supported. Store the real and imaginary parts as a real parameter and use torch.view_as_complex in"
         f" forward{others}."
     )
 
 
 def _chosen(model: nn.Module, trainable: dict[str, nn.Parameter], params: Selection) -> dict[str, nn.Parameter]:
     if isinstance(params, (str, Tensor)) or not isinstance(params, Iterable):
-        raise ValueError(f"params: expected a list of parameters or of their names, got {_described(params)}")
+        raise ValueError(f"params: expected a list of parameters or of their names, got {_described(params)}.")
     first_names = {id(p): name for name, p in trainable.items()}
-    # a shared parameter may be meant by any of its names
+    # a shared parameter may be selected by any of its names
     known = [(name, p) for name, p in model.named_parameters(remove_duplicate=False) if id(p) in first_names]
     names: set[str] = set()
     for entry in params:
@@ -66,11 +68,11 @@ def _chosen(model: nn.Module, trainable: dict[str, nn.Parameter], params: Select
         if not found:
             raise ValueError(
                 "params: expected parameters of the model that require a gradient, or names of parameters or modules "
-                f"such as {next(iter(trainable))!r}; {_described(entry)} is none"
+                f"such as {next(iter(trainable))!r}, got {_described(entry)}."
             )
         names |= found
     if not names:
-        raise ValueError("params: expected at least one parameter, got none")
+        raise ValueError("params: expected at least one parameter, got none.")
     return {name: p for name, p in trainable.items() if name in names}
 
 

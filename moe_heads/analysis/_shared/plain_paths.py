@@ -1,4 +1,4 @@
-"""One function for all analyses: no path that torch takes only without gradients, or that cannot be differentiated."""
+"""Deactivation of torch's fast paths that change the function or cannot be differentiated twice."""
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -17,9 +17,9 @@ def plain_paths(model: nn.Module) -> Iterator[None]:
     """Evaluate the function that training differentiates, with dense gradients, while the block runs.
 
     - The fast path of `torch.nn.TransformerEncoder` and `torch.nn.MultiheadAttention` is off. torch takes it in
-      evaluation mode where no gradient is recorded. With a padding mask it gives zeros at padded places.
+      evaluation mode when no gradient is recorded. With a padding mask it returns zeros at padded positions.
     - Recurrent layers run without cuDNN, whose backward pass works in training mode only and has no second derivative.
-    - Gradients of embeddings are dense (``sparse=True`` changes their layout, not their values).
+    - Gradients of embeddings are dense. ``sparse=True`` changes their layout, not their values.
     """
     recurrent = [module for module in model.modules() if isinstance(module, nn.RNNBase) and not is_opaque(module)]
     with ExitStack() as stack:
@@ -36,7 +36,7 @@ def plain_paths(model: nn.Module) -> Iterator[None]:
 def _without_cudnn(
     module: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
-    # not cudnn.flags(), which would set the other flags to its own defaults
+    # not cudnn.flags(), which resets the other flags to its own defaults
     cudnn = cast(Any, torch.backends.cudnn)
     before = cudnn.enabled
     cudnn.enabled = False

@@ -1,4 +1,4 @@
-"""How a running analysis is watched: its progress shown, its time limited, and what it has so far kept."""
+"""Progress of a running analysis: display, time limit and partial results."""
 
 import copy
 import math
@@ -10,25 +10,25 @@ from typing import Any
 __all__ = ["Progress", "Show", "TimeUp"]
 
 Show = Callable[[int, int | None, Mapping[str, float]], None]
-"""``show(done, total, quantities)``: steps done, of how many if known, and the quantities that converge, by name."""
+"""``show(done, total, quantities)``: finished steps, all steps if known, and the converging quantities by name."""
 
 
 class TimeUp(TimeoutError):
-    """The time of a `Progress` is over."""
+    """Error raised when the time limit of a `Progress` is exceeded."""
 
 
 class Progress:
-    """Watches one analysis: shows its progress, ends it when its time is over, and holds what it has found so far.
+    """Progress display, time limit and partial result of one analysis.
 
-    The functions of this package call `step` after each unit of work, `tick` inside long ones, and `keep` as soon as
-    there is something worth having. When the time is over they return that, marked by its attribute ``partial``. An
-    error or Ctrl-C passes through them as it is; what was found before it is then to be had from `partial`.
+    The functions of this package call `step` after each unit of work, `tick` inside long units, and `keep` as soon as
+    there is a partial result. When the time limit is exceeded they return the partial result, marked by its attribute
+    ``partial``. Errors and Ctrl-C pass through unchanged, and `partial` then returns the result up to that point.
 
     Args:
-        max_time: Seconds from now after which the analysis is to end; None for no limit.
+        max_time: Time limit in seconds, counted from now; None for no limit.
         show: Called at each step; see `Show`.
-        end: Why an analysis ends when its time is over, for its ``partial``; by default it names ``max_time``.
-        on_tick: Called at each look at the clock; may raise.
+        end: Reason stored in ``partial`` when the time limit ends an analysis; by default it names ``max_time``.
+        on_tick: Called at each check of the time limit; may raise.
         on_warning: Called with each warning of the analysis; by default `warnings.warn`.
 
     Raises:
@@ -64,10 +64,10 @@ class Progress:
         self._forward: Callable[[Callable[[str], Any]], None] | None = None
 
     def step(self, done: int, total: int | None = None, **quantities: float) -> None:
-        """Say that ``done`` of ``total`` steps are done, and which values the quantities that converge have.
+        """Report that ``done`` of ``total`` steps are finished, with the values of the converging quantities.
 
         Raises:
-            TimeUp: If the time is over and there are more steps to come.
+            TimeUp: If the time limit is exceeded and steps remain.
         """
         if self._show is not None:
             self._show(done, total, quantities)
@@ -75,10 +75,10 @@ class Progress:
             self.tick()
 
     def tick(self) -> None:
-        """Look at the clock in the middle of a step.
+        """Check the time limit in the middle of a step.
 
         Raises:
-            TimeUp: If the time is over.
+            TimeUp: If the time limit is exceeded.
         """
         if self._on_tick is not None:
             self._on_tick()
@@ -86,7 +86,7 @@ class Progress:
             raise TimeUp(f"{self.end} before there was a result")
 
     def warn(self, message: str) -> None:
-        """Warn of something that the numbers depend on, once for each message and analysis."""
+        """Issue a warning about the results, once for each message and analysis."""
         if message in self._warnings:
             return
         self._warnings.add(message)
@@ -96,34 +96,34 @@ class Progress:
             self._on_warning(message)
 
     def reserve(self, seconds: float) -> None:
-        """Set time aside at the end for making a result of what was kept."""
+        """Reserve time at the end for building a result from the partial data."""
         self._reserved = seconds
 
     def keep(self, build: Callable[[str], Any]) -> None:
-        """Hold ``build(reason)``, which makes a result of what there is so far, marked by the reason it ends with."""
+        """Store ``build(reason)``, which builds a partial result marked with the reason for the early end."""
         self._build = build
         if self._forward is not None:
             self._forward(build)
 
     def forget(self) -> None:
-        """Let go of what was kept, and of the memory behind it."""
+        """Discard the stored partial result and release its memory."""
         self._build = self._forward = None
 
     def part(self, wrap: Callable[[Any], Any]) -> "Progress":
-        """A progress for a part of the analysis; ``wrap`` makes a result of the whole of a result of the part."""
+        """Return a progress for a part of the analysis; ``wrap`` turns its result into a result of the whole."""
         part = copy.copy(self)
         part._build, part._forward = None, lambda build: self.keep(lambda reason: wrap(build(reason)))
         return part
 
     def partial(self, reason: str) -> Any | None:
-        """The result of what there is so far, marked as partial for ``reason``; None when there is nothing yet."""
+        """Build the partial result, marked with ``reason``, or return None if there is none yet."""
         return None if self._build is None else self._build(reason)
 
     def result_in_time(self, error: TimeUp) -> Any:
-        """What there is when the time is over.
+        """Return the partial result after the time limit was exceeded.
 
         Raises:
-            TimeUp: If there is nothing.
+            TimeUp: If there is no partial result.
         """
         result = self.partial(self.end)
         if result is None:
@@ -132,7 +132,7 @@ class Progress:
 
 
 def check_max_time(max_time: float | None) -> None:
-    """Refuse a limit that is not a positive number of seconds."""
+    """Raise an error unless the time limit is a positive number of seconds or None."""
     is_number = isinstance(max_time, (int, float)) and not isinstance(max_time, bool)
     if max_time is not None and not (is_number and 0 < max_time < math.inf):
-        raise ValueError(f"max_time: expected a positive number of seconds or None, got {max_time!r}")
+        raise ValueError(f"max_time: expected a positive number of seconds or None, got {max_time!r}.")

@@ -1,4 +1,4 @@
-"""Type promotion for operations that torch refuses on mixed data types."""
+"""Type promotion for operations that torch does not support on mixed data types."""
 
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, cast
@@ -13,7 +13,7 @@ __all__ = ["HALF", "PromotedPrecision"]
 HALF = (torch.bfloat16, torch.float16)
 """The half-precision data types, the coarser one first."""
 
-# Autocast leaves these as they are on a CPU.
+# Autocast does not cover these on a CPU.
 _NORMS: frozenset[Any] = frozenset({
     *(F.layer_norm, F.batch_norm, F.group_norm, F.instance_norm, F.rms_norm, F.bilinear),
     *(torch.layer_norm, torch.batch_norm, torch.group_norm, torch.instance_norm, torch.rms_norm, torch.bilinear),
@@ -31,11 +31,11 @@ _PRODUCTS: frozenset[Any] = frozenset({
 
 
 class PromotedPrecision(TorchFunctionMode):
-    """Operations on half and full precision together are computed in full precision.
+    """A torch function mode that computes operations on mixed half and full precision in full precision.
 
-    torch promotes the arguments of most operations, and refuses different data types in matrix products, convolutions
-    and norms. Inside the block their half-precision arguments are converted, which is exact. Where autocast is on, the
-    products are left to it.
+    torch promotes the arguments of most operations, but raises an error for different data types in matrix products,
+    convolutions and norms. Inside the block their half-precision arguments are converted, which is exact. Products
+    under autocast are not changed.
 
     Example:
         >>> import torch
@@ -62,7 +62,7 @@ class PromotedPrecision(TorchFunctionMode):
 
 
 def _full_precision(tensors: list[Tensor]) -> torch.dtype | None:
-    """The data type to compute in; None where half precision does not meet full precision."""
+    """Return the data type to compute in, or None unless half and full precision are mixed."""
     dtypes = {tensor.dtype for tensor in tensors if tensor.is_floating_point()}
     full = dtypes & {torch.float32, torch.float64}
     if not full or dtypes.isdisjoint(HALF):

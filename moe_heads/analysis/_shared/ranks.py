@@ -1,4 +1,4 @@
-"""Several processes that share the samples of one analysis: rank zero leads, the others add their part."""
+"""Several processes that share the samples of one analysis: rank zero runs the algorithm, all evaluate the sums."""
 
 import atexit
 import pickle
@@ -23,48 +23,48 @@ T = TypeVar("T")
 
 _STOP, _GO = 0.0, 1.0
 
-# What ends the work of all ranks in the same way, so that none goes on where another stops.
+# Errors that are raised on all ranks alike, so that no rank continues where another one stops.
 _RAISED_ON_ALL: tuple[type[BaseException], ...] = (KeyboardInterrupt, TimeUp)
 
-# Well below the half hour after which torch's collectives give up, well above a Hessian-vector product.
+# Well below the 30-minute timeout of torch's collectives, well above the time of a Hessian-vector product.
 _SECONDS_BEFORE_WARNING = 60.0
 
-# Far above the time in which a thread of gloo drops a tensor, far below what anybody notices at the end of a program.
+# Far above the time in which a gloo thread releases a tensor, far below a noticeable delay at the end of a program.
 _SECONDS_FOR_GLOO_AT_EXIT = 0.1
 
 
 @cache
 def _outlive_gloo() -> None:
-    """Let gloo's threads drop the tensors of the last collective before the interpreter ends.
+    """Delay the exit until gloo's threads have released the tensors of the last collective.
 
-    A thread that drops one while the interpreter is being torn down aborts the process (pytorch/pytorch#190489):
-    without ``destroy_process_group``, 6 of 20 runs of two ranks that ended right after a collective did; with the wait,
-    none.
+    A thread that releases a tensor while the interpreter shuts down aborts the process (pytorch/pytorch#190489).
+    Without ``destroy_process_group``, this happened in 6 of 20 runs of two ranks that ended right after a collective,
+    and in none with the delay.
     """
     atexit.register(time.sleep, _SECONDS_FOR_GLOO_AT_EXIT)
 
 
 class RankError(RuntimeError):
-    """Another rank failed in work that all of them share."""
+    """Error raised when another rank failed in shared work."""
 
 
 class Ranks:
-    """The processes that work on an analysis: this one alone, or all of a process group.
+    """Processes that work on an analysis: this process alone, or all processes of a process group.
 
-    Rank zero runs the algorithm and decides; the others evaluate what it asks for on their samples. So no rounding
-    error, clock or Ctrl-C on one of them can part their ways: between two ranks there are only votes, in which each
-    says whether it failed or was interrupted. Each wait is watched: after a minute it is said who waits for what.
+    Rank zero runs the algorithm and makes all decisions. The other ranks evaluate functions on their samples. Ranks
+    therefore cannot diverge because of rounding, timing or Ctrl-C. They synchronize by votes, in which each rank
+    reports whether it failed or was interrupted. A rank that waits for more than a minute issues a warning.
 
     Args:
         group: The process group, or None for this process alone.
-        name: What is being done, for messages.
+        name: Name of the analysis in messages.
 
     Attributes:
-        name: What is being done.
+        name: Name of the analysis.
         rank: Number of this process, from 0.
         size: Number of processes.
-        device: Where tensors have to be that travel between them.
-        interrupts: Ctrl-C of this process, held back until the next vote while several processes work together.
+        device: Device of the tensors in collectives.
+        interrupts: Ctrl-C of this process, delayed until the next vote while several processes work together.
     """
 
     def __init__(self, group: dist.ProcessGroup | None = None, name: str = "analysis") -> None:
@@ -74,19 +74,19 @@ class Ranks:
         backend = None if group is None else dist.get_backend(group)
         if backend == "gloo":
             _outlive_gloo()
-        # NCCL moves nothing but GPU memory
+        # NCCL supports GPU memory only
         on_gpu = backend == "nccl"
         self.device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
         self.interrupts = HeldInterrupts()
 
     @property
     def is_rank_zero(self) -> bool:
-        """Whether this is rank zero, which decides, shows and writes."""
+        """True on rank zero, which makes decisions, shows progress and writes files."""
         return self.rank == 0
 
     @contextmanager
     def working(self) -> Iterator[None]:
-        """Everything inside belongs together: Ctrl-C waits for the next vote. Nothing changes for a process alone."""
+        """Delay Ctrl-C inside the block until the next vote; a single process is not affected."""
         if self.size == 1:
             yield
             return
@@ -102,30 +102,30 @@ class Ranks:
     ) -> T:
         """Run ``algorithm(total)`` on rank zero, where ``total(x)`` is the sum of ``evaluate(x)`` over all ranks.
 
-        A call of ``total`` is one broadcast and one all-reduce.
+        Each call of ``total`` costs one broadcast and one all-reduce.
 
         Args:
-            evaluate: This rank's part of the sum.
-            algorithm: Run on rank zero alone.
-            argument: A tensor of the shape, data type and device of each x, 1-D.
+            evaluate: Computes this rank's part of the sum.
+            algorithm: Runs on rank zero only.
+            argument: A 1-D tensor with the shape, data type and device of each x.
             value: The same for ``evaluate(x)``.
 
         Returns:
-            What ``algorithm`` returned, on every rank.
+            The return value of ``algorithm``, on every rank.
 
         Raises:
-            RankError: If another rank failed. An error of this rank is raised as it is; Ctrl-C and the end of the time
-                are raised on all of them.
+            RankError: If another rank failed. An error of this rank is raised unchanged. Ctrl-C and the end of the time
+                limit are raised on all ranks.
         """
         if self.size == 1:
             return algorithm(evaluate)
         with self.working():
-            result, error, told = None, None, None
+            result, error, own_error = None, None, None
             try:
                 if self.is_rank_zero:
-                    result = algorithm(lambda x: self._asked(evaluate, x, argument, value))
+                    result = algorithm(lambda x: self._request(evaluate, x, argument, value))
                 else:
-                    told = self._follow(evaluate, argument, value)
+                    own_error = self._follow(evaluate, argument, value)
             except BaseException as raised:
                 error = raised
             if self.is_rank_zero:
@@ -133,17 +133,17 @@ class Ranks:
             try:
                 self._vote(error)
             except RankError as failure:
-                raise told or failure from None
+                raise own_error or failure from None
             return cast(T, self.broadcast(result))
 
     def run_on_rank_zero(self, function: Callable[[], T]) -> T:
-        """What rank zero's ``function()`` returns, on every rank; the others wait and do nothing."""
+        """Run ``function()`` on rank zero and return its result on every rank."""
         nothing = torch.empty(0, device=self.device)
         return self.run_with_sums(lambda x: x, lambda total: function(), nothing, nothing)
 
     @contextmanager
     def synchronized(self) -> Iterator[None]:
-        """A block that every rank runs; an error in one of them is raised in all at its end.
+        """Run a block on every rank, and raise an error on all ranks at its end if one of them failed.
 
         Raises:
             RankError: If another rank failed.
@@ -160,41 +160,41 @@ class Ranks:
             self._vote(error)
 
     def broadcast(self, value: T) -> T:
-        """Rank zero's value, anything that can be pickled, on every rank."""
+        """Return rank zero's value, which must be picklable, on every rank."""
         if self.size == 1:
             return value
         with self.working():
             with self.synchronized():
                 pickled = pickle.dumps(value) if self.is_rank_zero else b""
-            # one copy for each rank: gathering would pad those of all ranks to the size of this one
+            # a broadcast sends one copy to each rank: an all-gather would pad the values of all ranks to this size
             box = [pickled]
             with self._watched():
                 dist.broadcast_object_list(box, self._global(0), self._group, self.device)
             return cast(T, pickle.loads(box[0]))
 
     def gather(self, value: T) -> list[T]:
-        """The values of all ranks, anything that can be pickled, on every rank."""
+        """Return the values of all ranks, which must be picklable, on every rank."""
         if self.size == 1:
             return [value]
         with self.working():
             with self.synchronized():
-                pickled = pickle.dumps(value)  # what cannot be pickled is told before the others wait for it
+                pickled = pickle.dumps(value)  # a value that cannot be pickled fails here, before the others wait
             return [pickle.loads(found) for found in self._gathered(pickled)]
 
     def sum(self, number: int) -> int:
-        """Sum of a number over the ranks."""
+        """Return the sum of a number over the ranks."""
         return sum(self.gather(number))
 
-    def _asked(self, evaluate: Callable[[Tensor], Tensor], x: Tensor, argument: Tensor, value: Tensor) -> Tensor:
+    def _request(self, evaluate: Callable[[Tensor], Tensor], x: Tensor, argument: Tensor, value: Tensor) -> Tensor:
         self._send(x, argument)
         return self._sum(evaluate, x, value)
 
     def _follow(self, evaluate: Callable[[Tensor], Tensor], argument: Tensor, value: Tensor) -> BaseException | None:
-        """Serve rank zero until it stops.
+        """Evaluate the requests of rank zero until it stops.
 
         Returns:
-            The last error of this rank. Rank zero was told of it and decides what becomes of it: it may well have a
-            result to give, when the time was over, say.
+            The last error of this rank. Rank zero has received it and decides how to continue. It may still return a
+            result, for example a partial one when the time limit was exceeded.
         """
         error: BaseException | None = None
         while (x := self._receive(argument)) is not None:
@@ -216,7 +216,7 @@ class Ranks:
             return message[:-1] if float(message[-1]) == _GO else None
 
     def _sum(self, evaluate: Callable[[Tensor], Tensor], x: Tensor, value: Tensor) -> Tensor:
-        """Sum over the ranks, with one more number that counts those that failed."""
+        """Sum ``evaluate(x)`` over the ranks, with one more entry that counts failed ranks."""
         error: BaseException | None = None
         mine = torch.zeros_like(value)
         try:
@@ -244,15 +244,15 @@ class Ranks:
             self._raise(error)
 
     def _raise(self, error: BaseException | None) -> None:
-        """Raise this rank's own error, or say whose it was."""
+        """Raise this rank's own error, or one that names the failed ranks."""
         kind = next((kind for kind in _RAISED_ON_ALL if isinstance(error, kind)), RankError)
-        told = str(error) if kind in _RAISED_ON_ALL else f"rank {self.rank}: {type(error).__name__}: {error}"
-        mine = None if error is None else (kind.__name__, told)
+        text = str(error) if kind in _RAISED_ON_ALL else f"rank {self.rank}: {type(error).__name__}: {error}"
+        mine = None if error is None else (kind.__name__, text)
         failures = [failure for failure in map(pickle.loads, self._gathered(pickle.dumps(mine))) if failure is not None]
-        for everybodys in _RAISED_ON_ALL:
+        for shared_kind in _RAISED_ON_ALL:
             for name, message in failures:
-                if name == everybodys.__name__:
-                    raise error if isinstance(error, everybodys) else everybodys(message) from error
+                if name == shared_kind.__name__:
+                    raise error if isinstance(error, shared_kind) else shared_kind(message) from error
         raise error if error is not None else RankError("; ".join(message for _, message in failures))
 
     def _gathered(self, value: bytes) -> list[bytes]:
@@ -267,20 +267,20 @@ class Ranks:
 
     @contextmanager
     def _watched(self) -> Iterator[None]:
-        timer = threading.Timer(_SECONDS_BEFORE_WARNING, self._say_who_waits)
+        timer = threading.Timer(_SECONDS_BEFORE_WARNING, self._warn_of_waiting)
         timer.daemon = True
         timer.start()
         try:
             yield
         except RuntimeError as error:
-            raise RankError(f"another rank is gone, or did not answer in time: {error}") from error
+            raise RankError(f"another rank ended or did not respond in time: {error}") from error
         finally:
             timer.cancel()
 
-    def _say_who_waits(self) -> None:
+    def _warn_of_waiting(self) -> None:
         warnings.warn(
-            f"{self.name}: rank {self.rank} of {self.size} has been waiting for the others for"
-            f" {_SECONDS_BEFORE_WARNING:.0f} s. torch.distributed gives up after its timeout (30 minutes unless the"
-            " strategy was given another): a rank that is slow or gone would end the run then.",
+            f"{self.name}: rank {self.rank} of {self.size} has been waiting for the other ranks for"
+            f" {_SECONDS_BEFORE_WARNING:.0f} s. If a rank is slow or ended, torch.distributed stops the run after its"
+            " timeout (30 minutes unless the strategy sets another).",
             stacklevel=2,
         )

@@ -1,4 +1,4 @@
-"""Which samples choose other experts than at a reference point."""
+"""Fraction of samples that are routed to different experts than at a reference point."""
 
 import math
 
@@ -10,34 +10,34 @@ from moe_heads.routing import Routing, RoutingCollection
 __all__ = ["Choices", "choices_of", "flip_share"]
 
 Choices = list[Tensor]
-"""For each pass of a router over a batch: whether a sample's rows chose an expert, (samples, rows of one · E), bool."""
+"""Selected experts for each pass of a router over a batch: bool, (samples, rows of a sample · E)."""
 
 
 def choices_of(collection: RoutingCollection) -> Choices:
-    """Choices of every pass that was collected, in the order of the heads' names in the model."""
+    """Return the choices of every collected pass, in the order of the heads' names in the model."""
     return [_choice(routing) for routings in collection.routings.values() for routing in routings]
 
 
 def flip_share(choices: Choices, reference: Choices) -> float:
-    """Share of the samples with another set of experts than in ``reference``, the mean over the routers' passes.
+    """Return the fraction of samples with a different set of experts than in ``reference``, averaged over the passes.
 
-    A sample of several tokens flips when one of its tokens does. The order of the experts within a set does not count.
+    A sample of several tokens flips when one of its tokens does. The order of the experts within a set is ignored.
 
     Args:
         choices: Choices at the point.
-        reference: Choices at the reference point, of the same batches.
+        reference: Choices at the reference point for the same batches.
 
     Returns:
-        The share, 0 to 1; nan when no router ran.
+        The fraction, 0 to 1; nan if no router ran.
 
     Raises:
-        ValueError: If the two are not of the same passes.
+        ValueError: If the two differ in shape.
     """
     shapes, expected = [c.shape for c in choices], [c.shape for c in reference]
     if shapes != expected:
         raise ValueError(
             "model: expected the same routed rows at every point of the landscape, got shapes "
-            f"{[tuple(s) for s in shapes]} against {[tuple(s) for s in expected]} at the center"
+            f"{[tuple(s) for s in shapes]} instead of {[tuple(s) for s in expected]} at the center."
         )
     if not reference:
         return math.nan
@@ -46,6 +46,6 @@ def flip_share(choices: Choices, reference: Choices) -> float:
 
 
 def _choice(routing: Routing) -> Tensor:
-    # a row without finite logits chooses nothing
+    # a row without finite logits selects no expert
     selected = routing.selected & routing.valid.unsqueeze(-1)
     return selected.reshape(-1, routing.rows_per_sample * routing.num_experts)

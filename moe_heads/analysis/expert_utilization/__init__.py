@@ -1,1 +1,1 @@
-"""Expert utilization: how the samples and classes are spread over the experts of a router."""
+"""Expert utilization: the distribution of samples and classes over the experts of a router."""

@@ -1,4 +1,4 @@
-"""What to change where the experts of a router die or collapse."""
+"""Advice on options to change if the experts of a router die or its routing collapses."""
 
 from dataclasses import dataclass
 
@@ -7,16 +7,16 @@ from torch import nn
 from moe_heads.routers import BiasBalancedRouter, ExpertChoiceRouter, NoisyTopKRouter, SwitchRouter
 from moe_heads.routing import Router
 
-__all__ = ["Remedies", "remedies_for"]
+__all__ = ["Advice", "advice_for"]
 
 
 @dataclass(frozen=True)
-class Remedies:
+class Advice:
     """Advice for one router.
 
     Attributes:
-        in_training: Where the experts go without work in training.
-        in_evaluation: Where they go without work on the validation data alone.
+        in_training: Advice for experts that are unused in training.
+        in_evaluation: Advice for experts that are unused on the validation data only.
     """
 
     in_training: str
@@ -24,16 +24,16 @@ class Remedies:
 
 
 _BALANCE = "raise the coefficients of balance={...}"
-_BALANCING_ROUTER = "use a router that balances by itself (moe_heads.routers.BiasBalancedRouter, ExpertChoiceRouter)"
+_BALANCING_ROUTER = "use a router with built-in balancing (moe_heads.routers.BiasBalancedRouter, ExpertChoiceRouter)"
 _SLOWER = "or lower the learning rate of the router."
-_OTHER_DATA = "The validation data may differ, or dropout and batch statistics give them work in training"
+_OTHER_DATA = "The validation data may differ, or dropout and batch statistics activate the experts in training"
 
 
-def remedies_for(router: nn.Module, soft: bool) -> Remedies:
-    """Advice in terms of what can be set on this router.
+def advice_for(router: nn.Module, soft: bool) -> Advice:
+    """Return advice that names only options of this router.
 
     Args:
-        router: The router; one that is not of this package has options that are not known.
+        router: The router. The options of a third-party router are unknown, so its advice is general.
         soft: Whether it mixes all experts.
     """
     if not isinstance(router, Router):
@@ -44,27 +44,27 @@ def remedies_for(router: nn.Module, soft: bool) -> Remedies:
         return _BIAS
     noisier, cause = "", f"{_OTHER_DATA}: "
     if isinstance(router, NoisyTopKRouter) and router.noise is None:
-        noisier = "route with noise (noisy=True), "
+        noisier = "add noise in training (noisy=True), "
     elif isinstance(router, NoisyTopKRouter):
-        cause = "Its noise may give them work in training: route without it (noisy=False), or "
+        cause = "The noise may activate them in training: train without it (noisy=False), or "
     elif isinstance(router, SwitchRouter) and router.jitter:
-        cause = "Its jitter may give them work in training: lessen it, or "
-    return Remedies(f"{_BALANCE.capitalize()}, {noisier}{_BALANCING_ROUTER}, {_SLOWER}", f"{cause}{_BALANCE}.")
+        cause = "The jitter may activate them in training: reduce it, or "
+    return Advice(f"{_BALANCE.capitalize()}, {noisier}{_BALANCING_ROUTER}, {_SLOWER}", f"{cause}{_BALANCE}.")
 
 
-_WEIGHTS = Remedies(
+_WEIGHTS = Advice(
     f"Raise the temperature or the coefficient of balance={{'kl': ...}}, {_SLOWER}",
     f"{_OTHER_DATA}: raise the temperature or the coefficient of balance={{'kl': ...}}.",
 )
-_BIAS = Remedies(
+_BIAS = Advice(
     f"Raise the update_rate of the router's bias, {_SLOWER}",
-    f"{_OTHER_DATA}: train on larger batches, or lessen the dropout before the router.",
+    f"{_OTHER_DATA}: train on larger batches, or reduce the dropout before the router.",
 )
-_FOREIGN_SOFT = Remedies(
-    "Raise its temperature, add a loss that evens out its mean weights, or lower its learning rate.",
-    f"{_OTHER_DATA}: add a loss that evens out its mean weights.",
+_FOREIGN_SOFT = Advice(
+    "Raise its temperature, add a loss that balances its mean weights, or lower its learning rate.",
+    f"{_OTHER_DATA}: add a loss that balances its mean weights.",
 )
-_FOREIGN = Remedies(
+_FOREIGN = Advice(
     "Raise the coefficient of its balance loss, add noise to its logits in training, or lower its learning rate.",
-    f"{_OTHER_DATA}, as noise on its logits would: lessen the noise, or raise the coefficient of its balance loss.",
+    f"{_OTHER_DATA}, as noise on its logits would: reduce the noise, or raise the coefficient of its balance loss.",
 )

@@ -1,4 +1,4 @@
-"""Figure: what each expert sees, the samples that it receives with the highest gate."""
+"""Figure of the samples that each expert receives with the highest gate."""
 
 from collections.abc import Sequence
 from textwrap import wrap
@@ -15,36 +15,37 @@ if TYPE_CHECKING:
 
 __all__ = ["plot_examples"]
 
-# Inches: an image with the gap beside it, and the number of the expert before a row. Share of an image's width: the
-# gap, and the room above it for the gate and for each line of the class. Letters of such a line, and its lines at most.
+# In inches: an image with its gap, the number of the expert before a row, and a line of the note.
 _CELL, _NUMBER, _LINE = 0.6, 0.3, 0.16
-_GAP, _TEXT, _TEXT_OF_LINE = 0.1, 0.35, 0.3
-_LETTERS, _LINES = 11, 3
+# As fractions of the width of an image: the gap, and the space above it for the gate and for each line of the class.
+_GAP, _TEXT, _TEXT_PER_LINE = 0.1, 0.35, 0.3
+# Characters of a line of the class, and its largest number of lines.
+_CHARACTERS, _MAX_LINES = 11, 3
 
-# Experts that are shown; images that leave room for a note, and its letters to an inch.
-_MAX_ROWS, _FEWEST, _LETTERS_OF_INCH = 32, 4, 14
+# Largest number of experts, smallest width in images, so that a note fits, and characters of the note per inch.
+_MAX_ROWS, _MIN_COLUMNS, _CHARACTERS_PER_INCH = 32, 4, 14
 
 
 def plot_examples(examples: ExpertExamples, class_names: Sequence[str], load: Tensor) -> "Figure":
-    """A row of images for each expert, with class and gate above each; of more than 32, those with the highest load.
+    """Draw a row of images per expert, with class and gate above each, for the 32 experts with the highest load.
 
     Args:
         examples: The images.
-        class_names: Names of the classes; may be empty.
+        class_names: Names of the classes. May be empty.
         load: Load of the experts, (E,).
     """
     from matplotlib.figure import Figure
 
-    # one picture of all of them: axes for each would take four times as long to draw
-    experts, note = _shown(examples, load)
+    # one picture of all images: one pair of axes per image would take four times as long to draw
+    experts, note = _select_experts(examples, load)
     count, _, height, width = examples.images.shape[1:]
-    names = _wrapped_names(examples, class_names)
-    text = _TEXT + _TEXT_OF_LINE * max(len(lines) for lines in names.values())
+    names = _wrap_names(examples, class_names)
+    text = _TEXT + _TEXT_PER_LINE * max(len(lines) for lines in names.values())
     across, above = width + max(1, round(_GAP * width)), max(1, round(text * width))
     down = height + above
     sheet = np.full((max(1, len(experts)) * down, count * across, 3), 255, dtype=np.uint8)
-    across_inches = _NUMBER + _CELL * max(count, _FEWEST)
-    lines = wrap(note, int(_LETTERS_OF_INCH * across_inches))
+    across_inches = _NUMBER + _CELL * max(count, _MIN_COLUMNS)
+    lines = wrap(note, int(_CHARACTERS_PER_INCH * across_inches))
     head = _LINE * len(lines)
     size = across_inches, head + _CELL * sheet.shape[0] / across
     figure = Figure(figsize=size)
@@ -65,13 +66,13 @@ def plot_examples(examples: ExpertExamples, class_names: Sequence[str], load: Te
     return figure
 
 
-def _shown(examples: ExpertExamples, load: Tensor) -> tuple[list[int], str]:
-    """The experts to show, ascending, and what is to be said of the others."""
+def _select_experts(examples: ExpertExamples, load: Tensor) -> tuple[list[int], str]:
+    """Select the experts to draw, ascending, and write a note about the others."""
     received = (examples.gates > 0).any(1)
-    having, empty = received.nonzero().flatten(), (~received).nonzero().flatten().tolist()
-    first = having[load[having].argsort(descending=True, stable=True)[:_MAX_ROWS]].sort().values.tolist()
+    used, empty = received.nonzero().flatten(), (~received).nonzero().flatten().tolist()
+    first = used[load[used].argsort(descending=True, stable=True)[:_MAX_ROWS]].sort().values.tolist()
     notes = []
-    if len(first) < len(having):
+    if len(first) < len(used):
         notes.append(f"the {len(first)} experts of {len(load)} with the highest load")
     elif len(received) < len(load):
         notes.append(f"of the first {len(received)} of {len(load)} experts")
@@ -81,9 +82,11 @@ def _shown(examples: ExpertExamples, load: Tensor) -> tuple[list[int], str]:
     return first, "; ".join(notes)
 
 
-def _wrapped_names(examples: ExpertExamples, class_names: Sequence[str]) -> dict[int, list[str]]:
-    """Lines of the name of each class among the examples."""
+def _wrap_names(examples: ExpertExamples, class_names: Sequence[str]) -> dict[int, list[str]]:
+    """Wrap the name of each class among the examples into lines."""
     labels = examples.labels.unique().tolist()
     names = {c: "" if c < 0 else class_names[c] if c < len(class_names) else str(c) for c in labels}
-    lines = {c: wrap(" ".join(name.split()), _LETTERS, max_lines=_LINES, placeholder="…") for c, name in names.items()}
-    return {c: [plain_text(line, _LETTERS) for line in wrapped] for c, wrapped in lines.items()}
+    lines = {
+        c: wrap(" ".join(name.split()), _CHARACTERS, max_lines=_MAX_LINES, placeholder="…") for c, name in names.items()
+    }
+    return {c: [plain_text(line, _CHARACTERS) for line in wrapped] for c, wrapped in lines.items()}

@@ -1,6 +1,6 @@
-"""The samples that each expert receives with the highest gate.
+"""Samples that each expert receives with the highest gate.
 
-Shapes: B samples of a batch, E experts, n examples an expert, (C, H, W) an image.
+Shapes: B samples of a batch, E experts, n examples per expert, (C, H, W) an image.
 """
 
 from collections.abc import Callable
@@ -13,23 +13,23 @@ from torch.nn import functional as F
 from moe_heads.analysis._shared.batches import Batch
 from moe_heads.routing import Routing
 
-__all__ = ["ExpertExamples", "images_by", "images_of"]
+__all__ = ["ExpertExamples", "images_of", "read_images"]
 
 
-# Pixels of a side beyond which an image is made smaller, and experts of which images are kept: 25 MB with eight each.
+# Largest side of a stored image in pixels, and largest number of experts with images: 25 MB with eight images each.
 _MAX_SIDE, _MAX_EXPERTS = 64, 256
 
 
 @dataclass(frozen=True, eq=False)
 class ExpertExamples:
-    """The images that each of the first 256 experts received with the highest gate, the highest first; on the CPU.
+    """Images that each of the first 256 experts received with the highest gates, in descending order, on the CPU.
 
     Attributes:
-        images: At most 64 pixels a side, each stretched to its own range of values since it may come normalized, uint8,
-            (E, n, C, H, W).
-        gates: The largest gate of the sample's rows, (E, n), float64; 0 where an expert received fewer than n samples:
-            that image means nothing.
-        labels: Classes, (E, n), int64; -1 without labels.
+        images: Images of at most 64 pixels per side, uint8, (E, n, C, H, W). Each is scaled to its own range of values,
+            since it may be normalized.
+        gates: Largest gate among the rows of the sample, (E, n), float64. It is 0 if an expert received fewer than n
+            samples, and the image is then meaningless.
+        labels: Classes, (E, n), int64. They are -1 without labels.
     """
 
     images: Tensor
@@ -38,10 +38,10 @@ class ExpertExamples:
 
     @classmethod
     def of(cls, routing: Routing, images: Tensor, labels: Tensor | None, count: int) -> "ExpertExamples":
-        """Those of a batch.
+        """Select the examples of a batch.
 
         Args:
-            routing: Its routing, on the CPU.
+            routing: Routing of the batch, on the CPU.
             images: (B, C, H, W).
             labels: (B,).
             count: n.
@@ -55,7 +55,7 @@ class ExpertExamples:
         return cls(shown.view(*chosen.shape, *shown.shape[1:]), best.gather(-1, chosen), labels[chosen])
 
     def merged(self, other: "ExpertExamples", count: int) -> "ExpertExamples":
-        """The best n of both; images of another size take that of the first ones."""
+        """Return the best n of both. The other images are resized to the size of the own ones."""
         size, theirs = self.images.shape[2:], other.images
         if theirs.shape[2] != size[0]:
             theirs = theirs[:, :, :1].expand(-1, -1, size[0], -1, -1)
@@ -70,7 +70,7 @@ class ExpertExamples:
 
 
 def _thumbnails(images: Tensor) -> Tensor:
-    """(N, C, H, W) of any values → at most 64 pixels a side, uint8."""
+    """Scale images (N, C, H, W) of any range to at most 64 pixels per side, uint8."""
     images = images.nan_to_num()
     height, width = images.shape[-2:]
     scale = max(height, width) / _MAX_SIDE
@@ -80,25 +80,25 @@ def _thumbnails(images: Tensor) -> Tensor:
     return (255 * (images - low) / (high - low).clamp_min(torch.finfo(images.dtype).tiny)).to(torch.uint8)
 
 
-def images_by(image_fn: Callable[[Batch], Tensor | None], batch: Batch, num_samples: int) -> Tensor | None:
-    """The images of a batch, or None.
+def read_images(image_fn: Callable[[Batch], Tensor | None], batch: Batch, num_samples: int) -> Tensor | None:
+    """Return the images of a batch, or None.
 
     Raises:
-        ValueError: If they are not one image with one channel or three for each sample.
+        ValueError: If they are not one image with one or three channels per sample.
     """
     images = image_fn(batch)
     if images is None:
         return None
     got = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
     if not isinstance(images, Tensor) or images.dim() != 4 or images.shape[1] not in (1, 3):
-        raise ValueError(f"image_fn: expected images (B, C, H, W) with one channel or three, or None, got {got}")
+        raise ValueError(f"image_fn: expected images (B, C, H, W) with one or three channels, or None, got {got}.")
     if len(images) != num_samples:
-        raise ValueError(f"image_fn: expected an image for each of the {num_samples} samples, got {got}")
+        raise ValueError(f"image_fn: expected an image for each of the {num_samples} samples, got {got}.")
     return images
 
 
 def images_of(batch: Batch) -> Tensor | None:
-    """The first entry of a batch (or the batch) if it can be shown: (B, C, H, W) with one channel or three."""
+    """Return the first entry of a batch (or the batch) if it has images (B, C, H, W) of one or three channels."""
     first = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
     is_image = isinstance(first, Tensor) and first.dim() == 4 and first.shape[1] in (1, 3)
     return first if is_image else None

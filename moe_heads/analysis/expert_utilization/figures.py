@@ -1,46 +1,52 @@
-"""Figures of how one head's experts are used, of a size at which TensorBoard's cards leave their text readable."""
+"""Figures of the expert utilization of one head, in a size that is readable in the cards of TensorBoard."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from moe_heads.analysis._shared.figures import axes_of, plain_text
 from moe_heads.analysis.expert_utilization.head import HeadUtilization
+from moe_heads.routing import RoutingStats
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["plot_classes", "plot_coactivation", "plot_load", "plot_utilization"]
+__all__ = ["plot_classes", "plot_coactivation", "plot_load", "plot_load_history", "plot_utilization"]
 
-# Cells up to which each holds its number in per cent, and experts up to which there is room for it.
-_MAX_LABELLED_CELLS, _MAX_LABELLED_EXPERTS = 200, 16
-_LEAST_LABELLED = 0.005
+# Largest number of cells, and of experts, for which the cells have labels in percent, and smallest labeled share.
+_MAX_LABELED_CELLS, _MAX_LABELED_EXPERTS = 200, 16
+_MIN_LABELED = 0.005
 
-# Letters of a class's name that leave room for the map.
+# Largest number of experts drawn as separate bars over the epochs.
+_MAX_BARS = 16
+
+# Largest number of characters of a class name that leaves enough space for the map.
 _MAX_NAME = 12
 
 _SMALL = 8
 
-# Inches: a card of TensorBoard shows 210 pixels of height, and scales what is higher.
+# Inches. A card of TensorBoard has a height of 210 pixels and scales higher figures down.
 _CARD_HEIGHT = 2.3
 
 
 def plot_utilization(
     name: str, head: HeadUtilization, class_names: Sequence[str], ax: "Axes | None" = None
 ) -> "tuple[Figure, Axes]":
-    """Bars of load and importance with the fair share, and below them the class map where there is one.
+    """Draw bars of load and importance with the fair share, and below them the class map if there is one.
 
     Args:
         name: Name of the head.
         head: Its utilization.
         class_names: Names of the classes.
-        ax: Axes for the class map alone, or for the bars when there is none; by default a new figure for both.
+        ax: Axes for the class map alone, or for the bars if there is none. The default is a new figure for both.
 
     Returns:
-        The figure, and the axes of the class map (of the bars, when there is none).
+        The figure, and the axes of the class map (of the bars if there is none).
     """
     from matplotlib.figure import Figure
 
@@ -59,12 +65,12 @@ def plot_utilization(
 
 
 def plot_load(name: str, head: HeadUtilization, ax: "Axes | None" = None) -> "tuple[Figure, Axes]":
-    """Bars of load and importance with the fair share; dead and starved experts are named, many of them marked.
+    """Draw bars of load and importance with the fair share. Dead and starved experts have a label or a marker.
 
     Args:
         name: Name of the head.
         head: Its utilization.
-        ax: Axes to draw on; a new figure by default.
+        ax: Axes to draw on. The default is a new figure.
 
     Returns:
         Figure and axes.
@@ -77,12 +83,13 @@ def plot_load(name: str, head: HeadUtilization, ax: "Axes | None" = None) -> "tu
     ax.set_ylabel("share", fontsize=_SMALL)
     ax.tick_params(axis="y", labelsize=_SMALL)
     ax.set_ylim(0, 1.35 * max(float(head.load.max()), float(head.importance.max())))
-    many = len(head.load) > _MAX_LABELLED_EXPERTS
-    for state, those, marker in (("dead", head.dead_experts, "x"), ("starved", head.starved_experts, "|")):
-        if many and those:
-            # words would stand on one another
-            ax.plot(those, [0.0] * len(those), marker, color="tab:red", markersize=4, label=state, clip_on=False)
-        for expert in () if many else those:
+    many = len(head.load) > _MAX_LABELED_EXPERTS
+    for state, experts_in_state, marker in (("dead", head.dead_experts, "x"), ("starved", head.starved_experts, "|")):
+        if many and experts_in_state:
+            # labels would overlap
+            zeros = [0.0] * len(experts_in_state)
+            ax.plot(experts_in_state, zeros, marker, color="tab:red", markersize=4, label=state, clip_on=False)
+        for expert in () if many else experts_in_state:
             ax.annotate(state, (expert, 0), ha="center", va="bottom", fontsize=7, color="tab:red", rotation=90)
     ax.legend(fontsize=7, ncols=5, loc="upper center", handlelength=1, columnspacing=0.8, frameon=False)
     _label_experts(ax, len(head.load))
@@ -93,13 +100,13 @@ def plot_load(name: str, head: HeadUtilization, ax: "Axes | None" = None) -> "tu
 def plot_classes(
     name: str, head: HeadUtilization, class_names: Sequence[str], ax: "Axes | None" = None
 ) -> "tuple[Figure, Axes]":
-    """Heat map of the class map: the share of the weight that the samples of a class (down) gave to an expert (across).
+    """Draw the class map as a heat map: the share of the weight of a class (row) on an expert (column).
 
     Args:
         name: Name of the head.
         head: Its utilization, with a class map.
         class_names: Names of the classes.
-        ax: Axes to draw on; a new figure by default.
+        ax: Axes to draw on. The default is a new figure.
 
     Returns:
         Figure and axes.
@@ -114,12 +121,12 @@ def plot_classes(
 
 
 def plot_coactivation(name: str, coactivation: Tensor, ax: "Axes | None" = None) -> "tuple[Figure, Axes]":
-    """Heat map: of the rows of one expert (down), the share that chose another one too (across).
+    """Draw a heat map of the share of the rows of one expert (row) that also chose another one (column).
 
     Args:
         name: Name of the head.
         coactivation: See `HeadUtilization.coactivation`, (E, E).
-        ax: Axes to draw on; a new figure by default.
+        ax: Axes to draw on. The default is a new figure.
 
     Returns:
         Figure and axes.
@@ -136,13 +143,51 @@ def plot_coactivation(name: str, coactivation: Tensor, ax: "Axes | None" = None)
     return figure, ax
 
 
+def plot_load_history(history: Mapping[int, RoutingStats], ax: "Axes | None" = None) -> "tuple[Figure, Axes]":
+    """Draw the load of each expert over the epochs. A vanishing bar (or row) is a dying expert.
+
+    Up to 16 experts are drawn as stacked shares, and more of them as a heat map in units of the fair share.
+
+    Args:
+        history: Statistics by epoch. A missing epoch stays empty.
+        ax: Axes to draw on. The default is a new figure.
+
+    Returns:
+        Figure and axes.
+    """
+    from matplotlib.ticker import MaxNLocator
+
+    figure, ax = axes_of(ax, (4.4, _CARD_HEIGHT))
+    epochs = range(min(history), max(history) + 1)
+    missing = torch.full_like(next(iter(history.values())).load, math.nan)
+    load = torch.stack([history[e].load if e in history else missing for e in epochs]).double().cpu()
+    num_experts = load.shape[1]
+    ax.set_title("load of the experts over training", fontsize=9)
+    ax.set_xlabel("epoch")
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    if num_experts > _MAX_BARS:
+        extent = (epochs[0] - 0.5, epochs[-1] + 0.5, num_experts - 0.5, -0.5)
+        relative = (num_experts * load.t()).numpy()
+        image = ax.imshow(relative, aspect="auto", extent=extent, vmin=0, vmax=2, interpolation="nearest")
+        figure.colorbar(image, ax=ax, label="load / fair share", extend="max")
+        ax.set_ylabel("expert")
+        return figure, ax
+    bottom = torch.zeros(len(epochs), dtype=torch.float64)
+    for expert in range(num_experts):
+        ax.bar(epochs, load[:, expert], bottom=bottom, width=1.0, label=f"expert {expert}")
+        bottom += load[:, expert]
+    ax.set(ylabel="share of the choices", ylim=(0, 1))
+    ax.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=7, labelspacing=0.2, frameon=False)
+    return figure, ax
+
+
 def _width(num_experts: int) -> float:
-    """Inches: 450 pixels in TensorBoard for as many experts as fit there."""
+    """Return the width of a figure in inches, with a minimum of 450 pixels in TensorBoard."""
     return min(max(4.4, 1.6 + 0.28 * num_experts), 7)
 
 
 def _title(name: str, head: HeadUtilization) -> str:
-    title = f"{plain_text(name, 30)}: {head.effective_experts:.1f} of {len(head.load)} experts in effect"
+    title = f"{plain_text(name, 30)}: {head.effective_experts:.1f} effective experts of {len(head.load)}"
     if head.mutual_information is None:
         return title
     title += f"\nI(class; expert) {head.mutual_information:.2f}"
@@ -174,8 +219,8 @@ def _draw_heat(ax: "Axes", values: np.ndarray, label: str) -> None:
     bar = figure.colorbar(image, ax=ax)
     bar.set_label(f"{label} (%)", fontsize=_SMALL)
     bar.ax.tick_params(labelsize=_SMALL)
-    if shares.size <= _MAX_LABELLED_CELLS and shares.shape[1] <= _MAX_LABELLED_EXPERTS:
+    if shares.size <= _MAX_LABELED_CELLS and shares.shape[1] <= _MAX_LABELED_EXPERTS:
         for (row, column), share in np.ndenumerate(shares):
-            if share is not np.ma.masked and share >= _LEAST_LABELLED:
+            if share is not np.ma.masked and share >= _MIN_LABELED:
                 color = "white" if share < 0.6 * largest else "black"
                 ax.text(column, row, f"{100 * share:.0f}", ha="center", va="center", fontsize=7, color=color)

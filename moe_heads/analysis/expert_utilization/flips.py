@@ -1,4 +1,4 @@
-"""How many samples change their experts from one validation to the next, on the same data."""
+"""Routing flips: samples whose experts change from one validation to the next, on the same data."""
 
 from dataclasses import dataclass
 
@@ -11,21 +11,21 @@ from moe_heads.routing import Routing, RoutingCollection
 
 __all__ = ["EpochChoices"]
 
-# Choices that are remembered, one byte each: 10,000 samples that choose among 64 experts with 50 tokens.
+# Limit of the stored choices, one byte each: 10,000 samples of 50 tokens that choose among 64 experts.
 _MAX_BYTES = 2**25
 
-# Numbers of a tensor that stand for it.
-_FINGERPRINT = 256
+# Number of elements of a tensor that identify it.
+_FINGERPRINT_SIZE = 256
 
 
 @dataclass(frozen=True)
-class _Chosen:
-    """What the router chose for a batch, and by what the batch is known again."""
+class _BatchChoices:
+    """Choices of the router for a batch, and a fingerprint that identifies the batch."""
 
     choices: Choices
     fingerprint: list[Tensor]
 
-    def is_of_same_data(self, other: "_Chosen") -> bool:
+    def has_same_data(self, other: "_BatchChoices") -> bool:
         pairs = [(self.choices, other.choices), (self.fingerprint, other.fingerprint)]
         if any([t.shape for t in mine] != [t.shape for t in others] for mine, others in pairs):
             return False
@@ -36,13 +36,13 @@ class EpochChoices:
     """Choices of one router on the validation data, epoch by epoch.
 
     Attributes:
-        has_other_data: Whether the data of the validation that ended last were not those of the one before.
+        data_changed: Whether the data of the last two validations differ.
     """
 
     def __init__(self) -> None:
-        self.has_other_data = False
-        self._before: list[_Chosen] = []
-        self._now: list[_Chosen] = []
+        self.data_changed = False
+        self._before: list[_BatchChoices] = []
+        self._now: list[_BatchChoices] = []
         self._num_bytes = 0
 
     def add(self, passes: list[Routing], batch: Batch) -> None:
@@ -52,21 +52,22 @@ class EpochChoices:
         choices = choices_of(collection)
         self._num_bytes += sum(choice.numel() for choice in choices)
         if self._num_bytes <= _MAX_BYTES:
-            self._now.append(_Chosen(choices, _fingerprint(batch)))
+            self._now.append(_BatchChoices(choices, _fingerprint(batch)))
 
     def end_epoch(self) -> tuple[int, int]:
-        """Compare with the epoch before.
+        """Compare the choices with those of the previous epoch.
 
         Returns:
-            Samples that changed their set of experts, and how many were compared; both zero for the first epoch and for
-            other data. Where the router runs more than once in a pass of the model, each time counts.
+            The number of samples whose set of experts changed, and the number of compared samples. Both are zero for
+            the first epoch and for different data. If the router runs several times in a pass of the model, each run
+            counts.
         """
         before, now = self._before, self._now
-        self._before, self._now, self._num_bytes, self.has_other_data = now, [], 0, False
+        self._before, self._now, self._num_bytes, self.data_changed = now, [], 0, False
         if not before or not now:
             return 0, 0
-        if len(before) != len(now) or not all(map(_Chosen.is_of_same_data, now, before)):
-            self.has_other_data = True
+        if len(before) != len(now) or not all(map(_BatchChoices.has_same_data, now, before)):
+            self.data_changed = True
             return 0, 0
         pairs = [
             (here, there)
@@ -78,6 +79,6 @@ class EpochChoices:
 
 
 def _fingerprint(batch: Batch) -> list[Tensor]:
-    """Some numbers of each tensor of a batch, labels or not, nan or not."""
+    """Return some elements of each tensor of a batch, labels included, with nan replaced."""
     flat = [leaf.detach().flatten() for leaf in leaves_of(batch) if isinstance(leaf, Tensor)]
-    return [numbers[:: max(1, len(numbers) // _FINGERPRINT)].nan_to_num().clone() for numbers in flat]
+    return [numbers[:: max(1, len(numbers) // _FINGERPRINT_SIZE)].nan_to_num().clone() for numbers in flat]

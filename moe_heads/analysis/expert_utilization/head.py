@@ -1,4 +1,4 @@
-"""How the experts of one head are used."""
+"""Utilization of the experts of one head."""
 
 import math
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ _PERCENTILES = (10, 50, 90)
 
 
 def relative_load_percentiles(load: Tensor) -> dict[str, float]:
-    """10th, 50th and 90th percentile of loads in units of the fair share, (E,): all 1 when even."""
+    """Compute the 10th, 50th and 90th percentile of loads (E,) in units of the fair share: all 1 for an even load."""
     levels = torch.tensor(_PERCENTILES, dtype=torch.float64) / 100
     found = torch.quantile(load.double(), levels).tolist()
     return {f"relative_load_p{level}": value for level, value in zip(_PERCENTILES, found, strict=True)}
@@ -25,12 +25,12 @@ def relative_load_percentiles(load: Tensor) -> dict[str, float]:
 def dead_and_starved(
     relative: Sequence[float], dead_below: float, starved_below: float
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Experts that are dead, and those that are not and starve.
+    """Return the dead experts, and the starved experts that are not dead.
 
     Args:
         relative: Share of each expert in units of the fair share.
-        dead_below: Below it, or without anything, an expert is dead.
-        starved_below: Below it one starves.
+        dead_below: Bound below which an expert is dead. An expert with a share of 0 is always dead.
+        starved_below: Bound below which an expert is starved.
     """
     dead = tuple(expert for expert, share in enumerate(relative) if share == 0 or share < dead_below)
     return dead, tuple(e for e, share in enumerate(relative) if share < starved_below and e not in dead)
@@ -38,42 +38,42 @@ def dead_and_starved(
 
 @dataclass(frozen=True, eq=False)
 class HeadUtilization:
-    r"""How the experts of one head are used. Entropies and mutual information in nats; tensors float64 on the CPU.
+    r"""Utilization of the experts of one head. Entropies and mutual information in nats, tensors float64 on the CPU.
 
     Attributes:
-        load: Share of the choices that went to each expert, (E,). A soft router chooses its largest gate.
-        importance: Share of the mixing weight that went to each expert, (E,).
-        entropy: Mean entropy of a row's full softmax: near 0 for a decided router, log E for one that mixes evenly.
-        entropy_of_mean: Entropy of the mean softmax: log E when the experts are used evenly over the data.
-        effective_experts: :math:`\exp H(\text{importance})`, 1 to E: how many experts the data use. On one scale for
-            soft and sparse routers.
-        effective_experts_per_row: :math:`\exp` of the mean entropy of a row's gates: how many experts a row mixes; 1
-            for k = 1, at most k for a sparse router, at most E for a soft one.
-        margin: Mean distance of a row's choice from another one, in the unit of the scores that the router compares;
-            infinite where there is no other choice.
-        dropped: Share of the rows that no expert took.
-        dead_experts: Experts with less than ``dead_below`` of the fair share 1/E of the load; of the importance, for a
-            soft router.
-        starved_experts: Those that are not dead and have less than ``starved_below`` of it.
-        coactivation: Share of the rows of expert i that chose expert j too, (E, E); the diagonal is 1, a row of an
-            expert without rows nan. None where every row has one expert, or all.
-        class_map: Share of the mixing weight that the samples of a class gave to each expert, (C, E); where gates sum
-            to one, their mean. Rows sum to 1; nan for a class without samples. None without labels.
-        class_counts: Choices of each expert by the rows of each class, (C, E), int64; a soft router chooses its largest
-            gate. None without labels.
-        mutual_information: I(class; expert) of a choice, plug-in estimate; log C for perfect specialists. None without
-            labels.
-        mutual_information_corrected: The same with Miller's bias correction, for choices of a sample that depend on one
-            another.
+        load: Fraction of the choices assigned to each expert, (E,). A soft router chooses its largest gate.
+        importance: Fraction of the mixing weight of each expert, (E,).
+        entropy: Mean entropy of the full softmax of a row. It is near 0 for a confident router and log E for a uniform
+            mixture.
+        entropy_of_mean: Entropy of the mean softmax. It is log E if the experts are used evenly over the data.
+        effective_experts: :math:`\exp H(\text{importance})`, the effective number of experts in use, 1 to E. It is
+            comparable between soft and sparse routers.
+        effective_experts_per_row: :math:`\exp` of the mean entropy of the gates of a row, the effective number of
+            experts that a row mixes. It is 1 for k = 1, at most k for a sparse router, and at most E for a soft one.
+        margin: Mean distance of a row from a different choice, in the unit of the scores that the router compares.
+            Infinite if there is no other choice.
+        dropped: Fraction of the rows that no expert took.
+        dead_experts: Experts with less than ``dead_below`` of the fair share 1/E of the load. For a soft router the
+            importance is compared instead.
+        starved_experts: Experts that are not dead and have less than ``starved_below`` of the fair share.
+        coactivation: Fraction of the rows of expert i that also chose expert j, (E, E). The diagonal is 1, and the row
+            of an expert without rows is nan. None if every row has one expert, or all.
+        class_map: Share of the mixing weight of the samples of a class on each expert, (C, E). It is the mean gate if
+            gates sum to one. Rows sum to 1, and are nan for a class without samples. None without labels.
+        class_counts: Number of choices of each expert by the rows of each class, (C, E), int64. A soft router chooses
+            its largest gate. None without labels.
+        mutual_information: I(class; expert) of a choice, plug-in estimate. It is log C for perfect specialists. None
+            without labels.
+        mutual_information_corrected: The same with the bias correction of Miller, for dependent choices of a sample.
         mutual_information_stderr: Standard error of both, over samples.
-        mutual_information_by_chance: Mean of the plug-in estimate with permuted labels; None without permutations.
-        mutual_information_p_value: Share of the permutations with at least as much as was found.
+        mutual_information_by_chance: Mean of the plug-in estimate with permuted labels. None without permutations.
+        mutual_information_p_value: Fraction of the permutations with at least the estimated value.
         soft: Whether the router mixes all experts.
-        num_rows: Rows (samples, or their tokens) that were routed.
-        num_choices: Pairs of a row and an expert that was chosen for it, the sum behind ``load``.
-        num_nonfinite: Rows with nan or inf logits, counted in nothing else.
-        ablation: What the accuracy loses without each expert; None if it was not asked for or no expert can be spared.
-        examples: Images that each expert received with the highest gate; None without images.
+        num_rows: Number of routed rows (samples, or their tokens).
+        num_choices: Number of pairs of a row and its chosen expert, the denominator of ``load``.
+        num_nonfinite: Number of rows with nan or infinite logits. No other quantity includes them.
+        ablation: Accuracy lost without each expert. None if it was not requested or no expert can be removed.
+        examples: Images that each expert received with the highest gate. None without images.
     """
 
     load: Tensor
@@ -103,12 +103,12 @@ class HeadUtilization:
 
     @property
     def load_cv(self) -> float:
-        """Coefficient of variation of the load (population): 0 when even, √(E - 1) when one expert has all."""
+        """Coefficient of variation of the load (population): 0 if even, √(E - 1) if one expert has all of it."""
         return float(self.load.std(correction=0) / self.load.mean())
 
     @property
     def max_violation(self) -> float:
-        r"""MaxVio, :math:`E \max_e \text{load}_e - 1`: 0 when even, E - 1 when one expert has all. arXiv 2408.15664."""
+        r"""MaxVio, :math:`E \max_e \text{load}_e - 1`: 0 if even, E - 1 if one expert has all. arXiv 2408.15664."""
         return float(self.load.max()) * len(self.load) - 1
 
     @property
@@ -118,10 +118,11 @@ class HeadUtilization:
 
     @property
     def specialization(self) -> Tensor | None:
-        r"""How far the classes of an expert are from those of all: :math:`KL(p(c|e) \| p(c))`, (E,), nats.
+        r"""Divergence of the classes of an expert from those of all data, :math:`KL(p(c|e) \| p(c))`, (E,), nats.
 
-        0 for an expert that sees the classes as they come, :math:`-\log p(c)` for one that sees class c alone, nan for
-        one without a choice. Weighted by the load, it sums to ``mutual_information``. None without labels.
+        It is 0 for an expert with the overall class frequencies, :math:`-\log p(c)` for an expert with class c only,
+        and nan for an expert without a choice. The mean weighted by the load is ``mutual_information``. None without
+        labels.
         """
         if self.class_counts is None:
             return None
@@ -132,7 +133,7 @@ class HeadUtilization:
         return terms.sum(0)
 
     def metrics(self) -> dict[str, float]:
-        """The numbers to log."""
+        """Return the numbers to log."""
         values = {
             "entropy": self.entropy,
             "entropy_of_mean": self.entropy_of_mean,
@@ -155,5 +156,5 @@ class HeadUtilization:
             "num_rows": float(self.num_rows),
             "num_nonfinite": float(self.num_nonfinite),
         }
-        # the margin is infinite where there is no other choice
+        # the margin is infinite if there is no other choice
         return {key: value for key, value in values.items() if value is not None and math.isfinite(value)}

@@ -1,4 +1,4 @@
-"""What to tell about a router whose experts die or collapse, and what to change."""
+"""Warnings about a router with dead experts or a collapsed routing, with advice."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -6,114 +6,121 @@ from dataclasses import dataclass
 
 import torch
 
-from moe_heads.analysis.expert_utilization.advice import Remedies
+from moe_heads.analysis.expert_utilization.advice import Advice
 from moe_heads.analysis.expert_utilization.head import dead_and_starved
 from moe_heads.routing import RoutingStats
 
-__all__ = ["LEAST_EXPECTED", "RouterHealth"]
+__all__ = ["MIN_FAIR_SHARE", "RouterHealth"]
 
-# Where between one expert and all of them the number in effect lies when a router has collapsed.
+# Position between one expert and all of them below which the effective number of experts is a collapse.
 _COLLAPSED_BELOW = 0.5
 
-LEAST_EXPECTED = 10
-"""Choices that are each expert's fair share before one that got none tells something: where it is one choice, chance
-leaves every third expert of an even router without any, where it is ten, one in 20,000."""
+MIN_FAIR_SHARE = 10
+"""Fair share of an expert, in choices, from which an expert without any is significant. With a fair share of one, an
+even router leaves every third expert without any by chance. With ten, it is one expert in 20,000."""
 
-# Likewise before a quarter of the fair share tells something: at ten choices an even router of 64 experts shows one
-# such expert in every sixth epoch, at twenty in one of a thousand.
-_LEAST_EXPECTED_OF_STARVING = 20
+# The same for a quarter of the fair share. At ten choices an even router of 64 experts has one such expert in every
+# sixth epoch, at twenty in one of a thousand.
+_MIN_FAIR_SHARE_OF_STARVING = 20
 
-# A collapse shows in all choices together: of two a fair share and a hundred in all, an even router spreads its choices
-# over more than three quarters of its experts.
-_LEAST_EXPECTED_OF_COLLAPSE, _LEAST_CHOICES_OF_COLLAPSE = 2, 100
+# All choices together show a collapse. With a fair share of two and a hundred choices in total, an even router uses
+# more than three quarters of its experts.
+_MIN_FAIR_SHARE_OF_COLLAPSE, _MIN_CHOICES_OF_COLLAPSE = 2, 100
 
-_COLLAPSE = ("collapse", -1)
+# A symptom is its kind and the expert, or -1 for all experts.
+_Symptom = tuple[str, int]
+_COLLAPSE: _Symptom = ("collapse", -1)
 
-# Numbers of experts that a sentence names.
+# Largest number of experts that a sentence names.
 _MAX_NAMED = 8
 
 
 @dataclass(frozen=True)
-class _Findings:
-    """What statistics show of a router.
+class _Diagnosis:
+    """State of the experts of a router according to its statistics.
 
     Attributes:
-        what: What the experts have shares of.
+        measure: Quantity whose shares are compared.
         relative: Share of each expert in units of the fair share.
-        in_effect: Effective number of experts.
-        is_judged: Whether there were choices enough to tell a collapse.
-        tells_experts: Whether there were enough to tell who is dead.
-        collapsed: Whether the experts in effect are nearer to one than to all.
+        effective_experts: Effective number of experts.
+        can_judge_collapse: Whether there were enough choices to detect a collapse.
+        can_judge_experts: Whether there were enough choices to detect dead experts.
+        collapsed: Whether the effective number of experts is closer to one than to all.
         dead: Experts that are dead.
-        ill: Experts that are dead or starve.
+        underused: Experts that are dead or starved.
     """
 
-    what: str
+    measure: str
     relative: list[float]
-    in_effect: float
-    is_judged: bool
-    tells_experts: bool
+    effective_experts: float
+    can_judge_collapse: bool
+    can_judge_experts: bool
     collapsed: bool
     dead: frozenset[int]
-    ill: frozenset[int]
+    underused: frozenset[int]
+
+    @property
+    def symptoms(self) -> set[_Symptom]:
+        symptoms = {("dead", expert) for expert in self.dead} | {("underused", expert) for expert in self.underused}
+        return symptoms | ({_COLLAPSE} if self.collapsed else set())
 
 
 class RouterHealth:
-    """Tells what is wrong with the experts of one router, each thing once until it is over.
+    """Generator of warnings about the experts of one router. It repeats a warning only after the symptom was gone.
 
     Args:
-        soft: Whether the router mixes all experts: the weight decides then, else the load.
-        remedies: What can be changed.
-        dead_below: Fraction of the fair share under which an expert is dead.
-        starved_below: Fraction under which it is starved.
+        soft: Whether the router mixes all experts. Then the mixing weight is compared, else the load.
+        advice: Options to change.
+        dead_below: Fraction of the fair share below which an expert is dead.
+        starved_below: Fraction of the fair share below which an expert is starved.
     """
 
-    def __init__(self, soft: bool, remedies: Remedies, dead_below: float, starved_below: float) -> None:
-        self._soft, self._remedies = soft, remedies
+    def __init__(self, soft: bool, advice: Advice, dead_below: float, starved_below: float) -> None:
+        self._soft, self._advice = soft, advice
         self._dead_below, self._starved_below = dead_below, starved_below
         self._had_nonfinite = False
-        self._told: set[tuple[str, int]] = set()
-        self._told_in_evaluation: set[tuple[str, int]] = set()
-        self._seen_in_evaluation: set[tuple[str, int]] = set()
+        self._warned: set[_Symptom] = set()
+        self._warned_in_evaluation: set[_Symptom] = set()
+        self._previous_in_evaluation: set[_Symptom] = set()
 
-    def news(self, stats: RoutingStats, in_evaluation: RoutingStats | None = None) -> Iterator[str]:
-        """What an epoch shows and no earlier one did.
+    def new_warnings(self, stats: RoutingStats, in_evaluation: RoutingStats | None = None) -> Iterator[str]:
+        """Yield the warnings about the symptoms of an epoch that were not present before.
 
         Args:
-            stats: Statistics of the epoch's training batches.
-            in_evaluation: Those of the validation batches, if there were any. What only they show, twice in a row, is
-                told too: noise in training can keep an expert busy that nobody gets to see afterwards. The first time
-                proves little, since the weights of a validation are those of the end of the epoch.
+            stats: Statistics of the training batches of the epoch.
+            in_evaluation: Statistics of the validation batches, if there were any. Symptoms that only they show, twice
+                in a row, are reported too: in training, noise can hide that an expert is unused in evaluation. A single
+                occurrence proves little, since a validation uses the weights at the end of the epoch.
 
         Yields:
-            A sentence on rows without finite logits, one on the training and one on the validation: collapse, dead
-            experts and starving ones, and what to change. A router that chooses has to have chosen: dead experts need
-            a fair share of 10 choices, starving ones of 20, since fewer leave experts of an even router without any; a
-            collapse needs 10, or 2 and a hundred choices in all.
+            A sentence on rows with non-finite logits, one on the training, and one on the validation: collapse, dead
+            experts and starved experts, with advice. A sparse router needs enough choices for a warning, because an
+            even router leaves experts without choices by chance. Dead experts need a fair share of 10 choices, and
+            starved experts of 20. A collapse needs a fair share of 10, or of 2 with a hundred choices in total.
         """
         has_nonfinite, had_nonfinite = int(stats.num_nonfinite) > 0, self._had_nonfinite
         self._had_nonfinite = has_nonfinite
         if has_nonfinite and not had_nonfinite:
             number = int(stats.num_rows) + int(stats.num_nonfinite)
             yield (
-                f"{int(stats.num_nonfinite)} of {number} rows had router logits that are nan or infinite, and counted"
-                " in nothing. Lower the learning rate, or clip the gradients."
+                f"{int(stats.num_nonfinite)} of {number} rows had router logits that are nan or infinite and were"
+                " excluded. Lower the learning rate, or clip the gradients."
             )
-        trained = self._findings(stats)
-        if new := _new(trained, _signs(trained), self._told):
-            yield f"{new}. {self._remedies.in_training}"
-        if in_evaluation is None or not int(in_evaluation.num_rows) or not trained.is_judged:
+        training = self._diagnose(stats)
+        if text := _describe_new(training, training.symptoms, self._warned):
+            yield f"{text}. {self._advice.in_training}"
+        if in_evaluation is None or not int(in_evaluation.num_rows) or not training.can_judge_collapse:
             return
-        found = self._findings(in_evaluation)
-        signs = _signs(found) - _signs(trained)
-        if not trained.tells_experts:  # nobody can say "not in training" of them
-            signs &= {_COLLAPSE}
-        lasting, self._seen_in_evaluation = signs & self._seen_in_evaluation, signs
-        if new := _new(found, lasting, self._told_in_evaluation):
-            yield f"on the validation data, and not in training, {new}. {self._remedies.in_evaluation}"
+        evaluation = self._diagnose(in_evaluation)
+        symptoms = evaluation.symptoms - training.symptoms
+        if not training.can_judge_experts:  # then "not in training" is unknown for single experts
+            symptoms &= {_COLLAPSE}
+        lasting, self._previous_in_evaluation = symptoms & self._previous_in_evaluation, symptoms
+        if text := _describe_new(evaluation, lasting, self._warned_in_evaluation):
+            yield f"on the validation data, but not in training, {text}. {self._advice.in_evaluation}"
 
     def counts(self, stats: RoutingStats) -> dict[str, float]:
-        """How many experts are dead or starve, however few choices there were; nothing without a row."""
+        """Count the dead and the starved experts, for any number of choices. Return nothing without a row."""
         if not int(stats.num_rows):
             return {}
         dead, starved = dead_and_starved(self._relative(stats), self._dead_below, self._starved_below)
@@ -124,51 +131,52 @@ class RouterHealth:
         found: list[float] = (share * len(share)).tolist()
         return found
 
-    def _findings(self, stats: RoutingStats) -> _Findings:
+    def _diagnose(self, stats: RoutingStats) -> _Diagnosis:
         relative = self._relative(stats)
         num_experts = len(relative)
         num_choices = int(stats.counts.sum())
         fair_share = math.inf if self._soft else num_choices / num_experts
-        in_effect = math.exp(float(torch.special.entr(stats.importance.double()).sum()))
-        is_many = fair_share >= _LEAST_EXPECTED_OF_COLLAPSE and num_choices >= _LEAST_CHOICES_OF_COLLAPSE
-        is_judged = (fair_share >= LEAST_EXPECTED or is_many) and int(stats.num_rows) > 0
-        tells_experts = is_judged and fair_share >= LEAST_EXPECTED
-        dead, starved = dead_and_starved(relative, self._dead_below, self._starved_below) if tells_experts else ((), ())
-        collapsed = is_judged and in_effect < 1 + _COLLAPSED_BELOW * (num_experts - 1)
-        ill = {*dead, *starved} if fair_share >= _LEAST_EXPECTED_OF_STARVING else {*dead}
-        what = "mixing weight" if self._soft else "load"
-        dead_ones, ill_ones = frozenset(dead), frozenset(ill)
-        return _Findings(what, relative, in_effect, is_judged, tells_experts, collapsed, dead_ones, ill_ones)
+        effective_experts = math.exp(float(torch.special.entr(stats.importance.double()).sum()))
+        is_many = fair_share >= _MIN_FAIR_SHARE_OF_COLLAPSE and num_choices >= _MIN_CHOICES_OF_COLLAPSE
+        can_judge_collapse = (fair_share >= MIN_FAIR_SHARE or is_many) and int(stats.num_rows) > 0
+        can_judge_experts = can_judge_collapse and fair_share >= MIN_FAIR_SHARE
+        dead, starved = (
+            dead_and_starved(relative, self._dead_below, self._starved_below) if can_judge_experts else ((), ())
+        )
+        return _Diagnosis(
+            measure="mixing weight" if self._soft else "load",
+            relative=relative,
+            effective_experts=effective_experts,
+            can_judge_collapse=can_judge_collapse,
+            can_judge_experts=can_judge_experts,
+            collapsed=can_judge_collapse and effective_experts < 1 + _COLLAPSED_BELOW * (num_experts - 1),
+            dead=frozenset(dead),
+            underused=frozenset({*dead, *starved} if fair_share >= _MIN_FAIR_SHARE_OF_STARVING else dead),
+        )
 
 
-def _signs(found: _Findings) -> set[tuple[str, int]]:
-    """What is wrong, each with the expert; -1 for all of them."""
-    signs = {("dead", expert) for expert in found.dead} | {("ill", expert) for expert in found.ill}
-    return signs | ({_COLLAPSE} if found.collapsed else set())
-
-
-def _new(found: _Findings, signs: set[tuple[str, int]], told: set[tuple[str, int]]) -> str:
-    """What to say of the signs that were not told; they are told from now on, and those that are over no longer."""
-    new = signs - told
-    told &= signs
-    told |= signs
-    num_experts = len(found.relative)
+def _describe_new(diagnosis: _Diagnosis, symptoms: set[_Symptom], warned: set[_Symptom]) -> str:
+    """Describe the symptoms that are not in ``warned``, and set ``warned`` to the current symptoms."""
+    new = symptoms - warned
+    warned &= symptoms
+    warned |= symptoms
+    num_experts = len(diagnosis.relative)
     parts = []
     if _COLLAPSE in new:
-        parts.append(f"the routing collapses, {found.in_effect:.1f} of {num_experts} experts are in effect")
-    dead = sorted(expert for sign, expert in new if sign == "dead")
-    # one that recovers from death is no news, and one that is told to be dead need not be told to starve
-    starving = sorted(expert for sign, expert in new if sign == "ill" and ("dead", expert) not in signs)
-    for state, experts in (("dead", dead), ("starving", starving)):
+        parts.append(f"the routing collapses to {diagnosis.effective_experts:.1f} effective experts of {num_experts}")
+    dead = sorted(expert for kind, expert in new if kind == "dead")
+    # no warning if a dead expert recovers to a starved one, and no second warning that a dead expert is starved
+    starved = sorted(expert for kind, expert in new if kind == "underused" and ("dead", expert) not in symptoms)
+    for state, experts in (("dead", dead), ("starved", starved)):
         if experts:
-            parts.append(f"{len(experts)} of {num_experts} experts {state}: {_named(experts, found)}")
+            parts.append(f"{len(experts)} of {num_experts} experts {state}: {_list_experts(experts, diagnosis)}")
     return "; ".join(parts)
 
 
-def _named(experts: Sequence[int], found: _Findings) -> str:
-    """The experts by number, each with its part of the fair share."""
-    shares = [f"{found.relative[expert]:.1%}" for expert in experts[:_MAX_NAMED]]
-    shares[0] += f" of the fair share of the {found.what}"
+def _list_experts(experts: Sequence[int], diagnosis: _Diagnosis) -> str:
+    """List the experts by number, each with its fraction of the fair share."""
+    shares = [f"{diagnosis.relative[expert]:.1%}" for expert in experts[:_MAX_NAMED]]
+    shares[0] += f" of the fair share of the {diagnosis.measure}"
     named = ", ".join(f"{expert} ({share})" for expert, share in zip(experts, shares, strict=False))
     numbers = "number" if len(experts) == 1 else "numbers"
     more = f" and {len(experts) - _MAX_NAMED} more" if len(experts) > _MAX_NAMED else ""

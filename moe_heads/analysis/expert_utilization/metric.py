@@ -14,18 +14,19 @@ from moe_heads.routing import Routing, RoutingStats
 
 __all__ = ["ExpertUtilizationMetric", "utilization_scalars"]
 
-# More curves than that are no chart.
+# Largest number of experts with curves of their own in a chart.
 _MAX_CURVES = 16
 
 
 class ExpertUtilizationMetric(Metric):
-    r"""Load, importance and balance of the experts of one router, over any number of batches and ranks.
+    r"""Metric of load, importance and balance of the experts of one router, over any number of batches and ranks.
 
-    The states are sums over rows, added up over the ranks: uneven batches and uneven ranks count by their rows, counts
-    exactly. Nothing is read from the device before `compute`.
+    The states are sums over rows, which are added over the ranks. So uneven batches and uneven ranks are weighted by
+    their rows, and counts are exact. Nothing is read from the device before `compute`.
 
-    `compute` gives the numbers of `utilization_scalars`, and for a router that draws noise while training
-    ``noise_agreement``: the share of the rows for which the choice with noise is the one without, that of evaluation.
+    `compute` returns the numbers of `utilization_scalars`. For a router with noise in training it also returns
+    ``noise_agreement``: the fraction of the rows with the same choice with and without noise. The latter is the choice
+    of evaluation.
 
     Args:
         num_experts: E.
@@ -63,12 +64,12 @@ class ExpertUtilizationMetric(Metric):
         """Add the rows of a batch.
 
         Raises:
-            ValueError: If it is no `Routing`, or its router has another number of experts.
+            ValueError: If it is not a `Routing`, or its router has a different number of experts.
         """
         if not isinstance(routing, Routing):
-            raise ValueError(f"routing: expected a moe_heads.Routing, got {type(routing).__name__}")
+            raise ValueError(f"routing: expected a moe_heads.Routing, got {type(routing).__name__}.")
         if routing.num_experts != self.num_experts:
-            raise ValueError(f"routing: expected {self.num_experts} experts, got {routing.num_experts}")
+            raise ValueError(f"routing: expected {self.num_experts} experts, got {routing.num_experts}.")
         stats = routing.stats()
         for f in fields(RoutingStats):
             setattr(self, f.name, getattr(self, f.name) + getattr(stats, f.name).to(self.device))
@@ -78,7 +79,7 @@ class ExpertUtilizationMetric(Metric):
             self.num_agreeing = self.num_agreeing + agreeing.to(self.device)
 
     def compute(self) -> dict[str, Tensor]:
-        """The numbers, over all ranks; see the class. nan without a row."""
+        """Compute the numbers over all ranks. They are nan without a row."""
         stats = self.stats
         scalars = utilization_scalars(stats)
         if not int(stats.num_rows):
@@ -90,23 +91,23 @@ class ExpertUtilizationMetric(Metric):
 
     @property
     def stats(self) -> RoutingStats:
-        """The sums; of this rank, and inside ``sync_context`` of all."""
+        """Sums of this rank, and inside ``sync_context`` of all ranks."""
         return RoutingStats(**{f.name: getattr(self, f.name).clone() for f in fields(RoutingStats)})
 
 
 def utilization_scalars(stats: RoutingStats) -> dict[str, float]:
-    r"""The numbers to draw over epochs.
+    r"""Compute the numbers that are plotted over epochs.
 
     ============================  ======================================================================
-    load_<e>, importance_<e>      shares of expert e; sum to 1 (up to 16 experts, else the next)
+    load_<e>, importance_<e>      fractions of expert e, which sum to 1 (only up to 16 experts)
     relative_load_p10, p50, p90   percentiles of the load over the experts, in units of the fair share
     load_cv                       coefficient of variation of the load
     max_violation                 :math:`E \max_e \text{load}_e - 1`
     effective_experts             :math:`\exp H(\text{importance})`
-    entropy                       mean entropy of a row's full softmax, nats
-    margin                        mean distance from another choice; absent where there is none
-    dropped                       share of the rows that no expert took
-    nonfinite                     share of the rows with nan or infinite logits, counted in nothing else
+    entropy                       mean entropy of the full softmax of a row, nats
+    margin                        mean distance from a different choice, absent if there is none
+    dropped                       fraction of the rows that no expert took
+    nonfinite                     fraction of the rows with nan or infinite logits, excluded elsewhere
     ============================  ======================================================================
 
     Args:

@@ -1,11 +1,17 @@
-"""Mutual information of two discrete variables from their joint counts."""
+"""Mutual information of two discrete variables from their joint counts, with a permutation test."""
 
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-__all__ = ["MutualInformation", "information_of_samples", "mutual_information"]
+__all__ = [
+    "MutualInformation",
+    "PermutationBaseline",
+    "information_of_samples",
+    "mutual_information",
+    "permutation_baseline",
+]
 
 
 @dataclass(frozen=True)
@@ -13,9 +19,9 @@ class MutualInformation:
     """Estimates of I(X; Y), in nats.
 
     Attributes:
-        plugin: I of the observed frequencies. Never negative, and too large by about
+        plugin: I of the observed frequencies. It is never negative, and too large by about
             (rows - 1)(columns - 1) / 2N for independent variables.
-        corrected: The same with the bias of the entropies corrected after Miller; may be slightly negative.
+        corrected: The same with the bias correction of the entropies after Miller. It may be slightly negative.
         stderr: Standard error of both by the delta method, for N independent observations.
     """
 
@@ -25,19 +31,19 @@ class MutualInformation:
 
 
 def mutual_information(counts: Tensor) -> MutualInformation:
-    r"""Mutual information :math:`I(X;Y) = \sum_{xy} p_{xy} \log \frac{p_{xy}}{p_x p_y}` from joint counts.
+    r"""Estimate the mutual information :math:`I(X;Y) = \sum_{xy} p_{xy} \log \frac{p_{xy}}{p_x p_y}` from joint counts.
 
-    Miller's correction adds (m - 1) / 2N to an entropy of m prepared cells, so
+    The correction of Miller adds (m - 1) / 2N to an entropy of m nonempty cells, so
     :math:`I + (m_X + m_Y - m_{XY} - 1) / 2N` is the corrected estimate.
 
     Args:
-        counts: Observations in each cell, (X, Y), whole numbers.
+        counts: Observations in each cell, (X, Y), integers.
 
     Returns:
-        Both estimates and their standard error; zeros for an empty table.
+        Both estimates and their standard error, which are zeros for an empty table.
 
     Raises:
-        ValueError: If the counts are not a matrix or one is negative.
+        ValueError: If the counts are not a matrix or a count is negative.
 
     Source:
         Miller, Note on the bias of information estimates, 1955; Roulston, Estimating the errors on measured entropy and
@@ -50,36 +56,38 @@ def mutual_information(counts: Tensor) -> MutualInformation:
         0.6931
     """
     if counts.dim() != 2 or bool((counts < 0).any()):
-        raise ValueError(f"counts: expected a matrix of counts from 0 on, got shape {tuple(counts.shape)}")
+        got = f"shape {tuple(counts.shape)}" if counts.dim() != 2 else f"{int(counts.min())}"
+        raise ValueError(f"counts: expected a matrix of counts of at least 0, got {got}.")
     table = counts.to(torch.float64)
     total = float(table.sum())
     if total == 0:
         return MutualInformation(0.0, 0.0, 0.0)
     joint = table / total
     independent = joint.sum(1, keepdim=True) * joint.sum(0, keepdim=True)
-    # an empty cell adds nothing, whatever its marginals
+    # an empty cell adds nothing, for any marginals
     information = torch.where(joint > 0, (joint / independent).log(), 0)
     plugin = float((joint * information).sum())
     variance = float((joint * (information - plugin).square()).sum())
-    prepared = [int((cells > 0).sum()) for cells in (joint.sum(1), joint.sum(0), joint)]
-    correction = (prepared[0] + prepared[1] - prepared[2] - 1) / (2 * total)
+    nonempty = [int((cells > 0).sum()) for cells in (joint.sum(1), joint.sum(0), joint)]
+    correction = (nonempty[0] + nonempty[1] - nonempty[2] - 1) / (2 * total)
     return MutualInformation(max(plugin, 0.0), plugin + correction, (variance / total) ** 0.5)
 
 
 def information_of_samples(labels: Tensor, chosen: Tensor, num_classes: int) -> MutualInformation:
-    r"""I(class; expert) of a random choice, where a sample makes several that are not independent.
+    r"""Estimate I(class; expert) of a random choice if each sample makes several dependent choices.
 
-    The correction of `mutual_information` counts every choice as an observation. It is multiplied by how much more
-    (equal tokens) or less (k different experts) the choices of a sample spread than independent ones,
+    The correction of `mutual_information` counts every choice as an observation. It is multiplied by the dispersion of
+    the choices of a sample relative to independent ones. The factor is larger for equal tokens and smaller for k
+    different experts:
 
     .. math:: \frac{1}{E - 1} \sum_e \frac{\mathrm{Var}(t_e)}{\mathrm{mean}(t_e)},
 
-    :math:`t_e` being the choices of expert e by a sample: 1 for one choice a sample, T for T equal tokens. The standard
-    error is that of the delta method over samples.
+    where :math:`t_e` is the number of choices of expert e by a sample. It is 1 for one choice per sample and T for T
+    equal tokens. The standard error is that of the delta method over samples.
 
     Args:
         labels: Class of each sample, (B,).
-        chosen: Choices of each expert by each sample, (B, E), whole numbers.
+        chosen: Number of choices of each expert by each sample, (B, E), integers.
         num_classes: C.
 
     Example:
@@ -101,3 +109,61 @@ def information_of_samples(labels: Tensor, chosen: Tensor, num_classes: int) -> 
     of_sample = (chosen * (information[labels] - found.plugin)).sum(1) / total
     corrected = found.plugin + spread * (found.corrected - found.plugin)
     return MutualInformation(found.plugin, corrected, float(of_sample.square().sum()) ** 0.5)
+
+
+@dataclass(frozen=True)
+class PermutationBaseline:
+    """Plug-in mutual information under permuted labels, in nats.
+
+    Attributes:
+        mean: Its mean, the value to expect for independent classes and experts with this number of samples.
+        p_value: Fraction of the permutations, including the true labels, with at least the observed value. It is at
+            least 1 / (permutations + 1).
+    """
+
+    mean: float
+    p_value: float
+
+
+def permutation_baseline(
+    labels: Tensor, chosen: Tensor, num_classes: int, num_permutations: int, seed: int
+) -> PermutationBaseline:
+    """Run a permutation test of I(class; expert) against independence with the observed frequencies of both.
+
+    The labels of whole samples are permuted, so that tokens of one sample stay together. The result does not depend on
+    the order of the samples, which are sorted first. So the ranks of a distributed run may hold any part of them.
+
+    Args:
+        labels: Class of each sample, (B,).
+        chosen: Number of choices of each expert by each sample, (B, E), integers.
+        num_classes: C.
+        num_permutations: Number of permutations.
+        seed: Seed of the permutations. The global generator is not used.
+
+    Source:
+        Phipson and Smyth, arXiv 1603.05766, for the p-value.
+
+    Example:
+        >>> import torch
+        >>> from moe_heads.analysis.expert_utilization.mutual_information import permutation_baseline
+        >>> labels = torch.arange(2).repeat(50)
+        >>> permutation_baseline(labels, torch.eye(2, dtype=torch.int64)[labels], 2, 99, seed=0).p_value
+        0.01
+    """
+    generator = torch.Generator().manual_seed(seed)
+    patterns, repeats = torch.cat([labels.unsqueeze(1), chosen], 1).unique(dim=0, return_counts=True)
+    patterns = patterns.repeat_interleave(repeats, 0)
+    labels, chosen = patterns[:, 0], patterns[:, 1:].double()
+
+    def information(permuted: Tensor) -> float:
+        counts = torch.zeros(num_classes, chosen.shape[1], dtype=torch.float64).index_add_(0, permuted, chosen)
+        return mutual_information(counts).plugin
+
+    found = information(labels)
+    by_chance = torch.tensor(
+        [information(labels[torch.randperm(len(labels), generator=generator)]) for _ in range(num_permutations)],
+        dtype=torch.float64,
+    )
+    # equal tables may differ by rounding
+    num_as_large = int((by_chance >= found - 1e-12).sum())
+    return PermutationBaseline(float(by_chance.mean()), (1 + num_as_large) / (1 + num_permutations))

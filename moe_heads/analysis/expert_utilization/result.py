@@ -1,6 +1,7 @@
-"""What an expert utilization analysis found, and how it is reported."""
+"""Result of an expert utilization analysis: numbers, figures and tables."""
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -8,8 +9,7 @@ import torch
 from torch import Tensor
 
 from moe_heads.analysis.expert_utilization.head import HeadUtilization, relative_load_percentiles
-from moe_heads.analysis.expert_utilization.health import LEAST_EXPECTED
-from moe_heads.analysis.expert_utilization.tables import experts_table, quantities_table
+from moe_heads.analysis.expert_utilization.health import MIN_FAIR_SHARE
 from moe_heads.checks import check_option
 
 if TYPE_CHECKING:
@@ -18,17 +18,20 @@ if TYPE_CHECKING:
 
 __all__ = ["ExpertUtilizationResult"]
 
+# Largest number of classes in the table of the experts.
+_TOP_CLASSES = 3
+
 
 @dataclass(frozen=True, eq=False)
 class ExpertUtilizationResult:
-    """Expert utilization of every head of a model that has a router and ran; the properties give one quantity by head.
+    """Expert utilization of every head with a router that ran. Each property is one quantity by head.
 
     Attributes:
-        heads: Utilization by the name of the head ("head" when the model is itself the head); empty for a model without
-            a router, which is no error: a dense head has none.
-        class_names: Names of the C classes; empty without labels.
-        num_samples: Samples of the data.
-        partial: Why the analysis ended before its time; "" for one that is whole.
+        heads: Utilization by the name of the head ("head" when the model is itself the head). Empty for a model without
+            a router, which is not an error, since a dense head has none.
+        class_names: Names of the C classes. Empty without labels.
+        num_samples: Number of samples of the data.
+        partial: Reason why the analysis ended early, or "" if it is complete.
     """
 
     heads: dict[str, HeadUtilization]
@@ -48,17 +51,17 @@ class ExpertUtilizationResult:
 
     @property
     def entropy(self) -> dict[str, float]:
-        """Mean entropy of a row's softmax of each head, nats."""
+        """Mean entropy of the softmax of a row of each head, nats."""
         return {name: head.entropy for name, head in self.heads.items()}
 
     @property
     def class_map(self) -> dict[str, Tensor | None]:
-        """Class map of each head, (C, E); None without labels."""
+        """Class map of each head, (C, E). None without labels."""
         return {name: head.class_map for name, head in self.heads.items()}
 
     @property
     def mutual_information(self) -> dict[str, float | None]:
-        """Plug-in I(class; top expert) of each head, nats; None without labels."""
+        """Plug-in estimate of I(class; expert) of each head, nats. None without labels."""
         return {name: head.mutual_information for name, head in self.heads.items()}
 
     @property
@@ -73,9 +76,9 @@ class ExpertUtilizationResult:
         return relative_load_percentiles(torch.cat(loads)) if loads else {}
 
     def metrics(self) -> dict[str, float]:
-        """The numbers to log, ``<head>/<quantity>``; empty for a model without a router.
+        """Return the numbers to log, ``<head>/<quantity>``. They are empty for a model without a router.
 
-        Of several heads also ``all_heads/relative_load_p<level>``.
+        With several heads they include ``all_heads/relative_load_p<level>``.
         """
         values = {f"{name}/{key}": value for name, head in self.heads.items() for key, value in head.metrics().items()}
         if len(self.heads) > 1:
@@ -83,26 +86,28 @@ class ExpertUtilizationResult:
         return values | ({"partial": 1.0} if self.partial else {})
 
     def plot(self, ax: "Axes | None" = None, head: str | None = None) -> "tuple[Figure, Axes]":
-        """Heat map of classes by experts of one head, below bars of load and importance.
+        """Draw a heat map of classes by experts of one head, below bars of load and importance.
 
         Args:
-            ax: Axes for the heat map alone (for the bars, without labels); by default those of a new figure that pyplot
-                does not know, with both.
-            head: Name of the head; by default the first.
+            ax: Axes for the heat map alone (for the bars, without labels). The default is a new figure with both, which
+                is not registered in pyplot.
+            head: Name of the head. The default is the first.
 
         Raises:
-            ValueError: If there is no such head, or none at all.
+            ValueError: If there is no such head, or no head at all.
         """
         from moe_heads.analysis.expert_utilization.figures import plot_utilization
 
         if not self.heads:
-            raise ValueError("head: expected a model with a router that ran; this one has none, and nothing to draw")
+            raise ValueError(
+                "head: expected a model with a router that ran, got one without. Check result.heads before plotting."
+            )
         name = next(iter(self.heads)) if head is None else head
         check_option("head", name, self.heads)
         return plot_utilization(name, self.heads[name], self.class_names, ax)
 
     def figures(self) -> "dict[str, Figure]":
-        """All that can be drawn, ``<head>/<figure>``: load, classes, coactivation, what_each_expert_sees."""
+        """Draw all available figures, ``<head>/<figure>``: load, classes, coactivation, what_each_expert_sees."""
         from moe_heads.analysis.expert_utilization.example_grid import plot_examples
         from moe_heads.analysis.expert_utilization.figures import plot_classes, plot_coactivation, plot_load
 
@@ -118,11 +123,11 @@ class ExpertUtilizationResult:
         return drawn
 
     def summary(self) -> str:
-        """Markdown table with one column a head."""
+        """Write a Markdown table with one column per head."""
         if not self.heads:
             return "No router ran in this model: there are no experts to report on."
         columns = {name: head.metrics() for name, head in self.heads.items()}
-        told = [
+        underused = [
             f"\n{state.title()} in {name}: {len(experts)} of {len(head.load)} experts, number "
             f"{', '.join(map(str, experts))}.{_by_chance(head)}"
             for name, head in self.heads.items()
@@ -130,26 +135,79 @@ class ExpertUtilizationResult:
             if experts
         ]
         partial = [f"\n**Partial**: {self.partial}."] if self.partial else []
-        notes = [f"\n{self.num_samples} samples; entropies and information in nats."]
+        notes = [f"\n{self.num_samples} samples. Entropies and mutual information are in nats."]
         if not self.class_names:
             notes.append(
-                "\nNo classes: the batches have no labels of shape (B,), or none is a class. `label_fn` can give them."
+                "\nNo classes: the batches have no labels of shape (B,), or the labels are not classes. Pass `label_fn`"
+                " to provide them."
             )
-        return "\n".join([*quantities_table(columns), *notes, *told, *partial])
+        return "\n".join([*_quantities_table(columns), *notes, *underused, *partial])
 
     def texts(self) -> dict[str, str]:
-        """The summary, and a table of the experts of each head."""
-        experts = {f"{name}/experts": experts_table(head, self.class_names) for name, head in self.heads.items()}
+        """Return the summary, and a table of the experts of each head."""
+        experts = {f"{name}/experts": _experts_table(head, self.class_names) for name, head in self.heads.items()}
         return {"summary": self.summary(), **experts}
 
 
+def _quantities_table(columns: Mapping[str, Mapping[str, float]]) -> list[str]:
+    """Return the lines of a table with a row per quantity and a column per head.
+
+    Args:
+        columns: Quantities by name, by the name of the head.
+    """
+    names = list(columns)
+    quantities = dict.fromkeys(quantity for values in columns.values() for quantity in values)
+    rows = [[_cell(columns[name].get(quantity)) for name in names] for quantity in quantities]
+    lines = [f"| {q.replace('_', ' ')} | {' | '.join(row)} |" for q, row in zip(quantities, rows, strict=True)]
+    return [f"| quantity | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|", *lines]
+
+
+def _experts_table(head: HeadUtilization, class_names: Sequence[str]) -> str:
+    """Write a table with a row per expert: load, importance, classes, and the accuracy lost without it.
+
+    Args:
+        head: The head.
+        class_names: Names of the classes.
+    """
+    columns = {"load": [f"{share:.1%}" for share in head.load], "importance": [f"{w:.1%}" for w in head.importance]}
+    if head.class_counts is not None and head.specialization is not None:
+        columns["specialization (nats)"] = [_cell(float(value)) for value in head.specialization]
+        columns["most frequent classes"] = [_classes(counts, class_names) for counts in head.class_counts.t().tolist()]
+    if head.ablation is not None:
+        lost = zip(head.ablation.contribution.tolist(), head.ablation.without_stderr.tolist(), strict=True)
+        columns["accuracy lost without it"] = [f"{value:+.2%} ± {stderr:.2%}" for value, stderr in lost]
+    state = {**dict.fromkeys(head.starved_experts, " (starved)"), **dict.fromkeys(head.dead_experts, " (dead)")}
+    rows = [
+        f"| {expert}{state.get(expert, '')} | {' | '.join(column[expert] for column in columns.values())} |"
+        for expert in range(len(head.load))
+    ]
+    notes = []
+    if head.ablation is not None:
+        notes.append(f"\nAccuracy with all experts: {head.ablation.accuracy:.2%}. ± is one paired standard error.")
+    return "\n".join([f"| expert | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|", *rows, *notes])
+
+
+def _cell(value: float | None) -> str:
+    return "–" if value is None else f"{value:.4g}"
+
+
+def _classes(counts: Sequence[int], class_names: Sequence[str]) -> str:
+    """List the most frequent classes of one expert, with their share of its rows."""
+    total = sum(counts)
+    first = sorted(range(len(counts)), key=lambda c: -counts[c])[:_TOP_CLASSES]
+    if not total:
+        return "–"
+    names = {c: " ".join(class_names[c].split()).replace("|", "/") for c in first}
+    return ", ".join(f"{names[c]} {counts[c] / total:.0%}" for c in first if counts[c])
+
+
 def _by_chance(head: HeadUtilization) -> str:
-    """What to say of experts without rows where the rows are too few to tell, and so few are without by chance."""
+    """Write a note for experts with few choices if an even router would leave as many experts empty by chance."""
     num_experts, share = len(head.load), head.num_choices / len(head.load)
-    if head.soft or share >= LEAST_EXPECTED:
+    if head.soft or share >= MIN_FAIR_SHARE:
         return ""
-    # counts of an even router are about Poisson's; more empty experts than five standard deviations are no chance
+    # counts of an even router are nearly Poisson distributed; five standard deviations more are not chance
     empty, expected = int((head.load == 0).sum()), num_experts * math.exp(-share)
     if empty > expected + 5 * math.sqrt(expected):
         return ""
-    return f" The fair share is {share:.1f} choices: chance alone leaves experts of an even router with so few."
+    return f" The fair share is only {share:.1f} choices, so an even router can have such experts by chance."

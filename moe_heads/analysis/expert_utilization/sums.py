@@ -1,4 +1,4 @@
-"""Sums over the rows of one router, from which its utilization follows.
+"""Sums over the rows of one router, from which its utilization is computed.
 
 Shapes: B samples, N rows, E experts, C classes.
 """
@@ -11,12 +11,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moe_heads.analysis.expert_utilization.ablation import AblationHits
+from moe_heads.analysis.expert_utilization.ablation import AblationCounts
 from moe_heads.analysis.expert_utilization.examples import ExpertExamples
 from moe_heads.analysis.expert_utilization.head import HeadUtilization, dead_and_starved
-from moe_heads.analysis.expert_utilization.labels import IGNORED, SAY_NONE
-from moe_heads.analysis.expert_utilization.mutual_information import information_of_samples
-from moe_heads.analysis.expert_utilization.permutation import permutation_baseline
+from moe_heads.analysis.expert_utilization.mutual_information import information_of_samples, permutation_baseline
+from moe_heads.analysis.expert_utilization.samples import IGNORED, NO_CLASSES_HINT
 from moe_heads.routing import Routing, RoutingStats
 
 __all__ = ["ReportOptions", "UtilizationSums"]
@@ -24,13 +23,13 @@ __all__ = ["ReportOptions", "UtilizationSums"]
 
 @dataclass(frozen=True)
 class ReportOptions:
-    """What turns sums into a report.
+    """Options for the utilization of a head.
 
     Attributes:
-        dead_below: Fraction of the fair share under which an expert is dead.
-        starved_below: Fraction under which it is starved.
-        num_permutations: Permutations of the labels behind the chance level of the mutual information.
-        num_examples: Images kept for each expert.
+        dead_below: Fraction of the fair share below which an expert is dead.
+        starved_below: Fraction of the fair share below which it is starved.
+        num_permutations: Number of label permutations for the chance level of the mutual information.
+        num_examples: Number of images per expert.
         seed: Seed of the permutations.
     """
 
@@ -42,13 +41,13 @@ class ReportOptions:
 
 
 class UtilizationSums:
-    """Running sums of one head; exact under addition, so uneven batches count by their rows.
+    """Running sums of one head. They are additive, so uneven batches are weighted by their rows.
 
     Args:
         name: Name of the head, for messages.
         routing: A routing of the head, for its sizes.
-        num_classes: C; None for data without labels.
-        options: What the report wants.
+        num_classes: C. None for data without labels.
+        options: Options of the report.
     """
 
     def __init__(self, name: str, routing: Routing, num_classes: int | None, options: ReportOptions) -> None:
@@ -61,19 +60,19 @@ class UtilizationSums:
         self._pairs = torch.zeros(self._num_experts, self._num_experts, dtype=torch.float64)
         self._num_classes = num_classes
         self._class_gates = torch.zeros(num_classes or 0, self._num_experts, dtype=torch.float64)
-        # of each sample: its class and how often it chose each expert
+        # class of each sample, and its number of choices of each expert
         self._labels: list[Tensor] = []
         self._chosen: list[Tensor] = []
-        self._hits: AblationHits | None = None
+        self._ablation: AblationCounts | None = None
         self._examples: ExpertExamples | None = None
 
     def __add__(self, other: "UtilizationSums") -> "UtilizationSums":
-        """The sums of both: of one head on two ranks."""
+        """Add the sums of the same head on two ranks."""
         total = copy.copy(self)
-        for name in ("_stats", "_gate_entropy", "_pairs", "_class_gates", "_labels", "_chosen", "_hits"):
+        for name in ("_stats", "_gate_entropy", "_pairs", "_class_gates", "_labels", "_chosen", "_ablation"):
             mine, others = getattr(self, name), getattr(other, name)
             setattr(total, name, others if mine is None else mine if others is None else mine + others)
-        total._show(other._examples)
+        total._add_examples(other._examples)
         return total
 
     def add(
@@ -81,28 +80,28 @@ class UtilizationSums:
         passes: Sequence[Routing],
         labels: Tensor | None,
         images: Tensor | None = None,
-        hits: AblationHits | None = None,
+        counts: AblationCounts | None = None,
     ) -> None:
         """Add a batch.
 
         Args:
-            passes: What the router decided each time that it ran for the batch, on the CPU.
-            labels: Class of each sample, (B,), int64, on the CPU; `IGNORED` for one without.
-            images: What the samples look like, (B, C, H, W).
-            hits: What the accuracy of the batch loses without each expert.
+            passes: Routing of each run of the router on the batch, on the CPU.
+            labels: Class of each sample, (B,), int64, on the CPU, `IGNORED` for a sample without a class.
+            images: Images of the samples, (B, C, H, W).
+            counts: Counts of the ablation for the batch.
 
         Raises:
-            ValueError: If the rows are not those of B samples.
+            ValueError: If the rows do not match the B labels.
         """
         for routing in passes:
             self._add_rows(routing)
             if images is not None and len(images) * routing.rows_per_sample == len(routing.logits):
-                self._show(ExpertExamples.of(routing, images, labels, self._options.num_examples))
-        if hits is not None:
-            self._hits = hits if self._hits is None else self._hits + hits
+                self._add_examples(ExpertExamples.of(routing, images, labels, self._options.num_examples))
+        if counts is not None:
+            self._ablation = counts if self._ablation is None else self._ablation + counts
         if labels is not None and self._num_classes is not None:
             chosen = torch.stack([self._choices_of(routing, labels) for routing in passes]).sum(0)
-            # one of which no row had finite logits is no observation, unlike one that no expert chose
+            # a sample without finite logits is not an observation, unlike a sample that no expert chose
             routed = torch.stack([r.valid.view(-1, r.rows_per_sample).any(1) for r in passes]).any(0)
             counted = routed & (labels != IGNORED)
             if counted.any():
@@ -118,12 +117,12 @@ class UtilizationSums:
         self._pairs += chosen.t() @ chosen
 
     def _choices_of(self, routing: Routing, labels: Tensor) -> Tensor:
-        """Choices of each expert by each sample, (B, E), int64; their gates are added to those of the classes."""
+        """Count the choices of each expert by each sample, (B, E), int64, and add the gates to those of the classes."""
         valid, num_samples = routing.valid, len(routing.logits) // routing.rows_per_sample
         if len(labels) != num_samples:
             raise ValueError(
-                f"label_fn: expected a label for each of the {num_samples} samples that head {self.name!r} routed; got"
-                f" {len(labels)} labels. {SAY_NONE}"
+                f"label_fn: expected a label for each of the {num_samples} samples that head {self.name!r} routed, got"
+                f" {len(labels)} labels. {NO_CLASSES_HINT}"
             )
         of_rows = labels.repeat_interleave(routing.rows_per_sample)
         counted = valid & (of_rows != IGNORED)
@@ -131,13 +130,13 @@ class UtilizationSums:
         chosen = routing.selected & valid.unsqueeze(-1)
         return chosen.view(num_samples, routing.rows_per_sample, -1).sum(1)
 
-    def _show(self, more: ExpertExamples | None) -> None:
+    def _add_examples(self, more: ExpertExamples | None) -> None:
         if more is not None:
-            there = self._examples
-            self._examples = more if there is None else there.merged(more, self._options.num_examples)
+            known = self._examples
+            self._examples = more if known is None else known.merged(more, self._options.num_examples)
 
     def result(self) -> HeadUtilization:
-        """The utilization of all rows so far.
+        """Compute the utilization of all rows so far.
 
         Raises:
             ValueError: If no row had finite logits.
@@ -147,8 +146,8 @@ class UtilizationSums:
         num_rows = int(stats.num_rows)
         if num_rows == 0:
             raise ValueError(
-                f"model: expected finite router logits; all {int(stats.num_nonfinite)} rows of head {self.name!r} "
-                "have nan or inf"
+                f"model: expected finite router logits, got nan or infinity in all {int(stats.num_nonfinite)} rows of"
+                f" head {self.name!r}. Check the inputs and the weights."
             )
         load, importance = stats.load, stats.importance
         relative = ((importance if self._soft else load) * self._num_experts).tolist()
@@ -173,7 +172,7 @@ class UtilizationSums:
             num_rows=num_rows,
             num_choices=int(stats.counts.sum()),
             num_nonfinite=int(stats.num_nonfinite),
-            ablation=self._hits.result() if self._hits is not None and self._hits.num_samples else None,
+            ablation=self._ablation.result() if self._ablation is not None and self._ablation.num_samples else None,
             examples=self._examples,
         )
 
@@ -187,7 +186,7 @@ class UtilizationSums:
         return counts.index_add_(0, torch.cat(self._labels), torch.cat(self._chosen))
 
     def _information(self) -> dict[str, float | None]:
-        """What the mutual information's field names end in, and their values."""
+        """Compute the mutual information, with the suffixes of the field names as keys."""
         found: dict[str, float | None] = dict.fromkeys(("", "_corrected", "_stderr", "_by_chance", "_p_value"))
         if not self._labels or self._num_classes is None:
             return found

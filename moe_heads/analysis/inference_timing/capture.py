@@ -1,139 +1,247 @@
-"""One forward pass that shows what there is to time: the inputs of the modules, the operators, and the memory."""
+"""One recorded forward pass at a batch size: the calls of the modules, their operators, and the calls to time."""
 
-from collections import Counter, defaultdict
-from collections.abc import Mapping
+import time
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from moe_heads.analysis._shared.batches import leaves_of, map_leaves
-from moe_heads.analysis.inference_timing.calls import MODEL, Call, in_turn
-from moe_heads.analysis.inference_timing.counting import Counted, Recorder
-from moe_heads.analysis.inference_timing.live_memory import num_bytes
+from moe_heads.analysis._shared.batches import Batch, ForwardFn, leaves_of, map_leaves
+from moe_heads.analysis._shared.microbatches import is_out_of_memory
+from moe_heads.analysis._shared.progress import TimeUp
+from moe_heads.analysis.inference_timing.calls import MODEL, Call, resized
+from moe_heads.analysis.inference_timing.flops import FlopCount, Operator, OperatorLog, OperatorRecorder
+from moe_heads.analysis.inference_timing.measure import first_line
+from moe_heads.analysis.inference_timing.rows import Skipped
+from moe_heads.analysis.inference_timing.stages import active_flops, part_name, routed_heads, row_name, stages_of
+from moe_heads.head import Head
+from moe_heads.routing import Router
 
-__all__ = ["Captured", "capture"]
+__all__ = ["Capture", "TimedModel", "named_modules", "recorded"]
 
 
 @dataclass
-class Captured:
-    """What one forward pass showed.
+class Capture:
+    """One recorded forward pass with its duration, and what of it cannot be timed or counted.
 
     Attributes:
-        forward: The forward pass, which knows now what it writes into.
-        calls: All calls of each module, on the inputs that they had.
-        counted: The operators of the whole, and of all calls of each module; empty if they were not recorded.
-        num_bytes: Most bytes that its tensors held at once, with the kept inputs; 0 if that was not recorded.
+        modules: The calls of each recorded module, merged into one, by row name.
+        operators: Operators of the whole pass and of each module, by row name; empty if they were not recorded.
     """
 
     forward: Call
-    calls: dict[str, Call]
-    counted: Mapping[str, Counted]
-    num_bytes: int
+    modules: Mapping[str, Call]
+    operators: Mapping[str, OperatorLog]
+    seconds: float = 0.0
+    skipped: list[Skipped] = field(default_factory=list)
 
 
-def capture(forward: Call, model: nn.Module, named: Mapping[str, nn.Module], recorder: Recorder | None) -> Captured:
-    """Run the forward pass once and keep the inputs of the modules.
+@dataclass(frozen=True)
+class TimedModel:
+    """A model with an example batch on its device, and the modules and heads to time.
+
+    Attributes:
+        named: Modules to time alone, by row name.
+        is_required: True if each of these has to run in the forward pass, and no other head is divided.
+        twins: Dense twins of the timed heads with a router, by the name of the head.
+    """
+
+    model: nn.Module
+    example: Batch
+    forward_fn: ForwardFn
+    named: Mapping[str, nn.Module]
+    is_required: bool
+    device: torch.device
+    twins: Mapping[str, Head] = field(default_factory=dict)
+
+    @cached_property
+    def all_heads(self) -> dict[str, Head]:
+        """All heads with a router, timed or not: their operations are those of the chosen experts."""
+        return routed_heads(self.model)
+
+    @cached_property
+    def heads(self) -> dict[str, Head]:
+        """The heads with a router that are timed, which may include the model."""
+        timed = set(self.named) if self.is_required else {MODEL, *self.named}
+        return {name: head for name, head in self.all_heads.items() if name in timed}
+
+    def twin_name(self, head: str) -> str:
+        """Return the row name of the dense twin of a head, different from those of the named modules."""
+        name = f"{head}_dense"
+        while name in self.named:
+            name += "_"
+        return name
+
+    def capture(self, size: int) -> Capture:
+        """Run a batch of ``size`` samples once and record the modules. Errors of the forward pass propagate."""
+        start, skipped = time.perf_counter(), []
+        try:
+            captured = self._recorded(size, OperatorRecorder())
+        except TimeUp:
+            raise
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise
+            # some models fail only under a dispatch mode
+            captured = self._recorded(size, None)
+            reason = f"FLOPs: its operators cannot be recorded, {first_line(error)}"
+            skipped.append(Skipped(size, None, None, reason))
+        return replace(captured, seconds=time.perf_counter() - start, skipped=skipped)
+
+    def calls(self, size: int, captured: Capture) -> dict[str, Call]:
+        """Return the calls to time by row name: the model, its modules, and the stages and twins of its heads.
+
+        Raises:
+            ValueError: If a required module did not run in the forward pass.
+        """
+        modules = captured.modules
+        idle = [name for name in self.named if name not in modules]
+        if idle and self.is_required:
+            raise ValueError(f"modules: expected modules that run in the forward pass, got {idle}")
+        calls = {MODEL: captured.forward, **{name: modules[name] for name in self.named if name in modules}}
+        for name, head in self.heads.items():
+            if name not in modules:
+                continue
+            calls |= {part_name(name, stage): call for stage, call in stages_of(head, modules[name]).items()}
+            if name in self.twins:
+                try:
+                    calls[self.twin_name(name)] = self._twin_call(name, captured)
+                except Exception as error:
+                    # forward_fn may use attributes that a dense head lacks
+                    captured.skipped.append(Skipped(size, None, self.twin_name(name), first_line(error)))
+        return calls
+
+    def flops(self, captured: Capture) -> dict[str, FlopCount]:
+        """Return the operations by row name: recorded ones, but those of a routed head and its twin by formula.
+
+        A sparse head may run more experts than it chooses. A module that contains one counts the chosen experts.
+        """
+        operators, modules = captured.operators, captured.modules
+        chosen = {name: active_flops(head, modules[name]) for name, head in self.all_heads.items() if name in modules}
+        counts = {}
+        for name, log in operators.items():
+            inside = [head for head in chosen if name == MODEL or head == name or head.startswith(f"{name}.")]
+            outside = log.flops - sum(operators[head].flops for head in inside)
+            num_hidden = log.num_hidden - sum(operators[head].num_hidden for head in inside)
+            counts[name] = FlopCount(outside + sum(chosen[head] for head in inside), num_hidden == 0)
+        counts |= {name: FlopCount(flops) for name, flops in chosen.items()}
+        return counts | {
+            self.twin_name(name): FlopCount(active_flops(twin, modules[name]))
+            for name, twin in self.twins.items()
+            if name in modules
+        }
+
+    def _recorded(self, size: int, recorder: OperatorRecorder | None) -> Capture:
+        forward = Call(self.forward_fn, (((self.model, resized(self.example, size)), {}),))
+        return recorded(forward, {**self.all_heads, **self.named}, recorder)
+
+    def _twin_call(self, head: str, captured: Capture) -> Call:
+        """Return the call of the dense twin, with the arguments of the head."""
+        twin = self.twins[head]
+        if head != MODEL:
+            return replace(captured.modules[head], function=twin)
+        (((_, batch), _),) = captured.forward.arguments
+        whole = replace(captured.forward, arguments=(((twin, batch), {}),))
+        whole()
+        whole.restore_inputs()
+        return whole
+
+
+def named_modules(model: nn.Module, names: Sequence[str] | None) -> tuple[dict[str, nn.Module], list[str]]:
+    """Return the modules to time besides the whole model, by row name, and those that TorchScript compiled.
 
     Args:
-        forward: The forward pass.
         model: The model.
-        named: Its modules whose inputs are kept, by name.
-        recorder: Records the operators; None to run without.
+        names: Dotted names; by default "backbone" and "head", all modules that own a router, and these routers.
+
+    Raises:
+        ValueError: If a given name is unknown or belongs to a module compiled by TorchScript.
     """
-    before = replace(forward, args=map_leaves(forward.args, _cloned))
-    watch = _Watch(recorder)
+    inside = {name: module for name, module in model.named_modules() if name}
+    routers = {name for name, module in inside.items() if isinstance(module, Router)}
+    defaults = {"backbone", "head"} | routers | {name.rpartition(".")[0] for name in routers}
+    wanted = [name for name in inside if name in defaults] if names is None else names
+    unknown = [name for name in wanted if name not in inside]
+    if unknown:
+        raise ValueError(f"modules: expected names of modules, such as {next(iter(inside), None)!r}, got {unknown}")
+    scripted = [name for name in wanted if isinstance(inside[name], torch.jit.ScriptModule)]
+    if scripted and names is not None:
+        raise ValueError(f"modules: expected modules that TorchScript did not compile, got {scripted}")
+    return {row_name(name): inside[name] for name in wanted if name not in scripted}, scripted
+
+
+def recorded(forward: Call, named: Mapping[str, nn.Module], recorder: OperatorRecorder | None) -> Capture:
+    """Run a forward pass once and record the inputs of its modules, and their operators if there is a recorder."""
+    before = map_leaves(forward.arguments, _cloned)
+    recordings = {name: _Recording(recorder) for name in named}
     with ExitStack() as stack:
         for name, module in named.items():
-            stack.callback(module.register_forward_pre_hook(partial(watch.enter, name), with_kwargs=True).remove)
-            stack.callback(
-                module.register_forward_hook(partial(watch.leave, name), with_kwargs=True, always_call=True).remove
-            )
-        # a model that is compiled would be so anew for the hooks, and once more without them
+            hooks = recordings[name]
+            stack.callback(module.register_forward_pre_hook(hooks.enter, with_kwargs=True).remove)
+            stack.callback(module.register_forward_hook(hooks.leave, with_kwargs=True, always_call=True).remove)
+        # the hooks would make a compiled model recompile twice
         stack.enter_context(torch.compiler.set_stance("force_eager"))
         if recorder is not None:
             stack.enter_context(recorder)
         forward()
-    forward = replace(forward, written=_changes(before, forward.args, forward.kwargs))
-    forward.renew()
-    calls = {name: in_turn(watch.calls[name]) for name in named if name in watch.calls}
+    forward = replace(forward, overwritten=_changes(before, forward.arguments))
+    forward.restore_inputs()
+    ran = {name: recording for name, recording in recordings.items() if recording.arguments}
+    modules = {name: Call(named[name], tuple(r.arguments), r.overwritten) for name, r in ran.items()}
     if recorder is None:
-        return Captured(forward, calls, {}, 0)
-    counted = {name: watch.counted(name) for name in calls}
-    counted[MODEL] = Counted(tuple(recorder.operators))
-    kept = [leaf for call in (forward, *calls.values()) for leaf in leaves_of([call.args, dict(call.kwargs)])]
-    return Captured(
-        forward,
-        calls,
-        counted,
-        recorder.memory.peak + sum(num_bytes(leaf) for leaf in kept if isinstance(leaf, Tensor)),
-    )
+        return Capture(forward, modules, {})
+    logs = {name: OperatorLog(tuple(recording.operators)) for name, recording in ran.items()}
+    return Capture(forward, modules, {**logs, MODEL: OperatorLog(tuple(recorder.operators))})
 
 
-@dataclass
-class _Watch:
-    """Notes the calls of modules, those inside a call of the same module aside."""
+class _Recording:
+    """Forward hooks that record the outermost calls of one module."""
 
-    recorder: Recorder | None
-    calls: dict[str, list[Call]] = field(default_factory=lambda: defaultdict(list))
-    _depths: Counter[str] = field(default_factory=Counter)
-    _ranges: dict[str, list[tuple[int, int]]] = field(default_factory=lambda: defaultdict(list))
-    _start: dict[str, int] = field(default_factory=dict)
+    def __init__(self, recorder: OperatorRecorder | None) -> None:
+        self.arguments: list[Any] = []
+        self.overwritten: dict[int, Tensor] = {}
+        self.operators: list[Operator] = []
+        self._recorder = recorder or OperatorRecorder()
+        self._depth = self._start = 0
 
-    def enter(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._depths[name] += 1
-        if self._depths[name] > 1:
-            return
-        with self._unrecorded():
-            # a copy: a later layer may work in place
-            self.calls[name].append(Call(module, *map_leaves((args, kwargs), _cloned)))
-        self._start[name] = self._num_operators()
+    def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._depth += 1
+        if self._depth == 1:
+            with self._recorder.paused():
+                # a copy, because a later layer may modify the input in place
+                self.arguments.append(map_leaves((args, kwargs), _cloned))
+            self._start = len(self._recorder.operators)
 
-    def leave(
-        self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: object
-    ) -> None:
-        self._depths[name] -= 1
-        if self._depths[name]:
-            return
-        self._ranges[name].append((self._start[name], self._num_operators()))
-        with self._unrecorded():
-            call = self.calls[name][-1]
-            self.calls[name][-1] = replace(call, written=_changes(call, args, kwargs))
-
-    def counted(self, name: str) -> Counted:
-        assert self.recorder is not None
-        operators = self.recorder.operators
-        return Counted(tuple(op for start, stop in self._ranges[name] for op in operators[start:stop]))
-
-    def _num_operators(self) -> int:
-        return 0 if self.recorder is None else len(self.recorder.operators)
-
-    def _unrecorded(self) -> ExitStack:
-        stack = ExitStack()
-        if self.recorder is not None:
-            stack.enter_context(self.recorder.paused())
-        return stack
+    def leave(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: object) -> None:
+        self._depth -= 1
+        if self._depth == 0:
+            self.operators += self._recorder.operators[self._start :]
+            with self._recorder.paused():
+                *earlier, last = self.arguments
+                start, changes = len(leaves_of(earlier)), _changes(last, (args, kwargs))
+                self.overwritten |= {start + index: original for index, original in changes.items()}
 
 
 def _cloned(leaf: object) -> object:
     return leaf.clone() if isinstance(leaf, Tensor) else leaf
 
 
-def _changes(before: Call, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[int, Tensor]:
-    """What the tensors held that a run has changed, by their place among the leaves of the arguments."""
-    pairs = zip(leaves_of([before.args, dict(before.kwargs)]), leaves_of([args, dict(kwargs)]), strict=False)
+def _changes(before: Any, after: Any) -> dict[int, Tensor]:
+    """Return the original values of the tensors that a run modified, by index among the leaves of its arguments."""
+    pairs = zip(leaves_of(before), leaves_of(after), strict=False)
     return {
-        index: kept.clone()
-        for index, (kept, now) in enumerate(pairs)
-        if isinstance(kept, Tensor) and isinstance(now, Tensor) and not _is_same(kept, now)
+        index: original.clone()
+        for index, (original, now) in enumerate(pairs)
+        if isinstance(original, Tensor) and isinstance(now, Tensor) and not _is_same(original, now)
     }
 
 
 def _is_same(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors hold the same, a nan being as good as another."""
+    """Return whether two tensors are equal, where nan equals nan."""
     if a.shape != b.shape or not (a.is_floating_point() or a.is_complex()):
         return torch.equal(a, b)
     return bool(((a == b) | (a.isnan() & b.isnan())).all())

@@ -1,25 +1,27 @@
-"""Figures over batch size: latency and throughput."""
+"""Figures over batch size: latency, throughput, speedup, and the division of time between parts."""
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from moe_heads.analysis._shared.figures import axes_of
 from moe_heads.analysis.inference_timing.calls import MODEL
-from moe_heads.analysis.inference_timing.heads import STAGES, part_name
-from moe_heads.analysis.inference_timing.row import TimingRow
+from moe_heads.analysis.inference_timing.rows import TimingRow
+from moe_heads.analysis.inference_timing.speedup import Gap
+from moe_heads.analysis.inference_timing.stages import STAGES, Part, part_name
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["FONT", "SIZE", "ends_of", "finish", "plot_latency", "plot_throughput", "short_name"]
+__all__ = ["plot_gaps", "plot_latency", "plot_split", "plot_throughput"]
 
-# A card of TensorBoard shows a figure in about 450 × 210 pixels: at this size its letters stay readable.
-SIZE = (4.4, 2.3)
-FONT = 8
+# A card of TensorBoard shows a figure in about 450 × 210 pixels. At this size, the text stays readable.
+_SIZE = (4.4, 2.3)
+_FONT = 8
 _MOST_LETTERS = 16
+_LEGEND: dict[str, Any] = {"fontsize": _FONT - 1, "loc": "center left", "bbox_to_anchor": (1.0, 0.5), "frameon": False}
 _DASHES: dict[str, Any] = {
     "eager": "-",
     "compiled": "--",
@@ -27,119 +29,95 @@ _DASHES: dict[str, Any] = {
     "bf16": "-.",
     "channels_last": (0, (1, 1, 3, 1)),
 }
+_PART_COLORS = {
+    "backbone": "C0",
+    "head": "C1",
+    "rest": "0.7",
+    "router": "C2",
+    "dispatch": "C3",
+    "experts": "C1",
+    "combine": "C4",
+}
 
 
 def plot_latency(rows: Sequence[TimingRow], device: str, ax: "Axes | None" = None) -> "tuple[Figure, Axes]":
-    """Median latency over batch size: dark bands are intervals of the median, light ones reach p99."""
-    figure, ax = axes_of(ax, SIZE)
-    lines = _lines(rows)
-    for line in lines:
-        line.draw(ax, lambda row, ms: ms)
-        top = [row.p99_ms for row in line.rows]
-        ax.fill_between(line.sizes, [row.p50_ms for row in line.rows], top, color=line.color, alpha=0.12, linewidth=0)
+    """Plot the median latency over batch size: dark bands are intervals of the median, light bands reach p99."""
+    figure, ax = axes_of(ax, _SIZE)
     ax.set_ylabel("latency (ms)")
-    finish(ax, [row.batch_size for row in rows], f"median, its interval, up to p99; {short_name(device)}")
-    _explain(ax, lines)
+    _draw_rows(ax, rows, lambda row, ms: ms, "median, its interval, up to p99", device, up_to_p99=True)
     return figure, ax
 
 
-def plot_throughput(rows: Sequence[TimingRow], device: str) -> "tuple[Figure, Axes]":
-    """Samples a second over batch size, at the median latency and the ends of its interval."""
+def plot_throughput(rows: Sequence[TimingRow], device: str) -> "Figure":
+    """Plot the samples per second over batch size, at the median latency and the ends of its interval."""
     from matplotlib.ticker import EngFormatter
 
-    figure, ax = axes_of(None, SIZE)
-    lines = _lines(rows)
-    for line in lines:
-        line.draw(ax, lambda row, ms: 1e3 * row.batch_size / ms)
-    ax.set_ylabel("samples a second")
-    finish(ax, [row.batch_size for row in rows], f"at the median and its interval; {short_name(device)}")
+    figure, ax = axes_of(None, _SIZE)
+    ax.set_ylabel("samples per second")
+    _draw_rows(ax, rows, lambda row, ms: 1e3 * row.batch_size / ms, "at the median and its interval", device)
     ax.yaxis.set_major_formatter(EngFormatter(sep=""))
-    _explain(ax, lines)
-    return figure, ax
+    return figure
 
 
-def short_name(device: str) -> str:
-    """The name of a processor without its trademarks."""
-    return device.replace("(R)", "").replace("(TM)", "")
+def _draw_rows(
+    ax: "Axes",
+    rows: Sequence[TimingRow],
+    value: Callable[[TimingRow, float], float],
+    title: str,
+    device: str,
+    up_to_p99: bool = False,
+) -> None:
+    """Draw a monotonic function of the time with a color per module and a dash pattern per mode.
 
-
-@dataclass(frozen=True)
-class _Line:
-    """Rows of one module in one mode: modules by color, modes by dashes, caches by marker."""
-
-    module: str
-    color: str
-    rows: Sequence[TimingRow]
-
-    @property
-    def sizes(self) -> list[int]:
-        return [row.batch_size for row in self.rows]
-
-    @property
-    def way(self) -> tuple[str, str]:
-        return self.rows[0].mode, self.rows[0].cache
-
-    @property
-    def look(self) -> dict[str, Any]:
-        mode, cache = self.way
-        return {
-            "linestyle": _DASHES[mode],
-            "marker": "o" if cache == "warm" else "s",
-            "markersize": 3,
-            "linewidth": 1.2,
-        }
-
-    def draw(self, ax: "Axes", value: Callable[[TimingRow, float], float]) -> None:
-        """Draw the medians and a band of their intervals, of values that are monotonic in the time."""
-        medians = [value(row, row.p50_ms) for row in self.rows]
-        ax.plot(self.sizes, medians, color=self.color, label=", ".join((self.module, *self.way)), **self.look)
-        low, high = ends_of([(row.p50_low_ms, row.p50_high_ms, row.p50_ms) for row in self.rows])
-        ends = [[value(row, ms) for row, ms in zip(self.rows, end, strict=True)] for end in (low, high)]
-        ax.fill_between(self.sizes, ends[0], ends[1], color=self.color, alpha=0.4, linewidth=0)
-
-
-def _lines(rows: Sequence[TimingRow]) -> list[_Line]:
-    """The lines of all modules but the parts of heads, which have a figure of their own."""
-    modules = list(dict.fromkeys(row.module for row in rows))
-    parts = {part_name(name, stage) for name in modules for stage in STAGES if name != MODEL}
-    found = []
-    for index, module in enumerate(name for name in modules if name not in parts):
-        own = [row for row in rows if row.module == module]
-        for way in dict.fromkeys((row.mode, row.cache) for row in own):
-            line = sorted((row for row in own if (row.mode, row.cache) == way), key=lambda row: row.batch_size)
-            found.append(_Line(module, f"C{index}", line))
-    return found
-
-
-def _explain(ax: "Axes", lines: Sequence[_Line]) -> None:
-    """A legend beside the axes: a color a module and, if there are several, a dash a mode and cache."""
+    The stages of heads are left out, because they have their own figure.
+    """
     from matplotlib.lines import Line2D
 
-    colors = {line.module: line.color for line in lines}
-    entries = [Line2D([], [], color=color, label=_ending(module)) for module, color in colors.items()]
-    ways = {line.way: line.look for line in lines}
-    if len(ways) > 1:
-        entries += [
-            Line2D([], [], color="0.3", label=mode if cache == "warm" else f"{mode}, {cache}", **look)
-            for (mode, cache), look in ways.items()
-        ]
+    modules = list(dict.fromkeys(row.module for row in rows))
+    stages = {part_name(name, stage) for name in modules for stage in STAGES if name != MODEL}
+    modules = [name for name in modules if name not in stages]
+    modes = list(dict.fromkeys(row.mode for row in rows if row.module in modules))
+    colors = {module: f"C{index}" for index, module in enumerate(modules)}
+    styles = {mode: {"linestyle": _DASHES[mode], "marker": "o", "markersize": 3, "linewidth": 1.2} for mode in modes}
+    for module, mode in itertools.product(modules, modes):
+        line = sorted((r for r in rows if (r.module, r.mode) == (module, mode)), key=lambda row: row.batch_size)
+        if not line:
+            continue
+        sizes, color = [row.batch_size for row in line], colors[module]
+        medians = [value(row, row.p50_ms) for row in line]
+        ax.plot(sizes, medians, color=color, label=f"{module}, {mode}", **styles[mode])
+        low, high = _ends([(row.p50_low_ms, row.p50_high_ms, row.p50_ms) for row in line])
+        ends = [[value(row, ms) for row, ms in zip(line, end, strict=True)] for end in (low, high)]
+        ax.fill_between(sizes, ends[0], ends[1], color=color, alpha=0.4, linewidth=0)
+        if up_to_p99:
+            top = [value(row, row.p99_ms) for row in line]
+            ax.fill_between(sizes, medians, top, color=color, alpha=0.12, linewidth=0)
+    _finish(ax, [row.batch_size for row in rows], f"{title}; {_short_name(device)}")
+    entries = [Line2D([], [], color=color, label=_shortened(module)) for module, color in colors.items()]
+    if len(modes) > 1:
+        entries += [Line2D([], [], color="0.3", label=mode, **style) for mode, style in styles.items()]
     if entries:
-        ax.legend(handles=entries, fontsize=FONT - 1, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
+        ax.legend(handles=entries, **_LEGEND)
 
 
-def _ending(name: str) -> str:
-    """The end of a dotted name, which tells more than its beginning."""
+def _shortened(name: str) -> str:
+    """Return the end of a dotted name, which is more specific than its beginning."""
     return name if len(name) <= _MOST_LETTERS else f"…{name[1 - _MOST_LETTERS :]}"
 
 
-def ends_of(intervals: Sequence[tuple[float, float, float]]) -> tuple[list[float], list[float]]:
-    """Lower and upper ends of (low, high, value); of an interval that is unknown, the value."""
+def _short_name(device: str) -> str:
+    """Return the name of a processor without its trademark signs."""
+    return device.replace("(R)", "").replace("(TM)", "")
+
+
+def _ends(intervals: Sequence[tuple[float, float, float]]) -> tuple[list[float], list[float]]:
+    """Return lower and upper ends of (low, high, value); the value replaces the ends of an unknown interval."""
     known = [(low, high) if math.isfinite(high) else (value, value) for low, high, value in intervals]
     return [low for low, _ in known], [high for _, high in known]
 
 
-def finish(ax: "Axes", sizes: Sequence[int], title: str) -> None:
-    """Logarithmic axes with plain numbers: the batch sizes, and 0.5 instead of a power of ten."""
+def _finish(ax: "Axes", sizes: Sequence[int], title: str) -> None:
+    """Format logarithmic axes with plain numbers: the batch sizes, and 0.5 instead of a power of ten."""
     from matplotlib.ticker import LogLocator, NullLocator
 
     ticks = sorted(set(sizes))
@@ -147,13 +125,91 @@ def finish(ax: "Axes", sizes: Sequence[int], title: str) -> None:
     ax.set_xticks(ticks, [f"{size}" for size in ticks])
     ax.xaxis.set_minor_locator(NullLocator())
     low, high = ax.get_ylim()
-    # between the powers of ten where there are few of them
+    # ticks between the powers of ten where there are few of them
     steps = (1.0,) if high > 1e3 * low else (1.0, 2.0, 5.0) if high > 4 * low else (1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 7.0)
     ax.yaxis.set_major_locator(LogLocator(subs=steps, numticks=12))
     ax.yaxis.set_major_formatter("{x:g}")
     ax.yaxis.set_minor_formatter("")
-    ax.set_xlabel("batch size", fontsize=FONT)
-    ax.yaxis.label.set_fontsize(FONT)
-    ax.tick_params(labelsize=FONT, which="both")
-    ax.set_title(title, fontsize=FONT)
+    ax.set_xlabel("batch size", fontsize=_FONT)
+    ax.yaxis.label.set_fontsize(_FONT)
+    ax.tick_params(labelsize=_FONT, which="both")
+    ax.set_title(title, fontsize=_FONT)
     ax.grid(alpha=0.3, linewidth=0.5)
+
+
+def plot_gaps(gaps: Sequence[Gap], device: str) -> "Figure":
+    """Plot the speedup over the dense head, over batch size: realized, theoretical, and the ratio of the bounds."""
+    figure, ax = axes_of(None, _SIZE)
+    heads = list(dict.fromkeys(gap.head for gap in gaps))
+    several_modes = len({gap.mode for gap in gaps}) > 1
+    for index, gap in enumerate(gaps):
+        text = f"realized, {gap.mode}" if several_modes else "realized"
+        _draw_realized(ax, gap, f"C{index}", _label(gap.head, heads, text))
+    for head in heads:
+        _draw_theory(ax, head, [gap for gap in gaps if gap.head == head], heads)
+    ax.axhline(1, color="0.4", linewidth=0.8)
+    ax.set_ylabel("time of dense ÷ time of head")
+    _finish(ax, [point.batch_size for gap in gaps for point in gap.points], f"speedup; {_short_name(device)}")
+    ax.legend(**_LEGEND)
+    return figure
+
+
+def _draw_realized(ax: "Axes", gap: Gap, color: str, label: str) -> None:
+    sizes = [point.batch_size for point in gap.points]
+    ax.plot(sizes, [point.realized for point in gap.points], marker="o", markersize=3, color=color, label=label)
+    low, high = _ends([(point.low, point.high, point.realized) for point in gap.points])
+    ax.fill_between(sizes, low, high, color=color, alpha=0.25, linewidth=0)
+    if gap.break_even is not None and gap.break_even_low is not None and gap.break_even_high is not None:
+        ax.axvline(gap.break_even, color=color, linewidth=0.7)
+        ax.axvspan(gap.break_even_low, gap.break_even_high, color=color, alpha=0.08, linewidth=0)
+
+
+def _draw_theory(ax: "Axes", head: str, gaps: Sequence[Gap], heads: Sequence[str]) -> None:
+    """Draw the ratios that do not depend on the mode, once per head."""
+    points = {point.batch_size: point for gap in gaps for point in gap.points}
+    bounds = {point.batch_size: point.bound for gap in gaps for point in gap.points if point.bound is not None}
+    sizes, gray = sorted(points), f"{0.15 + 0.4 * heads.index(head) / len(heads):.2f}"
+    theory, label = [points[size].theoretical for size in sizes], _label(head, heads, "theoretical")
+    ax.plot(sizes, theory, "--", marker="^", markersize=3, color=gray, label=label)
+    if bounds:
+        ratios, label = [bounds.get(size, math.nan) for size in sizes], _label(head, heads, "ratio of bounds")
+        ax.plot(sizes, ratios, ":", marker="s", markersize=3, color=gray, label=label)
+
+
+def _label(head: str, heads: Sequence[str], text: str) -> str:
+    return text if len(heads) == 1 else f"{head}, {text}"
+
+
+def plot_split(parts: Sequence[Part], device: str) -> "Figure":
+    """Plot bars with the share of each part over batch size: one panel for the model and each head, two per row."""
+    from matplotlib.figure import Figure
+
+    wholes = list(dict.fromkeys(part.whole for part in parts))
+    num_rows, num_columns = -(-len(wholes) // 2), min(len(wholes), 2)
+    figure = Figure(figsize=(_SIZE[0], _SIZE[1] * num_rows), layout="constrained")
+    panels = list(figure.subplots(num_rows, num_columns, squeeze=False).flat)
+    for panel, whole in zip(panels, wholes, strict=False):
+        _draw_shares(panel, [part for part in parts if part.whole == whole])
+        panel.set_title(f"parts of {'the model' if whole == MODEL else whole}", fontsize=_FONT)
+        panel.set_xlabel("batch size", fontsize=_FONT)
+    for empty in panels[len(wholes) :]:
+        empty.remove()
+    figure.suptitle(f"share of the time; {_short_name(device)}", fontsize=_FONT)
+    return figure
+
+
+def _draw_shares(ax: "Axes", parts: Sequence[Part]) -> None:
+    sizes = list(dict.fromkeys(part.batch_size for part in parts))
+    names = list(dict.fromkeys(part.name for part in parts))
+    # a negative difference has no bar
+    heights = {(part.batch_size, part.name): max(part.ms, 0.0) for part in parts}
+    totals = [sum(heights.get((size, name), 0.0) for name in names) for size in sizes]
+    bottom = [0.0] * len(sizes)
+    for name in names:
+        shares = [heights.get((size, name), 0.0) / total for size, total in zip(sizes, totals, strict=True)]
+        ax.bar(range(len(sizes)), shares, bottom=bottom, color=_PART_COLORS[name], label=name, width=0.75)
+        bottom = [low + share for low, share in zip(bottom, shares, strict=True)]
+    ax.set_xticks(range(len(sizes)), [f"{size}" for size in sizes], rotation=90 if len(sizes) > 3 else 0)
+    ax.set_ylim(0, 1)
+    ax.tick_params(labelsize=_FONT - 1)
+    ax.legend(**_LEGEND, reverse=True, handlelength=1.0)

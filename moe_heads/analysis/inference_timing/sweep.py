@@ -1,141 +1,292 @@
-"""The sweep over batch sizes: what is run at each of them, and what is left out for want of time or memory."""
+"""Sweep over batch sizes within limits of time and memory, and the record of its results."""
 
+import itertools
 import random
+import time
+from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
+import torch
+from torch import nn
+
+from moe_heads.analysis._shared.environment import Environment, load_average
 from moe_heads.analysis._shared.microbatches import free_memory, is_out_of_memory
-from moe_heads.analysis._shared.progress import Progress
-from moe_heads.analysis.inference_timing.calls import MODEL, Call
-from moe_heads.analysis.inference_timing.clock import Clock
-from moe_heads.analysis.inference_timing.contenders import contenders_of, warm_up_all
-from moe_heads.analysis.inference_timing.failures import out_of_memory, reason_of
-from moe_heads.analysis.inference_timing.heads import belongs
-from moe_heads.analysis.inference_timing.outlook import Outlook
-from moe_heads.analysis.inference_timing.plan import TimingPlan
-from moe_heads.analysis.inference_timing.power import Meter
-from moe_heads.analysis.inference_timing.rounds import Contender, take_turns
-from moe_heads.analysis.inference_timing.row import Key, Skipped
-from moe_heads.analysis.inference_timing.subject import RefusedError, Subject, Taken
+from moe_heads.analysis._shared.progress import Progress, TimeUp
+from moe_heads.analysis.inference_timing.calls import MODEL, Call, RowKey, TimingMode
+from moe_heads.analysis.inference_timing.capture import Capture, TimedModel
+from moe_heads.analysis.inference_timing.energy import EnergyMeter
+from moe_heads.analysis.inference_timing.flops import OperatorLog, record
+from moe_heads.analysis.inference_timing.measure import (
+    Clock,
+    TimedCall,
+    TimingPlan,
+    first_line,
+    take_turns,
+    timed_calls,
+    warm_up_all,
+)
+from moe_heads.analysis.inference_timing.result import InferenceTimingResult
+from moe_heads.analysis.inference_timing.rows import Skipped, TimingRow, row_of
+from moe_heads.analysis.inference_timing.speedup import Bound, DeviceLimits, GapPoint, gap_of, realized_ratio
+from moe_heads.analysis.inference_timing.stages import STAGES, Part, divided, part_name
+from moe_heads.analysis.inference_timing.statistics import Rounds
 
-__all__ = ["Sweep"]
+__all__ = ["CostEstimate", "Sweep"]
 
+# on a shared machine, a pass may take twice as long as its estimate
+_CAUTION = 2
 _STEPS_PER_SIZE = 100
+_NOT_EAGER = "no split and no roofline, because both require the mode eager"
+
+
+class CostEstimate:
+    """Estimate of the time of a batch size from the size before: time grows at most in proportion to the size."""
+
+    def __init__(self, plan: TimingPlan) -> None:
+        self._plan, self._start = plan, time.perf_counter()
+        self._size, self._pass_s, self._passes_per_round = 0, 0.0, 1.0
+        self._too_slow, self._num_sizes = "", 0
+
+    def why_no_pass(self, size: int) -> str:
+        """Return why there is no time for one pass of a size, or "". The first size always runs."""
+        if not self._num_sizes or self._too_slow:
+            return self._too_slow
+        return self._why_not(_CAUTION * self._pass_s * size / self._size)
+
+    def why_no_rounds(self) -> str:
+        """Return why there is no time for the rounds of the current size, or "". The first size always has them."""
+        if self._num_sizes == 1:
+            return ""
+        return self._why_not(self._plan.fewest_rounds * self._passes_per_round * self._pass_s)
+
+    def add_pass(self, size: int, seconds: float) -> None:
+        """Add the duration of the first pass of a size."""
+        self._size, self._pass_s = size, seconds
+        self._num_sizes += 1
+
+    def add_round(self, last_ms: Mapping[RowKey, float]) -> None:
+        """Add the times of all calls after the warm-up (nan if it was skipped); the first pass may have been slow."""
+        known = {key: ms for key, ms in last_ms.items() if ms > 0}
+        if any(key.module == MODEL for key in known):
+            eager = known.get(RowKey(MODEL), 1e3 * self._pass_s)
+            self._pass_s = min(self._pass_s, eager / 1e3)
+            self._passes_per_round = sum(known.values()) / eager
+
+    def stop(self) -> None:
+        """Skip all larger sizes, because the current one was too slow."""
+        self._too_slow = f"batch size {self._size} was already too slow"
+
+    def is_over(self, round_s: float) -> bool:
+        """Return whether no further round fits that takes as long as the last one. The first size always continues."""
+        return self._num_sizes > 1 and self._elapsed() + round_s > self._plan.max_seconds
+
+    def exclude(self, seconds: float) -> None:
+        """Exclude some of the elapsed time from the limit."""
+        self._start += seconds
+
+    def _why_not(self, needed: float) -> str:
+        left = self._plan.max_seconds - self._elapsed()
+        if needed <= left:
+            return ""
+        limit = self._plan.max_seconds
+        return f"needs about {needed:.3g} s, but {max(left, 0):.3g} s of max_seconds = {limit:g} remain"
+
+    def _elapsed(self) -> float:
+        return time.perf_counter() - self._start
 
 
 @dataclass
 class Sweep:
-    """Runs the sizes one after the other, ascending.
+    """Sweep over batch sizes, and the rows, parts and speed ratios of the finished ones."""
 
-    Args:
-        subject: What is timed.
-        plan: How.
-        seed: Seed of the order of turns.
-        progress: Shows the progress and ends the sweep in time.
-
-    Attributes:
-        skipped: What was not timed.
-        power: Energy and clocks of a GPU.
-    """
-
-    subject: Subject
+    model: TimedModel
     plan: TimingPlan
     seed: int
     progress: Progress
-    skipped: list[Skipped] = field(default_factory=list)
+    environment: Environment
+    skipped: list[Skipped]
 
     def __post_init__(self) -> None:
-        self.power, self._clock = Meter(self.subject.device), Clock(self.subject.device)
-        self._order, self._outlook = random.Random(self.seed), Outlook(self.plan, self.subject.device)
-        self._refusal: Exception | None = None
-        self._has_run = False
-        self._done, self._total = 0, _STEPS_PER_SIZE * len(self.plan.batch_sizes)
+        self._energy, self._clock = EnergyMeter(self.model.device), Clock(self.model.device)
+        self._order, self._estimate = random.Random(self.seed), CostEstimate(self.plan)
+        self._dtype = _dtype_of(self.model.model, self.model.device)
+        self._limits: dict[torch.dtype, DeviceLimits] = {}
+        self._error: Exception | None = None
+        self._has_run, self._done, self._total = False, 0, _STEPS_PER_SIZE * len(self.plan.batch_sizes)
+        self._uncounted: Mapping[str, int] = {}
+        self._rows: list[TimingRow] = []
+        self._parts: list[Part] = []
+        self._points: dict[tuple[str, TimingMode], list[GapPoint]] = defaultdict(list)
 
-    def take(self, size: int) -> Taken | None:
-        """Run one batch size once; None where it is left out, for the reason in ``skipped``."""
-        reason = self._outlook.why_no_pass(size)
-        if reason:
-            self._leave_out(size, reason)
-            return None
-        try:
-            taken = self.subject.take(size)
-        except RefusedError as refused:
-            if not is_out_of_memory(refused.error):
-                self._refusal = refused.error
-            self._leave_out(size, reason_of(refused.error))
-            return None
-        self._has_run = True
-        self._outlook.learn_pass(size, taken.seconds, taken.captured.num_bytes)
-        self.skipped += taken.skipped
-        return taken
+    def add(self, size: int) -> None:
+        """Time one batch size, or record why it is skipped. Sizes have to ascend."""
+        captured = self._capture(size)
+        if captured is None:
+            return
+        calls, flops = self.model.calls(size, captured), self.model.flops(captured)
+        self.skipped += captured.skipped
+        timed = self._time(size, calls)
+        if MODEL in captured.operators:
+            self._uncounted = captured.operators[MODEL].uncounted
+        for key, call in timed.items():
+            limits = self._limits_of(key.mode)
+            self._rows.append(row_of(size, key, call, flops.get(key.module), limits.peak_flops if limits else None))
+        self._divide(size, timed)
+        for name, mode in itertools.product(self.model.twins, self.plan.modes):
+            twin, head = RowKey(self.model.twin_name(name), mode), RowKey(name, mode)
+            if twin in timed and head in timed:
+                theoretical = flops[twin.module].value / flops[name].value
+                realized = realized_ratio(timed[twin].wall_ms(), timed[head].wall_ms(), self.seed)
+                bounds = self._bounds(calls[twin.module], captured.operators.get(name)) if mode == "eager" else ()
+                self._points[name, mode].append(GapPoint(size, mode, theoretical, *realized, *bounds))
 
     def check(self) -> None:
-        """Make sure that the model took a batch size, if it refused some.
+        """Check that the model ran at one batch size at least, or failed only for lack of memory.
 
         Raises:
-            ValueError: If it refused all of them.
+            ValueError: If it did not.
         """
-        error = self._refusal
+        error = self._error
         if error is not None and not self._has_run:
+            found = f"{type(error).__name__}: {error}"
             raise ValueError(
-                f"example_batch: expected a batch that the model takes; it failed with {type(error).__name__}: {error}"
+                f"example_batch: expected a batch that the model accepts, got one that raises {found}"
             ) from error
 
-    def time(self, size: int, calls: Mapping[str, Call]) -> dict[Key, Contender]:
-        """Time the calls of one batch size that there is time for; empty where there is none, or where memory ends."""
-        kept = self._affordable(size, calls)
-        if not kept:
-            return {}
-        tick = self.progress.tick
+    def result(self, partial: str = "") -> InferenceTimingResult:
+        """Return the result of the finished sizes."""
+        limits = self._limits.get(self._dtype)
+        absent = [] if "eager" in self.plan.modes else [Skipped(None, None, None, _NOT_EAGER)]
+        return InferenceTimingResult(
+            rows=tuple(self._rows),
+            environment=self.environment,
+            warmup_runs=max((row.warmup_runs for row in self._rows), default=0),
+            seed=self.seed,
+            partial=partial,
+            skipped=(*self.skipped, *absent),
+            parts=tuple(self._parts),
+            gaps=tuple(
+                gap_of(name, mode, (self.model.heads[name], self.model.twins[name]), points)
+                for (name, mode), points in self._points.items()
+            ),
+            power=tuple(self._energy.uses),
+            uncounted=self._uncounted,
+            peak_flops=limits.peak_flops if limits else None,
+            launch_ms=limits.launch_ms if limits else None,
+            bandwidths=dict(limits.bandwidths) if limits else {},
+            load_average_end=load_average(),
+            plan=self.plan,
+        )
+
+    def _capture(self, size: int) -> Capture | None:
+        """Run one batch size once; return None if there is no time for it or it fails."""
+        reason = self._estimate.why_no_pass(size)
+        if reason:
+            self._skip(size, reason)
+            return None
         try:
-            contenders, failed = contenders_of(
-                size, kept, self.plan, self.subject.device, forgive=self._outlook.forgive, tick=tick
+            captured = self.model.capture(size)
+        except TimeUp:
+            raise
+        except Exception as error:
+            # the model and forward_fn may raise any error
+            is_memory = is_out_of_memory(error)
+            self._error = self._error if is_memory else error
+            self._skip(size, f"{'out of memory:' if is_memory else 'failed with'} {first_line(error)}")
+            return None
+        self._has_run = True
+        self._estimate.add_pass(size, captured.seconds)
+        return captured
+
+    def _time(self, size: int, calls: Mapping[str, Call]) -> dict[RowKey, TimedCall]:
+        """Time the calls of a batch size for which there is time; return {} if there is none, or too little memory."""
+        calls, tick = self._affordable(size, calls), self.progress.tick
+        if not calls:
+            return {}
+        try:
+            timed, failed = timed_calls(
+                calls, self.plan.modes, self.model.device, exclude=self._estimate.exclude, tick=tick
             )
-            self.skipped += failed
-            seconds = warm_up_all(contenders, self._clock, self.plan, tick)
-            self._outlook.learn_round({key: contender.last_ms for key, contender in contenders.items()})
-            with self.power.measured(size):
+            self.skipped += [Skipped(size, key.mode, key.module, reason) for key, reason in failed.items()]
+            seconds = warm_up_all(timed, self._clock, self.plan, tick)
+            self._estimate.add_round({key: call.last_ms for key, call in timed.items()})
+            with self._energy.measure(size):
                 take_turns(
-                    contenders,
+                    timed,
                     self._clock,
                     num_runs=self.plan.num_runs,
                     seconds=seconds,
                     order=self._order,
                     on_round=lambda share: self._show(size, share),
-                    is_over=self._outlook.is_over,
+                    is_over=self._estimate.is_over,
                 )
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-            self._leave_out(size, out_of_memory(error))
+            self._skip(size, f"out of memory: {first_line(error)}")
             return {}
         self._done += _STEPS_PER_SIZE
-        return contenders
+        return timed
 
-    def _leave_out(self, size: int, reason: str) -> None:
+    def _affordable(self, size: int, calls: Mapping[str, Call]) -> Mapping[str, Call]:
+        """Return the calls for which there is time: all of them, those of the heads, or none."""
+        reason = self._estimate.why_no_rounds()
+        if not reason:
+            return calls
+        heads = tuple(head for head in self.model.heads if head != MODEL)
+        names = {*heads, *map(self.model.twin_name, heads)}
+        inside = tuple(f"{head}." for head in heads)
+        kept = {name: call for name, call in calls.items() if name in names or name.startswith(inside)}
+        if kept:
+            self.skipped += [Skipped(size, None, name, reason) for name in calls if name not in kept]
+        else:
+            self._estimate.stop()
+            self._skip(size, reason)
+        return kept
+
+    def _skip(self, size: int, reason: str) -> None:
         free_memory()
         self.skipped.append(Skipped(size, None, None, reason))
         self._done += _STEPS_PER_SIZE
         self.progress.step(self._done, self._total)
 
     def _show(self, size: int, share: float) -> None:
-        # the last step is that of the whole
+        # only the last round completes the steps of the size
         done = self._done + int(share * (_STEPS_PER_SIZE - 1))
         self.progress.step(done + (share >= 1), self._total, batch_size=size)
 
-    def _affordable(self, size: int, calls: Mapping[str, Call]) -> Mapping[str, Call]:
-        """The calls that there is time for, now that a pass is known: all of them, those of heads, or none."""
-        reason = self._outlook.why_no_rounds()
-        if not reason:
-            return calls
-        heads = [head for head in self.subject.heads if head != MODEL]
-        names = {self.subject.twin_names.get(head) for head in heads}
-        kept = {
-            name: call for name, call in calls.items() if name in names or any(belongs(name, head) for head in heads)
-        }
-        if kept:
-            self.skipped += [Skipped(size, None, name, reason) for name in calls if name not in kept]
-        else:
-            self._outlook.give_up()
-            self._leave_out(size, reason)
-        return kept
+    def _divide(self, size: int, timed: Mapping[RowKey, TimedCall]) -> None:
+        """Divide the times of the model and of its heads between their parts, in eager mode."""
+        rounds = {key.module: call.wall_ms() for key, call in timed.items() if key.mode == "eager"}
+        outer: dict[str, Rounds] = {name: rounds[name] for name in ("backbone", "head") if name in rounds}
+        if outer and MODEL in rounds:
+            self._parts += divided(size, MODEL, rounds[MODEL], outer, "rest", self.seed)
+        for head in self.model.heads:
+            rows = {name: part_name(head, name) for name in STAGES}
+            inner = {name: rounds[row] for name, row in rows.items() if row in rounds}
+            if head in rounds and "router" in inner:
+                self._parts += divided(size, head, rounds[head], inner, "experts", self.seed)
+
+    def _bounds(self, twin: Call, head: OperatorLog | None) -> tuple[float, Bound, Bound] | tuple[()]:
+        """Return the ratio of the least times of the twin and of the head, and both, if all operators are known."""
+        limits = self._limits_of("eager")
+        twin.restore_inputs()
+        dense = record(twin)
+        if limits is None or head is None or head.num_hidden or dense.num_hidden:
+            return ()
+        dense_bound, head_bound = limits.bound(dense.operators), limits.bound(head.operators)
+        return dense_bound.ms / head_bound.ms, dense_bound, head_bound
+
+    def _limits_of(self, mode: TimingMode) -> DeviceLimits | None:
+        dtype = torch.bfloat16 if mode == "bf16" else self._dtype
+        if self.model.device.type not in {"cpu", "cuda"}:
+            return None
+        return self._limits.setdefault(dtype, DeviceLimits(self.model.device, dtype))
+
+
+def _dtype_of(model: nn.Module, device: torch.device) -> torch.dtype:
+    """Return the data type of the caller's arithmetic."""
+    if torch.is_autocast_enabled(device.type):
+        return torch.get_autocast_dtype(device.type)
+    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)

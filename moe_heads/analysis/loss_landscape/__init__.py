@@ -1,1 +1,1 @@
-"""Loss landscape of a trained model: its loss under finite perturbations of the weights."""
+"""Loss landscape of a trained model: the loss under finite perturbations of the weights."""

@@ -1,4 +1,4 @@
-"""The lines of several models in one figure."""
+"""Comparison of the landscapes of several models in one figure."""
 
 import math
 from collections.abc import Mapping
@@ -17,14 +17,14 @@ __all__ = ["plot_lines"]
 
 
 def plot_lines(results: "Mapping[str, LossLandscapeResult]", ax: "Axes | None" = None) -> "tuple[Figure, Axes]":
-    """Rise of the loss over α of several models, that with fixed routing dashed in the same color.
+    """Plot the rise of the loss over α for several models, at fixed routing as a dashed line of the same color.
 
     Args:
         results: Landscapes along a line, by name.
-        ax: Axes to draw into; by default those of a new figure that pyplot does not know.
+        ax: Axes to draw into. By default new axes in a figure that pyplot does not manage.
 
     Raises:
-        ValueError: If there is none, or one of them is a plane.
+        ValueError: If there are none, or one of them is a plane.
 
     Example:
         >>> import torch
@@ -34,7 +34,7 @@ def plot_lines(results: "Mapping[str, LossLandscapeResult]", ax: "Axes | None" =
         >>> figure, ax = plot_lines({"one": line, "the other": line})
     """
     if not results or any(result.betas is not None for result in results.values()):
-        raise ValueError(f"results: expected landscapes along a line, got {'a plane' if results else 'none'}")
+        raise ValueError(f"results: expected landscapes along a line, got {'a plane' if results else 'none'}.")
     figure, ax = axes_of(ax, CARD)
     for number, (name, result) in enumerate(results.items()):
         rises = (result.losses - result.center_loss).nan_to_num(math.nan, math.nan)
@@ -44,5 +44,5 @@ def plot_lines(results: "Mapping[str, LossLandscapeResult]", ax: "Axes | None" =
             ax.plot(result.alphas.numpy(), fixed.numpy(), linestyle="--", color=f"C{number}")
     ax.set_xlabel("α (step along direction 1)", fontsize=8)
     ax.set_ylabel("rise of the loss", fontsize=8)
-    legend_above(ax, "rise of the loss (dashed: routing held fixed)")
+    legend_above(ax, "rise of the loss (dashed: fixed routing)")
     return figure, ax

@@ -1,8 +1,8 @@
-"""Directions in the space of a model's parameters: random ones, their normalization (Li et al. 2018), other weights.
+"""Directions in the parameter space of a model: random ones, their normalization (Li et al. 2018), other weights.
 
-A direction is a flat vector (P,) over the parameters that require a gradient, or those of them that are selected, in
-the order of ``model.named_parameters()``: the order of the eigenvectors that `sharpness` gives. Or it is a state dict,
-the weights and buffers that are reached at coordinate 1.
+A direction is a flat vector (P,) over the parameters that require a gradient, or a selection of them, in the order of
+``model.named_parameters()``. This is the order of the eigenvectors of `sharpness`. Or it is a state dict with the
+weights and buffers at coordinate 1.
 """
 
 from collections.abc import Mapping
@@ -20,39 +20,39 @@ from moe_heads.checks import check_option
 __all__ = ["Biases", "Direction", "filter_normalized", "layer_normalized", "random_direction", "steps_of"]
 
 Direction = Tensor | Mapping[str, Tensor]
-"""A flat vector, or a state dict to go towards."""
+"""A flat vector, or a state dict that is reached at coordinate 1."""
 
 Biases = Literal["zero", "normalized"]
-"""What becomes of biases and the parameters of norm layers."""
+"""Treatment of biases and of the parameters of norm layers."""
 
-# Of other classes the parameters are told by their shape; these may have several dimensions.
+# The parameters of these may have several dimensions. In other classes a bias is recognized by its shape.
 _NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
 
 
 def steps_of(model: nn.Module, direction: Direction, name: str, params: Selection | None = None) -> Steps:
-    """What a `ParameterPath` takes of a direction.
+    """Return the steps of a `ParameterPath` along a direction.
 
     Raises:
         ValueError: If it does not fit the model.
     """
     if isinstance(direction, Tensor):
         return split_direction(model, direction, name, params)
-    return _towards(model, direction, name, params)
+    return _targets(model, direction, name, params)
 
 
 def split_direction(
     model: nn.Module, direction: Tensor, name: str = "direction", params: Selection | None = None
 ) -> dict[str, Tensor]:
-    """The parts of a flat direction, each with the shape, data type and device of its parameter.
+    """Split a flat direction into parts with the shape, data type and device of the parameters.
 
     Args:
         model: The model.
         direction: Flat vector, (P,).
-        name: What the messages call it.
-        params: The parameters that it is over; by default all that require a gradient.
+        name: Name of the argument in error messages.
+        params: The parameters that it is over. By default all that require a gradient.
 
     Returns:
-        Part of each parameter, by the parameter's name.
+        The part of each parameter by the name of the parameter.
 
     Raises:
         ValueError: If the direction has another shape or is not finite.
@@ -62,22 +62,22 @@ def split_direction(
     if direction.shape != (sum(sizes),):
         raise ValueError(
             f"{name}: expected shape ({sum(sizes)},), one entry for each trainable parameter"
-            f"{'' if params is None else ' of params'}, got {tuple(direction.shape)}"
+            f"{'' if params is None else ' of params'}, got {tuple(direction.shape)}. Pass a direction for this model."
         )
-    # the sum is nan or inf if one of the entries is, and takes no memory
+    # the sum is nan or inf if an entry is, and needs no memory
     if not bool(direction.sum().isfinite()) and not bool(direction.isfinite().all()):
-        raise ValueError(f"{name}: expected finite entries, got {int((~direction.isfinite()).sum())} nan or inf")
+        raise ValueError(f"{name}: expected finite entries, got {int((~direction.isfinite()).sum())} nan or inf.")
     parts = torch.split(direction.detach(), sizes)
     return {key: part.to(p.device, p.dtype).view(p.shape) for (key, p), part in zip(named.items(), parts, strict=True)}
 
 
 def random_direction(model: nn.Module, seed: int = 0, params: Selection | None = None) -> Tensor:
-    """Independent standard normal numbers, (P,), on the CPU, so that every device sees the same direction.
+    """Draw independent standard normal numbers, (P,), on the CPU, so that all devices get the same direction.
 
     Args:
-        model: The model; its first trainable parameter gives the data type.
-        seed: Seed; equal seeds and data types give equal directions. The global generator is not touched.
-        params: The parameters that it is over; by default all that require a gradient.
+        model: The model. Its first trainable parameter determines the data type.
+        seed: Seed. Equal seeds and data types give equal directions. The global generator is not used.
+        params: The parameters that it is over. By default all that require a gradient.
 
     Raises:
         ValueError: If the model has no trainable parameter.
@@ -91,7 +91,7 @@ def random_direction(model: nn.Module, seed: int = 0, params: Selection | None =
     named = trainable_parameters(model, params)
     generator = torch.Generator().manual_seed(seed)
     dtype = next(iter(named.values())).dtype
-    # double precision takes three times as long to draw; anything narrower is rounded from single
+    # drawing in double precision takes three times as long; narrower types are rounded from single precision
     drawn = torch.float64 if dtype == torch.float64 else torch.float32
     return torch.randn(sum(p.numel() for p in named.values()), dtype=drawn, generator=generator).to(dtype)
 
@@ -99,27 +99,28 @@ def random_direction(model: nn.Module, seed: int = 0, params: Selection | None =
 def filter_normalized(
     model: nn.Module, direction: Tensor, *, params: Selection | None = None, biases: Biases = "zero"
 ) -> Tensor:
-    r"""The direction with every filter scaled to the norm of the model's own, :math:`d_f \|\theta_f\| / \|d_f\|`.
+    r"""Scale every filter of a direction to the norm of the model's filter, :math:`d_f \|\theta_f\| / \|d_f\|`.
 
-    Takes out the freedom to scale the weights of a ReLU network without changing its function, which would make
-    surfaces of different models incomparable. A filter f is what feeds one output unit: a row of a matrix, a channel of
-    a convolution.
+    The weights of a ReLU network can be scaled without changing its function, which makes surfaces of different models
+    incomparable. The normalization removes this freedom. A filter f has the weights of one output unit: a row of a
+    matrix, or a channel of a convolution.
 
-    The first dimension of a weight counts its filters, in a transposed convolution the second, within each group. A
-    module whose weights stack several layers says how many leading dimensions do by an integer attribute
-    ``num_filter_dims``: 2 for experts and their units. A parameter with no dimension beyond these is a bias, as are the
-    parameters of norm layers, whatever their shape (told by their class, or by an attribute ``normalized_shape``).
+    The first dimension of a weight counts its filters. In a transposed convolution it is the second dimension, within
+    each group. A module whose weights stack several layers declares the number of leading dimensions that count filters
+    in an integer attribute ``num_filter_dims``: 2 for experts and their units. A parameter without further dimensions
+    is a bias. So are all parameters of norm layers, which are recognized by their class or by an attribute
+    ``normalized_shape``.
 
     Args:
-        model: The model :math:`\theta`; not changed.
+        model: The model :math:`\theta`. It is not changed.
         direction: d, flat, (P,).
-        params: The parameters that it is over; by default all that require a gradient.
-        biases: "zero", as in the paper: they stay where they are; "normalized": each is scaled to its own norm as a
-            whole (those of stacked experts all together).
+        params: The parameters that it is over. By default all that require a gradient.
+        biases: "zero" as in the paper, so that biases do not move, or "normalized", so that each is scaled to its own
+            norm as a whole (the biases of stacked experts together).
 
     Returns:
-        Flat direction, (P,), on the device and of the data type of ``direction``. A filter that is zero in the model
-        or in the direction is zero.
+        Flat direction, (P,), with the device and data type of ``direction``. A filter that is zero in the model or in
+        the direction is zero.
 
     Raises:
         ValueError: If the direction has another shape or is not finite, or the model has no trainable parameter.
@@ -141,9 +142,9 @@ def filter_normalized(
 def layer_normalized(
     model: nn.Module, direction: Tensor, *, params: Selection | None = None, biases: Biases = "zero"
 ) -> Tensor:
-    r"""The direction with every parameter scaled to its norm in the model, :math:`d_p \|\theta_p\| / \|d_p\|`.
+    r"""Scale every parameter of a direction to its norm in the model, :math:`d_p \|\theta_p\| / \|d_p\|`.
 
-    Coarser than `filter_normalized`, whose arguments, zeros and errors it has.
+    This is coarser than `filter_normalized`. Arguments, zeros and errors are the same.
 
     Example:
         >>> import torch
@@ -183,24 +184,24 @@ def _is_bias(owner: nn.Module, parameter: Tensor) -> bool:
 
 
 def _scaled(owner: nn.Module, parameter: Tensor, part: Tensor) -> Tensor:
-    """Each filter to its norm in the model."""
+    """Scale each filter to its norm in the model."""
     if not isinstance(owner, _ConvTransposeNd):
         return _resized(parameter, part, _num_filter_dims(owner))
-    # (in, out / groups, ...): an output channel takes from the inputs of its group
+    # (in, out / groups, ...): an output channel has the inputs of its group
     weight, step = (t.unflatten(0, (owner.groups, -1)).transpose(1, 2) for t in (parameter, part))
     return _resized(weight, step, 2).transpose(1, 2).reshape(part.shape)
 
 
 def _resized(parameter: Tensor, part: Tensor, num_filter_dims: int = 0) -> Tensor:
-    """Scaled to the norm of the parameter over all dimensions but the first ones."""
+    """Scale a part to the norm of the parameter over all dimensions except the first ``num_filter_dims``."""
     within = tuple(range(num_filter_dims, parameter.dim()))
-    wanted = torch.linalg.vector_norm(parameter.detach(), dim=within, keepdim=True)
+    target = torch.linalg.vector_norm(parameter.detach(), dim=within, keepdim=True)
     length = torch.linalg.vector_norm(part, dim=within, keepdim=True)
-    return torch.where(length > 0, part * (wanted / length), 0)
+    return torch.where(length > 0, part * (target / length), 0)
 
 
-def _towards(model: nn.Module, state: Mapping[str, Tensor], name: str, params: Selection | None) -> Steps:
-    """The parameters and floating-point buffers of a state dict; those of ``params`` alone where it is given."""
+def _targets(model: nn.Module, state: Mapping[str, Tensor], name: str, params: Selection | None) -> Steps:
+    """Return targets for the parameters and floating-point buffers of a state dict, or for ``params`` if given."""
     parameters = trainable_parameters(model, params, only_real=False)
     here: dict[str, Tensor] = {**parameters}
     if params is None:
@@ -208,7 +209,7 @@ def _towards(model: nn.Module, state: Mapping[str, Tensor], name: str, params: S
         here |= {key: buffer for key, buffer in model.named_buffers() if buffer.is_floating_point()}
     missing = [key for key in parameters if key not in state]
     if missing:
-        raise ValueError(f"{name}: expected a state with all trainable parameters, got one without {missing[0]!r}")
+        raise ValueError(f"{name}: expected a state with all trainable parameters, got one without {missing[0]!r}.")
     steps: dict[str, Target] = {}
     for key, tensor in here.items():
         if key not in state:
@@ -216,7 +217,7 @@ def _towards(model: nn.Module, state: Mapping[str, Tensor], name: str, params: S
         end = state[key].detach()
         if end.shape != tensor.shape or not bool(end.isfinite().all()):
             got = f"shape {tuple(end.shape)}" if end.shape != tensor.shape else "nan or inf"
-            raise ValueError(f"{name}: expected finite {key!r} of shape {tuple(tensor.shape)}, got {got}")
+            raise ValueError(f"{name}: expected finite {key!r} of shape {tuple(tensor.shape)}, got {got}.")
         end = end.to(tensor.device, tensor.dtype)
         if not torch.equal(end, tensor):
             steps[key] = Target(end)

@@ -1,4 +1,4 @@
-"""Loss landscape of a trained model: its loss along one direction, or on a plane, of its parameters."""
+"""Loss landscape of a trained model: the loss along one direction, or on a plane, of its parameters."""
 
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -6,34 +6,31 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from moe_heads.analysis._shared.analysis_mode import analysis_mode
 from moe_heads.analysis._shared.batch_list import Batches
 from moe_heads.analysis._shared.batches import Batch, LossFn, leaves_of
 from moe_heads.analysis._shared.counting import BatchSizeFn, BatchWeightFn
-from moe_heads.analysis._shared.digest import digest_of
+from moe_heads.analysis._shared.digest import digest_of, digest_of_code
 from moe_heads.analysis._shared.environment import device_of
-from moe_heads.analysis._shared.function_identity import code_of
 from moe_heads.analysis._shared.mean_check import check_mean
 from moe_heads.analysis._shared.microbatches import Microbatches
 from moe_heads.analysis._shared.parameter_path import ParameterPath, Steps
 from moe_heads.analysis._shared.parameters import Selection
-from moe_heads.analysis._shared.preserve import analysis_mode
 from moe_heads.analysis._shared.progress import Progress
 from moe_heads.analysis._shared.ranks import Ranks
+from moe_heads.analysis.loss_landscape.checkpoint import PointCheckpoint
 from moe_heads.analysis.loss_landscape.directions import Direction, steps_of
-from moe_heads.analysis.loss_landscape.exploration import POINTS_A_CHECK, Exploration
+from moe_heads.analysis.loss_landscape.evaluate import NUM_SUMS, AccuracyFn, PointEvaluator, can_hold_routing
 from moe_heads.analysis.loss_landscape.grid import grid_of
-from moe_heads.analysis.loss_landscape.point import NUM_SUMS
-from moe_heads.analysis.loss_landscape.record import Record
 from moe_heads.analysis.loss_landscape.result import LossLandscapeResult
 from moe_heads.analysis.loss_landscape.scan import Scan
-from moe_heads.analysis.loss_landscape.survey import AccuracyFn, Survey, can_hold_routing
 from moe_heads.analysis.loss_landscape.trajectory import Trajectory
 from moe_heads.analysis.sharpness.hessian.directional import directional_curvatures
 from moe_heads.checks import check_at_least, check_flags, check_seed
 
 __all__ = ["loss_landscape"]
 
-# Reach of the default grids: that of the study along a unit vector, that of Li et al. on a filter-normalized plane.
+# Reach of the default grids: of the study along a unit vector, and of Li et al. on a filter-normalized plane.
 _REACH_1D, _REACH_2D = 0.5, 1.0
 
 
@@ -60,71 +57,74 @@ def loss_landscape(
     batch_size_fn: BatchSizeFn | None = None,
     batch_weight_fn: BatchWeightFn | None = None,
 ) -> LossLandscapeResult:
-    r"""Mean loss at :math:`\theta + \alpha d_1`, or at :math:`\theta + \alpha d_1 + \beta d_2`.
+    r"""Compute the mean loss at :math:`\theta + \alpha d_1`, or at :math:`\theta + \alpha d_1 + \beta d_2`.
 
     :math:`L(\theta) = \frac{1}{N} \sum_i \ell_i(\theta)` over all samples of ``batches``, in evaluation mode. The
-    directions are used as they are given: normalize them first (the unit top eigenvector of `sharpness` in one
-    dimension; `filter_normalized` of two random directions, or the two of a `trajectory_plane`, on a plane). A loss
-    that is nan or inf stays so.
+    directions are not normalized here. Pass normalized ones: the unit top eigenvector of `sharpness` for a line,
+    `filter_normalized` of two random directions for a plane, or the two directions of a `trajectory_plane`. Losses that
+    are nan or inf are kept.
 
-    With routers of this package in the model, the share of samples that choose other experts than at the center is
-    recorded too, and the loss with the choices of the center held (see `moe_heads.fixed_routing`): the difference is
-    what the jumps of a sparse head do to the landscape. It costs a second pass for the batches where a choice changed,
-    through the modules with a router only.
+    If the model contains routers of this package, the landscape also reports the fraction of samples routed to
+    different experts than at the center, and the loss with the choices of the center (see `moe_heads.fixed_routing`).
+    The difference of the two losses is the effect of the jumps of a sparse head. It costs a second pass for the batches
+    in which a choice changed, through the modules with a router only.
 
-    Modules that lie before everything that moves, the backbone below a head, are evaluated once for each batch; that
-    this changes nothing is checked at the first point off the center. Where loss and accuracy call the model on the
-    same inputs, one pass serves both.
+    Modules before the first moved parameter, such as the backbone below a moved head, are evaluated once for each
+    batch. The first points off the center validate that this changes no value. Where loss and accuracy call the model
+    on the same inputs, they share one pass.
 
     The model is evaluated inside `analysis_mode` and left bit for bit as it was, also after an error. A loss that draws
-    random torch numbers draws the same ones at every point. Beside the directions and what `analysis_mode` holds
-    nothing of the size of the parameters is kept.
+    random torch numbers draws the same ones at every point. Apart from the directions and the state that
+    `analysis_mode` holds, no memory of the size of the parameters is used.
 
     Args:
         model: The model :math:`\theta`.
         loss_fn: ``loss_fn(model, batch) -> scalar``, the mean over the samples of the batch.
-        batches: The data; all of it is held on the device of the model. Batches are weighted by their samples.
+        batches: The data. All of it is held on the device of the model. Batches are weighted by their samples.
         direction1: :math:`d_1`, flat, (P,), over the parameters that require a gradient in the order of
-            ``model.named_parameters()``. Or a state dict: weights and buffers that are reached at
-            :math:`\alpha = 1` to the bit, such as another checkpoint.
-        direction2: :math:`d_2`, likewise, for a plane.
-        alphas: Coordinates along the first direction, increasing; by default ``num_points`` of equal distance in
-            [-0.5, 0.5] for a line, in [-1, 1] for a plane. A rounding error in place of zero is taken for zero.
-        betas: Coordinates along the second direction; by default as ``alphas`` has it.
-        num_points: Number of coordinates where they are not given. An odd number holds the center; 21 as in the study.
+            ``model.named_parameters()``. Or a state dict, such as another checkpoint: its weights and buffers are
+            reached bit for bit at :math:`\alpha = 1`.
+        direction2: :math:`d_2`, of the same form, for a plane.
+        alphas: Coordinates along the first direction, increasing. Defaults to ``num_points`` equidistant ones in
+            [-0.5, 0.5] for a line and in [-1, 1] for a plane. A coordinate that differs from zero only by rounding
+            becomes zero.
+        betas: Coordinates along the second direction, with the same default as ``alphas``.
+        num_points: Number of coordinates if they are not given. An odd number includes the center. Defaults to 21 as in
+            the study.
         params: The parameters that the directions are over: tensors, or names of parameters or modules such as
-            ``["head"]``; by default all that require a gradient. The others stay.
-        accuracy_fn: ``accuracy_fn(model, batch) -> scalar``, the mean over the samples, also evaluated everywhere.
-        fixed_routing: Whether to measure the loss at fixed routing; by default where every sparse router in the model
-            defines `Router.rechosen`.
+            ``["head"]``. By default all that require a gradient. The others do not move.
+        accuracy_fn: ``accuracy_fn(model, batch) -> scalar``, the mean over the samples, also evaluated at every point.
+        fixed_routing: Whether to measure the loss at fixed routing. By default it is measured if every sparse router in
+            the model defines `Router.rechosen`.
         check_curvatures: Compare the curvature of the slice along each flat direction with :math:`d^\top H d`: one
             Hessian-vector product and four more points each.
-        refine: Points to add to a line, one after the other, where linear interpolation misses the loss the most.
-        resume: A file to which the points are written as they come, and from which they are taken if it is there; by
-            default none. Weights, samples and directions have to be the same to the bit (keep an eigenvector with the
-            file: another process may find one that differs by rounding); loss and accuracy have to be of the same code,
-            as far as `code_of` sees it, and to give the same at the center. On several ranks rank zero's file counts,
-            for as many ranks only.
-        trajectory: The run whose `trajectory_plane` this is, to be drawn on it.
+        refine: Number of points to add to a line, one after the other, where linear interpolation misses the loss the
+            most.
+        resume: File of points. Points are written to it during the analysis, and read from it if it exists. Weights,
+            samples and directions have to match bit for bit (store an eigenvector with the file: another process may
+            compute one that differs by rounding). Loss and accuracy have to have the same code, according to
+            `digest_of_code`, and the same values at the center. With several ranks the file of rank zero is used, and
+            the number of ranks has to be the same. By default there is no file.
+        trajectory: Training run to draw on the plane, from `trajectory_plane`.
         seed: Seed of the random number generators at every point.
-        progress: Shows the points, the center first, and ends the analysis when its time is over; see
-            `Progress`.
-        ranks: The processes that share the work, each with its part of the samples in ``batches``; all of them call
+        progress: Shows the points, the center first, and enforces the time limit, see `Progress`.
+        ranks: The processes that share the work, each with its part of the samples in ``batches``. All of them call
             this function with the same directions and grids, and get the result. By default this process has all
             samples.
-        batch_size_fn: ``batch_size_fn(batch)``, the number of samples of a batch; by default its tensors tell.
-        batch_weight_fn: ``batch_weight_fn(batch)``, the weight of its loss, where that is no mean over the samples; by
-            default the number of samples.
+        batch_size_fn: ``batch_size_fn(batch)``, the number of samples of a batch. By default it is inferred from the
+            tensors.
+        batch_weight_fn: ``batch_weight_fn(batch)``, the weight of the loss of a batch, if it is not a mean over the
+            samples. Defaults to the number of samples.
 
     Returns:
-        The losses on the grid, with accuracies and routing flips of the same shape. When the time of the progress is
-        over, those near the center, marked by ``partial``.
+        The losses on the grid, with accuracies and routing flips of the same shape. If the time limit ends the
+        analysis, the points near the center, marked by ``partial``.
 
     Raises:
         ValueError: If a direction or grid does not fit, the data is empty, the loss is not a scalar or not finite at
-            the center, a router cannot be held fixed, or the file is damaged, or of another model, data, direction,
-            loss or accuracy.
-        RuntimeError: If the curvature is to be checked and a layer has no second derivative.
+            the center, a router does not support fixed routing, or the file is damaged or belongs to another model,
+            data, direction, loss or accuracy.
+        RuntimeError: If a curvature is checked and a layer has no second derivative.
 
     Source:
         Goodfellow, Vinyals and Saxe, arXiv 1412.6544 (line); Li et al., arXiv 1712.09913 (plane).
@@ -152,10 +152,10 @@ def loss_landscape(
         data = Batches.of(batches, batch_size_fn, batch_weight_fn)
     check_mean(model, loss_fn, data, progress=progress, ranks=ranks, seed=seed)
     with analysis_mode(model, seed) as original:
-        record = None
+        checkpoint = None
         if resume is not None:
             functions = {"loss_fn": loss_fn, "accuracy_fn": accuracy_fn}
-            record = _record(resume, model, data, steps, functions, [holds, seed], ranks)
+            checkpoint = _checkpoint(resume, model, data, steps, functions, [holds, seed], ranks)
         exact: dict[int, float] = {}
         if check_curvatures:
             flat = {dim: one for dim, one in enumerate((direction1, direction2)) if isinstance(one, Tensor)}
@@ -165,18 +165,29 @@ def loss_landscape(
             exact = dict(zip(flat, curvatures, strict=True))
         with ranks.synchronized():
             microbatches = Microbatches(data, device_of(model), progress if ranks.is_rank_zero else Progress())
-            walk = ParameterPath(model, steps, original)
-            survey = Survey(model, walk, loss_fn, accuracy_fn, microbatches, hold_routing=holds, seed=seed)
+            path = ParameterPath(model, steps, original)
+            evaluator = PointEvaluator(model, path, loss_fn, accuracy_fn, microbatches, hold_routing=holds, seed=seed)
         place = torch.zeros(len(axes), dtype=torch.float64, device=ranks.device)
 
         def algorithm(total: Callable[[Tensor], Tensor]) -> LossLandscapeResult:
-            scan = Scan(axes, lambda point: total(point.to(ranks.device)), progress, record)
-            scan.num_extra = refine + POINTS_A_CHECK * len(exact)
-            found = Exploration(scan, survey, walk.norms, accuracy_fn is not None, seed, trajectory)
-            return found.run(exact, refine)
+            scan = Scan(
+                axes,
+                lambda point: total(point.to(ranks.device)),
+                evaluator,
+                path.norms,
+                has_accuracy=accuracy_fn is not None,
+                seed=seed,
+                progress=progress,
+                checkpoint=checkpoint,
+                trajectory=trajectory,
+            )
+            return scan.run(exact, refine)
 
         return ranks.run_with_sums(
-            lambda point: survey.measure(point.tolist()).to(ranks.device), algorithm, place, place.new_zeros(NUM_SUMS)
+            lambda point: evaluator.evaluate(point.tolist()).to(ranks.device),
+            algorithm,
+            place,
+            place.new_zeros(NUM_SUMS),
         )
 
 
@@ -188,7 +199,7 @@ def _axes(
     is_plane: bool,
 ) -> list[Tensor]:
     if betas is not None and not is_plane:
-        raise ValueError("betas: expected None without a direction2, got coordinates")
+        raise ValueError("betas: expected None without direction2, got coordinates. Pass direction2 for a plane.")
     check_at_least(2, num_points=num_points)
     reach = _REACH_2D if is_plane else _REACH_1D
     axes = [grid_of("alphas", alphas, reach, num_points)]
@@ -196,20 +207,20 @@ def _axes(
 
 
 def _checked_options(model: nn.Module, refine: int, fixed_routing: bool | None, *, is_plane: bool) -> bool:
-    """Whether routing is to be held fixed."""
+    """Check the options, and return whether to measure the loss at fixed routing."""
     check_at_least(0, refine=refine)
     if refine and is_plane:
-        raise ValueError(f"refine: expected 0 for a plane: points are added to a line, got {refine!r}")
+        raise ValueError(f"refine: expected 0 for a plane, got {refine!r}. Only a line can be refined.")
     can_hold = can_hold_routing(model)
     if fixed_routing and not can_hold:
         raise ValueError(
             "fixed_routing: expected False for a model with a sparse router that does not define rechosen(routing,"
-            " reference), got True"
+            " reference), got True. Define it in the router class, or pass False."
         )
     return can_hold if fixed_routing is None else fixed_routing
 
 
-def _record(
+def _checkpoint(
     path: str | os.PathLike[str],
     model: nn.Module,
     data: Batches,
@@ -217,10 +228,12 @@ def _record(
     functions: Mapping[str, Callable[..., Tensor] | None],
     options: Sequence[bool | int],
     ranks: Ranks,
-) -> Record:
-    # each rank has samples of its own
+) -> PointCheckpoint:
+    # each rank has its own samples
     samples = ranks.gather(digest_of([*(leaf for batch in data for leaf in leaves_of(batch)), data.weights]))
-    ways = [part for way in steps for name, step in way.items() for part in (name, getattr(step, "end", step))]
+    directions = [part for one in steps for name, step in one.items() for part in (name, getattr(step, "end", step))]
     weights = [*model.parameters(), *model.buffers()]
-    codes = {name: [code_of(function)] for name, function in functions.items()}
-    return Record(path, {"weights": weights, "samples": samples, "directions": ways, **codes, "options": options})
+    codes = {name: [digest_of_code(function)] for name, function in functions.items()}
+    return PointCheckpoint(
+        path, {"weights": weights, "samples": samples, "directions": directions, **codes, "options": options}
+    )

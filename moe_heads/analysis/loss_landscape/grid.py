@@ -1,4 +1,4 @@
-"""Coordinates along a direction, with the center among them wherever it can be."""
+"""Coordinates along a direction, which include the center where possible."""
 
 from collections.abc import Sequence
 
@@ -7,14 +7,14 @@ from torch import Tensor
 
 __all__ = ["grid_of", "grid_through_zero", "widest_gap"]
 
-# An interval is not halved below this part of the mean distance: a jump would draw all points to itself.
+# Intervals below this fraction of the mean spacing are not halved. Otherwise all points would gather at a jump.
 _FINEST = 1 / 32
 
 
 def grid_of(name: str, values: Sequence[float] | Tensor | None, reach: float, num_points: int) -> Tensor:
-    """The coordinates that were given, or ``num_points`` of equal distance in [-reach, reach]; float64.
+    """Return the given coordinates, or ``num_points`` equidistant ones in [-reach, reach], as float64.
 
-    A rounding error in place of zero is taken for zero: `torch.linspace` misses the zero in its middle.
+    A coordinate that differs from zero only by rounding becomes zero: `torch.linspace` misses the zero in its middle.
 
     Raises:
         ValueError: If they are not finite and increasing.
@@ -25,17 +25,20 @@ def grid_of(name: str, values: Sequence[float] | Tensor | None, reach: float, nu
         return steps * (reach / (num_points - 1))
     grid = torch.as_tensor(values, dtype=torch.float64, device="cpu")
     if grid.dim() != 1 or len(grid) < 2 or not bool(grid.isfinite().all()) or not bool((grid.diff() > 0).all()):
-        raise ValueError(f"{name}: expected at least two finite, increasing numbers, got {grid.tolist()}")
+        raise ValueError(f"{name}: expected at least two finite, increasing numbers, got {grid.tolist()}.")
     return torch.where(grid.abs() < 1e-6 * grid.diff().min(), 0, grid)
 
 
 def grid_through_zero(values: Tensor, num_points: int, margin: float = 0.2) -> Tensor:
-    """Coordinates of equal distance, zero among them, that reach beyond the values by a part of their span; float64.
+    """Return equidistant coordinates that include zero and extend beyond the values by a fraction of their span.
 
     Args:
-        values: What is to lie inside, beside zero.
+        values: Values that lie inside, like zero.
         num_points: Number of coordinates, at least 3.
-        margin: Part of the span that is added at each end.
+        margin: Fraction of the span that is added at each end.
+
+    Returns:
+        The coordinates, float64.
 
     Example:
         >>> import torch
@@ -46,20 +49,20 @@ def grid_through_zero(values: Tensor, num_points: int, margin: float = 0.2) -> T
     low, high = min(float(values.min()), 0.0), max(float(values.max()), 0.0)
     span = (high - low) or 1.0
     low, high = low - margin * span, high + margin * span
-    # one distance wider than the range, so that it still covers it when it is moved onto zero
+    # one spacing wider than the range, so that the grid still covers it after the shift onto zero
     step = (high - low) / (num_points - 2)
     first = int(low // step)
     return (torch.arange(num_points, dtype=torch.float64) + first) * step
 
 
 def widest_gap(alphas: Tensor, losses: Tensor) -> float | None:
-    r"""Middle of the interval where a straight line between its ends misses the loss the most, by an estimate.
+    r"""Return the middle of the interval in which linear interpolation is estimated to miss the loss the most.
 
-    The error of linear interpolation over a distance h is at most :math:`h^2 |L''| / 8`; L'' is the larger of the
+    The error of linear interpolation over a distance h is at most :math:`h^2 |L''| / 8`. L'' is the larger of the
     second divided differences at the two ends. Intervals with an end that is not finite have no estimate.
 
     Returns:
-        The middle; None where no interval can be halved.
+        The middle, or None if no interval can be halved.
     """
     if len(alphas) < 3:
         return None

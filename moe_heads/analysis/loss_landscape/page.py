@@ -1,4 +1,4 @@
-"""A loss landscape as one HTML file to turn and to read, which needs neither network nor server."""
+"""Interactive HTML page of a loss landscape in one file, which needs neither a network nor a server."""
 
 import json
 import math
@@ -13,25 +13,25 @@ if TYPE_CHECKING:
 
 __all__ = ["landscape_page"]
 
-# What is offered before the flips, in this order, by its name on the page.
+# Quantities listed before the flips, by their name on the page.
 _QUANTITIES = {
     "loss": "losses",
-    "loss, routing held fixed": "losses_fixed_routing",
+    "loss at fixed routing": "losses_fixed_routing",
     "accuracy": "accuracies",
 }
 
 
 def landscape_page(cuts: "Mapping[str, LossLandscapeResult]", title: str = "Loss landscape") -> str:
-    """HTML with all cuts: lines as curves, planes as surfaces that turn, every value under the pointer.
+    """Return an HTML page with all cuts: lines as curves, planes as rotatable surfaces, values under the pointer.
 
-    Script, style and data are in the file. A value that is not finite is left out of the picture.
+    The file includes script, style and data. Values that are not finite are not drawn.
 
     Args:
-        cuts: Landscapes by name; at least one.
-        title: Heading.
+        cuts: Landscapes by name, at least one.
+        title: Title.
 
     Raises:
-        ValueError: If there is none.
+        ValueError: If there are none.
 
     Example:
         >>> import torch
@@ -44,21 +44,21 @@ def landscape_page(cuts: "Mapping[str, LossLandscapeResult]", title: str = "Loss
         True
     """
     if not cuts:
-        raise ValueError("cuts: expected at least one landscape, got none")
+        raise ValueError("cuts: expected at least one landscape, got none.")
     data = {"title": title, "cuts": {name: _data_of(cut) for name, cut in cuts.items()}}
-    # a name with "</script>" in it would end the block
+    # a name that contains "</script>" would end the block
     text = json.dumps(data, ensure_ascii=False, allow_nan=False).replace("<", "\\u003c")
     return (files(__package__) / "page.html").read_text(encoding="utf-8").replace("__DATA__", text)
 
 
 def _data_of(cut: "LossLandscapeResult") -> dict[str, Any]:
-    there = {name: getattr(cut, field) for name, field in _QUANTITIES.items()} | {cut.flip: cut.routing_flips}
+    quantities = {name: getattr(cut, field) for name, field in _QUANTITIES.items()} | {cut.flip: cut.routing_flips}
     path = cut.trajectory
     return {
         "alphas": cut.alphas.tolist(),
         "betas": None if cut.betas is None else cut.betas.tolist(),
         "is_log": cut.scale == "log",
-        "quantities": {name: _plain(values) for name, values in there.items() if values is not None},
+        "quantities": {name: _plain(values) for name, values in quantities.items() if values is not None},
         "trajectory": None
         if path is None
         else {
@@ -70,7 +70,7 @@ def _data_of(cut: "LossLandscapeResult") -> dict[str, Any]:
 
 
 def _plain(values: Tensor) -> list[Any]:
-    """Nested lists with None for what JSON has no number for."""
+    """Return nested lists with None for nan and inf, which JSON does not have."""
     if values.dim() > 1:
         return [_plain(row) for row in values]
     return [value if math.isfinite(value) else None for value in values.tolist()]

@@ -1,40 +1,157 @@
-"""How the routing of a sparse head answers to a step of the parameters, and what that does to the loss."""
+"""Response of the routing of a sparse head to a step of the parameters, and its effect on the loss."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from moe_heads.analysis._shared.analysis_mode import analysis_mode
 from moe_heads.analysis._shared.batch_list import Batches
 from moe_heads.analysis._shared.batches import Batch, LossFn
-from moe_heads.analysis._shared.copies import on_copies
 from moe_heads.analysis._shared.counting import BatchSizeFn, BatchWeightFn
 from moe_heads.analysis._shared.environment import device_of
-from moe_heads.analysis._shared.graph_on_demand import GraphOnDemand
 from moe_heads.analysis._shared.mean_check import check_mean
 from moe_heads.analysis._shared.microbatches import Microbatches
 from moe_heads.analysis._shared.parameter_path import ParameterPath
-from moe_heads.analysis._shared.preserve import analysis_mode
 from moe_heads.analysis._shared.progress import Progress, TimeUp
 from moe_heads.analysis._shared.ranks import Ranks
-from moe_heads.analysis._shared.routing_flips import Choices, choices_of, flip_share
+from moe_heads.analysis._shared.tables import markdown_table
 from moe_heads.analysis.loss_landscape.directions import split_direction
-from moe_heads.analysis.loss_landscape.routing_response_result import RoutingResponse
-from moe_heads.routing import Router, RoutingCollection, collect_routing, fixed_routing
+from moe_heads.analysis.loss_landscape.evaluate import (
+    NUM_SUMS,
+    Point,
+    PointEvaluator,
+    can_hold_routing,
+    sparse_routers,
+)
 
-__all__ = ["has_sparse_router", "routing_response"]
+__all__ = ["RoutingResponse", "has_sparse_router", "routing_response"]
 
-T = TypeVar("T")
 
-# Weighted free and fixed loss, flips, samples that were routed, sum of the weights, number of samples.
-_NUM_SUMS = 6
+@dataclass(frozen=True)
+class RoutingResponse:
+    r"""Loss and routing at :math:`\theta + s d`, with free routing and with the routing of s = 0.
+
+    Losses are in the unit of the loss, steps in the unit of the direction (a length, for a unit direction).
+
+    Attributes:
+        steps: s, the measured steps in the given order.
+        losses_free: Mean loss over the samples at each step, with the choices made there. Values may be nan or inf.
+        losses_fixed: Mean loss at each step with the choices of s = 0, or None if no sparse router ran.
+        flips: Fraction of samples (0 to 1) whose set of chosen experts differs from that of s = 0, at each step, as the
+            mean over the passes of sparse routers. None if no sparse router ran.
+        center_loss: Loss at s = 0.
+        num_samples: Number of samples.
+        seed: Seed of the random number generators at every point.
+        num_unmeasured: Number of steps that were not measured. Zero unless the result is partial.
+        partial: Reason why the analysis ended early, or "".
+    """
+
+    steps: tuple[float, ...]
+    losses_free: tuple[float, ...]
+    losses_fixed: tuple[float, ...] | None
+    flips: tuple[float, ...] | None
+    center_loss: float
+    num_samples: int
+    seed: int
+    num_unmeasured: int = 0
+    partial: str = ""
+
+    def curvature_free(self, step: float) -> float | None:
+        r"""Return the second difference :math:`(L(s) + L(-s) - 2 L(0)) / s^2` of the loss with free routing.
+
+        Where routing flips, it includes the jumps of the loss, whose part grows as 1 / s² as s shrinks.
+
+        Args:
+            step: s, of either sign, not zero.
+
+        Returns:
+            The second difference, nan or inf if a loss is. None unless both s and -s were measured.
+        """
+        return self._curvature(self.losses_free, step)
+
+    def curvature_fixed(self, step: float) -> float | None:
+        """Return the second difference at fixed routing, which tends to d·Hd of the Hessian as s tends to zero.
+
+        It is also None if no sparse router ran. The curvature is then that of `curvature_free`.
+        """
+        return None if self.losses_fixed is None else self._curvature(self.losses_fixed, step)
+
+    def metrics(self) -> dict[str, float]:
+        """Return the finite values to log.
+
+        They are center_loss, num_samples and, for each step s, flips_s, loss_free_s and loss_fixed_s. For each s > 0
+        that was measured with both signs there are curvature_free_s and curvature_fixed_s.
+        """
+        values: dict[str, float | None] = {"center_loss": self.center_loss}
+        by_step = {"flips": self.flips, "loss_free": self.losses_free, "loss_fixed": self.losses_fixed}
+        for name, found in by_step.items():
+            if found is not None:
+                values |= {f"{name}_{step:g}": value for step, value in zip(self.steps, found, strict=True)}
+        for step in self._two_sided:
+            values[f"curvature_free_{step:g}"] = self.curvature_free(step)
+            values[f"curvature_fixed_{step:g}"] = self.curvature_fixed(step)
+        values["num_samples"] = float(self.num_samples)
+        if self.partial:
+            values["partial"] = 1.0
+        return {name: value for name, value in values.items() if value is not None and math.isfinite(value)}
+
+    def summary(self) -> str:
+        """Return Markdown tables of losses and second differences by step, with notes."""
+        sparse = self.losses_fixed is not None and self.flips is not None
+        header = ["step s", "loss", "rise"]
+        rows = [
+            [f"{s:g}", f"{loss:.6g}", self._rise(loss)] for s, loss in zip(self.steps, self.losses_free, strict=True)
+        ]
+        if self.losses_fixed is not None and self.flips is not None:
+            header = [*header, "loss, routing of s = 0", "rise, routing of s = 0", "samples that flip"]
+            for row, loss, flips in zip(rows, self.losses_fixed, self.flips, strict=True):
+                row += [f"{loss:.6g}", self._rise(loss), f"{flips:.2%}"]
+        order = sorted(range(len(rows)), key=lambda index: self.steps[index])
+        table = markdown_table(header, [rows[index] for index in order])
+        return "\n".join([table, *self._curvature_table(sparse), *(f"\n{note}" for note in self._notes())])
+
+    def _rise(self, loss: float) -> str:
+        return f"{loss - self.center_loss:+.3g}"
+
+    def _curvature_table(self, sparse: bool) -> list[str]:
+        if not self._two_sided:
+            return []
+        header = ["step s", "(L(s) + L(-s) - 2 L(0)) / s²", *(["at the routing of s = 0"] if sparse else [])]
+        found = [(s, self.curvature_free(s), self.curvature_fixed(s)) for s in self._two_sided]
+        rows = [[f"{s:g}", *(f"{value:.5g}" for value in values if value is not None)] for s, *values in found]
+        return ["", markdown_table(header, rows)]
+
+    def _notes(self) -> list[str]:
+        notes = [f"{self.num_samples} samples. The loss at s = 0 is {self.center_loss:.6g}."]
+        if self.partial:
+            notes.append(f"**Partial**: {self.partial}. {self.num_unmeasured} steps are missing.")
+        if self.flips is None:
+            notes.append("No sparse router ran, so no choice can change.")
+        elif any(self.flips):
+            notes.append("The loss jumps where samples flip. The Hessian is that of the loss at fixed routing.")
+        if not all(map(math.isfinite, (*self.losses_free, *(self.losses_fixed or ())))):
+            notes.append("Some losses are nan or inf.")
+        return notes
+
+    @property
+    def _two_sided(self) -> list[float]:
+        """Positive steps that were measured with both signs, in ascending order."""
+        return sorted(step for step in self.steps if step > 0 and self.curvature_free(step) is not None)
+
+    def _curvature(self, losses: Sequence[float], step: float) -> float | None:
+        ends = [loss for sign in (1, -1) if (loss := self._at(losses, sign * step)) is not None]
+        return (ends[0] + ends[1] - 2 * self.center_loss) / step**2 if step and len(ends) == 2 else None
+
+    def _at(self, losses: Sequence[float], step: float) -> float | None:
+        # 1e-12: the two ends of a grid may differ by rounding
+        return next((y for x, y in zip(self.steps, losses, strict=True) if math.isclose(x, step, rel_tol=1e-12)), None)
 
 
 def has_sparse_router(model: nn.Module) -> bool:
-    """Whether a router inside ``model`` says by its attribute ``k`` that it chooses: whether the routing can respond.
+    """Return whether ``model`` contains a router that chooses experts (``k`` is not None), so that choices can flip.
 
     Example:
         >>> from moe_heads import SoftMoE, SparseMoE
@@ -42,7 +159,7 @@ def has_sparse_router(model: nn.Module) -> bool:
         >>> has_sparse_router(SparseMoE(8, 3)), has_sparse_router(SoftMoE(8, 3))
         (True, False)
     """
-    return any(isinstance(module, Router) and module.k is not None for module in model.modules())
+    return bool(sparse_routers(model))
 
 
 def routing_response(
@@ -58,7 +175,7 @@ def routing_response(
     batch_size_fn: BatchSizeFn | None = None,
     batch_weight_fn: BatchWeightFn | None = None,
 ) -> RoutingResponse:
-    r"""Loss at :math:`\theta + s d` with free and with fixed routing, and the share of samples that are routed anew.
+    r"""Measure the loss at :math:`\theta + s d` with free and with fixed routing, and the fraction of rerouted samples.
 
     With the choice :math:`I_i(\theta)` of the experts for sample i, in evaluation mode,
 
@@ -67,38 +184,42 @@ def routing_response(
         L_\text{fixed}(s) &= \frac{1}{N} \sum_i \ell_i\big(\theta + s d, I_i(\theta)\big), \\
         \text{flips}(s) &= \frac{1}{N} \sum_i 1\big[I_i(\theta + s d) \ne I_i(\theta)\big].
 
-    The first has jumps, the second is as smooth as the model; the derivatives of both at s = 0, the Hessian among them,
-    are those of the second. So a Hessian tells about the loss up to the step at which the two part. In the fixed one
-    the mixing weights follow the parameters (see `moe_heads.fixed_routing`).
+    The loss at free routing has jumps. The loss at fixed routing is as smooth as the model. At s = 0 the derivatives of
+    both, including the Hessian, are those of the second. So a Hessian describes the loss up to the step at which the
+    two diverge. At fixed routing the mixing weights follow the parameters (see `moe_heads.fixed_routing`).
+
+    Losses and flips equal those of ``loss_landscape(direction1=direction, alphas=steps)``, except that the largest gate
+    of a soft router does not count as a choice here. The steps can be in any order.
 
     The model is evaluated inside `analysis_mode` and left bit for bit as it was, also after an error. A loss that draws
-    random torch numbers draws the same ones at every point. A step costs two forward passes, one where no sparse
-    router runs.
+    random torch numbers draws the same ones at every point. A step costs one forward pass, and a second one for the
+    batches in which a choice changed.
 
     Args:
         model: The model :math:`\theta`.
         loss_fn: ``loss_fn(model, batch) -> scalar``, the mean over the samples of the batch.
-        batches: The data; all of it is held on the device of the model. Batches are weighted by their samples.
+        batches: The data. All of it is held on the device of the model. Batches are weighted by their samples.
         direction: d, flat, (P,), over the parameters that require a gradient in the order of
-            ``model.named_parameters()``; used as it is given.
-        steps: s, distinct, of any signs; with s and -s there are second differences. The smallest are measured first.
-        progress: Shows the steps, the center first, and ends the analysis when its time is over; see `Progress`.
-        ranks: The processes that share the work, each with its part of the samples in ``batches``; all of them call
+            ``model.named_parameters()``. It is not normalized.
+        steps: s, distinct, of any sign. With s and -s there are second differences. The smallest are measured first.
+        progress: Shows the steps, the center first, and enforces the time limit, see `Progress`.
+        ranks: The processes that share the work, each with its part of the samples in ``batches``. All of them call
             this function with the same direction and steps, and get the result. By default this process has all
             samples.
         seed: Seed of the random number generators at every point.
-        batch_size_fn: ``batch_size_fn(batch)``, the number of samples of a batch; by default its tensors tell.
-        batch_weight_fn: ``batch_weight_fn(batch)``, the weight of its loss, where that is no mean over the samples; by
-            default the number of samples.
+        batch_size_fn: ``batch_size_fn(batch)``, the number of samples of a batch. By default it is inferred from the
+            tensors.
+        batch_weight_fn: ``batch_weight_fn(batch)``, the weight of the loss of a batch, if it is not a mean over the
+            samples. Defaults to the number of samples.
 
     Returns:
-        Losses and flips of each step. A loss that is nan or inf at a step stays so. Without a sparse router those with
-        fixed routing and the flips are None. When the time of the progress is over, the steps that were measured,
+        Losses and flips of each step. Losses that are nan or inf are kept. Without a sparse router the losses at fixed
+        routing and the flips are None. If the time limit ends the analysis, the result has the measured steps and is
         marked by ``partial``.
 
     Raises:
         ValueError: If the direction or the steps do not fit, the data is empty, the loss is not a scalar or not finite
-            for the model as it is, a router does not define `Router.rechosen`, or the routers see other rows at a step.
+            at the center, a router does not define `Router.rechosen`, or the routers get different rows at a step.
 
     Example:
         >>> import torch
@@ -115,51 +236,66 @@ def routing_response(
         (False, True)
     """
     parts = split_direction(model, direction)
-    asked = _checked_steps(steps)
+    distinct_steps = _checked_steps(steps)
+    if not can_hold_routing(model):
+        raise ValueError(
+            "model: expected sparse routers that define rechosen(routing, reference), got one without. Define it in"
+            " the router class."
+        )
     progress, ranks = progress or Progress(), ranks or Ranks()
     with ranks.synchronized():
-        given = Batches.of(batches, batch_size_fn, batch_weight_fn)
-    check_mean(model, loss_fn, given, progress=progress, ranks=ranks, seed=seed)
-    with analysis_mode(model, seed):
+        data = Batches.of(batches, batch_size_fn, batch_weight_fn)
+    check_mean(model, loss_fn, data, progress=progress, ranks=ranks, seed=seed)
+    with analysis_mode(model, seed) as original:
         with ranks.synchronized():
-            # with several processes a clock inside an evaluation would part their ways: rank zero looks between them
-            data = Microbatches(given, device_of(model), progress if ranks.size == 1 else Progress())
-            survey = _Survey(model, ParameterPath(model, [parts]), loss_fn, data, seed)
-        step = torch.zeros(1, dtype=torch.float64, device=ranks.device)
+            microbatches = Microbatches(data, device_of(model), progress if ranks.is_rank_zero else Progress())
+            evaluator = PointEvaluator(
+                model,
+                ParameterPath(model, [parts], original),
+                loss_fn,
+                None,
+                microbatches,
+                hold_routing=True,
+                seed=seed,
+                reuses_outputs=False,  # the first steps are the smallest, which would validate little
+                counts_soft=False,
+            )
+        message = torch.zeros(1, dtype=torch.float64, device=ranks.device)
         return ranks.run_with_sums(
-            lambda s: survey.measure(s.item()).to(ranks.device),
-            lambda total: _algorithm(total, asked, step, progress, seed),
-            step,
-            step.new_zeros(_NUM_SUMS),
+            lambda step: evaluator.evaluate(step.tolist()).to(ranks.device),
+            lambda total: _measure(total, distinct_steps, message, progress, seed),
+            message,
+            message.new_zeros(NUM_SUMS),
         )
 
 
 def _checked_steps(steps: Sequence[float] | Tensor) -> list[float]:
     given = torch.as_tensor(steps, dtype=torch.float64, device="cpu")
     numbers: list[float] = given.reshape(-1).tolist()
-    distinct = len(set(numbers)) == len(numbers)
-    if given.dim() != 1 or not numbers or not all(map(math.isfinite, numbers)) or not distinct:
-        raise ValueError(f"steps: expected at least one number, finite and distinct, got {given.tolist()}")
+    is_distinct = len(set(numbers)) == len(numbers)
+    if given.dim() != 1 or not numbers or not all(map(math.isfinite, numbers)) or not is_distinct:
+        raise ValueError(f"steps: expected at least one number, finite and distinct, got {given.tolist()}.")
     return numbers
 
 
-def _algorithm(
+def _measure(
     total: Callable[[Tensor], Tensor], steps: list[float], message: Tensor, progress: Progress, seed: int
 ) -> RoutingResponse:
-    """Measure the center, then the steps from it outwards."""
-    center = _Point.of(total(message))
+    """Measure the center, then the steps by increasing distance."""
+    center = Point.of(total(message))
     found = {0.0: center} if 0 in steps else {}
     remaining = sorted(set(steps) - set(found), key=abs)
+    is_routed = not math.isnan(center.flips)
 
     def result(partial: str = "") -> RoutingResponse:
         measured = [step for step in steps if step in found]
         points = [found[step] for step in measured]
         return RoutingResponse(
             steps=tuple(measured),
-            losses_free=tuple(point.free for point in points),
-            losses_fixed=tuple(point.fixed for point in points) if center.is_routed else None,
-            flips=tuple(point.flips for point in points) if center.is_routed else None,
-            center_loss=center.free,
+            losses_free=tuple(point.loss for point in points),
+            losses_fixed=tuple(point.fixed for point in points) if is_routed else None,
+            flips=tuple(point.flips for point in points) if is_routed else None,
+            center_loss=center.loss,
             num_samples=center.num_samples,
             seed=seed,
             num_unmeasured=len(steps) - len(measured),
@@ -169,131 +305,10 @@ def _algorithm(
     try:
         progress.step(1, 1 + len(remaining))
         for done, step in enumerate(remaining, start=2):
-            found[step] = _Point.of(total(torch.full_like(message, step)))
+            found[step] = Point.of(total(torch.full_like(message, step)))
             progress.keep(result)
             progress.step(done, 1 + len(remaining))
     except TimeUp as error:
         in_time: RoutingResponse = progress.result_in_time(error)
         return in_time
     return result()
-
-
-@dataclass(frozen=True)
-class _Point:
-    """Means over the samples at one point."""
-
-    free: float
-    fixed: float
-    flips: float
-    num_samples: int
-
-    @classmethod
-    def of(cls, sums: Tensor) -> "_Point":
-        free, fixed, flips, num_routed, weight, num_samples = sums.tolist()
-        share = flips / num_routed if num_routed else math.nan
-        return cls(free / weight, fixed / weight, share, round(num_samples))
-
-    @property
-    def is_routed(self) -> bool:
-        return not math.isnan(self.flips)
-
-
-class _Survey:
-    """This rank's part of the losses and flips at a step."""
-
-    def __init__(self, model: nn.Module, walk: ParameterPath, loss_fn: LossFn, data: Microbatches, seed: int) -> None:
-        self._model, self._walk, self._loss_fn, self._data = model, walk, on_copies(loss_fn), data
-        self._seed = seed
-        self._references: list[RoutingCollection] = []
-        self._graph = GraphOnDemand(lambda found: float(found[0]))
-
-    def measure(self, step: float) -> Tensor:
-        """Return the sums over the samples, (_NUM_SUMS,), float64."""
-        if step == 0:
-            return self._record()
-        while True:
-            if self._is_outdated:
-                self._record()
-            self._walk.go([step])
-            total = torch.zeros(_NUM_SUMS, dtype=torch.float64)
-            for _, sums in self._evaluated(self._compare):
-                total += sums
-            if not self._is_outdated:
-                return total
-
-    @property
-    def _is_outdated(self) -> bool:
-        """Whether batches were cut since their routing was recorded, so that the records fit them no longer."""
-        return len(self._references) != len(self._data)
-
-    def _record(self) -> Tensor:
-        """The sums for the model as it is, whose routing is kept."""
-        self._walk.go([0.0])
-        self._references, total = [], torch.zeros(_NUM_SUMS, dtype=torch.float64)
-        for index, (_, (loss, reference)) in enumerate(self._evaluated(self._at_center, compares=True)):
-            self._references.append(reference)
-            total += self._sums(index, loss, loss, 0, bool(_choices(reference)))
-        return total
-
-    def _evaluated(self, function: Callable[[int, Batch], T], *, compares: bool = False) -> Iterator[tuple[float, T]]:
-        """``function(index, batch)`` for each batch."""
-        return self._data.evaluate(
-            lambda index, batch: self._graph(lambda: function(index, batch), compares=compares), copies=False
-        )
-
-    def _at_center(self, index: int, batch: Batch) -> tuple[float, RoutingCollection]:
-        loss, collection = self._free(index, batch)
-        if not math.isfinite(loss):
-            raise ValueError(
-                f"loss_fn: expected a finite loss of the model as it is, got {loss} as the loss of batch {index}"
-            )
-        return loss, collection
-
-    def _compare(self, index: int, batch: Batch) -> Tensor:
-        """Return the sums of one batch."""
-        if self._is_outdated:
-            return torch.zeros(_NUM_SUMS)  # cut a moment ago: all is measured again
-        free, collection = self._free(index, batch)
-        reference = self._references[index]
-        chosen = _choices(reference)
-        if not chosen:
-            return self._sums(index, free, free, 0, False)
-        with fixed_routing(self._model, reference):
-            fixed = self._loss(index, batch)
-        return self._sums(index, free, fixed, flip_share(_choices(collection), chosen), True)
-
-    def _sums(self, index: int, free: float, fixed: float, flips: float, is_routed: bool) -> Tensor:
-        weight, size = self._data.weights[index], self._data.sizes[index]
-        sums = [weight * free, weight * fixed, size * flips, size * is_routed, weight, size]
-        return torch.tensor(sums, dtype=torch.float64)
-
-    def _free(self, index: int, batch: Batch) -> tuple[float, RoutingCollection]:
-        with collect_routing(self._model) as collection:
-            loss = self._loss(index, batch)
-        # the graph behind it would be in memory while the next one is built
-        return loss, _detached(collection)
-
-    def _loss(self, index: int, batch: Batch) -> float:
-        # by the batch, not once a sweep: the free and the fixed loss draw the same numbers
-        torch.manual_seed(self._seed + self._data.origins[index])
-        loss = self._loss_fn(self._model, batch)
-        if isinstance(loss, Tensor) and loss.numel() == 1:
-            return float(loss.detach())
-        got = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
-        raise ValueError(f"loss_fn: expected a scalar tensor, the mean loss of batch {index}, got {got}")
-
-
-def _detached(collection: RoutingCollection) -> RoutingCollection:
-    """What was collected, without the graph behind it."""
-    detached = RoutingCollection()
-    for name, routings in collection.routings.items():
-        detached.routings[name] = [routing.detach() for routing in routings]
-    return detached
-
-
-def _choices(collection: RoutingCollection) -> Choices:
-    """Choices of the sparse routers' passes: the largest gate of a soft one decides nothing."""
-    sparse = RoutingCollection()
-    for name, routings in collection.routings.items():
-        sparse.routings[name] = [routing for routing in routings if not routing.soft]
-    return choices_of(sparse)

@@ -1,4 +1,4 @@
-"""Numbers that say how far a landscape can be trusted, and how wide its basin is."""
+"""Curvature of a slice compared with the Hessian, and the width of a basin."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -9,26 +9,26 @@ from torch import Tensor
 
 __all__ = ["CurvatureCheck", "check_curvature", "crossing_radius", "largest_rise", "second_difference"]
 
-# Relative rise of the loss at the step of a check, in square roots of the rounding error: there the error by rounding,
-# which falls with the step, is below a part in a thousand in float32, and the step as short as that allows.
+# Relative rise of the loss at the step of a check, in square roots of the rounding error. The rounding error of the
+# curvature falls with the step: at this step it is below a thousandth in float32.
 _RISE = 3.0
-# Estimates of an error are themselves off by so much.
+# Factor by which the error estimates may be too small.
 _SAFETY = 2.0
 
 
 @dataclass(frozen=True)
 class CurvatureCheck:
-    r"""Curvature of the slice along one direction d beside :math:`d^\top H d` of the curvature engine.
+    r"""Curvature of the slice along a direction d, compared with :math:`d^\top H d` from a Hessian-vector product.
 
     Attributes:
-        exact: :math:`d^\top H d` by a Hessian-vector product; H at fixed routing, as always.
-        second_difference: :math:`(L(h) - 2 L(0) + L(-h)) / h^2`, of the loss at fixed routing where there is one.
-        step: h, at which the loss is to rise by a thousandth in float32, by less in float64; or the distance of the
-            grid's points if that is smaller.
-        truncation: Estimate of what the second difference misses by the length of its step, a third of its change from
-            h to 2h; with the noise that rounding adds to it.
-        rounding: Bound for its error by the rounding of three losses, :math:`4 \epsilon |L| / h^2`.
-        direction: Which of the directions, counted from 1.
+        exact: :math:`d^\top H d` from a Hessian-vector product, with H at fixed routing.
+        second_difference: :math:`(L(h) - 2 L(0) + L(-h)) / h^2`, of the loss at fixed routing if there is one.
+        step: h, at which the loss should rise by a thousandth in float32 and by less in float64, but at most the
+            spacing of the grid.
+        truncation: Estimate of the truncation error of the second difference: a third of its change from h to 2h. It
+            includes rounding noise.
+        rounding: Bound of the rounding error of the second difference, :math:`4 \epsilon |L| / h^2`.
+        direction: Number of the direction, from 1.
     """
 
     exact: float
@@ -40,19 +40,19 @@ class CurvatureCheck:
 
     @property
     def agrees(self) -> bool:
-        """Whether the two differ by no more than twice what truncation and rounding explain."""
+        """True if the two differ by at most twice the truncation and rounding errors."""
         return abs(self.second_difference - self.exact) <= _SAFETY * (abs(self.truncation) + self.rounding)
 
 
 def check_curvature(
     loss_at: Callable[[float], float], center_loss: float, exact: float, spacing: float, epsilon: float
 ) -> CurvatureCheck:
-    """Measure the second difference of a slice at a step that suits it: four more points.
+    """Measure the second difference of a slice at a suitable step, which takes four more points.
 
     Args:
-        loss_at: Loss at a coordinate.
-        center_loss: That at zero.
-        exact: The curvature that is to be found.
+        loss_at: Returns the loss at a coordinate.
+        center_loss: Loss at zero.
+        exact: The curvature to compare with.
         spacing: Largest step.
         epsilon: Relative rounding error of a loss.
     """
@@ -67,7 +67,7 @@ def check_curvature(
 
 
 def second_difference(axis: Tensor, losses: Tensor) -> float | None:
-    """The same between the nearest points at equal distance from zero; None where the grid has none."""
+    """Return the second difference of the nearest points at equal distance from zero, or None if there are none."""
     before, after = axis[axis < 0].flip(0), axis[axis > 0]
     if not bool((axis == 0).any()):
         return None
@@ -83,13 +83,13 @@ def second_difference(axis: Tensor, losses: Tensor) -> float | None:
 
 
 def crossing_radius(axes: Sequence[Tensor], losses: Tensor, level: float, center_loss: float) -> float:
-    """Smallest distance from the center at which the loss reaches a level, between the points by a straight line.
+    """Return the smallest distance from the center at which the linearly interpolated loss reaches a level.
 
-    Looked for along the lines of the grid, and from a center that is not on it to the points around. A loss that is inf
-    or nan counts as one above any level, at its own place.
+    The search follows the lines of the grid. If the center is not on the grid, it also follows the lines from the
+    center to its neighbors. A loss that is inf or nan is above any level, at its own place.
 
     Returns:
-        The distance, in units of the coordinates; inf when the level is not reached within the grid.
+        The distance in units of the coordinates, or inf if the level is not reached on the grid.
     """
     above = ~(losses < level)
     radius = _crossing_from_center(axes, losses, level, center_loss)
@@ -100,7 +100,7 @@ def crossing_radius(axes: Sequence[Tensor], losses: Tensor, level: float, center
         lower = [place.narrow(dim, 0, len(axis) - 1) for place in places]
         upper = [place.narrow(dim, 1, len(axis) - 1) for place in places]
         share = (level - here) / (there - here)
-        # without a finite slope, the place of the end that is above
+        # without a finite slope, the end that is above
         share = torch.where(share.isfinite() & here.isfinite() & there.isfinite(), share, up_there.to(share.dtype))
         crossed = up_here != up_there
         squares = sum((low + share * (high - low)).square() for low, high in zip(lower, upper, strict=True))
@@ -111,7 +111,7 @@ def crossing_radius(axes: Sequence[Tensor], losses: Tensor, level: float, center
 
 
 def _crossing_from_center(axes: Sequence[Tensor], losses: Tensor, level: float, center_loss: float) -> float:
-    """The same on the way to the nearest point on either side of the center along each axis, or at it."""
+    """Return the smallest such distance on the lines from the center to its neighbors on the grid."""
     sides = [_around_zero(axis) for axis in axes]
     around = losses[torch.meshgrid(*sides, indexing="ij")]
     places = torch.meshgrid(*(axis[side] for axis, side in zip(axes, sides, strict=True)), indexing="ij")
@@ -122,7 +122,7 @@ def _crossing_from_center(axes: Sequence[Tensor], losses: Tensor, level: float, 
 
 
 def _around_zero(axis: Tensor) -> Tensor:
-    """Where zero is on an axis, or its neighbors."""
+    """Return the index of zero on an axis, or the indices of its neighbors."""
     if bool((axis == 0).any()):
         return (axis == 0).nonzero()[0]
     first_above = int((axis < 0).sum())
@@ -130,9 +130,10 @@ def _around_zero(axis: Tensor) -> Tensor:
 
 
 def largest_rise(axes: Sequence[Tensor], losses: Tensor, center_loss: float, radius: float) -> float:
-    """Largest loss at a distance of at most ``radius``, less that of the center; inf where one is not finite there.
+    """Return the largest loss at a distance of at most ``radius``, minus the center loss.
 
-    Nan where there is no point but the center.
+    Returns:
+        The rise, at least 0. It is inf if a loss is not finite, and nan if there is no point but the center.
     """
     distances = torch.stack(torch.meshgrid(*axes, indexing="ij")).square().sum(0).sqrt()
     inside = losses[(distances > 0) & (distances <= radius * (1 + 1e-9))]

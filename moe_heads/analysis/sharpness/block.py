@@ -1,14 +1,17 @@
 """Curvature of the loss along some of the parameters."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+
+import torch
+from torch import Tensor
 
 from moe_heads.analysis._shared.tables import markdown_table
 
-__all__ = ["BlockCurvature", "blocks_table"]
+__all__ = ["BlockCurvature", "block_shares", "blocks_table"]
 
-# A table of more experts than this is one that nobody reads.
+# A longer table of experts is left out of the summary.
 _MOST_ROWS = 32
 
 
@@ -19,10 +22,10 @@ class BlockCurvature:
     Attributes:
         num_parameters: Order of the block.
         shares: Share (0 to 1) of the squared norm of each eigenvector of H that lies in the block.
-        trace: Trace of the block; nan when it was not begun.
+        trace: Trace of the block; nan where it was not computed.
         trace_stderr: Its standard error.
-        lambda_max: Largest eigenvalue of the block; None when not asked for. That of H is at least as large.
-        lambda_max_residual: Its relative residual; infinite where a larger one may have been missed.
+        lambda_max: Largest eigenvalue of the block; None where it was not requested. That of H is at least as large.
+        lambda_max_residual: Its relative residual; infinite where a larger eigenvalue may be missing.
     """
 
     num_parameters: int
@@ -33,8 +36,16 @@ class BlockCurvature:
     lambda_max_residual: float | None = None
 
 
+def block_shares(vectors: Tensor, places: Sequence[slice]) -> tuple[float, ...]:
+    """Return the share (0 to 1) of the squared norm of each unit vector, a row of (k, P), that lies in some places."""
+    total = torch.zeros(len(vectors), dtype=torch.float64)
+    for place in places:
+        total += vectors[:, place].square().sum(1, dtype=torch.float64).cpu()
+    return tuple(total.clamp(0, 1).tolist())
+
+
 def blocks_table(kind: str, blocks: Mapping[str, BlockCurvature]) -> str:
-    """Trace and shares of each block; "" where there are none, or too many to read."""
+    """Return a Markdown table with the trace and the shares of each block; "" for none or more than 32."""
     if not 0 < len(blocks) <= _MOST_ROWS:
         return ""
     has_largest = any(block.lambda_max is not None for block in blocks.values())

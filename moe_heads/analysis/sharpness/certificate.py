@@ -1,4 +1,4 @@
-"""What was checked of a sharpness result on its own input, and what could not be."""
+"""Checks of a sharpness result on its own input."""
 
 import math
 from collections.abc import Mapping
@@ -6,39 +6,38 @@ from dataclasses import dataclass, field
 
 __all__ = ["Certificate"]
 
-# Share of a directional derivative that rounding and kinks explain.
+# Largest relative error of a directional derivative that rounding and kinks explain.
 _SAME_DERIVATIVE = 1e-2
 
-# Asymmetry over the norm of the matrix that rounding explains.
+# Largest asymmetry, relative to the norm of the matrix, that rounding explains.
 _SYMMETRIC = {"float32": 1e-3, "float64": 1e-8}
 
-# Asymmetry over the measured rounding that is still rounding: the two are seen along different vectors.
-_OF_ROUNDING = 100
+# Largest asymmetry in units of the measured rounding: the two are measured along different vectors.
+_PER_ROUNDING = 100
 
 
 @dataclass(frozen=True)
 class Certificate:
-    r"""Errors that were measured on the model and the samples of a result.
+    r"""Errors measured on the model and the samples of a result.
 
     Attributes:
-        asymmetry: Norm of the antisymmetric part of the products on the Krylov space, over the norm of H there:
+        asymmetry: Norm of the antisymmetric part of the products on the Krylov space, over the norm of H there. It is
             rounding, unless the gradient is not the derivative of a loss.
-        rounding: Length of the difference between :math:`Hw` as it was computed and in float64, twice, for w the sum of
-            the unit eigenvectors with random signs: what rounding adds to each residual, in units of an eigenvalue. nan
-            where it was not measured.
+        rounding: Contribution of rounding to each residual, in units of an eigenvalue; nan if it was not measured. It
+            is twice the length of the difference between :math:`Hw` as computed and in float64, for w the sum of the
+            unit eigenvectors with random signs.
         trace_rounding: Error of the trace from rounding, estimated in the same way with random signs.
         block_rounding: The same for the trace of each block of parameters, by its key.
         derivative_error: Relative difference between the gradient and a finite difference of the loss along random
             directions, in float64.
         curvature_error: Relative difference between a product and a finite difference of the gradient, in float64.
-        num_double: Samples that were evaluated in float64.
+        num_double: Number of samples evaluated in float64.
         scale: Norm of H on the Krylov space, up to a factor of three.
-        negligible: Curvature that is rounding in a loss of this size, a hundred units in the last place.
-        cut_dependence: Relative change of the loss when batches are cut in halves; 0 for a mean over samples up to
-            rounding.
-        is_complete: Whether a fresh random vector found no eigenvalue above the last one that is missing.
+        negligible: Curvature that rounding explains for a loss of this size, a hundred units in the last place.
+        cut_dependence: Relative change of the loss when batches are halved; 0 up to rounding for a mean over samples.
+        is_complete: Whether a search from a new random vector found no missing eigenvalue above the last one.
         dtype: Data type of the parameters.
-        unchecked: Why a check could not be made, by its name.
+        unchecked: Reason for each check that was not made, by its name.
     """
 
     asymmetry: float = 0.0
@@ -57,29 +56,29 @@ class Certificate:
 
     @property
     def is_symmetric(self) -> bool:
-        """Whether the products are those of a symmetric matrix, up to rounding (as it was measured, if it was)."""
+        """True if the products are those of a symmetric matrix, up to rounding."""
         limit = _SYMMETRIC.get(self.dtype, 1e-3)
         if math.isfinite(self.rounding) and self.scale > 0:
-            limit = max(limit, _OF_ROUNDING * self.rounding / self.scale)
+            limit = max(limit, _PER_ROUNDING * self.rounding / self.scale)
         return self.asymmetry <= limit or self.asymmetry * self.scale <= self.negligible
 
     @property
     def is_derivative(self) -> bool:
-        """False where the gradient was seen not to be the derivative of the loss."""
+        """True if the gradient passed the comparison with a finite difference of the loss, or was not compared."""
         return not self.derivative_error > _SAME_DERIVATIVE
 
     @property
     def is_second_derivative(self) -> bool:
-        """False where a product was seen not to be the derivative of the gradient."""
+        """True if a product passed the comparison with a finite difference of the gradient, or was not compared."""
         return not self.curvature_error > _SAME_DERIVATIVE
 
     @property
     def is_hessian(self) -> bool:
-        """False where the products were seen not to be those of the loss's Hessian."""
+        """True if no check showed that the products differ from those of the loss's Hessian."""
         return self.is_symmetric and self.is_derivative and self.is_second_derivative
 
     def metrics(self) -> dict[str, float]:
-        """The errors that were measured, by name."""
+        """Return the measured errors by name."""
         return {
             "asymmetry": self.asymmetry,
             "rounding": self.rounding,
@@ -90,12 +89,12 @@ class Certificate:
         }
 
     def warnings(self) -> list[str]:
-        """A sentence for each check that failed."""
+        """Return a message for each failed check."""
         found = []
         if not self.is_symmetric:
             found.append(
                 f"The products are not symmetric: ⟨u, Hv⟩ and ⟨Hu, v⟩ differ by {self.asymmetry:.1g} of the norm of H,"
-                " so no result is certified. These are not the second derivatives of a loss: look for a custom"
+                " so no result is certified. They are not the second derivatives of a loss. Look for a custom"
                 " backward, a detach() in the loss, a checkpoint that loses a part of the model, or an operation whose"
                 " second derivative torch gets wrong (its weight_norm)."
             )
@@ -103,19 +102,19 @@ class Certificate:
             found.append(
                 "The gradient is not the derivative of the loss: along a random direction it differs from a finite"
                 f" difference of the loss by {self.derivative_error:.0%}, so no result is certified. Look for a custom"
-                " backward (a straight-through estimator, say), a detach() in the loss, or parameters that are used"
+                " backward (such as a straight-through estimator), a detach() in the loss, or parameters that are used"
                 " without a graph."
             )
         if self.is_derivative and self.is_symmetric and not self.is_second_derivative:
             found.append(
                 "The products are not the derivative of the gradient: along a random direction they differ from a"
                 f" finite difference of the gradient by {self.curvature_error:.0%}, so no result is certified. Look for"
-                " a custom autograd function whose backward uses values that were saved without a graph."
+                " a custom autograd function whose backward uses values saved without a graph."
             )
         return found
 
     def rows(self) -> list[tuple[str, str]]:
-        """What was checked, with the error that was found or the reason why there is none; for a table."""
+        """Return table rows of the checks, with the measured error or the reason why there is none."""
         values = {
             "symmetric products": f"{self.asymmetry:.1e} of the norm of H",
             "products in float64": f"{self.rounding:.1e} in λ, {self.trace_rounding:.1e} in the trace"
@@ -123,7 +122,7 @@ class Certificate:
             "gradient against finite difference": f"{self.derivative_error:.1e} ({self.num_double} samples)",
             "product against finite difference": f"{self.curvature_error:.1e} ({self.num_double} samples)",
             "loss is a mean over samples": f"{self.cut_dependence:.1e} when batches are halved",
-            "no eigenvalue missing": "none found from a fresh random vector",
+            "no eigenvalue missing": "none found from a new random vector",
         }
         there = {
             "symmetric products": True,

@@ -1,4 +1,4 @@
-"""Checks that a sharpness result gets on its own model and samples."""
+"""Checks of a sharpness result on its own model and samples."""
 
 import math
 from collections.abc import Sequence
@@ -26,10 +26,10 @@ _IN_DOUBLE = (
 
 
 def from_krylov(krylov: LanczosResult, dependence: CutDependence, center_loss: float) -> Certificate:
-    """What the Lanczos run itself says, without a further product, and what is known of the loss."""
+    """Return the checks that need no further product: those of the Lanczos iteration and of the loss."""
     scale = float(krylov.projected.abs().max())
     resolution = torch.finfo(krylov.basis.dtype).eps
-    unchecked = {} if krylov.is_complete else {"no eigenvalue missing": "the steps ended before"}
+    unchecked = {} if krylov.is_complete else {"no eigenvalue missing": "the steps ended first"}
     if dependence.size is None:
         unchecked["loss is a mean over samples"] = dependence.reason
     return Certificate(
@@ -41,7 +41,7 @@ def from_krylov(krylov: LanczosResult, dependence: CutDependence, center_loss: f
         dtype=str(krylov.basis.dtype).removeprefix("torch."),
         unchecked={
             **unchecked,
-            **dict.fromkeys(_IN_DOUBLE, "the analysis ended before"),
+            **dict.fromkeys(_IN_DOUBLE, "the analysis ended first"),
         },
     )
 
@@ -54,9 +54,9 @@ def certified(
     seed: int,
     progress: Progress,
 ) -> Certificate:
-    """Add what float64 says of the products and the gradient, on a part of this process's samples."""
+    """Return the certificate with the checks in float64, made on a part of this process's samples."""
     generator = torch.Generator().manual_seed(seed)
-    # those of the result: the k largest, and the smallest
+    # The eigenvalues of the result are the k largest and the smallest.
     coefficients = torch.cat([krylov.coefficients, krylov.ritz[1][:, :1].T])
     signs = torch.randint(0, 2, (1, len(coefficients)), generator=generator).double() * 2 - 1
     probe = uniform(operator.num_parameters, operator.dtype, operator.device, generator)
@@ -80,7 +80,7 @@ def certified(
 
 
 def _trace_error(probe: Tensor, sampled: Tensor, along: Tensor, places: Sequence[slice]) -> float:
-    """Error of the trace of a diagonal block, for D the difference of two H.
+    """Return the error of the trace of a diagonal block, for D the difference of two H.
 
     Args:
         probe: Random numbers z of variance 1.

@@ -1,4 +1,4 @@
-"""Figure of the spectrum of a Hessian."""
+"""Figures of the spectrum of a Hessian, its blocks and its history."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -20,12 +20,12 @@ __all__ = ["plot_blocks", "plot_history", "plot_spectrum"]
 def plot_spectrum(
     eigenvalues: Sequence[float], density: SpectralDensity | None, ax: "Axes | None" = None
 ) -> "tuple[Figure, Axes]":
-    """Logarithmic density of the eigenvalues with the largest ones marked on the axis.
+    """Plot the density of the eigenvalues on a logarithmic axis and mark the largest ones.
 
     Args:
         eigenvalues: The largest eigenvalues, descending.
-        density: Density of all of them; without it only the marks are drawn.
-        ax: Axes to draw into; by default those of a new figure that pyplot does not know.
+        density: Density of all eigenvalues; None to draw only the marks.
+        ax: Axes to draw into; by default those of a new figure outside pyplot.
 
     Returns:
         The figure and the axes.
@@ -33,7 +33,7 @@ def plot_spectrum(
     figure, ax = axes_of(ax)
     if density is not None:
         grid, values, error = density.grid.numpy(), density.values.numpy(), 2 * density.stderr.numpy()
-        # Down to where the faintest single eigenvalue still shows; below are only the tails of the Gaussians.
+        # The lowest visible value is the bump of a single eigenvalue. Below it are only the tails of the Gaussians.
         faintest = float(density.weights[density.weights > 1e-12].min()) / (density.sigma * math.sqrt(2 * math.pi))
         bottom, top = faintest / 3, 3 * float(values.max())
         lower, upper = np.clip(values - error, bottom, None), np.clip(values + error, bottom, None)
@@ -44,7 +44,7 @@ def plot_spectrum(
         ax.set_ylabel("density")
     else:
         ax.set_yticks([])
-    # The marks sit on the lower edge whatever the vertical scale is.
+    # Axis coordinates put the marks on the lower edge for every vertical scale.
     ax.plot(
         list(eigenvalues),
         [0.0] * len(eigenvalues),
@@ -63,7 +63,7 @@ def plot_spectrum(
 
 
 def plot_blocks(blocks: Mapping[str, BlockCurvature], experts: Mapping[str, BlockCurvature]) -> "Figure":
-    """Bars of the trace of each block and expert with two standard errors, beside the shares of the eigenvectors.
+    """Plot the trace of each block and expert with two standard errors, and the shares of the eigenvectors.
 
     Args:
         blocks: Curvature by block.
@@ -79,7 +79,7 @@ def plot_blocks(blocks: Mapping[str, BlockCurvature], experts: Mapping[str, Bloc
     left.set_title("trace of each block")
     _draw_traces(left, blocks, [colors[name] for name in blocks])
     if experts:
-        # on an axis of their own: beside a backbone they would be too short to see
+        # A separate axis, because next to a backbone the bars would be too short to see.
         left = figure.add_subplot(grid[1, 0])
         _draw_traces(left, experts, ["gray"] * len(experts))
     left.set_xlabel("± 2 standard errors")
@@ -107,10 +107,10 @@ def _draw_traces(ax: "Axes", blocks: Mapping[str, BlockCurvature], colors: Seque
 
 
 def plot_history(history: Mapping[int, tuple[float, float | None]]) -> "Figure":
-    """Largest eigenvalue over the epochs, beside the value above which the optimizer's steps are unstable.
+    """Plot the largest eigenvalue over the epochs, with the value above which the optimizer's steps are unstable.
 
     Args:
-        history: By epoch, the largest eigenvalue and the stability threshold; None where that is not known.
+        history: The largest eigenvalue and the stability threshold (None if unknown) by epoch.
     """
     from matplotlib.ticker import MaxNLocator
 
@@ -125,6 +125,6 @@ def plot_history(history: Mapping[int, tuple[float, float | None]]) -> "Figure":
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.set_xlabel("epoch")
     ax.set_ylabel("eigenvalue of the Hessian")
-    ax.set_title("sharpness while training")
+    ax.set_title("sharpness during training")
     ax.legend()
     return figure

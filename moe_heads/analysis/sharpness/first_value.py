@@ -1,4 +1,4 @@
-"""A first value of the largest eigenvalue from a product that was interrupted."""
+"""Estimate of the largest eigenvalue from an interrupted product."""
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ __all__ = ["first_value"]
 
 
 class _OneProduct:
-    """An operator of which one product is known."""
+    """An operator with one known product."""
 
     num_strata = 1
 
@@ -22,16 +22,16 @@ class _OneProduct:
         self.forms = torch.zeros(1, dtype=torch.float64)
 
     def matvec(self, vector: Tensor, stratum: int | None = None) -> Tensor:
-        """The product, with the vector that was interrupted."""
+        """Return the product with the vector of the interrupted product."""
         return self._product
 
 
 def first_value(interrupted: InterruptedProduct, tolerance: float) -> LanczosResult:
-    """Return one Lanczos step on the samples whose products are there.
+    """Return the result of one Lanczos step on the samples with finished products.
 
     Args:
         interrupted: The product of the first samples.
-        tolerance: For the result.
+        tolerance: Tolerance of the result.
     """
     dim = len(interrupted.vector)
     iteration = KrylovIteration(_OneProduct(interrupted, dim), torch.Generator(), 1, tolerance, dim, interrupted.vector)

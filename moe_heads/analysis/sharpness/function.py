@@ -2,19 +2,20 @@
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from moe_heads.analysis._shared.analysis_mode import analysis_mode
 from moe_heads.analysis._shared.batch_list import Batches
 from moe_heads.analysis._shared.batches import Batch, LossFn
 from moe_heads.analysis._shared.counting import BatchSizeFn, BatchWeightFn
 from moe_heads.analysis._shared.mean_check import CutDependence, check_mean
-from moe_heads.analysis._shared.preserve import analysis_mode
 from moe_heads.analysis._shared.progress import Progress, TimeUp
 from moe_heads.analysis._shared.ranks import Ranks
 from moe_heads.analysis.sharpness.checks import certified, from_krylov
-from moe_heads.analysis.sharpness.findings import Findings
 from moe_heads.analysis.sharpness.hessian.blocks import default_blocks, expert_places, places_of
 from moe_heads.analysis.sharpness.hessian.lanczos import lanczos
 from moe_heads.analysis.sharpness.hessian.operator import HessianOperator
@@ -26,16 +27,18 @@ from moe_heads.analysis.sharpness.hessian.trace import (
     Places,
     deflated_trace,
 )
+from moe_heads.analysis.sharpness.record import SharpnessRecord
 from moe_heads.analysis.sharpness.result import SharpnessResult
+from moe_heads.analysis.sharpness.supplements import supplemented
 from moe_heads.checks import check_at_least, check_flags, check_positive, check_seed
 
 __all__ = ["check_sharpness_options", "sharpness"]
 
-# Steps after which the density of a trained network no longer changes to the eye.
+# Steps after which the density of a trained network shows no visible change.
 _DENSITY_STEPS = 40
 
-# Up to so many parameters the whole matrix costs no more than its samples.
-_WHOLE = 100
+# Up to this number of parameters, all eigenvalues cost no more than samples of them.
+_MAX_EXACT = 100
 
 
 def sharpness(
@@ -53,6 +56,8 @@ def sharpness(
     blocks: Mapping[str, Sequence[str]] | None = None,
     block_eigenvalues: bool = False,
     keep_eigenvectors: bool = False,
+    routing_steps: Sequence[float] = (),
+    perturbation: bool = False,
     start: Tensor | None = None,
     seed: int = 0,
     graph_memory: int | None = None,
@@ -62,60 +67,67 @@ def sharpness(
     batch_size_fn: BatchSizeFn | None = None,
     batch_weight_fn: BatchWeightFn | None = None,
 ) -> SharpnessResult:
-    r"""Top eigenvalues, trace and spectral density of the Hessian of a model's mean loss.
+    r"""Return the top eigenvalues, the trace and the spectral density of the Hessian of a model's mean loss.
 
     :math:`H = \nabla^2_\theta L`, :math:`L = \frac{1}{N} \sum_i \ell_i`, over all samples of ``batches``, in
-    evaluation mode. One Lanczos run with full reorthogonalization gives the eigenvalues with their residuals, the
-    density by Gauss quadrature, and the space on which the trace is exact; a few random probes add the rest of the
-    trace with its standard error. The same numbers say where the curvature is: the share of each eigenvector and the
-    trace of each block of parameters, and of each expert.
+    evaluation mode. One Lanczos iteration with full reorthogonalization gives the eigenvalues with their residuals, the
+    density by Gauss quadrature, and the space on which the trace is exact. A few random probes add the rest of the
+    trace with its standard error. The same numbers locate the curvature: the result holds the share of each eigenvector
+    and the trace for each block of parameters and for each expert.
 
-    With hard routing (top-k experts) the loss is smooth only as long as no sample changes its experts: H is the Hessian
-    at fixed routing; `routing_response` says how far that holds. The same is true of the kinks of ReLU and max-pooling.
+    With hard routing (top-k experts) the loss is smooth only while no sample is routed to other experts. H is the
+    Hessian at fixed routing, and `routing_response` measures how far that holds. The same is true of the kinks of ReLU
+    and max-pooling.
 
-    ``converged`` is a certificate. Some further products look for eigenvalues that are missing, such as copies of a
-    repeated one. On a part of the samples the products are compared with float64, and the gradient with a finite
-    difference of the loss. The symmetry of the products is checked, and whether the loss is a mean over the samples.
-    What fails warns. Rounding is part of the residuals and of the standard error of the trace. ``certificate`` of the
-    result says what was checked. Up to 100 parameters a density takes all eigenvalues, and trace and density are exact.
+    ``converged`` is a certificate. Some further products search for missing eigenvalues, such as copies of a repeated
+    one. On a part of the samples the products are compared with float64, and the gradient with a finite difference of
+    the loss. Two more checks cover the symmetry of the products and whether the loss is a mean over the samples. A
+    failed check warns. Rounding is part of the residuals and of the standard error of the trace. ``certificate`` of the
+    result lists the checks. Up to 100 parameters a density takes all eigenvalues, and trace and density are exact.
 
     The model is evaluated inside `analysis_mode` and left bit for bit as it was, also after an error.
 
     Args:
         model: The model.
         loss_fn: ``loss_fn(model, batch) -> scalar``, the mean over the samples of the batch, a deterministic function.
-        batches: The data; all of it is held in memory. Batches of different sizes are weighted by their samples. The
-            trace needs the fewer probes the more batches there are, up to 16: each gets random vectors of its own.
+        batches: The data, all of it held in memory. Batches of different sizes are weighted by their samples. Up to 16,
+            more batches reduce the number of probes for the trace, because each batch gets its own random vectors.
         params: The parameters :math:`\theta`: tensors, or names of parameters or modules such as ``["head"]``; by
-            default all that require a gradient. What lies before them is computed once.
-        num_eigenvalues: Number of algebraically largest eigenvalues; five are what papers on sharpness report.
+            default all that require a gradient. Layers before them are evaluated once.
+        num_eigenvalues: Number of algebraically largest eigenvalues. Papers on sharpness report five.
         tolerance: Largest relative residual :math:`\|Hv - \lambda v\| / |\lambda|` of these. 1e-3 makes the error of a
-            separated eigenvalue about 1e-6, well below what the choice of samples changes.
+            separated eigenvalue about 1e-6, well below the effect of the choice of samples.
         trace_tolerance: Standard error of the trace, as a fraction of the larger of :math:`|\operatorname{tr} H|` and
-            :math:`\|H\|_F`. The probes needed grow as its inverse square; with 5 %, the fewest that are
-            trusted often reach 1 to 2 %.
-        max_steps: Most Lanczos steps.
-        max_probes: Most rounds of probes for the trace, each the cost of one product.
-        density: Also give the density; takes at least 40 Lanczos steps.
+            :math:`\|H\|_F`. The number of probes grows as its inverse square. With 5 %, the minimum number of
+            probes often reaches 1 to 2 %.
+        max_steps: Maximum number of Lanczos steps.
+        max_probes: Maximum number of rounds of probes for the trace, each the cost of one product.
+        density: Also compute the density, which takes at least 40 Lanczos steps.
         blocks: Names of parameters or modules by block. By default backbone, router and experts of a model with one of
-            our routers, else one block for each child.
-        block_eigenvalues: Also give the largest eigenvalue of each block's diagonal block; about ten products each.
+            our routers, otherwise one block for each child.
+        block_eigenvalues: Also compute the largest eigenvalue of each block's diagonal block, for about ten products
+            each.
         keep_eigenvectors: Keep the eigenvectors (``num_eigenvalues`` times the memory of the parameters).
-        start: Vector (P,) to start from, such as the sum of the eigenvectors of the epoch before: saves products, and
-            leaves no density.
+        routing_steps: Lengths of steps along the first eigenvector, in both directions, at which the routing of a
+            sparse head is compared (`routing_response`). Models without a sparse router ignore it.
+        perturbation: Also compute the adaptive and SAM-type sharpness of `perturbation_sharpness`, for about forty
+            gradients.
+        start: Start vector (P,), such as the sum of the eigenvectors of the previous epoch. It saves products, but
+            excludes the density.
         seed: Seed of all random vectors; equal seeds give equal results.
         graph_memory: Bytes that may be kept between products; see `HessianOperator`.
         basis_memory: Bytes that the Krylov basis may take; see `lanczos`.
-        progress: Shows the progress and ends the analysis when its time is over; see `Progress`.
-        ranks: The processes that share the work, each with its part of the samples in ``batches``; all of them call
+        progress: Shows the progress and ends the analysis at its time limit; see `Progress`.
+        ranks: The processes that share the work, each with its part of the samples in ``batches``. All of them call
             this function and get the result. By default this process has all samples.
-        batch_size_fn: ``batch_size_fn(batch)``, the number of samples of a batch; by default its tensors tell.
+        batch_size_fn: ``batch_size_fn(batch)``, the number of samples of a batch; by default inferred from its tensors.
         batch_weight_fn: ``batch_weight_fn(batch)``, the weight of its loss, where that is no mean over the samples; by
             default the number of samples.
 
     Returns:
-        The numbers with their uncertainty. What did not reach its tolerance is marked, not hidden. When the time of the
-        progress is over, the eigenvalues so far, and the trace if it was begun, marked by ``partial``.
+        The numbers with their uncertainty. Flags mark the numbers that did not reach their tolerance. When the time of
+        the progress is over, the result holds the eigenvalues so far, and the trace if it was started, and its
+        ``partial`` gives the reason.
 
     Raises:
         ValueError: If an argument is out of range or unknown, the model has nothing to differentiate, or the loss or
@@ -136,7 +148,14 @@ def sharpness(
         ([4.0, 1.0], 5.0)
     """
     check_sharpness_options(num_eigenvalues, tolerance, trace_tolerance, max_steps, max_probes)
-    check_flags(density=density, block_eigenvalues=block_eigenvalues, keep_eigenvectors=keep_eigenvectors)
+    check_flags(
+        density=density,
+        block_eigenvalues=block_eigenvalues,
+        keep_eigenvectors=keep_eigenvectors,
+        perturbation=perturbation,
+    )
+    steps: dict[str, Any] = {f"routing_steps[{place}]": step for place, step in enumerate(routing_steps)}
+    check_positive(**steps)
     check_seed(seed)
     selected = selected_parameters(model, params)
     num_parameters = sum(p.numel() for p in selected.values())
@@ -145,20 +164,30 @@ def sharpness(
             f"num_eigenvalues: expected 1 to {num_parameters}, the number of parameters, got {num_eigenvalues}"
         )
     if start is not None and density:
-        raise ValueError("start: expected None with density=True, whose start has to be random; pass density=False")
+        raise ValueError(
+            "start: expected None with density=True, got a vector. A density needs a random start: pass density=False."
+        )
     slices = slices_of(selected)
     places = places_of(default_blocks(model, slices) if blocks is None else blocks, slices)
     experts = expert_places(model, slices)
     progress, ranks = progress or Progress(), ranks or Ranks()
 
     def algorithm(operator: HessianOperator) -> SharpnessResult:
-        findings = Findings(
-            operator, places, experts, density, keep_eigenvectors, seed, trace_tolerance, progress, dependence
+        record = SharpnessRecord(
+            operator,
+            places,
+            experts,
+            density,
+            keep_eigenvectors or bool(routing_steps),
+            seed,
+            trace_tolerance,
+            progress,
+            dependence,
         )
-        # One stream for all random vectors: the probes of the trace must not repeat the start of the Krylov space.
+        # One stream for all random vectors, because the probes of the trace must not repeat the start vector.
         generator = torch.Generator().manual_seed(seed)
         try:
-            findings.krylov = krylov = lanczos(
+            record.krylov = krylov = lanczos(
                 operator,
                 generator=generator,
                 num_eigenvalues=num_eigenvalues,
@@ -167,38 +196,38 @@ def sharpness(
                 max_steps=max_steps,
                 start=start,
                 basis_memory=basis_memory,
-                on_step=findings.add_krylov,
+                on_step=record.add_krylov,
             )
             blocks = _both(places, experts)
-            findings.certificate = certified(
+            record.certificate = certified(
                 from_krylov(krylov, dependence, operator.center_loss), operator, krylov, blocks, seed, progress
             )
-            findings.add_spread()
-            findings.trace = deflated_trace(
+            record.add_spread()
+            record.trace = deflated_trace(
                 operator,
                 krylov,
                 generator=generator,
                 tolerance=trace_tolerance,
                 max_probes=max_probes,
                 blocks=blocks,
-                on_step=findings.add_trace,
+                on_step=record.add_trace,
             )
             for name in places if block_eigenvalues else ():
-                findings.add_block(name, _largest(operator, places[name], generator, tolerance, max_steps))
+                record.add_block(name, _largest(operator, places[name], generator, tolerance, max_steps))
         except TimeUp as error:
-            if findings.krylov is None and operator.interrupted is not None:
-                findings.add_first_value(operator.interrupted, tolerance)
+            if record.krylov is None and operator.interrupted is not None:
+                record.add_first_value(operator.interrupted, tolerance)
             result: SharpnessResult = progress.result_in_time(error)
             return result
-        for sentence in findings.certificate.warnings():
+        for sentence in record.certificate.warnings():
             progress.warn(sentence)
-        return findings.result()
+        return record.result()
 
     with ranks.synchronized():
         data = Batches.of(batches, batch_size_fn, batch_weight_fn)
     dependence = _cut_dependence(model, loss_fn, data, progress, ranks, seed)
     with analysis_mode(model, seed):
-        return shared_hessian(
+        result = shared_hessian(
             ranks,
             algorithm,
             model,
@@ -209,12 +238,25 @@ def sharpness(
             progress=progress,
             seed=seed,
         )
+    result = supplemented(
+        model,
+        loss_fn,
+        data,
+        result,
+        params=params,
+        routing_steps=routing_steps,
+        perturbation=perturbation,
+        seed=seed,
+        progress=progress,
+        ranks=ranks,
+    )
+    return result if keep_eigenvectors else replace(result, eigenvectors=None)
 
 
 def _cut_dependence(
     model: nn.Module, loss_fn: LossFn, data: Batches, progress: Progress, ranks: Ranks, seed: int
 ) -> CutDependence:
-    """Whether the loss is a mean over the samples; when there is no time to look, that is what is said."""
+    """Return the change of the loss when batches are halved, or the reason if there was no time to measure it."""
     try:
         return check_mean(model, loss_fn, data, progress=progress, ranks=ranks, seed=seed)
     except TimeUp:
@@ -224,11 +266,11 @@ def _cut_dependence(
 def _min_steps(num_parameters: int, density: bool, max_steps: int) -> int:
     if not density:
         return 0
-    return min(num_parameters if num_parameters <= _WHOLE else _DENSITY_STEPS, max_steps)
+    return min(num_parameters if num_parameters <= _MAX_EXACT else _DENSITY_STEPS, max_steps)
 
 
 def _both(places: Places, experts: Places) -> Places:
-    """Blocks and experts in one, under names that cannot be the same."""
+    """Return blocks and experts in one mapping, under distinct names."""
     blocks = {f"block {name}": place for name, place in places.items()}
     return blocks | {f"expert {name}": place for name, place in experts.items()}
 
@@ -236,7 +278,7 @@ def _both(places: Places, experts: Places) -> Places:
 def _largest(
     operator: HessianOperator, places: Sequence[slice], generator: torch.Generator, tolerance: float, max_steps: int
 ) -> tuple[float, float]:
-    """Largest eigenvalue of a diagonal block and its residual norm; infinite where a larger one may be missing."""
+    """Return the largest eigenvalue of a diagonal block and its residual norm, infinite if a larger one may exist."""
     if not places:
         return 0.0, 0.0
     block = DiagonalBlock(operator, places)
@@ -248,7 +290,7 @@ def _largest(
 def check_sharpness_options(
     num_eigenvalues: int, tolerance: float, trace_tolerance: float, max_steps: int, max_probes: int
 ) -> None:
-    """Refuse what no model could be analyzed with."""
+    """Raise a ValueError for options that are invalid whatever the model is."""
     check_at_least(1, num_eigenvalues=num_eigenvalues, max_steps=max_steps)
     check_at_least(MIN_PROBES, max_probes=max_probes)
     check_positive(tolerance=tolerance, trace_tolerance=trace_tolerance)

@@ -1,4 +1,4 @@
-"""What a sharpness analysis found, and how it is reported."""
+"""Result of a sharpness analysis and its report."""
 
 import math
 from collections.abc import Mapping
@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Literal
 from torch import Tensor
 
 from moe_heads.analysis._shared.tables import markdown_table
-from moe_heads.analysis.loss_landscape.routing_response_result import RoutingResponse
+from moe_heads.analysis.loss_landscape.routing_response import RoutingResponse
 from moe_heads.analysis.sharpness.block import BlockCurvature, blocks_table
 from moe_heads.analysis.sharpness.certificate import Certificate
 from moe_heads.analysis.sharpness.hessian.density import SpectralDensity
 from moe_heads.analysis.sharpness.hessian.products import GraphMode
-from moe_heads.analysis.sharpness.perturbation.result import PerturbationSharpnessResult
+from moe_heads.analysis.sharpness.perturbation import PerturbationSharpnessResult
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 __all__ = ["Engine", "SharpnessResult"]
 
 Engine = Literal["lanczos", "pyhessian"]
-"""Who computes: this package, or PyHessian as arXiv 2601.15021 used it."""
+"""Implementation: that of this package, or PyHessian as in arXiv 2601.15021."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,48 +30,49 @@ class SharpnessResult:
     r"""Spectrum of the Hessian H of a mean loss, with its uncertainty.
 
     Attributes:
-        eigenvalues: The algebraically largest eigenvalues, descending; units of the loss per squared parameter. With
-            PyHessian in the order in which it gives them.
-        residuals: :math:`\|Hv - \lambda v\| / |\lambda|` of each, rounding and asymmetry of the products included; a
-            symmetric H has an eigenvalue within ``residual`` · :math:`|\lambda|` of the one given.
+        eigenvalues: The algebraically largest eigenvalues, descending, in units of the loss per squared parameter. With
+            PyHessian they are in its order.
+        residuals: :math:`\|Hv - \lambda v\| / |\lambda|` of each, including rounding and asymmetry of the products. A
+            symmetric H has an eigenvalue within ``residual`` · :math:`|\lambda|` of the given one.
         lambda_min: Estimate of the smallest eigenvalue, from above; nan with PyHessian.
-        lambda_min_residual: Its relative residual; the analysis does not wait for it to become small.
+        lambda_min_residual: Its relative residual, which has no tolerance.
         trace: Trace of H.
         trace_stderr: Its standard error, from the random probes and from rounding.
         frobenius_norm: Estimate of :math:`\|H\|_F`, the root of the sum of squared eigenvalues; nan with PyHessian.
         density: Density of all eigenvalues (``grid``, ``values``, ``stderr``, ``sigma``, ...), or None.
         blocks: Curvature by block of parameters.
-        experts: Curvature by single expert, "expert 0" and on, of heads with stacked experts.
+        experts: Curvature by single expert, "expert 0" and so on, of heads with stacked experts.
         num_steps: Lanczos steps; power iterations with PyHessian.
         num_probes: Random vectors for the trace, in units of one product.
-        num_products: Hessian-vector products in all.
+        num_products: Hessian-vector products in total.
         num_samples: Samples of the loss.
         num_parameters: Order of H.
         eigenvalues_converged: Whether all of ``eigenvalues`` met their tolerance, none is missing, and no check of
             ``certificate`` failed.
         trace_converged: Whether ``trace_stderr`` met its tolerance, and no check failed.
         graph_mode: How the products were computed; see `HessianOperator`.
-        graph_reason: Why no faster way was taken; "" where there is none, or nobody asked.
+        graph_reason: Why a faster way was not used; "" if none exists.
         seed: Seed of the random vectors.
         parameter_names: The parameters in the order of the flat vectors, that of ``model.named_parameters()``.
         eigenvectors: Unit eigenvectors, shape (number of eigenvalues, num_parameters), on the CPU; None unless kept.
-        partial: Why the analysis ended before its time; "" for one that is whole. There may be fewer eigenvalues than
-            were asked for, and the trace is nan, with an infinite standard error, when it was not begun.
-        tolerance: Largest relative residual that was asked for.
-        certificate: What was checked on this model and these samples; None with PyHessian.
+        partial: Why the analysis ended early; "" for a complete result. A partial result may have fewer eigenvalues
+            than requested. A trace that was not started is nan, with an infinite standard error.
+        tolerance: Requested bound of the relative residuals.
+        certificate: Checks on this model and these samples; None with PyHessian.
         center_loss: Mean loss over the samples; nan with PyHessian.
         lambda_max_sampling_stderr: Standard error of the largest eigenvalue from the choice of samples, by the spread
-            of its parts over batches (a jackknife to first order); nan with fewer than four batches. It is no part of
-            ``residuals``. The largest eigenvalue of few samples lies above that of many: this does not show in it.
-        trace_sampling_stderr: The same of the trace, where no restart lost its parts.
-        engine: Who computed.
-        failures: What PyHessian got wrong here, a sentence each.
+            of its parts over batches (a jackknife to first order); nan with fewer than four batches. ``residuals`` do
+            not include it. It does not include the bias of few samples, whose largest eigenvalue lies above that of
+            many.
+        trace_sampling_stderr: The same for the trace; nan where a restart lost its parts.
+        engine: Implementation of the analysis.
+        failures: A sentence for each failure of PyHessian.
         overlaps: By name of another result, the overlap of its top eigenvectors with these; see `subspace_overlap`.
-        perturbation: Adaptive and SAM sharpness, where the callback was asked for it.
-        routing: How the routing of a sparse head answers to steps along the first eigenvector, likewise.
+        perturbation: Adaptive and SAM sharpness, if the callback has the option.
+        routing: Changes of the routing of a sparse head along the first eigenvector, if the callback has the option.
         stability_threshold: :math:`\lambda_{\max}` above which the optimizer's steps are unstable on a quadratic; None
-            where it is not known.
-        history: By epoch, the largest eigenvalue and the stability threshold, where it was tracked.
+            where it is unknown.
+        history: The largest eigenvalue and the stability threshold by tracked epoch.
     """
 
     eigenvalues: tuple[float, ...]
@@ -112,11 +113,11 @@ class SharpnessResult:
 
     @property
     def converged(self) -> bool:
-        """Whether everything met its tolerance."""
+        """True if the eigenvalues and the trace met their tolerances."""
         return self.eigenvalues_converged and self.trace_converged
 
     def metrics(self) -> dict[str, float]:
-        """The numbers to log: lambda_max, lambda_2, ..., lambda_min, trace, trace_stderr, residual_max, counts."""
+        """Return the finite numbers to log: lambda_max, lambda_2, ..., trace, trace_stderr, residual_max, counts."""
         first, *others = self.eigenvalues
         values = {
             "lambda_max": first,
@@ -149,36 +150,37 @@ class SharpnessResult:
             "trace_converged": float(self.trace_converged),
             **({"partial": 1.0} if self.partial else {}),
         }
-        # of a partial result, what there is
+        # A partial result has only some of them.
         return {name: value for name, value in values.items() if math.isfinite(value)}
 
     def plot(self, ax: "Axes | None" = None) -> "tuple[Figure, Axes]":
-        """Density of the eigenvalues on a logarithmic axis, the largest ones marked.
+        """Plot the density of the eigenvalues on a logarithmic axis and mark the largest ones.
 
         Args:
-            ax: Axes to draw into; by default those of a new figure that pyplot does not know.
+            ax: Axes to draw into; by default those of a new figure outside pyplot.
         """
         from moe_heads.analysis.sharpness.figures import plot_spectrum
 
         return plot_spectrum(self.eigenvalues, self.density, ax)
 
     def plot_blocks(self) -> "Figure | None":
-        """Where the curvature is: trace of each block and expert with its standard error, and shares of eigenvectors.
+        """Plot the trace of each block and expert with its standard error, and the shares of the eigenvectors.
 
-        None where there is no more than one block.
+        Returns:
+            The figure; None for fewer than two blocks.
         """
         from moe_heads.analysis.sharpness.figures import plot_blocks
 
         return plot_blocks(self.blocks, self.experts) if len(self.blocks) > 1 else None
 
     def plot_history(self) -> "Figure | None":
-        """Largest eigenvalue over the epochs beside the stability threshold; None where it was not tracked."""
+        """Plot the largest eigenvalue and the stability threshold over the epochs; None where it was not tracked."""
         from moe_heads.analysis.sharpness.figures import plot_history
 
         return plot_history(self.history) if self.history else None
 
     def summary(self) -> str:
-        """Markdown tables of the numbers, and a sentence for each that did not converge or is not there."""
+        """Return Markdown tables of the numbers, with a sentence for each that is missing or did not converge."""
         parts = [
             markdown_table(("quantity", "value", "relative residual"), self._rows()),
             ""
@@ -188,7 +190,7 @@ class SharpnessResult:
             blocks_table("expert", self.experts),
             "" if self.perturbation is None else f"**Perturbations**\n\n{self.perturbation.summary()}",
             "" if self.routing is None else f"**Along the first eigenvector**\n\n{self.routing.summary()}",
-            *self._shortfalls(),
+            *self._limitations(),
         ]
         return "\n\n".join(part for part in parts if part)
 
@@ -216,53 +218,53 @@ class SharpnessResult:
             ("Hessian-vector products", spent, ""),
             (
                 "graph of the products",
-                self.graph_mode + (f" ({_in_a_cell(self.graph_reason)})" if self.graph_reason else ""),
+                self.graph_mode + (f" ({_table_cell(self.graph_reason)})" if self.graph_reason else ""),
                 "",
             ),
             ("samples", f"{self.num_samples}", ""),
             ("parameters", f"{self.num_parameters}", ""),
         ]
 
-    def _shortfalls(self) -> list[str]:
-        shortfalls = [f"**Partial**: {self.partial}, with {self.num_samples} samples."] if self.partial else []
-        shortfalls += [f"**PyHessian**: {failure}" for failure in self.failures]
-        shortfalls += [] if self.certificate is None else self.certificate.warnings()
+    def _limitations(self) -> list[str]:
+        limitations = [f"**Partial**: {self.partial}, with {self.num_samples} samples."] if self.partial else []
+        limitations += [f"**PyHessian**: {failure}" for failure in self.failures]
+        limitations += [] if self.certificate is None else self.certificate.warnings()
         if not self.eigenvalues_converged:
-            shortfalls.append(self._why_not_converged())
+            limitations.append(self._why_not_converged())
         if math.isnan(self.trace):
-            shortfalls.append("The trace was not begun.")
+            limitations.append("The trace was not computed.")
         elif not self.trace_converged:
-            shortfalls.append(
-                f"The trace did not reach its tolerance with {self.num_probes} probes: its standard error holds"
-                + (", or raise max_probes." if self.engine == "lanczos" else ".")
+            limitations.append(
+                f"The trace did not reach its tolerance with {self.num_probes} probes. Its standard error is valid."
+                + (" Raise max_probes for a smaller one." if self.engine == "lanczos" else "")
             )
-        return shortfalls
+        return limitations
 
     def _why_not_converged(self) -> str:
         if self.engine != "lanczos" or self.certificate is None:
-            return f"The eigenvalues did not converge in {self.num_steps} steps: trust each only within its residual."
+            return f"The eigenvalues did not converge in {self.num_steps} steps. Each is accurate only to its residual."
         rounding = self.certificate.rounding
         lost = [rank for rank, value in enumerate(self.eigenvalues, start=1) if rounding > self.tolerance * abs(value)]
         if lost:
             names = ", ".join(f"λ{rank}" for rank in lost)
             return (
-                f"{names} did not converge: {self.certificate.dtype} does not resolve eigenvalues of this size, since"
+                f"{names} did not converge: {self.certificate.dtype} does not resolve eigenvalues of this size, because"
                 f" rounding changes them by about {rounding:.1g}. Analyze a copy in float64 (model.double(), with"
-                " batches in float64), or ask for fewer eigenvalues."
+                " batches in float64), or request fewer eigenvalues."
             )
         if max(self.residuals) <= self.tolerance and not self.certificate.is_complete:
             return (
-                f"The residuals met the tolerance, and in {self.num_steps} steps it could not be excluded that a larger"
-                " eigenvalue is missing, a copy of a repeated one say: raise max_steps or basis_memory."
+                f"The residuals met the tolerance, but {self.num_steps} steps could not exclude a missing larger"
+                " eigenvalue, such as a copy of a repeated one. Raise max_steps or basis_memory."
             )
         return (
-            f"The eigenvalues did not converge in {self.num_steps} steps: trust each only within its residual, or raise"
-            " max_steps."
+            f"The eigenvalues did not converge in {self.num_steps} steps. Each is accurate only to its residual. Raise"
+            " max_steps for more."
         )
 
 
 def _of_part(part: str, metrics: Mapping[str, float]) -> dict[str, float]:
-    """The metrics of a part, without what the whole says already."""
+    """Return the metrics of a part, without those that the whole result has too."""
     return {f"{part}_{name}": value for name, value in metrics.items() if name not in {"num_samples", "partial"}}
 
 
@@ -270,6 +272,6 @@ def _key(name: str) -> str:
     return name.replace(" ", "_").replace(".", "_")
 
 
-def _in_a_cell(text: str) -> str:
-    """The first line of a message, without what would end a cell of a Markdown table."""
+def _table_cell(text: str) -> str:
+    """Return the first line of a message, without the character that ends a cell of a Markdown table."""
     return text.splitlines()[0].replace("|", "/")

@@ -1,4 +1,4 @@
-"""Several training loaders together."""
+"""Combination of several training loaders."""
 
 from typing import Any
 
@@ -32,7 +32,7 @@ def test_batches_are_those_of_the_training() -> None:
     assert "['unlabeled']: 210 of 210, drawn" in sample.description
 
 
-def test_a_batch_size_that_is_asked_for_keeps_the_proportion() -> None:
+def test_a_requested_batch_size_keeps_the_proportion() -> None:
     assert shapes(draw(LOADERS, size=7, is_size_default=False)) == [(1, 7)] * 30
 
 
@@ -61,7 +61,7 @@ def test_one_after_the_other() -> None:
     assert sample.num_samples == 50
 
 
-def test_the_validation_loaders_that_are_left_out_are_told() -> None:
+def test_unused_validation_loaders_are_reported() -> None:
     sample = draw_sample("val", list(LOADERS.values()), 100, 50, 0)
     assert sample.num_samples == 30
     assert sample.description.endswith("; the other 1 of 2 loaders are left out")

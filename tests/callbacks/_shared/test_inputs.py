@@ -1,4 +1,4 @@
-"""How a sample is shared out."""
+"""Division of a sample among ranks."""
 
 from typing import Any
 
@@ -36,6 +36,6 @@ def test_what_cannot_be_cut_goes_whole_in_turn() -> None:
     assert [[int(x[0]) for x, _ in share] for share in found] == [[0, 2, 4], [1, 3]]
 
 
-def test_nobody_is_left_with_nothing() -> None:
+def test_no_rank_gets_an_empty_share() -> None:
     assert shares([torch.zeros(1)], 2) == [None, None]
     assert shares([torch.zeros(5)], 1) == [None]

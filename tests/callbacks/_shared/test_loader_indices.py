@@ -51,7 +51,7 @@ def test_a_batch_sampler_keeps_its_batches_and_its_state() -> None:
     assert all(len({int(number) % 3 for number in batch[0]}) == 1 for batch in sample.batches)
     assert (buckets.epoch, sample.num_available, sample.are_exchangeable) == (0, 60, False)
     assert torch.equal(buckets.generator.get_state(), state)
-    assert "30 of 60, in 3 of the 6 batches that the loader's Buckets makes, drawn with seed 0" in sample.description
+    assert "30 of 60, in 3 of the 6 batches that the loader's Buckets forms, drawn with seed 0" in sample.description
     again, other = (
         draw(DataLoader(DATA, batch_sampler=buckets), 25),
         draw(DataLoader(DATA, batch_sampler=buckets), 25, seed=1),
@@ -94,7 +94,7 @@ def test_string_keys_are_those_that_the_sampler_gives() -> None:
     keys = [f"id{number}" for number in range(0, 60, 2)]
     sample = draw(DataLoader(Keyed(), batch_size=10, sampler=keys), 20)
     assert set(numbers(sample)) < set(range(0, 60, 2)) and len(set(numbers(sample))) == 20
-    assert "20 of 30 of those that the loader's list gives" in sample.description
+    assert "20 of 30 of those that the loader's list returns" in sample.description
 
 
 def test_an_endless_sampler_ends() -> None:
@@ -108,7 +108,7 @@ def test_an_endless_sampler_ends() -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_weights_are_respected_and_told() -> None:
+def test_weights_are_respected_and_described() -> None:
     weights = torch.where(torch.arange(60) < 3, 19.0, 1.0)
     sampler = WeightedRandomSampler(weights, 5000)
     sample = draw(DataLoader(DATA, batch_size=10, sampler=sampler), 2000, 100)
@@ -122,11 +122,11 @@ def test_weights_are_respected_and_told() -> None:
     assert len(set(numbers(once))) == 20
 
 
-def test_what_an_unaugmented_data_set_of_another_length_cannot_respect_is_told() -> None:
+def test_a_sampler_over_another_data_set_is_reported_as_unused() -> None:
     loader = DataLoader(DATA, batch_sampler=Buckets())
     offered = TensorDataset(X[:30], torch.zeros(30))
     assert "without the loader's Buckets" in draw(loader, dataset=offered).description
-    assert "that the loader's Buckets makes" in draw(loader, dataset=TensorDataset(X, torch.zeros(60))).description
+    assert "that the loader's Buckets forms" in draw(loader, dataset=TensorDataset(X, torch.zeros(60))).description
 
 
 def test_every_batch_is_a_random_sample_of_the_draw() -> None:
@@ -143,7 +143,7 @@ def test_the_default_batch_is_no_larger_than_the_loaders() -> None:
     assert set(draw(DataLoader(DATA, batch_size=55), size=50, is_size_default=True).batches.sizes) == {50, 10}
 
 
-def test_the_number_is_that_of_the_indices_whatever_the_batch_looks_like() -> None:
+def test_the_number_of_samples_is_the_number_of_indices_for_any_batch() -> None:
     def packed(items: list[Any]) -> Any:
         return torch.cat([x for x, _ in items for _ in range(9)]), torch.tensor([len(items)])
 

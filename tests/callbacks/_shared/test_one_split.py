@@ -1,4 +1,4 @@
-"""How one split is analyzed: plain calls, and what is known already."""
+"""Analysis of one split: plain calls and cached results."""
 
 from pathlib import Path
 from typing import Any
@@ -60,11 +60,15 @@ def test_a_plain_call_takes_any_module_with_a_loss_and_batches() -> None:
 def test_a_plain_call_raises() -> None:
     with pytest.raises(ValueError, match="train, val, test: expected data for at least one split, got none"):
         SharpnessCallback().analyze(PlainModule())
-    with pytest.raises(MisconfigurationException, match=r"Linear has no training_step to take the loss from\. Pass"):
+    with pytest.raises(
+        MisconfigurationException, match=r"Linear: expected a training_step that returns the loss, got none\. Pass"
+    ):
         SharpnessCallback().analyze(nn.Linear(NUM_FEATURES, 3), train=loader())
     with pytest.raises(MisconfigurationException, match="weights: expected 'last' without a Trainer"):
         SharpnessCallback(weights="best").analyze(PlainModule(), train=loader())
-    with pytest.raises(MisconfigurationException, match="LazyLinear: weight is lazy and has no values yet"):
+    with pytest.raises(
+        MisconfigurationException, match="LazyLinear: expected initialized parameters, got a lazy weight"
+    ):
         SharpnessCallback(loss_fn=cross_entropy).analyze(nn.LazyLinear(3), train=loader())
 
     def interrupted(model: nn.Module, batch: Any) -> Tensor:
@@ -111,7 +115,7 @@ def test_a_model_with_fewer_parameters_than_eigenvalues_gives_those_there_are() 
     assert len(result["train"].eigenvalues) == 2
 
 
-def test_one_tensor_in_place_of_a_loader_is_refused() -> None:
+def test_one_tensor_in_place_of_a_loader_raises_an_error() -> None:
     with pytest.raises(ValueError, match="train: expected a loader or a list of batches, got one tensor"):
         SharpnessCallback(loss_fn=cross_entropy).analyze(nn.Linear(1, 1), train=torch.ones(3, 1))
 
@@ -155,7 +159,7 @@ class Counted(FitEndAnalysis):
 def test_the_same_weights_and_samples_are_analyzed_once_in_a_fit() -> None:
     counted = Counted(splits=["val", "test"], every_n_epochs=2)
     run, module = trainer(counted, max_epochs=4), PlainModule()
-    with pytest.warns(UserWarning, match="no test data; val takes its place"):
+    with pytest.warns(UserWarning, match="no test data. Using val data instead"):
         run.fit(module, loader(), loader(seed=1))
     # the test split is the validation split, and the end of fit the fourth epoch
     assert counted.results == {"val": 2}
@@ -197,7 +201,7 @@ def test_what_decides_a_result_decides_whether_it_is_known(changed: str) -> None
     assert counted.results == {"train": 2}
 
 
-def test_a_plain_call_after_another_starts_anew() -> None:
+def test_a_second_plain_call_starts_from_scratch() -> None:
     counted, module = Counted(), PlainModule()
     before = snapshot(module)
     counted.analyze(module, train=loader(), val=loader())
@@ -206,8 +210,8 @@ def test_a_plain_call_after_another_starts_anew() -> None:
     assert_same(before, snapshot(module))
 
 
-def test_a_cuda_device_where_there_is_none_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unavailable_cuda_device_raises_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     batches = [torch.zeros(2, 3)]
-    with pytest.raises(ValueError, match="device: expected one that torch finds on this machine, got 'cuda', and"):
+    with pytest.raises(ValueError, match=r"device: expected an available device, got 'cuda'\. CUDA is not available"):
         InferenceTimingCallback(batch_sizes=(1,)).analyze(torch.nn.Linear(3, 2), test=batches, device="cuda")

@@ -1,4 +1,4 @@
-"""Results that end early, and errors: what is kept, what is told."""
+"""Partial results and errors of an analysis: results, warnings and logged metrics."""
 
 import gc
 import os
@@ -70,7 +70,7 @@ def partial_after(
         (ZeroDivisionError("half way"), "failed with ZeroDivisionError: half way"),
     ],
 )
-def test_what_was_found_before_an_end_is_kept_and_marked(
+def test_a_partial_result_is_kept_and_marked(
     monkeypatch: pytest.MonkeyPatch, error: BaseException | None, reason: str
 ) -> None:
     broken, run, told = partial_after(monkeypatch, 23, error, reason)
@@ -83,11 +83,13 @@ def test_what_was_found_before_an_end_is_kept_and_marked(
     assert run.callback_metrics["sharpness/train/lambda_max"] == pytest.approx(result.eigenvalues[0])
     assert "sharpness/train/trace" not in run.callback_metrics
     assert len(told) == 1
-    assert told[0].startswith(f"sharpness/train: {reason} (what was found before is kept, marked as partial)")
+    assert told[0].startswith(f"sharpness/train: {reason} (the partial result up to this point is kept)")
 
 
 def test_an_end_before_anything_was_found_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    broken, run, told = partial_after(monkeypatch, 4, None, "sharpness/train: interrupted. The trained model is as it")
+    broken, run, told = partial_after(
+        monkeypatch, 4, None, "sharpness/train: interrupted. The trained model is unchanged"
+    )
     assert broken.results == {}
     assert not any(name.startswith("sharpness/") for name in run.callback_metrics)
     assert len(told) == 1
@@ -176,11 +178,11 @@ def test_little_memory_changes_no_number() -> None:
     [
         (lambda m, b: cross_entropy(m, b) * float("nan"), "expected a finite loss, got nan as the loss of batch 0"),
         (lambda m, b: (_ for _ in ()).throw(torch.OutOfMemoryError("full")), r"not enough memory for a single sample"),
-        (lambda m, b: cross_entropy(m, b).detach(), "that of no batch has a graph"),
+        (lambda m, b: cross_entropy(m, b).detach(), "losses without a graph of them"),
         (lambda m, b: OnceDifferentiable.apply(cross_entropy(m, b)), "a layer of the model has no second derivative"),
     ],
 )
-def test_what_cannot_be_analyzed_is_told_once_with_cause_and_remedy(loss_fn: Any, message: str) -> None:
+def test_an_unsupported_model_causes_one_warning_with_cause_and_remedy(loss_fn: Any, message: str) -> None:
     broken, fine = SharpnessCallback(splits=["train"], loss_fn=loss_fn), SharpnessCallback(splits=["train"], name="b")
     with pytest.warns(UserWarning, match=message) as caught:
         trainer(broken, fine).fit(PlainModule(), loader())
@@ -207,7 +209,7 @@ def test_a_model_without_a_second_derivative_gets_its_plane_and_no_line() -> Non
 
     landscape = LossLandscapeCallback(splits=["train"], plane_points=3)
     run = trainer(landscape)
-    with pytest.warns(UserWarning, match=r"hardsigmoid.*\(what was found before is kept, marked as partial\)"):
+    with pytest.warns(UserWarning, match=r"hardsigmoid.*\(the partial result up to this point is kept\)"):
         run.fit(Hard(), loader())
     result = landscape.results["train"]
     assert result.line is None
@@ -290,7 +292,7 @@ def test_ctrl_c_while_all_is_put_back_costs_no_result() -> None:
 
     sharpness = SharpnessCallback(splits=["train"], num_eigenvalues=1)
     run = trainer(sharpness)
-    with pytest.warns(UserWarning, match=r"interrupted \(what was found before is kept, and whole\)"):
+    with pytest.warns(UserWarning, match=r"interrupted \(the complete result up to this point is kept\)"):
         run.fit(Moving(), loader())
     assert sharpness.results["train"].converged
     assert run.callback_metrics["sharpness/train/lambda_max"] == pytest.approx(

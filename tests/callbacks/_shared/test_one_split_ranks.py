@@ -1,4 +1,4 @@
-"""One split on two ranks, each of which may fail, run out of time, be interrupted or differ: nobody is left waiting."""
+"""One split on two ranks with errors, time limits, interrupts or different data on one of them: no rank hangs."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""Progress appears where and as the Trainer shows progress, after a while, and leaves nothing behind."""
+"""The progress bar follows the Trainer's, appears after a delay, and is removed at the end."""
 
 import importlib.util
 import io
@@ -165,7 +165,7 @@ def test_a_bar_that_cannot_be_drawn_is_a_warning(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(sys, "stderr", Broken())
     done = []
     with (
-        pytest.warns(UserWarning, match="sharpness: its progress bar failed with OSError: broken pipe"),
+        pytest.warns(UserWarning, match="sharpness: the progress bar failed with OSError: broken pipe"),
         progress_bar.progress_bar(None, "sharpness") as show,
     ):
         time.sleep(0.1)
@@ -215,7 +215,7 @@ class InAllHooks(Callback):
 
 @pytest.mark.parametrize("last", [False, True], ids=["before the bar's own hooks", "after them"])
 @pytest.mark.parametrize("bar", [TQDMProgressBar, RichProgressBar])
-def test_beside_the_trainers_own_bar(bar: Any, last: bool, screen: Screen) -> None:
+def test_the_bar_next_to_the_trainers_own_bar(bar: Any, last: bool, screen: Screen) -> None:
     options = {"console_kwargs": TERMINAL} if bar is RichProgressBar else {}
     own, analyses = bar(**options), InAllHooks(screen)
     fit = trainer(*([own, analyses] if last else [analyses, own]), enable_progress_bar=True, max_epochs=2)

@@ -1,4 +1,4 @@
-"""From a result to the loggers."""
+"""Reports of results to the loggers."""
 
 import csv
 import subprocess

@@ -109,11 +109,9 @@ def test_overfit_batches_are_the_first_of_the_loader() -> None:
     assert draw(Batches([torch.zeros(3)] * 9), 1000, 5, num_batches=2).num_samples == 6
 
 
-def test_a_one_way_iterator_is_refused_and_not_read() -> None:
+def test_an_iterator_raises_an_error_and_is_not_read() -> None:
     stream = iter([torch.zeros(3)] * 9)
-    with pytest.raises(
-        MisconfigurationException, match=r"iterated again and again, got the one-way iterator list_iter"
-    ):
+    with pytest.raises(MisconfigurationException, match=r"can be iterated repeatedly, got the iterator list_iter"):
         draw(stream, 3, 3)
     assert len(list(stream)) == 9
 
@@ -124,13 +122,13 @@ def test_the_draw_shows_its_progress() -> None:
     assert steps == [(4, 10), (8, 10), (10, 10)]
 
 
-def test_empty_loader_is_refused() -> None:
+def test_empty_loader_raises_an_error() -> None:
     empty = DataLoader(TensorDataset(torch.zeros(0, NUM_FEATURES)))
     with pytest.raises(ValueError, match="train: expected a data set with at least one sample, got an empty loader"):
         draw(empty, 10, 4, seed=0)
 
 
-def test_something_else_than_a_loader_is_refused() -> None:
+def test_an_object_other_than_a_loader_raises_an_error() -> None:
     with pytest.raises(MisconfigurationException, match=r"train loader: expected an iterable, got int"):
         draw(3, 10, 4, seed=0)
 

@@ -1,4 +1,4 @@
-"""What is read of Lightning's private parts, against a real Trainer."""
+"""Access to Lightning's private parts, tested with a real Trainer."""
 
 import os
 import signal

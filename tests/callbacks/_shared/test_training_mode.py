@@ -1,4 +1,4 @@
-"""A loss that exists in training mode only is explained, and analyzed by way of analysis_loss."""
+"""A loss that exists in training mode only raises an error with a remedy, and works with analysis_loss."""
 
 from typing import Any
 
@@ -55,7 +55,7 @@ def test_a_loss_in_training_mode_only_is_explained(kind: type[Detector], callbac
         callback(splits=["train"]).analyze(model, train=data)
 
 
-def test_another_error_is_told_as_it_is() -> None:
+def test_another_error_is_raised_unchanged() -> None:
     class Broken(Detector):
         def training_step(self, batch: tuple[Tensor, Tensor]) -> Tensor:
             raise KeyError("mine")
@@ -64,7 +64,7 @@ def test_another_error_is_told_as_it_is() -> None:
         SharpnessCallback().analyze(Broken(), train=batches())
 
 
-def test_a_dict_without_a_loss_is_told_by_its_keys() -> None:
+def test_a_dict_without_a_loss_raises_an_error_with_its_keys() -> None:
     class Parts(Detector):
         def training_step(self, batch: tuple[Tensor, Tensor]) -> Any:
             return {"regression": torch.zeros(()), "boxes": torch.zeros(())}

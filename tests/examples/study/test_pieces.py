@@ -1,4 +1,4 @@
-"""A study in pieces, interrupted, changed, and shared by processes."""
+"""A study in several processes: interrupted, changed, and run in parallel."""
 
 import json
 from collections.abc import Sequence
@@ -63,7 +63,7 @@ def test_pieces_make_the_same_run_as_one_go(tmp_path: Path, capsys: pytest.Captu
         told.append(capsys.readouterr().err.strip().splitlines()[-1])
         assert not list(pieces.rglob("result.json"))
     assert "trained 1 of 3 epochs" in told[0] and "trained 2 of 3 epochs" in told[1] and "to be analyzed" in told[2]
-    assert "trained, and analyzed as far as expert_utilization" in told[3]
+    assert "trained, and analyzed up to expert_utilization" in told[3]
     assert main(pieces, "--resume", "--max-minutes", "1e-9") == 0
     whole, parts = weights(tmp_path / "whole"), weights(pieces)
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
@@ -99,7 +99,7 @@ def test_an_analysis_that_is_done_is_not_repeated(
     with monkeypatch.context() as failing, pytest.warns(UserWarning, match="inference_timing/test: failed"):
         failing.setattr(InferenceTimingCallback, "compute", lambda self, inputs: 1 / 0)
         assert main(tmp_path, *ONE_EPOCH) == 1
-    assert "not finished, for want of inference_timing; start again" in capsys.readouterr().err
+    assert "the run lacks inference_timing. Start again" in capsys.readouterr().err
     assert computed == ["expert_utilization/train", "expert_utilization/test"]
     computed.clear()
     assert main(tmp_path, *ONE_EPOCH, "--resume") == 0
@@ -144,10 +144,10 @@ def test_an_analysis_that_fails_when_time_is_up_is_an_error(
     monkeypatch.setattr(ExpertUtilizationCallback, "compute", lambda self, inputs: 1 / 0)
     with pytest.warns(UserWarning, match="expert_utilization/(train|test): failed"):
         assert main(tmp_path, *ONE_EPOCH, "--resume", "--max-minutes", "1e-9", "--seeds", "2") == 1
-    assert "not finished, for want of expert_utilization" in capsys.readouterr().err
+    assert "the run lacks expert_utilization" in capsys.readouterr().err
 
 
-def test_an_analysis_whose_report_fails_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_analysis_whose_report_fails_is_not_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its numbers would be missing for good."""
     with monkeypatch.context() as failing, pytest.warns(UserWarning, match="failed with ValueError: no room"):
 
@@ -160,13 +160,13 @@ def test_an_analysis_whose_report_fails_is_not_kept(tmp_path: Path, monkeypatch:
     assert "expert_utilization/test/head/effective_experts" in result(tmp_path)["metrics"]
 
 
-def test_a_damaged_analysis_is_told_by_its_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_damaged_analysis_is_reported_with_its_path(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for _ in range(2):
         assert main(tmp_path, *ONE_EPOCH, "--resume", "--max-minutes", "1e-9") == 3
     (kept,) = tmp_path.rglob("expert_utilization.json")
     kept.write_text(kept.read_text()[:50])
     assert main(tmp_path, *ONE_EPOCH, "--resume") == 1
-    assert "expert_utilization.json is damaged" in (error := capsys.readouterr().err) and "remove it to repeat" in error
+    assert "expert_utilization.json is damaged" in (error := capsys.readouterr().err) and "Remove it to repeat" in error
     kept.unlink()
     assert main(tmp_path, *ONE_EPOCH, "--resume") == 0
 
@@ -195,10 +195,10 @@ def test_a_half_done_run_is_not_carried_on_with_other_options(
     assert main(tmp_path, "--resume", "--learning-rate", "0.3") == 2
     assert "config.json was made with learning_rate=0.1 (now 0.3)" in capsys.readouterr().err
     assert main(tmp_path) == 2
-    assert "holds runs already; pass --resume" in capsys.readouterr().err
+    assert "expected a folder without runs" in capsys.readouterr().err
 
 
-def test_other_images_under_the_old_name_are_refused(
+def test_different_images_in_the_same_folder_raise_an_error(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert main(tmp_path) == 0
@@ -220,16 +220,16 @@ def test_a_diverged_run_keeps_no_other_from_its_own(
 
     monkeypatch.setattr("study.run.build_model", diverging)
     assert main(tmp_path, "--heads", "dense", "sparse") == 1
-    assert "[1/2] dense, seed 0: " in (error := capsys.readouterr().err) and "NaN or infinity" in error
+    assert "[1/2] dense, seed 0: " in (error := capsys.readouterr().err) and "nan or infinity" in error
     assert "Runs: 1 sparse." in (tmp_path / "report.md").read_text()
 
 
-def test_a_damaged_checkpoint_is_told_by_its_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_damaged_checkpoint_is_reported_with_its_path(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(tmp_path, "--max-minutes", "1e-9") == 3
     last = tmp_path / "sparse" / "seed0" / "checkpoints" / "last.ckpt"
     last.write_bytes(last.read_bytes()[:1000])
     assert main(tmp_path, "--resume") == 1
-    assert "last.ckpt is damaged" in (error := capsys.readouterr().err) and "remove it" in error
+    assert "last.ckpt is damaged" in (error := capsys.readouterr().err) and "Remove it" in error
     last.unlink()
     assert main(tmp_path, "--resume") == 0
 
@@ -241,7 +241,9 @@ def test_the_report_is_about_all_runs_of_the_folder(tmp_path: Path) -> None:
     assert [(run["head"], run["seed"]) for run in runs] == [("dense", 0), ("sparse", 0)]
 
 
-def test_another_head_with_other_options_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_another_head_with_different_options_raises_an_error(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(tmp_path) == 0
     assert main(tmp_path, "--resume", "--heads", "dense", "--learning-rate", "0.3") == 2
     assert "was made with learning_rate=0.1 (now 0.3)" in capsys.readouterr().err
@@ -250,7 +252,7 @@ def test_another_head_with_other_options_is_refused(tmp_path: Path, capsys: pyte
 def test_a_run_that_another_process_works_on_is_left_to_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with claimed(tmp_path / "sparse" / "seed0"):
         assert main(tmp_path, "--resume") == 3
-    assert "another process works on it" in capsys.readouterr().out
+    assert "another process is working on it" in capsys.readouterr().out
     assert not list(tmp_path.rglob("result.json"))
 
 
@@ -265,31 +267,33 @@ def test_a_full_disk_fails_the_run_and_names_the_file(
     assert "No space left on device" in (error := capsys.readouterr().err) and "result.json" in error
 
 
-def test_a_damaged_start_is_told_by_its_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_damaged_config_is_reported_with_its_path(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "sparse" / "seed0"
     folder.mkdir(parents=True)
     (folder / "config.json").write_text('{"backbone"')
     assert main(tmp_path, "--resume") == 2
     error = capsys.readouterr().err
-    assert "seed0/config.json is not what a run has written" in error and "remove its folder" in error
+    assert "seed0/config.json is damaged" in error and "Remove its folder" in error
 
 
-def test_a_result_in_part_is_told_by_what_it_lacks_and_its_training_is_kept(
+def test_an_incomplete_result_is_reported_and_its_training_is_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(tmp_path, *ONE_EPOCH) == 0
     path, before = tmp_path / "sparse" / "seed0" / "result.json", result(tmp_path)
     path.write_text(json.dumps({"config": before["config"]}))
     assert main(tmp_path, *ONE_EPOCH, "--resume") == 2
-    assert "result.json lacks head, seed, capacity" in (error := capsys.readouterr().err)
-    assert "remove the file: the training is kept" in error
+    assert "result.json without head, seed, capacity" in (error := capsys.readouterr().err)
+    assert "Remove the file; the training is kept" in error
     path.unlink()
     monkeypatch.setattr(MoEClassifier, "training_step", lambda *args: pytest.fail("trained again"))
     assert main(tmp_path, *ONE_EPOCH, "--resume") == 0
     assert result(tmp_path)["metrics"]["plain/test/loss"] == before["metrics"]["plain/test/loss"]
 
 
-def test_a_folder_of_one_class_is_told_as_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_folder_of_one_class_is_reported_as_an_error_of_data(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "images" / "train" / "cat").mkdir(parents=True)
     assert main(tmp_path / "runs", "--data", f"imagefolder:{tmp_path / 'images'}") == 2
     assert "error: --data: expected at least two class folders" in capsys.readouterr().err

@@ -39,7 +39,7 @@ def test_one_value_has_no_interval_and_none_no_estimate() -> None:
     assert student_interval([2.0, 2.0]) == (2.0, 2.0)
 
 
-def test_interval_covers_the_truth_as_often_as_it_says() -> None:
+def test_the_interval_covers_the_truth_with_its_nominal_probability() -> None:
     draws = np.random.default_rng(0).normal(size=(2000, 5))
     covered = sum(low < 0 < high for low, high in map(student_interval, draws))
     # binomial, 95 % of 2000, four standard deviations

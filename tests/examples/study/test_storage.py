@@ -1,4 +1,4 @@
-"""Files that appear whole, and folders that one process at a time works in."""
+"""Atomic writes of files, and locks of folders."""
 
 import errno
 import subprocess

@@ -1,4 +1,4 @@
-"""Which path runs, and what a path that cannot serve says."""
+"""Choice of the dispatch path, and error messages of unsupported paths."""
 
 import pytest
 import torch
@@ -123,7 +123,7 @@ def test_auto_is_static_for_a_router_that_mixes_all(taken: list[str]) -> None:
 @pytest.mark.parametrize(
     ("router", "dtype", "dispatch", "message"),
     [
-        ("softmax", torch.float32, "ragged", r"'ragged': expected a router that chooses; .* Use dispatch='all'"),
+        ("softmax", torch.float32, "ragged", r"'ragged': expected a sparse router, .* Use dispatch='all'"),
         ("expert_choice", torch.float32, "gathered", r"'gathered': .* experts that choose .* Use dispatch='ragged'"),
         ("switch", torch.float64, "grouped", r"'grouped': expected fp32, bf16 or fp16, got torch.float64. Use"),
     ],
@@ -139,7 +139,7 @@ def test_a_path_that_cannot_serve_names_one_that_can(
 @pytest.mark.parametrize("dispatch", ["auto", "all", "gathered", "grouped", "ragged"])
 def test_rows_of_another_dtype_than_the_experts_are_refused_on_every_path(dispatch: str) -> None:
     head = head_with("switch", torch.bfloat16, dispatch=dispatch)
-    with pytest.raises(ValueError, match=r"x: expected torch.bfloat16, as the experts have, got torch.float32"):
+    with pytest.raises(ValueError, match=r"x: expected torch.bfloat16, the dtype of the experts, got torch.float32"):
         head(torch.randn(5, FEATURES))
 
 

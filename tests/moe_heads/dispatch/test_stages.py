@@ -1,4 +1,4 @@
-"""The stages do what the paths do beside the experts' arithmetic."""
+"""Stages of the paths: the work besides the arithmetic of the experts."""
 
 import pytest
 import torch
@@ -49,7 +49,7 @@ def test_tokens_are_rows_and_auto_is_what_would_run() -> None:
     assert head_of("ragged").stages(tokens)["dispatch"]().shape == (12, 16)  # type: ignore[attr-defined]
     head = head_of("auto")
     assert "combine" in head.stages(torch.randn(1, 16))  # one row: two of four experts
-    with pytest.raises(ValueError, match=r"expected torch\.float32, as the experts have"):
+    with pytest.raises(ValueError, match=r"expected torch\.float32, the dtype of the experts"):
         stages(head.experts, tokens[0].double(), head(tokens[0], return_routing=True).routing, "auto")
 
 

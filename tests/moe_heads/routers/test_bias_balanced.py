@@ -1,4 +1,4 @@
-"""The bias that balances without a loss."""
+"""Balancing by a bias without a loss."""
 
 from collections.abc import Callable
 from functools import partial

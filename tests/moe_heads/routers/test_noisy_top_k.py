@@ -1,4 +1,4 @@
-"""Routers: selection by index, weights, noise."""
+"""Noisy top-k router: selection by index, weights, noise."""
 
 import pytest
 import torch

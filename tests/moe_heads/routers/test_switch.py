@@ -1,4 +1,4 @@
-"""The Switch router."""
+"""Switch router."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""Routers that are not of this package."""
+"""Third-party routers."""
 
 import copy
 import pickle
@@ -133,9 +133,9 @@ def test_scores_that_do_not_sum_to_one_and_those_that_cannot_be() -> None:
     assert routing.valid.tolist() == [True, False]
     weights = torch.tensor([[torch.nan], [0.5]])
     assert Routing.from_probs(torch.ones(2, 2), torch.tensor([[0], [0]]), weights).valid.tolist() == [False, True]
-    with pytest.raises(ValueError, match=r"probs: expected numbers from 0 on, got -1: pass logits.softmax"):
+    with pytest.raises(ValueError, match=r"probs: expected numbers of at least 0, got -1\. Pass logits.softmax"):
         Routing.from_probs(torch.tensor([[0.9, 0.3], [2.0, -1.0]]))
-    with pytest.raises(ValueError, match=r"weights: expected numbers from 0 on, got -0.5"):
+    with pytest.raises(ValueError, match=r"weights: expected numbers of at least 0, got -0.5"):
         Routing.from_probs(torch.ones(2, 2), torch.tensor([[0], [0]]), torch.tensor([[0.5], [-0.5]]))
 
 
@@ -163,11 +163,11 @@ def test_paused_and_copied_models_record_nothing() -> None:
     [
         (
             {"nowhere": adapter},
-            "adapters: expected classes or names of modules inside the model; nothing fits 'nowhere'. Names are '0', ",
+            "adapters: expected classes or names of modules inside the model, got 'nowhere', .* names such as '0', ",
         ),
-        ({int: adapter}, r"adapters: expected adapter\(module, args, output\) by a class of modules or a name"),
+        ({int: adapter}, r"adapters: expected adapter\(module, args, output\) by a module class or a name"),
         ({ForeignRouter: None}, r"adapters: expected adapter\(module, args, output\)"),
-        ({"1.router": adapter}, "expected modules that are no routers of moe_heads; '1.router' fits some that are"),
+        ({"1.router": adapter}, "expected modules that are not routers of moe_heads, got '1.router'"),
     ],
 )
 def test_adapters_that_cannot_be(adapters: dict[Any, Any], message: str) -> None:
@@ -188,14 +188,14 @@ def test_an_adapter_that_gives_no_routing() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((torch.ones(3),), r"probs: expected \(N, E\) or \(B, T, E\), floating, got \(3,\)"),
-        ((torch.ones(3, 2, dtype=torch.int64),), r"probs: expected \(N, E\)"),
-        ((torch.ones(3, 2), torch.zeros(2, 1, dtype=torch.int64)), r"indices: expected whole numbers, \(3,\)"),
-        ((torch.ones(3, 2), torch.zeros(3, 1)), "indices: expected whole numbers"),
-        ((torch.ones(3, 2), torch.zeros(3, 1, dtype=torch.bool)), "indices: expected whole numbers"),
-        ((torch.ones(3, 2), torch.zeros(3, 0, dtype=torch.int64)), "indices: expected whole numbers"),
+        ((torch.ones(3),), r"probs: expected floating .* \(N, E\) or \(B, T, E\), got \(3,\)"),
+        ((torch.ones(3, 2, dtype=torch.int64),), r"probs: expected .* \(N, E\)"),
+        ((torch.ones(3, 2), torch.zeros(2, 1, dtype=torch.int64)), r"indices: expected integers of shape \(3,\)"),
+        ((torch.ones(3, 2), torch.zeros(3, 1)), "indices: expected integers"),
+        ((torch.ones(3, 2), torch.zeros(3, 1, dtype=torch.bool)), "indices: expected integers"),
+        ((torch.ones(3, 2), torch.zeros(3, 0, dtype=torch.int64)), "indices: expected integers"),
         ((torch.ones(3, 2), torch.full((3, 1), -1)), "indices: expected 0 to 1, got -1 to -1"),
-        ((torch.ones(3, 2), torch.zeros(3, 2, dtype=torch.int64)), "indices: expected every expert at most once a row"),
+        ((torch.ones(3, 2), torch.zeros(3, 2, dtype=torch.int64)), "indices: expected every expert at most once per"),
         ((torch.ones(3, 2), torch.zeros(3, 1, dtype=torch.int64), torch.ones(3, 2)), "weights: expected the shape"),
         ((torch.ones(3, 2), None, torch.ones(3, 2)), "weights: expected the shape of indices"),
     ],

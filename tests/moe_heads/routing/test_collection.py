@@ -1,4 +1,4 @@
-"""Collection of what the routers of any model do."""
+"""Collection of the decisions of the routers of any model."""
 
 import pytest
 import torch
@@ -97,7 +97,9 @@ def test_a_model_that_was_compiled_before_is_told() -> None:
     with collect_routing(compiled) as routing:
         compiled(x)
     for read in (lambda: routing.stats, lambda: routing.aux_loss):
-        with pytest.warns(UserWarning, match="none of the routers .* ran inside the block. A model that was compiled"):
+        with pytest.warns(
+            UserWarning, match="expected a forward pass of the routers .* got none. If the model was compiled"
+        ):
             read()
 
 

@@ -1,4 +1,4 @@
-"""The balance losses of a routing against formulas written out from the rows and the gate's weights."""
+"""Balance losses of a routing against formulas in terms of the rows and the weights of the gate."""
 
 import math
 
@@ -111,7 +111,9 @@ def test_training_passes_sum_their_balance_losses_over_the_ranks_and_others_do_n
 
 def test_choices_without_weights_and_unknown_balance_terms_are_refused() -> None:
     logits = torch.randn(3, 4)
-    with pytest.raises(ValueError, match="weights: expected those of the choices in indices or rows, got None"):
+    with pytest.raises(
+        ValueError, match="weights: expected the mixing weights of the choices in indices or rows, got None"
+    ):
         Routing(logits=logits, probs=logits.softmax(-1), indices=logits.topk(2).indices)
     routing = Routing(logits=logits, probs=logits.softmax(-1), balance={"foo": 1.0})
     with pytest.raises(ValueError, match=r"balance: expected one of 'importance', .*, got 'foo'"):

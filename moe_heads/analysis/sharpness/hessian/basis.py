@@ -1,4 +1,4 @@
-"""Orthonormal vectors of a Krylov space, and the random vectors that Krylov and trace methods start from."""
+"""Orthonormal basis of a Krylov space, and random start vectors of Krylov and trace methods."""
 
 import math
 from collections.abc import Sequence
@@ -8,18 +8,18 @@ from torch import Tensor
 
 __all__ = ["Basis", "dot", "norm", "rademacher", "uniform"]
 
-# Rows and bytes allocated at a time: the basis grows without copying, and without memory for steps never taken.
+# Rows and bytes of one allocation. The basis grows without copying, and without memory for steps that never come.
 _ROWS, _BLOCK_BYTES = 16, 2**27
 
-# Numbers that are summed in their own precision before float64 takes over.
+# Number of entries summed in their own precision before the sums are added in float64.
 _CHUNK = 2**16
 
-# Columns of the basis that are combined at a time: what is written over has to be read before.
+# Columns of the basis combined at a time, because they are overwritten in place.
 _COLUMNS = 2**18
 
 
 class Basis:
-    """Orthonormal vectors :math:`q_1 .. q_m` of length P; takes m·P numbers of memory.
+    """Orthonormal vectors :math:`q_1 .. q_m` of length P, with m·P numbers of memory.
 
     Args:
         dim: P.
@@ -37,12 +37,12 @@ class Basis:
         return self._length
 
     def __getitem__(self, index: int) -> Tensor:
-        """The vector at a place, shape (P,); negative places count from the end."""
+        """Return the vector at an index, shape (P,). Negative indices count from the end."""
         index = index % self._length
         return self._blocks[index // self._rows][index % self._rows]
 
     def reserve(self) -> bool:
-        """Make room for one more vector; True."""
+        """Make room for one more vector. Return True."""
         if self._length == self._rows * len(self._blocks):
             self._blocks.append(torch.empty(self._rows, self.dim, dtype=self.dtype, device=self.device))
         return True
@@ -54,14 +54,15 @@ class Basis:
         self._length += 1
 
     def complement(self, vectors: Tensor) -> Tensor:
-        r""":math:`(I - QQ^T)v` for one vector (P,) or several (n, P)."""
+        r"""Return :math:`(I - QQ^T)v` for one vector (P,) or several (n, P)."""
         return self.split(vectors)[0]
 
     def split(self, vectors: Tensor) -> tuple[Tensor, Tensor]:
         r"""Return :math:`(I - QQ^T)v` and :math:`Q^T v` for one vector (P,) or several (n, P).
 
-        One pass of Gram-Schmidt leaves rounding errors of the size of ``v``. A second follows where these matter, since
-        the first took away more than a third of a vector (Daniel, Gragg, Kaufman and Stewart 1976).
+        One pass of Gram-Schmidt leaves rounding errors relative to the size of ``v``. They matter if less
+        than 70 % of the length of a vector remains, and a second pass follows (Daniel, Gragg, Kaufman and Stewart
+        1976).
         """
         rows = vectors.reshape(-1, self.dim)
         lengths = torch.linalg.vector_norm(rows, dim=1)
@@ -72,7 +73,7 @@ class Basis:
         return rows.view_as(vectors), coefficients.view(*vectors.shape[:-1], -1)
 
     def combined(self, coefficients: Tensor) -> Tensor:
-        """Linear combinations :math:`CQ`, shape (k, P), for ``coefficients`` (k, m)."""
+        """Return the linear combinations :math:`CQ`, shape (k, P), for ``coefficients`` (k, m)."""
         weights = coefficients.to(self.device, self.dtype)
         total = torch.zeros(len(weights), self.dim, dtype=self.dtype, device=self.device)
         for block, part in zip(self._filled(), weights.split(self._rows, dim=1), strict=False):
@@ -80,7 +81,7 @@ class Basis:
         return total
 
     def replace(self, coefficients: Tensor) -> None:
-        """Put the combinations :math:`CQ`, for C (k, m) with orthonormal rows, in the place of Q; needs no memory."""
+        """Replace Q by the combinations :math:`CQ`, for C (k, m) with orthonormal rows, in place."""
         weights = coefficients.to(self.device, self.dtype)
         for start in range(0, self.dim, _COLUMNS):
             columns = torch.cat([block[:, start : start + _COLUMNS] for block in self._filled()])
@@ -90,11 +91,11 @@ class Basis:
         del self._blocks[-(-self._length // self._rows) :]
 
     def gram(self, places: Sequence[slice], others: Sequence[Tensor] = ()) -> Tensor:
-        r""":math:`Q P Q^T` for the projection P on some places of the vectors, (m, m), float64 on the CPU.
+        r"""Return :math:`Q P Q^T` for the projection P on some places of the vectors, (m, m), float64 on the CPU.
 
         Args:
             places: Slices of the vectors.
-            others: Further vectors (P,), each of which makes one more row and column.
+            others: Further vectors (P,). Each adds a row and a column.
         """
         size = self._length + len(others)
         total = torch.zeros(size, size, dtype=torch.float64)
@@ -120,35 +121,35 @@ class Basis:
 
 
 def rademacher(dim: int, dtype: torch.dtype, device: torch.device, generator: torch.Generator) -> Tensor:
-    """Independent signs ±1, shape (dim,). Drawn on the CPU, so that every device sees the same vector."""
-    # eight signs of each random byte: drawing them one by one takes ten times as long
+    """Return independent signs ±1, shape (dim,), drawn on the CPU to be the same on every device."""
+    # Each random byte gives eight signs. Drawing them one by one takes ten times as long.
     octets = torch.randint(0, 256, (-(-dim // 8), 1), dtype=torch.uint8, generator=generator)
     bits = octets.bitwise_right_shift(torch.arange(8, dtype=torch.uint8)).bitwise_and_(1)
     return bits.flatten()[:dim].to(device, dtype).mul_(2).sub_(1)
 
 
 def uniform(dim: int, dtype: torch.dtype, device: torch.device, generator: torch.Generator) -> Tensor:
-    """Independent numbers of mean 0 and variance 1 from 256 equally likely levels, shape (dim,); drawn as `rademacher`.
+    """Draw independent numbers of mean 0 and variance 1 from 256 equally likely levels, shape (dim,), on the CPU.
 
-    A form :math:`z^T A z` that rests on one pair of entries has only two values for random signs, which eight draws
-    show both but once in 128 times. The spread of these numbers shows in the first two draws.
+    For random signs, a form :math:`z^T A z` that rests on one pair of entries has only two values, and a few draws may
+    all show the same one. The spread of these numbers shows in the first two draws.
     """
     words = torch.randint(-(2**63), 2**63 - 1, (-(-dim // 8),), generator=generator)
     return words.view(torch.uint8)[:dim].to(device, dtype).sub_(127.5).div_(math.sqrt((256**2 - 1) / 12))
 
 
 def dot(left: Tensor, right: Tensor) -> float:
-    """Inner product; pieces in the precision of the vectors, their sum in float64."""
+    """Return the inner product, with pieces in the precision of the vectors and their sum in float64."""
     pieces = [torch.dot(a, b) for a, b in zip(left.split(_CHUNK), right.split(_CHUNK), strict=True)]
     return float(torch.stack(pieces).sum(dtype=torch.float64))
 
 
 def norm(vector: Tensor) -> float:
-    """Euclidean norm, summed as in `dot`, of vectors of any scale."""
+    """Return the Euclidean norm, summed as in `dot`, of a vector of any scale."""
     square = dot(vector, vector)
     if 1e-20 < square < 1e30:
         return math.sqrt(square)
-    # the squares of the entries may be too small or too large for their data type
+    # The squares of the entries may be too small or too large for their data type.
     largest = float(vector.abs().max())
     if largest == 0 or not math.isfinite(largest):
         return largest

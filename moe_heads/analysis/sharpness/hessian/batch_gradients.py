@@ -20,21 +20,21 @@ __all__ = ["BatchGradients"]
 
 
 class BatchGradients:
-    """A model and its loss, evaluated in the same way every time.
+    """Losses and gradients of single batches, the same in every evaluation.
 
     Args:
         model: The model, in evaluation mode.
         loss_fn: ``loss_fn(model, batch) -> scalar``.
         params: The parameters to differentiate by, by name.
-        seed: Seed of torch's random numbers in the first batch; each batch has the next.
+        seed: Seed of torch's random numbers in the first batch. It increases by one with each batch.
 
     Attributes:
         model: The model.
-        loss_fn: The loss, which is given a copy of each batch.
+        loss_fn: The loss, called with a copy of each batch.
         params: The parameters.
         device: Their device.
-        folds: Batch norms that are folded into the layer before them.
-        reaches: Whether the loss of a batch has reached the parameters.
+        folds: Batch norms folded into the layer before them.
+        reaches: Whether the loss of some batch depends on the parameters.
     """
 
     def __init__(self, model: nn.Module, loss_fn: LossFn, params: dict[str, Tensor], seed: int = 0) -> None:
@@ -47,11 +47,11 @@ class BatchGradients:
 
     @contextmanager
     def evaluation(self, index: int, *, freezes: bool = True) -> Iterator[None]:
-        """Batch norms folded, the random numbers of the batch, and no graph of the parameters that stay as they are.
+        """Fold batch norms, set the random numbers of the batch, and freeze the parameters that are not selected.
 
         Args:
-            index: Place of the batch.
-            freezes: False for a graph of those parameters too.
+            index: Index of the batch.
+            freezes: False for a graph of all parameters.
         """
         with ExitStack() as stack:
             stack.enter_context(folded(self.folds))
@@ -61,16 +61,16 @@ class BatchGradients:
             yield
 
     def loss(self, index: int, batch: Batch) -> float:
-        """Mean loss of a batch, nan or inf as it comes."""
+        """Return the mean loss of a batch, which may be nan or inf."""
         with self.evaluation(index):
             return float(self.loss_fn(self.model, batch).detach())
 
     def gradient(self, index: int, batch: Batch) -> tuple[float, tuple[Tensor, ...]]:
-        """Mean loss of a batch, and its gradient with its graph.
+        """Return the mean loss of a batch, and its gradient with a graph.
 
         Raises:
-            ValueError: If the loss is not what it should be.
-            NoSecondDerivative: If a layer has none and torch can tell already.
+            ValueError: If the loss is invalid.
+            NoSecondDerivative: If a layer has none, as far as torch detects it here.
         """
         with self.evaluation(index):
             loss = checked_loss(self.loss_fn(self.model, batch), index)
@@ -83,17 +83,17 @@ class BatchGradients:
     def differentiate(
         self, gradient: tuple[Tensor, ...], tangents: Sequence[Tensor], *, retain_graph: bool
     ) -> Sequence[Tensor]:
-        """Derivative of a gradient in a direction, one tensor a parameter.
+        """Return the derivative of a gradient in a direction, one tensor for each parameter.
 
         Raises:
             NoSecondDerivative: If a layer has none.
         """
-        # A gradient without a graph is constant (an unused or a linear parameter): its derivative is zero.
+        # A gradient without a graph is constant (an unused or a linear parameter), and its derivative is zero.
         curved = [(g, tangent) for g, tangent in zip(gradient, tangents, strict=True) if g.requires_grad]
         if not curved:
             return [torch.zeros_like(tangent) for tangent in tangents]
         outputs, directions = zip(*curved, strict=True)
-        # a checkpoint computes its part of the model once more here, and has to find it as it was
+        # A checkpoint recomputes its part of the model here, which needs the same frozen parameters.
         with self._frozen(), second_order_errors():
             return torch.autograd.grad(
                 outputs,
@@ -106,7 +106,7 @@ class BatchGradients:
 
     @contextmanager
     def _frozen(self) -> Iterator[None]:
-        """No gradient of the parameters that are not asked for."""
+        """Freeze the parameters that are not selected."""
         try:
             for other in self._others:
                 other.requires_grad_(False)
@@ -116,15 +116,15 @@ class BatchGradients:
                 other.requires_grad_(True)
 
     def gradient_bytes(self, index: int, batch: Batch) -> int:
-        """Memory of a batch's gradient and its graph, the parameters not counted."""
+        """Return the memory in bytes of a batch's gradient and its graph, without the parameters."""
         own = sum(p.numel() * p.element_size() for p in self.params.values())
-        # The graph measured is thrown away: under the measuring hooks autograd does not notice in-place changes.
-        return own + saved_bytes(lambda: self.gradient(index, batch), besides=self.model.parameters())
+        # The measured graph is discarded, because autograd misses in-place changes under the measuring hooks.
+        return own + saved_bytes(lambda: self.gradient(index, batch), excluded=self.model.parameters())
 
 
 @contextmanager
 def _replayed(device: torch.device, seed: int) -> Iterator[None]:
-    """The same torch random numbers each time, and the generators as they were afterwards."""
+    """Seed torch's generators inside the block, and restore them afterwards."""
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         yield

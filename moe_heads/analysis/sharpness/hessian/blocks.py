@@ -1,4 +1,4 @@
-"""Blocks of parameters: which there are in a model, and where they are in the flat vector."""
+"""Blocks of parameters of a model and their places in the flat vector."""
 
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -11,10 +11,10 @@ __all__ = ["default_blocks", "expert_places", "places_of"]
 
 
 def default_blocks(model: nn.Module, names: Iterable[str]) -> dict[str, list[str]]:
-    """Names of parameters by block: backbone, router and experts of a model with routers, else its children.
+    """Return names of parameters by block: backbone, router and experts with routers, otherwise the children.
 
-    A model that consists of one child has the blocks of that one, and so on inwards. The router and the experts of
-    several heads have the head's name before theirs. What belongs to a head but to neither (shared experts) has the
+    A model that consists of one child has the blocks of that child, and so on inwards. With several heads, the blocks
+    of router and experts start with the head's name. Other parts of a head (shared experts) form a block with the
     head's name.
 
     Args:
@@ -31,14 +31,14 @@ def default_blocks(model: nn.Module, names: Iterable[str]) -> dict[str, list[str
 
 
 def places_of(blocks: Mapping[str, Sequence[str]], slices: Mapping[str, slice]) -> dict[str, list[slice]]:
-    """Places of blocks in the flat vector.
+    """Return the places of blocks in the flat vector.
 
     Args:
-        blocks: Names of parameters, or of modules for all of theirs, by block.
+        blocks: Names of parameters, or of modules for all of their parameters, by block.
         slices: Place of each parameter.
 
     Raises:
-        ValueError: If a name is none of a parameter or module, or a parameter is twice in a block.
+        ValueError: If a name matches no parameter or module, or a block has a parameter twice.
     """
     places: dict[str, list[slice]] = {}
     for block, members in blocks.items():
@@ -47,19 +47,19 @@ def places_of(blocks: Mapping[str, Sequence[str]], slices: Mapping[str, slice]) 
             matches = [name for name in slices if name == member or name.startswith(f"{member}.")]
             if not matches:
                 raise ValueError(
-                    f"blocks: expected names of trainable parameters or of modules, such as {next(iter(slices))!r}; "
-                    f"got {member!r} in {block!r}"
+                    f"blocks: expected names of trainable parameters or of modules, such as {next(iter(slices))!r},"
+                    f" got {member!r} in {block!r}"
                 )
             found += matches
         twice = sorted({name for name in found if found.count(name) > 1})
         if twice:
-            raise ValueError(f"blocks: expected each parameter once in a block; {block!r} has {twice} twice")
+            raise ValueError(f"blocks: expected each parameter once in a block, got {twice} twice in {block!r}")
         places[block] = _merged([slices[name] for name in found])
     return places
 
 
 def expert_places(model: nn.Module, slices: Mapping[str, slice]) -> Places:
-    """Places of every single expert, "expert 0", "expert 1" ..., of the heads whose experts are stacked parameters."""
+    """Return the places of each expert ("expert 0", "expert 1", ...) of heads with stacked experts."""
     heads = _heads(model)
     places: dict[str, list[slice]] = {}
     for path, num_experts in heads.items():
@@ -77,7 +77,7 @@ def expert_places(model: nn.Module, slices: Mapping[str, slice]) -> Places:
 
 
 def _depth_of_branches(names: list[str]) -> int:
-    """Number of modules, one inside the other, that hold all parameters: a block for each child means those below."""
+    """Return the number of nested modules that each hold all parameters. The blocks are the children below them."""
     modules = [name.split(".")[:-1] for name in names]
     depth = 0
     while len({tuple(path[: depth + 1]) for path in modules}) == 1 and len(min(modules, key=len)) > depth + 1:
@@ -86,7 +86,7 @@ def _depth_of_branches(names: list[str]) -> int:
 
 
 def _merged(places: list[slice]) -> list[slice]:
-    """The same places, neighbors as one."""
+    """Return the same places with neighbors merged."""
     merged: list[slice] = []
     for place in sorted(places, key=lambda place: place.start):
         if merged and merged[-1].stop == place.start:
@@ -97,7 +97,7 @@ def _merged(places: list[slice]) -> list[slice]:
 
 
 def _heads(model: nn.Module) -> dict[str, int]:
-    """Number of experts by the name of the module that owns a router."""
+    """Return the number of experts by the name of the module that owns a router."""
     return {
         path.rpartition(".")[0]: module.num_experts
         for path, module in model.named_modules()

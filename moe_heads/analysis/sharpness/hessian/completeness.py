@@ -1,4 +1,4 @@
-"""Check that a Krylov space holds all of the largest eigenvalues, with every copy of those that are repeated."""
+"""Check that a Krylov space holds all of the largest eigenvalues, with every copy of repeated ones."""
 
 import math
 from collections.abc import Callable
@@ -15,32 +15,32 @@ from moe_heads.analysis.sharpness.hessian.operator import SymmetricOperator
 __all__ = ["CHANCE_OF_MISSING", "CompletenessCheck", "are_none_above", "bound_outside"]
 
 CHANCE_OF_MISSING = 1e-3
-"""Probability, over the random start of the check, with which a missing eigenvalue goes unnoticed, at most."""
+"""Upper bound of the probability, over the random start of the check, that it overlooks a missing eigenvalue."""
 
-# Steps after which the largest value outside is taken into the basis.
+# Maximum number of steps of a check. Then the iteration adds the largest value outside to its basis.
 _MOST_STEPS = 60
 
-# Parts of a random vector, squared, in two eigenvectors are that different once in a thousand times. Rounding brings in
-# further copies of an eigenvalue that was seen, with less.
+# The squared parts of a random vector in two eigenvectors have a smaller ratio once in a thousand times. Copies of a
+# known eigenvalue that rounding brings in have a smaller part.
 _OF_ROUNDING = 1e-6
 
-# Square of how much larger the coupling of further copies may be than that of the one that was seen.
+# Square of the ratio by which the coupling of further copies may exceed that of the known one.
 _COUPLING = 10
 
 
 class CompletenessCheck:
-    r"""Looks for eigenvalues above the k-th outside a Krylov space.
+    r"""Search for eigenvalues above the k-th outside a Krylov space.
 
-    Some Lanczos steps with :math:`B = \Pi H \Pi`, :math:`\Pi` the projection on the complement of the basis, from a
-    random vector. Once the k largest Ritz pairs are accurate, B has none of the large eigenvalues but further copies of
-    repeated ones.
+    The check takes some Lanczos steps with :math:`B = \Pi H \Pi`, :math:`\Pi` the projection on the complement of the
+    basis, from a random vector. Once the k largest Ritz pairs are accurate, the only large eigenvalues of B are further
+    copies of repeated ones.
 
     Args:
         operator: The matrix H.
         iteration: The Krylov space.
         num_eigenvalues: k.
         tolerance: Largest relative residual.
-        max_steps: Most products, those of the iteration included.
+        max_steps: Maximum number of products, including those of the iteration.
         notify: Called after each product.
     """
 
@@ -59,19 +59,19 @@ class CompletenessCheck:
         self._bound, self._look_again_at = math.inf, 0
 
     def forget(self) -> None:
-        """Take back what is known of the complement: a restart made it larger."""
+        """Reset the bound on the complement, which a restart made larger."""
         self._bound = math.inf
 
     def is_still_missing(self, values: Tensor) -> bool:
-        """Whether the eigenvalue that the last check saw outside is not among these Ritz values yet."""
+        """Return whether these Ritz values still lack the eigenvalue that the last check found outside."""
         return self._missing_above < math.inf and int((values > self._missing_above).sum()) <= self._num_above
 
     def run(self) -> Literal["complete", "missing", "unknown"] | int:
-        """Take as many steps as are needed.
+        """Take as many steps as needed.
 
         Returns:
-            "complete": no eigenvalue above the k-th is missing. "missing": there is one. "unknown": there were not
-            enough steps to tell. A number: the place of the remainder that could still raise a further Ritz value above
+            "complete" if no eigenvalue above the k-th is missing, "missing" if there is one, "unknown" if there were
+            too few steps. An integer is the index of the remainder that could still raise a further Ritz value above
             the k-th.
         """
         iteration = self._iteration
@@ -84,22 +84,22 @@ class CompletenessCheck:
         if self._bound >= float(values[-self._k]) + self._step(values) or iteration.num_steps >= self._look_again_at:
             began = iteration.num_steps
             found = self._look_outside(values)
-            # the basis takes in what made the bound weak: look again once that many steps went into it
+            # The iteration adds the cause of a weak bound to the basis. Check again after as many steps.
             self._look_again_at = 2 * iteration.num_steps - began
             if found != "bounded":
                 return found
             if self._are_none_above(values):
                 return "complete"
-        # a Ritz value below the k-th may rise: it has to become more accurate first
+        # A Ritz value below the k-th may rise, so it has to become more accurate first.
         level = float(values[-self._k]) + 3 * self._step(values)
         return int(shares[:, int((values <= level).nonzero()[-1])].argmax())
 
     def _step(self, values: Tensor) -> float:
-        """A third of the margin: for what shows outside, for the error of what shows, and for the inertia."""
+        """Return a third of the margin: for the value outside, for its error, and for the inertia."""
         return margin_of(float(values[-self._k]), self._tolerance, self._iteration.rounding) / 3
 
     def _look_outside(self, values: Tensor) -> Literal["complete", "missing", "unknown", "bounded"]:
-        """Take Lanczos steps outside the basis until something above the k-th shows, or a bound below it is there."""
+        """Take Lanczos steps outside the basis until a value above the k-th appears, or there is a bound below it."""
         iteration, kth, step = self._iteration, float(values[-self._k]), self._step(values)
         outside = _Outside(iteration)
         while iteration.num_steps < self._max_steps and len(outside.alphas) < _MOST_STEPS:
@@ -111,12 +111,12 @@ class CompletenessCheck:
                 return self._take_in(values, kth + step)
             dim, lowest = iteration.dim - len(values), float(values[0])
             if outside.is_exhausted and not iteration.remainders:
-                return "complete"  # nothing couples the two, and what is outside is known
+                return "complete"  # nothing couples the two spaces, and all values outside are known
             if float(residuals[-1]) <= step:
                 self._bound = largest + step
                 if self._are_none_above(values):
                     return "bounded"
-                # copies of the k-th: so near to the level, their bound takes every unfinished Ritz pair for a large one
+                # Copies of the k-th are so near to the level that their bound makes every inaccurate Ritz pair large.
                 count = int(((ritz >= largest - 2 * step) & (residuals <= step)).sum())
                 added, rest = outside.influence(count, kth + 3 * step), ritz[:-count][outside.is_real()[:-count]]
                 next_value = float(rest[-1]) if len(rest) else lowest
@@ -127,10 +127,8 @@ class CompletenessCheck:
                     return self._take_in(values, largest - step)
                 continue
             self._bound = bound_outside(ritz, lowest, dim)
-            # a sharper bound helps only if the largest value outside itself would be enough
-            if self._are_none_above(values) or (
-                self._bound < kth + step and not self._are_none_above(values, largest)
-            ):
+            # A sharper bound helps only if the largest value outside would be enough as a bound.
+            if self._are_none_above(values) or (self._bound < kth + step and not self._are_none_above(values, largest)):
                 return "bounded"
         if iteration.num_steps >= self._max_steps:
             self._bound = math.inf
@@ -138,12 +136,12 @@ class CompletenessCheck:
         return self._take_in(values, largest - step)
 
     def _are_none_above(self, values: Tensor, bound: float | None = None, added: Tensor | float = 0.0) -> bool:
-        """Whether no eigenvalue lies more than the margin above the k-th.
+        """Return whether no eigenvalue lies more than the margin above the k-th.
 
         Args:
             values: The Ritz values.
-            bound: Bound on what is outside; by default the one that is known.
-            added: What some eigenvectors outside, which the bound leaves out, add to the Schur complement.
+            bound: Upper bound of the eigenvalues outside; by default the last one.
+            added: Contribution to the Schur complement of eigenvectors outside that the bound does not cover.
         """
         iteration = self._iteration
         level = float(values[-self._k]) + 3 * self._step(values)
@@ -151,7 +149,7 @@ class CompletenessCheck:
         return are_none_above(iteration.projected, iteration.residual_gram(), level, bound, added)
 
     def _take_in(self, values: Tensor, above: float) -> Literal["missing"]:
-        """Have the iteration go on until there is one more Ritz value above a number."""
+        """Let the iteration continue until there is one more Ritz value above a number."""
         self._bound = math.inf
         self._missing_above, self._num_above = above, int((values > above).sum())
         return "missing"
@@ -160,7 +158,7 @@ class CompletenessCheck:
 class _Outside:
     """A Lanczos iteration outside the basis, from a random vector.
 
-    It keeps its vectors as far as the basis leaves room, since without them a value that has converged comes again.
+    It keeps its vectors while the basis leaves room, because without them a converged value appears again.
     """
 
     def __init__(self, iteration: KrylovIteration) -> None:
@@ -172,13 +170,13 @@ class _Outside:
         self._couplings: list[Tensor] = []
 
     def add(self, operator: SymmetricOperator) -> None:
-        """Take a step."""
+        """Take one step."""
         iteration = self._iteration
         dots = [dot(remainder, self._vector) for remainder in iteration.remainders]
         self._couplings.append(torch.tensor(dots, dtype=torch.float64))
         product = operator.matvec(self._vector)
         iteration.num_steps += 1
-        iteration.steps_of_check += 1
+        iteration.num_check_steps += 1
         self.alphas.append(dot(self._vector, product))
         rest = product.sub(self._vector, alpha=self.alphas[-1])
         if self._betas:
@@ -193,21 +191,21 @@ class _Outside:
 
     @property
     def is_exhausted(self) -> bool:
-        """Whether the Ritz values are all eigenvalues that there are outside, up to rounding."""
+        """True if the Ritz values are all of the eigenvalues outside, up to rounding."""
         return self._betas[-1] <= self._iteration.rounding
 
     def ritz(self) -> tuple[Tensor, Tensor]:
-        """Ritz values, ascending, and residual norms."""
+        """Return the Ritz values, ascending, and their residual norms."""
         values, vectors = self._eigenpairs()
         return values, self._betas[-1] * vectors[-1].abs()
 
     def is_real(self) -> Tensor:
-        """Whether each Ritz vector has a part in the start that random numbers explain, against that of the last."""
+        """Return whether each Ritz vector has a part in the start vector that chance explains, relative to the last."""
         parts = self._eigenpairs()[1][0].square()
         return parts > _OF_ROUNDING * parts[-1]
 
     def influence(self, count: int, level: float) -> Tensor:
-        """What the last Ritz vectors, and others like them, add to the Schur complement at a level; (m, m)."""
+        """Return the part of the last Ritz vectors and their copies in the Schur complement at a level, (m, m)."""
         iteration = self._iteration
         if not iteration.remainders:
             return torch.zeros_like(iteration.projected)
@@ -223,17 +221,18 @@ class _Outside:
 
 
 def bound_outside(ritz: Tensor, lowest: float, dim: int, above: float | None = None) -> float:
-    r"""Bound the largest eigenvalue of a symmetric matrix by the Ritz values of a Lanczos run.
+    r"""Return an upper bound of the largest eigenvalue of a symmetric matrix from the Ritz values of a Lanczos run.
 
     After m steps from a random start in dimension n, the largest Ritz value :math:`\xi` satisfies
     :math:`P[\lambda_1 - \xi > \varepsilon (\lambda_1 - \lambda_n)] \le 1.648 \sqrt n \, e^{-\sqrt\varepsilon (2m - 1)}`
     whatever the spectrum is (Kuczyński and Woźniakowski 1992, Theorem 4.1). With the probability `CHANCE_OF_MISSING`
-    this gives :math:`\lambda_1 \le (\xi - \varepsilon \lambda_n) / (1 - \varepsilon)`. The second eigenvalue is bounded
-    by the others in the same way: a polynomial that vanishes at the first costs a step, and makes the part of the
-    second in the start smaller against the rest, by :math:`(\lambda_1 - \lambda_n) / (\lambda_1 - \lambda_2)` at most.
+    this gives :math:`\lambda_1 \le (\xi - \varepsilon \lambda_n) / (1 - \varepsilon)`. The other Ritz values bound the
+    second eigenvalue in the same way. A polynomial that vanishes at the first costs a step. It reduces the part of the
+    second in the start vector, relative to the rest, by at most
+    :math:`(\lambda_1 - \lambda_n) / (\lambda_1 - \lambda_2)`.
 
     Args:
-        ritz: Ritz values of the run, ascending; m of them.
+        ritz: The m Ritz values of the run, ascending.
         lowest: Estimate of the smallest eigenvalue :math:`\lambda_n`.
         dim: n.
         above: A larger eigenvalue, all of whose Ritz values have converged and are not among ``ritz``.
@@ -266,7 +265,7 @@ def are_none_above(
         residual_gram: :math:`E^T E`, (m, m).
         level: x.
         bound: b.
-        added: What a part of B above the bound adds to the Schur complement.
+        added: Contribution to the Schur complement of a part of B above the bound.
     """
     if bound >= level:
         return False

@@ -13,10 +13,10 @@ from moe_heads.checks import check_positive
 __all__ = ["SpectralDensity", "density_of", "spectral_density"]
 
 
-# What the tails beyond five sigma, which are cut, change in the values.
+# Relative change of the values by cutting the tails beyond five sigma.
 _CUT_TAILS = 1e-6
 
-# Shorter quadratures that the full one is compared with.
+# Number of shorter quadratures to compare the full one with.
 _SHORTER = 3
 
 
@@ -32,10 +32,10 @@ class SpectralDensity:
         stderr: Standard error of ``values``, from the random start and from the number of steps:
             :math:`\sqrt{2 \rho_2 / (P n) + d^2}` for n runs. The variance of Hutchinson's estimator of
             :math:`\operatorname{tr} f(H) / P` is below :math:`2 \operatorname{tr} f(H)^2 / P^2`, estimated by
-            :math:`\rho_2 = \sum_j \max(w_j, 1/P) \, \mathcal N(\lambda; \theta_j, \sigma^2)^2`, since a node stands
-            for one eigenvalue at least; d is the largest change of :math:`\rho` when the last 1, 2 or 3 steps are left
-            out. Eigenvalues that are known have the error of their residual instead. 0 where all are known.
-        nodes: The eigenvalues that are known exactly, and the Gauss nodes :math:`\theta_j` of the rest.
+            :math:`\rho_2 = \sum_j \max(w_j, 1/P) \, \mathcal N(\lambda; \theta_j, \sigma^2)^2`, because a node stands
+            for at least one eigenvalue. d is the largest change of :math:`\rho` without the last 1, 2 or 3 steps.
+            Known eigenvalues have the error of their residual instead. 0 if all eigenvalues are known.
+        nodes: The known eigenvalues, and the Gauss nodes :math:`\theta_j` of the rest.
         weights: Their weights, which sum to 1: :math:`\sum_j w_j f(\theta_j)` estimates
             :math:`\operatorname{tr} f(H) / P` for any function f.
         sigma: Standard deviation of the broadening, in units of eigenvalue.
@@ -52,13 +52,13 @@ class SpectralDensity:
 def spectral_density(
     runs: Sequence[LanczosResult], *, sigma: float | None = None, num_points: int = 1024
 ) -> SpectralDensity:
-    """Density from one or more Lanczos runs, each started at an independent Rademacher vector.
+    """Return the density from one or more Lanczos runs, each started at an independent Rademacher vector.
 
-    Eigenvalues that a run has certified as all those above its k-th have the weight 1/P each.
+    If a run certified that it has all eigenvalues above its k-th, these have the weight 1/P each.
 
     Args:
-        runs: Results of `lanczos` on the same operator; each has equal weight. One of 40 steps is enough for a picture:
-            the sampling error of one run falls as the square root of the number of parameters.
+        runs: Results of `lanczos` on the same operator, with equal weights. One run of 40 steps is enough for a figure,
+            because its sampling error is inversely proportional to the square root of the number of parameters.
         sigma: Broadening. By default one hundredth of the range of the nodes: wide enough to join the nodes of the
             bulk, narrow enough to show single outliers.
         num_points: Points of the grid, which reaches five ``sigma`` beyond the outermost nodes.
@@ -80,7 +80,7 @@ def spectral_density(
     changes = [_bumps(grid, nodes, sigma) @ weights - density.values for nodes, weights in rules[1:]]
     error = torch.hypot(density.stderr, torch.stack(changes).abs().amax(0))
     for value, norm in known:
-        # how much the bump changes when its center moves by the residual, at most
+        # Largest change of the bump when its center moves by the residual.
         distance = (grid - value).abs() / sigma
         bump = _bumps(grid, torch.tensor([value], dtype=torch.float64), sigma)[:, 0]
         error = error + bump * (1 + distance) * norm / (sigma * dim)
@@ -96,13 +96,13 @@ def density_of(
     sigma: float | None = None,
     num_points: int = 1024,
 ) -> SpectralDensity:
-    """Density from the nodes and weights of a Gauss quadrature, without the error of the quadrature itself.
+    """Return the density from the nodes and weights of a Gauss quadrature, without the error of the quadrature.
 
     Args:
         nodes: Nodes, float64.
         weights: Their weights, which sum to 1.
-        num_signs: Random signs that the starts were made of, for the standard error; infinite where there is no error.
-        num_known: Nodes, the first ones, whose weights are exact.
+        num_signs: Number of random signs in all start vectors, for the standard error; infinite for exact nodes.
+        num_known: Number of leading nodes with exact weights.
         sigma: See `spectral_density`.
         num_points: See `spectral_density`.
 
@@ -111,7 +111,7 @@ def density_of(
     """
     low, high = float(nodes.min()), float(nodes.max())
     if sigma is None:
-        # A spectrum of one point, up to rounding, has no range: take its position, or one.
+        # A spectrum of one point, up to rounding, has no range, so its position or 1 replaces it.
         size = max(abs(low), abs(high))
         sigma = (high - low if high - low > 1e-6 * size else size or 1.0) / 100
     check_positive(sigma=sigma)
@@ -120,7 +120,7 @@ def density_of(
         raise ValueError(f"num_points: expected at least {needed}, one per sigma = {sigma:.3g}, got {num_points}")
     grid = torch.linspace(low - 5 * sigma, high + 5 * sigma, num_points, dtype=torch.float64)
     bumps = _bumps(grid, nodes, sigma)
-    # a node of the quadrature stands for one eigenvalue at least, however little of it is in the start vector
+    # A node of the quadrature stands for at least one eigenvalue, however small its part in the start vector is.
     parts = weights.clamp_min(1 / num_signs)
     parts[:num_known] = 0
     stderr = (2 * (bumps.square() @ parts) / num_signs).sqrt()
@@ -128,7 +128,7 @@ def density_of(
 
 
 def _rule(runs: Sequence[LanczosResult], left_out: int, known: Sequence[float]) -> tuple[Tensor, Tensor]:
-    """Nodes and weights after some steps less, with the eigenvalues that are known in the place of the nodes there."""
+    """Return nodes and weights without the last steps. Known eigenvalues replace the nodes near them."""
     nodes, weights = [], []
     for run in runs:
         size = max(len(run.quadrature) - left_out, 1)
@@ -138,7 +138,7 @@ def _rule(runs: Sequence[LanczosResult], left_out: int, known: Sequence[float]) 
     node, weight = torch.cat(nodes), torch.cat(weights)
     if not known:
         return node, weight
-    # halfway between the lowest that is known and the k-th
+    # The nodes below the midpoint of the lowest known eigenvalue and the k-th are kept.
     lowest = min(min(known), *[value for run in runs for value in run.eigenvalues])
     is_below = node < (min(known) + lowest) / 2
     share = len(known) / runs[0].dim
@@ -150,5 +150,5 @@ def _rule(runs: Sequence[LanczosResult], left_out: int, known: Sequence[float]) 
 
 
 def _bumps(grid: Tensor, nodes: Tensor, sigma: float) -> Tensor:
-    # Normalized on the grid, so that the sum over it is one although the tails are cut at five sigma.
+    # Normalized on the grid, so that the sum is one although the tails are cut at five sigma.
     return torch.softmax(-((grid[:, None] - nodes) ** 2) / (2 * sigma**2), dim=0) / (grid[1] - grid[0])

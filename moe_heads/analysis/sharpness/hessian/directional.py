@@ -4,9 +4,9 @@ from collections.abc import Iterable, Sequence
 
 from torch import Tensor, nn
 
+from moe_heads.analysis._shared.analysis_mode import analysis_mode
 from moe_heads.analysis._shared.batches import Batch, LossFn
 from moe_heads.analysis._shared.counting import BatchSizeFn, BatchWeightFn
-from moe_heads.analysis._shared.preserve import analysis_mode
 from moe_heads.analysis._shared.progress import Progress
 from moe_heads.analysis._shared.ranks import Ranks
 from moe_heads.analysis.sharpness.hessian.operator import HessianOperator
@@ -29,17 +29,17 @@ def directional_curvatures(
     batch_size_fn: BatchSizeFn | None = None,
     batch_weight_fn: BatchWeightFn | None = None,
 ) -> tuple[float, ...]:
-    r""":math:`d^\top H d` along each direction, by one Hessian-vector product each.
+    r"""Return :math:`d^\top H d` along each direction, by one Hessian-vector product each.
 
     Args:
         model: The model, left bit for bit as it was.
         loss_fn: ``loss_fn(model, batch) -> scalar``, the mean over the samples of the batch.
         batches: The data.
-        directions: d, each (P,), used as they are.
-        params: The parameters that they are over; by default all that require a gradient.
+        directions: Vectors d, each (P,), which are not normalized.
+        params: The parameters of the directions; by default all that require a gradient.
         seed: Seed of the random number generators.
-        progress: Looked at before each batch.
-        ranks: The processes among which the samples are shared; see `sharpness`.
+        progress: Checked before each batch.
+        ranks: The processes that share the samples; see `sharpness`.
         batch_size_fn: See `HessianOperator`.
         batch_weight_fn: See `HessianOperator`.
 
@@ -60,7 +60,7 @@ def directional_curvatures(
         return tuple(float(vector.double() @ operator.matvec(vector).double()) for vector in vectors)
 
     with analysis_mode(model, seed):
-        # a few products are not worth what makes many of them cheaper
+        # The preparations that make many products cheaper do not pay off for a few.
         return shared_hessian(
             ranks or Ranks(),
             algorithm,

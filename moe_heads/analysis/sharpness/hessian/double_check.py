@@ -1,4 +1,4 @@
-"""Products and a derivative of the loss compared with float64 on a part of the samples."""
+"""Comparison of products and of a derivative of the loss with float64 on a part of the samples."""
 
 import math
 from collections.abc import Sequence
@@ -15,39 +15,38 @@ from moe_heads.analysis.sharpness.hessian.double_loss import DoubleLoss
 
 __all__ = ["DoubleCheck", "check_in_double"]
 
-# Samples that are looked at: all up to 32, then 5 %, and not more than 128. Rounding is a property of single samples.
-_FEWEST, _SHARE, _MOST = 32, 0.05, 128
+# Number of compared samples: all up to 32, then 5 %, at most 128. Rounding is a property of single samples.
+_MIN_SAMPLES, _SHARE, _MAX_SAMPLES = 32, 0.05, 128
 
-# Batches from which they are taken, evenly spaced.
-_MOST_PIECES = 8
+# Maximum number of batches to take them from, evenly spaced.
+_MAX_PIECES = 8
 
-# Step of a difference of losses in units of the size of the weights: in float64 far above rounding, and small enough
-# that next to no unit crosses a kink.
+# Step of a difference of losses in units of the size of the weights. In float64 it is far above rounding, and small
+# enough that almost no unit crosses a kink.
 _STEP = 1e-6
 
-
-# The same for a difference of gradients, whose jumps at the kinks of a ReLU it must not meet.
+# The same for a difference of gradients, which jump at the kinks of a ReLU.
 _SMALL_STEP = 1e-9
 
-# Random directions along which the loss is differentiated.
-_DIRECTIONS = 3
+# Number of random directions along which the loss is differentiated.
+_NUM_DIRECTIONS = 3
 
-# Rounding of a gradient in float64, over one.
+# Rounding of a gradient of size 1 in float64.
 _ROUNDING = 1e-14
 
 
 @dataclass(frozen=True)
 class DoubleCheck:
-    r"""Differences between the products :math:`Hv` as they are computed and in float64, on some of the samples.
+    r"""Differences between the products :math:`Hv` as computed and in float64, on some of the samples.
 
     Attributes:
         differences: :math:`\Delta v` for each vector, (P,) each, float64, with :math:`\Delta` the difference of the two
             Hessians.
         derivative_error: Largest difference between :math:`g \cdot d` and a central difference of the loss along three
-            random directions d, over the larger of :math:`\|g\|` and the quotient; d has entries of size 1.
-        curvature_error: Length of the difference between :math:`Hd` and a central difference of the gradient, over that
-            of the longer of the two.
-        num_samples: Samples that were looked at.
+            random directions d with entries of size 1, over the larger of :math:`\|g\|` and the quotient.
+        curvature_error: Length of the difference between :math:`Hd` and a central difference of the gradient, over the
+            length of the longer of the two.
+        num_samples: Number of compared samples.
     """
 
     differences: tuple[Tensor, ...]
@@ -65,11 +64,11 @@ def check_in_double(
         gradients: Loss and gradient as the products evaluate them.
         data: The batches.
         vectors: The vectors to multiply with, (P,) each.
-        progress: Looked at before each batch.
-        seed: Seed of the direction.
+        progress: Checked before each batch.
+        seed: Seed of the directions.
 
     Returns:
-        The differences; a sentence that says why they cannot be had where they cannot.
+        The differences, or a sentence with the reason why they cannot be computed.
     """
     model, loss_fn, params = gradients.model, gradients.loss_fn, gradients.params
     kinds = {t.dtype for t in model.parameters() if t.is_floating_point()} - {torch.float32, torch.float64}
@@ -79,15 +78,15 @@ def check_in_double(
         pieces = _pieces(data, cuts)
         try:
             if _draws_random_numbers(gradients, *pieces[0]):
-                return "the loss draws random numbers, which are others in float64"
+                return "the loss draws random numbers, which differ in float64"
             double = DoubleLoss(model, loss_fn, params)
             double(pieces[0][1], [p.detach() for p in double.params.values()])
             return _compared(gradients, double, pieces, vectors, progress, seed)
         except TimeUp:
-            return f"{progress.end} before it"
-        except Exception as error:  # of any kind: code of the user's that cannot be run in float64, or on few samples
+            return f"{progress.end} before the check"
+        except Exception as error:  # any error of the user's code, which may not run in float64 or on few samples
             if is_out_of_memory(error):
-                return "there is not enough memory for it"
+                return "there is not enough memory for the check"
             text = str(error).splitlines()
             reason = f"the model cannot be evaluated in float64 ({type(error).__name__}: {text[0] if text else ''})"
     return reason
@@ -127,24 +126,24 @@ class _Slopes:
     def __init__(self, gradients: BatchGradients, double: DoubleLoss, seed: int) -> None:
         self._double, self._exact = double, list(double.params.values())
         generator = torch.Generator().manual_seed(seed)
-        self._directions = [self._direction(gradients, generator) for _ in range(_DIRECTIONS)]
+        self._directions = [self._direction(gradients, generator) for _ in range(_NUM_DIRECTIONS)]
         count = sum(p.numel() for p in self._exact)
         size = math.sqrt(sum(float(p.detach().square().sum()) for p in self._exact) / count)
         self._size = max(size, 1e-3)
-        self._slopes, self._quotients = [0.0] * _DIRECTIONS, [0.0] * _DIRECTIONS
+        self._slopes, self._quotients = [0.0] * _NUM_DIRECTIONS, [0.0] * _NUM_DIRECTIONS
         self._norm = self._loss = 0.0
         self._product: list[Tensor] = [torch.zeros_like(p) for p in self._exact]
         self._change: list[Tensor] = [torch.zeros_like(p) for p in self._exact]
 
     def add(self, batch: Batch, gradient: Sequence[Tensor], weight: float) -> None:
-        """Take a batch, with its gradient and the graph of it."""
+        """Add a batch with its gradient, which has a graph."""
         step = _STEP * self._size
         for place, direction in enumerate(self._directions):
             ends = [float(self._double(batch, self._moved(direction, sign * step)).detach()) for sign in (1, -1)]
             self._quotients[place] += weight * (ends[0] - ends[1]) / (2 * step)
             slope = sum(float((g.detach() * d).sum()) for g, d in zip(gradient, direction, strict=True))
             self._slopes[place] += weight * slope
-            self._loss += weight * abs(ends[0]) / _DIRECTIONS
+            self._loss += weight * abs(ends[0]) / _NUM_DIRECTIONS
         self._norm += weight * _length(gradient)
         step = _SMALL_STEP * self._size
         for sign in (1, -1):
@@ -157,8 +156,8 @@ class _Slopes:
 
     @property
     def derivative_error(self) -> float:
-        """Of the gradient; see `DoubleCheck`."""
-        # what a loss of this size rounds to is no error of the derivative
+        """Error of the gradient; see `DoubleCheck`."""
+        # Rounding of a loss of this size is no error of the derivative.
         rounding = 4e-16 * (1 + self._loss) / (_STEP * self._size)
         pairs = zip(self._slopes, self._quotients, strict=True)
         errors = [(abs(s - q) - rounding) / max(self._norm, abs(q), 1e-300) for s, q in pairs]
@@ -166,7 +165,7 @@ class _Slopes:
 
     @property
     def curvature_error(self) -> float:
-        """Of the product; see `DoubleCheck`."""
+        """Error of the product; see `DoubleCheck`."""
         rounding = _ROUNDING * (1 + self._norm) / (_SMALL_STEP * self._size)
         error = _length([a - b for a, b in zip(self._product, self._change, strict=True)]) - rounding
         return max(error, 0.0) / max(_length(self._product), _length(self._change), 1e-300)
@@ -178,7 +177,7 @@ class _Slopes:
         found = [torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p.device) for p in self._exact]
         places = {id(p): part for p, part in zip(gradients.params.values(), found, strict=True)}
         for module in gradients.model.modules():
-            # the rows of padding tokens have no gradient by torch's definition: they are constants
+            # torch defines the rows of padding tokens as constants, without a gradient.
             padding = getattr(module, "padding_idx", None)
             if (
                 isinstance(module, (nn.Embedding, nn.EmbeddingBag))
@@ -190,10 +189,10 @@ class _Slopes:
 
 
 def _pieces(data: Microbatches, cuts: bool) -> list[tuple[int, Batch, int]]:
-    """Place, samples and number of samples of the batches that are looked at, cut where they can and may be cut."""
+    """Return index, samples and number of samples of the compared batches, cut where possible if ``cuts``."""
     batches, sizes = list(data), data.sizes
-    wanted = min(max(_FEWEST, int(_SHARE * data.num_samples)), _MOST, data.num_samples)
-    count = min(_MOST_PIECES, len(batches), wanted)
+    wanted = min(max(_MIN_SAMPLES, int(_SHARE * data.num_samples)), _MAX_SAMPLES, data.num_samples)
+    count = min(_MAX_PIECES, len(batches), wanted)
     places = sorted({round(i * (len(batches) - 1) / max(count - 1, 1)) for i in range(count)})
     pieces, left = [], wanted
     for number, place in enumerate(places):

@@ -1,4 +1,4 @@
-"""A loss evaluated in float64 whatever the model's own data type is."""
+"""Evaluation of a loss in float64 for a model of any data type."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,10 +17,10 @@ _WIDER = {torch.float32: torch.float64, torch.complex64: torch.complex128}
 
 
 class DoubleLoss:
-    """The loss of a model whose parameters and floating-point buffers are copied to float64.
+    """Loss of a model with parameters and floating-point buffers copied to float64.
 
-    Tensors that the model or the loss makes on the way are float64 too, also where the code says float32. The model
-    itself is not touched.
+    Tensors that the model or the loss creates are float64 too, also where the code requests float32. The model itself
+    does not change.
 
     Args:
         model: The model.
@@ -41,10 +41,10 @@ class DoubleLoss:
         self._moved = {f"model.{place}": names[id(t)] for place, t in places.items() if id(t) in names}
 
     def __call__(self, batch: Batch, params: Sequence[Tensor] | None = None) -> Tensor:
-        """The loss of a batch, at ``params`` instead of the model's own where they are given.
+        """Return the loss of a batch at ``params``, by default at the model's own parameters.
 
         Raises:
-            ValueError: If the loss reaches parameters other than through the modules of the model.
+            ValueError: If the loss uses parameters other than through the modules of the model.
         """
         own = self.params.values() if params is None else params
         given = dict(zip(self.params, own, strict=True))
@@ -54,16 +54,16 @@ class DoubleLoss:
             values = {**self._values, **moved}
             loss = torch.func.functional_call(self._loss, values, (copied,), tie_weights=False)
         if params is not None and loss.requires_grad and not any(p.requires_grad for p in params):
-            # a loss that holds the parameters itself, for a penalty say: here they would be constants
-            raise ValueError("the loss reaches parameters other than through the modules of the model")
+            # A loss may hold the parameters itself, for example for a penalty. Here they would be constants.
+            raise ValueError("the loss uses parameters other than through the modules of the model")
         return cast(Tensor, loss).reshape(())
 
 
 def _places(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers by every place at which a module holds them, each module once.
+    """Return parameters and buffers by every name under which a module holds them, each module once.
 
-    ``functional_call`` itself ties weights by all their names, and leaves a module that has two with the values it was
-    given (torch 2.15).
+    ``functional_call`` itself ties weights by all their names, and does not restore the values of a module that has two
+    names (torch 2.15).
     """
     places: dict[str, Tensor] = {}
     for path, module in model.named_modules():
@@ -74,7 +74,7 @@ def _places(model: nn.Module) -> dict[str, Tensor]:
 
 
 class _Loss(nn.Module):
-    """The loss as a module, so that the parameters of the model can be replaced while it is computed."""
+    """The loss as a module, so that ``functional_call`` can replace the parameters of the model."""
 
     def __init__(self, model: nn.Module, loss_fn: LossFn) -> None:
         super().__init__()
@@ -85,7 +85,7 @@ class _Loss(nn.Module):
 
 
 class _Doubles(TorchFunctionMode):
-    """Turns every request for float32 into one for float64."""
+    """A mode that replaces float32 by float64 in every call."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -112,5 +112,5 @@ def _wider(value: Any) -> Any:
 
 
 def _widened(tensor: Tensor) -> Tensor:
-    """A copy, in float64 if it is float32."""
+    """Return a copy, in float64 if it is float32."""
     return tensor.to(_WIDER.get(tensor.dtype, tensor.dtype), copy=True)

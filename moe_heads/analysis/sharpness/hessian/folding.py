@@ -1,4 +1,4 @@
-"""Convolution and batch norm in one: exact in evaluation mode, and a cheaper graph to differentiate twice."""
+"""Folding of batch norms into convolutions and linear layers, exact in evaluation mode and cheaper to differentiate."""
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -22,26 +22,26 @@ _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 @dataclass(frozen=True)
 class Fold:
-    """A layer whose output goes into a batch norm."""
+    """A layer and the batch norm that takes its output."""
 
     layer: nn.Module
     norm: nn.Module
 
 
 def has_norms(model: nn.Module) -> bool:
-    """Whether there is anything to fold: a batch norm that is constant."""
+    """Return whether the model has a batch norm in evaluation mode, which can be folded."""
     return any(_is_norm(module) for module in model.modules())
 
 
 def find_folds(model: nn.Module, run: Callable[[], object]) -> list[Fold]:
-    """Convolutions and linear layers followed by a batch norm in evaluation mode, as ``run()`` calls them.
+    """Return the convolutions and linear layers that a batch norm in evaluation mode follows in ``run()``.
 
-    Each is called once and nothing else listens to it. Whether the output of the layer is used elsewhere as well cannot
-    be seen here: the caller compares the folded model with the plain one.
+    Each module is called once and has no hooks. This function cannot detect other uses of the layer's output, so the
+    caller compares the folded model with the plain one.
 
     Args:
         model: The model.
-        run: Runs it once.
+        run: Runs the model once.
     """
     layers = [module for module in model.modules() if _is_layer(module)]
     norms = [module for module in model.modules() if _is_norm(module)]
@@ -52,7 +52,7 @@ def find_folds(model: nn.Module, run: Callable[[], object]) -> list[Fold]:
         outputs.append((module, output, output._version))
 
     def record_input(module: nn.Module, args: Any) -> None:
-        # a tensor that was written to in between is no longer what the layer gave
+        # The version shows whether the layer's output was changed in place in between.
         inputs.append((module, args[0], args[0]._version))
 
     with ExitStack() as stack:
@@ -73,9 +73,10 @@ def find_folds(model: nn.Module, run: Callable[[], object]) -> list[Fold]:
 
 @contextmanager
 def folded(folds: list[Fold]) -> Iterator[None]:
-    r"""Inside the block each layer uses :math:`W\gamma/\sigma` and each norm passes on what it gets.
+    r"""Fold the norms inside the block: a layer uses :math:`W\gamma/\sigma`, and a norm returns its input.
 
-    Differentiable in W, :math:`\gamma` and :math:`\beta`, so gradients and products are those of the plain model.
+    The weights are differentiable in W, :math:`\gamma` and :math:`\beta`, so gradients and products are those of the
+    plain model.
     """
     changed: list[nn.Module] = []
     try:
@@ -118,6 +119,6 @@ def _is_norm(module: nn.Module) -> bool:
 
 
 def _is_plain(module: nn.Module) -> bool:
-    """Whether nothing but ``forward`` happens in a call, and that is the class's own."""
+    """Return whether a call runs only ``forward``, and that is the class's own."""
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
     return not any(hooks) and "forward" not in vars(module)

@@ -1,4 +1,4 @@
-"""Memory that may be kept between products, and how much of it the graph of a batch takes."""
+"""Memory budget for the graphs that are kept between products."""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,18 +12,18 @@ from moe_heads.analysis._shared.memory import memory_budget
 __all__ = ["CPU_GRAPH_MEMORY", "GraphMemory"]
 
 CPU_GRAPH_MEMORY = 4 * 2**30
-"""Bytes that may be kept between products on a CPU unless the caller says otherwise, or half of what is free."""
+"""Default number of bytes to keep between products on a CPU, unless half of the free memory is less."""
 
 
 class GraphMemory:
-    """A budget for graphs, taken batch by batch.
+    """Memory budget for graphs, spent batch by batch.
 
     Args:
         budget: Bytes; None for the default.
-        device: Where the graphs are.
+        device: Device of the graphs.
 
     Attributes:
-        left: Bytes that are left.
+        left: Remaining bytes.
     """
 
     def __init__(self, budget: int | None, device: torch.device) -> None:
@@ -33,12 +33,12 @@ class GraphMemory:
         self._known: list[tuple[Any, int]] = []
 
     def take(self, batch: Batch, least: int, measure: Callable[[], int]) -> bool:
-        """Return whether the graph of a batch fits beside those that were taken, and take its memory if so.
+        """Return whether the graph of a batch fits into the remaining memory, and reserve it if so.
 
         Args:
             batch: The batch.
-            least: Bytes that it takes at least.
-            measure: Gives the bytes; called once for all batches of one form.
+            least: Lower bound of the bytes of its graph.
+            measure: Returns the bytes; called once for all batches of one form.
         """
         if least > self.left:
             return False
@@ -54,7 +54,7 @@ class GraphMemory:
 
 
 def _form_of(batch: Batch) -> Any | None:
-    """Containers, keys, and shapes of tensors; None for a batch that holds something else than tensors."""
+    """Return containers, keys, and shapes of tensors; None for a batch that holds other objects."""
     if not all(leaf is None or isinstance(leaf, Tensor) for leaf in leaves_of(batch)):
         return None
     return map_leaves(batch, lambda leaf: None if leaf is None else (tuple(leaf.shape), leaf.dtype))

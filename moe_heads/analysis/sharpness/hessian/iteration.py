@@ -1,4 +1,4 @@
-"""Steps of a Lanczos iteration with several start vectors, full reorthogonalization and thick restarts."""
+"""Lanczos iteration with several start vectors, full reorthogonalization and thick restarts."""
 
 import math
 import time
@@ -11,36 +11,36 @@ from moe_heads.analysis.sharpness.hessian.basis import Basis, dot, norm, rademac
 from moe_heads.analysis.sharpness.hessian.krylov import LanczosResult
 from moe_heads.analysis.sharpness.hessian.operator import SymmetricOperator
 
-__all__ = ["FEWEST_BESIDES", "KrylovIteration"]
+__all__ = ["MIN_EXTRA_VECTORS", "KrylovIteration"]
 
-# Rounding errors over the norm of the matrix. What is left of a Krylov space that is complete grows with each step from
-# the error of a product: some ten thousandfold in a dozen, which float64 can afford to call nothing.
+# Rounding errors over the norm of the matrix. In a complete Krylov space the remainder grows from the error of a
+# product with each step, about ten thousandfold in a dozen steps. In float64 the limit leaves room for this growth.
 _ROUNDING = {torch.float32: 1e-5, torch.float64: 1e-10}
 
-# Ritz vectors beyond the wanted ones that a restart keeps where there is room.
-_KEPT_BESIDES = 3
+# Ritz vectors that a restart keeps in addition to the k largest, if there is room.
+_EXTRA_KEPT = 3
 
-FEWEST_BESIDES = 3
-"""Vectors beyond the wanted ones without which nothing can be added after a restart."""
+MIN_EXTRA_VECTORS = 3
+"""Minimum room for vectors in addition to the k largest. With less, a restart leaves no room for a further step."""
 
 
 class KrylovIteration:
-    """The state between two steps.
+    """State of a Lanczos iteration between two steps.
 
     Args:
         operator: The matrix.
         generator: Source of the random start vectors.
         num_eigenvalues: Number k of largest eigenvalues that a restart has to keep.
         tolerance: For the results.
-        most_vectors: Vectors after which the basis is restarted.
+        most_vectors: Maximum number of vectors, at which the basis is restarted.
         start: The first start vector; by default random signs.
 
     Attributes:
         num_steps: Products so far.
         num_sequences: Start vectors so far.
-        remainders: What the last product of each sequence left, orthogonal to the basis; see `LanczosResult`.
-        active: Place in ``remainders`` of what the last product left; None where that was nothing.
-        steps_of_check: Products that checked whether something is missing, a part of ``num_steps``.
+        remainders: Remainder of the last product of each sequence, orthogonal to the basis; see `LanczosResult`.
+        active: Index in ``remainders`` of that of the last product; None if it is zero.
+        num_check_steps: Products that checked for missing eigenvalues, a part of ``num_steps``.
     """
 
     def __init__(
@@ -64,12 +64,12 @@ class KrylovIteration:
         self._skew_before = 0.0
         self._first_projected: Tensor | None = None
         self._forms: list[Tensor] | None = []
-        self.num_steps, self.num_sequences, self.steps_of_check = 0, 1, 0
+        self.num_steps, self.num_sequences, self.num_check_steps = 0, 1, 0
         self._following = self.fresh(start)
 
     @property
     def is_whole(self) -> bool:
-        """Whether the basis spans the whole space."""
+        """True if the basis spans the whole space."""
         return len(self.basis) == self._operator.shape[0]
 
     @property
@@ -79,7 +79,7 @@ class KrylovIteration:
 
     @property
     def num_spare(self) -> int:
-        """Vectors that may be held beside the basis."""
+        """Number of vectors that may be held in addition to the basis."""
         return max(self._most_vectors - self._num_held, 0)
 
     @property
@@ -92,10 +92,10 @@ class KrylovIteration:
         return _ROUNDING[self._operator.dtype] * self._scale
 
     def step(self) -> None:
-        """Add the following vector to the basis; one product with it, orthogonalized against the basis."""
+        """Add the next vector to the basis, and orthogonalize its product with the matrix against the basis."""
         vector = self._following
         size = len(self.projected)
-        # H is symmetric: what the earlier products left says how they couple to this vector
+        # H is symmetric, so the remainders of earlier products give their couplings to this vector.
         couplings = torch.tensor([dot(r, vector) for r in self.remainders], dtype=torch.float64)
         column = self.tails @ couplings if size else torch.zeros(0, dtype=torch.float64)
         remaining = [place for place in range(len(self.remainders)) if place != self.active]
@@ -107,7 +107,7 @@ class KrylovIteration:
         if self._forms is not None:
             self._forms.append(self._operator.forms)
         alpha = dot(vector, product)
-        # The two large terms first: then one pass over the whole basis is mostly enough.
+        # With the two large terms subtracted first, one pass over the whole basis is mostly enough.
         product = product.sub(vector, alpha=alpha)
         expected = column.clone()
         if size:
@@ -136,7 +136,7 @@ class KrylovIteration:
             self.tails = torch.cat([self.tails, last], dim=1)
 
     def proceed(self, place: int) -> bool:
-        """Go on from a remainder.
+        """Continue from a remainder.
 
         Returns:
             Whether the basis was restarted.
@@ -147,7 +147,7 @@ class KrylovIteration:
         return is_full
 
     def begin(self) -> bool:
-        """Go on from a fresh random vector, orthogonal to the basis.
+        """Continue from a new random vector, orthogonal to the basis.
 
         Returns:
             Whether the basis was restarted.
@@ -160,7 +160,7 @@ class KrylovIteration:
         return is_full
 
     def result(self, *, is_complete: bool) -> LanczosResult:
-        """What is known now."""
+        """Return the result so far."""
         return LanczosResult(
             projected=self.projected,
             remainders=tuple(self.remainders),
@@ -175,36 +175,36 @@ class KrylovIteration:
             tolerance=self._tolerance,
             is_complete=is_complete,
             pass_seconds=self._pass_seconds,
-            steps_of_check=self.steps_of_check,
+            num_check_steps=self.num_check_steps,
         )
 
     def residual_gram(self) -> Tensor:
-        """Gram matrix of the columns of HQ - QT, (m, m), float64."""
+        """Return the Gram matrix of the columns of HQ - QT, (m, m), float64."""
         return self.tails @ self.result(is_complete=False).remainder_gram @ self.tails.T
 
     def ritz(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Ritz values, ascending, their residual norms, and the part of each remainder in these, (R, m)."""
+        """Return the ascending Ritz values, their residual norms, and the part of each remainder in these, (R, m)."""
         found = self.result(is_complete=False)
         norms = found.remainder_gram.diagonal().sqrt()
         return found.ritz[0], found.bare_residual_norms, (self.tails.T @ found.ritz[1]).abs() * norms[:, None]
 
     def fresh(self, start: Tensor | None = None) -> Tensor:
-        """A unit vector orthogonal to the basis: of the start vector, or of random signs."""
+        """Return a unit vector orthogonal to the basis, from the start vector or from random signs."""
         dim, dtype, device = self._operator.shape[0], self._operator.dtype, self._operator.device
         vector = rademacher(dim, dtype, device, self._generator) if start is None else start.to(device, dtype)
         length = norm(vector)
         vector = self.basis.complement(vector)
         while norm(vector) < 1e-4 * length:
-            # in a small space signs may lie in the basis; normal numbers do not
+            # In a small space a vector of signs may lie in the basis. One of normal numbers does not.
             vector = torch.randn(dim, generator=self._generator, dtype=dtype).to(device)
             length, vector = norm(vector), self.basis.complement(vector)
-        # Normalize, then once more: next to a nearly complete basis little is left of the vector, and that is inexact.
+        # Twice, because a nearly complete basis leaves a small and inexact part of the vector.
         for _ in range(2):
             vector = self.basis.complement(vector / norm(vector))
         return vector / norm(vector)
 
     def _asymmetry(self) -> float:
-        """Norm of the antisymmetric part of the products, on the basis as it grew since the last restart."""
+        """Return the norm of the antisymmetric part of the products, the largest over the restarts."""
         size = max((len(column) for column in self._skew), default=0) + 1
         skew = torch.zeros(size, size, dtype=torch.float64)
         for column in self._skew:
@@ -217,22 +217,22 @@ class KrylovIteration:
             self._first_projected = self.projected
 
     def _restarted(self) -> bool:
-        """Make room for another vector; keeps the Ritz vectors that matter most where there is none."""
+        """Make room for another vector. Return whether that took a restart, which keeps the largest Ritz vectors."""
         held = self._num_held
         if held < self._most_vectors and unless_out_of_memory(self.basis.reserve) is not None:
             return False
         self._keep_first_projected()
         k = self._num_eigenvalues
-        # where memory ran out before, this is all there is
+        # If memory ran out below the limit, this number is the limit.
         self._most_vectors = min(self._most_vectors, held)
-        if self._most_vectors < k + FEWEST_BESIDES:
+        if self._most_vectors < k + MIN_EXTRA_VECTORS:
             raise MemoryError(
-                f"there is no memory for more than {self._most_vectors} vectors of {self._operator.shape[0]} numbers;"
-                " analyze fewer parameters (params), or on another device"
+                f"there is no memory for more than {self._most_vectors} vectors of {self._operator.shape[0]} numbers."
+                " Analyze fewer parameters (params), or use another device."
             )
         values, vectors = torch.linalg.eigh(self.projected)
         spare = self._most_vectors - max(len(self.remainders) - 1, 0)
-        count = max(min(k + _KEPT_BESIDES, spare - 2), spare // 2, min(k + 1, len(values)))
+        count = max(min(k + _EXTRA_KEPT, spare - 2), spare // 2, min(k + 1, len(values)))
         order = values.abs()
         order[-k:] = torch.inf
         kept = order.topk(min(count, len(values))).indices.sort().values

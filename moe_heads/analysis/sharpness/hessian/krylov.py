@@ -1,4 +1,4 @@
-"""Krylov relation of a symmetric operator, and the eigenvalues with residuals that it gives."""
+"""Krylov relation of a symmetric operator, with its eigenvalues and their residuals."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,43 +11,43 @@ from moe_heads.analysis.sharpness.hessian.basis import Basis, dot
 
 __all__ = ["LanczosResult", "margin_of"]
 
-# Part of the tolerance by which a missing eigenvalue may lie above the k-th: those of a cluster need not be parted.
+# Part of the tolerance by which a missing eigenvalue may lie above the k-th. It leaves clusters unresolved.
 _MARGIN = 0.05
 
-# The same over the rounding errors.
+# The same in units of the rounding errors.
 _MARGIN_OF_ROUNDING = 0.3
 
 
 def margin_of(kth: float, tolerance: float, rounding: float) -> float:
-    """Return the most by which an eigenvalue above the k-th may go unnoticed."""
+    """Return the distance above the k-th eigenvalue within which a missing one is accepted."""
     return max(_MARGIN * tolerance * abs(kth), _MARGIN_OF_ROUNDING * rounding)
 
 
 @dataclass(frozen=True, eq=False)
 class LanczosResult:
-    r"""The Krylov relation :math:`HQ = QT + RC^T` after some steps, and what it says about H.
+    r"""The Krylov relation :math:`HQ = QT + RC^T` after some steps, with its estimates for H.
 
     The Ritz pairs :math:`(\theta, Qs)` come from :math:`Ts = \theta s`; their residuals are
     :math:`\|HQs - \theta Qs\| = \|RC^T s\|`.
 
     Attributes:
         projected: :math:`T = Q^T H Q`, (m, m), float64 on the CPU; tridiagonal with one start vector and no restart.
-        remainders: Columns of R, orthogonal to Q, (P,) each: one for each start vector whose space is not exhausted.
+        remainders: Columns of R, orthogonal to Q, (P,) each, one for each start vector with an unexhausted space.
         tails: C, (m, number of remainders), float64.
         basis: Q, m orthonormal vectors or more, of which the first m count.
-        first_projected: T of the first start vector alone, from before a restart or a second start vector; None where
-            there was neither.
+        first_projected: T of the first start vector alone, before the first restart or second start vector; None
+            without them.
         forms: :math:`q_j^T H_s q_j` by basis vector and stratum of the operator, (m, S), float64; None after a restart.
         num_steps: Products with H.
-        rounding: Size of the rounding errors, 1e-5 (float32) or 1e-10 (float64) times the norm of T. No residual is
-            reported below it.
-        asymmetry: Norm of :math:`Q^T (H - H^T) Q / 2`, from the products that were made anyway. Rounding in a
-            true Hessian; more says that the operator is not the derivative of a gradient. No residual is reported
-            below it.
-        num_eigenvalues: Number k of eigenvalues asked for.
-        tolerance: Largest relative residual asked for.
-        is_complete: Whether a check with a fresh random vector found no eigenvalue above the k-th that is missing.
-        steps_of_check: Products that checked whether an eigenvalue is missing, a part of ``num_steps``.
+        rounding: Size of the rounding errors, 1e-5 (float32) or 1e-10 (float64) times the norm of T. It is a lower
+            bound of the reported residuals.
+        asymmetry: Norm of :math:`Q^T (H - H^T) Q / 2`, from the products of the iteration. For a true Hessian it is
+            rounding. A larger value shows that the operator is not the derivative of a gradient. It is a lower bound of
+            the reported residuals.
+        num_eigenvalues: Requested number k of eigenvalues.
+        tolerance: Requested bound of the relative residuals.
+        is_complete: Whether a check from a new random vector found no missing eigenvalue above the k-th.
+        num_check_steps: Products that checked for missing eigenvalues, a part of ``num_steps``.
         pass_seconds: Seconds of the last pass over the basis.
     """
 
@@ -63,7 +63,7 @@ class LanczosResult:
     num_eigenvalues: int
     tolerance: float
     is_complete: bool
-    steps_of_check: int
+    num_check_steps: int
     pass_seconds: float
 
     @cached_property
@@ -79,12 +79,12 @@ class LanczosResult:
 
     @property
     def margin(self) -> float:
-        """Most by which an eigenvalue above the k-th may be missing."""
+        """Distance above the k-th eigenvalue within which others may be missing."""
         return margin_of(self.eigenvalues[-1], self.tolerance, self.rounding)
 
     @property
     def is_whole(self) -> bool:
-        """Whether the basis spans the whole space."""
+        """True if the basis spans the whole space."""
         return len(self.projected) == self.dim
 
     @property
@@ -94,7 +94,7 @@ class LanczosResult:
 
     @property
     def known_above(self) -> tuple[tuple[float, float], ...]:
-        """All eigenvalues of H above the k-th with their residual norms, as far as they are known to be all."""
+        """All eigenvalues above the k-th with their residual norms, if known to be complete; otherwise none."""
         if not self.converged:
             return ()
         lowest = self.eigenvalues[-1]
@@ -114,13 +114,13 @@ class LanczosResult:
 
     @cached_property
     def bare_residual_norms(self) -> Tensor:
-        """Residual norms of all m Ritz pairs by the relation alone, in the order of ``ritz``."""
+        """Residual norms of all m Ritz pairs from the relation alone, in the order of ``ritz``."""
         coefficients = self.tails.T @ self.ritz[1]
         return (coefficients * (self.remainder_gram @ coefficients)).sum(0).clamp_min(0).sqrt()
 
     @cached_property
     def residual_norms(self) -> Tensor:
-        """The same, at least ``rounding`` and ``asymmetry``."""
+        """``bare_residual_norms``, but at least ``rounding`` and ``asymmetry``."""
         return self.bare_residual_norms.clamp_min(max(self.rounding, self.asymmetry))
 
     @property
@@ -135,19 +135,19 @@ class LanczosResult:
 
     @property
     def is_accurate(self) -> bool:
-        """Whether the k largest have all met the tolerance; see `have_converged`."""
+        """True if the k largest eigenvalues met the tolerance; see `have_converged`."""
         return self._are_accurate(self.residual_norms.flip(0)[: self.num_eigenvalues].tolist())
 
     @property
     def converged(self) -> bool:
-        """Whether the k largest have met the tolerance and none of them is missing."""
+        """True if the k largest eigenvalues met the tolerance and none of them is missing."""
         return self.is_accurate and self.is_complete
 
     def have_converged(self, norms: Sequence[float]) -> bool:
-        """Whether the k largest are complete and accurate with these residual norms.
+        """Return whether the k largest eigenvalues are complete and accurate with these residual norms.
 
-        An eigenvalue that cannot be told from zero counts as accurate in float64 only: there it is less than 1e-10 of
-        the norm of H, while float32 hides eigenvalues of a hundred-thousandth.
+        An eigenvalue that is zero up to rounding counts as accurate in float64 only. There it is less than 1e-10 of the
+        norm of H, while float32 hides eigenvalues of 1e-5 of the norm.
         """
         return self.is_complete and self._are_accurate(norms)
 
@@ -158,7 +158,7 @@ class LanczosResult:
 
     @property
     def lambda_min_residual(self) -> float:
-        """Relative residual of ``lambda_min``; the iteration does not wait for it."""
+        """Relative residual of ``lambda_min``, which has no tolerance."""
         return float(self._relative_residuals()[0])
 
     @property
@@ -168,19 +168,19 @@ class LanczosResult:
 
     @property
     def frobenius_square(self) -> float:
-        r""":math:`\|HQ\|_F^2`, the part of :math:`\|H\|_F^2` that the basis knows."""
+        r""":math:`\|HQ\|_F^2`, the part of :math:`\|H\|_F^2` on the basis."""
         rest = (self.tails.T @ self.tails * self.remainder_gram).sum()
         return float(self.projected.square().sum() + rest)
 
     def block_trace(self, places: Sequence[slice]) -> float:
-        r""":math:`\operatorname{tr} Q^T P H Q` for the projection P on some places: no product is needed."""
+        r"""Return :math:`\operatorname{tr} Q^T P H Q` for the projection P on some places, without a product."""
         size = len(self.projected)
         gram = self.basis.gram(places, self.remainders)
         within, across = gram[:size, :size], gram[:size, len(self.basis) :]
         return float((within * self.projected).sum() + (across * self.tails).sum())
 
     def vectors(self) -> Tensor:
-        """Unit Ritz vectors of ``eigenvalues``, shape (k, P)."""
+        """Return the unit Ritz vectors of ``eigenvalues``, shape (k, P)."""
         return self.basis.combined(self.coefficients)
 
     def _are_accurate(self, norms: Sequence[float]) -> bool:

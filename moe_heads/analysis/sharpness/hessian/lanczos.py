@@ -1,6 +1,6 @@
 """Lanczos iteration with full reorthogonalization (Lanczos 1950; Parlett, The Symmetric Eigenvalue Problem, 1998).
 
-Where the basis would outgrow its memory it is restarted thick (Wu and Simon 2000): the best Ritz vectors stay.
+When the basis reaches its memory limit, a thick restart (Wu and Simon 2000) keeps the best Ritz vectors.
 """
 
 from collections.abc import Callable
@@ -11,7 +11,7 @@ from torch import Tensor
 from moe_heads.analysis._shared.interrupts import HeldInterrupts
 from moe_heads.analysis._shared.memory import available_memory, memory_budget
 from moe_heads.analysis.sharpness.hessian.completeness import CHANCE_OF_MISSING, CompletenessCheck
-from moe_heads.analysis.sharpness.hessian.iteration import FEWEST_BESIDES, KrylovIteration
+from moe_heads.analysis.sharpness.hessian.iteration import MIN_EXTRA_VECTORS, KrylovIteration
 from moe_heads.analysis.sharpness.hessian.krylov import LanczosResult
 from moe_heads.analysis.sharpness.hessian.operator import SymmetricOperator
 from moe_heads.checks import check_at_least, check_positive
@@ -19,7 +19,7 @@ from moe_heads.checks import check_at_least, check_positive
 __all__ = ["CHANCE_OF_MISSING", "CPU_BASIS_MEMORY", "LanczosResult", "check_basis_memory", "lanczos"]
 
 CPU_BASIS_MEMORY = 4 * 2**30
-"""Bytes that the basis may take on a CPU unless the caller says otherwise, or half of what is free."""
+"""Default number of bytes of the basis on a CPU, unless half of the free memory is less."""
 
 
 def lanczos(
@@ -34,32 +34,32 @@ def lanczos(
     basis_memory: int | None = None,
     on_step: Callable[[LanczosResult], None] | None = None,
 ) -> LanczosResult:
-    r"""Largest eigenvalues of a symmetric operator, one product a step.
+    r"""Return the largest eigenvalues of a symmetric operator, with one product per step.
 
-    Goes on until the k algebraically largest Ritz pairs all have :math:`\|Hv - \lambda v\| \le` ``tolerance``
-    :math:`|\lambda|`, or a residual at the level of rounding. A Krylov space holds one copy of an eigenvalue that is
-    repeated, and one that its start vector hardly touches comes late. So some steps from a random vector orthogonal to
-    the basis then look for an eigenvalue above the k-th outside (`CompletenessCheck`). Where there is one, the iteration
-    goes on from a further start vector until it is found.
+    The iteration continues until the k algebraically largest Ritz pairs all have :math:`\|Hv - \lambda v\| \le`
+    ``tolerance`` :math:`|\lambda|`, or a residual at the level of rounding. A Krylov space holds only one copy of a
+    repeated eigenvalue, and finds an eigenvalue late if its start vector has a small part there. So some steps from a
+    random vector orthogonal to the basis then search for an eigenvalue above the k-th outside (`CompletenessCheck`). If
+    there is one, the iteration continues from a further start vector until it finds it.
 
     Args:
         operator: The matrix H.
         generator: Source of the Rademacher start vectors, a CPU generator; equal states give equal results.
         num_eigenvalues: k. Five, as in the top-5 eigenvalues that papers on sharpness report.
-        tolerance: Largest relative residual. 1e-3 puts the error of an isolated eigenvalue near 1e-6.
-        min_steps: Steps to take from the first vector even when converged (a spectral density wants about 40).
-        max_steps: Most steps in all.
-        start: A start vector (P,) of your own, such as the sum of eigenvectors of a matrix nearby: fewer steps are
-            needed, but the nodes and weights then say nothing of the density.
-        basis_memory: Bytes that the basis may take; by default 4 GiB on a CPU and a quarter of the free memory on a
-            GPU, and not more than half of what is free, or what k + 3 vectors take if that is more. A smaller basis is
+        tolerance: Largest relative residual. With 1e-3 the error of an isolated eigenvalue is near 1e-6.
+        min_steps: Minimum number of steps from the first vector. A spectral density needs about 40.
+        max_steps: Maximum number of steps in total.
+        start: A start vector (P,), such as the sum of eigenvectors of a similar matrix. It saves steps, but the nodes
+            and weights then do not give the density.
+        basis_memory: Maximum number of bytes of the basis. The default is 4 GiB on a CPU and a quarter of the free
+            memory on a GPU, at most half of the free memory, but at least the size of k + 3 vectors. A smaller basis is
             restarted and needs more steps.
         on_step: Called after each step with the result so far, which is not complete.
 
     Raises:
-        ValueError: If an argument is out of range; ``num_eigenvalues`` must not exceed the dimension, and
+        ValueError: If an argument is out of range. ``num_eigenvalues`` must not exceed the dimension, and
             ``basis_memory`` has to hold k + 3 vectors.
-        MemoryError: If there is no memory for the fewest vectors that are needed.
+        MemoryError: If there is no memory for k + 3 vectors.
 
     Example:
         >>> import torch
@@ -98,7 +98,7 @@ def lanczos(
             is_restarted = iteration.begin() if following is None else iteration.proceed(following)
             if is_restarted:
                 check.forget()
-                notify()  # the basis is another one: the result before does not fit it any more
+                notify()  # the result before does not fit the restarted basis
 
 
 def check_basis_memory(
@@ -108,26 +108,26 @@ def check_basis_memory(
 
     Raises:
         ValueError: If ``basis_memory`` is not enough for k + 3 vectors.
-        MemoryError: If the default is not enough, and the machine has no more.
+        MemoryError: If the machine has not enough free memory.
     """
     each = dim * dtype.itemsize
-    fewest = min(num_eigenvalues + FEWEST_BESIDES, dim)
+    fewest = min(num_eigenvalues + MIN_EXTRA_VECTORS, dim)
     if basis_memory is not None:
         check_at_least(0, basis_memory=basis_memory)
         if basis_memory < fewest * each:
             raise ValueError(
                 f"basis_memory: expected at least {fewest * each:,} bytes, {fewest} vectors of {dim:,} parameters for"
-                f" num_eigenvalues = {num_eigenvalues}, got {basis_memory:,}. Ask for fewer eigenvalues, or for a part"
-                " of the parameters (params)."
+                f" num_eigenvalues = {num_eigenvalues}, got {basis_memory:,}. Request fewer eigenvalues, or select a"
+                " part of the parameters (params)."
             )
         return basis_memory // each
     budget = memory_budget(device, on_cpu=CPU_BASIS_MEMORY, share_of_gpu=1 / 4)
     free = available_memory() if device.type == "cpu" else torch.cuda.mem_get_info(device)[0]
     if free is not None and fewest * each > free:
         raise MemoryError(
-            f"there is no memory for {fewest} vectors of {dim:,} numbers ({fewest * each / 2**30:.1f} GiB;"
-            f" {free / 2**30:.1f} GiB are free); ask for fewer eigenvalues, analyze fewer parameters (params), or on"
-            " another device"
+            f"there is no memory for {fewest} vectors of {dim:,} numbers: they take {fewest * each / 2**30:.1f} GiB,"
+            f" and {free / 2**30:.1f} GiB are free. Request fewer eigenvalues, analyze fewer parameters (params), or"
+            " use another device."
         )
     return max(budget // each, fewest)
 
@@ -135,14 +135,14 @@ def check_basis_memory(
 def _following(
     iteration: KrylovIteration, k: int, tolerance: float, min_steps: int, check: CompletenessCheck
 ) -> int | None:
-    """Return the remainder to go on from, by its place; None where the k largest are accurate or there is none."""
+    """Return the index of the remainder to continue from; None if the k largest are accurate or there is none."""
     values, residuals, shares = iteration.ritz()
     if len(values) < k or check.is_still_missing(values):
         return iteration.active
     limits = (tolerance * values.abs()).clamp_min(iteration.rounding)
     inaccurate = (residuals > limits)[-k:].nonzero().flatten()
     if len(inaccurate):
-        # what the largest of these lacks most
+        # the largest part of the residual of the largest of these
         return int(shares[:, len(values) - k + int(inaccurate[-1])].argmax())
     return iteration.active if iteration.num_sequences == 1 and iteration.num_steps < min_steps else None
 

@@ -1,10 +1,12 @@
-"""What may be wrong with the graph of a loss that is to be differentiated twice, and how much memory it holds."""
+"""Checks of the graph of a loss for a second derivative, and the memory of that graph."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
+
+from moe_heads.analysis._shared.scalar import checked_scalar
 
 __all__ = [
     "NoSecondDerivative",
@@ -15,7 +17,7 @@ __all__ = [
     "second_order_errors",
 ]
 
-# Parts of the messages with which torch refuses a second derivative: missing formulas, custom functions, torch.compile.
+# Parts of torch's error messages for a missing second derivative: formulas, custom functions, torch.compile.
 _NO_SECOND_DERIVATIVE = (
     "is not implemented",
     "once_differentiable",
@@ -26,20 +28,18 @@ _NO_SECOND_DERIVATIVE = (
 
 
 class NoSecondDerivative(RuntimeError):
-    """A layer cannot be differentiated twice."""
+    """Error for a layer that cannot be differentiated twice."""
 
 
 def checked_loss(loss: object, index: int) -> Tensor:
-    """The loss of batch ``index``, if it can be differentiated twice; it may reach no parameter, as of an idle expert.
+    """Return the loss of batch ``index`` after checking it. It may depend on no parameter, as with an idle expert.
 
     Raises:
         ValueError: If it is not a finite scalar tensor, or went through a reentrant checkpoint (``torch.autograd.grad``
             would silently lose what lies inside).
     """
     where = f"of batch {index}"
-    if not isinstance(loss, Tensor) or loss.numel() != 1:
-        got = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
-        raise ValueError(f"loss_fn: expected a scalar tensor, the mean loss {where}, got {got}")
+    loss = checked_scalar(loss, f"the mean loss {where}")
     if not bool(loss.isfinite().all()):
         raise ValueError(f"loss_fn: expected a finite loss, got {loss.item()} as the loss {where}")
     check_checkpoints(loss)
@@ -47,29 +47,29 @@ def checked_loss(loss: object, index: int) -> Tensor:
 
 
 def check_checkpoints(loss: Tensor) -> None:
-    """Refuse a loss whose graph went through a reentrant checkpoint.
+    """Raise for a loss whose graph contains a reentrant checkpoint.
 
-    ``torch.autograd.grad`` silently loses what lies inside, also of the parameters that are not asked for.
+    ``torch.autograd.grad`` silently loses what lies inside, also for parameters that are not selected.
 
     Raises:
-        ValueError: If it did.
+        ValueError: If the graph contains one.
     """
     if any(node.name() == "CheckpointFunctionBackward" for node in _nodes([loss])):
         raise ValueError(
-            "model: expected checkpoint(..., use_reentrant=False), got reentrant checkpointing, whose second "
-            "derivatives are silently wrong"
+            "model: expected checkpoint(..., use_reentrant=False), got reentrant checkpointing. Its second derivatives"
+            " are silently wrong."
         )
 
 
 def gradient_with_graph(loss: Tensor, params: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """Gradient that can be differentiated again; zeros for parameters that the loss does not reach.
+    """Return a gradient that can be differentiated again, with zeros for unused parameters.
 
     Raises:
-        NoSecondDerivative: If a layer has none and torch can tell already.
+        NoSecondDerivative: If a layer has none, as far as torch detects it here.
     """
     # A function with a once-differentiable backward leaves its error node only when the gradient that enters it
-    # requires a gradient, so the first of them does. And torch never runs that node, since it leads to no parameter:
-    # the product would silently lack what the function contributes.
+    # requires a gradient, so the first of them does. torch never runs that node, because it leads to no parameter. The
+    # product would silently lack the contribution of the function.
     one = torch.ones_like(loss, requires_grad=True)
     with second_order_errors():
         gradient = torch.autograd.grad(loss, params, one, create_graph=True, allow_unused=True, materialize_grads=True)
@@ -83,7 +83,7 @@ def second_order_errors() -> Iterator[None]:
     """Add cause and remedy to the error of a layer that has no second derivative.
 
     Raises:
-        NoSecondDerivative: In place of torch's own error.
+        NoSecondDerivative: Instead of torch's own error.
     """
     try:
         yield
@@ -92,20 +92,20 @@ def second_order_errors() -> Iterator[None]:
             raise
         raise NoSecondDerivative(
             f"a layer of the model has no second derivative ({error}). For the analysis use its plain form: torch "
-            "operations in place of a custom autograd function or a fused activation (relu6(x + 3) / 6 for "
+            "operations instead of a custom autograd function or a fused activation (relu6(x + 3) / 6 for "
             "hardsigmoid), attention inside analysis_mode (mathematical kernel); on a GPU, "
             "torch.backends.cudnn.flags(enabled=False) for recurrent layers."
         ) from error
 
 
-def saved_bytes(compute: Callable[[], object], besides: Iterable[Tensor]) -> int:
-    """Bytes that the graph built by ``compute()`` holds for backward, each storage once.
+def saved_bytes(compute: Callable[[], object], excluded: Iterable[Tensor]) -> int:
+    """Return the bytes that the graph built by ``compute()`` holds for backward, each storage once.
 
     Args:
-        compute: Builds the graph and returns something that keeps it alive.
-        besides: Tensors whose memory does not count, because it is held anyway.
+        compute: Builds the graph and returns an object that keeps it alive.
+        excluded: Tensors whose memory is not counted, because it is held anyway.
     """
-    held = {p.untyped_storage().data_ptr() for p in besides}
+    held = {p.untyped_storage().data_ptr() for p in excluded}
     sizes: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:

@@ -18,15 +18,14 @@ from moe_heads.analysis.sharpness.hessian.products import BatchProducts, GraphMo
 
 __all__ = ["HessianOperator", "SymmetricOperator"]
 
-# On a ResNet-8 sixteen cut the variance of the trace's samples 3 to 9 times; each costs a random vector of its own.
+# On a ResNet-8 sixteen strata reduce the variance of the trace's samples 3 to 9 times. Each costs a random vector.
 _MOST_STRATA = 16
 
 
 class SymmetricOperator(Protocol):
-    """A real symmetric matrix, known only by its products with vectors of ``dtype`` on ``device``.
+    """A real symmetric matrix, given by its products with vectors of ``dtype`` on ``device``.
 
-    It may be a sum over ``num_strata`` parts of the data, each of which can be multiplied with by itself at its share
-    of the cost.
+    It may be a sum over ``num_strata`` parts of the data. A product with one part costs its share of the whole product.
     """
 
     @property
@@ -46,7 +45,7 @@ class SymmetricOperator(Protocol):
 
     @property
     def num_strata(self) -> int:
-        """Number of parts whose sum is the matrix; 1 for one that has no parts."""
+        """Number of parts whose sum is the matrix; 1 for a matrix without parts."""
         ...
 
     @property
@@ -56,11 +55,11 @@ class SymmetricOperator(Protocol):
 
     @property
     def forms(self) -> Tensor:
-        """:math:`v^T H_s v` of each part and the last vector that the whole was multiplied with, (S,), float64."""
+        """:math:`v^T H_s v` of each part and the vector of the last product with the whole matrix, (S,), float64."""
         ...
 
     def matvec(self, vector: Tensor, stratum: int | None = None) -> Tensor:
-        """Product with a vector of shape (P,), of the whole matrix or of one part."""
+        """Return the product of the whole matrix or of one part with a vector of shape (P,)."""
         ...
 
 
@@ -68,28 +67,28 @@ class HessianOperator:
     r"""The Hessian :math:`H = \nabla^2_\theta \frac{1}{N} \sum_i \ell_i(\theta)` of a loss, as products with vectors.
 
     The batches are weighted by their number of samples (or by ``batch_weight_fn``), so uneven batches give the Hessian
-    of one large batch. The products are exact up to rounding. A parameter that no sample reaches (an idle expert) has a
-    zero row. What the parameters do not touch, the backbone below a head, say, is computed once and kept with the rest.
+    of one large batch. The products are exact up to rounding. A parameter that no sample uses (in an idle expert) has a
+    zero row. Layers before the parameters, such as the backbone below a head, are computed once and kept with the rest.
 
-    A product costs about 2 gradients where the first-order graph is kept, and 3 to 4 where it is rebuilt. As many
-    batches are kept as fit into ``graph_memory``. Where memory runs out all the same, what is kept is given up, then
-    the batches are halved: the product stays the same.
+    A product costs about 2 gradients if the first-order graph is kept, and 3 to 4 if it is rebuilt. Graphs are kept for
+    as many batches as fit into ``graph_memory``. If memory runs out nevertheless, the kept graphs are released, then
+    the batches are halved. The product stays the same.
 
-    The model is used as it is found: call inside `analysis_mode`, and do not change the model between products. Layers
-    that draw random numbers draw the same ones in every product.
+    The mode of the model is not changed, so call this inside `analysis_mode`, and do not change the model between
+    products. Layers that draw random numbers draw the same ones in every product.
 
     Args:
-        model: The model; its parameters are neither changed nor given a ``.grad``.
+        model: The model. Its parameters and their ``.grad`` do not change.
         loss_fn: ``loss_fn(model, batch) -> scalar``, the mean over the samples of the batch.
         batches: The data. All of it is held on the device of the parameters.
         params: The parameters :math:`\theta`: tensors, or names of parameters and modules such as "head"; by default
             all that require a gradient, in the order of ``model.named_parameters()``.
-        graph_memory: Bytes that may be kept between products; by default 4 GiB on a CPU, if that is not more than half
-            of what is free, and half of the free memory on a GPU.
+        graph_memory: Maximum number of bytes to keep between products. The default is 4 GiB on a CPU, but at most half
+            of the free memory, and half of the free memory on a GPU.
         mode: "rebuilt" to keep nothing and fold no batch norm; by default the fastest way.
-        progress: Looked at before each batch.
-        seed: Seed of torch's random numbers in the first batch; each batch has the next.
-        batch_size_fn: ``batch_size_fn(batch)``, the number of samples of a batch; by default its tensors tell.
+        progress: Checked before each batch.
+        seed: Seed of torch's random numbers in the first batch. It increases by one with each batch.
+        batch_size_fn: ``batch_size_fn(batch)``, the number of samples of a batch; by default inferred from its tensors.
         batch_weight_fn: ``batch_weight_fn(batch)``, the weight of its loss, where that is no mean over the samples; by
             default the number of samples.
 
@@ -98,12 +97,12 @@ class HessianOperator:
         slices: Place of each parameter in the flat vector, by name.
         num_samples: N.
         total_weight: Sum of the weights of the batches, by which the products are divided: N by default.
-        num_strata: Parts of the data that can be multiplied with alone: the batches, or groups of them, at most 16.
+        num_strata: Number of parts of the data with separate products: the batches, or groups of them, at most 16.
         stratum_weights: Share of each part in the data, which sum to 1, (S,), float64.
-        forms: :math:`v^T H_s v` of each part and the last vector that the whole was multiplied with; they sum to
+        forms: :math:`v^T H_s v` of each part and the vector of the last product with the whole; they sum to
             :math:`v^T H v`.
-        center_loss: Mean loss over the data, as it is differentiated; nan before the first product.
-        interrupted: What there is of a product that the end of the time interrupted.
+        center_loss: Mean loss over the data, from the differentiated graph; nan before the first product.
+        interrupted: The finished part of a product that the end of the time interrupted.
 
     Raises:
         ValueError: If there is nothing to differentiate, the parameters are not all float32 or all float64 on one
@@ -168,27 +167,27 @@ class HessianOperator:
 
     @property
     def mode(self) -> GraphMode:
-        """How a product is computed: "kept" or "rebuilt"."""
+        """Way of computing a product: "kept" or "rebuilt"."""
         return self._products.mode
 
     @property
     def num_folded(self) -> int:
-        """Batch norms that are folded into the layer before them."""
+        """Number of batch norms folded into the layer before them."""
         return self._products.num_folded
 
     @property
     def reason(self) -> str:
-        """Why a faster way was not taken; "" where there is none."""
+        """Reason why a faster way was not used; "" if there is none."""
         return self._products.reason
 
     @property
     def num_kept(self) -> int:
-        """Batches for which something is kept between products."""
+        """Number of batches with a graph that is kept between products."""
         return self._products.num_kept
 
     @property
     def num_products(self) -> int:
-        """Products so far; those with single strata count by their samples."""
+        """Number of products so far. Those with single strata count by their share of the samples."""
         return math.ceil(self._weight_differentiated / self._weight_here(None) - 1e-9)
 
     @property
@@ -198,11 +197,11 @@ class HessianOperator:
 
     @property
     def gradients(self) -> BatchGradients:
-        """Loss and gradient of a batch, as the products evaluate them."""
+        """Loss and gradient of a batch, evaluated as in the products."""
         return self._products.gradients
 
     def own_stratum_weights(self) -> Tensor:
-        """Weight of the samples of this process in each stratum, (S,), float64."""
+        """Return the weight of the samples of this process in each stratum, (S,), float64."""
         return torch.tensor([self._weight_here(s) for s in range(self.num_strata)], dtype=torch.float64)
 
     def over_ranks(
@@ -212,24 +211,24 @@ class HessianOperator:
         num_samples: int,
         stratum_weights: Tensor,
     ) -> None:
-        """From now on multiply with the Hessian of all ranks' samples.
+        """Multiply with the Hessian of all ranks' samples from now on.
 
         Args:
             total: The sum of ``sample_sum(v, stratum)`` over the ranks; None on a rank that only adds its part.
-            num_samples: Samples of all ranks.
-            stratum_weights: Sum of the weights over the ranks, by stratum; as many as the rank with the most has.
+            num_samples: Number of samples of all ranks.
+            stratum_weights: Sum of the weights over the ranks by stratum, with the largest number of strata of a rank.
         """
         self._total, self.num_samples, self._is_alone = total, num_samples, False
         self.num_strata, self.total_weight = len(stratum_weights), float(stratum_weights.sum())
         self.stratum_weights = stratum_weights / self.total_weight
 
     def release(self) -> None:
-        """Let go of what was kept and of the other ranks; a further product would compute everything anew."""
+        """Release the kept graphs and the other ranks. A further product rebuilds the graphs."""
         self._total = None
         self._products.release()
 
     def matvec(self, vector: Tensor, stratum: int | None = None) -> Tensor:
-        """Product :math:`Hv`, or a stratum's part of it: the parts of all strata sum up to it.
+        """Return the product :math:`Hv`, or a stratum's part of it. The parts of all strata sum to the product.
 
         Args:
             vector: v, shape (P,), in the order of ``names``.
@@ -260,7 +259,7 @@ class HessianOperator:
             :math:`\sum_i w_i v^T \nabla^2 \ell_i v`, then :math:`\sum_i w_i \ell_i`; (P + S + 1,).
 
         Raises:
-            ValueError: If it is not finite; names the batch whose loss is not.
+            ValueError: If it is not finite. The message names the batch with such a loss.
             RuntimeError: If a layer has no second derivative.
         """
         parts = [part.view(shape) for part, shape in zip(vector.split(self._sizes), self._shapes, strict=True)]
@@ -272,9 +271,10 @@ class HessianOperator:
             total = self._sum(parts, wanted)
         if stratum is None and self._is_alone and not self.gradients.reaches:
             raise ValueError(
-                "loss_fn: expected a loss that depends on the parameters; that of no batch has a graph of them"
+                "loss_fn: expected a loss that depends on the parameters, got losses without a graph of them for all"
+                " batches. Compute the loss from the output of the model."
             )
-        # the sum is nan or inf if one of the entries is
+        # The sum is nan or inf if one of the entries is, and cheaper to check.
         if not (bool(total.sum().isfinite()) or bool(total.isfinite().all())):
             for index, batch in enumerate(self._data):
                 self._products.check_loss(index, batch)
@@ -289,7 +289,7 @@ class HessianOperator:
         done = 0.0
 
         def product(index: int, batch: Batch) -> tuple[int, Product]:
-            # by the batch it comes from: pieces of one that was cut draw the same numbers in every product
+            # Seeded by the original batch, so that pieces of a cut batch draw the same numbers in every product.
             origin = self._data.origins[index]
             if not self._products.is_kept(origin):
                 return origin, self._products.product(origin, batch, parts)
@@ -299,7 +299,7 @@ class HessianOperator:
             return origin, found
 
         try:
-            # the gradients copy each batch that they hand on
+            # BatchGradients copies each batch itself.
             for weight, (origin, found) in self._data.evaluate(product, wanted=wanted, copies=False):
                 for place, row, part in zip(places, found.rows, parts, strict=True):
                     place.add_(row, alpha=weight)
@@ -308,7 +308,7 @@ class HessianOperator:
                 done += weight
                 self._watch.has_value = True
         except TimeUp:
-            # the batches are in the order of the samples
+            # The batches are in the order of the samples.
             num_samples = round(self.num_samples * done / self.total_weight)
             vector = torch.cat([part.reshape(-1) for part in parts])
             self.interrupted = InterruptedProduct(vector, total.div_(done), num_samples) if done else None
@@ -316,18 +316,18 @@ class HessianOperator:
         return total
 
     def _weight_here(self, stratum: int | None) -> float:
-        """Weight of the samples of this process, or of one of its strata."""
+        """Return the weight of the samples of this process, or of one of its strata."""
         return sum(self._batch_weights if stratum is None else self._batch_weights[stratum :: self.num_strata])
 
 
 @dataclass(frozen=True, eq=False)
 class InterruptedProduct:
-    """The product of the Hessian of the first samples.
+    """Product with the Hessian of the first samples.
 
     Attributes:
-        vector: What was multiplied with, (P,).
+        vector: The multiplied vector, (P,).
         sums: Product, forms and loss, as in `HessianOperator.sample_sum`, for the mean over these samples.
-        num_samples: How many these are, as far as the weights tell.
+        num_samples: Number of these samples, estimated from the weights.
     """
 
     vector: Tensor
@@ -336,7 +336,7 @@ class InterruptedProduct:
 
 
 class _FirstValue(Progress):
-    """Lets the time run out unnoticed until the product of one batch is there."""
+    """A progress that ignores the end of the time until the first batch has a product."""
 
     def __init__(self, progress: Progress) -> None:
         super().__init__()
@@ -351,4 +351,4 @@ class _FirstValue(Progress):
 
 
 class _NoRoomForKept(Exception):
-    """There is no memory for a product beside what is kept."""
+    """There is no memory for a product in addition to the kept graphs."""

@@ -1,4 +1,4 @@
-"""How far two sets of eigenvectors span the same space."""
+"""Overlap of the spaces that two sets of eigenvectors span."""
 
 import torch
 from torch import Tensor
@@ -7,16 +7,16 @@ __all__ = ["subspace_overlap"]
 
 
 def subspace_overlap(first: Tensor, second: Tensor) -> float:
-    r"""Overlap :math:`\|V W^T\|_F^2 / k` of two spaces, 0 for orthogonal ones and 1 for the same.
+    r"""Return the overlap :math:`\|V W^T\|_F^2 / k` of two spaces, 0 for orthogonal and 1 for equal spaces.
 
-    Two random spaces of dimension k have k / P on average.
+    Two random spaces of dimension k have an overlap of k / P on average.
 
     Args:
         first: V, orthonormal rows, (k, P).
-        second: W, the same.
+        second: W, of the same shape.
 
     Raises:
-        ValueError: If the shapes are not the same.
+        ValueError: If the shapes differ.
 
     Source:
         Gur-Ari, Roberts and Dyer, Gradient descent happens in a tiny subspace, 2018, arXiv 1812.04754.

@@ -1,4 +1,4 @@
-"""The parameters that an analysis differentiates by."""
+"""Selection of the parameters to differentiate by."""
 
 from collections.abc import Mapping
 from itertools import accumulate
@@ -14,7 +14,7 @@ _TYPES = {torch.float32, torch.float64}
 
 
 def selected_parameters(model: nn.Module, params: Selection | None) -> dict[str, Tensor]:
-    """``params``, or all parameters that require a gradient, by name and in the order of the model.
+    """Return ``params``, or all parameters that require a gradient, by name and in the order of the model.
 
     Raises:
         ValueError: If there are none, one of them is not a parameter that requires a gradient or not finite, or they do
@@ -23,16 +23,18 @@ def selected_parameters(model: nn.Module, params: Selection | None) -> dict[str,
     chosen: dict[str, Tensor] = {**trainable_parameters(model, params)}
     broken = [name for name, p in chosen.items() if not bool(p.detach().isfinite().all())]
     if broken:
-        raise ValueError(f"model: expected finite parameters; {broken[0]!r} holds nan or inf: did training diverge?")
+        raise ValueError(
+            f"model: expected finite parameters, got nan or inf in {broken[0]!r}. Check whether training diverged."
+        )
     check_types(chosen)
     return chosen
 
 
 def check_types(chosen: Mapping[str, Tensor]) -> None:
-    """Refuse parameters that do not fit into one vector of float32 or float64.
+    """Check that parameters fit into one vector of float32 or float64.
 
     Raises:
-        ValueError: Names what was found, and one of the parameters in half precision.
+        ValueError: If they do not. The message names the types, and a parameter in half precision.
     """
     kinds = {(p.dtype, p.device) for p in chosen.values()}
     if len(kinds) == 1 and next(iter(kinds))[0] in _TYPES:
@@ -50,6 +52,6 @@ def check_types(chosen: Mapping[str, Tensor]) -> None:
 
 
 def slices_of(named: Mapping[str, Tensor]) -> dict[str, slice]:
-    """Place of each parameter in the flat vector of all of them."""
+    """Return the place of each parameter in the flat vector of all of them."""
     ends = list(accumulate(p.numel() for p in named.values()))
     return {name: slice(end - p.numel(), end) for (name, p), end in zip(named.items(), ends, strict=True)}

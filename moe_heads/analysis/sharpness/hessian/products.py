@@ -1,7 +1,7 @@
-"""Products with the Hessian of one batch, by the cheapest way that is possible and right.
+"""Products with the Hessian of one batch, by the cheapest correct way.
 
-The ladder: double backward through a first-order graph that is kept, batch norms folded; the same with the graph
-rebuilt in each product. Measured in docs/results.md.
+The first choice is double backward through a first-order graph that is kept, with folded batch norms. The second
+rebuilds the graph in each product. docs/results.md has the measurements.
 """
 
 from collections.abc import Sequence
@@ -15,22 +15,22 @@ from moe_heads.analysis._shared.batches import Batch, LossFn
 from moe_heads.analysis._shared.microbatches import Microbatches, free_memory, unless_out_of_memory
 from moe_heads.analysis._shared.progress import Progress, TimeUp
 from moe_heads.analysis.sharpness.hessian.batch_gradients import BatchGradients
-from moe_heads.analysis.sharpness.hessian.culprit import layer_of
 from moe_heads.analysis.sharpness.hessian.folding import Fold, find_folds, has_norms
 from moe_heads.analysis.sharpness.hessian.graph_memory import GraphMemory
 from moe_heads.analysis.sharpness.hessian.loss_graph import NoSecondDerivative, check_checkpoints, checked_loss
+from moe_heads.analysis.sharpness.hessian.unsupported_layer import unsupported_layer
 from moe_heads.checks import check_option
 
 __all__ = ["BatchProducts", "GraphMode", "Product"]
 
 GraphMode = Literal["kept", "rebuilt"]
 
-# Relative difference of two losses that rounding explains.
+# Largest relative difference of two losses that rounding explains.
 _SAME_LOSS = 1e-3
 
 
 class Product(NamedTuple):
-    """A batch's loss, and the derivative of its gradient in a direction, one tensor a parameter."""
+    """A batch's loss, and the derivative of its gradient in a direction, one tensor for each parameter."""
 
     loss: float
     rows: Sequence[Tensor]
@@ -39,26 +39,25 @@ class Product(NamedTuple):
 class BatchProducts:
     r"""Products :math:`\nabla^2 \ell_b v` with the Hessians of single batches' mean losses.
 
-    A graph is kept when its batch is first multiplied with, as long as the memory lasts. A fold is compared with the
-    plain double backward on the first batch, and the folded loss with the plain one on every batch, before anything
-    relies on it.
+    The first product of a batch keeps its graph while there is memory. Before any fold is used, the first batch
+    compares its product with plain double backward, and every batch compares the folded loss with the plain loss.
 
     Args:
         model: The model, in evaluation mode.
         loss_fn: ``loss_fn(model, batch) -> scalar``.
         params: The parameters, by name.
         data: The batches.
-        progress: Looked at before each batch.
-        memory: Bytes that may be kept; None for the default.
+        progress: Checked before each batch.
+        memory: Maximum number of bytes to keep; None for the default.
         mode: "rebuilt" to keep and fold nothing; None for the best.
-        seed: Seed of torch's random numbers in the first batch; each batch has the next.
+        seed: Seed of torch's random numbers in the first batch. It increases by one with each batch.
 
     Attributes:
         gradients: The model and its loss, as the products evaluate them.
-        reason: Why something was not kept or folded; "" where nothing spoke against it.
+        reason: Why something was not kept or folded; "" if there is no reason.
 
     Raises:
-        ValueError: If the loss of the first batch is not what it should be.
+        ValueError: If the loss of the first batch is invalid.
         NoSecondDerivative: If a layer of a model with batch norms has none.
     """
 
@@ -84,35 +83,35 @@ class BatchProducts:
         unless_out_of_memory(partial(self._check_checkpoints, first))
         if mode != "rebuilt":
             graphs = GraphMemory(memory, self.gradients.device)
-            # Each batch's gradient is held as well. Most of the time this alone tells for a large model.
+            # Each batch's gradient is kept as well. For a large model it alone often exceeds the budget.
             self._memory = graphs if graphs.left >= self._gradient_bytes else None
             if has_norms(model) and unless_out_of_memory(partial(self._fold, data)) is None:
                 self.release("memory ran out")
 
     @property
     def mode(self) -> GraphMode:
-        """How a product is computed: "kept" if the graph of a batch may be kept, else "rebuilt"."""
+        """Way of computing a product: "kept" if the graph of a batch may be kept, otherwise "rebuilt"."""
         return "kept" if self._kept or self._memory is not None else "rebuilt"
 
     @property
     def num_folded(self) -> int:
-        """Batch norms that are folded into the layer before them."""
+        """Number of batch norms folded into the layer before them."""
         return len(self.gradients.folds)
 
     @property
     def num_kept(self) -> int:
-        """Batches for which something is kept."""
+        """Number of batches with a kept graph."""
         return len(self._kept)
 
     def is_kept(self, index: int) -> bool:
-        """Whether a graph of the batch is kept, or may be kept from now on."""
+        """Return whether a graph of the batch is kept, or may be kept from now on."""
         return index in self._kept or self._memory is not None
 
     def product(self, index: int, batch: Batch, tangents: Sequence[Tensor]) -> Product:
-        """The product of a batch with a vector, both in the parts that belong to the parameters.
+        """Return the product of a batch with a vector, both as one part for each parameter.
 
         Raises:
-            NoSecondDerivative: If a layer has none; names it.
+            NoSecondDerivative: If a layer has none. The message names it.
         """
         try:
             if index not in self._kept and self._fits(index, batch):
@@ -124,23 +123,23 @@ class BatchProducts:
             raise self._named(error, batch) from error.__cause__
 
     def check_loss(self, index: int, batch: Batch) -> None:
-        """Refuse a batch whose loss is not what it should be."""
+        """Raise a ValueError for a batch whose loss is invalid."""
         with self.gradients.evaluation(index):
             checked_loss(self.gradients.loss_fn(self.gradients.model, batch), index)
 
     def release(self, reason: str = "") -> None:
-        """Let go of all that is kept, and keep nothing from now on."""
+        """Release the kept graphs, and keep none from now on."""
         self._kept, self._memory = {}, None
         self.reason = reason or self.reason
         free_memory()
 
     def _check_checkpoints(self, first: Batch) -> None:
-        """Refuse reentrant checkpoints, with the graph of all parameters: without, they may leave no trace in it."""
+        """Reject reentrant checkpoints, which only the graph of all parameters is sure to show."""
         with self.gradients.evaluation(0, freezes=False):
             check_checkpoints(checked_loss(self.gradients.loss_fn(self.gradients.model, first), 0))
 
     def _fits(self, index: int, batch: Batch) -> bool:
-        """Whether the graph of a batch may be kept; after the first that does not fit none is."""
+        """Return whether the graph of a batch may be kept. None is kept after the first that does not fit."""
         if self._memory is None:
             return False
         if self._memory.take(batch, self._gradient_bytes, lambda: self.gradients.gradient_bytes(index, batch)):
@@ -154,11 +153,11 @@ class BatchProducts:
 
     def _named(self, error: NoSecondDerivative, batch: Batch) -> NoSecondDerivative:
         gradients = self.gradients
-        layer = layer_of(gradients.model, lambda: gradients.loss_fn(gradients.model, batch), str(error))
+        layer = unsupported_layer(gradients.model, lambda: gradients.loss_fn(gradients.model, batch), str(error))
         return NoSecondDerivative(f"{layer}: {error}") if layer else error
 
     def _fold(self, data: Microbatches) -> bool:
-        """Fold batch norms that follow their layer in every batch, if that is the same function; True."""
+        """Fold batch norms that follow their layer in every batch, if the function stays the same. Return True."""
         folds: list[Fold] = []
         try:
             for index, batch in enumerate(data):
@@ -171,30 +170,30 @@ class BatchProducts:
                 self.gradients.folds = folds
                 folded = self.gradients.loss(index, batch)
                 if not is_right or abs(folded - plain) > _SAME_LOSS * max(abs(plain), abs(folded)):
-                    self.reason, folds = "folded batch norms gave another product", []
+                    self.reason, folds = "folded batch norms gave a different product", []
                     return True
                 self.gradients.folds = []
         except TimeUp:
             self.reason, folds = "there was no time to compare folded batch norms", []
         except BaseException:
-            folds = []  # what was not seen to be right is not used
+            folds = []  # folds that were not verified are not used
             raise
         finally:
             self.gradients.folds = folds
         return True
 
     def _unfolded(self, index: int, batch: Batch) -> tuple[float, list[Fold]]:
-        """Loss of the plain model at a batch, and the folds that are possible there."""
+        """Return the loss of the plain model at a batch, and the folds that are possible there."""
         losses: list[float] = []
         there = find_folds(self.gradients.model, lambda: losses.append(self.gradients.loss(index, batch)))
         return losses[0], there
 
     def _is_same_product(self, batch: Batch, folds: list[Fold]) -> bool:
-        """Whether the first batch has the same product with a random vector, folded and plain."""
+        """Return whether the first batch has the same product with a random vector, folded and plain."""
         generator = torch.Generator().manual_seed(0)
         params = list(self.gradients.params.values())
         tangents = [torch.randn(p.shape, generator=generator, dtype=p.dtype).to(p.device) for p in params]
-        # Rounding moves a few units across the kink of a ReLU: 1e-3 lets them pass, and no wrong formula.
+        # Rounding moves a few units across the kink of a ReLU. 1e-3 accepts them, but no wrong formula.
         tolerance = 1e-3 if params[0].dtype == torch.float32 else 1e-7
         products = []
         for chosen in ([], folds):

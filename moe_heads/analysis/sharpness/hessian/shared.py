@@ -54,7 +54,7 @@ def shared_hessian(
         What ``algorithm`` returned, on every rank.
     """
     with ranks.synchronized():
-        # only rank zero looks at the clock
+        # only rank zero checks the time
         watched = progress if ranks.is_rank_zero else None
         operator = HessianOperator(
             model,
@@ -73,13 +73,13 @@ def shared_hessian(
             return algorithm(operator)
         return _run_with_sums(ranks, algorithm, operator)
     finally:
-        operator.release()  # whoever still holds what was found must not hold the graphs
+        operator.release()  # a result that refers to the operator must not keep the graphs
 
 
 def _run_with_sums(ranks: Ranks, algorithm: Callable[[HessianOperator], T], operator: HessianOperator) -> T:
     num_samples = ranks.sum(operator.num_samples)
     gathered = ranks.gather(operator.own_stratum_weights())
-    # a rank that has nothing of the last batch, too small to be cut, adds nothing to its stratum
+    # A rank without samples of the last batch, which may be too small to cut, adds nothing to its stratum.
     weights = torch.zeros(max(map(len, gathered)), dtype=torch.float64)
     for own in gathered:
         weights[: len(own)] += own

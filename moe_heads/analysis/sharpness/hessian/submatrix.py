@@ -11,10 +11,10 @@ __all__ = ["DiagonalBlock"]
 
 
 class DiagonalBlock:
-    """The part of a symmetric matrix that belongs to some places of its vectors; a product costs one of the whole.
+    """Diagonal block of a symmetric matrix for some places of its vectors. A product costs one with the whole matrix.
 
     Args:
-        operator: The whole.
+        operator: The whole matrix.
         places: Slices of its vectors, without overlap.
     """
 
@@ -28,11 +28,11 @@ class DiagonalBlock:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Number of places, twice."""
+        """Number of rows and of columns."""
         return self._size, self._size
 
     def matvec(self, vector: Tensor, stratum: int | None = None) -> Tensor:
-        """Product with a vector over the places."""
+        """Return the product with a vector over the places."""
         whole = torch.zeros(self._operator.shape[0], dtype=self.dtype, device=self.device)
         start = 0
         for place in self._places:

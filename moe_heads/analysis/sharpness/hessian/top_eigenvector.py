@@ -1,4 +1,4 @@
-"""The directions of largest curvature, without the rest of a sharpness analysis."""
+"""Directions of largest curvature, without the rest of a sharpness analysis."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moe_heads.analysis._shared.analysis_mode import analysis_mode
 from moe_heads.analysis._shared.batches import Batch, LossFn
 from moe_heads.analysis._shared.counting import BatchSizeFn, BatchWeightFn
-from moe_heads.analysis._shared.preserve import analysis_mode
 from moe_heads.analysis._shared.progress import Progress
 from moe_heads.analysis._shared.ranks import Ranks
 from moe_heads.analysis.sharpness.hessian.lanczos import LanczosResult, lanczos
@@ -21,7 +21,7 @@ __all__ = ["top_eigenvector", "top_eigenvectors"]
 
 
 def top_eigenvector(model: nn.Module, loss_fn: LossFn, batches: Iterable[Batch], **options: Any) -> Tensor:
-    """The first of `top_eigenvectors`, (P,); takes the same options.
+    """Return the first of `top_eigenvectors`, (P,), with the same options.
 
     Example:
         >>> import torch
@@ -49,19 +49,19 @@ def top_eigenvectors(
     batch_size_fn: BatchSizeFn | None = None,
     batch_weight_fn: BatchWeightFn | None = None,
 ) -> Tensor:
-    """Unit eigenvectors of the largest eigenvalues of the Hessian, as `sharpness` would find them.
+    """Return the unit eigenvectors of the largest eigenvalues of the Hessian, computed as in `sharpness`.
 
     Args:
         model: The model, left bit for bit as it was.
         loss_fn: ``loss_fn(model, batch) -> scalar``, the mean over the samples of the batch.
         batches: The data.
-        num_eigenvectors: How many.
+        num_eigenvectors: Number of eigenvectors.
         params: The parameters; by default all that require a gradient.
-        tolerance: Largest relative residual at which to stop.
-        max_steps: Most Lanczos steps; what they give is returned, whatever its residual.
+        tolerance: Largest relative residual.
+        max_steps: Maximum number of Lanczos steps. Their result is returned whatever its residual is.
         seed: Seed of the starting vector.
         progress: Progress and time limit; see `Progress`.
-        ranks: The processes among which the samples are shared; see `sharpness`.
+        ranks: The processes that share the samples; see `sharpness`.
         batch_size_fn: See `HessianOperator`.
         batch_weight_fn: See `HessianOperator`.
 
@@ -69,7 +69,7 @@ def top_eigenvectors(
         The vectors, (``num_eigenvectors``, P), on the CPU, in the order of the trainable ``model.named_parameters()``.
 
     Raises:
-        ValueError: If there are fewer parameters than eigenvectors wanted.
+        ValueError: If there are fewer parameters than requested eigenvectors.
     """
     num_parameters = sum(p.numel() for p in selected_parameters(model, params).values())
     check_at_least(1, num_eigenvectors=num_eigenvectors)

@@ -6,16 +6,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from moe_heads.analysis import (
-    loss_landscape,
-    perturbation_sharpness,
-    published_sharpness,
-    routing_response,
-    sharpness,
-)
+from moe_heads.analysis import loss_landscape, perturbation_sharpness, routing_response, sharpness
 from moe_heads.analysis._shared.batch_list import Batches, halves_of
 from moe_heads.analysis._shared.microbatches import Microbatches
 from moe_heads.analysis._shared.progress import Progress
+from moe_heads.analysis.sharpness.pyhessian import pyhessian_sharpness
 
 CPU = torch.device("cpu")
 X, Y = torch.zeros(6, 4), torch.zeros(6, dtype=torch.int64)
@@ -24,15 +19,15 @@ X, Y = torch.zeros(6, 4), torch.zeros(6, dtype=torch.int64)
 @pytest.mark.parametrize(
     ("batches", "got"),
     [
-        (X, r"one tensor, \(6, 4\): pass \[tensor\]"),
-        ((X, X), r"a tuple with tensors of shapes .* pass \[\(X, y\)\]"),
-        ((X, Y), r"a tuple with tensors of shapes \(6, 4\), \(6,\), which is one batch: pass \[\(X, y\)\]"),
-        ([X, Y], r"a list with tensors of shapes .* pass \[\(X, y\)\]"),
-        ([X, None], r"a list with tensors .* pass \[\(X, y\)\]"),
-        ({"x": X, "y": Y}, r"a mapping with the keys \['x', 'y'\]: pass \[batch\]"),
+        (X, r"one tensor of shape \(6, 4\)\. Pass \[tensor\]"),
+        ((X, X), r"a tuple with tensors of shapes .* Pass \[\(X, y\)\]"),
+        ((X, Y), r"a tuple with tensors of shapes \(6, 4\), \(6,\), which is one batch\. Pass \[\(X, y\)\]"),
+        ([X, Y], r"a list with tensors of shapes .* Pass \[\(X, y\)\]"),
+        ([X, None], r"a list with tensors .* Pass \[\(X, y\)\]"),
+        ({"x": X, "y": Y}, r"a mapping with the keys \['x', 'y'\]\. Pass \[batch\]"),
     ],
 )
-def test_one_batch_in_place_of_the_list_is_refused(batches: Any, got: str) -> None:
+def test_one_batch_in_place_of_the_list_raises_an_error(batches: Any, got: str) -> None:
     with pytest.raises(ValueError, match=f"batches: expected a list of batches, got {got}"):
         sharpness(nn.Linear(4, 3), lambda m, b: m(b).mean(), batches)
 
@@ -47,7 +42,7 @@ def test_the_number_of_samples_may_be_given() -> None:
     data = Microbatches([time_first], CPU, Progress(), batch_size_fn=lambda batch: len(batch[1]))
     assert (data.num_samples, data.total_weight, data.sizes) == (8, 8, [8])
     for bad in (lambda batch: "many", lambda batch: -1, lambda batch: 2.5):
-        with pytest.raises(ValueError, match=r"batch_size_fn: expected the number of samples of batches\[0\]; got"):
+        with pytest.raises(ValueError, match=r"batch_size_fn: expected the number of samples of batches\[0\], got"):
             Batches.of([time_first], bad)
 
 
@@ -67,12 +62,12 @@ def test_halves_weigh_as_much_as_the_whole() -> None:
 
 
 @pytest.mark.parametrize("value", [-1.0, float("nan"), "heavy"])
-def test_bad_weights_are_refused(value: Any) -> None:
+def test_bad_weights_raise_an_error(value: Any) -> None:
     with pytest.raises(ValueError, match="batch_weight_fn: expected a finite number of at least 0"):
         Batches.of([X], None, lambda batch: value)
 
 
-def test_no_weight_at_all_is_refused() -> None:
+def test_zero_weights_raise_an_error() -> None:
     with pytest.raises(ValueError, match="batch_weight_fn: expected a weight above 0 for at least one batch"):
         Batches.of([X], None, lambda batch: 0)
 
@@ -120,7 +115,7 @@ def test_pyhessian_weights_alike() -> None:
     whole = [{"x": x, "labels": labels}]
     cut = [{"x": x[:10], "labels": labels[:10]}, {"x": x[10:], "labels": labels[10:]}]
     options: dict[str, Any] = {"num_eigenvalues": 1, "density": False, "batch_weight_fn": num_labels}
-    one, two = (published_sharpness(model, token_mean, batches, **options) for batches in (whole, cut))
+    one, two = (pyhessian_sharpness(model, token_mean, batches, **options) for batches in (whole, cut))
     assert one.eigenvalues[0] == pytest.approx(two.eigenvalues[0], rel=1e-3)
 
 

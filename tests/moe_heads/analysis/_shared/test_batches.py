@@ -33,13 +33,13 @@ class Pair(NamedTuple):
 
 
 @pytest.mark.parametrize("batches", [[], [torch.zeros(0, 2)], iter([])])
-def test_empty_data_are_refused(batches: Any) -> None:
+def test_empty_data_raise_an_error(batches: Any) -> None:
     with pytest.raises(ValueError, match=r"batches: expected at least one batch .* got an empty loader"):
         Batches.of(batches)
 
 
-def test_a_tensor_in_place_of_a_list_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"batches: expected a list of batches, got one tensor, \(5, 2\)"):
+def test_a_tensor_in_place_of_a_list_raises_an_error() -> None:
+    with pytest.raises(ValueError, match=r"batches: expected a list of batches, got one tensor of shape \(5, 2\)"):
         Batches.of(torch.zeros(5, 2))
 
 
@@ -68,7 +68,9 @@ def test_model_is_called_with_a_batchs_inputs() -> None:
     assert torch.equal(call_model(Named(), x), x)
     assert torch.equal(call_model(Named(), (x, "label")), x)
     assert torch.equal(call_model(Named(), {"x": x, "scale": 2.0, "label": 1}), 2 * x)
-    with pytest.raises(ValueError, match=r"Named.forward needs, got \['image', 'scale'\], without \['x'\]. Say with"):
+    with pytest.raises(
+        ValueError, match=r"parameter of Named\.forward, got \['image', 'scale'\] without \['x'\]\. Pass forward_fn"
+    ):
         call_model(Named(), {"image": x, "scale": 2.0})
 
 

@@ -1,4 +1,4 @@
-"""A user's function may do to its batch what it wants."""
+"""In-place changes of a batch by a user's function do not affect later evaluations."""
 
 import threading
 from typing import Any

@@ -1,4 +1,4 @@
-"""Numbers of samples are counted, or asked for, and never guessed."""
+"""Numbers of samples are inferred from tensors, or an error asks for batch_size_fn."""
 
 from collections import UserDict
 from dataclasses import dataclass
@@ -96,5 +96,7 @@ def test_entries_that_do_not_agree_are_named_with_the_remedy(batch: Any, told: s
 
 @pytest.mark.parametrize("batch", [["text"], Graphs(), {"step": 3}])
 def test_nothing_to_count_by(batch: Any) -> None:
-    with pytest.raises(ValueError, match=r"batch: expected a tensor with a batch dimension .* Pass batch_size_fn"):
+    with pytest.raises(
+        ValueError, match=r"batch: expected at least one tensor with a batch dimension, got .* Pass batch_size_fn"
+    ):
         batch_size(batch)

@@ -1,8 +1,14 @@
-"""Fingerprints of tensors."""
+"""Fingerprints of tensors, values and functions."""
+
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import torch
 
-from moe_heads.analysis._shared.digest import digest_of, digest_of_rows
+from moe_heads.analysis._shared.digest import digest_of, digest_of_code, digest_of_rows
 
 
 def test_equal_bits_have_equal_digests_and_others_have_others() -> None:
@@ -55,3 +61,48 @@ def test_rows_are_the_same_however_they_are_cut() -> None:
     assert digest_of_rows(rows.split(4)) == whole
     others = [rows[:5], rows.flip(0), rows.double(), rows.view(12, 1), rows.view(3, 4)]
     assert len({whole, *(digest_of_rows([other]) for other in others)}) == 6
+
+
+def wrapped(function: Callable[..., Any], factor: float = 1.0) -> Callable[..., Any]:
+    return lambda x: factor * function(x)
+
+
+class Called:
+    def __call__(self, x: float) -> float:
+        return x
+
+    def method(self, x: float) -> float:
+        return x + 1
+
+
+def test_the_same_code_is_the_same_wherever_it_is_written() -> None:
+    functions: list[dict[str, Any]] = [{}, {}]
+    exec("def f(x):\n    return x in {'a', 'b', 'c'}", functions[0])
+    exec("\n\n# a comment\ndef f(x):\n    return x in {'a', 'b', 'c'}", functions[1])
+    one, other = (digest_of_code(known["f"]) for known in functions)
+    assert one == other
+    program = "from moe_heads.analysis._shared.digest import digest_of_code\n"
+    program += "def f(x):\n    return x in {'a', 'b', 'c'}\nprint(digest_of_code(f).hex())"
+    there = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert there.stdout.strip() == one.hex()
+
+
+def test_other_code_is_another() -> None:
+    functions = [abs, lambda x: x, lambda x: 2 * x, lambda x: 3 * x, lambda x: [y + 1 for y in x], None]
+    functions += [lambda x: [y + 2 for y in x], Called(), Called().method]
+    assert len({digest_of_code(function) for function in functions}) == len(functions)
+    assert digest_of_code(Called()) == digest_of_code(Called())
+    assert digest_of_code(partial(functions[1])) == digest_of_code(functions[1])
+
+
+def test_what_a_wrapper_closes_over_counts_where_it_is_a_function() -> None:
+    assert digest_of_code(wrapped(lambda x: x)) != digest_of_code(wrapped(lambda x: x + 1))
+    assert digest_of_code(wrapped(Called().method)) != digest_of_code(wrapped(lambda x: x))
+    assert digest_of_code(wrapped(abs, 1.0)) == digest_of_code(wrapped(abs, 2.0))
+
+
+def test_a_function_may_close_over_itself() -> None:
+    def count(n: int) -> int:
+        return count(n - 1) if n else 0
+
+    assert digest_of_code(count) == digest_of_code(count)

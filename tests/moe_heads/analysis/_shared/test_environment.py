@@ -42,13 +42,13 @@ def test_environment_names_versions_flags_and_load(monkeypatch: pytest.MonkeyPat
     assert f"{environment.num_threads} threads of 6 processors, load 1.25" in str(environment)
 
 
-def test_a_system_without_load_average_says_none(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_system_without_load_average_gives_none(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(module.os, "getloadavg")
     assert load_average() is None
     assert "load" not in str(environment_of(nn.Linear(1, 1)))
 
 
-def test_the_driver_is_what_the_kernel_says(tmp_path: Path) -> None:
+def test_the_driver_version_is_read_from_the_kernel(tmp_path: Path) -> None:
     version = tmp_path / "version"
     version.write_text("NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.65.06  Release Build  (x)")
     assert module._driver(version) == "580.65.06"

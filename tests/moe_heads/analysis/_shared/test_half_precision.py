@@ -1,4 +1,4 @@
-"""A model that is partly in half precision is analyzed, and gives what float64 gives up to the rounding of half."""
+"""Analyses of models partly in half precision agree with float64 up to the rounding of half precision."""
 
 import copy
 from typing import Any
@@ -177,7 +177,7 @@ def test_what_computes_in_half() -> None:
     assert computes_in_half(nn.Sequential(nn.Linear(2, 2).half(), nn.Linear(2, 2).bfloat16())) == torch.bfloat16
 
 
-def test_an_error_of_types_says_the_remedy() -> None:
+def test_an_error_of_types_names_the_remedy() -> None:
     model = nn.Sequential(frozen(nn.Linear(4, 4), torch.bfloat16), nn.Linear(4, 3))
 
     def loss(m: nn.Module, batch: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Ctrl-C is held back and not lost."""
+"""Ctrl-C is delayed and not lost."""
 
 import os
 import signal
@@ -8,9 +8,9 @@ import time
 import pytest
 import torch
 
-from moe_heads.analysis._shared import preserve
+from moe_heads.analysis._shared import state
 from moe_heads.analysis._shared.interrupts import HeldInterrupts
-from moe_heads.analysis._shared.preserve import preserved
+from moe_heads.analysis._shared.state import preserved
 
 
 def press_ctrl_c() -> None:
@@ -29,7 +29,7 @@ def test_ctrl_c_comes_at_the_end_of_the_block() -> None:
     assert signal.getsignal(signal.SIGINT) is handler
 
 
-def test_it_can_be_asked_for_within_and_then_comes_once() -> None:
+def test_check_raises_a_delayed_interrupt_once() -> None:
     with HeldInterrupts() as interrupts:
         press_ctrl_c()
         with pytest.raises(KeyboardInterrupt):
@@ -82,7 +82,7 @@ def test_ctrl_c_while_a_model_is_put_back_does_not_leave_it_half_done(monkeypatc
 
     model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
     before = [p.detach().clone() for p in model.parameters()]
-    write_back = preserve.write_back
+    write_back = state.write_back
     calls: list[int] = []
 
     def interrupted(tensor: torch.Tensor, values: torch.Tensor) -> None:
@@ -91,7 +91,7 @@ def test_ctrl_c_while_a_model_is_put_back_does_not_leave_it_half_done(monkeypatc
         if len(calls) == 2:
             press_ctrl_c()
 
-    monkeypatch.setattr(preserve, "write_back", interrupted)
+    monkeypatch.setattr(state, "write_back", interrupted)
     with pytest.raises(KeyboardInterrupt), preserved(model):
         for parameter in model.parameters():
             parameter.data.zero_()

@@ -1,4 +1,4 @@
-"""Whether a loss is a mean over samples is found out and said."""
+"""Losses that are not means over samples cause a warning."""
 
 import warnings
 from typing import Any
@@ -51,7 +51,7 @@ def test_a_mean_is_not_remarked_upon(size: int) -> None:
 
 
 @pytest.mark.parametrize("loss_fn", [cross_entropy(weight=torch.tensor([1.0, 1.0, 50.0])), info_nce, dice])
-def test_a_loss_that_is_no_mean_is_told_once_with_the_size_and_the_remedy(loss_fn: Any) -> None:
+def test_a_loss_that_is_not_a_mean_causes_one_warning_with_the_size_and_the_remedy(loss_fn: Any) -> None:
     batches = [(x, torch.where(torch.arange(20) < 5, 2, y % 2)) for x, y in data()]
     found, told = checked(loss_fn, batches)
     assert found.size is not None and found.size > 1e-4 and not found.may_cut
@@ -60,13 +60,13 @@ def test_a_loss_that_is_no_mean_is_told_once_with_the_size_and_the_remedy(loss_f
 
 
 @pytest.mark.parametrize("size", [2, 7, 100])
-def test_a_sum_is_told_in_its_own_words(size: int) -> None:
+def test_a_sum_has_its_own_warning(size: int) -> None:
     found, told = checked(cross_entropy(reduction="sum"), data(size))
     assert found.is_sum and len(told) == 1
     assert f"the loss of {size} samples is the sum of the losses of its halves" in told[0]
 
 
-def test_labels_that_are_ignored_are_told_and_weights_are_the_remedy() -> None:
+def test_ignored_labels_cause_a_warning_and_weights_are_the_remedy() -> None:
     batches = [(x, torch.where(torch.arange(20) < 7, -100, y)) for x, y in data()]
     assert checked(cross_entropy(), batches)[0].size
     found = checked(cross_entropy(), batches, batch_weight_fn=lambda batch: (batch[1] != -100).sum())
@@ -82,7 +82,7 @@ def test_losses_near_zero_are_no_false_alarm(scale: float) -> None:
     batches = [(F.one_hot(torch.arange(50) % 3, 3) + 0.01 * torch.rand(50, 3), torch.arange(50) % 3) for _ in range(4)]
     found, told = checked(cross_entropy(), batches, model)
     assert not told and found.size is None
-    assert "too near to zero" in found.reason
+    assert "too close to zero" in found.reason
 
 
 @pytest.mark.parametrize(
@@ -91,7 +91,7 @@ def test_losses_near_zero_are_no_false_alarm(scale: float) -> None:
         (cross_entropy(reduction="sum"), data(1), "one sample each"),
         (lambda m, b: m(b[0]), data(), "not a scalar"),
         (lambda m, b: m(b[0]).view(20, 3).mean(), data(), "half a batch"),
-        (lambda m, b: m(b["x"]).sum(), [{"x": torch.randn(4, 4), "names": list("abcd")}], "cannot be told apart"),
+        (lambda m, b: m(b["x"]).sum(), [{"x": torch.randn(4, 4), "names": list("abcd")}], "one row a sample"),
         (lambda m, b: F.dropout(m(b[0])).sum(), data(), "random numbers"),
     ],
 )
@@ -131,7 +131,7 @@ def test_a_module_that_needs_whole_batches_is_not_cut() -> None:
         list(Microbatches(batches, torch.device("cpu"), Progress()).evaluate(full))
 
 
-def test_halving_is_told_where_it_changes_the_loss() -> None:
+def test_halving_causes_a_warning_if_it_changes_the_loss() -> None:
     told: list[str] = []
     batches, progress = Batches.of(data()), Progress(on_warning=told.append)
     check_mean(nn.Linear(4, 3), info_nce, batches, progress=progress)
@@ -142,7 +142,7 @@ def test_halving_is_told_where_it_changes_the_loss() -> None:
         return 0
 
     list(Microbatches(batches, torch.device("cpu"), progress).evaluate(full))
-    assert len(told) == 2 and "was halved, and the loss depends" in told[1]
+    assert len(told) == 2 and "was halved. The loss depends" in told[1]
 
 
 def test_a_plain_function_warns_once_and_not_again_for_the_same_batches() -> None:

@@ -17,7 +17,7 @@ def test_the_smaller_of_what_machine_and_container_leave(tmp_path: Path, monkeyp
     assert memory.available_memory() is None
 
 
-def test_what_the_kernel_says(tmp_path: Path) -> None:
+def test_free_memory_from_files_of_the_kernel(tmp_path: Path) -> None:
     told = tmp_path / "meminfo"
     assert memory._of_the_machine(told) is None
     told.write_text("MemTotal:       100 kB\nMemAvailable:    40 kB\nHugePages_Total:   0\n")

@@ -1,4 +1,4 @@
-"""Batches are cut smaller where memory runs out, and the result is the same."""
+"""Batches are halved when memory runs out, and the result is the same."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -83,11 +83,13 @@ def test_a_batch_is_halved_until_it_fits_and_stays_halved() -> None:
         ({"x": torch.zeros(4, 2), "names": ["a"] * 4}, "a batch of 4 samples that cannot be cut"),
     ],
 )
-def test_what_cannot_be_cut_is_told_with_the_remedy(batch: Any, message: str) -> None:
+def test_an_indivisible_batch_raises_an_error_with_the_remedy(batch: Any, message: str) -> None:
     def fail(index: int, batch: Any) -> None:
         raise torch.OutOfMemoryError("full")
 
-    with pytest.raises(MemoryError, match=rf"{message} \(full\); analyze a smaller model, fewer samples at a time"):
+    with pytest.raises(
+        MemoryError, match=rf"{message} \(full\)\. Analyze a smaller model, use fewer samples at a time"
+    ):
         list(Microbatches([batch], CPU, Progress()).evaluate(fail))
 
 

@@ -13,11 +13,11 @@ def test_frozen_ones_are_left_out_and_shared_ones_come_once() -> None:
     assert list(trainable_parameters(model)) == ["0.weight", "0.bias", "1.bias"]
 
 
-def test_nothing_to_train_is_refused() -> None:
+def test_a_model_without_trainable_parameters_raises_an_error() -> None:
     with pytest.raises(ValueError, match="model: expected at least one parameter that requires a gradient, got none"):
         trainable_parameters(nn.Flatten())
 
 
-def test_lazy_parameters_are_refused() -> None:
-    with pytest.raises(ValueError, match="model: expected initialized parameters; weight is lazy"):
+def test_lazy_parameters_raise_an_error() -> None:
+    with pytest.raises(ValueError, match="model: expected initialized parameters, got a lazy 'weight'"):
         trainable_parameters(nn.LazyLinear(2))

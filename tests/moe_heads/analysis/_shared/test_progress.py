@@ -1,4 +1,4 @@
-"""Progress, time limit and what is kept of an analysis that ends early."""
+"""Progress display, time limit and partial results."""
 
 import time
 from typing import Any
@@ -34,13 +34,13 @@ def test_the_time_is_over_at_the_next_look_at_the_clock(clock: list[float]) -> N
     progress.step(2, 2)  # all is done: nothing is left to be cut off
 
 
-def test_without_a_limit_the_clock_says_nothing(clock: list[float]) -> None:
+def test_without_a_limit_there_is_no_error(clock: list[float]) -> None:
     progress = Progress()
     clock[0] = 1e9
     progress.tick()
 
 
-def test_what_is_kept_is_the_result_in_time(clock: list[float]) -> None:
+def test_the_partial_result_is_the_result_in_time(clock: list[float]) -> None:
     progress = Progress(max_time=1)
     assert progress.partial("interrupted") is None
     error = TimeUp("nothing yet")
@@ -65,6 +65,6 @@ def test_what_a_part_keeps_is_wrapped_for_the_whole(clock: list[float]) -> None:
 
 
 @pytest.mark.parametrize("max_time", [0, -1, float("inf"), float("nan"), "5", True])
-def test_a_limit_that_is_no_positive_number_is_refused(max_time: Any) -> None:
-    with pytest.raises(ValueError, match="max_time: expected a positive number of seconds or None; got"):
+def test_a_limit_other_than_a_positive_number_raises_an_error(max_time: Any) -> None:
+    with pytest.raises(ValueError, match="max_time: expected a positive number of seconds or None, got"):
         Progress(max_time)

@@ -1,4 +1,4 @@
-"""Several processes share one analysis: the same result, one leader, and errors that reach everybody."""
+"""Several processes share one analysis: equal results, decisions on rank zero, and errors on all ranks."""
 
 import atexit
 import os
@@ -219,10 +219,10 @@ def test_what_rank_zero_finds_everybody_gets(found: list[dict[str, Any]]) -> Non
     assert [rank["gather"] for rank in found] == [["rank 0", "rank 1"]] * 2
 
 
-def test_a_rank_that_waits_says_so(found: list[dict[str, Any]]) -> None:
+def test_a_waiting_rank_issues_a_warning(found: list[dict[str, Any]]) -> None:
     assert found[0]["told"] == []
     (message,) = found[1]["told"]
-    assert message.startswith("test: rank 1 of 2 has been waiting for the others for 0 s.")
+    assert message.startswith("test: rank 1 of 2 has been waiting for the other ranks for 0 s.")
     assert "30 minutes" in message
 
 

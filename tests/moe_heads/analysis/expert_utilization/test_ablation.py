@@ -96,7 +96,7 @@ def test_a_router_of_somebody_else_has_everything_but_an_ablation() -> None:
     top = model(batch[0]).argmax(-1)
     assert torch.equal(result.load["head"], torch.bincount(top, minlength=3).double() / 30)
     assert result.heads["head"].ablation is None
-    with pytest.raises(ValueError, match="a head that can lose an expert; the model has no head of moe_heads"):
+    with pytest.raises(ValueError, match="supports the removal of an expert, got a model without a head of moe_heads"):
         expert_utilization(model, [batch], adapters={"gate": foreign}, ablation=True)
 
 
@@ -132,11 +132,11 @@ def test_a_head_that_cannot_lose_one_costs_the_others_nothing() -> None:
 @pytest.mark.parametrize(
     ("model", "batch", "message"),
     [
-        (Last(HEADS["soft"]()), torch.randn(3, 5), "ablation: expected labels, to tell the accuracy, got data without"),
+        (Last(HEADS["soft"]()), torch.randn(3, 5), "ablation: expected data with labels for the .*, got none"),
         (
             Last(SparseMoE(8, 3, num_experts=2, expert_width=4)),
             (torch.randn(3, 5), torch.zeros(3, dtype=torch.int64)),
-            "can lose an expert; 'head' cannot; experts: expected at least 2 experts to be left",
+            "removal of an expert, got 'head', which does not .experts: expected at least 2 remaining experts, got 1",
         ),
         (
             nn.Sequential(SoftMoE(5, 3, num_experts=2, expert_width=4), nn.Flatten(0)),
@@ -200,7 +200,7 @@ def test_images_are_kept_small_and_of_one_size() -> None:
     [
         (
             torch.zeros(2, 2, 4, 4),
-            r"image_fn: expected images \(B, C, H, W\) with one channel or three.*\(2, 2, 4, 4\)",
+            r"image_fn: expected images \(B, C, H, W\) with one or three channels.*\(2, 2, 4, 4\)",
         ),
         (torch.zeros(2, 4, 4), r"image_fn: expected images .*, got \(2, 4, 4\)"),
         ([1, 2], "image_fn: expected images .*, got list"),

@@ -1,4 +1,4 @@
-"""The figure of what each expert sees."""
+"""Figure of the samples that each expert receives."""
 
 import torch
 

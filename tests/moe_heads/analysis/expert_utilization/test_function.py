@@ -218,7 +218,7 @@ def test_progress() -> None:
         (
             [(torch.zeros(2, 2), torch.tensor([0, 2]))],
             {"class_names": ("cat", "dog")},
-            r"labels: expected classes 0 to 1 \(there are 2 class_names\), or .*, got 0 to 2. Pass label_fn=",
+            r"labels: expected classes 0 to 1 \(2 class_names\), or .*, got 0 to 2. Pass label_fn=",
         ),
         (
             [torch.zeros(2, 2)],
@@ -228,17 +228,17 @@ def test_progress() -> None:
         (
             [(torch.zeros(2, 2), torch.tensor([0, 1])), torch.zeros(2, 2)],
             {},
-            "label_fn: expected labels for every batch or for none; 1 have none",
+            "label_fn: expected labels for all batches or for none, got 1 batches without",
         ),
         (
             [torch.zeros(2, 2)],
             {"label_fn": lambda b: torch.zeros(2)},
-            r"label_fn: expected one whole number a sample.* got \(2,\), torch.float32",
+            r"label_fn: expected one integer per sample.* got \(2,\), torch.float32",
         ),
         (
             [(torch.zeros(2, 2), torch.tensor([-100, -100]))],
             {"ablation": True},
-            "ablation: expected labels, to tell the accuracy, got data without",
+            "ablation: expected data with labels for the accuracy, got none",
         ),
         (
             [torch.zeros(2, 2)],
@@ -248,7 +248,7 @@ def test_progress() -> None:
         (
             [torch.full((2, 2), torch.nan)],
             {},
-            "model: expected finite router logits; all 2 rows of head 'head' have nan",
+            "model: expected finite router logits, got nan or infinity in all 2 rows of head 'head'",
         ),
         ([torch.zeros(2, 2)], {"label_fn": lambda b: [0, 1]}, r"label_fn: expected a tensor \(B,\) or None, got list"),
         ([torch.zeros(2, 2)], {"dead_below": 0.5}, "starved_below: expected at least dead_below = 0.5, got 0.25"),

@@ -1,4 +1,4 @@
-"""The metric, the watch that feeds it, flips and health."""
+"""The metric, its recorder, routing flips, and warnings about unhealthy routers."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,11 +11,11 @@ from torch import nn
 
 from moe_heads import Routing, RoutingStats, SoftMoE, SparseMoE, collect_routing
 from moe_heads.analysis import ExpertUtilizationMetric
-from moe_heads.analysis.expert_utilization import watch as watch_module
-from moe_heads.analysis.expert_utilization.advice import remedies_for
+from moe_heads.analysis.expert_utilization import recorder as recorder_module
+from moe_heads.analysis.expert_utilization.advice import advice_for
 from moe_heads.analysis.expert_utilization.flips import EpochChoices
 from moe_heads.analysis.expert_utilization.health import RouterHealth
-from moe_heads.analysis.expert_utilization.watch import RoutingWatch
+from moe_heads.analysis.expert_utilization.recorder import UtilizationRecorder
 from moe_heads.routers import BiasBalancedRouter, ExpertChoiceRouter, NoisyTopKRouter, SwitchRouter
 from tests.support.head_zoo import FEATURES, ROUTERS, head_with
 from tests.support.processes import NUM_RANKS, run_on_ranks
@@ -94,37 +94,37 @@ def test_two_ranks_are_one(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("router", list(ROUTERS))
-@pytest.mark.parametrize("max_waiting", [1, 100, 2**20])
+@pytest.mark.parametrize("max_pending", [1, 100, 2**20])
 def test_what_waits_counts_like_what_is_counted_at_once(
-    router: str, max_waiting: int, monkeypatch: pytest.MonkeyPatch
+    router: str, max_pending: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(watch_module, "_MAX_WAITING", max_waiting)
+    monkeypatch.setattr(recorder_module, "_MAX_PENDING", max_pending)
     model = nn.Sequential(head_with(router, torch.float32))
-    watch, seen = RoutingWatch(), []
+    recorder, seen = UtilizationRecorder(), []
     with collect_routing(model) as collection:
         for size in (7, 3, 7):
             model(torch.randn(size, FEATURES))
             seen += collection.routings["0"]
-            watch.take(collection)
+            recorder.record(collection)
             assert collection.routings["0"] == []
-    watch.count()
-    kind = watch.kinds["0"]
-    expected, found = total(seen), watch.metric("0", kind).stats
+    recorder.count()
+    kind = recorder.kinds["0"]
+    expected, found = total(seen), recorder.metric("0", kind).stats
     assert kind.soft == (router == "softmax")
     assert torch.equal(found.counts, expected.counts)
     assert torch.equal(found.num_rows, expected.num_rows)
     for name in ("gate_sum", "prob_sum", "entropy_sum", "margin_sum"):
         torch.testing.assert_close(getattr(found, name), getattr(expected, name))
-    watch.reset()
-    assert watch.metric("0", kind).stats.num_rows == 0
+    recorder.reset()
+    assert recorder.metric("0", kind).stats.num_rows == 0
 
 
 def test_what_waits_holds_no_graph() -> None:
-    model, watch = nn.Sequential(nn.Linear(3, 4), SoftMoE(4, 2, num_experts=3)), RoutingWatch()
+    model, recorder = nn.Sequential(nn.Linear(3, 4), SoftMoE(4, 2, num_experts=3)), UtilizationRecorder()
     with collect_routing(model) as collection:
         model(torch.randn(4, 3))
-    watch.take(collection)
-    ((_, values),) = watch._waiting["1"]
+    recorder.record(collection)
+    ((_, values),) = recorder._pending["1"]
     assert len(kept := [value for value in values if value is not None]) == 2  # not what the slots were made of
     assert not any(value.requires_grad for value in kept)
 
@@ -134,26 +134,26 @@ def sgd(*modules: nn.Module) -> torch.optim.Optimizer:
 
 
 def test_gradient_norms_are_those_of_every_twentieth_optimizer_step() -> None:
-    watch, router = RoutingWatch(), nn.Linear(3, 2)
+    recorder, router = UtilizationRecorder(), nn.Linear(3, 2)
     optimizer = sgd(router)
-    watch.note_gradients({"head": router}, optimizer)
-    assert watch.gradient_norms() == {}
-    watch.reset()
+    recorder.record_gradients({"head": router}, optimizer)
+    assert recorder.gradient_norms() == {}
+    recorder.reset()
     for number in range(40):
         for parameter in router.parameters():
             parameter.grad = torch.full_like(parameter, number)
-        watch.note_gradients({"head": router}, optimizer)
-    assert watch.gradient_norms() == {"head": (pytest.approx(20 * 8**0.5), 2)}
+        recorder.record_gradients({"head": router}, optimizer)
+    assert recorder.gradient_norms() == {"head": (pytest.approx(20 * 8**0.5), 2)}
 
 
 def test_gradients_that_another_optimizer_leaves_alone_are_not_noted() -> None:
-    watch, router, other = RoutingWatch(), nn.Linear(3, 2), nn.Linear(2, 2)
+    recorder, router, other = UtilizationRecorder(), nn.Linear(3, 2), nn.Linear(2, 2)
     of_router, of_other = sgd(router), sgd(other)
     for number in range(20):
         for parameter in router.parameters():
             parameter.grad = torch.full_like(parameter, 100.0 if number % 2 == 0 else 1.0)
-        watch.note_gradients({"head": router}, of_other if number % 2 == 0 else of_router)
-    assert watch.gradient_norms() == {"head": (pytest.approx(8**0.5), 1)}
+        recorder.record_gradients({"head": router}, of_other if number % 2 == 0 else of_router)
+    assert recorder.gradient_norms() == {"head": (pytest.approx(8**0.5), 1)}
 
 
 def hard(experts: list[int]) -> list[Routing]:
@@ -196,9 +196,9 @@ def test_other_data_are_not_compared(experts: list[int], batch: Any) -> None:
     choices = EpochChoices()
     epoch(choices, [0, 1, 2, 0], (X, ONE_HOT))
     assert epoch(choices, experts, batch) == (0, 0)
-    assert choices.has_other_data
+    assert choices.data_changed
     assert epoch(choices, experts, batch) == (0, len(experts))
-    assert not choices.has_other_data
+    assert not choices.data_changed
 
 
 def stats_of(shares: list[float]) -> RoutingStats:
@@ -212,103 +212,103 @@ ROUTER = SparseMoE(8, 3, num_experts=4, expert_width=2).router
 
 
 def health(soft: bool = False, dead_below: float = 0.01) -> RouterHealth:
-    return RouterHealth(soft, remedies_for(ROUTER, soft), dead_below=dead_below, starved_below=0.25)
+    return RouterHealth(soft, advice_for(ROUTER, soft), dead_below=dead_below, starved_below=0.25)
 
 
 def test_health_tells_each_thing_once_and_what_to_change() -> None:
     router = health()
-    assert list(router.news(stats_of([0.25] * 4))) == []
-    (starving,) = router.news(stats_of([0.35, 0.3, 0.3, 0.05]))
-    assert starving.startswith("1 of 4 experts starving: number 3 (20.0% of the fair share of the load).")
+    assert list(router.new_warnings(stats_of([0.25] * 4))) == []
+    (starving,) = router.new_warnings(stats_of([0.35, 0.3, 0.3, 0.05]))
+    assert starving.startswith("1 of 4 experts starved: number 3 (20.0% of the fair share of the load).")
     assert "BiasBalancedRouter" in starving
-    (dead,) = router.news(stats_of([0.35, 0.3, 0.35, 0.0]))
+    (dead,) = router.new_warnings(stats_of([0.35, 0.3, 0.35, 0.0]))
     assert dead.startswith("1 of 4 experts dead: number 3 (0.0%")
-    assert list(router.news(stats_of([0.35, 0.3, 0.35, 0.0]))) == []
+    assert list(router.new_warnings(stats_of([0.35, 0.3, 0.35, 0.0]))) == []
     # one sentence for an epoch, and the advice once
-    (told,) = router.news(stats_of([0.98, 0.01, 0.01, 0.0]))
-    assert told.startswith(
-        "the routing collapses, 1.1 of 4 experts are in effect; 2 of 4 experts starving: numbers 1 ("
-    )
+    (told,) = router.new_warnings(stats_of([0.98, 0.01, 0.01, 0.0]))
+    assert told.startswith("the routing collapses to 1.1 effective experts of 4; 2 of 4 experts starved: numbers 1 (")
     assert "numbers 1 (4.0% of the fair share of the load), 2 (4.0%). Raise" in told
     assert told.count("Raise the coefficients") == 1
 
 
 def test_an_expert_that_recovers_is_no_news_and_one_that_dies_again_is() -> None:
     router, sick, well = health(), stats_of([0.5, 0.5, 0.0]), stats_of([0.4, 0.3, 0.3])
-    (dead,) = router.news(sick)
+    (dead,) = router.new_warnings(sick)
     assert "1 of 3 experts dead: number 2" in dead
-    assert list(router.news(stats_of([0.5, 0.48, 0.02]))) == []  # it starves on
-    assert list(router.news(well)) == []
-    assert list(router.news(sick)) == [dead]
+    assert list(router.new_warnings(stats_of([0.5, 0.48, 0.02]))) == []  # it starves on
+    assert list(router.new_warnings(well)) == []
+    assert list(router.new_warnings(sick)) == [dead]
 
 
 def test_two_experts_can_collapse_and_without_a_limit_the_dead_do_not_starve() -> None:
-    (told,) = health(dead_below=0.0).news(stats_of([1.0, 0.0]))
-    assert "1.0 of 2 experts are in effect; 1 of 2 experts dead: number 1 (0.0%" in told
-    assert "starving" not in told
+    (told,) = health(dead_below=0.0).new_warnings(stats_of([1.0, 0.0]))
+    assert "1.0 effective experts of 2; 1 of 2 experts dead: number 1 (0.0%" in told
+    assert "starved" not in told
 
 
 def test_what_only_evaluation_shows_twice_is_told_once_and_apart() -> None:
     router, even, sick = health(), stats_of([0.25] * 4), stats_of([0.35, 0.3, 0.35, 0.0])
-    assert list(router.news(even, even)) == []
-    assert list(router.news(even, sick)) == []  # it may have died at the end of the epoch: the next one shows it
-    (dead,) = router.news(even, sick)
-    assert dead.startswith("on the validation data, and not in training, 1 of 4 experts dead: number 3 (0.0%")
+    assert list(router.new_warnings(even, even)) == []
+    assert (
+        list(router.new_warnings(even, sick)) == []
+    )  # it may have died at the end of the epoch: the next one shows it
+    (dead,) = router.new_warnings(even, sick)
+    assert dead.startswith("on the validation data, but not in training, 1 of 4 experts dead: number 3 (0.0%")
     assert "noisy=False" in dead and "noisy=True" not in dead
-    assert list(router.news(even, sick)) == []
+    assert list(router.new_warnings(even, sick)) == []
     # what training shows as well is told of training alone
     router = health()
-    (dead,) = [*router.news(even, sick), *router.news(sick, sick), *router.news(sick, sick)]
+    (dead,) = [*router.new_warnings(even, sick), *router.new_warnings(sick, sick), *router.new_warnings(sick, sick)]
     assert dead.startswith("1 of 4 experts dead: number 3 (0.0%")
     # an expert that starves in training and is dead in evaluation
     router, starving = health(), stats_of([0.35, 0.3, 0.31, 0.04])
-    told = [line for _ in range(2) for line in router.news(starving, sick)]
+    told = [line for _ in range(2) for line in router.new_warnings(starving, sick)]
     assert [line[:45] for line in told] == [
-        "1 of 4 experts starving: number 3 (16.0% of t",
-        "on the validation data, and not in training, ",
+        "1 of 4 experts starved: number 3 (16.0% of th",
+        "on the validation data, but not in training, ",
     ]
     # nobody can say "not in training" of an epoch too short to tell
     few = RoutingStats(**{**vars(even), "counts": torch.tensor([9] * 4)})
-    assert [line for _ in range(3) for line in health().news(few, sick)] == []
+    assert [line for _ in range(3) for line in health().new_warnings(few, sick)] == []
 
 
 def test_an_even_router_that_made_few_choices_has_not_collapsed() -> None:
     """20 choices are in effect 20 experts at most."""
     share = [1 / 20] * 20 + [0.0] * 44
     few = RoutingStats(**{**vars(stats_of(share)), "counts": torch.tensor([1] * 20 + [0] * 44)})
-    assert list(health().news(few)) == []
+    assert list(health().new_warnings(few)) == []
 
 
 def test_many_experts_collapse_though_each_has_few_choices() -> None:
     """600 choices of 64 experts, all of the same one; which experts are dead needs more."""
     one = RoutingStats(**{**vars(stats_of([1.0] + [0.0] * 63)), "counts": torch.tensor([600] + [0] * 63)})
-    (told,) = health().news(one)
-    assert told.startswith("the routing collapses, 1.0 of 64 experts are in effect. ")
+    (told,) = health().new_warnings(one)
+    assert told.startswith("the routing collapses to 1.0 effective experts of 64. ")
     generator = torch.Generator().manual_seed(0)
     for _ in range(200):
         counts = torch.bincount(torch.randint(50, (100,), generator=generator), minlength=50)
         even = RoutingStats(**{**vars(stats_of((counts / 100).tolist())), "counts": counts})
-        assert list(health().news(even)) == []
+        assert list(health().new_warnings(even)) == []
     # in validation alone: experts of which training said too little are not told
     even = RoutingStats(**{**vars(stats_of([1 / 64] * 64)), "counts": torch.tensor([9] * 64)})
     router = health()
-    told = [line for _ in range(3) for line in router.news(even, stats_of([1.0] + [0.0] * 63))]
+    told = [line for _ in range(3) for line in router.new_warnings(even, stats_of([1.0] + [0.0] * 63))]
     assert [line.count("dead") for line in told] == [0]
 
 
 def test_many_experts_are_not_all_named() -> None:
-    (told,) = health().news(stats_of([0.125] * 8 + [0.0] * 12))
+    (told,) = health().new_warnings(stats_of([0.125] * 8 + [0.0] * 12))
     assert "12 of 20 experts dead: numbers 8 (0.0% of the fair share of the load)," in told
     assert ", 15 (0.0%) and 4 more" in told
 
 
 def test_rows_without_finite_logits_are_told_while_they_last() -> None:
     router, broken = health(), RoutingStats(**{**vars(stats_of([0.25] * 4)), "num_nonfinite": torch.tensor(500)})
-    (told,) = router.news(broken)
+    (told,) = router.new_warnings(broken)
     assert told.startswith("500 of 1500 rows had router logits that are nan or infinite")
-    assert list(router.news(broken)) == []
-    assert list(router.news(stats_of([0.25] * 4))) == []
-    assert len(list(router.news(broken))) == 1
+    assert list(router.new_warnings(broken)) == []
+    assert list(router.new_warnings(stats_of([0.25] * 4))) == []
+    assert len(list(router.new_warnings(broken))) == 1
 
 
 def test_health_counts() -> None:
@@ -334,9 +334,9 @@ class Gate(nn.Linear):
     ],
 )
 def test_only_what_the_router_has_is_advised(router: nn.Module, soft: bool, advised: str, not_advised: str) -> None:
-    remedies = remedies_for(router, soft)
-    assert advised in remedies.in_training + remedies.in_evaluation
-    assert not_advised not in remedies.in_training + remedies.in_evaluation
+    advice = advice_for(router, soft)
+    assert advised in advice.in_training + advice.in_evaluation
+    assert not_advised not in advice.in_training + advice.in_evaluation
 
 
 def test_a_few_choices_tell_nothing() -> None:
@@ -344,16 +344,16 @@ def test_a_few_choices_tell_nothing() -> None:
     few = torch.randint(40, (48,), generator=torch.Generator().manual_seed(0)).bincount(minlength=40)
     assert int((few == 0).sum()) > 5
     stats = stats_of([1 / 40] * 40)
-    assert list(health().news(RoutingStats(**{**vars(stats), "counts": few}))) == []
+    assert list(health().new_warnings(RoutingStats(**{**vars(stats), "counts": few}))) == []
     many = torch.tensor([*[10] * 38, 20, 0])
-    (dead,) = health().news(RoutingStats(**{**vars(stats), "counts": many}))
+    (dead,) = health().new_warnings(RoutingStats(**{**vars(stats), "counts": many}))
     assert "1 of 40 experts dead: number 39 (0.0%" in dead
 
 
 def test_a_soft_router_is_told_by_its_weights() -> None:
     stats = RoutingStats(**{**vars(stats_of([0.25] * 4)), "counts": torch.tensor([1000, 0, 0, 0])})
-    assert list(health(soft=True).news(stats)) == []
-    (dead, *_) = health(soft=True).news(stats_of([0.4, 0.3, 0.3, 0.0]))
+    assert list(health(soft=True).new_warnings(stats)) == []
+    (dead, *_) = health(soft=True).new_warnings(stats_of([0.4, 0.3, 0.3, 0.0]))
     assert "mixing weight" in dead
     assert "temperature" in dead
 

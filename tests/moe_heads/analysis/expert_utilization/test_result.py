@@ -56,17 +56,17 @@ def test_summary_names_heads_and_dead_experts() -> None:
     text = result(first=utilization(), second=utilization()).summary()
     assert text.startswith("| quantity | first | second |\n|---|---|---|\n| entropy | 0.1 | 0.1 |")
     assert "Dead in second: 1 of 3 experts, number 2." in text
-    assert "chance alone" not in text
+    assert "by chance" not in text
     assert "No classes" not in text
     assert "there are no experts to report on" in result().summary()
 
 
 def test_summary_says_what_the_data_cannot_tell() -> None:
     few = result(head=utilization(num_choices=10)).summary()
-    assert "number 2. The fair share is 3.3 choices: chance alone leaves experts of an even router with so few." in few
+    assert "number 2. The fair share is only 3.3 choices, so an even router can have such experts by chance." in few
     # two of three empty at 9 choices each is no chance
     gone = dataclasses.replace(utilization(num_choices=27), load=torch.tensor([1.0, 0.0, 0.0], dtype=torch.float64))
-    assert "chance alone" not in result(head=gone).summary()
+    assert "by chance." not in result(head=gone).summary()
     unlabeled = ExpertUtilizationResult({"head": utilization(labeled=False)}, (), num_samples=10).summary()
     assert "No classes: the batches have no labels of shape (B,)" in unlabeled
 
@@ -80,7 +80,7 @@ def test_figures_render_without_a_warning(head: HeadUtilization) -> None:
         figure, ax = found.plot()
         figure.savefig("/dev/null", format="png")
     assert ax.get_xlabel() == "expert"
-    assert figure.axes[0].get_title().startswith("head: 2.0 of 3 experts in effect")
+    assert figure.axes[0].get_title().startswith("head: 2.0 effective experts of 3")
     assert [bar.get_height() for bar in figure.axes[0].patches] == [0.75, 0.25, 0, 0.5, 0.5, 0]
     if head.class_map is not None:
         second = "class 1" if rows == 2 else "class 2"  # of a hundred, every second one has room
@@ -96,7 +96,7 @@ def test_plot_draws_the_head_asked_for_into_given_axes() -> None:
     figure, ax = result(first=utilization(), second=utilization(labeled=False)).plot(own, head="second")
     assert ax is own
     assert figure is own.figure
-    assert ax.get_title().startswith("second: 2.0 of 3 experts")
+    assert ax.get_title().startswith("second: 2.0 effective experts of 3")
     assert len(ax.patches) == 6
     own = Figure().subplots()
     assert result(first=utilization()).plot(own)[1] is own

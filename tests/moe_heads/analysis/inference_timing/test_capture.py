@@ -1,25 +1,26 @@
+import pytest
 import torch
 from torch import Tensor, nn
 
-from moe_heads.analysis.inference_timing.calls import MODEL, call_of_model
-from moe_heads.analysis.inference_timing.capture import capture
-from moe_heads.analysis.inference_timing.counting import Recorder
+from moe_heads import SparseMoE
+from moe_heads.analysis.inference_timing.calls import MODEL, Call
+from moe_heads.analysis.inference_timing.capture import Capture, named_modules, recorded
+from moe_heads.analysis.inference_timing.flops import OperatorRecorder
 from tests.support.untouched import untouched
 
 
-def forward(model: nn.Module, batch: torch.Tensor) -> object:
-    return model(batch)
+def capture(model: nn.Module, x: Tensor, named: dict[str, nn.Module]) -> Capture:
+    forward = Call(lambda model, batch: model(batch), (((model, x), {}),))
+    with torch.inference_mode():
+        return recorded(forward, named, OperatorRecorder())
 
 
-def test_capturing_keeps_inputs_and_the_most_bytes_at_once() -> None:
+def test_the_inputs_of_modules_are_kept() -> None:
     model, x = nn.Sequential(nn.Linear(2, 8), nn.ReLU(inplace=True), nn.Linear(8, 1)), torch.randn(4, 2)
-    named = {"last": model[2], "first": model[0]}
-    with untouched(model), torch.inference_mode():
-        captured = capture(call_of_model(forward, model, x), model, named, Recorder())
-    assert list(captured.calls) == ["last", "first"]
-    assert torch.equal(captured.calls["first"].args[0], x)
-    # at once the hidden layer and the output, 4 × (8 + 1); kept are the batch and the inputs, 4 × (2 + 2 + 8)
-    assert captured.num_bytes == 4 * 4 * (9 + 12)
+    with untouched(model):
+        captured = capture(model, x, {"last": model[2], "first": model[0]})
+    assert list(captured.modules) == ["last", "first"]
+    assert torch.equal(captured.modules["first"].inputs[0], x)
 
 
 def test_a_compiled_model_is_captured_without_compiling_it() -> None:
@@ -31,8 +32,7 @@ def test_a_compiled_model_is_captured_without_compiling_it() -> None:
 
     model, x = nn.Sequential(nn.Linear(2, 3)), torch.randn(4, 2)
     model.compile(backend=backend)
-    captured = capture(call_of_model(forward, model, x), model, {"0": model[0]}, Recorder())
-    assert torch.equal(captured.calls["0"].args[0], x)
+    assert torch.equal(capture(model, x, {"0": model[0]}).modules["0"].inputs[0], x)
     assert not compiled
 
 
@@ -58,18 +58,44 @@ class Recursive(nn.Module):
 
 def test_all_calls_of_a_module_are_kept_and_counted_those_inside_itself_once() -> None:
     model, x = Siamese(), torch.randn(4, 3)
-    seen: list[int] = []
+    lengths: list[int] = []
+    captured = capture(model, x, {"encoder": model.encoder})
+    model.encoder.register_forward_pre_hook(lambda _, args: lengths.append(len(args[0])))
     with torch.inference_mode():
-        captured = capture(call_of_model(forward, model, x), model, {"encoder": model.encoder}, Recorder())
-        model.encoder.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
-        captured.calls["encoder"]()
-    assert seen == [4, 4, 1, 1]
-    assert captured.counted["encoder"].flops == captured.counted[MODEL].flops == 2 * 2 * 3 * 3 * (4 + 1)
-    assert captured.calls["encoder"].inputs[1].tolist() == (x[:1] + 1).tolist()
+        captured.modules["encoder"]()
+    assert lengths == [4, 4, 1, 1]
+    assert captured.operators["encoder"].flops == captured.operators[MODEL].flops == 2 * 2 * 3 * 3 * (4 + 1)
+    assert captured.modules["encoder"].inputs[1].tolist() == (x[:1] + 1).tolist()
 
 
-def test_what_is_copied_to_be_kept_is_no_operator_of_the_model() -> None:
-    model, x = nn.Sequential(nn.ReLU()), torch.randn(4, 3)
+def test_inputs_of_two_calls_that_are_modified_in_place_are_restored() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.ReLU(inplace=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.inner(x - 1) + self.inner(x + 1)
+
+    model, x = Twice(), torch.tensor([-2.0, 2.0])
+    call = capture(model, x, {"inner": model.inner}).modules["inner"]
+    assert [x.tolist() for x in call.inputs] == [[-3, 1], [-1, 3]]
     with torch.inference_mode():
-        captured = capture(call_of_model(forward, model, x), model, {"0": model[0]}, Recorder())
-    assert len(captured.counted[MODEL].operators) == 1
+        call()
+        assert [x.tolist() for x in call.inputs] == [[0, 1], [0, 3]]
+        call.restore_inputs()
+    assert [x.tolist() for x in call.inputs] == [[-3, 1], [-1, 3]]
+
+
+def test_copies_of_inputs_are_no_operators_of_the_model() -> None:
+    model = nn.Sequential(nn.ReLU())
+    assert len(capture(model, torch.randn(4, 3), {"0": model[0]}).operators[MODEL].operators) == 1
+
+
+def test_names_are_checked_and_a_child_called_model_is_not_the_whole() -> None:
+    wrapper = nn.Sequential()
+    wrapper.add_module("model", SparseMoE(4, 2, num_experts=2, expert_width=2, k=1))
+    assert list(named_modules(wrapper, None)[0]) == ["model.model", "model.model.router"]
+    assert list(named_modules(wrapper, ["model.experts"])[0]) == ["model.model.experts"]
+    with pytest.raises(ValueError, match=r"modules: expected names of modules, such as 'model', got \['neck'\]"):
+        named_modules(wrapper, ["neck"])

@@ -1,11 +1,11 @@
-"""What the figures show, and that it fits a card of TensorBoard."""
+"""Contents of the figures, and their layout in a card of TensorBoard."""
 
 from dataclasses import replace
 
 import pytest
 from matplotlib.figure import Figure
 
-from moe_heads.analysis.inference_timing.gap import Gap
+from moe_heads.analysis.inference_timing.speedup import Gap
 from tests.moe_heads.analysis.inference_timing.test_result import row, timing
 
 
@@ -18,7 +18,7 @@ def test_latency_has_a_line_a_module_and_its_bands() -> None:
     figure, ax = replace(timing(), rows=(*timing().rows, *parts)).plot()
     assert (ax.get_xscale(), ax.get_yscale()) == ("log", "log")
     lines = {line.get_label(): line.get_ydata().tolist() for line in ax.get_lines()}
-    assert lines == {"model, eager, warm": [2.0, 20.0], "head, eager, warm": [1.0, 3.0]}  # a part has the split
+    assert lines == {"model, eager": [2.0, 20.0], "head, eager": [1.0, 3.0]}  # stages are in the figure of the split
     tops = [round(float(band.get_paths()[0].vertices[:, 1].max()), 6) for band in ax.collections]
     assert tops == [20.2, 80.0, 3.03, 12.0]
     assert legend_of(figure) == ["model", "head"]
@@ -91,18 +91,17 @@ def test_the_split_has_bars_that_fill() -> None:
     assert [bar.get_height() for bar in panel.patches] == [0.25, 0.75]
 
 
-def test_modes_and_caches_are_told_apart_in_a_legend_that_does_not_grow_with_their_product() -> None:
+def test_modes_have_dash_patterns_in_a_legend_that_does_not_grow_with_their_product() -> None:
     rows = [replace(row(name, 1, 2.0), mode=mode) for name in ("model", "head") for mode in ("eager", "compiled")]
-    figure, ax = replace(timing(), rows=(*rows, replace(rows[0], cache="cold"))).plot()
+    figure, ax = replace(timing(), rows=tuple(rows)).plot()
     looks = {line.get_label(): (line.get_linestyle(), line.get_marker()) for line in ax.get_lines()}
     assert looks == {
-        "model, eager, warm": ("-", "o"),
-        "model, compiled, warm": ("--", "o"),
-        "model, eager, cold": ("-", "s"),
-        "head, eager, warm": ("-", "o"),
-        "head, compiled, warm": ("--", "o"),
+        "model, eager": ("-", "o"),
+        "model, compiled": ("--", "o"),
+        "head, eager": ("-", "o"),
+        "head, compiled": ("--", "o"),
     }
-    assert legend_of(figure) == ["model", "head", "eager", "compiled", "eager, cold"]
+    assert legend_of(figure) == ["model", "head", "eager", "compiled"]
 
 
 def test_figures_have_the_size_of_a_card_and_the_legend_is_beside_the_axes() -> None:
@@ -123,3 +122,9 @@ def test_plot_uses_the_axes_given() -> None:
     figure, ax = timing().plot(own)
     assert ax is own
     assert figure is own.figure
+
+
+def test_without_heads_there_is_no_figure_of_them() -> None:
+    bare = replace(timing(), gaps=(), parts=())
+    assert bare.plot_gap() is None
+    assert bare.plot_split() is None

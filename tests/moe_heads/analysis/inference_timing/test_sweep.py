@@ -1,5 +1,6 @@
-"""What the sweep leaves out: for want of time, by a clock of our own, and of memory."""
+"""Batch sizes that the sweep skips for lack of time, with a fake clock, or of memory."""
 
+import math
 from collections.abc import Mapping
 
 import pytest
@@ -9,12 +10,14 @@ from torch import Tensor, nn
 from moe_heads import SparseMoE
 from moe_heads.analysis import InferenceTimingResult, inference_timing
 from moe_heads.analysis._shared.progress import Progress
-from moe_heads.analysis.inference_timing import outlook, rounds, subject
-from moe_heads.analysis.inference_timing.findings import Findings
+from moe_heads.analysis.inference_timing import sweep
+from moe_heads.analysis.inference_timing.calls import MODEL, RowKey
+from moe_heads.analysis.inference_timing.measure import TimingPlan
+from moe_heads.analysis.inference_timing.sweep import CostEstimate, Sweep
 
 
 class Outside:
-    """Time and passes so far; unlike attributes of the model, nobody puts them back."""
+    """Time and passes so far; unlike attributes of the model, they are not restored."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -22,15 +25,14 @@ class Outside:
 
 
 class Costly(nn.Module):
-    """A pass takes so many seconds a sample, by a clock that nobody has to wait for."""
+    """A pass takes a given number of seconds per sample on a fake clock."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, seconds: float, head: nn.Module | None = None) -> None:
         super().__init__()
         self.clock, self.seconds = Outside(), seconds
         self.head = nn.Identity() if head is None else head
-        for module in (outlook, rounds, subject):
-            monkeypatch.setattr(module.time, "perf_counter", lambda: self.clock.now)
-        monkeypatch.setattr(rounds.time, "perf_counter_ns", lambda: int(1e9 * self.clock.now))
+        monkeypatch.setattr(sweep.time, "perf_counter", lambda: self.clock.now)
+        monkeypatch.setattr(sweep.time, "perf_counter_ns", lambda: int(1e9 * self.clock.now))
 
     def forward(self, x: Tensor) -> Tensor:
         self.clock.now += self.seconds * len(x)
@@ -40,8 +42,8 @@ class Costly(nn.Module):
 
 @pytest.fixture(autouse=True)
 def _no_limits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The machine's limits are measured by a clock that stands still here."""
-    monkeypatch.setattr(Findings, "_limits_of", lambda *_: None)
+    """Skip the measurement of the device limits, whose clock does not advance here."""
+    monkeypatch.setattr(Sweep, "_limits_of", lambda *_: None)
 
 
 def timed(model: nn.Module, **options: object) -> tuple[InferenceTimingResult, list[int]]:
@@ -54,7 +56,7 @@ def reasons(timing: InferenceTimingResult) -> Mapping[int | None, str]:
     return {skip.batch_size: skip.reason for skip in timing.skipped}
 
 
-def test_the_sweep_stays_within_its_time_and_names_what_it_leaves_out(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_sweep_stays_within_its_time_and_names_the_sizes_that_it_skips(monkeypatch: pytest.MonkeyPatch) -> None:
     model = Costly(monkeypatch, 0.1)
     timing, sizes = timed(model, max_seconds=30.0)
     # size 32: a pass of 3.2 s is made, seven rounds are not; size 128 is not even tried
@@ -62,9 +64,9 @@ def test_the_sweep_stays_within_its_time_and_names_what_it_leaves_out(monkeypatc
     assert model.clock.now <= 30
     assert 128 not in model.clock.passes
     left = reasons(timing)
-    assert left[32].startswith("may take about 22.4 s, and ")
-    assert left[32].endswith(" of max_seconds = 30 were left")
-    assert left[128] == "batch 32 was too slow already"
+    assert left[32].startswith("needs about 22.4 s, but ")
+    assert left[32].endswith(" of max_seconds = 30 remain")
+    assert left[128] == "batch size 32 was already too slow"
     assert timing.partial == ""
 
 
@@ -72,7 +74,7 @@ def test_the_smallest_size_is_always_timed(monkeypatch: pytest.MonkeyPatch) -> N
     timing, sizes = timed(Costly(monkeypatch, 100), batch_sizes=(4, 2), max_seconds=1.0)
     assert sizes == [2]
     assert timing.rows[0].num_runs == 6
-    assert reasons(timing)[4].startswith("may take about 800 s, and 0 s")
+    assert reasons(timing)[4].startswith("needs about 800 s, but 0 s")
 
 
 def test_the_heads_are_timed_where_the_model_takes_too_long(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -96,7 +98,7 @@ def test_the_warm_up_is_in_the_time_of_a_size(monkeypatch: pytest.MonkeyPatch) -
     assert model.clock.now == pytest.approx(0.01 + 2.0, abs=0.03)
 
 
-def test_rounds_end_in_time_where_they_take_longer_than_foretold(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rounds_end_in_time_where_they_take_longer_than_estimated(monkeypatch: pytest.MonkeyPatch) -> None:
     model = Costly(monkeypatch, 0.1)
 
     def busy(done: int, total: int | None, quantities: Mapping[str, float]) -> None:
@@ -131,7 +133,7 @@ def test_out_of_memory_is_reported_and_the_sweep_goes_on() -> None:
 
 
 class Picky(nn.Module):
-    """Refuses batches of less than two and of more than four samples."""
+    """Fails at batches of less than two or more than four samples."""
 
     def forward(self, x: Tensor) -> Tensor:
         if not 2 <= len(x) <= 4:
@@ -139,11 +141,14 @@ class Picky(nn.Module):
         return x
 
 
-def test_a_size_that_the_model_refuses_is_named_and_the_sweep_goes_on() -> None:
+def test_a_size_at_which_the_model_fails_is_named_and_the_sweep_goes_on() -> None:
     timing, sizes = timed(Picky(), batch_sizes=(1, 2, 4, 8), num_runs=2)
     assert sizes == [2, 4]
     assert reasons(timing) == {1: "failed with KeyError: 'not 1'", 8: "failed with KeyError: 'not 8'"}
-    with pytest.raises(ValueError, match=r"example_batch: expected a batch that the model .* KeyError: 'not 8'"):
+    with pytest.raises(
+        ValueError,
+        match=r"example_batch: expected a batch that the model accepts, got one that raises KeyError: 'not 8'",
+    ):
         timed(Picky(), batch_sizes=(1, 8), num_runs=2)
 
 
@@ -155,8 +160,44 @@ def test_nothing_that_fits_is_an_empty_result_with_its_reasons() -> None:
     timing.plot()
 
 
-def test_memory_that_a_size_would_need_is_judged_by_the_size_before(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(outlook, "memory_budget", lambda *_, **__: 2**20)
-    timing, sizes = timed(nn.Linear(16, 2**11), batch_sizes=(1, 8, 128), num_runs=2)
-    assert sizes == [1, 8]
-    assert reasons(timing) == {128: "would need about 0.00197 GiB of memory, and 0.000977 may be used"}
+@pytest.fixture
+def estimate(monkeypatch: pytest.MonkeyPatch) -> CostEstimate:
+    """Ten seconds with a clock that does not advance."""
+    monkeypatch.setattr(sweep.time, "perf_counter", lambda: 0.0)
+    return CostEstimate(TimingPlan(max_seconds=10, num_runs=4))
+
+
+def test_the_first_size_runs_and_the_next_if_twice_its_pass_fits(estimate: CostEstimate) -> None:
+    assert estimate.why_no_pass(10**9) == ""
+    estimate.add_pass(1, 1.0)
+    assert estimate.why_no_pass(5) == ""
+    assert estimate.why_no_pass(6) == "needs about 12 s, but 10 s of max_seconds = 10 remain"
+
+
+def test_a_stall_in_the_first_pass_is_forgotten_when_a_warm_one_is_known(estimate: CostEstimate) -> None:
+    estimate.add_pass(1, 9.0)
+    assert estimate.why_no_pass(2) != ""
+    estimate.add_round({
+        RowKey(MODEL): 100.0,
+        RowKey("backbone"): 190.0,
+        RowKey(MODEL, "bf16"): 10.0,
+        RowKey("x"): math.nan,
+    })
+    assert estimate.why_no_pass(2) == ""
+    # the smallest size is always timed
+    assert estimate.why_no_rounds() == ""
+    # one round to warm up and four: each three passes of 1 s
+    estimate.add_pass(2, 1.0)
+    assert estimate.why_no_rounds() == "needs about 15 s, but 10 s of max_seconds = 10 remain"
+    estimate.exclude(6)
+    assert estimate.why_no_rounds() == ""
+    estimate.stop()
+    assert estimate.why_no_pass(3) == "batch size 2 was already too slow"
+
+
+def test_a_round_that_would_end_too_late_does_not_begin(estimate: CostEstimate) -> None:
+    estimate.add_pass(1, 1.0)
+    assert not estimate.is_over(99)
+    estimate.add_pass(2, 1.0)
+    assert not estimate.is_over(10)
+    assert estimate.is_over(10.5)

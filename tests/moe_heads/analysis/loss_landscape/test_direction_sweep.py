@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_heads.analysis import (
+    DirectionSweepResult,
     Progress,
     direction_sweep,
     filter_normalized,
@@ -15,7 +16,6 @@ from moe_heads.analysis import (
     normalized_random_direction,
     random_direction,
 )
-from moe_heads.analysis.loss_landscape.sweep_result import DirectionSweepResult
 from tests.support.untouched import untouched
 
 pytestmark = pytest.mark.usefixtures("without_mean_check")
@@ -73,7 +73,7 @@ def test_normalizations(normalization: Any) -> None:
         assert torch.equal(found, scale(model, raw, biases="normalized"))
 
 
-def test_radii_are_told_where_they_are_within_reach() -> None:
+def test_radii_within_reach() -> None:
     axis = (torch.arange(21, dtype=torch.float64) - 10) / 10
     losses = 1 + torch.stack([axis.square(), 0.1 * axis.square()])
     sweep = DirectionSweepResult(axis, losses, None, None, 1.0, 8, 0)
@@ -107,7 +107,7 @@ def test_time_ends_it_after_whole_directions() -> None:
     assert "**Partial**" in sweep.summary() and sweep.metrics()["partial"] == 1
 
 
-def test_what_is_not_finite_is_told() -> None:
+def test_nonfinite_losses_are_reported() -> None:
     model, batch = problem()
     start = model[0].weight.detach().clone()
 
@@ -117,7 +117,7 @@ def test_what_is_not_finite_is_told() -> None:
 
     sweep = direction_sweep(model, loss, [batch], num_directions=3, num_points=5)
     assert sweep.num_nonfinite == sweep.metrics()["num_nonfinite"] == 6
-    assert "6 points have a loss that is nan or inf" in sweep.summary()
+    assert "6 points have a loss of nan or inf" in sweep.summary()
     assert "6 points not finite" in sweep.plot()[1].get_title()
     assert 0 < sweep.metrics()["relative_spread"] < 10  # of the steps where all are finite
     assert direction_sweep(model, cross_entropy, [batch], num_directions=3).metrics()["num_nonfinite"] == 0
@@ -155,7 +155,7 @@ def test_whole_numbers_of_numpy() -> None:
         ({"reach": -1.0}, "reach: expected a finite number above 0, got -1.0"),
         ({"normalization": "weight"}, "normalization: expected one of 'filter', 'layer', 'none', got 'weight'"),
         ({"biases": "kept"}, "biases: expected one of 'zero', 'normalized', got 'kept'"),
-        ({"loss_fn": lambda m, b: m(b[0]).sum() / 0}, "loss_fn: expected a finite loss of the model as it is"),
+        ({"loss_fn": lambda m, b: m(b[0]).sum() / 0}, "loss_fn: expected a finite loss of the given model"),
     ],
 )
 def test_bad_input(options: dict[str, Any], message: str) -> None:

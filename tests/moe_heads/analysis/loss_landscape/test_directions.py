@@ -137,5 +137,5 @@ def test_bad_directions(direction: torch.Tensor, message: str) -> None:
 def test_models_without_a_direction() -> None:
     with pytest.raises(ValueError, match="model: expected at least one parameter that requires a gradient, got none"):
         random_direction(nn.ReLU())
-    with pytest.raises(ValueError, match=r"model: expected initialized parameters; weight is lazy"):
+    with pytest.raises(ValueError, match=r"model: expected initialized parameters, got a lazy 'weight'"):
         random_direction(nn.LazyLinear(2))

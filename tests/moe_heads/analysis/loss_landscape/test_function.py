@@ -246,7 +246,7 @@ def test_progress_counts_the_points() -> None:
         ({"alphas": [0.0, math.inf]}, r"alphas: .* got \[0.0, inf\]"),
         ({"alphas": [1.0, 0.0]}, "alphas: expected at least two finite, increasing"),
         ({"direction2": torch.ones(2), "betas": [0.0, 0.0]}, "betas: expected at least two finite, increasing"),
-        ({"betas": [0.0, 1.0]}, "betas: expected None without a direction2, got coordinates"),
+        ({"betas": [0.0, 1.0]}, "betas: expected None without direction2, got coordinates"),
         ({"seed": None}, "seed: expected an int from 0 to .* got None"),
         ({"num_points": 1}, "num_points: expected an integer of at least 2, got 1"),
         ({"num_points": 2.5}, r"num_points: expected an integer of at least 2, got 2\.5"),
@@ -254,7 +254,7 @@ def test_progress_counts_the_points() -> None:
         ({"batches": []}, "batches: expected at least one batch"),
         ({"loss_fn": lambda m, b: m(b)}, r"loss_fn: expected a scalar tensor, .* got shape \(4, 1\)"),
         ({"loss_fn": lambda m, b: 1.0}, "loss_fn: expected a scalar tensor, .* got float"),
-        ({"loss_fn": lambda m, b: m(b).sum() / 0}, "loss_fn: expected a finite loss of the model as it is, got -?inf"),
+        ({"loss_fn": lambda m, b: m(b).sum() / 0}, "loss_fn: expected a finite loss of the given model, got -?inf"),
         ({"accuracy_fn": lambda m, b: m(b)}, r"accuracy_fn: expected a scalar tensor, .* got shape \(4, 1\)"),
     ],
 )

@@ -138,7 +138,7 @@ def test_curvatures_of_slices_agree_with_the_hessian() -> None:
     assert plane.direction_norms == pytest.approx((1, 1))
 
 
-def test_kinks_are_told() -> None:
+def test_kinks_are_reported() -> None:
     model, data = nn.Linear(1, 1, bias=False), torch.ones(1, 1)
     model.weight.data.fill_(1.0)
     line = loss_landscape(
@@ -223,7 +223,7 @@ def test_the_plane_of_a_run_goes_through_its_points() -> None:
     )
     corner = found.losses[int(alpha > 0), int(beta > 0)].item()
     assert corner == pytest.approx(expected, rel=1e-9)
-    assert "Trajectory of 4 points" in found.summary()
+    assert "The trajectory has 4 points" in found.summary()
 
 
 def test_refinement_finds_the_jump_of_a_sparse_head() -> None:
@@ -246,7 +246,7 @@ def test_refine_is_a_number_of_points(refine: Any) -> None:
     model = network()
     with pytest.raises(ValueError, match=f"refine: expected an integer of at least 0, got {refine}"):
         loss_landscape(model, cross_entropy, [batch()], direction1=random_direction(model), refine=refine)
-    with pytest.raises(ValueError, match="refine: expected 0 for a plane: points are added to a line, got 2"):
+    with pytest.raises(ValueError, match="refine: expected 0 for a plane, got 2"):
         loss_landscape(
             model,
             cross_entropy,

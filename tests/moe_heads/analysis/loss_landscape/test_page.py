@@ -1,4 +1,4 @@
-"""The page: whole, alone, and its numbers those of the landscape."""
+"""The HTML page: one self-contained file with the values of the landscape."""
 
 import json
 import math
@@ -8,11 +8,10 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
-from moe_heads.analysis import Trajectory, landscape_page, plot_lines
+from moe_heads.analysis import Trajectory, landscape_page
 from moe_heads.analysis.loss_landscape.result import LossLandscapeResult
 
 
@@ -46,7 +45,7 @@ def page() -> str:
     return landscape_page({"line": line, "plane": landscape(losses, trajectory=RUN)}, title="A run")
 
 
-def test_its_data_are_the_landscapes() -> None:
+def test_page_has_the_values_of_the_landscapes() -> None:
     found = re.search(r'<script type="application/json" id="data">(.*?)</script>', page(), flags=re.DOTALL)
     assert found is not None
     data = json.loads(found[1])
@@ -54,22 +53,22 @@ def test_its_data_are_the_landscapes() -> None:
     assert data["cuts"]["plane"]["quantities"]["loss"] == [[1, 2, None], [1, 1, None], [4, 5, 6]]
     assert data["cuts"]["plane"]["trajectory"]["labels"] == ["start</script>", "end"]
     assert data["cuts"]["line"]["betas"] is None
-    assert list(data["cuts"]["line"]["quantities"]) == ["loss", "loss, routing held fixed"]
+    assert list(data["cuts"]["line"]["quantities"]) == ["loss", "loss at fixed routing"]
 
 
-def test_it_asks_nobody_for_anything() -> None:
+def test_page_needs_no_network() -> None:
     assert not re.search(r"https?://|src=|@import|fetch\(", page())
 
 
 @pytest.mark.skipif(shutil.which("node") is None, reason="needs node")
-def test_its_script_is_a_program(tmp_path: Path) -> None:
+def test_script_is_valid(tmp_path: Path) -> None:
     scripts = re.findall(r"<script>(.*?)</script>", page(), flags=re.DOTALL)
     assert len(scripts) == 1
     (tmp_path / "page.js").write_text(scripts[0])
     subprocess.run(["node", "--check", tmp_path / "page.js"], check=True)
 
 
-# Stands in for a browser: writes down what is written on the canvas.
+# Replaces a browser, and records the texts that are drawn on the canvas.
 BROWSER = """
 const texts = [], paper = new Proxy({ fillText: (text) => texts.push(text) }, { get: (t, k) => t[k] ?? (() => {}) });
 const elements = {};
@@ -82,7 +81,7 @@ globalThis.document = { getElementById: (id) => elements[id] ??= {
 
 
 @pytest.mark.skipif(shutil.which("node") is None, reason="needs node")
-def test_axes_have_numbers(tmp_path: Path) -> None:
+def test_axes_have_tick_labels(tmp_path: Path) -> None:
     written = {}
     for name, losses in (("line", torch.tensor([2.0, 1.0, 5.0])), ("plane", torch.tensor([[2.0, 3.0], [7.0, 6.0]]))):
         whole = landscape_page({name: landscape(losses)})
@@ -96,29 +95,6 @@ def test_axes_have_numbers(tmp_path: Path) -> None:
     assert written["plane"] == [*2 * ["-1", "-0.5", "0", "0.5", "1"], "α", "β", "2", "3", "4", "5", "6", "7"]
 
 
-def test_nothing_to_show() -> None:
+def test_no_landscape() -> None:
     with pytest.raises(ValueError, match="cuts: expected at least one landscape, got none"):
         landscape_page({})
-    with pytest.raises(ValueError, match="results: expected landscapes along a line, got none"):
-        plot_lines({})
-    with pytest.raises(ValueError, match="results: expected landscapes along a line, got a plane"):
-        plot_lines({"plane": landscape(torch.ones(3, 3))})
-
-
-def test_lines_of_several_models_in_one_figure() -> None:
-    sparse = landscape(torch.tensor([2.0, 1.0, math.inf]), losses_fixed_routing=torch.tensor([1.5, 1.0, 2.0]))
-    figure, ax = plot_lines({"dense": landscape(torch.tensor([3.0, 1.0, 3.0])), "sparse": sparse})
-    figure.canvas.draw()
-    assert ax.get_legend_handles_labels()[1] == ["dense", "sparse"]
-    assert [line.get_linestyle() for line in ax.lines] == ["-", "-", "--"]
-    assert np.array_equal(ax.lines[1].get_ydata(), [1, 0, math.nan], equal_nan=True)
-
-
-def test_arrays_are_saved_with_their_numbers(tmp_path: Path) -> None:
-    plane = landscape(torch.eye(3) + 1, trajectory=RUN, routing_flips=torch.zeros(3, 3).double())
-    plane.save(tmp_path / "plane.npz")
-    with np.load(tmp_path / "plane.npz") as stored:
-        assert np.array_equal(stored["losses"], plane.losses.numpy())
-        assert np.array_equal(stored["trajectory_coordinates"], RUN.coordinates.numpy())
-        assert stored["metric_loss_max"] == 2
-        assert "accuracies" not in stored.files

@@ -1,11 +1,13 @@
 import math
 import warnings
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from moe_heads.analysis import landscape_page
+from moe_heads.analysis import Trajectory, landscape_page
 from moe_heads.analysis.loss_landscape.result import LossLandscapeResult
 
 
@@ -56,13 +58,13 @@ def test_numbers_of_a_grid_on_one_side_of_the_center() -> None:
     """The loss at the center, 1, is measured by itself: the rise to 3 at 0.5 is within reach."""
     result = landscape(torch.tensor([3.0, 4.0, 5.0]), alphas=torch.tensor([0.5, 1.0, 1.5], dtype=torch.float64))
     assert result.metrics()["radius_100"] == pytest.approx(0.25)
-    assert "not within reach" not in result.summary()
+    assert "does not rise by" not in result.summary()
     assert result.reach == 0 and "rise_half_reach" not in result.metrics()
     # no point but the center within half the reach
     assert "rise_half_reach" not in landscape(torch.tensor([2.0, 1.0, 2.0])).metrics()
 
 
-def test_a_rise_that_was_not_measured_is_not_told() -> None:
+def test_a_rise_that_was_not_measured_is_not_reported() -> None:
     losses = torch.tensor([math.nan, math.nan, 1.0, 1.5, 2.0])
     assert math.isnan(landscape(losses, num_unmeasured=2, partial="cut").rise_within(0.5))
     assert math.isinf(landscape(losses).rise_within(0.5))
@@ -96,15 +98,15 @@ def test_flips_in_metrics_and_summary() -> None:
     result = landscape(torch.ones(3), routing_flips=flips)
     assert result.metrics()["flips_mean"] == 0.5
     assert result.metrics()["flips_max"] == 1.0
-    assert "choose other experts" in result.summary()
-    assert "choose other experts" not in landscape(torch.ones(3), routing_flips=0 * flips).summary()
+    assert "routed to different experts" in result.summary()
+    assert "routed to different experts" not in landscape(torch.ones(3), routing_flips=0 * flips).summary()
 
 
 def test_a_soft_head_is_not_said_to_jump() -> None:
     flips = torch.tensor([0.5, 0.0, 1.0], dtype=torch.float64)
     soft, sparse = (landscape(torch.ones(3), routing_flips=flips, is_soft=is_soft) for is_soft in (True, False))
     assert "another expert has the largest gate" in soft.summary() and "does not jump" in soft.summary()
-    assert "a sparse head's loss jumps there" in sparse.summary()
+    assert "The loss of a sparse head jumps there" in sparse.summary()
     for result, words in ((soft, "another largest gate"), (sparse, "other experts chosen")):
         labels = [text.get_text() for text in result.plot()[1].get_legend().get_texts()]
         assert words in labels
@@ -114,8 +116,8 @@ def test_a_soft_head_is_not_said_to_jump() -> None:
 def test_summary_is_a_table_that_tells_the_scale_and_what_is_blank() -> None:
     text = landscape(torch.tensor([[1.0, math.nan], [1000.0, 2.0]])).summary()
     assert text.startswith("| quantity | value |\n| --- | --- |\n| center loss | 1 |")
-    assert "2 × 2 points; losses are drawn on a log scale." in text
-    assert "1 points have a loss that is nan or inf" in text
+    assert "2 × 2 points. Losses are drawn on a log scale." in text
+    assert "1 points have a loss of nan or inf" in text
 
 
 def test_mesh_of_a_line() -> None:
@@ -200,3 +202,20 @@ def test_plot_draws_the_losses_and_leaves_pyplot_alone() -> None:
     # the picture's rows run along β
     drawn = ax.collections[0].get_array().reshape(5, 5)
     torch.testing.assert_close(torch.from_numpy(drawn.data), bowl().T.double())
+
+
+def test_arrays_are_saved_with_their_numbers(tmp_path: Path) -> None:
+    run = Trajectory(
+        coordinates=torch.tensor([[0.5, 0.5], [0.0, 0.0]], dtype=torch.float64),
+        residuals=torch.tensor([0.1, 0.0], dtype=torch.float64),
+        distances=torch.tensor([0.7, 0.0], dtype=torch.float64),
+        explained_variance=(0.9, 0.1),
+        labels=("start", "end"),
+    )
+    plane = landscape(torch.eye(3) + 1, trajectory=run, routing_flips=torch.zeros(3, 3).double())
+    plane.save(tmp_path / "plane.npz")
+    with np.load(tmp_path / "plane.npz") as stored:
+        assert np.array_equal(stored["losses"], plane.losses.numpy())
+        assert np.array_equal(stored["trajectory_coordinates"], run.coordinates.numpy())
+        assert stored["metric_loss_max"] == 2
+        assert "accuracies" not in stored.files

@@ -9,6 +9,7 @@ from torch import nn
 
 from moe_heads.analysis import read_states, trajectory_plane
 from moe_heads.analysis.loss_landscape import trajectory as module
+from moe_heads.analysis.loss_landscape.trajectory import WeightHistory
 
 
 def test_principal_plane_of_a_dense_decomposition(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -46,7 +47,7 @@ def test_a_folder_of_checkpoints_in_the_order_of_their_steps(tmp_path: Path) -> 
     for number in (10, 9):
         torch.save({"weight": torch.full((1,), number)}, tmp_path / f"weights{number}.pt")
     assert [int(state["weight"]) for state in read_states(tmp_path, "*.pt").values()] == [9, 10]
-    with pytest.raises(ValueError, match=r"folder: expected files '\*.pth'; found none in"):
+    with pytest.raises(ValueError, match=r"folder: expected files '\*.pth', got none in"):
         read_states(tmp_path, "*.pth")
 
 
@@ -54,10 +55,14 @@ def test_a_folder_of_checkpoints_in_the_order_of_their_steps(tmp_path: Path) -> 
     ("states", "labels", "message"),
     [
         ([torch.ones(3)], None, "states: expected at least two, got 1"),
-        ([torch.ones(3), torch.ones(4)], None, r"states: expected \(3,\) finite numbers in each; number 1 differs"),
-        ([torch.full((3,), math.nan), torch.ones(3)], None, r"states: expected .* number 0 differs"),
-        ([{"weight": torch.ones(1, 3)}, {}], None, r"states: expected .*'weight' in each, .* number 1 differs"),
-        ([torch.ones(3), 2 * torch.ones(3)], None, "states: expected .* not on one line through the model, got a line"),
+        (
+            [torch.ones(3), torch.ones(4)],
+            None,
+            r"states: expected \(3,\) finite numbers in each, got others in state 1",
+        ),
+        ([torch.full((3,), math.nan), torch.ones(3)], None, r"states: expected .* got others in state 0"),
+        ([{"weight": torch.ones(1, 3)}, {}], None, r"states: expected .*'weight' in each, .* got state 1 without it"),
+        ([torch.ones(3), 2 * torch.ones(3)], None, "states: expected .* not on a line through the model, got a line"),
         ([torch.zeros(3), torch.zeros(3)], None, "states: expected .* got a line"),
         ([torch.ones(3), torch.eye(3)[0]], ["a"], "labels: expected one for each of 2 states, got 1"),
     ],
@@ -76,3 +81,42 @@ def test_rounding_is_not_mistaken_for_a_residual() -> None:
     states = [torch.tensor([np.cos(t), np.sin(t)], dtype=torch.float32) @ basis for t in range(4)]
     run = trajectory_plane(model, states).trajectory
     assert run.residuals.max() < 1e-5 * run.distances.max()
+
+
+def test_a_history_does_not_copy_constant_parameters() -> None:
+    model, history = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1)), WeightHistory(None)
+    history.record("start", model)
+    with torch.no_grad():
+        model[1].weight.add_(1)
+    history.record("end", model)
+    first, last = history._states.values()
+    assert [first[name] is last[name] for name in first] == [True, True, False, True]
+    with torch.no_grad():
+        model[0].weight.zero_()
+    assert bool(first["0.weight"].any())
+
+
+def test_a_history_omits_parameters_that_are_added_later() -> None:
+    model, history = nn.Sequential(nn.Linear(2, 2)), WeightHistory(None)
+    for step in range(3):
+        with torch.no_grad():
+            for p in model.parameters():
+                p.add_(torch.randn_like(p))
+        if step == 1:
+            model.append(nn.Linear(2, 1))
+        history.record(str(step), model)
+    assert history.common_parameters(model) == ["0.weight", "0.bias"]
+    assert history.omitted_parameters(model) == ["1.weight", "1.bias"]
+    assert len(history.plane(model).direction1) == 6
+    model[0].requires_grad_(False)
+    with pytest.raises(
+        ValueError, match="states: expected a trainable parameter that existed at all moments, got none"
+    ):
+        history.plane(model)
+
+
+def test_a_history_stores_a_shared_parameter_by_any_of_its_names() -> None:
+    model, history = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), WeightHistory(["1"])
+    model[1].weight = model[0].weight
+    history.record("start", model)
+    assert list(history._states["start"]) == ["0.weight", "1.bias"]

@@ -137,7 +137,7 @@ def test_a_fold_that_changes_the_function_is_found_out() -> None:
     plain = copy.deepcopy(model)
     plain.body[1].register_forward_hook(lambda module, args, output: None)
     v = torch.randn(operator.num_parameters, dtype=torch.float64)
-    assert (operator.num_folded, operator.reason) == (0, "folded batch norms gave another product")
+    assert (operator.num_folded, operator.reason) == (0, "folded batch norms gave a different product")
     torch.testing.assert_close(operator.matvec(v), HessianOperator(plain, cross_entropy, [batch]).matvec(v))
 
 

@@ -13,8 +13,8 @@ def test_saved_bytes_counts_each_storage_once_and_not_the_parameters() -> None:
         y = layer(x)
         return y.sin() + y.cos() + layer(y)
 
-    assert saved_bytes(compute, besides=layer.parameters()) == 2 * 100 * 10 * 4
-    assert saved_bytes(compute, besides=[]) == 2 * 100 * 10 * 4 + 10 * 10 * 4
+    assert saved_bytes(compute, excluded=layer.parameters()) == 2 * 100 * 10 * 4
+    assert saved_bytes(compute, excluded=[]) == 2 * 100 * 10 * 4 + 10 * 10 * 4
 
 
 def test_other_runtime_errors_pass_unchanged() -> None:

@@ -22,12 +22,12 @@ def estimates(operator: DenseOperator, krylov: LanczosResult, num: int, num_prob
 def test_unbiased_given_the_krylov_space_with_the_error_it_reports() -> None:
     operator = spiked()
     krylov = lanczos(operator, generator=torch.Generator().manual_seed(0), num_eigenvalues=2)
-    results = estimates(operator, krylov, num=200, num_probes=10)
+    results = estimates(operator, krylov, num=200, num_probes=18)
     values = torch.tensor([r.estimate for r in results]).double()
     spread = float(values.std())
     assert abs(float(values.mean() - operator.matrix.trace())) < 4 * spread / 200**0.5
-    # nine degrees of freedom widen it
-    reported = torch.tensor([r.stderr / 1.154 for r in results]).square().mean() ** 0.5
+    # seventeen degrees of freedom widen it
+    reported = torch.tensor([r.stderr / 1.076 for r in results]).square().mean() ** 0.5
     # The spread of 200 values is known to 5 %.
     assert spread == pytest.approx(float(reported), rel=0.2)
 
@@ -36,7 +36,7 @@ def test_deflation_removes_most_of_the_variance() -> None:
     operator = spiked()
     krylov = lanczos(operator, generator=torch.Generator().manual_seed(0), num_eigenvalues=3)
     offdiagonal = operator.matrix - torch.diag(operator.matrix.diag())
-    plain = (2 * float(offdiagonal.square().sum()) / 20) ** 0.5
+    plain = (2 * float(offdiagonal.square().sum()) / 20) ** 0.5  # with random signs, the least that there is
     deflated = estimates(operator, krylov, num=1, num_probes=20)[0].stderr
     assert deflated < plain / 4
 
@@ -44,7 +44,7 @@ def test_deflation_removes_most_of_the_variance() -> None:
 def test_frobenius_norm() -> None:
     operator = spiked()
     krylov = lanczos(operator, generator=torch.Generator().manual_seed(0), num_eigenvalues=1, max_steps=3)
-    squares = torch.tensor([r.frobenius_norm**2 for r in estimates(operator, krylov, num=100, num_probes=8)])
+    squares = torch.tensor([r.frobenius_norm**2 for r in estimates(operator, krylov, num=100, num_probes=16)])
     standard_error = float(squares.std()) / 10
     assert abs(float(squares.mean()) - float(operator.matrix.square().sum())) < 4 * standard_error
 
@@ -67,11 +67,11 @@ def test_stops_at_the_tolerance() -> None:
     krylov = lanczos(operator, generator=generator, num_eigenvalues=2)
     loose = deflated_trace(operator, krylov, generator=generator, tolerance=0.5)
     tight = deflated_trace(operator, krylov, generator=generator, tolerance=0.01, max_probes=10_000)
-    assert loose.num_probes == 8 < tight.num_probes and tight.converged
+    assert loose.num_probes == 16 < tight.num_probes and tight.converged
     assert tight.stderr <= 0.01 * max(abs(tight.estimate), tight.frobenius_norm)
     assert abs(tight.estimate - float(operator.matrix.trace())) < 5 * tight.stderr
-    given_up = deflated_trace(operator, krylov, generator=generator, tolerance=0.001, max_probes=9)
-    assert not given_up.converged and given_up.num_probes == 9
+    given_up = deflated_trace(operator, krylov, generator=generator, tolerance=0.001, max_probes=17)
+    assert not given_up.converged and given_up.num_probes == 17
 
 
 def test_traceless_operator_converges_relative_to_the_frobenius_norm() -> None:
@@ -90,8 +90,8 @@ def test_bad_arguments() -> None:
     krylov = lanczos(operator, generator=generator, num_eigenvalues=1)
     with pytest.raises(ValueError, match="tolerance: expected a finite number above 0, got -1"):
         deflated_trace(operator, krylov, generator=generator, tolerance=-1)
-    with pytest.raises(ValueError, match="max_probes: expected an integer of at least 8, got 7"):
-        deflated_trace(operator, krylov, generator=generator, max_probes=7)
+    with pytest.raises(ValueError, match="max_probes: expected an integer of at least 16, got 15"):
+        deflated_trace(operator, krylov, generator=generator, max_probes=15)
 
 
 def in_parts(num_parts: int, dim: int = 80) -> DenseOperator:
@@ -104,13 +104,13 @@ def test_strata_are_unbiased_with_the_error_they_report_and_save_probes() -> Non
     operator = in_parts(8)
     whole = DenseOperator(operator.matrix)
     krylov = lanczos(operator, generator=torch.Generator().manual_seed(0), num_eigenvalues=2)
-    results = estimates(operator, krylov, num=200, num_probes=8)
+    results = estimates(operator, krylov, num=200, num_probes=16)
     values = torch.tensor([r.estimate for r in results]).double()
     spread, exact = float(values.std()), float(operator.matrix.trace())
     assert abs(float(values.mean()) - exact) < 4 * spread / 200**0.5
     reported = torch.tensor([r.stderr for r in results]).square().mean() ** 0.5
     assert spread == pytest.approx(float(reported), rel=0.2)
-    unstratified = estimates(whole, krylov, num=200, num_probes=8)
+    unstratified = estimates(whole, krylov, num=200, num_probes=16)
     assert spread < 0.6 * float(torch.tensor([r.estimate for r in unstratified]).double().std())
     squares = torch.tensor([r.frobenius_norm**2 for r in results]).double()
     assert abs(float(squares.mean() - operator.matrix.square().sum())) < 4 * float(squares.std()) / 200**0.5

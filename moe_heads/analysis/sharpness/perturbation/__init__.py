@@ -1,1 +1,0 @@
-"""Sharpness under perturbations that follow the scale of the weights: its parts."""

@@ -1,0 +1,189 @@
+"""Intermediate values of a sharpness analysis, and the result made of them."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from moe_heads.analysis._shared.mean_check import CutDependence
+from moe_heads.analysis._shared.progress import Progress
+from moe_heads.analysis.sharpness.block import BlockCurvature, block_shares
+from moe_heads.analysis.sharpness.certificate import Certificate
+from moe_heads.analysis.sharpness.checks import from_krylov
+from moe_heads.analysis.sharpness.first_value import first_value
+from moe_heads.analysis.sharpness.hessian.basis import norm
+from moe_heads.analysis.sharpness.hessian.density import spectral_density
+from moe_heads.analysis.sharpness.hessian.krylov import LanczosResult
+from moe_heads.analysis.sharpness.hessian.operator import HessianOperator, InterruptedProduct
+from moe_heads.analysis.sharpness.hessian.trace import BlockTrace, Places, TraceResult, sampling_stderr
+from moe_heads.analysis.sharpness.result import SharpnessResult
+
+__all__ = ["SharpnessRecord"]
+
+# Passes over the basis to make a result: eigenvectors and their shares by block.
+_PASSES_PER_RESULT = 3
+
+# Error of the arithmetic of the iteration itself, in units in the last place of the norm of H.
+_ROUNDINGS = 8
+
+
+@dataclass
+class SharpnessRecord:
+    """The values of a sharpness analysis so far.
+
+    Attributes:
+        operator: The Hessian.
+        places: Slices of the flat vector by block of parameters.
+        experts: The same by expert.
+        density: Whether the result includes the density.
+        keep_eigenvectors: Whether the result includes the eigenvectors.
+        seed: Seed of the analysis.
+        trace_tolerance: Standard error of the trace at which it has converged.
+        progress: Holds the result so far.
+        dependence: Change of the loss when batches are halved.
+        krylov: Result of the Lanczos iteration.
+        certificate: Results of the checks.
+        trace: The trace.
+        sampling_stderr: Standard error of the largest eigenvalue from the choice of samples.
+        true_residual: Residual norm of the first eigenpair, from one additional product.
+        largest: Largest eigenvalue and its residual by block.
+        num_samples: Number of samples of an incomplete first product; None otherwise.
+        center_loss: Mean loss over these samples.
+    """
+
+    operator: HessianOperator
+    places: Places
+    experts: Places
+    density: bool
+    keep_eigenvectors: bool
+    seed: int
+    trace_tolerance: float
+    progress: Progress
+    dependence: CutDependence
+    krylov: LanczosResult | None = None
+    certificate: Certificate | None = None
+    trace: TraceResult | None = None
+    sampling_stderr: float = math.nan
+    true_residual: float = 0.0
+    largest: dict[str, tuple[float, float]] = field(default_factory=dict)
+    num_samples: int | None = None
+    center_loss: float | None = None
+
+    def add_krylov(self, krylov: LanczosResult) -> None:
+        """Store the state after a Lanczos step."""
+        self.krylov = krylov
+        self.progress.keep(self.result)
+        self.progress.reserve(_PASSES_PER_RESULT * krylov.pass_seconds)
+        self.progress.step(self.operator.num_products, residual=max(krylov.residuals))
+
+    def add_first_value(self, interrupted: InterruptedProduct, tolerance: float) -> None:
+        """Store the estimate from an interrupted first product, which covers the first samples only."""
+        self.krylov = first_value(interrupted, tolerance)
+        self.num_samples, self.center_loss = interrupted.num_samples, float(interrupted.sums[-1])
+        self.progress.keep(self.result)
+
+    def add_spread(self) -> None:
+        """Compute the true residual of the first eigenvector and the spread of its curvature over the samples."""
+        assert self.krylov is not None
+        first = self.krylov.basis.combined(self.krylov.coefficients[:1])[0]
+        product = self.operator.matvec(first)
+        self.sampling_stderr = sampling_stderr(self.operator.forms, self.operator.stratum_weights)
+        self.true_residual = norm(product.sub_(first, alpha=self.krylov.eigenvalues[0]))
+        self.progress.step(self.operator.num_products, residual=max(self.krylov.residuals))
+
+    def add_trace(self, trace: TraceResult) -> None:
+        """Store the trace after a round of probes."""
+        self.trace = trace
+        self.progress.step(self.operator.num_products, trace=trace.estimate, stderr=trace.stderr)
+
+    def add_block(self, name: str, largest: tuple[float, float]) -> None:
+        """Store the largest eigenvalue of a block and its residual norm."""
+        assert self.certificate is not None
+        value, residual = largest
+        error = residual + self._rounding(self.certificate)
+        self.largest[name] = value, error / max(abs(value), torch.finfo(torch.float64).tiny)
+        self.progress.step(self.operator.num_products, largest=largest[0])
+
+    def result(self, partial: str = "") -> SharpnessResult:
+        """Return the result so far. ``partial`` is the reason if it is incomplete."""
+        krylov = self.krylov
+        assert krylov is not None
+        certificate = self.certificate or from_krylov(krylov, self.dependence, self.operator.center_loss)
+        trace = self.trace or TraceResult(math.nan, math.inf, math.nan, 0, converged=False, blocks={})
+        rounding = certificate.trace_rounding if math.isfinite(certificate.trace_rounding) else 0.0
+        trace_stderr = math.hypot(trace.stderr, rounding)
+        norms = self._residual_norms(krylov, certificate)
+        vectors = krylov.vectors()
+        tiny = torch.finfo(torch.float64).tiny
+        residuals = [norm / max(abs(value), tiny) for norm, value in zip(norms, krylov.eigenvalues, strict=True)]
+        return SharpnessResult(
+            eigenvalues=krylov.eigenvalues,
+            residuals=tuple(residuals),
+            lambda_min=krylov.lambda_min,
+            lambda_min_residual=krylov.lambda_min_residual
+            + self._rounding(certificate) / max(abs(krylov.lambda_min), tiny),
+            lambda_max_sampling_stderr=self.sampling_stderr,
+            trace=trace.estimate,
+            trace_stderr=trace_stderr,
+            trace_sampling_stderr=trace.sampling_stderr,
+            frobenius_norm=trace.frobenius_norm,
+            density=spectral_density([krylov]) if self.density else None,
+            blocks=self._curvatures(self.places, "block", trace, certificate, vectors),
+            experts=self._curvatures(self.experts, "expert", trace, certificate, vectors),
+            center_loss=self.operator.center_loss if self.center_loss is None else self.center_loss,
+            num_steps=krylov.num_steps,
+            num_probes=trace.num_probes,
+            num_products=self.operator.num_products,
+            num_samples=self.operator.num_samples if self.num_samples is None else self.num_samples,
+            num_parameters=self.operator.num_parameters,
+            eigenvalues_converged=certificate.is_hessian and krylov.have_converged(norms),
+            trace_converged=certificate.is_hessian
+            and trace.converged
+            and trace.meets(trace_stderr, self.trace_tolerance),
+            graph_mode=self.operator.mode,
+            graph_reason=self.operator.reason,
+            seed=self.seed,
+            parameter_names=self.operator.names,
+            eigenvectors=vectors.cpu() if self.keep_eigenvectors else None,
+            tolerance=krylov.tolerance,
+            certificate=certificate,
+            partial=partial,
+        )
+
+    def _residual_norms(self, krylov: LanczosResult, certificate: Certificate) -> list[float]:
+        """Return the residual norms of the eigenvalues, including the errors that the checks measured."""
+        count = len(krylov.eigenvalues)
+        # An eigenvalue may be missing within this distance above the last one.
+        margin = 0.0 if krylov.is_whole else krylov.margin
+        norms = krylov.residual_norms.flip(0)[:count].clamp_min(margin).tolist()
+        if math.isfinite(certificate.rounding):
+            # Rounding was measured, which replaces its assumed size.
+            bare = krylov.bare_residual_norms.flip(0)[:count].clamp_min(max(krylov.asymmetry, margin))
+            norms = (bare + self._rounding(certificate)).tolist()
+        norms[0] = max(norms[0], self.true_residual)
+        return norms
+
+    def _rounding(self, certificate: Certificate) -> float:
+        """Return the contribution of rounding to a residual: the measured part and that of the iteration."""
+        measured = certificate.rounding if math.isfinite(certificate.rounding) else 0.0
+        # Inner products and basis vectors are rounded too.
+        return measured + _ROUNDINGS * torch.finfo(self.operator.dtype).eps * certificate.scale
+
+    def _curvatures(
+        self, places: Places, kind: str, trace: TraceResult, certificate: Certificate, vectors: Tensor
+    ) -> Mapping[str, BlockCurvature]:
+        found = {}
+        for name, slices in places.items():
+            key = f"{kind} {name}"
+            block = trace.blocks.get(key, BlockTrace(math.nan, math.inf))
+            found[name] = BlockCurvature(
+                num_parameters=sum(place.stop - place.start for place in slices),
+                shares=block_shares(vectors, slices),
+                trace=block.estimate,
+                trace_stderr=math.hypot(block.stderr, certificate.block_rounding.get(key, 0.0)),
+                lambda_max=self.largest.get(name, (None, None))[0],
+                lambda_max_residual=self.largest.get(name, (None, None))[1],
+            )
+        return found
