@@ -36,7 +36,7 @@ class ExpertUtilizationCallback(FitEndAnalysis):
     Works for any module that contains heads of `moe_heads` and, with ``adapters``, for other routers. A module without
     a router is ignored. During training, one point is logged for each epoch below ``expert_utilization/epoch/<head>/``.
     It covers the training batches as they were routed, including noise: the numbers of
-    `functional.ExpertUtilizationMetric`, and
+    `moe_heads.analysis.ExpertUtilizationMetric`, and
 
     ======================  ===========================================================================
     num_dead_experts        experts below ``dead_below``, and likewise num_starved_experts
@@ -48,7 +48,7 @@ class ExpertUtilizationCallback(FitEndAnalysis):
     which they appear. Findings that appear only in validation batches, where routing has no noise, trigger a warning
     after two validations.
 
-    At the end of fit, the numbers of `functional.ExpertUtilizationResult` are logged for each head below
+    At the end of fit, the numbers of `moe_heads.analysis.ExpertUtilizationResult` are logged for each head below
     ``expert_utilization/<split>/``. TensorBoard also receives two tables and figures of load and classes, of
     co-activation, of the load over the epochs, and of examples for each expert.
 

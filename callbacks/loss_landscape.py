@@ -57,11 +57,11 @@ class LossLandscapeCallback(FitEndAnalysis):
     trained model is also measured. Logged at the end of fit, below ``loss_landscape/<split>/``:
 
     =============================  =================================================================================
-    line_<quantity>, …             values of the line, see `functional.LossLandscapeResult`
+    line_<quantity>, …             values of the line, see `moe_heads.analysis.LossLandscapeResult`
     plane_<quantity>, …            values of the plane
     trajectory_<quantity>, …       values of the plane of the training run (``trajectory``)
     sweep_<quantity>, …            values of the random directions (``num_directions``), see
-                                   `functional.DirectionSweepResult`
+                                   `moe_heads.analysis.DirectionSweepResult`
     line, plane, …                 figure of each part (TensorBoard)
     plane_flips,                   figures of a plane, if the quantity was measured (TensorBoard)
     plane_fixed_routing,
@@ -83,7 +83,7 @@ class LossLandscapeCallback(FitEndAnalysis):
             TensorBoard uses two for each surface of each run.
         plane_directions: "random", or "eigenvectors" for the first two of the Hessian, of unit length.
         normalization: Normalization of random directions: "filter", "layer" or "none", see
-            `functional.normalized_random_direction`.
+            `moe_heads.analysis.normalized_random_direction`.
         biases: Treatment of biases and norm parameters in random directions: "zero" as in the paper, or "normalized".
         params: Parameters that move, as names of parameters or modules such as ``["head"]``, ``["backbone"]`` or
             ``["head.router"]``. By default all that require a gradient. Modules before them are evaluated once.

@@ -36,8 +36,8 @@ _TRACKING_PROBES = 16
 class SharpnessCallback(FitEndAnalysis):
     r"""Largest Hessian eigenvalues with residuals, trace with standard error, and spectral density, at the end of fit.
 
-    Works with any Trainer without an argument. `functional.sharpness` documents the quantities and methods. Logged at
-    the end of fit, below ``sharpness/<split>/``:
+    Works with any Trainer without an argument. `moe_heads.analysis.sharpness` documents the quantities and methods.
+    Logged at the end of fit, below ``sharpness/<split>/``:
 
     =============================  =================================================================================
     lambda_max, lambda_2, …        largest eigenvalues, in units of the loss over squared parameter
@@ -81,18 +81,19 @@ class SharpnessCallback(FitEndAnalysis):
         trace_tolerance: Standard error of the trace, relative to the larger of its absolute value and the Frobenius
             norm.
         max_steps: Maximum number of Lanczos steps.
-        max_probes: Maximum number of rounds of random probes.
+        max_probes: Maximum number of rounds of random probes. A single batch needs 16 before its standard error is
+            trusted.
         density: Whether to compute the spectral density. Without it, a trained network takes a third of the products.
         params: Names of parameters or modules to restrict the Hessian to, such as ``["head"]``; by default all that
             require a gradient. The layers before them are computed once.
         blocks: Names of parameters or modules by block; by default backbone, router and experts of a model with a
             router of this package, else one block for each child of the module.
-        block_eigenvalues: Whether to compute the largest eigenvalue of each block; about ten products each.
+        block_eigenvalues: Whether to compute the largest eigenvalue of each block; about twenty products each.
         routing_steps: Lengths of the steps along the first eigenvector at which routing is compared, in both
             directions, for models with a sparse router. 0.5 is the range of the slice in arXiv 2601.15021. Empty for
             none.
-        perturbation: Whether to compute the adaptive and SAM-type sharpness of `functional.perturbation_sharpness`,
-            which are invariant to rescaled layers; about forty gradients.
+        perturbation: Whether to compute the adaptive and SAM-type sharpness of
+            `moe_heads.analysis.perturbation_sharpness`, which are invariant to rescaled layers. About forty gradients.
         graph_memory: Bytes that may be kept between products. The default is 4 GiB on a CPU, limited to half of the
             free memory, and half of the free memory on a GPU. 0 rebuilds the graph in every product.
         basis_memory: Bytes for the vectors of the Krylov space. The default is 4 GiB on a CPU and a quarter of the free

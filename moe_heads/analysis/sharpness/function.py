@@ -101,11 +101,12 @@ def sharpness(
             :math:`\|H\|_F`. The number of probes grows as its inverse square. With 5 %, the minimum number of
             probes often reaches 1 to 2 %.
         max_steps: Maximum number of Lanczos steps.
-        max_probes: Maximum number of rounds of probes for the trace, each the cost of one product.
+        max_probes: Maximum number of rounds of probes for the trace, each the cost of one product. A single batch
+            needs 16 before its standard error is trusted.
         density: Also compute the density, which takes at least 40 Lanczos steps.
         blocks: Names of parameters or modules by block. By default backbone, router and experts of a model with one of
             our routers, otherwise one block for each child.
-        block_eigenvalues: Also compute the largest eigenvalue of each block's diagonal block, for about ten products
+        block_eigenvalues: Also compute the largest eigenvalue of each block's diagonal block, for about twenty products
             each.
         keep_eigenvectors: Keep the eigenvectors (``num_eigenvalues`` times the memory of the parameters).
         routing_steps: Lengths of steps along the first eigenvector, in both directions, at which the routing of a

@@ -14,14 +14,17 @@ from moe_heads.checks import check_at_least, check_positive
 
 __all__ = ["MIN_PROBES", "MIN_STRATA", "BlockTrace", "Places", "TraceResult", "deflated_trace", "sampling_stderr"]
 
-MIN_PROBES = 16
-"""Degrees of freedom before the standard error is trusted. Then it is itself known to 18 %."""
+MIN_PROBES = 8
+"""Minimum number of rounds that can be asked for."""
 
 Places = Mapping[str, Sequence[slice]]
 """Slices of the flat vector that belong to each block of parameters."""
 
 MIN_STRATA = 4
 """Minimum number of parts of the data for an estimate of the spread over samples."""
+
+# Degrees of freedom before the standard error is trusted. Then it is itself known to 18 %.
+_TRUSTED_FREEDOM = 15
 
 # The form of a block is a product of two numbers that hardly depend on each other, the vector there and its product
 # with H. Its kurtosis is up to 9 instead of 3, so that a variance is known as well as from a quarter of the draws.
@@ -174,7 +177,7 @@ class _Sampling:
             stderr,
             frobenius_norm,
             self._num_probes,
-            freedom >= MIN_PROBES - 1,
+            freedom >= _TRUSTED_FREEDOM,
             {name: BlockTrace(*found) for name, *found in pairs},
             self._sampling_stderr(),
         )

@@ -255,7 +255,7 @@ def test_works_under_no_grad_and_inference_mode() -> None:
         ({"seed": "0"}, "seed: expected an int from 0 to .* got '0'"),
         ({"density": 1}, "density: expected True or False, got 1"),
         ({"max_steps": 4}, "max_steps: expected at least num_eigenvalues = 5, got 4"),
-        ({"max_probes": 2}, "max_probes: expected an integer of at least 16, got 2"),
+        ({"max_probes": 2}, "max_probes: expected an integer of at least 8, got 2"),
         ({"params": ["fc"]}, "params: expected parameters .*got 'fc'"),
         ({"blocks": {"head": ["2", "2.bias"]}}, r"each parameter once in a block, got \['2.bias'\] twice in 'head'"),
         ({"blocks": {"head": ["2.weight", "fc"]}}, r"blocks: expected names .*'0.weight', got 'fc' in 'head'"),
