@@ -36,8 +36,8 @@ from moe_heads.callbacks._shared.inputs import AnalysisInputs
 from moe_heads.callbacks._shared.options import AnalysisOptions, OverRanks
 from moe_heads.callbacks._shared.reporting import Report
 from moe_heads.callbacks._shared.trainer_access import Split
+from moe_heads.callbacks._sharpness_options import check_differentiable, check_list_of_names, check_names
 from moe_heads.callbacks.base import FitEndAnalysis
-from moe_heads.callbacks.sharpness_options import check_differentiable, check_list_of_names, check_names
 from moe_heads.checks import check_at_least, check_flags, check_option, check_positive
 
 __all__ = ["Landscape", "LossLandscapeCallback"]

@@ -22,9 +22,9 @@ from moe_heads.callbacks._shared.inputs import AnalysisInputs
 from moe_heads.callbacks._shared.options import AnalysisOptions, OverRanks
 from moe_heads.callbacks._shared.reporting import Report
 from moe_heads.callbacks._shared.trainer_access import Split
+from moe_heads.callbacks._sharpness_options import check_differentiable, check_names, check_report_options
+from moe_heads.callbacks._stability import stability_threshold
 from moe_heads.callbacks.base import FitEndAnalysis
-from moe_heads.callbacks.sharpness_options import check_differentiable, check_names, check_report_options
-from moe_heads.callbacks.stability import stability_threshold
 from moe_heads.checks import check_at_least
 
 __all__ = ["SharpnessCallback"]

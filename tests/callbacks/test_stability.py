@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from moe_heads.callbacks.stability import stability_threshold
+from moe_heads.callbacks._stability import stability_threshold
 
 
 def sgd(**options: Any) -> torch.optim.SGD:

@@ -291,7 +291,7 @@ def test_zoo(entry: Entry) -> None:
 
 def outcome(entry: Entry, analysis: str) -> str:
     if analysis in entry.refused:
-        return f"refused: {entry.refused[analysis].reason}"
+        return f"unsupported: {entry.refused[analysis].reason}"
     if analysis in entry.warned:
         return f"ok (warned: {entry.warned[analysis].reason})"
     return "ok (no experts)" if analysis == "expert_utilization" and not entry.has_experts else "ok"

@@ -27,7 +27,7 @@ def stability_threshold(optimizers: Iterable[Optimizer]) -> float | None:
 
     Example:
         >>> import torch
-        >>> from moe_heads.callbacks.stability import stability_threshold
+        >>> from moe_heads.callbacks._stability import stability_threshold
         >>> stability_threshold([torch.optim.SGD(torch.nn.Linear(2, 1).parameters(), lr=0.125, momentum=0.5)])
         24.0
     """
