@@ -39,6 +39,7 @@ format: $(READY)
 
 typecheck: $(READY)
 	$(BIN)/mypy -p moe_heads
+	$(BIN)/mypy examples tests
 
 check: lint typecheck test
 

@@ -73,7 +73,7 @@ class SharpnessCallback(FitEndAnalysis):
     =============================  =================================================================================
 
     ``converged`` is a certificate, see docs/certificate.md. With ``every_n_epochs``, each analysis starts from the
-    eigenvectors of the previous one, skips the density, and uses at most ten rounds of probes for the trace.
+    eigenvectors of the previous one, skips the density, and uses at most 16 rounds of probes for the trace.
 
     Args:
         num_eigenvalues: Number of largest eigenvalues, limited to the number of parameters.

@@ -25,7 +25,7 @@ _DTYPES = {"32-true": torch.float32, "bf16-mixed": torch.bfloat16}
 def training_step(channels: int, size: int, batch: int, dtype: torch.dtype) -> Callable[[], None]:
     """Return a forward and backward pass with gradients for inputs and weights."""
     convolution = nn.Conv2d(channels, channels, 3, padding=1, bias=False, dtype=dtype)
-    convolution.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    convolution.to(memory_format=torch.channels_last)
     x = torch.randn(batch, channels, size, size, dtype=dtype).to(memory_format=torch.channels_last).requires_grad_()
     slope = torch.randn_like(x)
     return lambda: convolution(x).backward(slope)

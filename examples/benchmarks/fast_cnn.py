@@ -31,19 +31,25 @@ from study.options import Options
 from study.presets import PRESETS
 
 from moe_heads.checks import check_at_least_one
-from moe_heads.lightning_modules import MoEClassifier
+from moe_heads.lightning_modules import FastCNN, MoEClassifier
 
 Change = Callable[[MoEClassifier], None]
 
 
+def _layers(model: MoEClassifier) -> nn.Sequential:
+    assert isinstance(model.backbone, FastCNN)
+    return model.backbone.layers
+
+
 def _replaced(model: MoEClassifier, kind: type[nn.Module], other: Callable[[], nn.Module]) -> None:
-    for index, layer in enumerate(model.backbone.layers):
+    layers = _layers(model)
+    for index, layer in enumerate(layers):
         if isinstance(layer, kind):
-            model.backbone.layers[index] = other()
+            layers[index] = other()
 
 
 def _random_start(model: MoEClassifier) -> None:
-    for layer in model.backbone.layers:
+    for layer in _layers(model):
         if isinstance(layer, nn.Conv2d):
             nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
 
@@ -53,7 +59,7 @@ def _trained_first_layer(model: MoEClassifier) -> None:
 
 
 def _long_memory(model: MoEClassifier) -> None:
-    for layer in model.backbone.layers:
+    for layer in _layers(model):
         if isinstance(layer, nn.BatchNorm2d):
             layer.momentum = 0.1
 

@@ -20,6 +20,7 @@ import torch
 from torch.utils.benchmark import Timer
 
 from moe_heads import Dense, SparseMoE, capacity, match_capacity
+from moe_heads.dispatch import Dispatch
 
 ROOT = Path(__file__).parents[2]
 
@@ -27,7 +28,7 @@ Report = dict[str, object]
 
 _FEATURES, _CLASSES = 512, 10
 _SIZES, _BATCHES = ((8, 64), (32, 512)), (1, 32, 256, 4096)
-_PATHS = ("auto", "all", "grouped", "ragged")
+_PATHS: tuple[Dispatch, ...] = ("auto", "all", "grouped", "ragged")
 _SECONDS_OF_THE_TESTS, _SECONDS_OF_THE_TIMING = 240, 90
 
 

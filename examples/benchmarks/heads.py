@@ -65,7 +65,9 @@ def inference(rounds: int, peers: Path | None, compiled: bool) -> Iterator[Row]:
         A row for each cell.
     """
     for num_experts, width in SIZES:
-        head, dense = (module.eval() for module in build(num_experts, width))
+        head, dense = build(num_experts, width)
+        head.eval()
+        dense.eval()
         loop = MaskLoop(head).eval()
         for batch in BATCHES:
             torch.compiler.reset()
@@ -174,7 +176,7 @@ def main() -> None:
 
 
 def _bound(candidates: Candidates, x: Tensor) -> dict[str, Callable[[], object]]:
-    return {name: lambda call=call: call(x) for name, call in candidates.items()}
+    return {name: partial(call, x) for name, call in candidates.items()}
 
 
 def _row(num_experts: int, width: int, batch: int, times: dict[str, float]) -> Row:

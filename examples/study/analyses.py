@@ -63,10 +63,10 @@ def remove_saved(run: Path) -> None:
 
 def analyses_of(options: Options, folder: Path) -> list[FitEndAnalysis]:
     """Create all analyses of a run; the landscape saves its points in the folder."""
-    analyzed = {"num_samples": options.analysis_samples}
+    num_samples = options.analysis_samples
     return [
-        SharpnessCallback(engine=options.engine, **analyzed),
-        LossLandscapeCallback(plane_points=options.plane_points, resume=folder, **analyzed),
+        SharpnessCallback(engine=options.engine, num_samples=num_samples),
+        LossLandscapeCallback(plane_points=options.plane_points, resume=folder, num_samples=num_samples),
         ExpertUtilizationCallback(),
         InferenceTimingCallback(),
     ]
@@ -158,7 +158,7 @@ def _is_complete(analysis: FitEndAnalysis) -> bool:
 
 
 def _lines(landscape: LossLandscapeCallback) -> dict[str, dict[str, list[float | None]]]:
-    lines = {}
+    lines: dict[str, dict[str, list[float | None]]] = {}
     for split, result in landscape.results.items():
         if result.line is None:
             continue

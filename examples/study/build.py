@@ -2,7 +2,7 @@
 
 import hashlib
 import re
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from lightning import pytorch as pl
@@ -58,15 +58,16 @@ def build_data(options: Options) -> ImageDataModule:
 def describe_data(options: Options, data: ImageDataModule) -> dict[str, Any]:
     """Describe the data of a study: sizes, file types and a digest of the images."""
     kind, digest = options.data.partition(":")[0], hashlib.sha256()
+    sizes: dict[str, int] = {}
     for split in ("train", "val", "test"):
         part = data.analysis_dataset(split)
         assert isinstance(part, LabeledImages)
+        sizes[split] = len(part)
         digest.update(part.labels.numpy().tobytes())
         if isinstance(part.images, torch.Tensor):
             digest.update(part.images.contiguous().numpy().tobytes())
         else:
             digest.update("\n".join(f"{path.name} {path.stat().st_size}" for path in part.images.paths).encode())
-    sizes = {split: len(data.analysis_dataset(split)) for split in ("train", "val", "test")}
     suffixes = data.suffixes if isinstance(data, ImageFolderDataModule) else ()
     about = {"kind": kind, "name": options.data_name, "files": list(suffixes), "num_classes": data.num_classes}
     return {**about, **sizes, "sha256": digest.hexdigest()[:16]}
@@ -89,8 +90,15 @@ def precision_of(options: Options) -> Literal["bf16-mixed", "32-true"]:
 
 def device_of(options: Options) -> torch.device:
     """Return the device of training and analyses."""
-    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
-    return pl.Trainer(accelerator=options.accelerator, devices=1, logger=False, **quiet).strategy.root_device
+    trainer = pl.Trainer(
+        accelerator=options.accelerator,
+        devices=1,
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+    )
+    return trainer.strategy.root_device
 
 
 def build_model(options: Options, head: str, data: ImageDataModule) -> MoEClassifier:
@@ -106,7 +114,7 @@ def build_model(options: Options, head: str, data: ImageDataModule) -> MoEClassi
         train = data.analysis_dataset("train")
         assert isinstance(train, LabeledImages)
         backbone.whiten(train.transform(train.images[torch.arange(min(_WHITENING_IMAGES, len(train)))]))
-    features = int(backbone.num_features)
+    features = int(cast("int", backbone.num_features))
     # as in the paper, 512 units for 512 features; below 128, eight experts of equal total would have a few units each
     dense = Dense(features, data.num_classes, width=options.head_width or max(128, features))
     return MoEClassifier(

@@ -42,14 +42,14 @@ class Options(Protocol):
         if unknown:
             raise ValueError(f"--heads: expected some of {', '.join(HEADS)}, got {', '.join(unknown)}.")
         counts = ("seeds", "epochs", "batch_size", "analysis_samples", "head_width", "limit_train", "image_size")
-        given = {_flag(name): getattr(self, name) for name in (*counts, "threads")}
+        given = self._flagged(*counts, "threads")
         check_at_least_one(**{flag: value for flag, value in given.items() if value is not None})
-        check_at_least(0, **{"--crop-padding": self.crop_padding})
-        check_positive(**{"--learning-rate": self.learning_rate})
+        check_at_least(0, **self._flagged("crop_padding"))
+        check_positive(**self._flagged("learning_rate"))
         if not 3 <= self.plane_points <= 256:
             raise ValueError(f"--plane-points: expected 3 to 256, got {self.plane_points}.")
         if self.max_minutes is not None:
-            check_positive(**{"--max-minutes": self.max_minutes})
+            check_positive(**self._flagged("max_minutes"))
         for head in self.heads:
             _check_writable(self.run_dir(head, seed=0))
 
@@ -63,6 +63,9 @@ class Options(Protocol):
     def run_dir(self, head: str, seed: int) -> Path:
         """Return the folder of one run."""
         return self.out / head / f"seed{seed}"
+
+    def _flagged(self, *names: str) -> dict[str, Any]:
+        return {_flag(name): getattr(self, name) for name in names}
 
 
 def parse(arguments: Sequence[str] | None = None) -> Options:

@@ -78,10 +78,10 @@ def _share_of_least_used(run: Run) -> float | None:
 def _beyond_quadratic(run: Run) -> float | None:
     """Return the largest loss increase on the training line, relative to the parabola with the curvature λmax."""
     line = run["lines"].get("train")
-    curvature = run["metrics"].get("sharpness/train/lambda_max")
+    curvature: float | None = run["metrics"].get("sharpness/train/lambda_max")
     if line is None or not curvature:
         return None
-    reach = max(map(abs, line["alphas"]))
+    reach: float = max(map(abs, line["alphas"]))
     return max(_rises(line)) / (0.5 * curvature * reach**2)
 
 
@@ -128,7 +128,8 @@ def _model_speedup(run: Run) -> float | None:
     names = [f"{prefix}/{module}/batch{_BATCH}/p50_ms" for module in ("model", "head", "head_dense")]
     if not all(name in run["metrics"] for name in names):
         return None
-    model, head, dense = (run["metrics"][name] for name in names)
+    times: list[float] = [run["metrics"][name] for name in names]
+    model, head, dense = times
     return (model - head + dense) / model
 
 

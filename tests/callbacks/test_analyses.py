@@ -84,7 +84,7 @@ def test_sharpness_is_that_of_the_modules_own_loss(fitted: dict[str, Any]) -> No
     loss = torch.nn.functional.cross_entropy(module(x), y)
     gradients = torch.autograd.grad(loss, parameters, create_graph=True, materialize_grads=True)
     flat = torch.cat([g.flatten() for g in gradients])
-    options = {"retain_graph": True, "materialize_grads": True}
+    options: dict[str, Any] = {"retain_graph": True, "materialize_grads": True}
     rows = [torch.cat([h.flatten() for h in torch.autograd.grad(entry, parameters, **options)]) for entry in flat]
     eigenvalues = torch.linalg.eigvalsh(torch.stack(rows))
     result = fitted["callbacks"]["SharpnessCallback"].results["train"]

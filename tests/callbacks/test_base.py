@@ -8,6 +8,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.strategies import FSDPStrategy
+from torch import Tensor
 
 from moe_heads.callbacks import AnalysisInputs
 from tests.support.analyses import MeanLoss, Weight, Witness
@@ -167,7 +168,7 @@ def test_a_missing_loss_raises_an_error_before_training() -> None:
             super().__init__()
             self.automatic_optimization = False
 
-        def training_step(self, batch: Any, batch_idx: int) -> None:
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
             raise AssertionError("trained before the error")
 
     with pytest.raises(MisconfigurationException, match="ByHand: expected automatic optimization"):

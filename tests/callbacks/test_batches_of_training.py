@@ -135,7 +135,7 @@ def test_objects_with_tensors_inside() -> None:
         return Graphs(torch.stack([x for x, _ in items]), torch.stack([y for _, y in items]))
 
     assert analyzed(OfGraphs(), DataLoader(TensorDataset(x, y), batch_size=10, collate_fn=collate)).num_samples == 30
-    whole = DataLoader([Graphs(x[:20], y[:20]), Graphs(x[20:], y[20:])], batch_size=None)
+    whole: DataLoader[Any] = DataLoader([Graphs(x[:20], y[:20]), Graphs(x[20:], y[20:])], batch_size=None)
     with pytest.raises(ValueError, match="Pass batch_size_fn"):
         analyzed(OfGraphs(), whole)
     assert analyzed(OfGraphs(), whole, batch_size_fn=lambda batch: len(batch.y)).num_samples == 30

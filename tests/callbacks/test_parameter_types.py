@@ -101,7 +101,7 @@ def test_functions_refuse_complex_parameters_and_name_real_ones() -> None:
     batch = torch.randn(6, 4)
     for analysis in (sharpness, perturbation_sharpness, direction_sweep):
         with pytest.raises(ValueError, match=r"expected real parameters.*params=\['1\.weight'\]"):
-            analysis(model, loss, [batch])  # type: ignore[operator]
+            analysis(model, loss, [batch])
     with pytest.raises(ValueError, match="expected real parameters"):
         random_direction(model)
     assert sharpness(model, loss, [batch], params=["1"], num_eigenvalues=1).converged

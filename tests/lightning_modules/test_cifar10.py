@@ -82,7 +82,8 @@ def test_pixels_are_those_of_torchvision_normalized_as_in_the_study(archive: Pat
     reference = CIFAR10(tmp_path, train=False)
     mean = torch.tensor([0.4914, 0.4822, 0.4465]).view(3, 1, 1)
     std = torch.tensor([0.2470, 0.2435, 0.2616]).view(3, 1, 1)
-    for (image, label), (picture, expected_label) in zip(data.analysis_dataset("test"), reference, strict=True):
+    images: Any = data.analysis_dataset("test")
+    for (image, label), (picture, expected_label) in zip(images, reference, strict=True):
         expected = (torch.from_numpy(np.array(picture)).permute(2, 0, 1) / 255 - mean) / std
         torch.testing.assert_close(image, expected)
         assert int(label) == expected_label

@@ -1,4 +1,5 @@
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +11,8 @@ from moe_heads.lightning_modules import DigitsDataModule
 
 def raw(data: DigitsDataModule, split: str) -> tuple[Tensor, Tensor]:
     """Images on the scale 0 … 16, as rows, and labels."""
-    images, labels = (torch.stack(column) for column in zip(*data.analysis_dataset(split), strict=True))
+    dataset: Any = data.analysis_dataset(split)
+    images, labels = (torch.stack(column) for column in zip(*dataset, strict=True))
     return ((images * 0.3760 + 0.3053) * 16).round().flatten(1), labels
 
 

@@ -55,14 +55,14 @@ def classified(*shape: int, seed: int = 0) -> Loader:
 
 def unlabeled(*shape: int) -> Loader:
     # a batch is one tensor
-    return lambda: DataLoader(normal(*shape), BATCH_SIZE)  # type: ignore[arg-type]
+    return lambda: DataLoader(normal(*shape), BATCH_SIZE)
 
 
 def sentences() -> DataLoader[Any]:
     padding = torch.arange(6) < integers(6, 1) + 1
     entries = {"input_ids": integers(20, 6), "attention_mask": padding.long(), "labels": integers(NUM_CLASSES)}
     samples = [{name: values[index] for name, values in entries.items()} for index in range(NUM_SAMPLES)]
-    return DataLoader(samples, BATCH_SIZE)  # type: ignore[arg-type]
+    return DataLoader(samples, BATCH_SIZE)
 
 
 def pairs() -> DataLoader[Any]:

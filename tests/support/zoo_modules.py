@@ -134,8 +134,9 @@ class LanguageClassifier(LightningModule):
         # takes seconds, and only this module pays for it
         from transformers import BertConfig, BertForSequenceClassification
 
+        labels: dict[str, Any] = {"num_labels": NUM_CLASSES}  # not in the signature
         sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-        self.net = BertForSequenceClassification(BertConfig(vocab_size=20, num_labels=NUM_CLASSES, **sizes))
+        self.net = BertForSequenceClassification(BertConfig(vocab_size=20, **labels, **sizes))
 
     def forward(self, **batch: Tensor) -> Any:
         return self.net(**batch)

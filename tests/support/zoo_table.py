@@ -19,8 +19,8 @@ Written by tests/callbacks/test_zoo.py: `make test ARGS=tests/callbacks/test_zoo
 Lightning's demos, models of torchvision, timm and transformers in a few lines of LightningModule, and common ways to
 train, each small, trained for an epoch or two and then analyzed by all four callbacks. The test asserts for each that
 the analyses changed no bit of its weights, buffers, gradients, optimizer states, metrics, attributes and hooks, nor of
-the random number generators and the settings of torch, and that the results are sane. "unsupported": the analysis says in a
-warning why it cannot run, and the run and the other analyses go on. "warned": a warning names a limit of its results.
+the random number generators and the settings of torch, and that the results are sane. "unsupported": a warning says
+why the analysis cannot run, and the run and the other analyses go on. "warned": a warning names a limit of its results.
 """
 
 Loader = Callable[[], DataLoader[Any]]

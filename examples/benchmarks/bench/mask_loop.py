@@ -16,19 +16,18 @@ class MaskLoop(nn.Module):
 
     def __init__(self, head: SparseMoE) -> None:
         super().__init__()
-        self.gate, self.k = head.router.gate, int(head.k)
+        self.gate, self.k = head.router.get_submodule("gate"), int(head.k)
         experts = head.experts
-        self.experts = nn.ModuleList(
-            nn.Sequential(nn.Linear(experts.in_features, experts.width), nn.ReLU(), nn.Dropout(experts.dropout))
-            for _ in range(experts.num_experts)
-        )
+        self.experts = nn.ModuleList()
         with torch.no_grad():
-            for index, expert in enumerate(self.experts):
-                expert.append(nn.Linear(experts.width, experts.out_features))
-                expert[0].weight.copy_(experts.weight1[index])
-                expert[0].bias.copy_(experts.bias1[index])
-                expert[3].weight.copy_(experts.weight2[index])
-                expert[3].bias.copy_(experts.bias2[index])
+            for index in range(experts.num_experts):
+                first = nn.Linear(experts.in_features, experts.width)
+                last = nn.Linear(experts.width, experts.out_features)
+                first.weight.copy_(experts.weight1[index])
+                first.bias.copy_(experts.bias1[index])
+                last.weight.copy_(experts.weight2[index])
+                last.bias.copy_(experts.bias2[index])
+                self.experts.append(nn.Sequential(first, nn.ReLU(), nn.Dropout(experts.dropout), last))
         self.num_classes = experts.out_features
 
     def forward(self, x: Tensor) -> Tensor:

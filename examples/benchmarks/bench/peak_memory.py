@@ -12,7 +12,7 @@ def peak_memory(function: Callable[[], object]) -> int:
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         function()
     held, peak = 0, 0
-    results = profiler.profiler.kineto_results  # type: ignore[union-attr]
+    results = profiler.profiler.kineto_results
     changes = [(event.start_ns(), event.nbytes()) for event in results.events() if event.name() == "[memory]"]
     for _, change in sorted(changes, key=lambda entry: entry[0]):
         held += change

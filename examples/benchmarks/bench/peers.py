@@ -29,7 +29,8 @@ def davidmrau(
 ) -> Callable[[Tensor], object]:
     """Build ``MoE`` of davidmrau/mixture-of-experts, whose experts end in a softmax and whose gate has no bias."""
     layer: nn.Module = _load(folder / "davidmrau" / "moe.py").MoE(in_features, num_classes, num_experts, width, k=k)
-    nn.init.normal_(layer.w_gate, std=in_features**-0.5)  # zeros would route every row to the same experts
+    # zeros would route every row to the same experts
+    nn.init.normal_(layer.get_parameter("w_gate"), std=in_features**-0.5)
     return layer.eval()
 
 

@@ -188,7 +188,7 @@ def write_back(tensor: Tensor, values: Tensor) -> None:
     """Write values into a tensor of any kind, unnoticed by autograd."""
     target = tensor.data
     if target.layout == torch.strided:
-        # an expanded tensor shares its memory along some dimensions, and torch refuses to write there
+        # an expanded tensor shares its memory along some dimensions, and torch cannot write there
         for dim, stride in enumerate(target.stride()):
             if stride == 0 and target.shape[dim] > 1:
                 target, values = target.narrow(dim, 0, 1), values.narrow(dim, 0, 1)
@@ -221,7 +221,7 @@ def preserved(model: nn.Module) -> Iterator[Original]:
         >>> torch.equal(layer.weight, before)
         True
     """
-    # a lazy tensor has no values yet, and each analysis refuses it
+    # a lazy tensor has no values yet, and each analysis raises an error for it
     known = [t for t in dict.fromkeys([*model.parameters(), *model.buffers()]) if not _is_lazy(t)]
     enclosing = _enclosing.get({})
     tensors = [_TensorState(tensor, enclosing.get(id(tensor))) for tensor in known]
@@ -232,16 +232,16 @@ def preserved(model: nn.Module) -> Iterator[Original]:
     token = _enclosing.set(held)
     try:
         for tensor in tensors:
-            tensor.put_grad_aside()
+            tensor.set_grad_aside()
         yield lambda tensor: held[id(tensor)].values
     finally:
-        _enclosing.reset(token)
         with HeldInterrupts():
             for put_back in attributes:
                 put_back()
             for tensor in tensors:
                 tensor.restore()
             restore_generators(generators)
+            _enclosing.reset(token)
 
 
 class _TensorState:
@@ -259,8 +259,8 @@ class _TensorState:
         # torch.compile leaves marks on the tensors that it has seen
         self._attributes = dict(vars(tensor))
 
-    def put_grad_aside(self) -> None:
-        """Nobody writes into a gradient that is not there, so it needs no copy."""
+    def set_grad_aside(self) -> None:
+        """Detach the gradient from the tensor. What is not there cannot be overwritten, so it needs no copy."""
         if self._grad is not None:
             self.tensor.grad = None
 

@@ -160,10 +160,10 @@ def test_what_a_step_tells_the_trainer_is_taken_back(tmp_path: Path) -> None:
         return t.should_stop
 
     logger = CSVLogger(tmp_path)
-    logger.log_metrics = lambda metrics, step=None: pytest.fail("written")  # type: ignore[method-assign]
-    logger.save = logger.finalize = lambda *args: None  # type: ignore[method-assign]
-    logger.log_hyperparams = lambda *args: None  # type: ignore[method-assign]
-    module.training_step = lambda batch, batch_idx: module(batch[0]).sum()  # type: ignore[method-assign]
+    logger.log_metrics = lambda metrics, step=None: pytest.fail("written")
+    logger.save = logger.finalize = lambda *args: None
+    logger.log_hyperparams = lambda *args: None
+    module.training_step = lambda batch, batch_idx: module(batch[0]).sum()
     assert at_fit_end(look, module, loader(), logger=logger) is False
 
 

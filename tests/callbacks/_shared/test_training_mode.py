@@ -39,7 +39,7 @@ class Analyzed(Detector):
 class Silent(Detector):
     """Returns nothing outside training."""
 
-    def training_step(self, batch: tuple[Tensor, Tensor]) -> Tensor | None:
+    def training_step(self, batch: tuple[Tensor, Tensor]) -> Any:
         return super().training_step(batch) if self.training else None
 
 

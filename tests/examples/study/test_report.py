@@ -4,6 +4,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 from study import report
 from study.figures import figures
@@ -78,7 +79,7 @@ def test_use_of_the_busiest_expert_is_not_cut_off() -> None:
     for ax in figures(runs)["utilization"].axes:
         lines = [line for line in ax.lines if line.get_marker() == "."]
         assert lines and ax.get_ylim()[0] == 0
-        assert max(max(line.get_ydata()) for line in lines) < ax.get_ylim()[1]
+        assert max(np.max(line.get_ydata()) for line in lines) < ax.get_ylim()[1]
 
 
 def test_a_page_written_again_is_the_same(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from moe_heads.dispatch import stages
 
 
 def head_of(dispatch: str, **options: object) -> SparseMoE:
-    return SparseMoE(16, 4, num_experts=4, expert_width=8, dispatch=dispatch, **options).eval()  # type: ignore[arg-type]
+    return SparseMoE(16, 4, num_experts=4, expert_width=8, dispatch=dispatch, **options).eval()
 
 
 @pytest.mark.parametrize(
@@ -26,7 +26,7 @@ def test_shapes_are_those_inside_the_path(dispatch: str, rows: int, expected: di
     assert set(found) == ({"dispatch"} if dispatch == "all" else {"dispatch", "combine"})
     outputs = {name: stage() for name, stage in found.items()}
     for name, shape in expected.items():
-        assert outputs[name].shape == shape  # type: ignore[attr-defined]
+        assert outputs[name].shape == shape
 
 
 def test_what_is_dispatched_are_the_rows_and_weights_of_the_choices() -> None:
@@ -37,7 +37,7 @@ def test_what_is_dispatched_are_the_rows_and_weights_of_the_choices() -> None:
     assert torch.equal(ragged.stages(x)["dispatch"](), x[order // 2])
     assert ragged.stages(x[:1])["dispatch"]() == routing.indices[:1].tolist()
     gathered = head_of("gathered")
-    weight1, *_ = gathered.stages(x)["dispatch"]()  # type: ignore[misc]
+    weight1 = gathered.stages(x)["dispatch"]()[0]
     indices = gathered(x, return_routing=True).routing.indices
     assert torch.equal(weight1, gathered.experts.weight1[indices])
     gates = head_of("all")
@@ -46,7 +46,7 @@ def test_what_is_dispatched_are_the_rows_and_weights_of_the_choices() -> None:
 
 def test_tokens_are_rows_and_auto_is_what_would_run() -> None:
     tokens = torch.randn(2, 3, 16)
-    assert head_of("ragged").stages(tokens)["dispatch"]().shape == (12, 16)  # type: ignore[attr-defined]
+    assert head_of("ragged").stages(tokens)["dispatch"]().shape == (12, 16)
     head = head_of("auto")
     assert "combine" in head.stages(torch.randn(1, 16))  # one row: two of four experts
     with pytest.raises(ValueError, match=r"expected torch\.float32, the dtype of the experts"):

@@ -1,6 +1,7 @@
 """Fixed choices of the routers."""
 
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ def with_router(router: Router) -> SparseMoE:
 
 
 HEADS: dict[str, Callable[[], SparseMoE]] = {
-    **{name: (lambda name=name: head_with(name)) for name in ROUTERS},
+    **{name: partial(head_with, name) for name in ROUTERS},
     "noisy_top_1": lambda: head_with("noisy_top_k", k=1),
     "bias_balanced_1": lambda: with_router(BiasBalancedRouter(FEATURES, EXPERTS, k=1)),
     "noisy_with_temperature": lambda: head_with("noisy_top_k", temperature=0.5, num_shared_experts=1),
@@ -162,7 +163,7 @@ def test_several_heads_take_their_own_records() -> None:
             head(x)
     move(model)
     with fixed_routing(model, reference), collect_routing(model) as now:
-        for head in reversed(model.values()):
+        for head in reversed(list(model.values())):
             head(x)
     for name in set(ROUTERS) - {"softmax"}:
         assert torch.equal(now.routings[name][0].selected, reference.routings[name][0].selected)

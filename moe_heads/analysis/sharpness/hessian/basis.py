@@ -75,9 +75,11 @@ class Basis:
     def combined(self, coefficients: Tensor) -> Tensor:
         """Return the linear combinations :math:`CQ`, shape (k, P), for ``coefficients`` (k, m)."""
         weights = coefficients.to(self.device, self.dtype)
-        total = torch.zeros(len(weights), self.dim, dtype=self.dtype, device=self.device)
-        for block, part in zip(self._filled(), weights.split(self._rows, dim=1), strict=False):
-            total += part @ block[: part.shape[1]]
+        total = torch.empty(len(weights), self.dim, dtype=self.dtype, device=self.device)
+        # by columns, so that a piece of all vectors stays in the cache and nothing of their size is allocated
+        for start in range(0, self.dim, _COLUMNS):
+            columns = torch.cat([block[:, start : start + _COLUMNS] for block in self._filled()])
+            total[:, start : start + _COLUMNS] = weights[:, : len(columns)] @ columns
         return total
 
     def replace(self, coefficients: Tensor) -> None:

@@ -12,7 +12,7 @@ from moe_heads.analysis.sharpness.hessian.iteration import KrylovIteration
 from moe_heads.analysis.sharpness.hessian.krylov import margin_of
 from moe_heads.analysis.sharpness.hessian.operator import SymmetricOperator
 
-__all__ = ["CHANCE_OF_MISSING", "CompletenessCheck", "are_none_above", "bound_outside"]
+__all__ = ["CHANCE_OF_MISSING", "CompletenessCheck", "bound_outside", "raised_by_chain"]
 
 CHANCE_OF_MISSING = 1e-3
 """Upper bound of the probability, over the random start of the check, that it overlooks a missing eigenvalue."""
@@ -26,6 +26,9 @@ _OF_ROUNDING = 1e-6
 
 # Square of the ratio by which the coupling of further copies may exceed that of the known one.
 _COUPLING = 10
+
+# Part of the distance from the k-th eigenvalue to the next one outside at which a bound is worth using.
+_FAR_ENOUGH = 0.2
 
 
 class CompletenessCheck:
@@ -56,7 +59,10 @@ class CompletenessCheck:
         self._operator, self._iteration, self._k = operator, iteration, num_eigenvalues
         self._tolerance, self._max_steps, self._notify = tolerance, max_steps, notify
         self._missing_above, self._num_above = math.inf, 0
-        self._bound, self._look_again_at = math.inf, 0
+        self._look_again_at = 0
+        # the bound on what was outside when the basis had that size, and what the bound leaves out
+        self._bound, self._size = math.inf, 0
+        self._added: Tensor | None = None
 
     def forget(self) -> None:
         """Reset the bound on the complement, which a restart made larger."""
@@ -102,6 +108,7 @@ class CompletenessCheck:
         """Take Lanczos steps outside the basis until a value above the k-th appears, or there is a bound below it."""
         iteration, kth, step = self._iteration, float(values[-self._k]), self._step(values)
         outside = _Outside(iteration)
+        self._size, self._added = len(values), None
         while iteration.num_steps < self._max_steps and len(outside.alphas) < _MOST_STEPS:
             outside.add(self._operator)
             self._notify()
@@ -114,7 +121,8 @@ class CompletenessCheck:
                 return "complete"  # nothing couples the two spaces, and all values outside are known
             if float(residuals[-1]) <= step:
                 self._bound = largest + step
-                if self._are_none_above(values):
+                # a value far below the k-th belongs to a pair of the iteration that still rises, and not to a copy
+                if self._are_none_above(values) or kth - largest > self._tolerance * abs(kth) + 3 * step:
                     return "bounded"
                 # Copies of the k-th are so near to the level that their bound makes every inaccurate Ritz pair large.
                 count = int(((ritz >= largest - 2 * step) & (residuals <= step)).sum())
@@ -123,7 +131,15 @@ class CompletenessCheck:
                 bound = bound_outside(rest, lowest, dim - count, largest)
                 if self._are_none_above(values, next_value if outside.is_exhausted else bound, added):
                     return "complete"
-                if outside.is_exhausted or not self._are_none_above(values, next_value, added):
+                is_chain = len(iteration.remainders) == 1
+                if is_chain and kth - bound > _FAR_ENOUGH * (kth - next_value):
+                    # the steps of the iteration show how little reaches the values below the bound
+                    self._bound, self._added = bound, added
+                    return "bounded"
+                is_useful = self._are_none_above(values, next_value, added) or (
+                    is_chain and next_value < kth - 3 * step
+                )
+                if outside.is_exhausted or not is_useful:
                     return self._take_in(values, largest - step)
                 continue
             self._bound = bound_outside(ritz, lowest, dim)
@@ -135,18 +151,30 @@ class CompletenessCheck:
             return "unknown"
         return self._take_in(values, largest - step)
 
-    def _are_none_above(self, values: Tensor, bound: float | None = None, added: Tensor | float = 0.0) -> bool:
+    def _are_none_above(self, values: Tensor, bound: float | None = None, added: Tensor | None = None) -> bool:
         """Return whether no eigenvalue lies more than the margin above the k-th.
 
         Args:
             values: The Ritz values.
-            bound: Upper bound of the eigenvalues outside; by default the last one.
+            bound: Upper bound of the eigenvalues outside the basis; by default the last one, and what was outside the
+                basis then.
             added: Contribution to the Schur complement of eigenvectors outside that the bound does not cover.
         """
         iteration = self._iteration
         level = float(values[-self._k]) + 3 * self._step(values)
-        bound = self._bound if bound is None else bound
-        return are_none_above(iteration.projected, iteration.residual_gram(), level, bound, added)
+        projected, size = iteration.projected, len(values)
+        if bound is None:
+            bound, added, size = self._bound, self._added, self._size
+        if bound >= level or (size < len(values) and len(iteration.remainders) > 1 and added is not None):
+            return False
+        if size == len(values) or len(iteration.remainders) != 1:
+            # the bound holds outside a larger basis too
+            raised = projected + iteration.residual_gram() / (level - bound)
+        else:
+            raised = raised_by_chain(projected, size, norm(iteration.remainders[0]), level, bound)
+        if added is not None:
+            raised = raised + added
+        return _num_above(raised, level) == _num_above(projected, level)
 
     def _take_in(self, values: Tensor, above: float) -> Literal["missing"]:
         """Let the iteration continue until there is one more Ritz value above a number."""
@@ -163,7 +191,8 @@ class _Outside:
 
     def __init__(self, iteration: KrylovIteration) -> None:
         self._iteration = iteration
-        self._before, self._vector = torch.zeros(0), iteration.fresh()
+        # random signs may have no part in an eigenvector with few entries, such as those of a diagonal matrix
+        self._before, self._vector = torch.zeros(0), iteration.fresh(is_normal=True)
         self._kept = Basis(iteration.dim, self._vector.dtype, self._vector.device)
         self.alphas: list[float] = []
         self._betas: list[float] = []
@@ -250,24 +279,39 @@ def bound_outside(ritz: Tensor, lowest: float, dim: int, above: float | None = N
     return (float(ritz[-1]) - share * lowest) / (1 - share) if share < 1 else math.inf
 
 
-def are_none_above(
-    projected: Tensor, residual_gram: Tensor, level: float, bound: float, added: Tensor | float = 0.0
-) -> bool:
-    r"""Return whether H has no more eigenvalues above ``level`` than its projection T.
+def raised_by_chain(projected: Tensor, size: int, beta: float, level: float, bound: float) -> Tensor:
+    r"""Bound the Schur complement of an operator, as it was before the last steps of a Lanczos iteration.
 
-    With B the part of H on the complement of the basis and :math:`B \le b < x`, the inertia of H - x is that of
-    B - x, which has no positive part, and of the Schur complement
-    :math:`T - x + E^T (x - B)^{-1} E \le T - x + E^T E / (x - b)`, with :math:`E^T E` the Gram matrix of the
-    residuals HQ - QT.
+    With B the part of H outside the first m vectors, :math:`B \le b < x`, the inertia of H - x is that of B - x, which
+    has no positive part, and of :math:`T - x + c c^T q^T (x - B)^{-1} q` for the next vector q and its couplings c. The
+    steps since are a Lanczos iteration of B from q. Their Gauss-Radau rule with a node at b is an upper bound of the
+    form (Golub and Meurant 1994).
 
     Args:
-        projected: T, (m, m).
-        residual_gram: :math:`E^T E`, (m, m).
+        projected: T after the last steps.
+        size: m.
+        beta: Norm of the remainder after the last step.
         level: x.
         bound: b.
-        added: Contribution to the Schur complement of a part of B above the bound.
+
+    Returns:
+        :math:`T` of the first m vectors plus the bound of the second term, (m, m).
     """
-    if bound >= level:
-        return False
-    raised = projected + added + residual_gram / (level - bound)
-    return int((torch.linalg.eigvalsh(raised) > level).sum()) == int((torch.linalg.eigvalsh(projected) > level).sum())
+    chain = projected[size:, size:]
+    last = torch.zeros(len(chain), dtype=torch.float64)
+    last[-1] = 1.0
+    identity = torch.eye(len(chain), dtype=torch.float64)
+    end = bound + beta**2 * float(torch.linalg.solve(chain - bound * identity, last)[-1])
+    extended = torch.zeros(len(chain) + 1, len(chain) + 1, dtype=torch.float64)
+    extended[:-1, :-1], extended[-1, -1] = chain, end
+    extended[-2, -1] = extended[-1, -2] = beta
+    first = torch.zeros(len(extended), dtype=torch.float64)
+    first[0] = 1.0
+    shifted = level * torch.eye(len(extended), dtype=torch.float64) - extended
+    form = float(torch.linalg.solve(shifted, first)[0])
+    couplings = projected[:size, size]
+    return projected[:size, :size] + form * couplings.outer(couplings)
+
+
+def _num_above(matrix: Tensor, level: float) -> int:
+    return int((torch.linalg.eigvalsh(matrix) > level).sum())

@@ -188,10 +188,15 @@ class KrylovIteration:
         norms = found.remainder_gram.diagonal().sqrt()
         return found.ritz[0], found.bare_residual_norms, (self.tails.T @ found.ritz[1]).abs() * norms[:, None]
 
-    def fresh(self, start: Tensor | None = None) -> Tensor:
-        """Return a unit vector orthogonal to the basis, from the start vector or from random signs."""
+    def fresh(self, start: Tensor | None = None, *, is_normal: bool = False) -> Tensor:
+        """Return a unit vector orthogonal to the basis, from the start vector, random signs or normal numbers."""
         dim, dtype, device = self._operator.shape[0], self._operator.dtype, self._operator.device
-        vector = rademacher(dim, dtype, device, self._generator) if start is None else start.to(device, dtype)
+        if start is not None:
+            vector = start.to(device, dtype)
+        elif is_normal:
+            vector = torch.randn(dim, generator=self._generator, dtype=dtype).to(device)
+        else:
+            vector = rademacher(dim, dtype, device, self._generator)
         length = norm(vector)
         vector = self.basis.complement(vector)
         while norm(vector) < 1e-4 * length:

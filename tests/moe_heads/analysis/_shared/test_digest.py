@@ -88,7 +88,7 @@ def test_the_same_code_is_the_same_wherever_it_is_written() -> None:
 
 
 def test_other_code_is_another() -> None:
-    functions = [abs, lambda x: x, lambda x: 2 * x, lambda x: 3 * x, lambda x: [y + 1 for y in x], None]
+    functions: list[Any] = [abs, lambda x: x, lambda x: 2 * x, lambda x: 3 * x, lambda x: [y + 1 for y in x], None]
     functions += [lambda x: [y + 2 for y in x], Called(), Called().method]
     assert len({digest_of_code(function) for function in functions}) == len(functions)
     assert digest_of_code(Called()) == digest_of_code(Called())

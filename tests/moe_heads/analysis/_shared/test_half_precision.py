@@ -55,7 +55,7 @@ class Featured(nn.Module):
 
 
 class Recurrent(nn.Module):
-    def __init__(self, kind: type[nn.RNNBase], dtype: torch.dtype) -> None:
+    def __init__(self, kind: type[nn.LSTM | nn.GRU], dtype: torch.dtype) -> None:
         super().__init__()
         self.layer = frozen(kind(8, 8, batch_first=True), dtype)
 

@@ -1,5 +1,7 @@
 """Checks of lists of names."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -7,7 +9,8 @@ from moe_heads.analysis._shared.names import are_names, check_names
 
 
 def test_collections_of_strings_are_names() -> None:
-    for names in ([], ("cat", "dog"), np.array(["cat"]).tolist(), {"cat": 0}):
+    collections: tuple[Any, ...] = ([], ("cat", "dog"), np.array(["cat"]).tolist(), {"cat": 0})
+    for names in collections:
         assert are_names(names)
         check_names(class_names=names)
     check_names(class_names=None)

@@ -50,9 +50,10 @@ def test_is_the_accuracy_of_a_model_with_the_smaller_head(kind: str, place: type
         found = expert_utilization(model, batches, ablation=True).heads["head"].ablation
     assert found is not None
     assert found.accuracy == pytest.approx(accuracy(model, x, y))
+    head: Any = model.head
     for expert in range(4):
         smaller = copy.deepcopy(model)
-        smaller.head = ablate(model.head, [expert])
+        smaller.head = ablate(head, [expert])
         assert found.without[expert] == pytest.approx(accuracy(smaller, x, y))
         right, now = model(x).argmax(-1) == y, smaller(x).argmax(-1) == y
         difference = right.double() - now.double()
@@ -63,7 +64,8 @@ def test_is_the_accuracy_of_a_model_with_the_smaller_head(kind: str, place: type
 def test_only_the_head_runs_again_where_it_is_the_last() -> None:
     counts = {}
     for place in (Last, Inside):
-        model, calls = place(HEADS["sparse"]()), []
+        calls: list[int] = []
+        model = place(HEADS["sparse"]())
         model.body.register_forward_hook(lambda *_, calls=calls: calls.append(1))
         expert_utilization(model, [(torch.randn(9, 5), torch.randint(3, (9,)))], ablation=True)
         counts[place] = len(calls)

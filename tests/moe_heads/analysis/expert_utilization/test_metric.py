@@ -48,9 +48,10 @@ def test_sums_and_shares() -> None:
     assert found["max_violation"] == pytest.approx(float(relative.max()) - 1)
     assert found["load_cv"] == pytest.approx(float(relative.std(correction=0)))
     assert found["relative_load_p50"] == pytest.approx(float(relative.median()), abs=0.5)
-    agreeing = sum(
+    counts = [
         int((r.logits.topk(2).indices.sort(-1).values == r.indices.sort(-1).values).all(-1).sum()) for r in all_of_them
-    )
+    ]
+    agreeing = sum(counts)
     assert found["noise_agreement"] == pytest.approx(agreeing / int(expected.num_rows))
     assert 0 < agreeing < int(expected.num_rows)
 

@@ -5,6 +5,7 @@ import math
 import random
 import time
 from collections.abc import Iterable, Iterator
+from functools import partial
 
 import pytest
 import torch
@@ -28,7 +29,7 @@ class FakeClock:
         monkeypatch.setattr(time, "perf_counter", lambda: self.now)
 
     def time(self, call: object) -> Reading:
-        ms = call()  # type: ignore[operator]
+        ms = call()
         self.now += ms / 1e3
         return Reading(ms, float("nan"))
 
@@ -49,7 +50,8 @@ def forever(ms: float) -> Iterator[float]:
 
 
 def warmed(call: TimedCall, clock: FakeClock, num_runs: int | None = None, seconds: float = 1.0) -> TimedCall:
-    warm_up_all({0: call}, clock, TimingPlan(warmup_runs=num_runs, seconds_per_size=2 * seconds), lambda: None)
+    plan = TimingPlan(warmup_runs=num_runs, seconds_per_size=2 * seconds)
+    warm_up_all({0: call}, clock, plan, lambda: None)  # type: ignore[dict-item]
     return call
 
 
@@ -74,7 +76,7 @@ def test_the_number_of_warm_up_runs_can_be_given(clock: FakeClock) -> None:
 def test_short_calls_run_several_times_a_turn_after_one_unrecorded(clock: FakeClock) -> None:
     short, long = warmed(taking(forever(0.5)), clock), warmed(taking(forever(50)), clock)
     calls = []
-    short.function = lambda: calls.append(1) or 0.5  # type: ignore[func-returns-value]
+    short.function = lambda: calls.append(1) or 0.5
     shares: list[float] = []
     turns = {"short": short, "long": long}
     take_turns(turns, clock, num_runs=200, seconds=1, order=random.Random(0), on_round=shares.append)
@@ -111,7 +113,12 @@ def test_no_more_runs_than_asked_for_and_six_rounds_at_least(clock: FakeClock) -
 def test_the_order_of_turns_is_random_and_follows_the_seed(clock: FakeClock) -> None:
     def order(seed: int) -> list[str]:
         turns: list[str] = []
-        calls_by_name = {name: TimedCall(lambda name=name: turns.append(name) or 5.0) for name in "abc"}
+
+        def turn(name: str) -> float:
+            turns.append(name)
+            return 5.0
+
+        calls_by_name = {name: TimedCall(partial(turn, name)) for name in "abc"}
         options = {"num_runs": 10, "seconds": 99, "on_round": lambda _: None}
         take_turns(calls_by_name, clock, order=random.Random(seed), **options)
         return turns

@@ -13,7 +13,7 @@ from moe_heads.analysis.inference_timing.stages import Part
 def row(module: str, size: int, p50: float, **options: object) -> TimingRow:
     known = {"max_ms": 5 * p50, "p50_low_ms": 0.99 * p50, "p50_high_ms": 1.01 * p50, **options}
     numbers = (p50, 2 * p50, 4 * p50, 1.5 * p50, 0.1, 50, 1000 * size / (1.5 * p50))
-    return TimingRow(size, "eager", module, *numbers, **known)  # type: ignore[arg-type]
+    return TimingRow(size, "eager", module, *numbers, **known)
 
 
 def timing() -> InferenceTimingResult:

@@ -48,7 +48,7 @@ def _no_limits(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def timed(model: nn.Module, **options: object) -> tuple[InferenceTimingResult, list[int]]:
     settings = {"batch_sizes": (1, 8, 32, 128), "modules": [], **options}
-    timing = inference_timing(model, torch.randn(2, 16), **settings)  # type: ignore[arg-type]
+    timing = inference_timing(model, torch.randn(2, 16), **settings)
     return timing, [row.batch_size for row in timing.rows if row.module == "model"]
 
 

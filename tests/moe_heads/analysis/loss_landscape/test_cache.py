@@ -256,7 +256,8 @@ def shifted_accuracy(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
 
 @pytest.mark.parametrize(("accuracy_fn", "passes"), [(None, 1), (accuracy, 1), (shifted_accuracy, 2)])
 def test_a_full_plane_takes_one_backbone_pass_per_point(accuracy_fn: object, passes: int) -> None:
-    backbone, head = [], []
+    backbone: list[Any] = []
+    head: list[Any] = []
     model = nn.Sequential(
         Counting(nn.Linear(6, 8), backbone.append),
         Counting(SparseMoE(8, 3, num_experts=4, expert_width=5), head.append),
@@ -270,7 +271,7 @@ def test_a_full_plane_takes_one_backbone_pass_per_point(accuracy_fn: object, pas
         direction1=directions[0],
         direction2=directions[1],
         num_points=5,
-        accuracy_fn=accuracy_fn,  # type: ignore[arg-type]
+        accuracy_fn=accuracy_fn,
     )
     assert plane.routing_flips is not None
     num_flipped = int((plane.routing_flips > 0).sum())
@@ -448,9 +449,9 @@ class Flagged(nn.Sequential):
 
 
 def flipped(model: nn.Module, batch: Batch) -> Tensor:
-    model.is_flipped = True  # type: ignore[assignment]
+    model.is_flipped = True
     found = accuracy(model, batch)
-    model.is_flipped = False  # type: ignore[assignment]
+    model.is_flipped = False
     return found
 
 
@@ -475,7 +476,7 @@ def named_accuracy(model: nn.Module, batch: Batch) -> Tensor:
 
 def normed() -> nn.Module:
     model = nn.Sequential(nn.BatchNorm1d(6), nn.Linear(6, 3))
-    model[0].running_mean.fill_(2.0)  # type: ignore[union-attr, operator]
+    model[0].running_mean.fill_(2.0)
     return model
 
 
@@ -511,7 +512,7 @@ def test_a_module_that_reads_a_moved_weight_disables_reuse_at_the_ends() -> None
             self.layer, self.reference = nn.Linear(1, 1, bias=False), [head]
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.layer(x) * self.reference[0].weight.round()  # type: ignore[operator]
+            return self.layer(x) * self.reference[0].weight.round()
 
     class Model(nn.Module):
         def __init__(self) -> None:

@@ -87,7 +87,7 @@ def test_features_are_kept_over_all_directions() -> None:
     calls: list[int] = []
     handle = model[0].register_forward_hook(lambda *args: None)  # not inside of what is kept, so allowed
     forward = model[0].forward
-    model[0].forward = lambda x: calls.append(1) or forward(x)  # type: ignore[func-returns-value]
+    model[0].forward = lambda x: calls.append(1) or forward(x)
     direction_sweep(model, cross_entropy, [batch], num_directions=4, num_points=5, params=["2"])
     assert len(calls) == 2 + 4  # the center with a graph and without, and a proof for each direction
     handle.remove()
@@ -112,7 +112,7 @@ def test_nonfinite_losses_are_reported() -> None:
     start = model[0].weight.detach().clone()
 
     def loss(m: nn.Module, b: Any) -> Tensor:
-        distance = (m[0].weight.detach() - start).norm()  # type: ignore[index]
+        distance = (m[0].weight.detach() - start).norm()
         return cross_entropy(m, b) + torch.where(distance > 0.9 * start.norm(), math.nan, 0.0)
 
     sweep = direction_sweep(model, loss, [batch], num_directions=3, num_points=5)

@@ -18,7 +18,7 @@ def cross_entropy(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
 
 
 def sparse_problem(**options: object) -> tuple[nn.Module, list[tuple[Tensor, Tensor]]]:
-    head = SparseMoE(8, 3, num_experts=4, expert_width=5, **options)  # type: ignore[arg-type]
+    head = SparseMoE(8, 3, num_experts=4, expert_width=5, **options)
     model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), head).double().eval()
     x, y = torch.randn(60, 6, dtype=torch.float64), torch.randint(3, (60,))
     return model, list(zip(x.split([40, 20]), y.split([40, 20]), strict=True))

@@ -35,6 +35,8 @@ class TwoExperts(nn.Module):
     The gate's logits are (x, s). The output is p c or, unweighted, c + s, with c = 1 for expert 0 and 3 for expert 1.
     """
 
+    shift: nn.Parameter
+
     def __init__(self, weighted: bool) -> None:
         super().__init__()
         self.weighted = weighted

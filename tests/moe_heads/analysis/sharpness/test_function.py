@@ -267,7 +267,7 @@ def test_bad_options_are_refused_before_the_data_is_read(options: dict[str, obje
         yield
 
     with pytest.raises(ValueError, match=message):
-        sharpness(small_mlp(), cross_entropy, unread(), **options)  # type: ignore[arg-type]
+        sharpness(small_mlp(), cross_entropy, unread(), **options)
 
 
 def test_bad_model_and_data() -> None:

@@ -258,7 +258,7 @@ def test_everything_is_put_back_also_after_an_error() -> None:
     with untouched(model):
         perturbation_sharpness(model, cross_entropy, [batch])
     for call in (4, 45):  # in the draws, in the ascent
-        calls = []
+        calls: list[float] = []
 
         def interrupted(m: nn.Module, b: tuple[Tensor, Tensor], call: int = call, calls: list[float] = calls) -> Tensor:
             calls.append(m[0].weight.sum().item())

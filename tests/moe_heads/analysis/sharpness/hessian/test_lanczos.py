@@ -9,7 +9,7 @@ from scipy.sparse.linalg import eigsh
 
 from moe_heads.analysis.sharpness.hessian import completeness as completeness_module
 from moe_heads.analysis.sharpness.hessian.basis import Basis
-from moe_heads.analysis.sharpness.hessian.completeness import bound_outside
+from moe_heads.analysis.sharpness.hessian.completeness import bound_outside, raised_by_chain
 from moe_heads.analysis.sharpness.hessian.lanczos import LanczosResult, lanczos
 from moe_heads.analysis.sharpness.hessian.operator import HessianOperator
 from tests.support.hessians import DenseOperator, classification, cross_entropy, dense_hessian, small_mlp, symmetric
@@ -315,3 +315,31 @@ def test_bad_arguments() -> None:
     with pytest.raises(ValueError, match=r"basis_memory: expected at least 64 bytes, 4 vectors of 4 parameters for"):
         lanczos(operator, generator=seeded(), num_eigenvalues=2, basis_memory=60)
     assert operator.num_products == 0
+
+
+@pytest.mark.parametrize("gap", [0.0, 1e-8, 1e-6, 1e-3])
+def test_two_largest_eigenvalues_that_are_nearly_equal(gap: float) -> None:
+    """Of a diagonal matrix with a dense bulk below them, where random signs may miss the second one."""
+    exact = torch.cat([torch.tensor([1 + gap, 1.0]).double(), torch.linspace(0, 0.9, 298).double()])
+    for seed in range(3):
+        result = lanczos(DenseOperator(torch.diag(exact)), generator=seeded(seed), num_eigenvalues=1)
+        assert result.converged and result.num_steps < 120
+        assert abs(result.eigenvalues[0] - 1 - gap) <= result.residuals[0] + result.margin
+
+
+def test_the_bound_from_later_steps_holds_and_is_sharper() -> None:
+    """Against the exact Schur complement, for a matrix outside that lies below the bound."""
+    values = torch.cat([torch.tensor([3.0, 2.0]).double(), torch.linspace(-1, 1, 148).double()])
+    operator = DenseOperator(symmetric(values))
+    size, level, bound = 12, 1.5, 1.05
+    for steps in (size + 2, size + 6):
+        found = lanczos(operator, generator=seeded(), num_eigenvalues=2, tolerance=1e-12, max_steps=steps)
+        beta = float(found.remainders[0].norm())
+        raised = raised_by_chain(found.projected, size, beta, level, bound)
+        basis = found.basis.combined(torch.eye(steps, dtype=torch.float64))[:size]
+        outside = torch.eye(150, dtype=torch.float64) - basis.T @ basis
+        inverse = torch.linalg.inv(level * torch.eye(150, dtype=torch.float64) - outside @ operator.matrix @ outside)
+        exact = basis @ operator.matrix @ outside @ inverse @ outside @ operator.matrix @ basis.T
+        difference = raised - found.projected[:size, :size] - exact
+        assert float(torch.linalg.eigvalsh(difference)[0]) >= -1e-9
+        assert float(difference.norm()) < 0.2 * float(exact.norm())
