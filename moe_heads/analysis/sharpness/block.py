@@ -4,10 +4,10 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from moe_heads.analysis._shared.tables import markdown_table
+from moe_heads.analysis.sharpness.hessian.basis import dot
 
 __all__ = ["BlockCurvature", "block_shares", "blocks_table"]
 
@@ -38,10 +38,8 @@ class BlockCurvature:
 
 def block_shares(vectors: Tensor, places: Sequence[slice]) -> tuple[float, ...]:
     """Return the share (0 to 1) of the squared norm of each unit vector, a row of (k, P), that lies in some places."""
-    total = torch.zeros(len(vectors), dtype=torch.float64)
-    for place in places:
-        total += vectors[:, place].square().sum(1, dtype=torch.float64).cpu()
-    return tuple(total.clamp(0, 1).tolist())
+    squares = (sum(dot(vector[place], vector[place]) for place in places) for vector in vectors)
+    return tuple(min(max(square, 0.0), 1.0) for square in squares)
 
 
 def blocks_table(kind: str, blocks: Mapping[str, BlockCurvature]) -> str:

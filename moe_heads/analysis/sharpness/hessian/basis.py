@@ -79,7 +79,8 @@ class Basis:
         # by columns, so that a piece of all vectors stays in the cache and nothing of their size is allocated
         for start in range(0, self.dim, _COLUMNS):
             columns = torch.cat([block[:, start : start + _COLUMNS] for block in self._filled()])
-            total[:, start : start + _COLUMNS] = weights[:, : len(columns)] @ columns
+            # an interrupted step may have left one vector more
+            total[:, start : start + _COLUMNS] = weights @ columns[: weights.shape[1]]
         return total
 
     def replace(self, coefficients: Tensor) -> None:
