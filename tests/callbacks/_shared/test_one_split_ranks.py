@@ -196,6 +196,7 @@ def test_the_result_is_that_of_one_process(found: list[dict[str, Any]], case: st
     loss_fn = random_loss if case == "random loss" else loss
     _, expected = outcome(SharpnessCallback(loss_fn=loss_fn, num_eigenvalues=1), samples.get(case))
     for rank in found:
-        # rounding, which is the processor's, may take one product more or less to the same tolerance
-        assert rank[case][1]["num_products"] == pytest.approx(expected["num_products"], abs=4)
+        # rounding, which is the processor's, decides at which step a space of 51 dimensions is exhausted: once in the
+        # iteration, and once in the check that nothing is missing
+        assert rank[case][1]["num_products"] == pytest.approx(expected["num_products"], abs=2)
         assert rank[case][1] | {"num_products": 0} == pytest.approx(expected | {"num_products": 0}, rel=1e-6, abs=1e-12)

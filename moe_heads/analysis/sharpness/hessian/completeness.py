@@ -1,7 +1,7 @@
 """Check that a Krylov space holds all of the largest eigenvalues, with every copy of repeated ones."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
@@ -29,6 +29,9 @@ _COUPLING = 10
 
 # Part of the distance from the k-th eigenvalue to the next one outside at which a bound is worth using.
 _FAR_ENOUGH = 0.2
+
+
+Verdict = Literal["complete", "missing", "unknown", "bounded"]
 
 
 class CompletenessCheck:
@@ -104,52 +107,65 @@ class CompletenessCheck:
         """Return a third of the margin: for the value outside, for its error, and for the inertia."""
         return margin_of(float(values[-self._k]), self._tolerance, self._iteration.rounding) / 3
 
-    def _look_outside(self, values: Tensor) -> Literal["complete", "missing", "unknown", "bounded"]:
+    def _look_outside(self, values: Tensor) -> Verdict:
         """Take Lanczos steps outside the basis until a value above the k-th appears, or there is a bound below it."""
-        iteration, kth, step = self._iteration, float(values[-self._k]), self._step(values)
+        iteration = self._iteration
         outside = _Outside(iteration)
         self._size, self._added = len(values), None
         while iteration.num_steps < self._max_steps and len(outside.alphas) < _MOST_STEPS:
             outside.add(self._operator)
             self._notify()
-            ritz, residuals = outside.ritz()
-            largest = float(ritz[-1])
-            if largest > kth + step:
-                return self._take_in(values, kth + step)
-            dim, lowest = iteration.dim - len(values), float(values[0])
-            if outside.is_exhausted and not iteration.remainders:
-                return "complete"  # nothing couples the two spaces, and all values outside are known
-            if float(residuals[-1]) <= step:
-                self._bound = largest + step
-                # a value far below the k-th belongs to a pair of the iteration that still rises, and not to a copy
-                if self._are_none_above(values) or kth - largest > self._tolerance * abs(kth) + 3 * step:
-                    return "bounded"
-                # Copies of the k-th are so near to the level that their bound makes every inaccurate Ritz pair large.
-                count = int(((ritz >= largest - 2 * step) & (residuals <= step)).sum())
-                added, rest = outside.influence(count, kth + 3 * step), ritz[:-count][outside.is_real()[:-count]]
-                next_value = float(rest[-1]) if len(rest) else lowest
-                bound = bound_outside(rest, lowest, dim - count, largest)
-                if self._are_none_above(values, next_value if outside.is_exhausted else bound, added):
-                    return "complete"
-                is_chain = len(iteration.remainders) == 1
-                if is_chain and kth - bound > _FAR_ENOUGH * (kth - next_value):
-                    # the steps of the iteration show how little reaches the values below the bound
-                    self._bound, self._added = bound, added
-                    return "bounded"
-                is_useful = self._are_none_above(values, next_value, added) or (
-                    is_chain and next_value < kth - 3 * step
-                )
-                if outside.is_exhausted or not is_useful:
-                    return self._take_in(values, largest - step)
-                continue
-            self._bound = bound_outside(ritz, lowest, dim)
-            # A sharper bound helps only if the largest value outside would be enough as a bound.
-            if self._are_none_above(values) or (self._bound < kth + step and not self._are_none_above(values, largest)):
-                return "bounded"
+            found = self._judged(outside, values)
+            if found is not None:
+                return found
         if iteration.num_steps >= self._max_steps:
             self._bound = math.inf
             return "unknown"
-        return self._take_in(values, largest - step)
+        return self._take_in(values, float(outside.ritz()[0][-1]) - self._step(values))
+
+    def _judged(self, outside: "_Outside", values: Tensor) -> Verdict | None:
+        """Return what the steps outside show so far; None where further ones are needed."""
+        kth, step = float(values[-self._k]), self._step(values)
+        ritz, residuals = outside.ritz()
+        largest = float(ritz[-1])
+        if largest > kth + step:
+            return self._take_in(values, kth + step)
+        if outside.is_exhausted and not self._iteration.remainders:
+            return "complete"  # nothing couples the two spaces, and all values outside are known
+        if float(residuals[-1]) > step:
+            self._bound = bound_outside(ritz, float(values[0]), self._iteration.dim - len(values))
+            # A sharper bound helps only if the largest value outside would be enough as a bound.
+            is_final = self._bound < kth + step and not self._are_none_above(values, largest)
+            return "bounded" if is_final or self._are_none_above(values) else None
+        self._bound = largest + step
+        # A value far below the k-th belongs to a pair of the iteration that still rises, and not to a copy.
+        if self._are_none_above(values) or kth - largest > self._tolerance * abs(kth) + 3 * step:
+            return "bounded"
+        return self._judged_copies(outside, values)
+
+    def _judged_copies(self, outside: "_Outside", values: Tensor) -> Verdict | None:
+        """Return the same where the largest value outside has converged to a copy of the k-th.
+
+        A bound so near to the level makes every inaccurate Ritz pair large. So the copies are counted by their coupling
+        to the basis, and the bound is on the rest.
+        """
+        kth, step = float(values[-self._k]), self._step(values)
+        ritz, residuals = outside.ritz()
+        largest, lowest = float(ritz[-1]), float(values[0])
+        count = int(((ritz >= largest - 2 * step) & (residuals <= step)).sum())
+        rest = ritz[:-count][outside.is_real()[:-count]]
+        next_value = float(rest[-1]) if len(rest) else lowest
+        bound = bound_outside(rest, lowest, self._iteration.dim - len(values) - count, largest)
+        added = outside.influence(count, kth + 3 * step)
+        if self._are_none_above(values, next_value if outside.is_exhausted else bound, added):
+            return "complete"
+        is_chain = len(self._iteration.remainders) == 1
+        if is_chain and kth - bound > _FAR_ENOUGH * (kth - next_value):
+            # the steps of the iteration show how little reaches the values below the bound
+            self._bound, self._added = bound, added
+            return "bounded"
+        is_useful = self._are_none_above(values, next_value, added) or (is_chain and next_value < kth - 3 * step)
+        return None if is_useful and not outside.is_exhausted else self._take_in(values, largest - step)
 
     def _are_none_above(self, values: Tensor, bound: float | None = None, added: Tensor | None = None) -> bool:
         """Return whether no eigenvalue lies more than the margin above the k-th.
@@ -165,16 +181,17 @@ class CompletenessCheck:
         projected, size = iteration.projected, len(values)
         if bound is None:
             bound, added, size = self._bound, self._added, self._size
-        if bound >= level or (size < len(values) and len(iteration.remainders) > 1 and added is not None):
+        if bound >= level:
             return False
-        if size == len(values) or len(iteration.remainders) != 1:
+        if size == len(values) or (added is None and len(iteration.remainders) > 1):
             # the bound holds outside a larger basis too
-            raised = projected + iteration.residual_gram() / (level - bound)
+            raised: Tensor | None = projected + iteration.residual_gram() / (level - bound)
         else:
-            raised = raised_by_chain(projected, size, norm(iteration.remainders[0]), level, bound)
-        if added is not None:
+            remainders = iteration.remainders
+            raised = raised_by_chain(projected, size, [norm(r) for r in remainders], level, bound)
+        if raised is not None and added is not None:
             raised = raised + added
-        return _num_above(raised, level) == _num_above(projected, level)
+        return raised is not None and _num_above(raised, level) == _num_above(projected, level)
 
     def _take_in(self, values: Tensor, above: float) -> Literal["missing"]:
         """Let the iteration continue until there is one more Ritz value above a number."""
@@ -221,7 +238,8 @@ class _Outside:
     @property
     def is_exhausted(self) -> bool:
         """True if the Ritz values are all of the eigenvalues outside, up to rounding."""
-        return self._betas[-1] <= self._iteration.rounding
+        is_whole = len(self.alphas) == self._iteration.dim - len(self._iteration.basis)
+        return is_whole or self._betas[-1] <= self._iteration.rounding
 
     def ritz(self) -> tuple[Tensor, Tensor]:
         """Return the Ritz values, ascending, and their residual norms."""
@@ -279,7 +297,9 @@ def bound_outside(ritz: Tensor, lowest: float, dim: int, above: float | None = N
     return (float(ritz[-1]) - share * lowest) / (1 - share) if share < 1 else math.inf
 
 
-def raised_by_chain(projected: Tensor, size: int, beta: float, level: float, bound: float) -> Tensor:
+def raised_by_chain(
+    projected: Tensor, size: int, remainders: Sequence[float], level: float, bound: float
+) -> Tensor | None:
     r"""Bound the Schur complement of an operator, as it was before the last steps of a Lanczos iteration.
 
     With B the part of H outside the first m vectors, :math:`B \le b < x`, the inertia of H - x is that of B - x, which
@@ -290,24 +310,26 @@ def raised_by_chain(projected: Tensor, size: int, beta: float, level: float, bou
     Args:
         projected: T after the last steps.
         size: m.
-        beta: Norm of the remainder after the last step.
+        remainders: Norms of the remainders after the last step: one, or none where the iteration is exhausted.
         level: x.
         bound: b.
 
     Returns:
-        :math:`T` of the first m vectors plus the bound of the second term, (m, m).
+        :math:`T` of the first m vectors plus the bound of the second term, (m, m). None if the steps are not those of
+        one Lanczos iteration, or contradict the bound.
     """
     chain = projected[size:, size:]
-    last = torch.zeros(len(chain), dtype=torch.float64)
-    last[-1] = 1.0
-    identity = torch.eye(len(chain), dtype=torch.float64)
-    end = bound + beta**2 * float(torch.linalg.solve(chain - bound * identity, last)[-1])
-    extended = torch.zeros(len(chain) + 1, len(chain) + 1, dtype=torch.float64)
-    extended[:-1, :-1], extended[-1, -1] = chain, end
-    extended[-2, -1] = extended[-1, -2] = beta
-    first = torch.zeros(len(extended), dtype=torch.float64)
-    first[0] = 1.0
-    shifted = level * torch.eye(len(extended), dtype=torch.float64) - extended
+    is_chain = len(remainders) <= 1 and not projected[:size, size + 1 :].any() and not chain.triu(2).any()
+    if not is_chain or float(torch.linalg.eigvalsh(chain)[-1]) >= bound:
+        return None
+    first, last = torch.eye(len(chain), dtype=torch.float64)[[0, -1]]
+    beta = remainders[0] if remainders else 0.0
+    end = bound + beta**2 * float(
+        torch.linalg.solve(chain - bound * torch.eye(len(chain), dtype=torch.float64), last)[-1]
+    )
+    # e1^T (x - T)^{-1} e1 for the chain with one more vector, by elimination of that vector
+    shifted = level * torch.eye(len(chain), dtype=torch.float64) - chain
+    shifted[-1, -1] -= beta**2 / (level - end)
     form = float(torch.linalg.solve(shifted, first)[0])
     couplings = projected[:size, size]
     return projected[:size, :size] + form * couplings.outer(couplings)
