@@ -100,7 +100,8 @@ class SharpnessCallback(FitEndAnalysis):
             memory on a GPU, or the size of ``num_eigenvalues`` + 3 vectors if that is more. Kept eigenvectors take
             another ``num_eigenvalues`` vectors.
         engine: "lanczos", the default, or "pyhessian" for the procedure of arXiv 2601.15021: PyHessian with its own
-            settings, with its failures caught and reported. It computes eigenvalues, trace and density.
+            settings, with its failures caught and reported. It computes eigenvalues and the trace. Its density calls a
+            function that torch has removed.
         options: Options of all analyses: splits, num_samples, batch_size, seed, loss_fn, stages, every_n_epochs,
             weights, max_time, on_error, name; see `AnalysisOptions`.
 

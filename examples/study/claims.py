@@ -27,8 +27,8 @@ RULES = f"""\
 A claim is a conjunction of the statements below it. It is supported when all statements are supported, not supported
 when one is contradicted, and undecided otherwise. A statement that one head is *above* another is supported by a
 corrected test at the 5 % level. It is contradicted by a corrected test in the other direction, or if the 90 % interval
-lies within the margin ("no advantage") and the 95 % interval does not lie entirely above equality. A statement that two
-heads are *equivalent* is supported if the 90 % interval lies within the margin (two one-sided tests at 5 %), and
+lies within the margin ("no difference") and the 95 % interval does not lie entirely above equality. A statement that
+two heads are *equivalent* is supported if the 90 % interval lies within the margin (two one-sided tests at 5 %), and
 contradicted if the 95 % interval lies outside. Claim 5 is supported if the 95 % interval of one of its two quantities
 lies outside the margin, and contradicted if both are equivalent. Claim 2 is supported if the least-used expert has more
 than {FAIR_SHARE:g} of its fair share 1/E in every run and with the whole interval of the mean. It does not test that

@@ -95,7 +95,7 @@ def is_above(margin: float) -> Rule:
     def rule(c: Comparison) -> Statement:
         is_contradicted = c.sign < 0 or (c.sign == 0 and c.is_within(margin) and not c.is_wholly_above)
         is_true = True if c.sign > 0 else False if is_contradicted else None
-        return _statement(c, is_true, f"; no advantage means {_margin(c, margin)}")
+        return _statement(c, is_true, f"; no difference means {_margin(c, margin)}")
 
     return rule
 
