@@ -39,7 +39,7 @@ def all_four() -> list[Callback]:
 
 @pytest.fixture(scope="module")
 def fitted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """One fit of somebody's module with all four callbacks between two witnesses."""
+    """One fit of a user's module with all four callbacks between two witnesses."""
 
     class Tested(PlainModule):
         def test_dataloader(self) -> Any:

@@ -157,9 +157,9 @@ def test_a_loss_that_is_not_a_mean_causes_one_warning_with_the_callbacks_prefix(
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         analyzed(module, loader, perturbation=True)
-    told = [str(warning.message) for warning in caught if "sharpness/" in str(warning.message)]
-    assert len(told) == 1
-    assert told[0].startswith(
+    warned = [str(warning.message) for warning in caught if "sharpness/" in str(warning.message)]
+    assert len(warned) == 1
+    assert warned[0].startswith(
         "sharpness/train: loss_fn: expected the mean over the samples of a batch, got a loss that"
     )
     weigh: dict[str, Any] = {"batch_weight_fn": lambda batch: (batch[1] != -100).sum()}

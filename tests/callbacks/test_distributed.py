@@ -195,8 +195,8 @@ def launch(tmp_path: Path, body: str, **options: Any) -> subprocess.Popen[str]:
     )
 
 
-# Forked in a process of their own: torch refuses a backward pass in a fork of a process whose autograd has threads, as
-# that of the tests may have from another test.
+# Forked in a process of their own: torch does not allow a backward pass in a fork of a process whose autograd has
+# threads, which another test may have started.
 FORKED = 'DDPStrategy(process_group_backend="gloo", start_method="fork")'
 
 
@@ -215,7 +215,7 @@ Path("metrics.json").write_text(json.dumps(metrics))
 
 
 def test_our_own_classifier_and_data_train_on_two_processes(tmp_path: Path) -> None:
-    """Lightning builds the loaders anew with a distributed sampler; it could not when one was built by position."""
+    """Lightning builds the loaders again with a distributed sampler; it could not when one was built by position."""
     process = launch(
         tmp_path,
         f"""

@@ -92,19 +92,19 @@ def test_shuffled_validation_data_cause_a_warning_and_are_not_compared() -> None
     x, y = torch.randn(40, 5), torch.arange(40) % 3
     with pytest.warns(UserWarning) as caught:
         run.fit(PlainModule(), loader(), DataLoader(TensorDataset(x, y), 16, shuffle=True))
-    told = [
+    warned = [
         str(warning.message) for warning in caught if "validation batches differ between epochs" in str(warning.message)
     ]
-    assert len(told) == 1
-    assert "shuffle=False" in told[0]
+    assert len(warned) == 1
+    assert "shuffle=False" in warned[0]
     assert f"{PREFIX}/routing_flips" not in run.callback_metrics
 
 
 def test_collapse_and_dead_experts_cause_one_warning() -> None:
     with pytest.warns(UserWarning) as caught:
         fit(Collapsing(), utilization(warn=True), max_epochs=3)
-    told = [str(w.message) for w in caught if str(w.message).startswith("expert_utilization: epoch")]
-    (line,) = told
+    warned = [str(w.message) for w in caught if str(w.message).startswith("expert_utilization: epoch")]
+    (line,) = warned
     assert line.startswith("expert_utilization: epoch 0, head 'head': the routing collapses to 1.0 effective")
     assert "; 3 of 4 experts dead: numbers" in line
     assert line.count("Raise the coefficients of balance") == 1
@@ -130,11 +130,11 @@ class HiddenByNoise(PlainModule):
 def test_experts_that_are_used_only_because_of_noise_cause_a_warning() -> None:
     with pytest.warns(UserWarning) as caught:
         fit(HiddenByNoise(), utilization(warn=True), max_epochs=3, num_sanity_val_steps=2)
-    (told,) = [str(w.message) for w in caught if str(w.message).startswith("expert_utilization: epoch")]
-    assert told.startswith(
+    (warned,) = [str(w.message) for w in caught if str(w.message).startswith("expert_utilization: epoch")]
+    assert warned.startswith(
         "expert_utilization: epoch 1, head 'head': on the validation data, but not in training, the routing collapses"
     )
-    assert "3 of 4 experts dead: numbers 1 (0.0% of the fair share of the load), 2 (0.0%), 3 (0.0%)" in told
+    assert "3 of 4 experts dead: numbers 1 (0.0% of the fair share of the load), 2 (0.0%), 3 (0.0%)" in warned
 
 
 def test_without_validation_data_the_training_speaks_alone(recwarn: pytest.WarningsRecorder) -> None:
@@ -161,7 +161,7 @@ def test_history_goes_on_where_a_checkpoint_left_it(tmp_path: Path) -> None:
         assert torch.equal(stats.counts, again.history["head"][epoch].counts)
     early = tmp_path / "early.ckpt"
     run.save_checkpoint(early)
-    # a Trainer that goes on keeps it, another one begins anew
+    # a Trainer that goes on keeps it, another one starts again
     run.fit_loop.max_epochs = 5
     run.fit(PlainModule(), loader(), loader(seed=1))
     assert list(again.history["head"]) == [0, 1, 2, 3, 4]

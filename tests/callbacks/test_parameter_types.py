@@ -70,8 +70,8 @@ def test_half_parameters_that_train_raise_an_error_before_training(backbone: Any
 
 def test_a_landscape_warns_before_training_of_its_missing_line() -> None:
     callback = LossLandscapeCallback(splits=["train"], plane_points=3)
-    told = fit(Net(nn.Linear(4, 5)), callback, "bf16-true")
-    assert any("The landscape has no line" in message for message in told)
+    warned = fit(Net(nn.Linear(4, 5)), callback, "bf16-true")
+    assert any("The landscape has no line" in message for message in warned)
     assert callback.results["train"].plane is not None and callback.results["train"].line is None
 
 

@@ -280,18 +280,18 @@ def test_zoo(entry: Entry) -> None:
     assert not changed
     for name, analysis in found.items():
         messages = [message for message in warned if message.startswith(f"{name}/")]
-        told = entry.refused.get(name) or entry.warned.get(name)
-        assert len(messages) == (len(analysis.splits) if told else 0), messages
-        assert all(told and re.search(told.message, message) for message in messages), messages
-        assert set(analysis.results) == (set() if name in entry.refused else set(analysis.splits))
+        expected = entry.unsupported.get(name) or entry.warned.get(name)
+        assert len(messages) == (len(analysis.splits) if expected else 0), messages
+        assert all(expected and re.search(expected.message, message) for message in messages), messages
+        assert set(analysis.results) == (set() if name in entry.unsupported else set(analysis.splits))
         for split, result in analysis.results.items():
             CHECKS[name](entry, module, run, split, result)
     OUTCOMES[entry.name] = {name: outcome(entry, name) for name in found}
 
 
 def outcome(entry: Entry, analysis: str) -> str:
-    if analysis in entry.refused:
-        return f"unsupported: {entry.refused[analysis].reason}"
+    if analysis in entry.unsupported:
+        return f"unsupported: {entry.unsupported[analysis].reason}"
     if analysis in entry.warned:
         return f"ok (warned: {entry.warned[analysis].reason})"
     return "ok (no experts)" if analysis == "expert_utilization" and not entry.has_experts else "ok"

@@ -13,7 +13,7 @@ from tests.support.sources import ROOT
 
 @contextmanager
 def benchmark_script(name: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
-    """Import a script, which leaves torch's threads as they are; forget it, and what it has beside it, at the end."""
+    """Import a script, which leaves torch's threads as they are; forget it, and what lies next to it, at the end."""
     before = set(sys.modules)
     monkeypatch.syspath_prepend(str(ROOT / "examples" / "benchmarks"))
     monkeypatch.setattr("torch.set_num_threads", lambda threads: None)

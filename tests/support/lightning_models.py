@@ -21,7 +21,7 @@ def loader(num_samples: int = 40, batch_size: int = 16, seed: int = 0, shuffle: 
 
 
 class PlainModule(LightningModule):
-    """Somebody's module: a batch norm, a dropout and our sparse head; its loss comes from training_step only."""
+    """A user's module: a batch norm, a dropout and our sparse head; its loss comes from training_step only."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -154,7 +154,7 @@ class Case:
         if self.part is None:
             return list(sizes)
         rng, chosen = random.Random(self.part), set[str]()
-        # a part that no output depends on is refused
+        # a part that no output depends on raises an error
         usable = [name for name in sizes if not name.startswith(("idle", "spare")) and ".noise." not in f".{name}"]
         while sum(sizes[name] for name in chosen) < min(12, sum(sizes[name] for name in usable)):
             name = rng.choice(usable)

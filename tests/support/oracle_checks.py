@@ -34,7 +34,7 @@ class Outcome:
         case: The case.
         violations: By kind of demand, what was wrong.
         converged: Whether the eigenvalues converged.
-        refused: Whether the analysis refused a loss that changes its batch, or that is not finite.
+        rejected: Whether the analysraises an error a loss that changes its batch, or that is not finite.
         trace_error: Error of the trace in standard errors; None where the trace is exact, or only rounding is left.
         block_error: The same for one of the blocks.
         density_share: Share of the grid on which the density is within two standard errors; None for an exact one.
@@ -44,7 +44,7 @@ class Outcome:
     case: Case
     violations: dict[str, str] = dataclasses.field(default_factory=dict)
     converged: bool = False
-    refused: bool = False
+    rejected: bool = False
     trace_error: float | None = None
     block_error: float | None = None
     density_share: float | None = None
@@ -73,8 +73,8 @@ def outcome_of(case: Case) -> Outcome:
         is_finite = bool(narrow.isfinite().all())
     if not is_finite:
         # the loss overflows: nothing but an error that says so is right
-        outcome.refused = "finite" in outcome.violations.pop("error", "")
-        if not outcome.refused:
+        outcome.rejected = "finite" in outcome.violations.pop("error", "")
+        if not outcome.rejected:
             outcome.violations["not finite"] = "the Hessian has nan or inf, and there is a result"
     elif result is not None:
         outcome.converged = result.eigenvalues_converged
@@ -100,8 +100,8 @@ def _result(
         except AssertionError as error:
             outcome.violations["model changed"] = str(error).splitlines()[0]
         except Exception as error:  # of any kind: it is written down
-            outcome.refused = HABITS[outcome.case.habit].changes and isinstance(error, ValueError)
-            if not outcome.refused:
+            outcome.rejected = HABITS[outcome.case.habit].changes and isinstance(error, ValueError)
+            if not outcome.rejected:
                 outcome.violations["error"] = f"{type(error).__name__}: {error}"
     outcome.warned = tuple(str(warning.message) for warning in caught)
     if not _is_same(problem.batches, before):
@@ -284,7 +284,8 @@ class Tally:
         warned = Counter(text[:100] for outcome in outcomes for text in outcome.warned)
         lines = [
             f"{len(outcomes)} runs: {self.share(lambda o: o.converged):.1%} converged,"
-            f" {sum(o.refused for o in outcomes)} refused, {sum(bool(o.violations) for o in outcomes)} with a violation"
+            f" {sum(o.rejected for o in outcomes)} rejected,"
+            f" {sum(bool(o.violations) for o in outcomes)} with a violation"
         ]
         lines += [f"  {count} {kind}" for kind, count in kinds.most_common()]
         for name, errors in (("trace", self.errors("trace_error")), ("block traces", self.errors("block_error"))):

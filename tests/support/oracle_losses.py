@@ -42,7 +42,7 @@ class Habit:
         weight: How often it is drawn.
         fits: Whether it can be used with a container.
         is_weighted: Whether the batch has to have weights "w".
-        changes: Whether it changes the batch, which the analysis may refuse.
+        changes: Whether it changes the batch, which the analysis may reject.
     """
 
     compute: Callable[[Loss, Container, Fields, nn.Module, Any], Tensor]

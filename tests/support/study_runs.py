@@ -1,4 +1,4 @@
-"""Runs of a study that nobody made, with numbers that are known."""
+"""Invented runs of a study, with known numbers."""
 
 from collections.abc import Callable, Mapping
 from typing import Any

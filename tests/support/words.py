@@ -23,10 +23,10 @@ def main() -> int:
     count = 0
     for name in listed:
         path = ROOT / name
-        if path.is_symlink() or name.startswith("tests/") or not path.is_file():
+        if path.is_symlink() or path == Path(__file__).resolve() or not path.is_file():
             continue
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-            found = _WORDS.search(line) or _QUESTION.search(line)
+            found = _WORDS.search(line) or (None if name.startswith("tests/") else _QUESTION.search(line))
             if found:
                 count += 1
                 print(f"{name}:{number}: {found[0].strip()}: {line.strip()[:100]}")

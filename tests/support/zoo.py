@@ -32,7 +32,7 @@ from tests.support.zoo_modules import (
     VariationalAutoencoder,
     Wrapped,
 )
-from tests.support.zoo_table import Entry, Loader, Told
+from tests.support.zoo_table import Entry, ExpectedWarning, Loader
 
 NUM_SAMPLES, BATCH_SIZE = 16, 8
 
@@ -116,15 +116,17 @@ def mobilenet_deeplab() -> LightningModule:
 
 TOKENS = given(integers(20, 6), integers(20, 6, seed=1))
 SEGMENTED = given(normal(3, 16, 16), integers(NUM_CLASSES, 16, 16))
-NO_SECOND_DERIVATIVE = Told(
+NO_SECOND_DERIVATIVE = ExpectedWarning(
     r"a layer of the model has no second derivative \(derivative for aten::hardsigmoid_backward is not implemented\)",
     "hardsigmoid has no second derivative",
 )
-CARRIES_A_STATE = Told(
+CARRIES_A_STATE = ExpectedWarning(
     r"the loss of one batch was .* on a repeat .* The module carries a state between batches",
     "the module carries a state from batch to batch",
 )
-IS_A_SUM = Told(r"the loss of \d+ samples is the sum of the losses of its halves", "the loss is a sum over the samples")
+IS_A_SUM = ExpectedWarning(
+    r"the loss of \d+ samples is the sum of the losses of its halves", "the loss is a sum over the samples"
+)
 OF_THE_LOSS = ("sharpness", "loss_landscape")
 
 ZOO = [
@@ -175,7 +177,7 @@ ZOO = [
         "torchvision `deeplabv3_mobilenet_v3_large`",
         mobilenet_deeplab,
         SEGMENTED,
-        refused=dict.fromkeys(OF_THE_LOSS, NO_SECOND_DERIVATIVE),
+        unsupported=dict.fromkeys(OF_THE_LOSS, NO_SECOND_DERIVATIVE),
     ),
     Entry("deeplab_resnet", "torchvision `DeepLabV3` on ResNet", resnet_deeplab, SEGMENTED),
     Entry(

@@ -8,7 +8,7 @@ from lightning.pytorch import Callback, LightningModule
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-__all__ = ["ANALYSES", "Entry", "Loader", "Told", "zoo_page"]
+__all__ = ["ANALYSES", "Entry", "ExpectedWarning", "Loader", "zoo_page"]
 
 ANALYSES = ("sharpness", "loss_landscape", "expert_utilization", "inference_timing")
 
@@ -27,7 +27,7 @@ Loader = Callable[[], DataLoader[Any]]
 
 
 @dataclass(frozen=True)
-class Told:
+class ExpectedWarning:
     """What the warning of an analysis says (a regular expression), and its reason in a few words for the table."""
 
     message: str
@@ -48,8 +48,8 @@ class Entry:
         callbacks: Makes further callbacks, which stand before the analyses.
         loss_fn: The callbacks' argument.
         forward_fn: The callbacks' argument.
-        refused: By analysis, the refusal that is expected.
-        warned: By analysis, the warning that is expected beside its results; the others have to succeed without one.
+        unsupported: By analysis, the warning that is expected instead of a result.
+        warned: By analysis, the warning that is expected with its results; the others have to succeed without one.
         plane: Whether the loss landscape gets its plane.
         has_experts: Whether there is a router of ours inside.
     """
@@ -63,8 +63,8 @@ class Entry:
     callbacks: Callable[[], list[Callback]] = list
     loss_fn: Callable[[Any, Any], Tensor] | None = None
     forward_fn: Callable[[Any, Any], Any] | None = None
-    refused: Mapping[str, Told] = field(default_factory=dict)
-    warned: Mapping[str, Told] = field(default_factory=dict)
+    unsupported: Mapping[str, ExpectedWarning] = field(default_factory=dict)
+    warned: Mapping[str, ExpectedWarning] = field(default_factory=dict)
     plane: bool = False
     has_experts: bool = False
 

@@ -75,12 +75,14 @@ def test_callbacks_compare_what_they_evaluate(order: tuple[int, int]) -> None:
     landscape = LossLandscapeCallback(splits=["train"], params=["head"], batch_size=10, plane_splits=[], line_points=3)
     both = (sharpness, landscape)
     assert not [
-        told for told in fit(Frozen(False), *(both[place] for place in order)) if "expected equal losses" in told
+        warned for warned in fit(Frozen(False), *(both[place] for place in order)) if "expected equal losses" in warned
     ]
     assert len(sharpness.results) == len(landscape.results) == 1
-    told = [told for told in fit(Frozen(True), *(both[place] for place in order)) if "expected equal losses" in told]
-    assert len(told) == 1
-    assert "sharpness/train" in told[0] and "loss_landscape/train (line)" in told[0]
+    warned = [
+        warned for warned in fit(Frozen(True), *(both[place] for place in order)) if "expected equal losses" in warned
+    ]
+    assert len(warned) == 1
+    assert "sharpness/train" in warned[0] and "loss_landscape/train (line)" in warned[0]
     # what was found first stays, and the second is not kept
     assert [len(callback.results) for callback in (both[place] for place in order)] == [1, 0]
 
@@ -88,7 +90,7 @@ def test_callbacks_compare_what_they_evaluate(order: tuple[int, int]) -> None:
 def test_other_cuts_are_not_compared() -> None:
     sharpness = SharpnessCallback(splits=["train"], params=["head"], batch_size=10)
     landscape = LossLandscapeCallback(splits=["train"], params=["head"], batch_size=5, plane_splits=[], line_points=3)
-    assert not [told for told in fit(Frozen(True), sharpness, landscape) if "expected equal losses" in told]
+    assert not [warned for warned in fit(Frozen(True), sharpness, landscape) if "expected equal losses" in warned]
 
 
 def test_parts_of_one_analysis_are_compared_and_it_raises_on_request() -> None:

@@ -41,18 +41,18 @@ def test_num_samples_is_the_most_of_each_loader() -> None:
 
 
 @pytest.mark.parametrize(
-    ("mode", "found", "told"),
+    ("mode", "found", "warned"),
     [
         ("max_size_cycle", [(10, 10)] * 3, "the 20 samples of ['b'] are repeated, 30 in all"),
         ("max_size", [(10, 10), (10, 10), (10, 0)], ""),
         ("min_size", [(10, 10)] * 2, "10 of the 30 samples of ['a'] are dropped"),
     ],
 )
-def test_modes(mode: Any, found: Any, told: str) -> None:
+def test_modes(mode: Any, found: Any, warned: str) -> None:
     sample = draw(CombinedLoader(SHORT, mode))
     assert shapes(sample) == found
     assert sample.num_samples == sum(map(sum, found))
-    assert told in sample.description
+    assert warned in sample.description
 
 
 def test_one_after_the_other() -> None:

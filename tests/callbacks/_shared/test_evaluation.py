@@ -132,8 +132,8 @@ def test_a_loss_that_differs_on_a_repeat_causes_a_warning_and_no_change() -> Non
     [
         (lambda m, batch: m(batch), False),
         (lambda m, batch: m(batch) + torch.randn(()), True),  # torch's random numbers are the same each time
-        (lambda m, batch: m(batch) * float("nan"), False),  # told by the analysis, as not finite
-        (lambda m, batch: "no loss", False),  # told by the analysis, as no scalar
+        (lambda m, batch: m(batch) * float("nan"), False),  # warned by the analysis, as not finite
+        (lambda m, batch: "no loss", False),  # warned by the analysis, as no scalar
         (lambda m, batch: torch.autograd.grad(m(batch), m.weight, create_graph=True)[0].square(), False),
     ],
 )

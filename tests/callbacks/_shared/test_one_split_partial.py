@@ -49,7 +49,7 @@ def without_kept_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
 def partial_after(
     monkeypatch: pytest.MonkeyPatch, calls: int, error: BaseException | None, message: str
 ) -> tuple[Any, Any, list[str]]:
-    """One fit whose sharpness ends after some evaluations of the loss, and one whole analysis beside it."""
+    """One fit whose sharpness ends after some evaluations of the loss, and one whole analysis next to it."""
     without_kept_graphs(monkeypatch)
     broken = SharpnessCallback(splits=["train"], loss_fn=Interrupting(calls, error), num_eigenvalues=2, batch_size=50)
     fine = SharpnessCallback(splits=["train"], name="fine", batch_size=50)
@@ -57,10 +57,10 @@ def partial_after(
     module = PlainModule()
     with pytest.warns(UserWarning, match=message) as caught:
         run.fit(module, loader())
-    told = [str(warning.message) for warning in caught if "sharpness/train" in str(warning.message)]
+    warned = [str(warning.message) for warning in caught if "sharpness/train" in str(warning.message)]
     assert fine.results["train"].converged
     assert "partial" not in fine.results["train"].metrics()
-    return broken, run, told
+    return broken, run, warned
 
 
 @pytest.mark.parametrize(
@@ -73,7 +73,7 @@ def partial_after(
 def test_a_partial_result_is_kept_and_marked(
     monkeypatch: pytest.MonkeyPatch, error: BaseException | None, reason: str
 ) -> None:
-    broken, run, told = partial_after(monkeypatch, 23, error, reason)
+    broken, run, warned = partial_after(monkeypatch, 23, error, reason)
     result = broken.results["train"]
     assert result.partial == reason
     assert not result.converged
@@ -82,17 +82,17 @@ def test_a_partial_result_is_kept_and_marked(
     assert run.callback_metrics["sharpness/train/partial"] == 1
     assert run.callback_metrics["sharpness/train/lambda_max"] == pytest.approx(result.eigenvalues[0])
     assert "sharpness/train/trace" not in run.callback_metrics
-    assert len(told) == 1
-    assert told[0].startswith(f"sharpness/train: {reason} (the partial result up to this point is kept)")
+    assert len(warned) == 1
+    assert warned[0].startswith(f"sharpness/train: {reason} (the partial result up to this point is kept)")
 
 
 def test_an_end_before_anything_was_found_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    broken, run, told = partial_after(
+    broken, run, warned = partial_after(
         monkeypatch, 4, None, "sharpness/train: interrupted. The trained model is unchanged"
     )
     assert broken.results == {}
     assert not any(name.startswith("sharpness/") for name in run.callback_metrics)
-    assert len(told) == 1
+    assert len(warned) == 1
 
 
 class SlowLoss:
@@ -123,8 +123,8 @@ def test_max_time_ends_every_analysis_with_what_there_is(monkeypatch: pytest.Mon
     run = trainer(curvature, landscape, usage, timing)
     with pytest.warns(UserWarning, match="the result is partial") as caught:
         run.fit(PlainModule(), loader())
-    told = sorted(str(w.message) for w in caught if "partial" in str(w.message))
-    assert told == [
+    warned = sorted(str(w.message) for w in caught if "partial" in str(w.message))
+    assert warned == [
         "expert_utilization/train: the result is partial: max_time = 1.5 s was over.",
         "inference_timing/train: the result is partial: max_time = 8 s was over.",
         "loss_landscape/train: the result is partial: max_time = 200 s was over.",

@@ -49,7 +49,7 @@ class EveryEpoch(Everything):
 
 
 class Recorder(Logger):
-    """A logger that nobody knows."""
+    """A logger of an unknown class."""
 
     name, version = "recorder", 0
 

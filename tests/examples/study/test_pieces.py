@@ -57,13 +57,15 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 def test_pieces_make_the_same_run_as_one_go(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(tmp_path / "whole") == 0
     pieces = tmp_path / "pieces"
-    told = []
+    warned = []
     for _ in range(4):
         assert main(pieces, "--resume", "--max-minutes", "1e-9") == 3
-        told.append(capsys.readouterr().err.strip().splitlines()[-1])
+        warned.append(capsys.readouterr().err.strip().splitlines()[-1])
         assert not list(pieces.rglob("result.json"))
-    assert "trained 1 of 3 epochs" in told[0] and "trained 2 of 3 epochs" in told[1] and "to be analyzed" in told[2]
-    assert "trained, and analyzed up to expert_utilization" in told[3]
+    assert (
+        "trained 1 of 3 epochs" in warned[0] and "trained 2 of 3 epochs" in warned[1] and "to be analyzed" in warned[2]
+    )
+    assert "trained, and analyzed up to expert_utilization" in warned[3]
     assert main(pieces, "--resume", "--max-minutes", "1e-9") == 0
     whole, parts = weights(tmp_path / "whole"), weights(pieces)
     assert all(torch.equal(whole[name], parts[name]) for name in whole)

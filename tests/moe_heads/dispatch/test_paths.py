@@ -83,7 +83,7 @@ def test_grouped_serves_expert_choice_and_inference_mode() -> None:
 
 
 def test_grouped_takes_the_gradient_of_a_plain_sum() -> None:
-    # the gradient is one number seen through strides of zero, which grouped_mm itself refuses
+    # the gradient is one number seen through strides of zero, which grouped_mm itself does not accept
     head = head_with("noisy_top_k", torch.float32, dispatch="grouped")
     head(torch.randn(6, FEATURES)).sum().backward()
     torch.testing.assert_close(head.experts.bias2.grad.sum(), torch.tensor(18.0))

@@ -344,7 +344,7 @@ def test_hooks_are_gone_after_an_error() -> None:
     x = inputs(4, FEATURES)
     with torch.no_grad(), collect_routing(model) as reference:
         model[0](x), model[1](x)
-    # the error of the block is told, not that passes are missing
+    # the error of the block is warned, not that passes are missing
     with pytest.raises(RuntimeError, match="stop"), fixed_routing(model, reference):
         model[0](x)
         raise RuntimeError("stop")

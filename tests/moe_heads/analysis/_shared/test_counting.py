@@ -77,7 +77,7 @@ def test_lists_of_samples_count_by_their_length(batch: Any, number: int) -> None
 
 
 @pytest.mark.parametrize(
-    ("batch", "told"),
+    ("batch", "warned"),
     [
         ((torch.zeros(30, 100), torch.zeros(100)), r"30 \(\[0\]\), 100 \(\[1\]\)"),  # time first
         ({"tokens": torch.zeros(512), "offsets": torch.zeros(9)}, r"512 \(\['tokens'\]\), 9 \(\['offsets'\]\)"),
@@ -87,9 +87,9 @@ def test_lists_of_samples_count_by_their_length(batch: Any, number: int) -> None
         (Images(torch.zeros(3), torch.zeros(2)), r"3 \(\.pixels\), 2 \(\.labels\)"),
     ],
 )
-def test_entries_that_do_not_agree_are_named_with_the_remedy(batch: Any, told: str) -> None:
+def test_entries_that_do_not_agree_are_named_with_the_remedy(batch: Any, warned: str) -> None:
     with pytest.raises(
-        ValueError, match=rf"batches\[2\]: expected .* got first dimensions {told}.* Pass batch_size_fn"
+        ValueError, match=rf"batches\[2\]: expected .* got first dimensions {warned}.* Pass batch_size_fn"
     ):
         batch_size(batch, "batches[2]")
 

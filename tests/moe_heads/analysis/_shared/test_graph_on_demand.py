@@ -41,7 +41,7 @@ def without_gradients() -> float:
 def test_records_a_graph_where_the_loss_is_another_one_without() -> None:
     graph = GraphOnDemand()
     assert graph(lambda: 3.0, compares=True) == 3.0
-    assert graph(without_gradients) == 1.0  # nobody asked
+    assert graph(without_gradients) == 1.0  # not requested
     assert graph(without_gradients, compares=True) == 2.0
     assert graph(without_gradients) == 2.0
 

@@ -19,11 +19,11 @@ from tests.support.untouched import untouched
 def checked(
     loss_fn: Any, batches: Any, model: nn.Module | None = None, **options: Any
 ) -> tuple[CutDependence, list[str]]:
-    told: list[str] = []
+    warned: list[str] = []
     model = model or nn.Linear(4, 3)
     with untouched(model):
-        found = check_mean(model, loss_fn, Batches.of(batches, **options), progress=Progress(on_warning=told.append))
-    return found, told
+        found = check_mean(model, loss_fn, Batches.of(batches, **options), progress=Progress(on_warning=warned.append))
+    return found, warned
 
 
 def data(size: int = 20) -> list[tuple[Tensor, Tensor]]:
@@ -53,17 +53,19 @@ def test_a_mean_is_not_remarked_upon(size: int) -> None:
 @pytest.mark.parametrize("loss_fn", [cross_entropy(weight=torch.tensor([1.0, 1.0, 50.0])), info_nce, dice])
 def test_a_loss_that_is_not_a_mean_causes_one_warning_with_the_size_and_the_remedy(loss_fn: Any) -> None:
     batches = [(x, torch.where(torch.arange(20) < 5, 2, y % 2)) for x, y in data()]
-    found, told = checked(loss_fn, batches)
+    found, warned = checked(loss_fn, batches)
     assert found.size is not None and found.size > 1e-4 and not found.may_cut
-    assert len(told) == 1
-    assert "differs by" in told[0] and "%" in told[0] and "batch_weight_fn" in told[0] and "-100).sum()" in told[0]
+    assert len(warned) == 1
+    assert (
+        "differs by" in warned[0] and "%" in warned[0] and "batch_weight_fn" in warned[0] and "-100).sum()" in warned[0]
+    )
 
 
 @pytest.mark.parametrize("size", [2, 7, 100])
 def test_a_sum_has_its_own_warning(size: int) -> None:
-    found, told = checked(cross_entropy(reduction="sum"), data(size))
-    assert found.is_sum and len(told) == 1
-    assert f"the loss of {size} samples is the sum of the losses of its halves" in told[0]
+    found, warned = checked(cross_entropy(reduction="sum"), data(size))
+    assert found.is_sum and len(warned) == 1
+    assert f"the loss of {size} samples is the sum of the losses of its halves" in warned[0]
 
 
 def test_ignored_labels_cause_a_warning_and_weights_are_the_remedy() -> None:
@@ -80,8 +82,8 @@ def test_losses_near_zero_are_no_false_alarm(scale: float) -> None:
     with torch.no_grad():
         model.weight.copy_(scale * torch.eye(3))
     batches = [(F.one_hot(torch.arange(50) % 3, 3) + 0.01 * torch.rand(50, 3), torch.arange(50) % 3) for _ in range(4)]
-    found, told = checked(cross_entropy(), batches, model)
-    assert not told and found.size is None
+    found, warned = checked(cross_entropy(), batches, model)
+    assert not warned and found.size is None
     assert "too close to zero" in found.reason
 
 
@@ -96,8 +98,8 @@ def test_losses_near_zero_are_no_false_alarm(scale: float) -> None:
     ],
 )
 def test_what_cannot_be_checked_has_a_reason(loss_fn: Any, batches: Any, reason: str) -> None:
-    found, told = checked(loss_fn, batches)
-    assert found.size is None and not told
+    found, warned = checked(loss_fn, batches)
+    assert found.size is None and not warned
     assert reason in found.reason
 
 
@@ -112,8 +114,8 @@ class Counting(nn.Linear):
 
 
 def test_a_state_is_not_taken_for_a_dependence() -> None:
-    found, told = checked(lambda m, b: m(b[0]).square().mean(), data(), Counting(4, 3))
-    assert not told and "repeat" in found.reason
+    found, warned = checked(lambda m, b: m(b[0]).square().mean(), data(), Counting(4, 3))
+    assert not warned and "repeat" in found.reason
 
 
 def test_a_module_that_needs_whole_batches_is_not_cut() -> None:
@@ -132,8 +134,8 @@ def test_a_module_that_needs_whole_batches_is_not_cut() -> None:
 
 
 def test_halving_causes_a_warning_if_it_changes_the_loss() -> None:
-    told: list[str] = []
-    batches, progress = Batches.of(data()), Progress(on_warning=told.append)
+    warned: list[str] = []
+    batches, progress = Batches.of(data()), Progress(on_warning=warned.append)
     check_mean(nn.Linear(4, 3), info_nce, batches, progress=progress)
 
     def full(index: int, batch: Any) -> int:
@@ -142,7 +144,7 @@ def test_halving_causes_a_warning_if_it_changes_the_loss() -> None:
         return 0
 
     list(Microbatches(batches, torch.device("cpu"), progress).evaluate(full))
-    assert len(told) == 2 and "was halved. The loss depends" in told[1]
+    assert len(warned) == 2 and "was halved. The loss depends" in warned[1]
 
 
 def test_a_plain_function_warns_once_and_not_again_for_the_same_batches() -> None:

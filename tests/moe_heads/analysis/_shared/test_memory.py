@@ -18,12 +18,12 @@ def test_the_smaller_of_what_machine_and_container_leave(tmp_path: Path, monkeyp
 
 
 def test_free_memory_from_files_of_the_kernel(tmp_path: Path) -> None:
-    told = tmp_path / "meminfo"
-    assert memory._of_the_machine(told) is None
-    told.write_text("MemTotal:       100 kB\nMemAvailable:    40 kB\nHugePages_Total:   0\n")
-    assert memory._of_the_machine(told) == 40 * 1024
-    told.write_text("MemTotal:       100 kB\n")
-    assert memory._of_the_machine(told) is None
+    warned = tmp_path / "meminfo"
+    assert memory._of_the_machine(warned) is None
+    warned.write_text("MemTotal:       100 kB\nMemAvailable:    40 kB\nHugePages_Total:   0\n")
+    assert memory._of_the_machine(warned) == 40 * 1024
+    warned.write_text("MemTotal:       100 kB\n")
+    assert memory._of_the_machine(warned) is None
 
 
 def group(folder: Path, limit: str, used: int, cached: int, *, version: int = 2) -> None:

@@ -17,7 +17,7 @@ def test_every_step_starts_from_the_start() -> None:
 
 
 def test_the_end_of_a_segment_is_hit_to_the_bit() -> None:
-    """An added difference misses it: 1e-9 is lost beside 1."""
+    """An added difference misses it: 1e-9 is lost next to 1."""
     model = nn.BatchNorm1d(2)
     model.weight.data.fill_(1.0)
     end = torch.tensor([1e-9, 1 / 3])

@@ -158,13 +158,13 @@ def on_rank(rank: int) -> dict[str, Any]:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         broadcast = ranks.run_on_rank_zero(lambda: time.sleep(0.6) or {"from": rank})
-    told = [str(warning.message) for warning in caught]
+    warned = [str(warning.message) for warning in caught]
     ranks_module._SECONDS_BEFORE_WARNING = 60.0
     return {
         "analyses": analyze(ranks),
         "failures": failures(ranks),
         "first": broadcast,
-        "told": told,
+        "warned": warned,
         "waits_at_exit": registered.call_args_list == [call(time.sleep, 0.1)],
         "sum": ranks.sum(rank + 1),
         "gather": ranks.gather(f"rank {rank}"),
@@ -220,8 +220,8 @@ def test_what_rank_zero_finds_everybody_gets(found: list[dict[str, Any]]) -> Non
 
 
 def test_a_waiting_rank_issues_a_warning(found: list[dict[str, Any]]) -> None:
-    assert found[0]["told"] == []
-    (message,) = found[1]["told"]
+    assert found[0]["warned"] == []
+    (message,) = found[1]["warned"]
     assert message.startswith("test: rank 1 of 2 has been waiting for the other ranks for 0 s.")
     assert "30 minutes" in message
 

@@ -20,10 +20,10 @@ def test_every_image_stands_in_its_expert_s_row_below_its_class_and_gate() -> No
         assert len(rows) == 4 * 6  # whole, and in one piece
         assert int(rows.max() - rows.min()) == 3 and int(columns.max() - columns.min()) == 5
     assert not ((sheet == 5) | (sheet == 6)).any()  # an expert that received one image shows one
-    told = {text.get_text(): text.get_position() for text in ax.texts}
-    assert told.keys() == {"0", "1", "cat\n0.90", "dog\n0.80", "2\n0.70", "0.60"}
-    assert told["cat\n0.90"][1] == told["dog\n0.80"][1] < told["0.60"][1]
-    assert told["cat\n0.90"][0] < told["dog\n0.80"][0] < told["2\n0.70"][0]
+    warned = {text.get_text(): text.get_position() for text in ax.texts}
+    assert warned.keys() == {"0", "1", "cat\n0.90", "dog\n0.80", "2\n0.70", "0.60"}
+    assert warned["cat\n0.90"][1] == warned["dog\n0.80"][1] < warned["0.60"][1]
+    assert warned["cat\n0.90"][0] < warned["dog\n0.80"][0] < warned["2\n0.70"][0]
 
 
 def test_grey_images() -> None:
@@ -39,8 +39,8 @@ def test_experts_without_a_sample_are_named_and_take_no_room() -> None:
     figure = plot_examples(ExpertExamples(images, gates, torch.full((3, 3), -1)), [], torch.tensor([0.0, 1.0, 0.0]))
     assert [text.get_text() for text in figure.axes[0].texts] == ["1", "0.90", "0.80"]
     assert [text.get_text() for text in figure.texts] == ["no sample: 0, 2"]
-    nobody = ExpertExamples(images, torch.zeros(3, 3), torch.full((3, 3), -1))
-    assert [t.get_text() for t in plot_examples(nobody, [], torch.ones(3) / 3).texts] == ["no sample: 0, 1, 2"]
+    empty = ExpertExamples(images, torch.zeros(3, 3), torch.full((3, 3), -1))
+    assert [t.get_text() for t in plot_examples(empty, [], torch.ones(3) / 3).texts] == ["no sample: 0, 1, 2"]
 
 
 def test_of_many_experts_those_with_the_highest_load_are_shown() -> None:
@@ -57,6 +57,6 @@ def test_a_long_name_goes_over_lines_and_costs_no_dollar() -> None:
     examples = ExpertExamples(torch.zeros(1, 3, 3, 8, 8, dtype=torch.uint8), torch.ones(1, 3), labels)
     names = ["golden retriever", "$5\n$6", "an unconscionably long name of a class"]
     figure = plot_examples(examples, names, torch.ones(1))
-    told = [text.get_text() for text in figure.axes[0].texts][1:]
-    assert told[:2] == ["golden\nretriever\n1.00", r"\$5 \$6" + "\n1.00"]
-    assert told[2].splitlines()[-2].endswith("…") and len(told[2].splitlines()) == 4
+    warned = [text.get_text() for text in figure.axes[0].texts][1:]
+    assert warned[:2] == ["golden\nretriever\n1.00", r"\$5 \$6" + "\n1.00"]
+    assert warned[2].splitlines()[-2].endswith("…") and len(warned[2].splitlines()) == 4

@@ -296,7 +296,7 @@ def test_what_a_row_mixes_and_what_the_data_use() -> None:
 
 
 def test_experts_that_are_chosen_together() -> None:
-    """Six rows choose 0 and 1, two choose 1 and 2; nobody chooses 3."""
+    """Six rows choose 0 and 1, two choose 1 and 2; no row chooses 3."""
     x = torch.cat([torch.tensor([[2.0, 2.0, 0, -1]]).repeat(6, 1), torch.tensor([[0.0, 2, 2, -1]]).repeat(2, 1)])
     head = only_head(expert_utilization(HandModel(4, 2), [x]))
     assert head.coactivation is not None

@@ -226,10 +226,10 @@ def test_health_tells_each_thing_once_and_what_to_change() -> None:
     assert dead.startswith("1 of 4 experts dead: number 3 (0.0%")
     assert list(router.new_warnings(stats_of([0.35, 0.3, 0.35, 0.0]))) == []
     # one sentence for an epoch, and the advice once
-    (told,) = router.new_warnings(stats_of([0.98, 0.01, 0.01, 0.0]))
-    assert told.startswith("the routing collapses to 1.1 effective experts of 4; 2 of 4 experts starved: numbers 1 (")
-    assert "numbers 1 (4.0% of the fair share of the load), 2 (4.0%). Raise" in told
-    assert told.count("Raise the coefficients") == 1
+    (warned,) = router.new_warnings(stats_of([0.98, 0.01, 0.01, 0.0]))
+    assert warned.startswith("the routing collapses to 1.1 effective experts of 4; 2 of 4 experts starved: numbers 1 (")
+    assert "numbers 1 (4.0% of the fair share of the load), 2 (4.0%). Raise" in warned
+    assert warned.count("Raise the coefficients") == 1
 
 
 def test_an_expert_that_recovers_is_no_news_and_one_that_dies_again_is() -> None:
@@ -242,9 +242,9 @@ def test_an_expert_that_recovers_is_no_news_and_one_that_dies_again_is() -> None
 
 
 def test_two_experts_can_collapse_and_without_a_limit_the_dead_do_not_starve() -> None:
-    (told,) = health(dead_below=0.0).new_warnings(stats_of([1.0, 0.0]))
-    assert "1.0 effective experts of 2; 1 of 2 experts dead: number 1 (0.0%" in told
-    assert "starved" not in told
+    (warned,) = health(dead_below=0.0).new_warnings(stats_of([1.0, 0.0]))
+    assert "1.0 effective experts of 2; 1 of 2 experts dead: number 1 (0.0%" in warned
+    assert "starved" not in warned
 
 
 def test_what_only_evaluation_shows_twice_is_told_once_and_apart() -> None:
@@ -257,18 +257,18 @@ def test_what_only_evaluation_shows_twice_is_told_once_and_apart() -> None:
     assert dead.startswith("on the validation data, but not in training, 1 of 4 experts dead: number 3 (0.0%")
     assert "noisy=False" in dead and "noisy=True" not in dead
     assert list(router.new_warnings(even, sick)) == []
-    # what training shows as well is told of training alone
+    # what training shows as well is warned of training alone
     router = health()
     (dead,) = [*router.new_warnings(even, sick), *router.new_warnings(sick, sick), *router.new_warnings(sick, sick)]
     assert dead.startswith("1 of 4 experts dead: number 3 (0.0%")
     # an expert that starves in training and is dead in evaluation
     router, starving = health(), stats_of([0.35, 0.3, 0.31, 0.04])
-    told = [line for _ in range(2) for line in router.new_warnings(starving, sick)]
-    assert [line[:45] for line in told] == [
+    warned = [line for _ in range(2) for line in router.new_warnings(starving, sick)]
+    assert [line[:45] for line in warned] == [
         "1 of 4 experts starved: number 3 (16.0% of th",
         "on the validation data, but not in training, ",
     ]
-    # nobody can say "not in training" of an epoch too short to tell
+    # nothing shows "not in training" of an epoch too short to tell
     few = RoutingStats(**{**vars(even), "counts": torch.tensor([9] * 4)})
     assert [line for _ in range(3) for line in health().new_warnings(few, sick)] == []
 
@@ -283,30 +283,30 @@ def test_an_even_router_that_made_few_choices_has_not_collapsed() -> None:
 def test_many_experts_collapse_though_each_has_few_choices() -> None:
     """600 choices of 64 experts, all of the same one; which experts are dead needs more."""
     one = RoutingStats(**{**vars(stats_of([1.0] + [0.0] * 63)), "counts": torch.tensor([600] + [0] * 63)})
-    (told,) = health().new_warnings(one)
-    assert told.startswith("the routing collapses to 1.0 effective experts of 64. ")
+    (warned,) = health().new_warnings(one)
+    assert warned.startswith("the routing collapses to 1.0 effective experts of 64. ")
     generator = torch.Generator().manual_seed(0)
     for _ in range(200):
         counts = torch.bincount(torch.randint(50, (100,), generator=generator), minlength=50)
         even = RoutingStats(**{**vars(stats_of((counts / 100).tolist())), "counts": counts})
         assert list(health().new_warnings(even)) == []
-    # in validation alone: experts of which training said too little are not told
+    # in validation alone: experts of which training said too little are not warned
     even = RoutingStats(**{**vars(stats_of([1 / 64] * 64)), "counts": torch.tensor([9] * 64)})
     router = health()
-    told = [line for _ in range(3) for line in router.new_warnings(even, stats_of([1.0] + [0.0] * 63))]
-    assert [line.count("dead") for line in told] == [0]
+    warned = [line for _ in range(3) for line in router.new_warnings(even, stats_of([1.0] + [0.0] * 63))]
+    assert [line.count("dead") for line in warned] == [0]
 
 
 def test_many_experts_are_not_all_named() -> None:
-    (told,) = health().new_warnings(stats_of([0.125] * 8 + [0.0] * 12))
-    assert "12 of 20 experts dead: numbers 8 (0.0% of the fair share of the load)," in told
-    assert ", 15 (0.0%) and 4 more" in told
+    (warned,) = health().new_warnings(stats_of([0.125] * 8 + [0.0] * 12))
+    assert "12 of 20 experts dead: numbers 8 (0.0% of the fair share of the load)," in warned
+    assert ", 15 (0.0%) and 4 more" in warned
 
 
 def test_rows_without_finite_logits_are_told_while_they_last() -> None:
     router, broken = health(), RoutingStats(**{**vars(stats_of([0.25] * 4)), "num_nonfinite": torch.tensor(500)})
-    (told,) = router.new_warnings(broken)
-    assert told.startswith("500 of 1500 rows had router logits that are nan or infinite")
+    (warned,) = router.new_warnings(broken)
+    assert warned.startswith("500 of 1500 rows had router logits that are nan or infinite")
     assert list(router.new_warnings(broken)) == []
     assert list(router.new_warnings(stats_of([0.25] * 4))) == []
     assert len(list(router.new_warnings(broken))) == 1
@@ -317,7 +317,7 @@ def test_health_counts() -> None:
 
 
 class Gate(nn.Linear):
-    """Somebody's router."""
+    """A user's router."""
 
 
 @pytest.mark.parametrize(

@@ -168,7 +168,7 @@ def test_far_points_are_measured_again_to_validate_reused_outputs(tmp_path: Path
     found = loss_landscape(model, rest, [data], resume=file, **options)
     assert torch.equal(found.losses, expected.losses)
     assert found.reused == ("0",)
-    assert len(calls) == 2 + 2 * 2 + 2 + 3  # the same anew, and what was missing: 4, of which one is a proof
+    assert len(calls) == 2 + 2 * 2 + 2 + 3  # the same again, and what was missing: 4, of which one is a proof
     again, calls = counted()
     assert torch.equal(loss_landscape(model, again, [data], resume=file, **options).losses, expected.losses)
     assert len(calls) == 2

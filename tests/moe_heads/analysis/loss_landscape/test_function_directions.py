@@ -150,7 +150,7 @@ def test_kinks_are_reported() -> None:
 
 
 def test_a_curvature_belongs_to_its_direction() -> None:
-    """A state to go towards has no check; the one of the flat direction beside it is along the second axis."""
+    """A state to go towards has no check; that of the flat direction is along the second axis."""
     model, data = network().double().eval(), batch(torch.float64)
     state = {name: value + 0.1 for name, value in model.state_dict().items()}
     flat = random_direction(model)

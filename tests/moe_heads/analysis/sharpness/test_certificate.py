@@ -43,7 +43,7 @@ def test_values_that_the_loss_reads_in_python_are_those_of_each_batch() -> None:
 
 
 def test_eigenvalues_that_float32_does_not_resolve_are_no_certificate() -> None:
-    """Linear regression on features that are not normalized: 7e6 beside 10."""
+    """Linear regression on features that are not normalized: 7e6 and 10."""
     low, high = torch.tensor([1.0, 0, 3, 0.8, 200, 2, 33, -124]), torch.tensor([7.0, 50, 7, 1.3, 3200, 4, 41, -115])
     x = low + (high - low) * torch.rand(400, 8)
     y = 0.4 * x[:, :1] - 0.01 * x[:, 1:2]

@@ -35,7 +35,7 @@ def in_batches(whole: tuple[Tensor, Tensor], sizes: Sequence[int]) -> list[tuple
 
 
 def silent_result(model: nn.Module, loss_fn: LossFn, batches: list[Any], **options: Any) -> SharpnessResult | None:
-    """The result, if it claims to be right; None if it warns, does not converge or is refused."""
+    """The result, if it claims to be right; None if it warns, does not converge or raises an error."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:

@@ -101,7 +101,7 @@ def test_multiple_eigenvalues_with_an_invariant_krylov_space(
 ) -> None:
     operator = DenseOperator(symmetric([5.0] * 3 + [1.0] + [0.0] * 46, dtype))
     result = lanczos(operator, generator=seeded(), num_eigenvalues=num_eigenvalues)
-    # an eigenvalue of zero cannot be told from one of 1e-5 in float32
+    # an eigenvalue of zero cannot be warned from one of 1e-5 in float32
     assert result.converged == (dtype == torch.float64 or 0.0 not in expected)
     np.testing.assert_allclose(result.eigenvalues, expected, atol=1e-4)
 
