@@ -105,7 +105,7 @@ def expert_utilization(
     Example:
         >>> import torch
         >>> from moe_heads import SparseMoE
-        >>> from moe_heads.analysis.expert_utilization.function import expert_utilization
+        >>> from moe_heads.analysis import expert_utilization
         >>> model = torch.nn.Sequential(torch.nn.Flatten(), SparseMoE(16, 3, num_experts=4, expert_width=8))
         >>> batch = torch.randn(50, 4, 4), torch.randint(3, (50,))
         >>> result = expert_utilization(model, [batch])

@@ -94,7 +94,7 @@ def inference_timing(
 
     Example:
         >>> import torch
-        >>> from moe_heads.analysis.inference_timing.function import inference_timing
+        >>> from moe_heads.analysis import inference_timing
         >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 2))
         >>> timing = inference_timing(model, torch.randn(4, 8), batch_sizes=[1, 2], modules=["1"], num_runs=3)
         >>> [(row.module, row.batch_size) for row in timing.rows]

@@ -84,7 +84,7 @@ def random_direction(model: nn.Module, seed: int = 0, params: Selection | None =
 
     Example:
         >>> import torch
-        >>> from moe_heads.analysis.loss_landscape.directions import random_direction
+        >>> from moe_heads.analysis import random_direction
         >>> random_direction(torch.nn.Linear(3, 2)).shape
         torch.Size([8])
     """
@@ -130,7 +130,7 @@ def filter_normalized(
 
     Example:
         >>> import torch
-        >>> from moe_heads.analysis.loss_landscape.directions import filter_normalized
+        >>> from moe_heads.analysis import filter_normalized
         >>> model = torch.nn.Linear(2, 1)
         >>> _ = torch.nn.init.constant_(model.weight, 3.0)
         >>> filter_normalized(model, torch.tensor([1.0, -1.0, 5.0]))  # weight, weight, bias
@@ -148,7 +148,7 @@ def layer_normalized(
 
     Example:
         >>> import torch
-        >>> from moe_heads.analysis.loss_landscape.directions import layer_normalized
+        >>> from moe_heads.analysis import layer_normalized
         >>> model = torch.nn.Linear(2, 1, bias=False)
         >>> _ = model.weight.data.copy_(torch.tensor([[3.0, 4.0]]))
         >>> layer_normalized(model, torch.tensor([2.0, 0.0]))

@@ -131,7 +131,7 @@ def loss_landscape(
 
     Example:
         >>> import torch
-        >>> from moe_heads.analysis.loss_landscape.function import loss_landscape
+        >>> from moe_heads.analysis import loss_landscape
         >>> model = torch.nn.Linear(1, 1, bias=False)
         >>> _ = torch.nn.init.constant_(model.weight, 2.0)
         >>> x = torch.ones(4, 1)

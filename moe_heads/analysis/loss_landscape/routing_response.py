@@ -225,7 +225,7 @@ def routing_response(
         >>> import torch
         >>> from moe_heads import SparseMoE
         >>> from moe_heads.analysis import random_direction
-        >>> from moe_heads.analysis.loss_landscape.routing_response import routing_response
+        >>> from moe_heads.analysis import routing_response
         >>> head = SparseMoE(8, 3, num_experts=4, k=1)
         >>> batch = torch.randn(50, 8), torch.randint(3, (50,))
         >>> loss_fn = lambda m, batch: torch.nn.functional.cross_entropy(m(batch[0]), batch[1])

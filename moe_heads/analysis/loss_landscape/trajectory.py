@@ -97,7 +97,7 @@ def trajectory_plane(
 
     Example:
         >>> import torch
-        >>> from moe_heads.analysis.loss_landscape.trajectory import trajectory_plane
+        >>> from moe_heads.analysis import trajectory_plane
         >>> model = torch.nn.Linear(3, 1, bias=False)
         >>> theta = model.weight.detach().flatten()
         >>> steps = torch.tensor([[4.0, 0.0, 0.0], [1.0, 2.0, 0.0], [0.0, 0.0, 0.0]])

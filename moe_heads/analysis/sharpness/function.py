@@ -141,7 +141,7 @@ def sharpness(
 
     Example:
         >>> import torch
-        >>> from moe_heads.analysis.sharpness.function import sharpness
+        >>> from moe_heads.analysis import sharpness
         >>> model = torch.nn.Linear(2, 1, bias=False)
         >>> x = torch.tensor([[1.0, 0.0], [0.0, 2.0]])
         >>> result = sharpness(model, lambda m, batch: m(batch).square().mean(), [x], num_eigenvalues=2)
