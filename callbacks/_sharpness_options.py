@@ -1,60 +1,44 @@
 """Checks of the options of the sharpness callback."""
 
+import inspect
 from collections.abc import Iterable, Mapping
 from typing import Any, get_args
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import nn
 
+from moe_heads.analysis._shared.names import check_names
 from moe_heads.analysis._shared.parameters import check_real
 from moe_heads.analysis.sharpness.hessian.parameters import check_types
 from moe_heads.analysis.sharpness.result import Engine
-from moe_heads.checks import check_flags, check_option, check_positive
+from moe_heads.checks import check_option
 
-__all__ = ["check_differentiable", "check_list_of_names", "check_names", "check_report_options"]
+__all__ = ["check_are_in", "check_differentiable", "check_engine", "check_params"]
+
+# Options that engine="pyhessian" uses. It has its own tolerances, and computes no blocks.
+_OF_PYHESSIAN = {"num_eigenvalues", "density"}
 
 
-def check_report_options(flags: Mapping[str, Any], params: Any, blocks: Any, routing_steps: Any, engine: Any) -> None:
-    """Check the types of options, and that the engine supports them.
+def check_engine(engine: Any, options: Mapping[str, Any], defaults: Mapping[str, inspect.Parameter]) -> None:
+    """Check that the engine supports the options.
 
     Args:
-        flags: Boolean options by name.
-        params: Option of `SharpnessCallback`.
-        blocks: Option of `SharpnessCallback`.
-        routing_steps: Option of `SharpnessCallback`.
         engine: Option of `SharpnessCallback`.
+        options: Other options of `SharpnessCallback` by name.
+        defaults: Parameters of `SharpnessCallback`.
 
     Raises:
-        ValueError: If an option is invalid.
+        ValueError: If the engine is unknown, or would ignore an option that differs from its default.
     """
-    check_flags(**flags)
-    if params is not None:
-        check_list_of_names("params", params)
-    if blocks is not None:
-        if not isinstance(blocks, Mapping) or not blocks or not all(isinstance(block, str) for block in blocks):
-            raise ValueError(f"blocks: expected a mapping from names of blocks to lists of names, got {blocks!r}.")
-        for block, members in blocks.items():
-            check_list_of_names(f"blocks[{block!r}]", members)
-    if not isinstance(routing_steps, (list, tuple)):
-        raise ValueError(f"routing_steps: expected a list of finite numbers above 0, got {routing_steps!r}.")
-    check_positive(**{f"routing_steps[{place}]": step for place, step in enumerate(routing_steps)})
-    if len(set(routing_steps)) < len(routing_steps):
-        raise ValueError(f"routing_steps: expected distinct numbers, got {routing_steps!r}.")
     check_option("engine", engine, get_args(Engine))
-    if engine == "pyhessian":
-        unsupported = {
-            "blocks": blocks,
-            "block_eigenvalues": flags["block_eigenvalues"],
-            "perturbation": flags["perturbation"],
-        }
-        for name, value in unsupported.items():
-            if value:
-                raise ValueError(
-                    f"{name}: expected its default with engine='pyhessian', got {value!r}. Use engine='lanczos'."
-                )
+    for name, value in options.items() if engine == "pyhessian" else ():
+        if name not in _OF_PYHESSIAN and value != defaults[name].default:
+            raise ValueError(
+                f"{name}: expected its default with engine='pyhessian', got {value!r}. Use engine='lanczos'."
+            )
 
 
-def check_names(model: nn.Module, params: Iterable[str] | None, blocks: Mapping[str, Iterable[str]] | None) -> None:
+def check_are_in(model: nn.Module, params: Iterable[str] | None, blocks: Mapping[str, Iterable[str]] | None) -> None:
     """Check that names belong to a parameter or a module; `check_differentiable` checks their types later.
 
     Raises:
@@ -101,7 +85,8 @@ def check_differentiable(
         raise MisconfigurationException(f"{owner}: {error}") from error
 
 
-def check_list_of_names(option: str, names: Any) -> None:
-    """Raise an error unless ``names`` is a nonempty list of names."""
-    if not isinstance(names, (list, tuple)) or not names or not all(isinstance(name, str) for name in names):
-        raise ValueError(f"{option}: expected a list of names of parameters or modules, got {names!r}.")
+def check_params(params: Any) -> None:
+    """Raise a ValueError unless ``params`` is None or a list of at least one name."""
+    check_names(params=params)
+    if params is not None and not params:
+        raise ValueError(f"params: expected at least one name of a parameter or module, got {params!r}.")

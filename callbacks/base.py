@@ -1,5 +1,7 @@
 """Base class of the callbacks: the hooks in which an analysis runs, and the handling of errors and Ctrl-C."""
 
+import difflib
+import inspect
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -52,10 +54,21 @@ class FitEndAnalysis(Analysis, Callback):
     """
 
     def __init__(self, **options: Unpack[AnalysisOptions]) -> None:
+        self._check_names_of(options)
         super().__init__(**options)
         self.tracked: dict[Split, dict[int, Mapping[str, float]]] = {}
         self.is_tracking, self.was_interrupted = False, False
         self._has_fitted = False
+
+    @classmethod
+    def _check_names_of(cls, options: AnalysisOptions) -> None:
+        """Raise Python's error for an unknown keyword with the name of the callback, and the most similar option."""
+        known = {*AnalysisOptions.__annotations__, *inspect.signature(cls).parameters} - {"options"}
+        for name in options:
+            if name not in known:
+                similar = difflib.get_close_matches(name, known, n=1)
+                hint = f" Did you mean {similar[0]!r}?" if similar else f" The options are {', '.join(sorted(known))}."
+                raise TypeError(f"{cls.__name__}: got an unexpected option {name!r}.{hint}")
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

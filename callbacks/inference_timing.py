@@ -9,8 +9,9 @@ from typing_extensions import Unpack, override
 
 from moe_heads.analysis import InferenceTimingResult, inference_timing
 from moe_heads.analysis._shared.batches import ForwardFn, call_model
-from moe_heads.analysis._shared.names import are_names
+from moe_heads.analysis._shared.names import check_names
 from moe_heads.analysis.inference_timing.calls import TimingMode
+from moe_heads.analysis.inference_timing.capture import named_modules
 from moe_heads.analysis.inference_timing.measure import DEFAULT_SIZES, TimingPlan
 from moe_heads.callbacks._shared.evaluation import check_forward
 from moe_heads.callbacks._shared.inputs import AnalysisInputs
@@ -83,8 +84,7 @@ class InferenceTimingCallback(FitEndAnalysis):
             batch_sizes, modes, num_runs, warmup_runs, seconds_per_size=seconds_per_size, max_seconds=max_seconds
         )
         check_callables(forward_fn=forward_fn)
-        if modules is not None and not are_names(modules):
-            raise ValueError(f"modules: expected a list of dotted names, got {modules!r}")
+        check_names(modules=modules)
         for argument in ("num_samples", "batch_size"):
             if options.get(argument) is not None:
                 raise ValueError(f"{argument}: expected None, got {options.get(argument)!r}. Set batch_sizes instead.")
@@ -98,6 +98,12 @@ class InferenceTimingCallback(FitEndAnalysis):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
         check_forward(self, pl_module, self.forward_fn)
+
+    @override
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_fit_start(trainer, pl_module)
+        if self.modules is not None:
+            named_modules(pl_module, self.modules)  # a wrong name raises an error before training, not after it
 
     @override
     def compute(self, inputs: AnalysisInputs) -> InferenceTimingResult:

@@ -11,7 +11,6 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 from typing_extensions import Unpack, override
 
@@ -36,7 +35,7 @@ from moe_heads.callbacks._shared.inputs import AnalysisInputs
 from moe_heads.callbacks._shared.options import AnalysisOptions, OverRanks
 from moe_heads.callbacks._shared.reporting import Report
 from moe_heads.callbacks._shared.trainer_access import Split
-from moe_heads.callbacks._sharpness_options import check_differentiable, check_list_of_names, check_names
+from moe_heads.callbacks._sharpness_options import check_are_in, check_differentiable, check_params
 from moe_heads.callbacks.base import FitEndAnalysis
 from moe_heads.checks import check_at_least, check_flags, check_option, check_positive
 
@@ -148,8 +147,7 @@ class LossLandscapeCallback(FitEndAnalysis):
             not isinstance(resume, (str, os.PathLike)) or not str(resume) or Path(resume).is_file()
         ):
             raise ValueError(f"resume: expected a folder, got {resume!r}.")
-        if params is not None:
-            check_list_of_names("params", params)
+        check_params(params)
         if num_directions == 1:
             raise ValueError("num_directions: expected 0, or at least 2 that can be compared, got 1.")
         planes = self.splits[:1] if plane_splits is None else plane_splits
@@ -165,15 +163,9 @@ class LossLandscapeCallback(FitEndAnalysis):
         self._history = WeightHistory(params)
 
     @override
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        super().setup(trainer, pl_module, stage)
-        if stage == "fit" and self.params is not None and not is_overridden("configure_model", pl_module):
-            # a wrong name raises an error before training, not after it
-            check_names(pl_module, self.params, None)
-
-    @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_fit_start(trainer, pl_module)
+        check_are_in(pl_module, self.params, None)
         if self.runs_in_fit:
             self._check_parameters(pl_module)
         self._history = WeightHistory(self.params)

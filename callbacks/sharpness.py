@@ -1,31 +1,30 @@
 """Callback for eigenvalues, trace and spectral density of the Hessian at the end of fit."""
 
+import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import Unpack, override
 
 from moe_heads.analysis import SharpnessResult, sharpness
 from moe_heads.analysis._shared.digest import digest_of
-from moe_heads.analysis.sharpness.function import check_sharpness_options
 from moe_heads.analysis.sharpness.hessian import subspace_overlap
 from moe_heads.analysis.sharpness.hessian.lanczos import check_basis_memory
 from moe_heads.analysis.sharpness.hessian.parameters import selected_parameters
+from moe_heads.analysis.sharpness.options import check_sharpness_options
 from moe_heads.analysis.sharpness.pyhessian import pyhessian_sharpness
 from moe_heads.analysis.sharpness.result import Engine
 from moe_heads.callbacks._shared.inputs import AnalysisInputs
 from moe_heads.callbacks._shared.options import AnalysisOptions, OverRanks
 from moe_heads.callbacks._shared.reporting import Report
 from moe_heads.callbacks._shared.trainer_access import Split
-from moe_heads.callbacks._sharpness_options import check_differentiable, check_names, check_report_options
+from moe_heads.callbacks._sharpness_options import check_are_in, check_differentiable, check_engine, check_params
 from moe_heads.callbacks._stability import stability_threshold
 from moe_heads.callbacks.base import FitEndAnalysis
-from moe_heads.checks import check_at_least
 
 __all__ = ["SharpnessCallback"]
 
@@ -135,10 +134,23 @@ class SharpnessCallback(FitEndAnalysis):
         engine: Engine = "lanczos",
         **options: Unpack[AnalysisOptions],
     ) -> None:
-        check_sharpness_options(num_eigenvalues, tolerance, trace_tolerance, max_steps, max_probes)
-        flags = {"density": density, "block_eigenvalues": block_eigenvalues, "perturbation": perturbation}
-        check_report_options(flags, params, blocks, routing_steps, engine)
-        check_at_least(0, or_none=True, graph_memory=graph_memory, basis_memory=basis_memory)
+        own: dict[str, Any] = {
+            "num_eigenvalues": num_eigenvalues,
+            "tolerance": tolerance,
+            "trace_tolerance": trace_tolerance,
+            "max_steps": max_steps,
+            "max_probes": max_probes,
+            "density": density,
+            "blocks": blocks,
+            "block_eigenvalues": block_eigenvalues,
+            "routing_steps": routing_steps,
+            "perturbation": perturbation,
+            "graph_memory": graph_memory,
+            "basis_memory": basis_memory,
+        }
+        check_sharpness_options(**own)
+        check_params(params)
+        check_engine(engine, own, inspect.signature(SharpnessCallback).parameters)
         super().__init__(**options)
         self.graph_memory, self.basis_memory = graph_memory, basis_memory
         self.num_eigenvalues, self.density = num_eigenvalues, density
@@ -154,15 +166,6 @@ class SharpnessCallback(FitEndAnalysis):
         self._weights: dict[Split, bytes] = {}
 
     @override
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        super().setup(trainer, pl_module, stage)
-        if stage == "fit" and not is_overridden("configure_model", pl_module):
-            # a wrong name raises an error before training, not after it
-            check_names(pl_module, self.params, self.blocks)
-            if self.basis_memory is not None:
-                self._check_basis_memory(pl_module, self.basis_memory)
-
-    @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         # the threshold of this step: at the end of an epoch, a scheduler has already changed the learning rate
         self._threshold = stability_threshold(trainer.optimizers)
@@ -170,6 +173,10 @@ class SharpnessCallback(FitEndAnalysis):
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_fit_start(trainer, pl_module)
+        # before training, but not in setup(): the module's own setup() and configure_model() may build layers
+        check_are_in(pl_module, self.params, self.blocks)
+        if self.basis_memory is not None:
+            self._check_basis_memory(pl_module, self.basis_memory)
         if self.runs_in_fit:  # the Trainer has already converted the parameters to its precision
             check_differentiable(type(self).__name__, pl_module, self.params)
         # a fit that is resumed from a checkpoint may take no further step

@@ -1,11 +1,12 @@
 """Analyses of a model as plain functions of the model, a loss and batches, without Lightning."""
 
+from typing import TYPE_CHECKING, Any
+
 from moe_heads.analysis._shared.analysis_mode import analysis_mode
 from moe_heads.analysis._shared.progress import Progress
 from moe_heads.analysis._shared.ranks import Ranks
 from moe_heads.analysis._shared.state import preserved
 from moe_heads.analysis.expert_utilization.function import expert_utilization
-from moe_heads.analysis.expert_utilization.metric import ExpertUtilizationMetric
 from moe_heads.analysis.expert_utilization.result import ExpertUtilizationResult
 from moe_heads.analysis.inference_timing.function import inference_timing
 from moe_heads.analysis.inference_timing.result import InferenceTimingResult
@@ -32,6 +33,9 @@ from moe_heads.analysis.sharpness.block import BlockCurvature
 from moe_heads.analysis.sharpness.function import sharpness
 from moe_heads.analysis.sharpness.perturbation import PerturbationSharpnessResult, perturbation_sharpness
 from moe_heads.analysis.sharpness.result import SharpnessResult
+
+if TYPE_CHECKING:
+    from moe_heads.analysis.expert_utilization.metric import ExpertUtilizationMetric
 
 __all__ = [
     "BlockCurvature",
@@ -67,3 +71,12 @@ __all__ = [
     "sharpness",
     "trajectory_plane",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Import the metric when it is first used, because torchmetrics takes longer to import than the analyses."""
+    if name == "ExpertUtilizationMetric":
+        from moe_heads.analysis.expert_utilization.metric import ExpertUtilizationMetric
+
+        return ExpertUtilizationMetric
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -9,6 +9,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
+from torch import Tensor
 
 from moe_heads.callbacks import (
     ExpertUtilizationCallback,
@@ -245,10 +246,67 @@ def test_hooks_are_gone_after_an_error_in_training() -> None:
         (lambda: InferenceTimingCallback(modes=["fast"]), "modes: expected a list of"),
         (lambda: InferenceTimingCallback(max_seconds=0), "max_seconds: expected a finite number above 0, got 0"),
         (lambda: InferenceTimingCallback(forward_fn=3), "forward_fn: expected a function or None, got 3"),
-        (lambda: InferenceTimingCallback(modules=3), "modules: expected a list of dotted names, got 3"),
-        (lambda: InferenceTimingCallback(modules="head"), "modules: expected a list of dotted names, got 'head'"),
+        (lambda: InferenceTimingCallback(modules=3), "modules: expected a list of names, got 3"),
+        (lambda: InferenceTimingCallback(modules="head"), "modules: expected a list of names, got 'head'"),
     ],
 )
 def test_bad_options_raise_an_error_before_training(build: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         build()
+
+
+class Building(PlainModule):
+    """Builds its layer in setup(), and counts its training steps."""
+
+    num_steps = 0
+
+    def setup(self, stage: str) -> None:
+        self.head = torch.nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(x)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        self.num_steps += 1
+        return torch.nn.functional.cross_entropy(self.head(batch[0]), batch[1])
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (
+            lambda name: SharpnessCallback(params=[name], splits=["train"]),
+            "params: expected names of parameters or modules, such as",
+        ),
+        (
+            lambda name: SharpnessCallback(blocks={"a": [name]}, splits=["train"]),
+            r"blocks\['a'\]: expected names of parameters or",
+        ),
+        (
+            lambda name: LossLandscapeCallback(params=[name], plane_points=3, line_points=3, splits=["train"]),
+            "params: expected names of",
+        ),
+        (
+            lambda name: InferenceTimingCallback(modules=[name], num_runs=3, splits=["train"]),
+            "modules: expected names of modules, such",
+        ),
+    ],
+    ids=["sharpness", "blocks", "loss_landscape", "inference_timing"],
+)
+def test_names_are_checked_before_training_when_all_layers_are_built(build: Any, message: str) -> None:
+    module = Building()
+    with pytest.raises(ValueError, match=message):
+        trainer(build("heads")).fit(module, loader())
+    assert module.num_steps == 0
+    callback = build("head")
+    trainer(callback).fit(module, loader())
+    assert callback.results
+
+
+def test_an_unknown_option_names_the_callback_and_a_similar_option() -> None:
+    build: Any = SharpnessCallback
+    with pytest.raises(TypeError, match=r"SharpnessCallback: got an unexpected option 'num_eigenvalue'. Did you mean"):
+        build(num_eigenvalue=3)
+    build = ExpertUtilizationCallback
+    with pytest.raises(TypeError, match=r"ExpertUtilizationCallback: got an unexpected option 'x'. The options are "):
+        build(x=3)

@@ -138,7 +138,7 @@ def test_a_wrong_name_is_told_before_training() -> None:
         ({"plane_reach": True}, "plane_reach: expected a finite number above 0, got True"),
         ({"resume": True}, "resume: expected a folder, got True"),
         ({"resume": __file__}, "resume: expected a folder, got '.*test_loss_landscape.py'"),
-        ({"params": "head"}, "params: expected a list of names of parameters or modules, got 'head'"),
+        ({"params": "head"}, "params: expected a list of names, got 'head'"),
         ({"resume": ""}, "resume: expected a folder, got ''"),
         ({"num_directions": 1}, "num_directions: expected 0, or at least 2 that can be compared, got 1"),
         ({"plane_directions": "pca"}, "plane_directions: expected one of 'random', 'eigenvectors', got 'pca'"),

@@ -148,6 +148,12 @@ def test_the_published_engine_reports_its_defects() -> None:
         ({"engine": "scipy"}, r"engine: expected one of 'lanczos', 'pyhessian', got 'scipy'"),
         ({"routing_steps": [0.1, -1]}, r"routing_steps\[1\]: expected a finite number above 0, got -1"),
         ({"trace_tolerance": 0}, "trace_tolerance: expected a finite number above 0, got 0"),
+        ({"routing_steps": [0.1, 0.1]}, "routing_steps: expected distinct numbers, got"),
+        ({"params": []}, r"params: expected at least one name of a parameter or module, got \[\]"),
+        ({"blocks": {"head": "gate"}}, r"blocks\['head'\]: expected a list of names of parameters or modules, got"),
+        ({"engine": "pyhessian", "blocks": {"all": [""]}}, "blocks: expected its default with engine='pyhessian', got"),
+        ({"engine": "pyhessian", "tolerance": 1e-4}, "tolerance: expected its default with engine='pyhessian', got"),
+        ({"engine": "pyhessian", "graph_memory": 0}, "graph_memory: expected its default with engine='pyhessian', got"),
     ],
 )
 def test_bad_options(options: dict[str, Any], message: str) -> None:

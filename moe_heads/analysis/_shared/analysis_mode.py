@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from moe_heads.analysis._shared.arguments import check_arguments
 from moe_heads.analysis._shared.generators import seed_generators
 from moe_heads.analysis._shared.half_precision import half_modules_in_autocast
 from moe_heads.analysis._shared.plain_paths import plain_paths
@@ -30,7 +31,11 @@ def analysis_mode(model: nn.Module, seed: int = 0) -> Iterator[Original]:
 
     Yields:
         The values that a parameter or buffer had before; see `preserved`.
+
+    Raises:
+        ValueError: If ``model`` is no module, or the seed is out of range.
     """
+    check_arguments(model=model, seed=seed)
     with ExitStack() as stack:
         original = stack.enter_context(preserved(model))
         stack.enter_context(torch.inference_mode(False))

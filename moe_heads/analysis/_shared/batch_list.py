@@ -207,6 +207,8 @@ def check_is_list(batches: Any, name: str, expected: str = "a list of batches") 
         if isinstance(batches, tuple) or is_batch:
             shapes = ", ".join(str(tuple(tensor.shape)) for tensor in tensors[:5])
             got = f"a {type(batches).__name__} with tensors of shapes {shapes}, which is one batch. Pass [(X, y)]."
+    elif isinstance(batches, (str, bytes)) or not (isinstance(batches, Iterable) or hasattr(batches, "__getitem__")):
+        got = f"{batches!r}."
     if got:
         raise ValueError(f"{name}: expected {expected}, got {got}")
 

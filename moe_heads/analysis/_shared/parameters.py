@@ -4,6 +4,8 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from torch import Tensor, nn
 
+from moe_heads.analysis._shared.arguments import check_arguments
+
 __all__ = ["Selection", "check_real", "trainable_parameters"]
 
 Selection = Sequence[Tensor | str]
@@ -25,6 +27,7 @@ def trainable_parameters(
     Raises:
         ValueError: If there is none, one of them is lazy or complex, or an entry of ``params`` matches none of them.
     """
+    check_arguments(model=model)
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not named:
         raise ValueError("model: expected at least one parameter that requires a gradient, got none.")

@@ -7,6 +7,8 @@ import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from moe_heads.checks import check_callables
+
 __all__ = ["Progress", "Show", "TimeUp"]
 
 Show = Callable[[int, int | None, Mapping[str, float]], None]
@@ -32,7 +34,7 @@ class Progress:
         on_warning: Called with each warning of the analysis; by default `warnings.warn`.
 
     Raises:
-        ValueError: If ``max_time`` is not a positive number.
+        ValueError: If ``max_time`` is not a positive number, or a function is not callable.
 
     Example:
         >>> import torch
@@ -53,6 +55,7 @@ class Progress:
         on_warning: Callable[[str], None] | None = None,
     ) -> None:
         check_max_time(max_time)
+        check_callables(show=show, on_tick=on_tick, on_warning=on_warning)
         self.end = end or f"max_time = {max_time} s was over"
         self._on_tick = on_tick
         self._deadline = math.inf if max_time is None else time.monotonic() + max_time

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_heads.analysis._shared.analysis_mode import analysis_mode
+from moe_heads.analysis._shared.arguments import check_arguments
 from moe_heads.analysis._shared.batch_list import Batches
 from moe_heads.analysis._shared.batches import (
     Batch,
@@ -31,7 +32,7 @@ from moe_heads.analysis.expert_utilization.samples import (
     read_labels,
 )
 from moe_heads.analysis.expert_utilization.sums import ReportOptions, UtilizationSums
-from moe_heads.checks import check_at_least, check_flags, check_seed, check_shares
+from moe_heads.checks import check_at_least, check_at_least_one, check_flags, check_seed, check_shares
 from moe_heads.routing import Adapters, Routing, adapted_routers, collect_routing, named_routers
 
 __all__ = ["checked_options", "expert_utilization"]
@@ -112,6 +113,9 @@ def expert_utilization(
         >>> result.load["1"].shape, result.class_map["1"].shape
         (torch.Size([4]), torch.Size([3, 4]))
     """
+    check_arguments(model=model, forward_fn=forward_fn, label_fn=label_fn, image_fn=image_fn, seed=seed)
+    check_arguments(progress=progress, ranks=ranks, batch_size_fn=batch_size_fn)
+    check_at_least_one(or_none=True, num_classes=num_classes)
     check_names(class_names=class_names)
     check_flags(ablation=ablation)
     options = checked_options(dead_below, starved_below, num_permutations, num_examples, seed)

@@ -6,8 +6,10 @@ from dataclasses import replace
 import torch
 from torch import nn
 
+from moe_heads.analysis._shared.arguments import check_arguments
 from moe_heads.analysis._shared.batches import Batch, ForwardFn, call_model, to_device
 from moe_heads.analysis._shared.environment import device_of, environment_of
+from moe_heads.analysis._shared.names import check_names
 from moe_heads.analysis._shared.progress import Progress, TimeUp
 from moe_heads.analysis._shared.state import preserved
 from moe_heads.analysis.inference_timing.calls import TimingMode, check_resizable, num_samples
@@ -17,7 +19,6 @@ from moe_heads.analysis.inference_timing.result import InferenceTimingResult
 from moe_heads.analysis.inference_timing.rows import Skipped
 from moe_heads.analysis.inference_timing.speedup import dense_twin
 from moe_heads.analysis.inference_timing.sweep import Sweep
-from moe_heads.checks import check_seed
 from moe_heads.head import Head
 
 __all__ = ["inference_timing"]
@@ -101,7 +102,8 @@ def inference_timing(
         [('model', 1), ('1', 1), ('model', 2), ('1', 2)]
     """
     plan = TimingPlan(batch_sizes, modes, num_runs, warmup_runs, warmup_tolerance, seconds_per_size, max_seconds)
-    check_seed(seed)
+    check_arguments(model=model, forward_fn=forward_fn, seed=seed, progress=progress)
+    check_names(modules=modules)
     if num_samples(example_batch) == 0:
         raise ValueError("example_batch: expected at least one sample, got none")
     if any(size != num_samples(example_batch) for size in batch_sizes):

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_heads.analysis._shared.analysis_mode import analysis_mode
+from moe_heads.analysis._shared.arguments import check_arguments
 from moe_heads.analysis._shared.batch_list import Batches
 from moe_heads.analysis._shared.batches import Batch, LossFn
 from moe_heads.analysis._shared.counting import BatchSizeFn, BatchWeightFn
@@ -31,11 +32,11 @@ from moe_heads.analysis.loss_landscape.directions import (
     random_direction,
     steps_of,
 )
-from moe_heads.analysis.loss_landscape.evaluate import NUM_SUMS, Point, PointEvaluator, can_hold_routing
+from moe_heads.analysis.loss_landscape.evaluate import NUM_SUMS, Point, PointEvaluator, holds_routing
 from moe_heads.analysis.loss_landscape.figures import CARD, legend_above
 from moe_heads.analysis.loss_landscape.grid import grid_of
 from moe_heads.analysis.loss_landscape.validity import crossing_radius, second_difference
-from moe_heads.checks import check_at_least, check_option, check_positive, check_seed
+from moe_heads.checks import check_at_least, check_option, check_positive
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -256,11 +257,12 @@ def direction_sweep(
         >>> sweep.losses.shape
         torch.Size([4, 21])
     """
+    check_arguments(model=model, loss_fn=loss_fn, seed=seed, progress=progress, ranks=ranks)
+    check_arguments(batch_size_fn=batch_size_fn, batch_weight_fn=batch_weight_fn)
     check_at_least(2, num_directions=num_directions, num_points=num_points)
     check_positive(reach=reach)
-    check_seed(seed)
     axis = grid_of("alphas", alphas, reach, num_points)
-    holds = can_hold_routing(model) if fixed_routing is None else fixed_routing
+    holds = holds_routing(model, fixed_routing)
     progress, ranks = progress or Progress(), ranks or Ranks()
 
     def direction(number: int) -> Tensor:

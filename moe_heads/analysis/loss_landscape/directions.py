@@ -15,7 +15,7 @@ from torch.nn.modules.conv import _ConvTransposeNd
 
 from moe_heads.analysis._shared.parameter_path import Steps, Target
 from moe_heads.analysis._shared.parameters import Selection, trainable_parameters
-from moe_heads.checks import check_option
+from moe_heads.checks import check_option, check_seed
 
 __all__ = ["Biases", "Direction", "filter_normalized", "layer_normalized", "random_direction", "steps_of"]
 
@@ -37,6 +37,8 @@ def steps_of(model: nn.Module, direction: Direction, name: str, params: Selectio
     """
     if isinstance(direction, Tensor):
         return split_direction(model, direction, name, params)
+    if not isinstance(direction, Mapping):
+        raise ValueError(f"{name}: expected a flat tensor or a state dict, got {direction!r}.")
     return _targets(model, direction, name, params)
 
 
@@ -57,6 +59,8 @@ def split_direction(
     Raises:
         ValueError: If the direction has another shape or is not finite.
     """
+    if not isinstance(direction, Tensor):
+        raise ValueError(f"{name}: expected a flat tensor, got {direction!r}.")
     named = trainable_parameters(model, params)
     sizes = [p.numel() for p in named.values()]
     if direction.shape != (sum(sizes),):
@@ -88,6 +92,7 @@ def random_direction(model: nn.Module, seed: int = 0, params: Selection | None =
         >>> random_direction(torch.nn.Linear(3, 2)).shape
         torch.Size([8])
     """
+    check_seed(seed)
     named = trainable_parameters(model, params)
     generator = torch.Generator().manual_seed(seed)
     dtype = next(iter(named.values())).dtype

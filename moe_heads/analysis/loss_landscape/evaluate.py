@@ -17,9 +17,10 @@ from moe_heads.analysis._shared.parameter_path import ParameterPath
 from moe_heads.analysis._shared.routing_flips import Choices, choices_of, flip_share
 from moe_heads.analysis._shared.scalar import checked_scalar
 from moe_heads.analysis.loss_landscape.cache import OutputCache
+from moe_heads.checks import check_flags
 from moe_heads.routing import Router, RoutingCollection, collect_routing, fixed_routing
 
-__all__ = ["NUM_SUMS", "AccuracyFn", "Point", "PointEvaluator", "can_hold_routing", "sparse_routers"]
+__all__ = ["NUM_SUMS", "AccuracyFn", "Point", "PointEvaluator", "can_hold_routing", "holds_routing", "sparse_routers"]
 
 AccuracyFn = Callable[[nn.Module, Batch], Tensor]
 """``accuracy_fn(model, batch) -> scalar``, the mean over the samples of the batch."""
@@ -240,6 +241,24 @@ class PointEvaluator:
 def can_hold_routing(model: nn.Module) -> bool:
     """Return whether every sparse router in the model defines `Router.rechosen`."""
     return all(type(router).rechosen is not Router.rechosen for router in sparse_routers(model))
+
+
+def holds_routing(model: nn.Module, fixed_routing: bool | None) -> bool:
+    """Return whether to measure the loss at fixed routing, by default if all routers support it.
+
+    Raises:
+        ValueError: If ``fixed_routing`` is neither a bool nor None, or True for a router that does not support it.
+    """
+    can_hold = can_hold_routing(model)
+    if fixed_routing is None:
+        return can_hold
+    check_flags(fixed_routing=fixed_routing)
+    if fixed_routing and not can_hold:
+        raise ValueError(
+            "fixed_routing: expected False for a model with a sparse router that does not define rechosen(routing,"
+            " reference), got True. Define it in the router class, or pass False."
+        )
+    return fixed_routing
 
 
 def sparse_routers(model: nn.Module) -> list[Router]:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_heads.analysis._shared.analysis_mode import analysis_mode
+from moe_heads.analysis._shared.arguments import check_arguments
 from moe_heads.analysis._shared.batch_list import Batches
 from moe_heads.analysis._shared.batches import Batch, LossFn, leaves_of
 from moe_heads.analysis._shared.counting import BatchSizeFn, BatchWeightFn
@@ -20,13 +21,13 @@ from moe_heads.analysis._shared.progress import Progress
 from moe_heads.analysis._shared.ranks import Ranks
 from moe_heads.analysis.loss_landscape.checkpoint import PointCheckpoint
 from moe_heads.analysis.loss_landscape.directions import Direction, steps_of
-from moe_heads.analysis.loss_landscape.evaluate import NUM_SUMS, AccuracyFn, PointEvaluator, can_hold_routing
+from moe_heads.analysis.loss_landscape.evaluate import NUM_SUMS, AccuracyFn, PointEvaluator, holds_routing
 from moe_heads.analysis.loss_landscape.grid import grid_of
 from moe_heads.analysis.loss_landscape.result import LossLandscapeResult
 from moe_heads.analysis.loss_landscape.scan import Scan
 from moe_heads.analysis.loss_landscape.trajectory import Trajectory
 from moe_heads.analysis.sharpness.hessian.directional import directional_curvatures
-from moe_heads.checks import check_at_least, check_flags, check_seed
+from moe_heads.checks import check_at_least, check_flags
 
 __all__ = ["loss_landscape"]
 
@@ -140,13 +141,19 @@ def loss_landscape(
         >>> line.losses, line.curvatures
         (tensor([1., 4., 9.], dtype=torch.float64), (2.0,))
     """
-    check_seed(seed)
+    check_arguments(model=model, loss_fn=loss_fn, accuracy_fn=accuracy_fn, seed=seed, progress=progress, ranks=ranks)
+    check_arguments(batch_size_fn=batch_size_fn, batch_weight_fn=batch_weight_fn)
     check_flags(check_curvatures=check_curvatures)
     steps = [steps_of(model, direction1, "direction1", params)]
     if direction2 is not None:
         steps.append(steps_of(model, direction2, "direction2", params))
     axes = _axes(alphas, betas, num_points, is_plane=direction2 is not None)
-    holds = _checked_options(model, refine, fixed_routing, is_plane=direction2 is not None)
+    _check_refine(refine, is_plane=direction2 is not None)
+    if resume is not None and not isinstance(resume, (str, os.PathLike)):
+        raise ValueError(f"resume: expected the path of a file, got {resume!r}.")
+    if trajectory is not None and not isinstance(trajectory, Trajectory):
+        raise ValueError(f"trajectory: expected a Trajectory from trajectory_plane, got {trajectory!r}.")
+    holds = holds_routing(model, fixed_routing)
     progress, ranks = progress or Progress(), ranks or Ranks()
     with ranks.synchronized():
         data = Batches.of(batches, batch_size_fn, batch_weight_fn)
@@ -206,18 +213,10 @@ def _axes(
     return [*axes, grid_of("betas", betas, reach, num_points)] if is_plane else axes
 
 
-def _checked_options(model: nn.Module, refine: int, fixed_routing: bool | None, *, is_plane: bool) -> bool:
-    """Check the options, and return whether to measure the loss at fixed routing."""
+def _check_refine(refine: int, *, is_plane: bool) -> None:
     check_at_least(0, refine=refine)
     if refine and is_plane:
         raise ValueError(f"refine: expected 0 for a plane, got {refine!r}. Only a line can be refined.")
-    can_hold = can_hold_routing(model)
-    if fixed_routing and not can_hold:
-        raise ValueError(
-            "fixed_routing: expected False for a model with a sparse router that does not define rechosen(routing,"
-            " reference), got True. Define it in the router class, or pass False."
-        )
-    return can_hold if fixed_routing is None else fixed_routing
 
 
 def _checkpoint(

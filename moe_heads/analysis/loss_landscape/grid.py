@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["grid_of", "grid_through_zero", "widest_gap"]
+__all__ = ["grid_of", "grid_through_zero", "numbers_of", "widest_gap"]
 
 # Intervals below this fraction of the mean spacing are not halved. Otherwise all points would gather at a jump.
 _FINEST = 1 / 32
@@ -23,10 +23,22 @@ def grid_of(name: str, values: Sequence[float] | Tensor | None, reach: float, nu
         # from whole numbers, so that the middle of an odd grid is exactly zero
         steps = torch.arange(num_points, dtype=torch.float64) * 2 - (num_points - 1)
         return steps * (reach / (num_points - 1))
-    grid = torch.as_tensor(values, dtype=torch.float64, device="cpu")
+    grid = numbers_of(name, values)
     if grid.dim() != 1 or len(grid) < 2 or not bool(grid.isfinite().all()) or not bool((grid.diff() > 0).all()):
         raise ValueError(f"{name}: expected at least two finite, increasing numbers, got {grid.tolist()}.")
     return torch.where(grid.abs() < 1e-6 * grid.diff().min(), 0, grid)
+
+
+def numbers_of(name: str, values: Sequence[float] | Tensor) -> Tensor:
+    """Return numbers as a float64 tensor on the CPU.
+
+    Raises:
+        ValueError: If they are not numbers.
+    """
+    try:
+        return torch.as_tensor(values, dtype=torch.float64, device="cpu")
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(f"{name}: expected a list of numbers, got {values!r}.") from None
 
 
 def grid_through_zero(values: Tensor, num_points: int, margin: float = 0.2) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_heads.analysis._shared.analysis_mode import analysis_mode
+from moe_heads.analysis._shared.arguments import check_arguments
 from moe_heads.analysis._shared.batch_list import Batches
 from moe_heads.analysis._shared.batches import Batch, LossFn
 from moe_heads.analysis._shared.counting import BatchSizeFn, BatchWeightFn
@@ -26,6 +27,7 @@ from moe_heads.analysis.loss_landscape.evaluate import (
     can_hold_routing,
     sparse_routers,
 )
+from moe_heads.analysis.loss_landscape.grid import numbers_of
 
 __all__ = ["RoutingResponse", "has_sparse_router", "routing_response"]
 
@@ -235,6 +237,8 @@ def routing_response(
         >>> response.losses_free[0] == response.losses_fixed[0], response.losses_free[1] == response.losses_fixed[1]
         (False, True)
     """
+    check_arguments(model=model, loss_fn=loss_fn, seed=seed, progress=progress, ranks=ranks)
+    check_arguments(batch_size_fn=batch_size_fn, batch_weight_fn=batch_weight_fn)
     parts = split_direction(model, direction)
     distinct_steps = _checked_steps(steps)
     if not can_hold_routing(model):
@@ -270,7 +274,7 @@ def routing_response(
 
 
 def _checked_steps(steps: Sequence[float] | Tensor) -> list[float]:
-    given = torch.as_tensor(steps, dtype=torch.float64, device="cpu")
+    given = numbers_of("steps", steps)
     numbers: list[float] = given.reshape(-1).tolist()
     is_distinct = len(set(numbers)) == len(numbers)
     if given.dim() != 1 or not numbers or not all(map(math.isfinite, numbers)) or not is_distinct:

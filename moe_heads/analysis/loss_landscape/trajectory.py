@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moe_heads.analysis._shared.names import check_names
 from moe_heads.analysis._shared.parameters import Selection, trainable_parameters
 
 __all__ = ["NoPlaneError", "Trajectory", "TrajectoryPlane", "WeightHistory", "read_states", "trajectory_plane"]
@@ -105,6 +106,9 @@ def trajectory_plane(
         >>> bool(plane.trajectory.residuals.max() < 1e-6)
         True
     """
+    check_names(labels=labels)
+    if not isinstance(states, (list, tuple)):
+        raise ValueError(f"states: expected a list of state dicts or flat tensors, got {states!r}.")
     named = trainable_parameters(model, params)
     here = torch.cat([p.detach().cpu().reshape(-1) for p in named.values()])
     if len(states) < 2:

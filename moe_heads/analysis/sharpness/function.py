@@ -3,12 +3,12 @@
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from moe_heads.analysis._shared.analysis_mode import analysis_mode
+from moe_heads.analysis._shared.arguments import check_arguments
 from moe_heads.analysis._shared.batch_list import Batches
 from moe_heads.analysis._shared.batches import Batch, LossFn
 from moe_heads.analysis._shared.counting import BatchSizeFn, BatchWeightFn
@@ -22,17 +22,14 @@ from moe_heads.analysis.sharpness.hessian.operator import HessianOperator
 from moe_heads.analysis.sharpness.hessian.parameters import Selection, selected_parameters, slices_of
 from moe_heads.analysis.sharpness.hessian.shared import shared_hessian
 from moe_heads.analysis.sharpness.hessian.submatrix import DiagonalBlock
-from moe_heads.analysis.sharpness.hessian.trace import (
-    MIN_PROBES,
-    Places,
-    deflated_trace,
-)
+from moe_heads.analysis.sharpness.hessian.trace import Places, deflated_trace
+from moe_heads.analysis.sharpness.options import check_sharpness_options
 from moe_heads.analysis.sharpness.record import SharpnessRecord
 from moe_heads.analysis.sharpness.result import SharpnessResult
 from moe_heads.analysis.sharpness.supplements import supplemented
-from moe_heads.checks import check_at_least, check_flags, check_positive, check_seed
+from moe_heads.checks import check_flags
 
-__all__ = ["check_sharpness_options", "sharpness"]
+__all__ = ["sharpness"]
 
 # Steps after which the density of a trained network shows no visible change.
 _DENSITY_STEPS = 40
@@ -148,16 +145,23 @@ def sharpness(
         >>> [round(value, 4) for value in result.eigenvalues], round(result.trace, 4)
         ([4.0, 1.0], 5.0)
     """
-    check_sharpness_options(num_eigenvalues, tolerance, trace_tolerance, max_steps, max_probes)
-    check_flags(
+    check_arguments(model=model, loss_fn=loss_fn, seed=seed, progress=progress, ranks=ranks)
+    check_arguments(batch_size_fn=batch_size_fn, batch_weight_fn=batch_weight_fn)
+    check_sharpness_options(
+        num_eigenvalues=num_eigenvalues,
+        tolerance=tolerance,
+        trace_tolerance=trace_tolerance,
+        max_steps=max_steps,
+        max_probes=max_probes,
         density=density,
+        blocks=blocks,
         block_eigenvalues=block_eigenvalues,
-        keep_eigenvectors=keep_eigenvectors,
+        routing_steps=routing_steps,
         perturbation=perturbation,
+        graph_memory=graph_memory,
+        basis_memory=basis_memory,
     )
-    steps: dict[str, Any] = {f"routing_steps[{place}]": step for place, step in enumerate(routing_steps)}
-    check_positive(**steps)
-    check_seed(seed)
+    check_flags(keep_eigenvectors=keep_eigenvectors)
     selected = selected_parameters(model, params)
     num_parameters = sum(p.numel() for p in selected.values())
     if num_eigenvalues > num_parameters:
@@ -286,14 +290,3 @@ def _largest(
     found = lanczos(block, generator=generator, num_eigenvalues=1, tolerance=tolerance, max_steps=max_steps)
     residual = max(float(found.residual_norms[-1]), found.margin) if found.is_complete else math.inf
     return found.eigenvalues[0], residual
-
-
-def check_sharpness_options(
-    num_eigenvalues: int, tolerance: float, trace_tolerance: float, max_steps: int, max_probes: int
-) -> None:
-    """Raise a ValueError for options that are invalid whatever the model is."""
-    check_at_least(1, num_eigenvalues=num_eigenvalues, max_steps=max_steps)
-    check_at_least(MIN_PROBES, max_probes=max_probes)
-    check_positive(tolerance=tolerance, trace_tolerance=trace_tolerance)
-    if max_steps < num_eigenvalues:
-        raise ValueError(f"max_steps: expected at least num_eigenvalues = {num_eigenvalues}, got {max_steps}")

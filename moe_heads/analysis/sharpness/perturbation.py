@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_heads.analysis._shared.analysis_mode import analysis_mode
+from moe_heads.analysis._shared.arguments import check_arguments
 from moe_heads.analysis._shared.batch_list import Batches
 from moe_heads.analysis._shared.batches import Batch, LossFn
 from moe_heads.analysis._shared.copies import on_copies
@@ -23,7 +24,7 @@ from moe_heads.analysis._shared.scalar import checked_scalar
 from moe_heads.analysis._shared.state import write_back
 from moe_heads.analysis._shared.tables import markdown_table
 from moe_heads.analysis.sharpness.hessian.parameters import Selection, selected_parameters
-from moe_heads.checks import check_at_least, check_flags, check_option, check_positive, check_seed
+from moe_heads.checks import check_at_least, check_flags, check_option, check_positive
 
 __all__ = ["Norm", "PerturbationSharpnessResult", "perturbation_sharpness"]
 
@@ -236,12 +237,13 @@ def perturbation_sharpness(
         >>> round(result.worst, 6)  # from 2² to 3²
         5.0
     """
+    check_arguments(model=model, loss_fn=loss_fn, seed=seed, progress=progress, ranks=ranks)
+    check_arguments(batch_size_fn=batch_size_fn, batch_weight_fn=batch_weight_fn)
     check_positive(or_none=True, radius=radius, average_radius=average_radius)
     check_flags(adaptive=adaptive)
     check_option("norm", norm, get_args(Norm))
     check_at_least(2, num_draws=num_draws)  # a standard error takes two draws
     check_at_least(0, num_steps=num_steps)
-    check_seed(seed)
     chosen = selected_parameters(model, params)
     progress, ranks = progress or Progress(), ranks or Ranks()
     with ranks.synchronized():

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from moe_heads.analysis._shared.analysis_mode import analysis_mode
+from moe_heads.analysis._shared.arguments import check_arguments
 from moe_heads.analysis._shared.batch_list import Batches
 from moe_heads.analysis._shared.batches import Batch, LossFn
 from moe_heads.analysis._shared.copies import on_copies
@@ -78,6 +79,7 @@ def pyhessian_sharpness(
         TimeUp: If the time of the progress is over.
     """
     pyhessian = _import_pyhessian()
+    check_arguments(model=model, loss_fn=loss_fn, seed=seed, progress=progress, batch_weight_fn=batch_weight_fn)
     selected = selected_parameters(model, params)
     progress = progress or Progress()
     given = Batches.of(batches, batch_weight_fn=batch_weight_fn)

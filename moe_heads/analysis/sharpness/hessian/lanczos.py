@@ -154,7 +154,9 @@ def _check(dim: int, num_eigenvalues: int, tolerance: float, max_steps: int, sta
     check_positive(tolerance=tolerance)
     if max_steps < num_eigenvalues:
         raise ValueError(f"max_steps: expected at least num_eigenvalues = {num_eigenvalues}, got {max_steps}")
-    if start is not None and (start.shape != (dim,) or not bool(start.isfinite().all()) or not bool(start.any())):
-        raise ValueError(
-            f"start: expected a finite vector of shape ({dim},) that is not zero, got {tuple(start.shape)}"
-        )
+    if start is None:
+        return
+    is_vector = isinstance(start, Tensor) and start.shape == (dim,)
+    if not is_vector or not bool(start.isfinite().all()) or not bool(start.any()):
+        got = f"one of shape {tuple(start.shape)}" if isinstance(start, Tensor) else repr(start)
+        raise ValueError(f"start: expected a finite vector of shape ({dim},) that is not zero, got {got}.")
