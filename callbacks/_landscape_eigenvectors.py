@@ -49,7 +49,6 @@ def top_eigenvectors_of(
             if found is not None and found.parameter_names == names and _is_accurate(found, number):
                 assert found.eigenvectors is not None
                 return found.eigenvectors[:number]
-    assert inputs.loss_fn is not None
     return top_eigenvectors(
         inputs.model,
         inputs.loss_fn,

@@ -33,7 +33,7 @@ __all__ = ["ExpertUtilizationCallback"]
 class ExpertUtilizationCallback(FitEndAnalysis):
     """Load, importance and classes of every expert, after each training epoch and in full at the end of fit.
 
-    Works for any module that contains heads of `moe_heads` and, with ``adapters``, for other routers. A module without
+    Works for any module that contains heads of this package and, with ``adapters``, for other routers. A module without
     a router is ignored. During training, one point is logged for each epoch below ``expert_utilization/epoch/<head>/``.
     It covers the training batches as they were routed, including noise: the numbers of
     `moe_heads.analysis.ExpertUtilizationMetric`, and

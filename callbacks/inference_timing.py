@@ -47,7 +47,8 @@ class InferenceTimingCallback(FitEndAnalysis):
         warmup_runs: Warm-up runs of each; by default until the times are stable.
         modules: Dotted names of the parts to time; by default the model's backbone, head, and heads with a router.
         forward_fn: ``forward_fn(pl_module, batch)``; by default the module is called with a batch's first entry.
-        modes: Execution modes, see `TimingMode`; eager only by default, as compilation takes longer than all the rest.
+        modes: Execution modes, of "eager", "compiled", "cuda_graph", "bf16" and "channels_last". Eager only by
+            default, because compilation takes longer than all the rest.
         seconds_per_size: Seconds per batch size with its warm-up, unless six rounds take longer.
         max_seconds: Seconds of the sweep; the result lists the sizes that do not fit. ``max_time`` also ends the
             analysis, and marks the result as partial.

@@ -24,10 +24,10 @@ from moe_heads.analysis import (
 from moe_heads.analysis._shared.batches import Batch
 from moe_heads.analysis._shared.parameters import trainable_parameters
 from moe_heads.analysis._shared.progress import TimeUp
-from moe_heads.analysis.loss_landscape.checkpoint import stored_eigenvectors
 from moe_heads.analysis.loss_landscape.direction_sweep import Normalization
 from moe_heads.analysis.loss_landscape.directions import Biases
 from moe_heads.analysis.loss_landscape.grid import grid_through_zero
+from moe_heads.analysis.loss_landscape.points_file import stored_eigenvectors
 from moe_heads.analysis.loss_landscape.trajectory import NoPlaneError, WeightHistory
 from moe_heads.callbacks._landscape_eigenvectors import points_file, top_eigenvectors_of
 from moe_heads.callbacks._landscape_report import Landscape, landscape_report
@@ -302,7 +302,6 @@ class LossLandscapeCallback(FitEndAnalysis):
         )
 
     def _sweep(self, inputs: AnalysisInputs, found: Landscape) -> DirectionSweepResult:
-        assert inputs.loss_fn is not None
         return direction_sweep(
             inputs.model,
             inputs.loss_fn,
@@ -319,7 +318,6 @@ class LossLandscapeCallback(FitEndAnalysis):
         )
 
     def _landscape(self, inputs: AnalysisInputs, found: Landscape, name: str, **how: Any) -> LossLandscapeResult:
-        assert inputs.loss_fn is not None
         directions = [how[key] for key in ("direction1", "direction2") if key in how]
         return loss_landscape(
             inputs.model,

@@ -202,7 +202,6 @@ class SharpnessCallback(FitEndAnalysis):
 
     @override
     def compute(self, inputs: AnalysisInputs) -> SharpnessResult:
-        assert inputs.loss_fn is not None
         weights = digest_of(inputs.model.parameters())
         result = self._with_context(inputs, self._sharpness(inputs), weights)
         self._weights[inputs.split] = weights
@@ -217,7 +216,6 @@ class SharpnessCallback(FitEndAnalysis):
         return Report(result.metrics(), {"summary": result.summary()}, there)
 
     def _sharpness(self, inputs: AnalysisInputs) -> SharpnessResult:
-        assert inputs.loss_fn is not None
         selected = selected_parameters(inputs.model, self.params)
         num_parameters = sum(p.numel() for p in selected.values())
         shared: dict[str, Any] = {

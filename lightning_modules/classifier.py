@@ -31,7 +31,7 @@ Batch = tuple[Tensor, Tensor]
 class MoEClassifier(LightningModule):
     """LightningModule of a backbone and a head, trained by SGD on the cross-entropy plus the balance loss of the head.
 
-    It works with any head from features to logits: those of `moe_heads`, a plain `torch.nn.Linear`, or a module that
+    It works with any head from features to logits: those of ``moe_heads``, a plain `torch.nn.Linear`, or a module that
     contains heads at any depth. The objective includes the balance losses of all of them and of heads inside the
     backbone.
 

@@ -14,7 +14,7 @@ __all__ = ["RandomStates"]
 class RandomStates(Callback):
     """Callback that saves the random number generators, so that a resumed training equals an uninterrupted one.
 
-    It saves the generators of Python, NumPy and torch, on the CPU and on every CUDA device, when a `ModelCheckpoint`
+    It saves the generators of Python, NumPy and torch, on the CPU and on every CUDA device, when a ``ModelCheckpoint``
     writes. A training resumed from the checkpoint at the end of an epoch (``ModelCheckpoint(save_last=True,
     save_on_train_epoch_end=True)``) then has the same shuffling, augmentation and dropout, bit for bit if the
     arithmetic is deterministic. Only one process is supported. Loaders with workers have generators of their own.

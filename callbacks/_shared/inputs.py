@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Protocol
 
 import torch
 from lightning.pytorch import Trainer
-from torch import nn
+from torch import Tensor, nn
 
 from moe_heads.analysis._shared.batch_list import Batches, Piece
 from moe_heads.analysis._shared.batches import Batch, LossFn, cut, is_divisible, leaves_of
@@ -28,11 +28,11 @@ __all__ = ["AnalysisInputs", "prepare"]
 
 @dataclass(frozen=True)
 class AnalysisInputs:
-    """Inputs of the `compute` method of an analysis.
+    """Inputs of the `FitEndAnalysis.compute` method of an analysis.
 
     Attributes:
         model: The module, on the device of the analysis, in evaluation mode.
-        loss_fn: ``loss_fn(model, batch) -> scalar``; None if the analysis needs no loss.
+        loss_fn: ``loss_fn(model, batch) -> scalar``. It raises an error in an analysis without ``needs_loss``.
         batches: Batches on the same device, with their numbers of samples and weights: the whole sample, or this rank's
             share of it.
         split: Split of the batches.
@@ -44,7 +44,7 @@ class AnalysisInputs:
     """
 
     model: nn.Module
-    loss_fn: LossFn | None
+    loss_fn: LossFn
     batches: Batches
     split: Split
     key: bytes
@@ -92,7 +92,7 @@ def prepare(
     shares = analysis.over_ranks == "share"
     with ranks.synchronized():
         check_initialized(model)
-        loss_fn = loss_of(model, analysis.loss_fn) if analysis.needs_loss else None
+        loss_fn = loss_of(model, analysis.loss_fn) if analysis.needs_loss else _no_loss
         # random augmentation gives the same samples in every analysis with the same seed
         seed_generators(analysis.seed)
         found = context.loader(split, analysis.fallbacks.get(split, ()))
@@ -121,8 +121,10 @@ def prepare(
     sample = ranks.run_on_rank_zero(draw)
     with ranks.synchronized():
         is_random, may_cut = False, True
-        if loss_fn is not None:
+        moved: list[Batch] = []
+        if analysis.needs_loss:
             batch = context.transfer(own_copy(sample.batches[0]))
+            moved = [batch]
             first = Batches([batch], sample.batches.sizes[:1], weight_fn=analysis.batch_weight_fn)
             try:
                 is_random = draws_random_numbers(model, loss_fn, first, ranks.name)
@@ -141,11 +143,16 @@ def prepare(
     share = _share(sample.batches, ranks, may_cut=may_cut) if shares else None
     with ranks.synchronized():
         mine = share or sample.batches
-        moved = [context.transfer(own_copy(batch)) for batch in mine]
+        moved = [] if share else moved
+        moved += [context.transfer(own_copy(batch)) for batch in mine[len(moved) :]]
         batches = Batches(moved, mine.sizes, weight_fn=analysis.batch_weight_fn)
     sharing = ranks if share else Ranks(name=ranks.name)
     cuts = (sharing.size, *sample.batches.sizes)
     return AnalysisInputs(model, loss_fn, batches, split, key, cuts, progress, sharing, context.trainer), sample
+
+
+def _no_loss(model: nn.Module, batch: Batch) -> Tensor:
+    raise RuntimeError("inputs.loss_fn: expected an analysis with needs_loss = True, got one without a loss.")
 
 
 def _add_size(error: Exception, num_samples: int, trained: Any) -> None:

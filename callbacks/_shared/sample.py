@@ -142,7 +142,7 @@ class _Draw:
             # reading it would consume batches of the training
             raise MisconfigurationException(
                 f"{self.split} loader: expected an iterable that can be iterated repeatedly, got the iterator"
-                f" {type(loader).__name__}. Give the Trainer a DataLoader, or an object whose __iter__ returns a new"
+                f" {type(loader).__name__}. Pass a DataLoader, a list, or an object whose __iter__ returns a new"
                 " iterator."
             )
         return self._of_whole_batches(loader, origin)

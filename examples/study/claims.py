@@ -10,8 +10,8 @@ from collections.abc import Callable, Sequence
 
 from study import quantities as q
 from study.results import Run
+from study.rules import Evidence, Verdict, are_alike, is_above, is_balanced, is_different, is_not_faster
 from study.statistics import Comparison, adjusted, compare
-from study.verdicts import Evidence, Verdict, are_alike, is_above, is_balanced, is_different, is_not_faster
 
 # Smaller differences are irrelevant. The report states these margins.
 SLIGHT_ACCURACY_MARGIN = 0.001

@@ -19,10 +19,10 @@ from study.figures import FIGURES, figures
 from study.options import Options
 from study.presets import PRESETS, Protocol
 from study.results import Run, heads_of
+from study.rules import Verdict
 from study.statistics import correlate
 from study.storage import replace, save_figure
 from study.tables import comparison_table, correlation_table, main_table, verdict_table
-from study.verdicts import Verdict
 
 # Scalars of a run in TensorBoard's HPARAMS table, with their titles.
 _COLUMNS = {

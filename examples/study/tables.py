@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 from study.quantities import QUANTITIES, Quantity
 from study.results import Run, heads_of
+from study.rules import Verdict
 from study.statistics import Comparison, Correlation, estimate, values_of
-from study.verdicts import Verdict
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -29,9 +29,9 @@ def fixed_routing(model: nn.Module, reference: RoutingCollection) -> Iterator[No
     `collect_routing`, around the block or inside it, collects the routing with the fixed choices. If two blocks are
     nested, the outer one decides. The block uses forward hooks, which are removed when it ends, also after an error.
 
-    Use it in evaluation mode. In training, the noise enters the weights but not the choice, and a `BiasBalancedRouter`
-    counts the choices that it would have made. With gradient checkpointing, call backward inside the block: its second
-    pass replays the recorded choices of the first.
+    Use it in evaluation mode. In training, the noise enters the weights but not the choice, and a router that balances
+    itself by a bias counts the choices that it would have made. With gradient checkpointing, call backward inside the
+    block: its second pass replays the recorded choices of the first.
 
     Args:
         model: Any module. Heads may be nested at any depth.

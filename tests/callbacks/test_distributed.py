@@ -68,7 +68,6 @@ class EveryRank(FitEndAnalysis):
     name = "every_rank"
 
     def compute(self, inputs: AnalysisInputs) -> float:
-        assert inputs.loss_fn is not None
         return float(sum(len(batch[1]) * inputs.loss_fn(inputs.model, batch).item() for batch in inputs.batches))
 
     def report(self, result: float) -> Report:
@@ -162,6 +161,7 @@ def written(folder: Path) -> list[str]:
         return list(next(csv.reader(file)))
 
 
+@pytest.mark.slow  # the launched processes below, which are the default, do the same work
 def test_spawned_processes_find_what_one_finds(alone: dict[str, float], tmp_path: Path) -> None:
     strategy = DDPStrategy(process_group_backend="gloo", start_method="spawn")
     found = run(tmp_path, strategy=strategy, devices=2)
@@ -200,6 +200,7 @@ def launch(tmp_path: Path, body: str, **options: Any) -> subprocess.Popen[str]:
 FORKED = 'DDPStrategy(process_group_backend="gloo", start_method="fork")'
 
 
+@pytest.mark.slow
 def test_forked_processes_find_what_one_finds(alone: dict[str, float], tmp_path: Path) -> None:
     process = launch(
         tmp_path,

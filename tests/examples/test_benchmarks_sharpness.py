@@ -37,6 +37,7 @@ def arguments(tmp_path: Path) -> list[str]:
     return [*files, "--weights", str(tmp_path / "weights.pt"), *sizes]
 
 
+@pytest.mark.slow
 def test_pieces_add_up_to_a_report_with_verdicts(
     main: Main, arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -84,6 +85,7 @@ def test_bad_input_raises_an_error(
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_results_of_other_options_are_not_mixed(
     main: Main, arguments: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -15,7 +15,6 @@ class MeanLoss(FitEndAnalysis):
     name = "mean_loss"
 
     def compute(self, inputs: AnalysisInputs) -> float:
-        assert inputs.loss_fn is not None
         losses = torch.stack([inputs.loss_fn(inputs.model.eval(), batch) for batch in inputs.batches])
         inputs.progress.step(1, 1)
         return losses.mean().item()

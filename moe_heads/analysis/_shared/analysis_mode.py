@@ -21,9 +21,9 @@ def analysis_mode(model: nn.Module, seed: int = 0) -> Iterator[Original]:
     """State under which every analysis of this package evaluates a model, undone on leaving the block.
 
     Evaluation mode, gradients enabled, torch.compile off and the mathematical attention kernel (compiled code and the
-    fused kernels have no second derivative), the same function with and without gradients (`plain_paths`), random
+    fused kernels have no second derivative), the same function with and without gradients, random
     number generators seeded with ``seed``. Autocast is off, except in the parts of a model whose weights are in half
-    precision (`half_modules_in_autocast`). Then everything that `preserved` covers is put back.
+    precision. Then everything that `preserved` covers is put back.
 
     Args:
         model: The model to evaluate.

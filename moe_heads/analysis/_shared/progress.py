@@ -28,10 +28,11 @@ class Progress:
 
     Args:
         max_time: Time limit in seconds, counted from now; None for no limit.
-        show: Called at each step; see `Show`.
+        show: ``show(done, total, quantities)``, called at each step: finished steps, all steps or None if unknown, and
+            the converging quantities by name.
         end: Reason stored in ``partial`` when the time limit ends an analysis; by default it names ``max_time``.
         on_tick: Called at each check of the time limit; may raise.
-        on_warning: Called with each warning of the analysis; by default `warnings.warn`.
+        on_warning: Called with each warning of the analysis; by default ``warnings.warn``.
 
     Raises:
         ValueError: If ``max_time`` is not a positive number, or a function is not callable.

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from moe_heads.analysis._shared.figures import axes_of, plain_text
-from moe_heads.analysis.expert_utilization.head import HeadUtilization
+from moe_heads.analysis.expert_utilization.head_utilization import HeadUtilization
 from moe_heads.routing import RoutingStats
 
 if TYPE_CHECKING:

@@ -73,8 +73,8 @@ def expert_utilization(
         forward_fn: ``forward_fn(model, batch)`` runs the model. Its output is used for the ablation only.
         label_fn: ``label_fn(batch) -> labels (B,)``, or None for data without labels, which gives no class map. A label
             of -100 marks a sample without a class, as for `torch.nn.functional.cross_entropy`. It counts in all
-            quantities except those of the classes. The default is the second entry of a batch, or "labels". See
-            `labels_of`.
+            quantities except those of the classes. The default is the second entry of a tuple or list,
+            or the entry or attribute "labels" or "label", if it holds integers of shape (B,) or (B, 1).
         image_fn: ``image_fn(batch) -> images (B, C, H, W)`` with one or three channels, or None. The default is the
             first entry of a batch, if it has this format.
         adapters: For third-party routers. See `collect_routing`. If the number of rows is a multiple of the number of

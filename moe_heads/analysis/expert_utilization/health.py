@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from moe_heads.analysis.expert_utilization.advice import Advice
-from moe_heads.analysis.expert_utilization.head import dead_and_starved
+from moe_heads.analysis.expert_utilization.head_utilization import dead_and_starved
 from moe_heads.routing import RoutingStats
 
 __all__ = ["MIN_FAIR_SHARE", "RouterHealth"]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from moe_heads.analysis.expert_utilization.head import relative_load_percentiles
+from moe_heads.analysis.expert_utilization.head_utilization import relative_load_percentiles
 from moe_heads.checks import check_at_least_one
 from moe_heads.routing import Routing, RoutingStats
 
@@ -24,9 +24,22 @@ class ExpertUtilizationMetric(Metric):
     The states are sums over rows, which are added over the ranks. So uneven batches and uneven ranks are weighted by
     their rows, and counts are exact. Nothing is read from the device before `compute`.
 
-    `compute` returns the numbers of `utilization_scalars`. For a router with noise in training it also returns
-    ``noise_agreement``: the fraction of the rows with the same choice with and without noise. The latter is the choice
-    of evaluation.
+    `compute` returns, by name:
+
+    ============================  ======================================================================
+    load_<e>, importance_<e>      fractions of expert e, which sum to 1 (only up to 16 experts)
+    relative_load_p10, p50, p90   percentiles of the load over the experts, in units of the fair share
+    load_cv                       coefficient of variation of the load
+    max_violation                 :math:`E \max_e \text{load}_e - 1`
+    effective_experts             :math:`\exp H(\text{importance})`
+    entropy                       mean entropy of the full softmax of a row, nats
+    margin                        mean distance from a different choice, absent if there is none
+    dropped                       fraction of the rows that no expert took
+    nonfinite                     fraction of the rows with nan or infinite logits, excluded elsewhere
+    noise_agreement               fraction of the rows with the same choice with and without training noise
+    ============================  ======================================================================
+
+    The last is absent for a router without noise in training. The choice without noise is that of evaluation.
 
     Args:
         num_experts: E.
@@ -96,19 +109,7 @@ class ExpertUtilizationMetric(Metric):
 
 
 def utilization_scalars(stats: RoutingStats) -> dict[str, float]:
-    r"""Compute the numbers that are plotted over epochs.
-
-    ============================  ======================================================================
-    load_<e>, importance_<e>      fractions of expert e, which sum to 1 (only up to 16 experts)
-    relative_load_p10, p50, p90   percentiles of the load over the experts, in units of the fair share
-    load_cv                       coefficient of variation of the load
-    max_violation                 :math:`E \max_e \text{load}_e - 1`
-    effective_experts             :math:`\exp H(\text{importance})`
-    entropy                       mean entropy of the full softmax of a row, nats
-    margin                        mean distance from a different choice, absent if there is none
-    dropped                       fraction of the rows that no expert took
-    nonfinite                     fraction of the rows with nan or infinite logits, excluded elsewhere
-    ============================  ======================================================================
+    """Compute the numbers that are plotted over epochs; `ExpertUtilizationMetric` lists them.
 
     Args:
         stats: Sums over rows.

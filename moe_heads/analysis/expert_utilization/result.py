@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from moe_heads.analysis.expert_utilization.head import HeadUtilization, relative_load_percentiles
+from moe_heads.analysis.expert_utilization.head_utilization import HeadUtilization, relative_load_percentiles
 from moe_heads.analysis.expert_utilization.health import MIN_FAIR_SHARE
 from moe_heads.checks import check_option
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from moe_heads.analysis.expert_utilization.ablation import AblationCounts
 from moe_heads.analysis.expert_utilization.examples import ExpertExamples
-from moe_heads.analysis.expert_utilization.head import HeadUtilization, dead_and_starved
+from moe_heads.analysis.expert_utilization.head_utilization import HeadUtilization, dead_and_starved
 from moe_heads.analysis.expert_utilization.mutual_information import information_of_samples, permutation_baseline
 from moe_heads.analysis.expert_utilization.samples import IGNORED, NO_CLASSES_HINT
 from moe_heads.routing import Routing, RoutingStats

@@ -52,7 +52,7 @@ def inference_timing(
     Everything runs in evaluation and inference mode, in one process, with the inputs on the model's device. The clock
     is read after the device has finished. After the warm-up, all calls of a batch size run in rounds, each in a new
     random order, so that a drift of the clock rate affects all of them alike. No run is left out, and Python's garbage
-    is collected between the rounds. The interval of each median accounts for dependent runs (`median_interval`). It
+    is collected between the rounds. The interval of each median accounts for dependent runs. It
     cannot account for changes outside the measured period, such as a machine that is slower for an hour.
 
     Threads, precision, autocast and attention kernels are those of the caller, because they are part of what is
@@ -67,8 +67,9 @@ def inference_timing(
         modules: Dotted names of the modules to time alone. By default these are "backbone" and "head", every module
             that owns a router of this package, and the routers, as far as they run in the forward pass. A model that is
             such a head itself is then divided as well.
-        modes: Execution modes, see `TimingMode`; routers and stages run in "eager" only. The default is eager only,
-            because compilation takes longer than all the rest. A mode that fails is listed in ``skipped``.
+        modes: Execution modes, of "eager", "compiled" (torch.compile), "cuda_graph", "bf16" (autocast) and
+            "channels_last" (memory format). Routers and stages run in "eager" only. The default is eager only, because
+            compilation takes longer than all the rest. A mode that fails is listed in ``skipped``.
         num_runs: Largest number of runs of each call: 1,000 leave ten above p99. The time limit usually ends them
             earlier. A longer measurement covers more slow phases of the machine.
         warmup_runs: Warm-up runs of each call at each batch size. By default the warm-up lasts until the median of five
@@ -89,9 +90,9 @@ def inference_timing(
         If the time limit of ``progress`` is reached, the result holds the finished batch sizes and sets ``partial``.
 
     Raises:
-        ValueError: If the batch is empty, cannot be repeated (`check_resizable`), or fails at every size; if a number
-            is out of range or a batch size is repeated; or if a module is unknown, compiled by TorchScript, or does not
-            run in the forward pass.
+        ValueError: If the batch is empty, counts its samples elsewhere than in the first dimension of its tensors (such
+            as a ``PackedSequence``), or fails at every size; if a number is out of range or a batch size is repeated;
+            or if a module is unknown, compiled by TorchScript, or does not run in the forward pass.
 
     Example:
         >>> import torch

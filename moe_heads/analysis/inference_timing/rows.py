@@ -29,8 +29,8 @@ class TimingRow:
         num_runs: Number of timed runs.
         samples_per_s: Samples per second over all runs, ``batch_size / mean``.
         max_ms: Slowest run.
-        p50_low_ms: Lower end of the 95 % sampling interval of the median, see `median_interval`. It covers other runs
-            in the same period, but not drift between periods, see `InferenceTimingResult.drift_allowance`.
+        p50_low_ms: Lower end of the 95 % sampling interval of the median, which accounts for dependent runs. It covers
+            other runs in the same period, but not drift between periods, see `InferenceTimingResult.drift_allowance`.
         p50_high_ms: Upper end; infinite with fewer than six runs.
         device_p50_ms: Median time between two events on the stream of a CUDA device; None elsewhere.
         warmup_runs: Runs before the timed ones.

@@ -19,10 +19,10 @@ from moe_heads.analysis._shared.parameter_path import ParameterPath, Steps
 from moe_heads.analysis._shared.parameters import Selection
 from moe_heads.analysis._shared.progress import Progress
 from moe_heads.analysis._shared.ranks import Ranks
-from moe_heads.analysis.loss_landscape.checkpoint import PointCheckpoint
 from moe_heads.analysis.loss_landscape.directions import Direction, steps_of
 from moe_heads.analysis.loss_landscape.evaluate import NUM_SUMS, AccuracyFn, PointEvaluator, holds_routing
 from moe_heads.analysis.loss_landscape.grid import grid_of
+from moe_heads.analysis.loss_landscape.points_file import PointCheckpoint
 from moe_heads.analysis.loss_landscape.result import LossLandscapeResult
 from moe_heads.analysis.loss_landscape.scan import Scan
 from moe_heads.analysis.loss_landscape.trajectory import Trajectory
@@ -103,9 +103,9 @@ def loss_landscape(
             most.
         resume: File of points. Points are written to it during the analysis, and read from it if it exists. Weights,
             samples and directions have to match bit for bit (store an eigenvector with the file: another process may
-            compute one that differs by rounding). Loss and accuracy have to have the same code, according to
-            `digest_of_code`, and the same values at the center. With several ranks the file of rank zero is used, and
-            the number of ranks has to be the same. By default there is no file.
+            compute one that differs by rounding). Loss and accuracy have to have the same code, comments apart, and
+            the same values at the center. With several ranks the file of rank zero is used, and the number of ranks has
+            to be the same. By default there is no file.
         trajectory: Training run to draw on the plane, from `trajectory_plane`.
         seed: Seed of the random number generators at every point.
         progress: Shows the points, the center first, and enforces the time limit, see `Progress`.

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from moe_heads.analysis._shared.progress import Progress, TimeUp
-from moe_heads.analysis.loss_landscape.checkpoint import Place, PointCheckpoint
 from moe_heads.analysis.loss_landscape.evaluate import Point, PointEvaluator
 from moe_heads.analysis.loss_landscape.grid import widest_gap
+from moe_heads.analysis.loss_landscape.points_file import Place, PointCheckpoint
 from moe_heads.analysis.loss_landscape.result import LossLandscapeResult
 from moe_heads.analysis.loss_landscape.trajectory import Trajectory
 from moe_heads.analysis.loss_landscape.validity import CurvatureCheck, check_curvature

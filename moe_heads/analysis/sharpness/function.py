@@ -79,8 +79,9 @@ def sharpness(
     ``converged`` is a certificate. Some further products search for missing eigenvalues, such as copies of a repeated
     one. On a part of the samples the products are compared with float64, and the gradient with a finite difference of
     the loss. Two more checks cover the symmetry of the products and whether the loss is a mean over the samples. A
-    failed check warns. Rounding is part of the residuals and of the standard error of the trace. ``certificate`` of the
-    result lists the checks. Up to 100 parameters a density takes all eigenvalues, and trace and density are exact.
+    failed check warns, and so do eigenvalues that missed their tolerance. Rounding is part of the residuals and of the
+    standard error of the trace. ``certificate`` of the result lists the checks. Up to 100 parameters a density takes
+    all eigenvalues, and trace and density are exact.
 
     The model is evaluated inside `analysis_mode` and left bit for bit as it was, also after an error.
 
@@ -113,8 +114,10 @@ def sharpness(
         start: Start vector (P,), such as the sum of the eigenvectors of the previous epoch. It saves products, but
             excludes the density.
         seed: Seed of all random vectors; equal seeds give equal results.
-        graph_memory: Bytes that may be kept between products; see `HessianOperator`.
-        basis_memory: Bytes that the Krylov basis may take; see `lanczos`.
+        graph_memory: Bytes that may be kept between products. The default is 4 GiB on a CPU, limited to half of the
+            free memory, and half of the free memory on a GPU. 0 rebuilds the graph of the gradient in every product.
+        basis_memory: Bytes for the vectors of the Krylov space, at least ``num_eigenvalues`` + 3 of them. The default
+            is 4 GiB on a CPU and a quarter of the free memory on a GPU. A smaller basis needs more steps.
         progress: Shows the progress and ends the analysis at its time limit; see `Progress`.
         ranks: The processes that share the work, each with its part of the samples in ``batches``. All of them call
             this function and get the result. By default this process has all samples.
@@ -224,9 +227,10 @@ def sharpness(
                 record.add_first_value(operator.interrupted, tolerance)
             result: SharpnessResult = progress.result_in_time(error)
             return result
-        for sentence in record.certificate.warnings():
+        found = record.result()
+        for sentence in record.certificate.warnings() or found.unconverged_eigenvalues():
             progress.warn(sentence)
-        return record.result()
+        return found
 
     with ranks.synchronized():
         data = Batches.of(batches, batch_size_fn, batch_weight_fn)

@@ -69,7 +69,7 @@ def pyhessian_sharpness(
         batch_weight_fn: Weight of a batch, as in `sharpness`.
 
     Returns:
-        The eigenvalues in PyHessian's order, with residuals computed by `HessianOperator`, and a sentence for each
+        The eigenvalues in PyHessian's order, with residuals computed by our own products, and a sentence for each
         failure. Values that PyHessian does not compute are nan.
 
     Raises:

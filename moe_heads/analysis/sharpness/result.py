@@ -50,7 +50,7 @@ class SharpnessResult:
         eigenvalues_converged: Whether all of ``eigenvalues`` met their tolerance, none is missing, and no check of
             ``certificate`` failed.
         trace_converged: Whether ``trace_stderr`` met its tolerance, and no check failed.
-        graph_mode: How the products were computed; see `HessianOperator`.
+        graph_mode: Whether the graph of the gradient was "kept" between products or "rebuilt" in each.
         graph_reason: Why a faster way was not used; "" if none exists.
         seed: Seed of the random vectors.
         parameter_names: The parameters in the order of the flat vectors, that of ``model.named_parameters()``.
@@ -67,7 +67,8 @@ class SharpnessResult:
         trace_sampling_stderr: The same for the trace; nan where a restart lost its parts.
         engine: Implementation of the analysis.
         failures: A sentence for each failure of PyHessian.
-        overlaps: By name of another result, the overlap of its top eigenvectors with these; see `subspace_overlap`.
+        overlaps: By name of another result, the overlap of its top eigenvectors with these, 0 for
+            orthogonal and 1 for equal spaces.
         perturbation: Adaptive and SAM sharpness, if the callback has the option.
         routing: Changes of the routing of a sparse head along the first eigenvector, if the callback has the option.
         stability_threshold: :math:`\lambda_{\max}` above which the optimizer's steps are unstable on a quadratic; None
@@ -229,8 +230,7 @@ class SharpnessResult:
         limitations = [f"**Partial**: {self.partial}, with {self.num_samples} samples."] if self.partial else []
         limitations += [f"**PyHessian**: {failure}" for failure in self.failures]
         limitations += [] if self.certificate is None else self.certificate.warnings()
-        if not self.eigenvalues_converged:
-            limitations.append(self._why_not_converged())
+        limitations += self.unconverged_eigenvalues()
         if math.isnan(self.trace):
             limitations.append("The trace was not computed.")
         elif not self.trace_converged:
@@ -239,6 +239,10 @@ class SharpnessResult:
                 + (" Raise max_probes for a smaller one." if self.engine == "lanczos" else "")
             )
         return limitations
+
+    def unconverged_eigenvalues(self) -> list[str]:
+        """Return a sentence with the reason and the remedy if the eigenvalues did not converge, else nothing."""
+        return [] if self.eigenvalues_converged else [self._why_not_converged()]
 
     def _why_not_converged(self) -> str:
         if self.engine != "lanczos" or self.certificate is None:

@@ -109,9 +109,9 @@ def test_a_plain_call_writes_nothing_for_a_module_that_is_still_attached(tmp_pat
 
 
 def test_a_model_with_fewer_parameters_than_eigenvalues_gives_those_there_are() -> None:
-    result = SharpnessCallback(loss_fn=lambda m, b: m(b).square().mean()).analyze(
-        nn.Linear(1, 1), train=[torch.ones(3, 1)]
-    )
+    callback = SharpnessCallback(loss_fn=lambda m, b: m(b).square().mean())
+    with pytest.warns(UserWarning, match="sharpness/train: λ2 did not converge: float32 does not resolve"):  # it is 0
+        result = callback.analyze(nn.Linear(1, 1), train=[torch.ones(3, 1)])
     assert len(result["train"].eigenvalues) == 2
 
 

@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 import pytest
 from study.claims import CLAIMS, comparisons_of, verdicts
+from study.rules import Verdict
 from study.tables import main_table
-from study.verdicts import Verdict
 
 from tests.support.study_runs import Change, make_runs
 

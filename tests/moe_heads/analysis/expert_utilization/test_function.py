@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from moe_heads import Dense, SoftMoE, SparseMoE, collect_routing
 from moe_heads.analysis._shared.progress import Progress
 from moe_heads.analysis.expert_utilization.function import expert_utilization
-from moe_heads.analysis.expert_utilization.head import HeadUtilization
+from moe_heads.analysis.expert_utilization.head_utilization import HeadUtilization
 from moe_heads.analysis.expert_utilization.result import ExpertUtilizationResult
 from tests.support.hand_routers import HandHead, HandModel
 from tests.support.head_zoo import FEATURES, ROUTERS, head_with

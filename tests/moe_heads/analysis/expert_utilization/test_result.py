@@ -5,7 +5,7 @@ import warnings
 import pytest
 import torch
 
-from moe_heads.analysis.expert_utilization.head import HeadUtilization
+from moe_heads.analysis.expert_utilization.head_utilization import HeadUtilization
 from moe_heads.analysis.expert_utilization.result import ExpertUtilizationResult
 
 

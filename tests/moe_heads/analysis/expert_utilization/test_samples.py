@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from moe_heads.analysis.expert_utilization.function import expert_utilization
-from moe_heads.analysis.expert_utilization.head import HeadUtilization
+from moe_heads.analysis.expert_utilization.head_utilization import HeadUtilization
 from tests.support.hand_routers import HandModel
 
 

@@ -54,7 +54,8 @@ def test_eigenvalues_that_float32_does_not_resolve_are_no_certificate() -> None:
     features = torch.cat([x, torch.ones(400, 1)], 1).double()
     true = torch.linalg.eigvalsh(2 * features.T @ features / 400).flip(0)[:5].tolist()
     model = nn.Linear(8, 1)
-    single = sharpness(model, loss, [(x, y)])
+    with pytest.warns(UserWarning, match="λ5 did not converge: float32 does not resolve eigenvalues of this size"):
+        single = sharpness(model, loss, [(x, y)])
     assert not single.eigenvalues_converged and single.metrics()["converged"] == 0
     assert "float32 does not resolve eigenvalues of this size" in single.summary()
     for value, residual, exact in zip(single.eigenvalues, single.residuals, true, strict=True):
@@ -148,6 +149,7 @@ class _Module(nn.Module):
         return self.function(x)
 
 
+@pytest.mark.filterwarnings("ignore:.*float32 does not resolve eigenvalues of this size")
 @pytest.mark.parametrize("steps", [100, 400])
 def test_rounding_of_a_fitted_model_is_part_of_the_errors(steps: int) -> None:
     """Down to losses that float32 hardly knows."""
@@ -245,6 +247,7 @@ def test_too_few_batches_have_no_sampling_error() -> None:
     assert "lambda_max_sampling_stderr" not in result.metrics()
 
 
+@pytest.mark.filterwarnings("ignore:.*did not converge in")  # 200 steps do not separate the 40th
 @pytest.mark.parametrize("options", [{}, {"num_eigenvalues": 40, "tolerance": 1e-9}])
 def test_two_standard_errors_cover_the_density(options: dict[str, Any]) -> None:
     torch.manual_seed(0)
@@ -294,11 +297,13 @@ def test_the_basis_stays_within_its_memory(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(Basis, "append", append)
     model, batch = small_mlp(), classification(60, 5)
     roomy = sharpness(model, cross_entropy, [batch], density=False)
-    tight = sharpness(model, cross_entropy, [batch], density=False, basis_memory=9 * 57 * 8)
     assert longest > 9
     longest = 0
-    again = sharpness(model, cross_entropy, [batch], density=False, basis_memory=9 * 57 * 8)
-    assert longest <= 9 and again.eigenvalues == tight.eigenvalues
+    with pytest.warns(
+        UserWarning, match=r"could not exclude a missing larger eigenvalue.*Raise max_steps or basis_mem"
+    ):
+        tight = sharpness(model, cross_entropy, [batch], density=False, basis_memory=9 * 57 * 8)
+    assert longest <= 9
     np.testing.assert_allclose(tight.eigenvalues, roomy.eigenvalues, rtol=1e-3)
     with pytest.raises(ValueError, match="basis_memory: expected at least 3,648 bytes, 8 vectors of 57 parameters"):
         sharpness(model, cross_entropy, [batch], basis_memory=7 * 57 * 8)

@@ -49,7 +49,7 @@ def test_blocks_hold_the_shares_of_the_eigenvectors() -> None:
 def test_traces_and_largest_eigenvalues_of_blocks() -> None:
     model, batch = small_mlp(), classification(20, 5)
     exact = dense_hessian(model, cross_entropy, batch)
-    result = sharpness(model, cross_entropy, [batch], block_eigenvalues=True, max_steps=30, density=False)
+    result = sharpness(model, cross_entropy, [batch], block_eigenvalues=True, density=False)
     for name, place in {"0": slice(0, 36), "2": slice(36, 57)}.items():
         block, inside = result.blocks[name], exact[place, place]
         assert abs(block.trace - float(inside.trace())) <= 4 * block.trace_stderr
