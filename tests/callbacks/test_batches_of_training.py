@@ -106,6 +106,7 @@ class GraphNet(Module):
         return F.cross_entropy(adjacency @ self.net(x), y)
 
 
+@pytest.mark.filterwarnings("ignore:.*float32 does not resolve eigenvalues of this size")
 def test_a_full_graph() -> None:
     graph = (torch.randn(120, 10), torch.rand(120, 120) / 120, torch.randint(0, 3, (120,)))
     assert analyzed(GraphNet(), DataLoader([graph], batch_size=None)).num_samples == 120

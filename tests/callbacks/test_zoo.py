@@ -41,6 +41,8 @@ DENSE: dict[str, Callable[[Any, Any], Tensor]] = {
     "boring": lambda model, batch: F.mse_loss(model(batch), torch.ones(len(batch), 2)),
     "float64": cross_entropy,
 }
+# twelve steps are quick, and the eigenvalues need not converge here
+TOO_FEW_STEPS = "The eigenvalues did not converge in 12 steps|12 steps could not exclude a missing larger eigenvalue"
 OF_AN_ANALYSIS = rf"({'|'.join(ANALYSES)})/"
 
 
@@ -280,6 +282,7 @@ def test_zoo(entry: Entry) -> None:
     assert not changed
     for name, analysis in found.items():
         messages = [message for message in warned if message.startswith(f"{name}/")]
+        messages = [message for message in messages if not re.search(TOO_FEW_STEPS, message)]
         expected = entry.unsupported.get(name) or entry.warned.get(name)
         assert len(messages) == (len(analysis.splits) if expected else 0), messages
         assert all(expected and re.search(expected.message, message) for message in messages), messages

@@ -247,14 +247,23 @@ class SharpnessResult:
     def _why_not_converged(self) -> str:
         if self.engine != "lanczos" or self.certificate is None:
             return f"The eigenvalues did not converge in {self.num_steps} steps. Each is accurate only to its residual."
-        rounding = self.certificate.rounding
-        lost = [rank for rank, value in enumerate(self.eigenvalues, start=1) if rounding > self.tolerance * abs(value)]
+        rounding, lost = self.certificate.rounding, []
+        for rank, (value, residual) in enumerate(zip(self.eigenvalues, self.residuals, strict=True), start=1):
+            if residual > self.tolerance and self.certificate.is_complete:
+                # the iteration reached its end, so what is left of the residual is rounding
+                rounding = max(residual * abs(value), 0.0 if math.isnan(rounding) else rounding)
+                lost.append(rank)
+            elif rounding > self.tolerance * abs(value):
+                lost.append(rank)
         if lost:
-            names = ", ".join(f"λ{rank}" for rank in lost)
+            dtype = self.certificate.dtype
+            wider = "Raise the tolerance"
+            if dtype != "float64":
+                wider = "Analyze a copy in float64 (model.double(), with batches in float64)"
             return (
-                f"{names} did not converge: {self.certificate.dtype} does not resolve eigenvalues of this size, because"
-                f" rounding changes them by about {rounding:.1g}. Analyze a copy in float64 (model.double(), with"
-                " batches in float64), or request fewer eigenvalues."
+                f"{', '.join(f'λ{rank}' for rank in lost)} did not converge: {dtype} does not resolve eigenvalues of"
+                f" this size, because rounding changes them by about {rounding:.1g}. {wider}, or request fewer"
+                " eigenvalues."
             )
         if max(self.residuals) <= self.tolerance and not self.certificate.is_complete:
             return (
