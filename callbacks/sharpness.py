@@ -41,7 +41,7 @@ class SharpnessCallback(FitEndAnalysis):
     =============================  =================================================================================
     lambda_max, lambda_2, …        largest eigenvalues, in units of the loss over squared parameter
     lambda_min                     smallest eigenvalue
-    residual_max                   largest relative residual of the eigenvalues above
+    residual_max                   largest relative residual of the largest eigenvalues
     trace, trace_stderr            trace and its standard error
     frobenius_norm                 estimate of the Frobenius norm
     trace_<block>, …               trace of the block of parameters (backbone, router, experts, …), and

@@ -242,3 +242,24 @@ print([function.__name__ for function in functions])
 def test_the_analyses_load_neither_lightning_nor_torchmetrics() -> None:
     code = "import sys, moe_heads.analysis; print([n for n in ('lightning', 'torchmetrics') if n in sys.modules])"
     assert run(code, ROOT) == "[]"
+
+
+@pytest.mark.parametrize("name", [name for name in sources() if name.startswith("moe_heads.callbacks")])
+def test_one_file_uses_private_parts_of_lightning(name: str) -> None:
+    """A private attribute belongs to self or to a class of the same file, except in `trainer_access`."""
+    tree = ast.parse(sources()[name].read_text(encoding="utf-8"))
+    used = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and len(node.args) > 1]
+    used |= {
+        str(call.args[1].value)
+        for call in calls
+        if isinstance(call.func, ast.Name) and call.func.id == "getattr" and isinstance(call.args[1], ast.Constant)
+    }
+    own = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
+    of_self = {
+        node.attr
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in {"self", "cls"}
+    }
+    foreign = {attribute for attribute in used - own - of_self if attribute.startswith("_") and attribute[:2] != "__"}
+    assert name.endswith("trainer_access") or foreign <= {"_dynamo"}, foreign

@@ -21,6 +21,7 @@ from torch.utils.data import (
 
 from moe_heads.analysis._shared.generators import generators_kept, seed_generators
 from moe_heads.analysis._shared.state import snapshot
+from moe_heads.callbacks._shared.trainer_access import inner_sampler
 
 __all__ = ["IndexBatches", "draw_index_batches", "gives_batches", "keys_of"]
 
@@ -107,8 +108,7 @@ def _own_batches_of(loader: DataLoader[Any]) -> Any | None:
 def _sampler_of(loader: DataLoader[Any]) -> Any:
     batches = loader.sampler if gives_batches(loader) else loader.batch_sampler
     sampler = getattr(batches, "sampler", loader.sampler)
-    # under DDP, Lightning wraps a sampler into a distributed one
-    return getattr(getattr(sampler, "dataset", None), "_sampler", sampler)
+    return inner_sampler(sampler)
 
 
 def _name_of_special(sampler: Any) -> str:

@@ -14,7 +14,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoa
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from markdown import markdown
 
-from moe_heads.callbacks._shared.trainer_access import write_hparams
+from moe_heads.callbacks._shared.trainer_access import has_default_hp_metric, write_hparams
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -158,7 +158,7 @@ def log_hparams(trainer: Trainer) -> None:
     for logger in trainer.loggers:
         if not isinstance(logger, TensorBoardLogger):
             continue
-        if logger._default_hp_metric:
+        if has_default_hp_metric(logger):
             rank_zero_warn(
                 "TensorBoardLogger: expected default_hp_metric=False, got True, so TensorBoard's HPARAMS table cannot"
                 " show the analyses of this run. Pass TensorBoardLogger(..., default_hp_metric=False)."

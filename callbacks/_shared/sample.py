@@ -17,7 +17,7 @@ from moe_heads.analysis._shared.counting import BatchSizeFn, batch_size, checked
 from moe_heads.analysis._shared.progress import Progress
 from moe_heads.callbacks._shared.combined_sample import Part, combined
 from moe_heads.callbacks._shared.loader_indices import draw_index_batches, gives_batches, keys_of
-from moe_heads.callbacks._shared.trainer_access import Split
+from moe_heads.callbacks._shared.trainer_access import Split, mode_of
 
 __all__ = ["Sample", "draw_sample"]
 
@@ -98,7 +98,7 @@ def draw_sample(
         first = draw.of_loader(leaves[0])
         others = f"; the other {len(leaves) - 1} of {len(leaves)} loaders are left out" if len(leaves) > 1 else ""
         return replace(first, description=first.description + others)
-    mode = loaders._mode if isinstance(loaders, CombinedLoader) else "max_size_cycle"
+    mode = mode_of(loaders)
     sizes = draw.sizes_in_proportion(leaves)
     num_steps = -(-num_samples // max(sizes))
     parts = []

@@ -15,6 +15,7 @@ from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.plugins.precision import DoublePrecision, HalfPrecision
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.trainer.states import RunningStage
+from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 from torch.utils.tensorboard.summary import hparams as hparams_summaries
@@ -28,8 +29,11 @@ __all__ = [
     "collective_timeout",
     "datamodule_of",
     "forward_context",
+    "has_default_hp_metric",
+    "inner_sampler",
     "is_sharded",
     "loader_of",
+    "mode_of",
     "muted",
     "num_overfit_batches",
     "process_group_of",
@@ -212,3 +216,18 @@ def write_hparams(logger: TensorBoardLogger, hparams: dict[str, Any]) -> None:
     _, session_start, session_end = hparams_summaries(hparams, {})
     writer.add_summary(session_start)
     writer.add_summary(session_end)
+
+
+def has_default_hp_metric(logger: TensorBoardLogger) -> bool:
+    """Return whether the logger writes a row of hyperparameters of its own, which would hide the other metrics."""
+    return bool(logger._default_hp_metric)
+
+
+def mode_of(loaders: Any) -> str:
+    """Return how a `CombinedLoader` combines its loaders, and how the Trainer combines a plain collection."""
+    return str(loaders._mode) if isinstance(loaders, CombinedLoader) else "max_size_cycle"
+
+
+def inner_sampler(sampler: Any) -> Any:
+    """Return the user's sampler, which Lightning wraps into a distributed one under DDP."""
+    return getattr(getattr(sampler, "dataset", None), "_sampler", sampler)

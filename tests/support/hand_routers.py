@@ -11,7 +11,7 @@ class HandRouter(Router):
 
     def __init__(self, num_experts: int, k: int | None = None) -> None:
         super().__init__()
-        self.k = k
+        self.num_experts, self.k = num_experts, k
         self.shift = nn.Parameter(torch.zeros(num_experts))
 
     def forward(self, x: Tensor, rows_per_sample: int = 1) -> Routing:

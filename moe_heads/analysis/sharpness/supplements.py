@@ -11,6 +11,7 @@ from moe_heads.analysis._shared.batch_list import Batches
 from moe_heads.analysis._shared.batches import LossFn
 from moe_heads.analysis._shared.progress import Progress
 from moe_heads.analysis._shared.ranks import Ranks
+from moe_heads.analysis.loss_landscape.evaluate import can_hold_routing
 from moe_heads.analysis.loss_landscape.routing_response import RoutingResponse, has_sparse_router, routing_response
 from moe_heads.analysis.sharpness.hessian.parameters import Selection, selected_parameters
 from moe_heads.analysis.sharpness.perturbation import PerturbationSharpnessResult, perturbation_sharpness
@@ -36,7 +37,14 @@ def supplemented(
 
     A result that is partial stays as it is. Where one of the two ends early, what was found before it is kept.
     """
-    if routing_steps and has_sparse_router(model) and result.eigenvectors is not None and not result.partial:
+    has_routing = bool(routing_steps) and has_sparse_router(model)
+    if has_routing and not can_hold_routing(model):
+        progress.warn(
+            "routing_steps: the routing along the first eigenvector was not compared, because a sparse router does not"
+            " define rechosen(routing, reference). Define it in the router class, or pass routing_steps=()."
+        )
+        has_routing = False
+    if has_routing and result.eigenvectors is not None and not result.partial:
         progress.keep(partial(_ended, result))
         routing = routing_response(
             model,

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from moe_heads import SparseMoE
 from moe_heads.analysis._shared.progress import Progress
 from moe_heads.analysis.sharpness.function import sharpness
+from tests.support.hand_routers import HandModel
 from tests.support.hessians import classification, cross_entropy, dense_hessian, small_cnn, small_mlp
 
 Batch = tuple[Tensor, Tensor]
@@ -288,3 +289,11 @@ def test_gpu_equals_cpu() -> None:
     np.testing.assert_allclose(actual.eigenvalues, expected.eigenvalues, rtol=1e-3)
     assert actual.trace == pytest.approx(expected.trace, rel=1e-2)
     assert actual.eigenvectors is not None and actual.eigenvectors.device.type == "cpu"
+
+
+def test_a_router_without_rechosen_leaves_out_the_routing_response_with_a_warning() -> None:
+    model, x = HandModel(3, k=1).double(), torch.randn(12, 3, dtype=torch.float64)
+    options: dict[str, Any] = {"num_eigenvalues": 1, "density": False, "routing_steps": [0.1]}
+    with pytest.warns(UserWarning, match=r"routing_steps: .* does not define rechosen\(routing, reference\)"):
+        result = sharpness(model, lambda m, b: m(b).square().mean(), [x], **options)
+    assert result.routing is None and result.eigenvalues_converged and not result.partial
