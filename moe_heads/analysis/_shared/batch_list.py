@@ -84,6 +84,10 @@ class Batches(Sequence[Batch]):
         weight_fn: BatchWeightFn | None = None,
         may_cut: bool = True,
     ) -> None:
+        if batches and size_fn is not None and not all(sizes):
+            raise ValueError(
+                f"batch_size_fn: expected at least one sample in each batch, got 0 for batches[{list(sizes).index(0)}]."
+            )
         if not batches or not all(sizes):
             raise ValueError(
                 "batches: expected at least one batch with at least one sample each, got an empty loader or batch."

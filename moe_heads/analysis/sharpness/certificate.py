@@ -4,6 +4,8 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+import torch
+
 __all__ = ["Certificate"]
 
 # Largest relative error of a directional derivative that rounding and kinks explain.
@@ -11,6 +13,12 @@ _SAME_DERIVATIVE = 1e-2
 
 # Largest asymmetry, relative to the norm of the matrix, that rounding explains.
 _SYMMETRIC = {"float32": 1e-3, "float64": 1e-8}
+
+# Largest relative difference of a loss from itself that the order of sums on several threads explains, in float64.
+_SAME_LOSS = 1e-9
+
+# The relative error of the gradient is the largest along three random directions, and may be larger along others.
+_PER_DIRECTION = 2
 
 # Largest asymmetry in units of the measured rounding: the two are measured along different vectors.
 _PER_ROUNDING = 100
@@ -26,11 +34,14 @@ class Certificate:
         rounding: Contribution of rounding to each residual, in units of an eigenvalue; nan if it was not measured. It
             is twice the length of the difference between :math:`Hw` as computed and in float64, for w the sum of the
             unit eigenvectors with random signs.
-        trace_rounding: Error of the trace from rounding, estimated in the same way with random signs.
+        trace_rounding: Error of the trace from rounding and from ``product_error``, estimated with random vectors.
         block_rounding: The same for the trace of each block of parameters, by its key.
         derivative_error: Relative difference between the gradient and a finite difference of the loss along random
             directions, in float64.
         curvature_error: Relative difference between a product and a finite difference of the gradient, in float64.
+        product_error: The same difference for a random vector with entries of size 1, an estimate of its Frobenius
+            norm; 0 if rounding explains it.
+        repeat_error: Relative difference of the loss when it is evaluated a second time in the same way.
         num_double: Number of samples evaluated in float64.
         scale: Norm of H on the Krylov space, up to a factor of three.
         negligible: Curvature that rounding explains for a loss of this size, a hundred units in the last place.
@@ -46,6 +57,8 @@ class Certificate:
     block_rounding: Mapping[str, float] = field(default_factory=dict)
     derivative_error: float = math.nan
     curvature_error: float = math.nan
+    product_error: float = 0.0
+    repeat_error: float = math.nan
     num_double: int = 0
     scale: float = 0.0
     negligible: float = 0.0
@@ -73,9 +86,26 @@ class Certificate:
         return not self.curvature_error > _SAME_DERIVATIVE
 
     @property
+    def is_repeatable(self) -> bool:
+        """True if the loss had the same value twice, or was not compared."""
+        return not self.repeat_error > _SAME_LOSS
+
+    @property
     def is_hessian(self) -> bool:
         """True if no check showed that the products differ from those of the loss's Hessian."""
-        return self.is_symmetric and self.is_derivative and self.is_second_derivative
+        return self.is_repeatable and self.is_symmetric and self.is_derivative and self.is_second_derivative
+
+    @property
+    def is_in_range(self) -> bool:
+        """True if the squares of the curvatures neither underflow nor overflow in the data type of the parameters."""
+        limits = torch.finfo(getattr(torch, self.dtype))
+        # the upper limit leaves room for sums of squares
+        return self.scale == 0 or limits.tiny < self.scale**2 < limits.eps * limits.max
+
+    def error_of_derivatives(self, value: float) -> float:
+        """Return the error of an eigenvalue, or a trace without ``product_error``, from wrong derivatives."""
+        relative = self.derivative_error if math.isfinite(self.derivative_error) else 0.0
+        return self.product_error + _PER_DIRECTION * relative * abs(value)
 
     def metrics(self) -> dict[str, float]:
         """Return the measured errors by name."""
@@ -90,6 +120,13 @@ class Certificate:
 
     def warnings(self) -> list[str]:
         """Return a message for each failed check."""
+        if not self.is_repeatable:
+            # wrong derivatives are a consequence
+            return [
+                f"The loss changes by {self.repeat_error:.1g} when it is evaluated again in the same way, so no result"
+                " is certified. Look for random numbers outside torch (random, numpy), counters, and buffers that the"
+                " forward pass updates."
+            ]
         found = []
         if not self.is_symmetric:
             found.append(
@@ -102,14 +139,15 @@ class Certificate:
             found.append(
                 "The gradient is not the derivative of the loss: along a random direction it differs from a finite"
                 f" difference of the loss by {self.derivative_error:.0%}, so no result is certified. Look for a custom"
-                " backward (such as a straight-through estimator), a detach() in the loss, or parameters that are used"
-                " without a graph."
+                " backward (such as a straight-through estimator), a detach() in the loss, a reentrant checkpoint, or"
+                " parameters that are used without a graph."
             )
         if self.is_derivative and self.is_symmetric and not self.is_second_derivative:
             found.append(
                 "The products are not the derivative of the gradient: along a random direction they differ from a"
                 f" finite difference of the gradient by {self.curvature_error:.0%}, so no result is certified. Look for"
-                " a custom autograd function whose backward uses values saved without a graph."
+                " a custom autograd function whose backward uses values saved without a graph, and for differences of"
+                " large numbers, whose rounding looks the same."
             )
         return found
 
@@ -121,6 +159,7 @@ class Certificate:
             f" ({self.num_double} samples)",
             "gradient against finite difference": f"{self.derivative_error:.1e} ({self.num_double} samples)",
             "product against finite difference": f"{self.curvature_error:.1e} ({self.num_double} samples)",
+            "loss is deterministic": f"{self.repeat_error:.1e} when it is evaluated again",
             "loss is a mean over samples": f"{self.cut_dependence:.1e} when batches are halved",
             "no eigenvalue missing": "none found from a new random vector",
         }
@@ -129,6 +168,7 @@ class Certificate:
             "products in float64": math.isfinite(self.rounding),
             "gradient against finite difference": math.isfinite(self.derivative_error),
             "product against finite difference": math.isfinite(self.curvature_error),
+            "loss is deterministic": math.isfinite(self.repeat_error),
             "loss is a mean over samples": math.isfinite(self.cut_dependence),
             "no eigenvalue missing": self.is_complete,
         }

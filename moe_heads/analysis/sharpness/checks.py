@@ -22,6 +22,7 @@ _IN_DOUBLE = (
     "products in float64",
     "gradient against finite difference",
     "product against finite difference",
+    "loss is deterministic",
 )
 
 
@@ -65,15 +66,25 @@ def certified(
     others = {name: reason for name, reason in certificate.unchecked.items() if name not in _IN_DOUBLE}
     if not isinstance(found, DoubleCheck):
         return replace(certificate, unchecked={**others, **dict.fromkeys(_IN_DOUBLE, found)})
-    along, sampled = found.differences
+    along, sampled = found.differences or (torch.zeros_like(found.direction),) * 2
     wide = probe.double()
+
+    def trace_error(places: Sequence[slice]) -> float:
+        rounding = _trace_error(wide, sampled, along, places)
+        wrong = _trace_error(found.direction, found.product_difference, torch.zeros_like(along), places)
+        return math.hypot(rounding, wrong)
+
+    if not found.differences:
+        others["products in float64"] = "the loss draws random numbers, which differ in float64"
     return replace(
         certificate,
-        rounding=2 * float(along.norm()),
-        trace_rounding=_trace_error(wide, sampled, along, [slice(None)]),
-        block_rounding={name: _trace_error(wide, sampled, along, places) for name, places in blocks.items()},
+        rounding=2 * float(along.norm()) if found.differences else math.nan,
+        trace_rounding=trace_error([slice(None)]),
+        block_rounding={name: trace_error(places) for name, places in blocks.items()},
         derivative_error=found.derivative_error,
         curvature_error=found.curvature_error,
+        product_error=float(found.product_difference.norm()),
+        repeat_error=found.repeat_error,
         num_double=found.num_samples,
         unchecked=others,
     )

@@ -169,7 +169,8 @@ def sharpness(
     num_parameters = sum(p.numel() for p in selected.values())
     if num_eigenvalues > num_parameters:
         raise ValueError(
-            f"num_eigenvalues: expected 1 to {num_parameters}, the number of parameters, got {num_eigenvalues}"
+            f"num_eigenvalues: expected 1 to {num_parameters}, the number of parameters, got {num_eigenvalues}. Pass"
+            f" num_eigenvalues={num_parameters} for all of them."
         )
     if start is not None and density:
         raise ValueError(

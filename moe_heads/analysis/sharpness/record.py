@@ -112,8 +112,7 @@ class SharpnessRecord:
         assert krylov is not None
         certificate = self.certificate or from_krylov(krylov, self.dependence, self.operator.center_loss)
         trace = self.trace or TraceResult(math.nan, math.inf, math.nan, 0, converged=False, blocks={})
-        rounding = certificate.trace_rounding if math.isfinite(certificate.trace_rounding) else 0.0
-        trace_stderr = math.hypot(trace.stderr, rounding)
+        trace_stderr = self._trace_error(trace.estimate, trace.stderr, certificate.trace_rounding, certificate)
         norms = self._residual_norms(krylov, certificate)
         vectors = krylov.vectors()
         tiny = torch.finfo(torch.float64).tiny
@@ -138,8 +137,9 @@ class SharpnessRecord:
             num_products=self.operator.num_products,
             num_samples=self.operator.num_samples if self.num_samples is None else self.num_samples,
             num_parameters=self.operator.num_parameters,
-            eigenvalues_converged=certificate.is_hessian and krylov.have_converged(norms),
+            eigenvalues_converged=certificate.is_hessian and certificate.is_in_range and krylov.have_converged(norms),
             trace_converged=certificate.is_hessian
+            and certificate.is_in_range
             and trace.converged
             and trace.meets(trace_stderr, self.trace_tolerance),
             graph_mode=self.operator.mode,
@@ -163,7 +163,14 @@ class SharpnessRecord:
             bare = krylov.bare_residual_norms.flip(0)[:count].clamp_min(max(krylov.asymmetry, margin))
             norms = (bare + self._rounding(certificate)).tolist()
         norms[0] = max(norms[0], self.true_residual)
-        return norms
+        errors = map(certificate.error_of_derivatives, krylov.eigenvalues)
+        return [norm + error for norm, error in zip(norms, errors, strict=True)]
+
+    def _trace_error(self, trace: float, stderr: float, rounding: float, certificate: Certificate) -> float:
+        """Return the standard error of a trace with rounding and the errors of the derivatives."""
+        relative = certificate.error_of_derivatives(trace) - certificate.product_error
+        least = torch.finfo(self.operator.dtype).eps * certificate.scale
+        return math.hypot(stderr, 0.0 if math.isnan(rounding) else rounding, relative, least)
 
     def _rounding(self, certificate: Certificate) -> float:
         """Return the contribution of rounding to a residual: the measured part and that of the iteration."""
@@ -182,7 +189,9 @@ class SharpnessRecord:
                 num_parameters=sum(place.stop - place.start for place in slices),
                 shares=block_shares(vectors, slices),
                 trace=block.estimate,
-                trace_stderr=math.hypot(block.stderr, certificate.block_rounding.get(key, 0.0)),
+                trace_stderr=self._trace_error(
+                    block.estimate, block.stderr, certificate.block_rounding.get(key, 0.0), certificate
+                ),
                 lambda_max=self.largest.get(name, (None, None))[0],
                 lambda_max_residual=self.largest.get(name, (None, None))[1],
             )

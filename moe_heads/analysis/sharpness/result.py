@@ -247,6 +247,19 @@ class SharpnessResult:
     def _why_not_converged(self) -> str:
         if self.engine != "lanczos" or self.certificate is None:
             return f"The eigenvalues did not converge in {self.num_steps} steps. Each is accurate only to its residual."
+        largest = max(map(abs, self.eigenvalues))
+        if not self.certificate.is_in_range:
+            return (
+                f"The eigenvalues are not certified, because squares of numbers of size {largest:.1g} leave the range"
+                f" of {self.certificate.dtype}. Multiply the loss by a number."
+            )
+        if self.certificate.error_of_derivatives(largest) > self.tolerance * largest:
+            return (
+                "The eigenvalues did not converge, because the derivatives differ from finite differences, the gradient"
+                f" by {self.certificate.derivative_error:.1g} and a product by {self.certificate.curvature_error:.1g}"
+                " of its size. Each eigenvalue is accurate only to its residual, which includes this error. Look for"
+                " a custom backward or a detach() in the loss."
+            )
         rounding, lost = self.certificate.rounding, []
         for rank, (value, residual) in enumerate(zip(self.eigenvalues, self.residuals, strict=True), start=1):
             if residual > self.tolerance and self.certificate.is_complete:

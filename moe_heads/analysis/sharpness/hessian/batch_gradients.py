@@ -1,7 +1,7 @@
 """Loss, gradient and double backward of one batch."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -55,10 +55,14 @@ class BatchGradients:
         """
         with ExitStack() as stack:
             stack.enter_context(folded(self.folds))
-            stack.enter_context(_replayed(self.device, self._seed + index))
+            stack.enter_context(self.random_numbers(index))
             if freezes:
                 stack.enter_context(self._frozen())
             yield
+
+    def random_numbers(self, index: int) -> AbstractContextManager[None]:
+        """Return a context in which the loss of a batch draws the random numbers of this analysis."""
+        return _replayed(self.device, self._seed + index)
 
     def loss(self, index: int, batch: Batch) -> float:
         """Return the mean loss of a batch, which may be nan or inf."""

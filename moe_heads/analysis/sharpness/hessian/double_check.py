@@ -1,7 +1,7 @@
 """Comparison of products and of a derivative of the loss with float64 on a part of the samples."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -31,8 +31,15 @@ _SMALL_STEP = 1e-9
 # Number of random directions along which the loss is differentiated.
 _NUM_DIRECTIONS = 3
 
+# Number of these along which the gradient is differentiated. The smallest difference counts, because now and then a
+# unit crosses a kink along one of them, while a wrong product shows along all.
+_NUM_PRODUCTS = 2
+
 # Rounding of a gradient of size 1 in float64.
 _ROUNDING = 1e-14
+
+_Evaluate = Callable[[Batch, Sequence[Tensor]], Tensor]
+"""Loss of one batch at given parameters, in float64, with the same random numbers in every call."""
 
 
 @dataclass(frozen=True)
@@ -41,17 +48,23 @@ class DoubleCheck:
 
     Attributes:
         differences: :math:`\Delta v` for each vector, (P,) each, float64, with :math:`\Delta` the difference of the two
-            Hessians.
+            Hessians. Empty if the loss draws random numbers, which differ in float64.
+        direction: d, (P,), float64, with entries of size 1.
+        product_difference: :math:`Hd` minus a central difference of the gradient along d, (P,), float64, less what
+            rounding explains.
         derivative_error: Largest difference between :math:`g \cdot d` and a central difference of the loss along three
             random directions d with entries of size 1, over the larger of :math:`\|g\|` and the quotient.
-        curvature_error: Length of the difference between :math:`Hd` and a central difference of the gradient, over the
-            length of the longer of the two.
+        curvature_error: Length of ``product_difference``, over the length of the longer of the two.
+        repeat_error: Relative difference of the loss when it is evaluated a second time in the same way.
         num_samples: Number of compared samples.
     """
 
     differences: tuple[Tensor, ...]
+    direction: Tensor
+    product_difference: Tensor
     derivative_error: float
     curvature_error: float
+    repeat_error: float
     num_samples: int
 
 
@@ -78,10 +91,8 @@ def check_in_double(
         pieces = _pieces(data, cuts)
         try:
             if _draws_random_numbers(gradients, *pieces[0]):
-                return "the loss draws random numbers, which differ in float64"
-            double = DoubleLoss(model, loss_fn, params)
-            double(pieces[0][1], [p.detach() for p in double.params.values()])
-            return _compared(gradients, double, pieces, vectors, progress, seed)
+                vectors = ()
+            return _compared(gradients, DoubleLoss(model, loss_fn, params), pieces, vectors, progress, seed)
         except TimeUp:
             return f"{progress.end} before the check"
         except Exception as error:  # any error of the user's code, which may not run in float64 or on few samples
@@ -104,27 +115,39 @@ def _compared(
     sizes = [p.numel() for p in params]
     tangents = [_parts(vector, params, sizes) for vector in vectors]
     differences = [torch.zeros(sum(sizes), dtype=torch.float64, device=params[0].device) for _ in tangents]
-    slopes = _Slopes(gradients, double, seed)
+    slopes = _Slopes(gradients, exact, seed)
     total = sum(count for *_, count in pieces)
+    repeat_error = _repeat_error(_evaluation(gradients, double, pieces[0][0]), pieces[0][1], exact)
     for index, batch, count in pieces:
         progress.tick()
-        wide = _gradient(double, batch, exact, create_graph=True)
-        slopes.add(batch, wide, count / total)
+        evaluate = _evaluation(gradients, double, index)
+        wide = _gradient(evaluate, batch, exact, create_graph=True)
+        slopes.add(evaluate, batch, wide, count / total)
         progress.tick()
+        if not tangents:
+            continue
         _, narrow = gradients.gradient(index, batch)
         for found, tangent in zip(differences, tangents, strict=True):
             ours = gradients.differentiate(narrow, tangent, retain_graph=True)
             theirs = _differentiated(wide, exact, [t.double() for t in tangent])
             flat = torch.cat([(a.double() - b).reshape(-1) for a, b in zip(ours, theirs, strict=True)])
             found.add_(flat, alpha=count / total)
-    return DoubleCheck(tuple(differences), slopes.derivative_error, slopes.curvature_error, total)
+    return DoubleCheck(
+        tuple(differences),
+        slopes.direction,
+        slopes.product_difference,
+        slopes.derivative_error,
+        slopes.curvature_error,
+        repeat_error,
+        total,
+    )
 
 
 class _Slopes:
     """Compares gradients with differences of losses, and products with differences of gradients."""
 
-    def __init__(self, gradients: BatchGradients, double: DoubleLoss, seed: int) -> None:
-        self._double, self._exact = double, list(double.params.values())
+    def __init__(self, gradients: BatchGradients, exact: Sequence[Tensor], seed: int) -> None:
+        self._exact = exact
         generator = torch.Generator().manual_seed(seed)
         self._directions = [self._direction(gradients, generator) for _ in range(_NUM_DIRECTIONS)]
         count = sum(p.numel() for p in self._exact)
@@ -132,27 +155,30 @@ class _Slopes:
         self._size = max(size, 1e-3)
         self._slopes, self._quotients = [0.0] * _NUM_DIRECTIONS, [0.0] * _NUM_DIRECTIONS
         self._norm = self._loss = 0.0
-        self._product: list[Tensor] = [torch.zeros_like(p) for p in self._exact]
-        self._change: list[Tensor] = [torch.zeros_like(p) for p in self._exact]
+        self._products = [torch.zeros(count, dtype=torch.float64, device=exact[0].device) for _ in range(_NUM_PRODUCTS)]
+        self._changes = [torch.zeros_like(product) for product in self._products]
 
-    def add(self, batch: Batch, gradient: Sequence[Tensor], weight: float) -> None:
+    def add(self, evaluate: _Evaluate, batch: Batch, gradient: Sequence[Tensor], weight: float) -> None:
         """Add a batch with its gradient, which has a graph."""
         step = _STEP * self._size
         for place, direction in enumerate(self._directions):
-            ends = [float(self._double(batch, self._moved(direction, sign * step)).detach()) for sign in (1, -1)]
+            ends = [float(evaluate(batch, self._moved(direction, sign * step)).detach()) for sign in (1, -1)]
             self._quotients[place] += weight * (ends[0] - ends[1]) / (2 * step)
             slope = sum(float((g.detach() * d).sum()) for g, d in zip(gradient, direction, strict=True))
             self._slopes[place] += weight * slope
             self._loss += weight * abs(ends[0]) / _NUM_DIRECTIONS
         self._norm += weight * _length(gradient)
         step = _SMALL_STEP * self._size
-        for sign in (1, -1):
-            moved = [p.requires_grad_() for p in self._moved(self._directions[0], sign * step)]
-            for change, part in zip(self._change, _gradient(self._double, batch, moved), strict=True):
-                change.add_(part, alpha=sign * weight / (2 * step))
-        along = _differentiated(gradient, self._exact, self._directions[0])
-        for product, part in zip(self._product, along, strict=True):
-            product.add_(part, alpha=weight)
+        for direction, product, change in zip(self._directions, self._products, self._changes, strict=False):
+            for sign in (1, -1):
+                moved = [p.requires_grad_() for p in self._moved(direction, sign * step)]
+                change.add_(_flat(_gradient(evaluate, batch, moved)), alpha=sign * weight / (2 * step))
+            product.add_(_flat(_differentiated(gradient, self._exact, direction)), alpha=weight)
+
+    @property
+    def direction(self) -> Tensor:
+        """The direction of ``product_difference``, flat."""
+        return _flat(self._directions[self._best])
 
     @property
     def derivative_error(self) -> float:
@@ -166,9 +192,29 @@ class _Slopes:
     @property
     def curvature_error(self) -> float:
         """Error of the product; see `DoubleCheck`."""
+        return self._curvature_errors[self._best]
+
+    @property
+    def product_difference(self) -> Tensor:
+        """Difference of the product from the quotient; see `DoubleCheck`."""
+        return self._differences[self._best]
+
+    @property
+    def _best(self) -> int:
+        return self._curvature_errors.index(min(self._curvature_errors))
+
+    @property
+    def _curvature_errors(self) -> list[float]:
+        parts = zip(self._differences, self._products, self._changes, strict=True)
+        return [float(d.norm()) / max(float(p.norm()), float(c.norm()), 1e-300) for d, p, c in parts]
+
+    @property
+    def _differences(self) -> list[Tensor]:
         rounding = _ROUNDING * (1 + self._norm) / (_SMALL_STEP * self._size)
-        error = _length([a - b for a, b in zip(self._product, self._change, strict=True)]) - rounding
-        return max(error, 0.0) / max(_length(self._product), _length(self._change), 1e-300)
+        found = [product - change for product, change in zip(self._products, self._changes, strict=True)]
+        lengths = [float(difference.norm()) for difference in found]
+        shares = [max(length - rounding, 0.0) / max(length, 1e-300) for length in lengths]
+        return [difference * share for difference, share in zip(found, shares, strict=True)]
 
     def _moved(self, direction: Sequence[Tensor], step: float) -> list[Tensor]:
         return [p.detach() + step * d for p, d in zip(self._exact, direction, strict=True)]
@@ -230,10 +276,28 @@ def _differentiated(
     )
 
 
+def _evaluation(gradients: BatchGradients, double: DoubleLoss, index: int) -> _Evaluate:
+    def evaluate(batch: Batch, params: Sequence[Tensor]) -> Tensor:
+        with gradients.random_numbers(index):
+            return double(batch, params)
+
+    return evaluate
+
+
+def _repeat_error(evaluate: _Evaluate, batch: Batch, params: Sequence[Tensor]) -> float:
+    # without gradients, the loss raises an error if it uses parameters other than through the modules
+    first, second = (float(evaluate(batch, [p.detach() for p in params]).detach()) for _ in range(2))
+    return abs(first - second) / max(abs(first), abs(second), 1e-300)
+
+
+def _flat(parts: Sequence[Tensor]) -> Tensor:
+    return torch.cat([part.detach().reshape(-1) for part in parts])
+
+
 def _gradient(
-    double: DoubleLoss, batch: Batch, params: Sequence[Tensor], *, create_graph: bool = False
+    evaluate: _Evaluate, batch: Batch, params: Sequence[Tensor], *, create_graph: bool = False
 ) -> Sequence[Tensor]:
-    loss = double(batch, params)
+    loss = evaluate(batch, params)
     if not loss.requires_grad:
         return [torch.zeros_like(p) for p in params]
     return torch.autograd.grad(loss, params, create_graph=create_graph, allow_unused=True, materialize_grads=True)

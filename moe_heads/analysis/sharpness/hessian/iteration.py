@@ -17,6 +17,9 @@ __all__ = ["MIN_EXTRA_VECTORS", "KrylovIteration"]
 # product with each step, about ten thousandfold in a dozen steps. In float64 the limit leaves room for this growth.
 _ROUNDING = {torch.float32: 1e-5, torch.float64: 1e-10}
 
+# Remainders below this share of the norm of the matrix have lost digits, and are orthogonalized again before use.
+_SMALL_REMAINDER = 1e-3
+
 # Ritz vectors that a restart keeps in addition to the k largest, if there is room.
 _EXTRA_KEPT = 3
 
@@ -143,7 +146,10 @@ class KrylovIteration:
         """
         is_full = self._restarted()
         self.active = place
-        self._following = self.remainders[place] / norm(self.remainders[place])
+        length = norm(self.remainders[place])
+        self._following = self.remainders[place] / length
+        if length < _SMALL_REMAINDER * self._scale:
+            self._following = self._orthonormal(self._following)
         return is_full
 
     def begin(self) -> bool:
@@ -203,7 +209,10 @@ class KrylovIteration:
             # In a small space a vector of signs may lie in the basis. One of normal numbers does not.
             vector = torch.randn(dim, generator=self._generator, dtype=dtype).to(device)
             length, vector = norm(vector), self.basis.complement(vector)
-        # Twice, because a nearly complete basis leaves a small and inexact part of the vector.
+        return self._orthonormal(vector)
+
+    def _orthonormal(self, vector: Tensor) -> Tensor:
+        """Return a unit vector orthogonal to the basis, from one whose part outside the basis is small and inexact."""
         for _ in range(2):
             vector = self.basis.complement(vector / norm(vector))
         return vector / norm(vector)

@@ -104,7 +104,7 @@ def test_an_expert_that_no_sample_reaches_has_no_curvature() -> None:
     model = nn.Sequential(nn.Linear(5, 20), nn.Tanh(), head).double()
     result = sharpness(model, cross_entropy, [classification(40, 5)], max_steps=60)
     assert result.trace_stderr > 0
-    assert (result.experts["expert 1"].trace, result.experts["expert 1"].trace_stderr) == (0, 0)
+    assert result.experts["expert 1"].trace == 0 and result.experts["expert 1"].trace_stderr < 1e-15
     assert result.experts["expert 0"].trace > 0
 
 
