@@ -74,6 +74,9 @@ def certified(
         wrong = _trace_error(found.direction, found.product_difference, torch.zeros_like(along), places)
         return math.hypot(rounding, wrong)
 
+    for name, error in (("gradient", found.derivative_error), ("product", found.curvature_error)):
+        if math.isnan(error):
+            others[f"{name} against finite difference"] = "differences at two step sizes disagree, as in float32"
     if not found.differences:
         others["products in float64"] = "the loss draws random numbers, which differ in float64"
     return replace(
@@ -83,7 +86,7 @@ def certified(
         block_rounding={name: trace_error(places) for name, places in blocks.items()},
         derivative_error=found.derivative_error,
         curvature_error=found.curvature_error,
-        product_error=float(found.product_difference.norm()),
+        product_error=0.0 if math.isnan(found.curvature_error) else float(found.product_difference.norm()),
         repeat_error=found.repeat_error,
         num_double=found.num_samples,
         unchecked=others,

@@ -163,3 +163,19 @@ def test_products_are_symmetric_when_a_nearly_complete_basis_continues_from_a_sm
     values = torch.tensor([-0.6, -0.5, 0.0, 0.2, 0.5, 0.7, 1.0], dtype=torch.float64).repeat(10)
     repeated = sharpness(_Quadratic(values), quadratic, [torch.ones(8, 1)], num_eigenvalues=8, density=False, seed=seed)
     assert repeated.certificate is not None and repeated.certificate.asymmetry < 1e-10
+
+
+def test_a_part_that_stays_in_float32_is_no_error_of_the_derivatives() -> None:
+    """Differences of such a loss are noise: the checks say that they were not possible, and nothing warns."""
+    model, batch = problem()
+    single = torch.from_numpy(np.zeros(1, np.float32))
+
+    def loss(m: nn.Module, b: Batch) -> Tensor:
+        return F.cross_entropy(m(b[0]).type_as(single), b[1])
+
+    result = sharpness(model, loss, [batch])
+    assert result.eigenvalues_converged and result.certificate is not None
+    for check in ("gradient against finite difference", "product against finite difference"):
+        assert "differences at two step sizes disagree" in result.certificate.unchecked[check]
+    exact = exact_eigenvalues(model, batch)[:5]
+    np.testing.assert_allclose(result.eigenvalues, exact, rtol=1e-3)
