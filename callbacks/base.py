@@ -11,9 +11,9 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from typing_extensions import Unpack, override
 
+from moe_heads.callbacks._shared.analysis import Analysis, described
 from moe_heads.callbacks._shared.evaluation import loss_of
 from moe_heads.callbacks._shared.execution_context import TrainerContext
-from moe_heads.callbacks._shared.one_split import Analysis, described
 from moe_heads.callbacks._shared.options import AnalysisOptions, Stage, Weights
 from moe_heads.callbacks._shared.reporting import log_hparams
 from moe_heads.callbacks._shared.trainer_access import Split, is_sharded
