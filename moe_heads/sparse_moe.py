@@ -48,8 +48,10 @@ class SparseMoE(Head):
             "auto" takes on a CPU the path that a cost model, fitted on one machine in fp32, predicts to be the fastest
             for the number of rows and the mode. On other devices it is "all".
         router: One of `moe_heads.routers`, or a custom `Router`, instead of the noisy top-k gate. It has its own ``k``,
-            ``noisy``, ``temperature`` and ``balance``.
+            ``noisy``, ``temperature``, ``balance`` and ``normalize``.
         num_shared_experts: S, the number of shared experts, of the same width as the others.
+        normalize: Whether the gate reads normalized rows, so that the size of the features has no effect on the choice;
+            see `moe_heads.routers.LinearRouter`.
 
     Raises:
         ValueError: If k > num_experts, a size is below 1, the temperature is not positive, the dropout is outside
@@ -79,6 +81,7 @@ class SparseMoE(Head):
         dispatch: Dispatch = "auto",
         router: Router | None = None,
         num_shared_experts: int = 0,
+        normalize: bool = False,
     ) -> None:
         super().__init__(in_features, num_classes)
         check_at_least_one(num_experts=num_experts)
@@ -86,10 +89,11 @@ class SparseMoE(Head):
         if num_shared_experts != 0:
             check_at_least_one(num_shared_experts=num_shared_experts)
         if router is None:
-            router = NoisyTopKRouter(in_features, num_experts, k, noisy, temperature, balance)
+            router = NoisyTopKRouter(in_features, num_experts, k, noisy, temperature, balance, normalize)
         else:
             _check_router(router, {"in_features": in_features, "num_experts": num_experts})
-            _check_absent({"k": k, "noisy": noisy, "temperature": temperature, "balance": balance})
+            own = {"k": k, "noisy": noisy, "temperature": temperature, "balance": balance, "normalize": normalize}
+            _check_absent(own)
         self.num_experts, self.expert_width = num_experts, expert_width
         self.dispatch: Dispatch = dispatch
         keep_outside_the_graph(dispatch)

@@ -43,6 +43,7 @@ class BiasBalancedRouter(LinearRouter):
         update_rate: u. The default is 0.001 as in the paper.
         temperature: Divisor of the logits.
         balance: Coefficients of additional balance losses. There are none by default, since the bias balances the load.
+        normalize: Whether the gate reads normalized rows; see `LinearRouter`.
 
     Raises:
         ValueError: If k > num_experts, a size is below 1, a rate or the temperature is not positive, or a balance term
@@ -74,9 +75,10 @@ class BiasBalancedRouter(LinearRouter):
         update_rate: float = 0.001,
         temperature: float = 1.0,
         balance: Mapping[str, float] | None = None,
+        normalize: bool = False,
     ) -> None:
         check_chosen(k, num_experts)
-        super().__init__(in_features, num_experts, temperature, balance)
+        super().__init__(in_features, num_experts, temperature, balance, normalize=normalize)
         check_positive(update_rate=update_rate)
         self.k = k
         self.update_rate = update_rate

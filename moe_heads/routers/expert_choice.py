@@ -33,6 +33,7 @@ class ExpertChoiceRouter(LinearRouter):
         k: Mean number of experts per row, the capacity factor c of the paper.
         temperature: Divisor of the logits.
         balance: Coefficients of "z" and "kl". The load needs no loss.
+        normalize: Whether the gate reads normalized rows; see `LinearRouter`.
 
     Raises:
         ValueError: If a size is below 1, k is not in (0, num_experts], the temperature is not positive, or a balance
@@ -56,8 +57,9 @@ class ExpertChoiceRouter(LinearRouter):
         k: float = 2.0,
         temperature: float = 1.0,
         balance: Mapping[str, float] | None = None,
+        normalize: bool = False,
     ) -> None:
-        super().__init__(in_features, num_experts, temperature, balance)
+        super().__init__(in_features, num_experts, temperature, balance, normalize=normalize)
         check_positive(k=k)
         if k > num_experts:
             raise ValueError(f"k: expected at most num_experts = {num_experts}, got {k}.")

@@ -29,6 +29,7 @@ class NoisyTopKRouter(LinearRouter):
         noisy: Whether to add noise in training. Without it the second projection does not exist.
         temperature: :math:`\tau`.
         balance: Coefficients of "importance", "load", "switch", "z" and "kl". See `moe_heads.balance`.
+        normalize: Whether the gate reads normalized rows; see `LinearRouter`.
 
     Raises:
         ValueError: If k > num_experts, a size is below 1, the temperature is not positive, a balance term is unknown,
@@ -51,9 +52,10 @@ class NoisyTopKRouter(LinearRouter):
         noisy: bool = True,
         temperature: float = 1.0,
         balance: Mapping[str, float] | None = None,
+        normalize: bool = False,
     ) -> None:
         check_chosen(k, num_experts)
-        super().__init__(in_features, num_experts, temperature, balance)
+        super().__init__(in_features, num_experts, temperature, balance, normalize=normalize)
         if not noisy and self.balance.get("load"):
             raise ValueError(
                 f"balance['load']: expected noisy=True, since the smooth load differentiates through the noise, got"
@@ -67,7 +69,7 @@ class NoisyTopKRouter(LinearRouter):
         logits = self.gate_logits(x)
         noise_std = noisy_logits = None
         if self.noise is not None and self.training:
-            noise_std = F.softplus(linear_fp32(self.noise, x))
+            noise_std = F.softplus(linear_fp32(self.noise, self.gate_input(x)))
             noisy_logits = logits + torch.randn_like(logits) * noise_std
         deciding = logits if noisy_logits is None else noisy_logits
         probs = deciding.softmax(-1)

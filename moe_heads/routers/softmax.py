@@ -21,6 +21,7 @@ class SoftmaxRouter(LinearRouter):
         balance: Coefficients of "kl", "importance" and "z". See `moe_heads.balance`.
         slots_per_expert: S, the number of logits per expert. The gate of an expert is the sum over its slots, so its
             logit in the `Routing` is their logsumexp.
+        normalize: Whether the gate reads normalized rows; see `LinearRouter`.
 
     Raises:
         ValueError: If a size is below 1, the temperature is not positive, or a balance term is unknown.
@@ -41,9 +42,10 @@ class SoftmaxRouter(LinearRouter):
         temperature: float = 1.0,
         balance: Mapping[str, float] | None = None,
         slots_per_expert: int = 1,
+        normalize: bool = False,
     ) -> None:
         check_at_least_one(slots_per_expert=slots_per_expert)
-        super().__init__(in_features, num_experts, temperature, balance, slots_per_expert)
+        super().__init__(in_features, num_experts, temperature, balance, slots_per_expert, normalize=normalize)
         self.slots_per_expert = slots_per_expert
 
     def forward(self, x: Tensor, rows_per_sample: int = 1) -> Routing:

@@ -28,6 +28,7 @@ class SwitchRouter(LinearRouter):
         jitter: :math:`\epsilon`, in [0, 1). The default is 0.01 as in the paper.
         temperature: Divisor of the logits.
         balance: Coefficients of the balance losses. The default is the Switch loss with 0.01, as in the paper.
+        normalize: Whether the gate reads normalized rows; see `LinearRouter`.
 
     Raises:
         ValueError: If a size is below 1, the jitter is outside [0, 1), the temperature is not positive, or a balance
@@ -52,8 +53,9 @@ class SwitchRouter(LinearRouter):
         jitter: float = 0.01,
         temperature: float = 1.0,
         balance: Mapping[str, float] | None = {"switch": 0.01},
+        normalize: bool = False,
     ) -> None:
-        super().__init__(in_features, num_experts, temperature, balance)
+        super().__init__(in_features, num_experts, temperature, balance, normalize=normalize)
         check_shares(jitter=jitter)
         self.jitter = jitter
 

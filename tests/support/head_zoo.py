@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 
 from moe_heads import SparseMoE
-from moe_heads.routers import BiasBalancedRouter, ExpertChoiceRouter, SoftmaxRouter, SwitchRouter
+from moe_heads.routers import BiasBalancedRouter, ExpertChoiceRouter, NoisyTopKRouter, SoftmaxRouter, SwitchRouter
 
 FEATURES, CLASSES, EXPERTS, WIDTH = 8, 3, 4, 16
 
@@ -15,6 +15,7 @@ ROUTERS: dict[str, Callable[[], object]] = {
     "bias_balanced": lambda: BiasBalancedRouter(FEATURES, EXPERTS, k=2),
     "expert_choice": lambda: ExpertChoiceRouter(FEATURES, EXPERTS, k=2),
     "softmax": lambda: SoftmaxRouter(FEATURES, EXPERTS),
+    "normalized": lambda: NoisyTopKRouter(FEATURES, EXPERTS, k=2, normalize=True),
 }
 
 

@@ -12,6 +12,7 @@ from tests.support.reference_heads import gated_loop, sparse_loop
 EAGER = ("all", "gathered", "ragged", "auto")
 SERVES = {
     "noisy_top_k": EAGER,
+    "normalized": EAGER,
     "switch": EAGER,
     "bias_balanced": EAGER,
     "expert_choice": ("all", "ragged", "auto"),

@@ -38,7 +38,7 @@ GATES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "expert_choice": lambda z, chosen: z.softmax(-1) * chosen,
     "softmax": lambda z, chosen: z.softmax(-1),
 }
-GATES["noisy_with_temperature"] = GATES["noisy_top_k"]
+GATES["noisy_with_temperature"] = GATES["normalized"] = GATES["noisy_top_k"]
 
 every_head = pytest.mark.parametrize("name", list(HEADS))
 features_or_tokens = pytest.mark.parametrize("shape", [(10, FEATURES), (4, 3, FEATURES)])
