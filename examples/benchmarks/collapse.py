@@ -87,9 +87,12 @@ def _cells() -> dict[str, Cell]:
         finalists = {
             "finalist: shared expert, no noise, switch 0.1": _sparse(k, **shared, balance=switch),
             "finalist: the same, normalized": _sparse(k, **shared, balance=switch, normalize=True),
-            "finalist: the same, normalized, switch 0.03": _sparse(
-                k, **shared, balance={"switch": 0.03}, normalize=True
-            ),
+            **{
+                f"finalist: the same, normalized, switch {size}": _sparse(
+                    k, **shared, balance={"switch": size}, normalize=True
+                )
+                for size in (0.03, 0.05)
+            },
         }
         found |= {f"k = {k}, {name}": cell for name, cell in (one_factor | finalists).items()}
     return found
