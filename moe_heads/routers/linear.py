@@ -26,8 +26,8 @@ class LinearRouter(Router):
         balance: Coefficients of the balance losses listed in `balance_terms`. See `moe_heads.balance`.
         logits_per_expert: Number of rows of the gate per expert.
         normalize: Whether the gate reads :math:`(x - \bar x) / \mathrm{std}(x)` of each row instead of x, a layer norm
-            without parameters. The size of the features then has no effect on the choice. On the digits, no expert of a
-            head with 2 of 8 experts dies or starves (docs/results.md).
+            without parameters. The size of the features then has no effect on the choice. Together with a shared expert
+            and the Switch loss it keeps every expert in use on the digits (docs/results.md).
 
     Raises:
         ValueError: If a size is below 1, the temperature is not positive, a balance term is unknown, or ``normalize``

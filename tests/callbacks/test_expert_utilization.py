@@ -107,7 +107,7 @@ def test_collapse_and_dead_experts_cause_one_warning() -> None:
     (line,) = warned
     assert line.startswith("expert_utilization: epoch 0, head 'head': the routing collapses to 1.0 effective")
     assert "; 3 of 4 experts dead: numbers" in line
-    assert line.count("Raise the coefficients of balance") == 1
+    assert line.count("Build the SparseMoE with num_shared_experts=1, noisy=False") == 1
 
 
 class HiddenByNoise(PlainModule):
