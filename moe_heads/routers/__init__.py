@@ -1,6 +1,7 @@
 """Routers: modules that assign rows to experts with mixing weights.
 
-Each maps rows (N, D) to a `moe_heads.Routing` and can be passed as ``SparseMoE(..., router=...)``.
+Each maps rows (N, D) to a `moe_heads.Routing` and can be passed as ``SparseMoE(..., router=...)``. A new one derives
+from `LinearRouter`, or from `moe_heads.Router` (routing/router.py) if its gate is not linear.
 """
 
 from moe_heads.routers.bias_balanced import BiasBalancedRouter
