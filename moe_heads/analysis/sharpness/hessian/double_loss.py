@@ -6,6 +6,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
 
 from moe_heads.analysis._shared.batches import Batch, LossFn, map_leaves
@@ -85,7 +86,11 @@ class _Loss(nn.Module):
 
 
 class _Doubles(TorchFunctionMode):
-    """A mode that replaces float32 by float64 in every call."""
+    """A mode that replaces float32 by float64 in every call, and saves what the call saves for its derivative.
+
+    A checkpoint would compute its part again in the backward pass, after the model has its own parameters back. Its
+    hooks on saved tensors do not apply inside of these.
+    """
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -93,7 +98,8 @@ class _Doubles(TorchFunctionMode):
         if func is Tensor.float:
             return args[0].double()
         named = {key: _wider(value) for key, value in (kwargs or {}).items()}
-        return func(*map(_wider, args), **named)
+        with saved_tensors_hooks(_itself, _itself):
+            return func(*map(_wider, args), **named)
 
 
 @contextmanager
@@ -105,6 +111,10 @@ def _doubles() -> Iterator[None]:
             yield
     finally:
         torch.set_default_dtype(before)
+
+
+def _itself(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 def _wider(value: Any) -> Any:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from moe_heads.analysis import sharpness
 from tests.support.hessians import Batch, cross_entropy
@@ -179,3 +180,23 @@ def test_a_part_that_stays_in_float32_is_no_error_of_the_derivatives() -> None:
         assert "differences at two step sizes disagree" in result.certificate.unchecked[check]
     exact = exact_eigenvalues(model, batch)[:5]
     np.testing.assert_allclose(result.eigenvalues, exact, rtol=1e-3)
+
+
+class _Checkpointed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Sequential(nn.Linear(5, 12), nn.Tanh()), nn.Linear(12, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden: Tensor = checkpoint(self.first, x, use_reentrant=False)
+        logits: Tensor = self.last(hidden)
+        return logits
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_checkpointed_model_passes_every_check(dtype: torch.dtype) -> None:
+    """In float64 the second computation of a checkpoint took the model's own parameters, which looked like an error."""
+    _, batch = problem()
+    result = sharpness(_Checkpointed().to(dtype), cross_entropy, [(batch[0].to(dtype), batch[1])], num_eigenvalues=3)
+    assert result.eigenvalues_converged and result.certificate is not None and not result.certificate.unchecked
+    assert result.certificate.curvature_error < 1e-6 and result.certificate.derivative_error < 1e-6
