@@ -32,7 +32,7 @@ from moe_heads.analysis.expert_utilization.samples import (
     read_labels,
 )
 from moe_heads.analysis.expert_utilization.sums import ReportOptions, UtilizationSums
-from moe_heads.checks import check_at_least, check_at_least_one, check_flags, check_seed, check_shares
+from moe_heads.checks import check_at_least, check_at_least_one, check_flags, check_shares
 from moe_heads.routing import Adapters, Routing, adapted_routers, collect_routing, named_routers
 
 __all__ = ["checked_options", "expert_utilization"]
@@ -166,7 +166,6 @@ def checked_options(
     check_shares(dead_below=dead_below, starved_below=starved_below)
     if starved_below < dead_below:
         raise ValueError(f"starved_below: expected at least dead_below = {dead_below}, got {starved_below}.")
-    check_seed(seed)
     check_at_least(0, num_permutations=num_permutations, num_examples=num_examples)
     return ReportOptions(dead_below, starved_below, num_permutations, num_examples, seed)
 

@@ -34,7 +34,8 @@ class Certificate:
         rounding: Contribution of rounding to each residual, in units of an eigenvalue; nan if it was not measured. It
             is twice the length of the difference between :math:`Hw` as computed and in float64, for w the sum of the
             unit eigenvectors with random signs.
-        trace_rounding: Error of the trace from rounding and from ``product_error``, estimated with random vectors.
+        trace_rounding: Error of the trace from rounding and from ``product_error``, estimated with random vectors. If
+            rounding was not measured, from ``product_error`` alone.
         block_rounding: The same for the trace of each block of parameters, by its key.
         derivative_error: Relative difference between the gradient and a finite difference of the loss along random
             directions, in float64.

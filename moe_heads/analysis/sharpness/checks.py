@@ -86,7 +86,7 @@ def certified(
         block_rounding={name: trace_error(places) for name, places in blocks.items()},
         derivative_error=found.derivative_error,
         curvature_error=found.curvature_error,
-        product_error=0.0 if math.isnan(found.curvature_error) else float(found.product_difference.norm()),
+        product_error=float(found.product_difference.norm()),
         repeat_error=found.repeat_error,
         num_double=found.num_samples,
         unchecked=others,

@@ -39,7 +39,7 @@ class DoubleCheck:
             Hessians. Empty if the loss draws random numbers, which differ in float64.
         direction: d, (P,), float64, with entries of size 1.
         product_difference: :math:`Hd` minus a central difference of the gradient along d, (P,), float64, less what
-            rounding explains.
+            rounding and noise explain.
         derivative_error: Largest difference between :math:`g \cdot d` and a central difference of the loss along three
             random directions d with entries of size 1, over the larger of :math:`\|g\|` and the quotient. nan if
             quotients at two step sizes differ too much.
@@ -120,34 +120,39 @@ def _compared(
             ours = gradients.differentiate(narrow, tangent, retain_graph=True)
             theirs = differentiated(wide, exact, [t.double() for t in tangent])
             found.add_(flat(ours).double() - flat(theirs), alpha=count / total)
-    has_noise = derivatives.needs_noise
-    for index, batch, count in pieces if has_noise else ():
+    has_product_error = derivatives.has_product_error
+    for index, batch, count in pieces if has_product_error or derivatives.has_slope_error else ():
         progress.tick()
-        derivatives.add_twice_the_step(_evaluation(gradients, double, index), batch, count / total)
-    derivative_error, curvature_error, direction, product_difference = derivatives.measured(has_noise=has_noise)
+        evaluate = _evaluation(gradients, double, index)
+        derivatives.add_second_look(evaluate, batch, count / total, has_product_error=has_product_error)
+    curvature_error, direction, product_difference = derivatives.product_error()
     return DoubleCheck(
-        tuple(differences), direction, product_difference, derivative_error, curvature_error, repeat_error, total
+        tuple(differences),
+        direction,
+        product_difference,
+        derivatives.derivative_error,
+        curvature_error,
+        repeat_error,
+        total,
     )
 
 
 def _directions(gradients: BatchGradients, exact: Sequence[Tensor], seed: int) -> list[list[Tensor]]:
     """Draw directions with entries of size 1, and zero for weights that torch defines as constants."""
     generator = torch.Generator().manual_seed(seed)
-    constant = [torch.ones_like(p) for p in exact]
-    places = {id(p): part for p, part in zip(gradients.params.values(), constant, strict=True)}
+    found = [
+        [torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p.device) for p in exact]
+        for _ in range(NUM_DIRECTIONS)
+    ]
+    places = {id(p): place for place, p in enumerate(gradients.params.values())}
     for module in gradients.model.modules():
         # the rows of padding tokens have no gradient
         padding = getattr(module, "padding_idx", None)
         is_embedding = isinstance(module, (nn.Embedding, nn.EmbeddingBag))
         if is_embedding and padding is not None and id(module.weight) in places:
-            places[id(module.weight)][padding] = 0
-    return [
-        [
-            torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p.device) * free
-            for p, free in zip(exact, constant, strict=True)
-        ]
-        for _ in range(NUM_DIRECTIONS)
-    ]
+            for direction in found:
+                direction[places[id(module.weight)]][padding] = 0
+    return found
 
 
 def _pieces(data: Microbatches, cuts: bool) -> list[tuple[int, Batch, int]]:

@@ -16,10 +16,6 @@ Evaluate = Callable[[Batch, Sequence[Tensor]], Tensor]
 NUM_DIRECTIONS = 3
 """Number of random directions along which the loss is differentiated."""
 
-# Number of these along which the gradient is differentiated. The smallest difference counts, because now and then a
-# unit crosses a kink along one of them, while a wrong product shows along all.
-_NUM_PRODUCTS = 2
-
 # Step of a difference of losses in units of the size of the weights. In float64 it is far above rounding, and small
 # enough that almost no unit crosses a kink.
 _STEP = 1e-6
@@ -37,8 +33,10 @@ _TOO_NOISY = 1e-2
 class FiniteDifferences:
     """Sums of gradients, products and finite differences over batches, and their errors.
 
-    Differences at twice the step size measure the noise, such as that of a part which computes in float32 although its
-    inputs are float64. It is no error of the derivatives. The second step size is needed only if there are errors.
+    The first look takes slopes along all directions and the product with the first one. Errors that rounding does not
+    explain need a second look, for two reasons. Differences at twice the step size measure the noise, such as that of a
+    part which computes in float32 although its inputs are float64. And now and then a unit crosses a kink along one
+    direction, while a wrong product shows along the second one too.
 
     Args:
         exact: The parameters, float64.
@@ -52,73 +50,113 @@ class FiniteDifferences:
         self._step, self._small_step = _STEP * max(size, 1e-3), _SMALL_STEP * max(size, 1e-3)
         self._norm = self._loss = 0.0
         self._slopes = torch.zeros(len(directions), dtype=torch.float64)
-        self._quotients = torch.zeros(2, len(directions), dtype=torch.float64)
-        self._products = torch.zeros(_NUM_PRODUCTS, count, dtype=torch.float64, device=exact[0].device)
-        self._changes = torch.zeros(2, *self._products.shape, dtype=torch.float64, device=exact[0].device)
+        # by number of steps, and by direction; vectors of the size of the parameters only where they are needed
+        self._quotients: dict[int, Tensor] = {}
+        self._products: dict[int, Tensor] = {}
+        self._changes: dict[tuple[int, int], Tensor] = {}
 
     def add(self, evaluate: Evaluate, batch: Batch, gradient: Sequence[Tensor], weight: float) -> None:
-        """Add a batch with its gradient, which has a graph."""
+        """Add a batch to the first look, with its gradient, which has a graph."""
         for place, direction in enumerate(self._directions):
             slope = sum(float((g.detach() * d).sum()) for g, d in zip(gradient, direction, strict=True))
             self._slopes[place] += weight * slope
         self._norm += weight * float(flat(gradient).norm())
-        for product, direction in zip(self._products, self._directions, strict=False):
-            product.add_(flat(differentiated(gradient, self._exact, direction)), alpha=weight)
-        self._add_differences(evaluate, batch, weight, 0)
+        self._loss += weight * self._add_quotients(evaluate, batch, weight, 1)
+        self._add_product(gradient, weight, 0)
+        self._add_change(evaluate, batch, weight, 1, 0)
 
-    def add_twice_the_step(self, evaluate: Evaluate, batch: Batch, weight: float) -> None:
-        """Add the differences of a batch at twice the step size, if `needs_noise`."""
-        self._add_differences(evaluate, batch, weight, 1)
-
-    def _add_differences(self, evaluate: Evaluate, batch: Batch, weight: float, which: int) -> None:
-        step, small_step = self._step * (1 + which), self._small_step * (1 + which)
-        for place, direction in enumerate(self._directions):
-            ends = [float(evaluate(batch, self._moved(direction, sign * step)).detach()) for sign in (1, -1)]
-            self._quotients[which, place] += weight * (ends[0] - ends[1]) / (2 * step)
-            self._loss += weight * abs(ends[0]) / len(self._directions) if which == 0 else 0.0
-        for change, direction in zip(self._changes[which], self._directions, strict=False):
-            for sign in (1, -1):
-                moved = [p.requires_grad_() for p in self._moved(direction, sign * small_step)]
-                change.add_(flat(gradient_of(evaluate, batch, moved)), alpha=sign * weight / (2 * small_step))
-
-    @property
-    def needs_noise(self) -> bool:
-        """True if there is an error that rounding does not explain."""
-        return bool((self._slope_errors > 0).any()) or bool((self._product_errors > 0).all())
-
-    def measured(self, *, has_noise: bool) -> "tuple[float, float, Tensor, Tensor]":
-        """Return relative errors of gradient and product, direction and error of the product; nan if noise hides them.
+    def add_second_look(self, evaluate: Evaluate, batch: Batch, weight: float, *, has_product_error: bool) -> None:
+        """Add a batch to the second look.
 
         Args:
-            has_noise: Whether the differences at twice the step size were added.
+            evaluate: Loss of the batch.
+            batch: The batch.
+            weight: Its weight.
+            has_product_error: `has_product_error` after the first look. Otherwise the slopes alone are looked at.
         """
-        size = torch.maximum(torch.full_like(self._slopes, self._norm), self._quotients[0].abs()).clamp_min(1e-300)
-        noise = 2 * (self._quotients[0] - self._quotients[1]).abs().max() if has_noise else torch.zeros(())
-        slope_error = float(((self._slope_errors - noise) / size).max().clamp_min(0))
-        if float((noise / size).max()) > _TOO_NOISY:
-            slope_error = math.nan
-        length = torch.maximum(self._products.norm(dim=1), self._changes[0].norm(dim=1)).clamp_min(1e-300)
-        noises = (self._changes[0] - self._changes[1]).norm(dim=1) if has_noise else torch.zeros_like(length)
-        errors = (self._product_errors - noises).clamp_min(0)
-        best = int((errors / length).argmin())
-        difference = self._products[best] - self._changes[0, best]
-        difference = difference * (errors[best] / difference.norm().clamp_min(1e-300))
-        is_noisy = float(noises[best] / length[best]) > _TOO_NOISY
-        product_error = math.nan if is_noisy else float(errors[best] / length[best])
-        return slope_error, product_error, flat(self._directions[best]), difference
+        self._add_quotients(evaluate, batch, weight, 2)
+        if has_product_error:
+            self._add_product(gradient_of(evaluate, batch, self._exact, create_graph=True), weight, 1)
+            for num_steps, place in ((2, 0), (1, 1), (2, 1)):
+                self._add_change(evaluate, batch, weight, num_steps, place)
+
+    @property
+    def has_slope_error(self) -> bool:
+        """True if a slope differs from its quotient by more than rounding."""
+        return bool((self._slope_errors > 0).any())
+
+    @property
+    def has_product_error(self) -> bool:
+        """True if the product with the first direction differs from its quotient by more than rounding."""
+        return self._product_error(0) > 0
+
+    @property
+    def derivative_error(self) -> float:
+        """Relative error of the gradient, the largest along all directions; nan if noise hides it."""
+        first = self._quotients[1]
+        noise = 2 * float((first - self._quotients.get(2, first)).abs().max())
+        sizes = first.abs().clamp_min(max(self._norm, 1e-300))
+        if noise > _TOO_NOISY * float(sizes.min()):
+            return math.nan
+        return float(((self._slope_errors - noise) / sizes).max().clamp_min(0))
+
+    def product_error(self) -> tuple[float, Tensor, Tensor]:
+        """Return the relative error of the product, the direction, and the difference.
+
+        The direction is the one with the smallest error. If noise hides the error, it is nan, and the difference zero.
+        """
+        error, noise, place = min(self._relative(place) for place in self._products)
+        direction, difference = flat(self._directions[place]), self._difference(place)
+        length = float(difference.norm())
+        if noise > _TOO_NOISY or length == 0:
+            return (math.nan if noise > _TOO_NOISY else 0.0), direction, torch.zeros_like(difference)
+        return error, direction, difference * (error * self._length(place) / length)
+
+    def _add_quotients(self, evaluate: Evaluate, batch: Batch, weight: float, num_steps: int) -> float:
+        """Add the quotients of the loss along all directions, and return the mean size of the loss."""
+        step, total = num_steps * self._step, 0.0
+        quotients = self._quotients.setdefault(num_steps, torch.zeros_like(self._slopes))
+        for place, direction in enumerate(self._directions):
+            ends = [float(evaluate(batch, self._moved(direction, sign * step)).detach()) for sign in (1, -1)]
+            quotients[place] += weight * (ends[0] - ends[1]) / (2 * step)
+            total += abs(ends[0])
+        return total / len(self._directions)
+
+    def _add_product(self, gradient: Sequence[Tensor], weight: float, place: int) -> None:
+        product = flat(differentiated(gradient, self._exact, self._directions[place]))
+        self._products.setdefault(place, torch.zeros_like(product)).add_(product, alpha=weight)
+
+    def _add_change(self, evaluate: Evaluate, batch: Batch, weight: float, num_steps: int, place: int) -> None:
+        step = num_steps * self._small_step
+        for sign in (1, -1):
+            moved = [p.requires_grad_() for p in self._moved(self._directions[place], sign * step)]
+            end = flat(gradient_of(evaluate, batch, moved))
+            change = self._changes.setdefault((num_steps, place), torch.zeros_like(end))
+            change.add_(end, alpha=sign * weight / (2 * step))
 
     @property
     def _slope_errors(self) -> Tensor:
         """Differences between slopes and quotients beyond rounding, which may be negative."""
         rounding = _LOSS_ROUNDING * (1 + self._loss) / self._step
-        return (self._slopes - self._quotients[0]).abs() - rounding
+        return (self._slopes - self._quotients[1]).abs() - rounding
 
-    @property
-    def _product_errors(self) -> Tensor:
-        """Lengths of the differences between products and changes beyond rounding, which may be negative."""
+    def _difference(self, place: int) -> Tensor:
+        return self._products[place] - self._changes[1, place]
+
+    def _length(self, place: int) -> float:
+        return max(float(self._products[place].norm()), float(self._changes[1, place].norm()), 1e-300)
+
+    def _product_error(self, place: int) -> float:
+        """Return the length of the difference between product and change beyond rounding, which may be negative."""
         rounding = _GRADIENT_ROUNDING * (1 + self._norm) / self._small_step
-        lengths: Tensor = (self._products - self._changes[0]).norm(dim=1)
-        return lengths - rounding
+        return float(self._difference(place).norm()) - rounding
+
+    def _relative(self, place: int) -> tuple[float, float, int]:
+        """Return the error beyond rounding and noise, and the noise, both over the length, and the place."""
+        first = self._changes[1, place]
+        noise = float((first - self._changes.get((2, place), first)).norm())
+        length = self._length(place)
+        return max(self._product_error(place) - noise, 0.0) / length, noise / length, place
 
     def _moved(self, direction: Sequence[Tensor], step: float) -> list[Tensor]:
         return [p.detach() + step * d for p, d in zip(self._exact, direction, strict=True)]
