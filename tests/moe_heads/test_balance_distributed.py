@@ -1,12 +1,13 @@
 """Balance losses over two processes: value and gradient of the global batch."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
+from torch import Tensor
 
 from moe_heads import SparseMoE
+from tests.support.processes import run_on_ranks
 
 
 def build() -> tuple[SparseMoE, torch.Tensor]:
@@ -15,16 +16,12 @@ def build() -> tuple[SparseMoE, torch.Tensor]:
     return head.double().train(), torch.randn(12, 6).double()
 
 
-def one_rank(rank: int, folder: str) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+def one_rank(rank: int) -> tuple[Tensor, Any]:
     head, x = build()
     model = torch.nn.parallel.DistributedDataParallel(_AuxLoss(head))
     loss = model(x[6 * rank : 6 * rank + 6])
     loss.backward()
-    if rank == 0:
-        torch.save((loss.detach(), head.router.gate.weight.grad), f"{folder}/result.pt")
-    dist.barrier()
-    dist.destroy_process_group()
+    return loss.detach(), head.router.gate.weight.grad
 
 
 class _AuxLoss(torch.nn.Module):
@@ -37,8 +34,7 @@ class _AuxLoss(torch.nn.Module):
 
 
 def test_two_ranks_equal_one(tmp_path: Path) -> None:
-    mp.spawn(one_rank, args=(str(tmp_path),), nprocs=2)
-    loss, gradient = torch.load(tmp_path / "result.pt")
+    loss, gradient = run_on_ranks(one_rank, tmp_path)[0]
     head, x = build()
     expected = head(x, return_routing=True).aux_loss
     expected.backward()

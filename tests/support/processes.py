@@ -1,5 +1,6 @@
 """Run a function in several processes that form a gloo group."""
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,3 +24,5 @@ def _one_rank(rank: int, function: Callable[[int], Any], folder: str) -> None:
     torch.save(function(rank), f"{folder}/rank{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
+    # a gloo thread that releases a tensor while the interpreter shuts down aborts the process (pytorch/pytorch#190489)
+    time.sleep(0.1)
