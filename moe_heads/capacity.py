@@ -9,6 +9,7 @@ from torch import nn
 from moe_heads.checks import check_at_least_one, check_option, check_positive
 from moe_heads.dense import Dense
 from moe_heads.head import Head
+from moe_heads.routed_module import RoutedModule
 from moe_heads.soft_moe import SoftMoE
 from moe_heads.sparse_moe import SparseMoE
 
@@ -29,7 +30,8 @@ class Capacity:
 
     Attributes:
         total: Number of all parameters.
-        active: Number of the parameters used to evaluate one row. For a sparse head these are k experts and the gate.
+        active: Number of the parameters used to evaluate one row. For a sparse head these are the gate, k experts and
+            the shared ones.
     """
 
     total: int
@@ -37,16 +39,16 @@ class Capacity:
 
 
 def capacity(module: nn.Module) -> Capacity:
-    """Count the parameters of a head, or of any model that contains heads: in total, and active for one row.
+    """Count the parameters of a head, or of a model that contains heads or layers: in total, and active for one row.
 
     Example:
         >>> from moe_heads import SparseMoE, capacity
         >>> capacity(SparseMoE(512, 10))
-        Capacity(total=276064, active=71068)
+        Capacity(total=338924, active=138032)
     """
     total = _num_parameters(module)
-    heads = [child for child in module.modules() if isinstance(child, Head)]
-    idle = sum(_num_parameters(head) - head.num_active_parameters for head in heads)
+    routed = [child for child in module.modules() if isinstance(child, RoutedModule)]
+    idle = sum(_num_parameters(child) - child.num_active_parameters for child in routed)
     return Capacity(total, total - idle)
 
 
@@ -84,7 +86,7 @@ def match_capacity(
         >>> reference = capacity(Dense(512, 10)).total
         >>> head = match_capacity("sparse", 512, 10, total=reference)
         >>> head.expert_width, capacity(head).total - reference
-        (62, -90)
+        (50, -2082)
     """
     check_option("kind", kind, get_args(HeadKind))
     check_positive(tolerance=tolerance)

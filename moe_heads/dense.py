@@ -5,6 +5,7 @@ from torch import Tensor, nn
 from moe_heads.checks import check_at_least_one, check_shares
 from moe_heads.flops import Flops
 from moe_heads.head import Head
+from moe_heads.routed_module import masked_mean
 from moe_heads.routing import Routing
 
 __all__ = ["Dense"]
@@ -40,10 +41,12 @@ class Dense(Head):
             nn.Linear(in_features, width), nn.ReLU(), nn.Dropout(dropout), nn.Linear(width, num_classes)
         )
 
-    def classify(self, x: Tensor) -> tuple[Tensor, Routing | None]:
+    def classify(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Routing | None]:
         """Return the logits (B, C). A dense head has no routing."""
         logits = self.layers(x)
-        return (logits.mean(1) if x.dim() == 3 else logits), None
+        if x.dim() == 3:
+            return masked_mean(logits, mask), None
+        return (logits if mask is None else logits.masked_fill(~mask.unsqueeze(-1), 0)), None
 
     def count_flops(self, batch: int, tokens: int) -> Flops:
         """Count two matrix products, all of which are active."""

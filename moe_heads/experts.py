@@ -1,72 +1,117 @@
 """Experts with stacked parameters.
 
-Shapes: N rows, D features, E experts, H expert width, C classes.
+Shapes: N rows, D features, E experts, H expert width, C outputs (the classes of a head).
 """
 
 import math
-from collections.abc import Sequence
-from typing import Self
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, Self, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from moe_heads.checks import check_at_least_one, check_shares
+from moe_heads.checks import check_at_least_one, check_option, check_shares
 
-__all__ = ["Experts"]
+__all__ = ["Activation", "Experts", "StackedLinear"]
+
+Activation = Literal["relu", "gelu", "silu"]
+
+_ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
+    "relu": torch.relu_,
+    "gelu": F.gelu,
+    "silu": F.silu,
+}
+
+# Names of the parameters in state dicts of formats 1 and 2, in which the biases were (E, H) and (E, C).
+_OLD_NAMES = {"weight1": "fc1.weight", "bias1": "fc1.bias", "weight2": "fc2.weight", "bias2": "fc2.bias"}
+
+
+class StackedLinear(nn.Module):
+    """Parameters of E linear layers, stacked. `moe_heads.dispatch` computes with them.
+
+    The bias is flat, because recipes for optimizers tell weights from biases by the number of dimensions (or by the
+    name): no weight decay for a one-dimensional parameter, and no Muon. The weight of each expert is initialized like
+    that of `torch.nn.Linear`, from U(-1/√I, 1/√I), and so is the bias.
+
+    Args:
+        num_experts: E.
+        in_features: I.
+        out_features: O.
+
+    Attributes:
+        weight: (E, O, I).
+        bias: (E·O,), expert by expert.
+    """
+
+    num_filter_dims = 2
+    """Number of leading dimensions that index filters, for filter normalization: expert and unit."""
+
+    def __init__(self, num_experts: int, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.num_experts, self.in_features, self.out_features = num_experts, in_features, out_features
+        self.weight = nn.Parameter(torch.empty(num_experts, out_features, in_features))
+        self.bias = nn.Parameter(torch.empty(num_experts * out_features))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Sample every parameter from U(-1/√I, 1/√I)."""
+        for parameter in (self.weight, self.bias):
+            nn.init.uniform_(parameter, -1 / math.sqrt(self.in_features), 1 / math.sqrt(self.in_features))
+
+    @property
+    def bias_by_expert(self) -> Tensor:
+        """Bias as (E, O)."""
+        return self.bias.view(self.num_experts, self.out_features)
+
+    def extra_repr(self) -> str:
+        """Return the sizes."""
+        return f"num_experts={self.num_experts}, in_features={self.in_features}, out_features={self.out_features}"
 
 
 class Experts(nn.Module):
-    """E two-layer perceptrons D → H → ReLU → dropout → C with their parameters stacked along the first dimension.
+    """E two-layer perceptrons D → H → activation → dropout → C with their parameters stacked.
 
     Stacked parameters get a dense gradient, which is zero for an expert without rows. So DistributedDataParallel finds
-    a gradient for every parameter in every step. Each expert is initialized like a pair of `torch.nn.Linear`.
-    `moe_heads.dispatch` decides which experts run on which rows.
+    a gradient for every parameter in every step. `moe_heads.dispatch` decides which experts run on which rows.
 
     Args:
         num_experts: E.
         in_features: D.
         width: H.
         out_features: C.
-        dropout: Probability after the ReLU.
+        dropout: Probability after the activation.
+        activation: "relu", "gelu" or "silu".
     """
 
-    num_filter_dims = 2
-    """Number of leading dimensions that index filters, for filter normalization: expert and unit."""
-
-    def __init__(self, num_experts: int, in_features: int, width: int, out_features: int, dropout: float = 0.0) -> None:
+    def __init__(
+        self,
+        num_experts: int,
+        in_features: int,
+        width: int,
+        out_features: int,
+        dropout: float = 0.0,
+        activation: Activation = "relu",
+    ) -> None:
         super().__init__()
-        check_at_least_one(
-            num_experts=num_experts, in_features=in_features, expert_width=width, num_classes=out_features
-        )
+        check_at_least_one(num_experts=num_experts, in_features=in_features)
+        check_at_least_one(expert_width=width, out_features=out_features)
         check_shares(dropout=dropout)
+        check_option("activation", activation, get_args(Activation))
         self.num_experts = num_experts
         self.in_features, self.width, self.out_features = in_features, width, out_features
-        self.dropout = dropout
-        self.weight1 = nn.Parameter(torch.empty(num_experts, width, in_features))
-        self.bias1 = nn.Parameter(torch.empty(num_experts, width))
-        self.weight2 = nn.Parameter(torch.empty(num_experts, out_features, width))
-        self.bias2 = nn.Parameter(torch.empty(num_experts, out_features))
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Sample every parameter from U(-1/√fan_in, 1/√fan_in), as `torch.nn.Linear` does."""
-        for parameter, fan_in in (
-            (self.weight1, self.in_features),
-            (self.bias1, self.in_features),
-            (self.weight2, self.width),
-            (self.bias2, self.width),
-        ):
-            nn.init.uniform_(parameter, -1 / math.sqrt(fan_in), 1 / math.sqrt(fan_in))
+        self.dropout, self.activation = dropout, activation
+        self.fc1 = StackedLinear(num_experts, in_features, width)
+        self.fc2 = StackedLinear(num_experts, width, out_features)
 
     def stacks(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return the weights and biases: (E, H, D), (E, H), (E, C, H), (E, C)."""
-        return self.weight1, self.bias1, self.weight2, self.bias2
+        return self.fc1.weight, self.fc1.bias_by_expert, self.fc2.weight, self.fc2.bias_by_expert
 
     @property
     def parameters_per_expert(self) -> int:
         """Number of parameters of one expert."""
-        return sum(parameter[0].numel() for parameter in self.parameters())
+        return sum(parameter.numel() for parameter in self.parameters()) // self.num_experts
 
     @property
     def flops_per_row(self) -> int:
@@ -74,8 +119,8 @@ class Experts(nn.Module):
         return 2 * self.width * (self.in_features + self.out_features)
 
     def activate(self, hidden: Tensor) -> Tensor:
-        """Apply ReLU, and dropout in training, between the two layers. ``hidden`` may be overwritten."""
-        hidden = hidden.relu_()
+        """Apply the activation, and dropout in training, between the layers. ``hidden`` may be overwritten."""
+        hidden = _ACTIVATIONS[self.activation](hidden)
         return F.dropout(hidden, self.dropout) if self.training and self.dropout else hidden
 
     def each(self, slots: Tensor) -> Tensor:
@@ -87,21 +132,39 @@ class Experts(nn.Module):
         Returns:
             (B, E, S, C).
         """
-        hidden = self.activate(torch.einsum("besd,ehd->besh", slots, self.weight1) + self.bias1.unsqueeze(-2))
-        return torch.einsum("besh,ech->besc", hidden, self.weight2) + self.bias2.unsqueeze(-2)
+        weight1, bias1, weight2, bias2 = self.stacks()
+        hidden = self.activate(torch.einsum("besd,ehd->besh", slots, weight1) + bias1.unsqueeze(-2))
+        return torch.einsum("besh,ech->besc", hidden, weight2) + bias2.unsqueeze(-2)
+
+    @torch.no_grad()
+    def copy_from(self, first: nn.Linear, second: nn.Linear) -> None:
+        """Copy two linear layers into every expert. A layer without a bias gives zeros."""
+        for target, source in ((self.fc1, first), (self.fc2, second)):
+            # by name: a pruned or parametrized layer has other parameters besides its weight
+            target.weight.copy_(source.weight.expand_as(target.weight))
+            bias = source.bias
+            target.bias_by_expert.copy_(torch.zeros(()) if bias is None else bias.expand_as(target.bias_by_expert))
 
     def keep(self, experts: Sequence[int]) -> Self:
         """Return a copy with only these experts, for `moe_heads.ablate`."""
         # the meta device leaves the random number generator untouched
         with torch.device("meta"):
-            kept = type(self)(len(experts), self.in_features, self.width, self.out_features, self.dropout)
-        for name, parameter in self.named_parameters():
-            setattr(kept, name, nn.Parameter(parameter.detach()[list(experts)], parameter.requires_grad))
+            kept = type(self)(
+                len(experts), self.in_features, self.width, self.out_features, self.dropout, self.activation
+            )
+        for layer, copied in ((self.fc1, kept.fc1), (self.fc2, kept.fc2)):
+            for name, parameter in layer.named_parameters():
+                rows = parameter.detach().unflatten(0, (self.num_experts, -1))[list(experts)].flatten(0, 1)
+                setattr(copied, name, nn.Parameter(rows.view(getattr(copied, name).shape), parameter.requires_grad))
         return kept.train(self.training)
 
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        for old, new in _OLD_NAMES.items():
+            if prefix + old in state_dict:
+                value = state_dict.pop(prefix + old)
+                state_dict[prefix + new] = value.flatten() if new.endswith("bias") else value
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     def extra_repr(self) -> str:
-        """Return the sizes of the stacked experts."""
-        return (
-            f"num_experts={self.num_experts}, in_features={self.in_features}, width={self.width}, "
-            f"out_features={self.out_features}, dropout={self.dropout}"
-        )
+        """Return the settings that the lines of the layers do not show."""
+        return f"dropout={self.dropout}, activation={self.activation!r}"

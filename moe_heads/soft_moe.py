@@ -10,6 +10,7 @@ from moe_heads.dispatch import sum_all
 from moe_heads.experts import Experts
 from moe_heads.flops import Flops
 from moe_heads.head import Head
+from moe_heads.routed_module import masked_mean
 from moe_heads.routers import SoftmaxRouter
 from moe_heads.routing import Routing
 
@@ -69,20 +70,28 @@ class SoftMoE(Head):
         self.router = SoftmaxRouter(in_features, num_experts, temperature, balance, slots_per_expert)
         self.experts = Experts(num_experts, in_features, expert_width, num_classes, dropout)
 
-    def classify(self, x: Tensor) -> tuple[Tensor, Routing | None]:
+    def classify(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Routing | None]:
         """Compute the logits (B, C) and the routing of the rows or tokens."""
         if x.dim() == 2:
-            routing = self.router(x)
-            return sum_all(self.experts, x, routing.gates), routing
+            routing = self.router.route(x, 1, mask)
+            logits = sum_all(self.experts, x, routing.gates)
+            return (logits if mask is None else logits.masked_fill(~mask.unsqueeze(-1), 0)), routing
         batch, tokens, _ = x.shape
-        routing = self.router(x.flatten(0, 1), rows_per_sample=tokens)
+        routing = self.router.route(x.flatten(0, 1), tokens, None if mask is None else mask.flatten())
+        assert routing.slot_logits is not None
         slot_logits = routing.slot_logits.unflatten(0, (batch, tokens))
-        dispatch = slot_logits.softmax(1)
-        combine = slot_logits.flatten(2).softmax(-1).view_as(slot_logits)
+        competing = slot_logits
+        if mask is not None:
+            # the lowest number instead of -inf, whose softmax is nan in a sample without a real token
+            lowest = torch.finfo(slot_logits.dtype).min
+            competing = slot_logits.masked_fill(~mask.view(batch, tokens, 1, 1), lowest)
+        dispatch = competing.softmax(1)
+        combine = slot_logits.flatten(2).softmax(-1)
         slots = torch.einsum("btes,btd->besd", dispatch.to(x.dtype), x)
         # the mean over the tokens is linear, so it is applied to the weights, before the product
         outputs = self.experts.each(slots)
-        return torch.einsum("bes,besc->bc", combine.mean(1).to(outputs.dtype), outputs), routing
+        weights = masked_mean(combine, mask).view(batch, *slot_logits.shape[2:])
+        return torch.einsum("bes,besc->bc", weights.to(outputs.dtype), outputs), routing
 
     def count_flops(self, batch: int, tokens: int) -> Flops:
         """Count the gate, every expert, and for tokens the two mixtures, all of which are active."""

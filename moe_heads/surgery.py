@@ -5,17 +5,19 @@ import operator
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
-import torch
+from torch import nn
 from torch.nn.utils import parametrize
 
 from moe_heads.checks import check_at_least_one
 from moe_heads.dense import Dense
+from moe_heads.moe_layer import MoELayer
 from moe_heads.soft_moe import SoftMoE
+from moe_heads.sparse_mixture import SparseMixture
 from moe_heads.sparse_moe import SparseMoE
 
 __all__ = ["ablate", "upcycle"]
 
-MoEHead = TypeVar("MoEHead", SoftMoE, SparseMoE)
+MoEHead = TypeVar("MoEHead", SoftMoE, SparseMoE, MoELayer)
 
 _NOT_FOR_UPCYCLING = {
     "in_features": "since the dense head sets it",
@@ -60,14 +62,12 @@ def upcycle(dense_head: Dense, num_experts: int, **options: Any) -> SparseMoE:
     for name, reason in _NOT_FOR_UPCYCLING.items():
         if name in options:
             raise ValueError(f"{name}: expected no value, {reason}, got {options[name]!r}. Remove it from the options.")
-    settings = {"dropout": dense_head.dropout, **options, "expert_width": dense_head.width}
+    fixed = {"expert_width": dense_head.width, "num_shared_experts": 0}
+    settings = {"dropout": dense_head.dropout, **options, **fixed}
     head = SparseMoE(dense_head.in_features, dense_head.num_classes, num_experts, **settings)
-    # by name: a pruned or parametrized layer has other parameters besides its weight
-    sources = [getattr(dense_head.layers[index], name) for index in (0, 3) for name in ("weight", "bias")]
-    head.to(sources[0].device, sources[0].dtype)
-    with torch.no_grad():
-        for target, source in zip(head.experts.stacks(), sources, strict=True):
-            target.copy_(source.expand_as(target))
+    first, second = (layer for layer in dense_head.layers if isinstance(layer, nn.Linear))
+    head.to(first.weight.device, first.weight.dtype)
+    head.experts.copy_from(first, second)
     return head.train(dense_head.training)
 
 
@@ -79,7 +79,7 @@ def ablate(head: MoEHead, experts: Sequence[int]) -> MoEHead:
     experts. Hooks are not copied.
 
     Args:
-        head: `SoftMoE` or `SparseMoE`. It is not changed.
+        head: `SoftMoE`, `SparseMoE` or `MoELayer`. It is not changed.
         experts: Indices of the experts to remove.
 
     Returns:
@@ -94,8 +94,8 @@ def ablate(head: MoEHead, experts: Sequence[int]) -> MoEHead:
         >>> ablate(SparseMoE(16, 3, num_experts=4), [1]).num_experts
         3
     """
-    if not isinstance(head, (SoftMoE, SparseMoE)):
-        raise ValueError(f"head: expected a SoftMoE or SparseMoE, got {type(head).__name__}.")
+    if not isinstance(head, (SoftMoE, SparseMixture)):
+        raise ValueError(f"head: expected a SoftMoE, SparseMoE or MoELayer, got {type(head).__name__}.")
     try:
         out = [operator.index(expert) for expert in experts]
     except TypeError:
@@ -103,7 +103,7 @@ def ablate(head: MoEHead, experts: Sequence[int]) -> MoEHead:
     if len(set(out)) != len(out) or not all(0 <= expert < head.num_experts for expert in out):
         raise ValueError(f"experts: expected different integers from 0 to {head.num_experts - 1}, got {experts!r}.")
     kept = [expert for expert in range(head.num_experts) if expert not in out]
-    needed = max(1, head.k) if isinstance(head, SparseMoE) and head.router.k is not None else 1
+    needed = max(1, head.k) if isinstance(head, SparseMixture) and head.router.k is not None else 1
     if len(kept) < needed:
         raise ValueError(
             f"experts: expected at least {needed} remaining experts, got {len(kept)}. Remove fewer experts than"

@@ -37,6 +37,8 @@ def public_docstrings(package: ModuleType) -> Iterator[tuple[str, str, set[str]]
     """Yield the name and docstring of public objects and methods, with the names of their arguments and members."""
     for name in package.__all__:
         value: Any = getattr(package, name)
+        if not callable(value):  # a constant has the docstring of its type
+            continue
         inside = {*dir(value), *getattr(value, "__annotations__", ())}
         if not isinstance(value, type) or not issubclass(value, dict):  # a TypedDict has no signature
             inside |= set(inspect.signature(value).parameters)

@@ -1,109 +1,48 @@
-"""Benchmark of collapse: accuracy and use of the experts of sparse heads on the digits, by gate and balance loss.
+"""Benchmark of collapse: accuracy and use of the experts of sparse heads, by gate, balance loss and shared experts.
 
-Trains the small CNN of `make demo` with each head, with the settings of the demo (15 epochs of batches of 64, SGD with
-learning rate 0.1), in a plain loop. All heads have the total parameters of the dense head. Each cell changes something
-of the default. "dead" is an expert below 1 % of the fair share of the test images, "starved" one below 25 %. Runs that
-the file already has are not repeated.
+On the digits, each head is trained on the small CNN of `make demo` with the settings of the demo (15 epochs of batches
+of 64, SGD with learning rate 0.1), in a plain loop. With ``--images``, heads are trained on FastCNN with CIFAR-10
+images, with the preset `cpu` of the study and fewer epochs. All heads have the total parameters of the dense head.
+"dead" is an expert below 1 % of the fair share of the test images, "starved" one below 25 %. Runs that the file already
+has are not repeated.
 
-    python examples/benchmarks/collapse.py --seeds 10 --out collapse.json
-    python examples/benchmarks/collapse.py --seeds 40 --only finalists --jobs 2 --out collapse.json
+    python examples/benchmarks/collapse.py --seeds 10 --jobs 2 --out collapse.json
+    python examples/benchmarks/collapse.py --seeds 40 --only finalist --jobs 2 --out collapse.json
+    python examples/benchmarks/collapse.py --images FOLDER --epochs 3 --seeds 3 --jobs 2 --out collapse_cifar.json
 """
 
 import argparse
 import json
 import statistics
+import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, field
-from functools import cache
+from dataclasses import asdict, replace
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from bench.collapse_cells import CIFAR, DIGITS, Cell, build
 from bench.timing import machine
+from lightning import pytorch as pl
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from moe_heads import Dense, Head, SparseMoE, capacity, match_capacity
-from moe_heads.capacity import HeadKind
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from study.build import build_data, build_model, precision_of
+from study.options import Options
+from study.presets import PRESETS
+
+from moe_heads import Head, HeadOutput
 from moe_heads.lightning_modules import DigitsCNN, DigitsDataModule, LabeledImages
 
 _DEAD, _STARVED = 0.01, 0.25
 
 
-@dataclass(frozen=True)
-class Cell:
-    """A head and its training; the defaults are those of the demo.
-
-    Attributes:
-        kind: "dense", "soft" or "sparse".
-        head: Options of the head.
-        learning_rate: Learning rate of the network.
-        gate_factor: Factor of the gate's learning rate.
-        gate_std: Standard deviation of the gate's first weights, with a bias of zero; None for those of `nn.Linear`.
-        gate_decay: Whether the gate has weight decay.
-        epochs: Number of epochs.
-    """
-
-    kind: HeadKind = "sparse"
-    head: Mapping[str, Any] = field(default_factory=dict)
-    learning_rate: float = 0.1
-    gate_factor: float = 1.0
-    gate_std: float | None = None
-    gate_decay: bool = True
-    epochs: int = 15
-
-
-def _sparse(k: int, **options: Any) -> Cell:
-    own = {name: options.pop(name) for name in list(options) if name in Cell.__dataclass_fields__}
-    return Cell(head={"k": k, **options}, **own)
-
-
-def _cells() -> dict[str, Cell]:
-    found = {"dense": Cell("dense"), "soft": Cell("soft")}
-    switch, both = {"switch": 0.1}, {"importance": 0.05, "load": 0.05}
-    for k in (2, 1):
-        one_factor: dict[str, Cell] = {
-            "default": _sparse(k),
-            "both losses 1.0": _sparse(k, balance={"importance": 1.0, "load": 1.0}),
-            "both losses 0.05": _sparse(k, balance=both),
-            "no noise, switch 0.1": _sparse(k, noisy=False, balance=switch),
-            "z-loss 0.001": _sparse(k, balance={"importance": 0.2, "load": 0.2, "z": 0.001}),
-            "normalized": _sparse(k, normalize=True),
-            "gate starts small": _sparse(k, gate_std=1e-3),
-            "gate learns ten times slower": _sparse(k, gate_factor=0.1),
-            "gate learns three times faster": _sparse(k, gate_factor=3.0),
-            "gate without weight decay": _sparse(k, gate_decay=False),
-            "learning rate 0.05": _sparse(k, learning_rate=0.05),
-            "45 epochs": _sparse(k, epochs=45),
-            "16 experts": _sparse(k, num_experts=16),
-            "shared expert": _sparse(k, num_shared_experts=1),
-            "normalized, small, both losses 0.05": _sparse(k, normalize=True, gate_std=1e-3, balance=both),
-            "normalized, small, no noise, switch 0.1": _sparse(
-                k, normalize=True, gate_std=1e-3, noisy=False, balance=switch
-            ),
-        }
-        shared: dict[str, Any] = {"num_shared_experts": 1, "noisy": False}
-        finalists = {
-            "finalist: shared expert, no noise, switch 0.1": _sparse(k, **shared, balance=switch),
-            "finalist: the same, normalized": _sparse(k, **shared, balance=switch, normalize=True),
-            **{
-                f"finalist: the same, normalized, switch {size}": _sparse(
-                    k, **shared, balance={"switch": size}, normalize=True
-                )
-                for size in (0.03, 0.05)
-            },
-        }
-        found |= {f"k = {k}, {name}": cell for name, cell in (one_factor | finalists).items()}
-    return found
-
-
-CELLS = _cells()
-
-
 @cache
 def images(split: str) -> tuple[Tensor, Tensor]:
-    """Return the normalized images (N, 1, 8, 8) and labels (N,) of a split."""
+    """Return the normalized digits (N, 1, 8, 8) and labels (N,) of a split."""
     data = DigitsDataModule()
     data.prepare_data()
     data.setup()
@@ -119,22 +58,8 @@ def shifted(black: float = -0.3053 / 0.3760) -> Tensor:
     return torch.stack([padded[:, :, row : row + 8, column : column + 8] for row in range(3) for column in range(3)])
 
 
-def build(cell: Cell) -> Head:
-    """Build the head of a cell with the total parameters of the dense head."""
-    dense = Dense(64, 10, width=128)
-    if cell.kind == "dense":
-        return dense
-    head = match_capacity(cell.kind, 64, 10, total=capacity(dense).total, tolerance=0.05, **cell.head)
-    if cell.gate_std is not None and isinstance(head, SparseMoE):
-        gate = head.router.get_submodule("gate")
-        assert isinstance(gate, nn.Linear)
-        nn.init.normal_(gate.weight, std=cell.gate_std)
-        nn.init.zeros_(gate.bias)
-    return head
-
-
 def train(cell: Cell, seed: int) -> dict[str, float]:
-    """Train a head, and return its accuracy on the test images in % and the use of its experts in fair shares."""
+    """Train a head on the digits; return its accuracy on the test images and the use of its experts."""
     torch.set_num_threads(1)
     torch.manual_seed(seed)
     backbone = DigitsCNN()
@@ -162,8 +87,42 @@ def train(cell: Cell, seed: int) -> dict[str, float]:
     model.eval()
     x, y = images("test")
     with torch.no_grad():
-        output = head(backbone(x), return_routing=True)
-    found = {"accuracy": 100 * float((output.logits.argmax(-1) == y).float().mean())}
+        return measured(head(backbone(x), return_routing=True), y)
+
+
+def train_on_cifar(cell: Cell, seed: int, folder: str, epochs: int, limit_train: int | None) -> dict[str, float]:
+    """Train a head on FastCNN; return its accuracy on the test images and the use of its experts."""
+    torch.set_num_threads(1)
+    pl.seed_everything(seed, verbose=False)
+    protocol = replace(PRESETS["cpu"], data=f"imagefolder:{folder}", epochs=epochs)
+    options = Options(preset="cpu", out=Path("runs"), limit_train=limit_train, **vars(protocol))
+    data = build_data(options)
+    model = build_model(options, "dense", data)
+    assert isinstance(model.head, Head)
+    model.head = build(cell, model.head.in_features, data.num_classes)
+    trainer = pl.Trainer(
+        max_epochs=epochs,
+        precision=precision_of(options),
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+    )
+    trainer.fit(model, datamodule=data)
+    model.eval()
+    part = data.analysis_dataset("test")
+    assert isinstance(part, LabeledImages)
+    with torch.no_grad():
+        batches = [part.transform(part.images[rows]) for rows in torch.arange(len(part)).split(500)]
+        features = torch.cat([model.backbone(x) for x in batches])
+        return measured(model.head(features, return_routing=True), part.labels)
+
+
+def measured(output: HeadOutput, labels: Tensor) -> dict[str, float]:
+    """Return the accuracy in %, and the use of the experts in fair shares."""
+    found = {"accuracy": 100 * float((output.logits.argmax(-1) == labels).float().mean())}
     if output.routing is not None:
         stats = output.routing.stats()
         share = (stats.importance if output.routing.soft else stats.load).double() * len(stats.load)
@@ -180,18 +139,20 @@ def row(cell: Mapping[str, Any], dense: Mapping[str, Any]) -> str:
     text += f" | {statistics.mean(paired):+.2f} ± {_stderr(paired):.2f}" if paired else " | "
     least = [run["least"] for run in runs.values() if "least" in run]
     if not least:
-        return f"{text} | | |"
+        return f"{text} | | | |"
+    entropy = statistics.mean(run["entropy"] for run in runs.values())
     dead, starved = (sum(share < limit for share in least) for limit in (_DEAD, _STARVED))
-    return f"{text} | {dead} / {starved} of {len(least)} | {min(least):.2f}, {statistics.median(least):.2f} |"
+    use = f"{dead} / {starved} of {len(least)} | {min(least):.2f}, {statistics.median(least):.2f}"
+    return f"{text} | {use} | {entropy:.2f} |"
 
 
 def _stderr(values: Sequence[float]) -> float:
     return statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
 
 
-def _run(job: tuple[str, int]) -> tuple[str, int, dict[str, float]]:
+def _run(job: tuple[str, int], cells: Mapping[str, Cell], how: Mapping[str, Any]) -> tuple[str, int, dict[str, float]]:
     name, seed = job
-    return name, seed, train(CELLS[name], seed)
+    return name, seed, train_on_cifar(cells[name], seed, **how) if how else train(cells[name], seed)
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
@@ -199,28 +160,39 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--first-seed", type=int, default=0)
-    parser.add_argument("--only", nargs="*", default=[], help="parts of the names of the cells; dense is always run")
+    parser.add_argument("--only", nargs="*", default=[], help="parts of the names of the cells")
     parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--images", default=None, help="folder with train/<class>/ and test/<class>/ for CIFAR-10")
+    parser.add_argument("--epochs", type=int, default=3, help="epochs on CIFAR-10")
+    parser.add_argument("--limit-train", type=int, default=None, help="number of training images of CIFAR-10 to use")
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write, or to continue")
     options = parser.parse_args(arguments)
-    names = [
-        name for name in CELLS if name == "dense" or not options.only or any(part in name for part in options.only)
-    ]
-    report: dict[str, Any] = {"machine": machine(), "cells": {}}
+    known = DIGITS if options.images is None else CIFAR
+    how: dict[str, Any] = {}
+    if options.images is not None:
+        how = {"folder": options.images, "epochs": options.epochs, "limit_train": options.limit_train}
+    chosen = [name for name in known if not options.only or any(part in name for part in options.only)]
+    names = [name for name in known if name in chosen or name in {known[other].reference for other in chosen}]
+    described = {name: value for name, value in how.items() if name != "folder"}
+    report: dict[str, Any] = {"machine": machine(), **described, "cells": {}}
     if options.out.exists():
         report["cells"] = json.loads(options.out.read_text())["cells"]
     cells = report["cells"]
     seeds = range(options.first_seed, options.first_seed + options.seeds)
-    jobs = [(name, seed) for name in names for seed in seeds if str(seed) not in cells.get(name, {"runs": {}})["runs"]]
+    jobs = [(name, seed) for seed in seeds for name in names if str(seed) not in cells.get(name, {"runs": {}})["runs"]]
+    run, place = partial(_run, cells=known, how=how), machine()["processor"]
     with ProcessPoolExecutor(options.jobs) as pool:
-        for name, seed, found in pool.map(_run, jobs) if options.jobs > 1 else map(_run, jobs):
-            cell = cells.setdefault(name, {"options": asdict(CELLS[name]), "runs": {}})
-            cell["runs"][str(seed)] = {**found, "capability": torch.backends.cpu.get_cpu_capability()}
+        for name, seed, found in pool.map(run, jobs) if options.jobs > 1 else map(run, jobs):
+            cell = cells.setdefault(name, {"options": asdict(known[name]), "runs": {}})
+            capability = torch.backends.cpu.get_cpu_capability()
+            cell["runs"][str(seed)] = {**found, "capability": capability, "processor": place}
             options.out.write_text(json.dumps(report, indent=1) + "\n")
-    print("| head | test accuracy, % | minus dense | dead / starved, runs | least used: worst, median |")
-    print("|---|---|---|---|---|")
-    for name in [name for name in CELLS if name in cells]:
-        print(f"| {name} | {row(cells[name], cells['dense'])}")
+    print(
+        "| head | test accuracy, % | minus dense | dead / starved, runs | least used: worst, median | entropy, nats |"
+    )
+    print("|---|---|---|---|---|---|")
+    for name in [name for name in known if name in cells]:
+        print(f"| {name} | {row(cells[name], cells[known[name].reference])}")
     return report
 
 

@@ -20,7 +20,7 @@ from bench.timing import machine
 from torch import Tensor, nn
 from torch.utils.benchmark import Timer
 
-from moe_heads import Dense, SparseMoE, capacity, match_capacity
+from moe_heads import NOISY_TOP_K, Dense, SparseMoE, capacity, match_capacity
 from moe_heads.analysis import InferenceTimingResult, inference_timing
 from moe_heads.lightning_modules import DigitsCNN, MoEClassifier, ResNet18Cifar
 
@@ -32,7 +32,7 @@ _SINGLE_RUNS = 200
 def digits() -> nn.Module:
     """Build the study's model for the digits with its sparse head."""
     total = capacity(Dense(64, 10, width=128)).total
-    return MoEClassifier(DigitsCNN(), match_capacity("sparse", 64, 10, total=total, tolerance=0.05))
+    return MoEClassifier(DigitsCNN(), match_capacity("sparse", 64, 10, total=total, tolerance=0.05, **NOISY_TOP_K))
 
 
 def agreement(repeats: int) -> Iterator[Row]:
@@ -47,7 +47,7 @@ def agreement(repeats: int) -> Iterator[Row]:
     modules: dict[str, tuple[nn.Module, Tensor]] = {
         "linear 512": (nn.Linear(512, 512), torch.randn(32, 512)),
         "dense head": (Dense(512, 10), torch.randn(128, 512)),
-        "sparse head": (SparseMoE(512, 10), torch.randn(256, 512)),
+        "sparse head": (SparseMoE(512, 10, **NOISY_TOP_K), torch.randn(256, 512)),
         "digits model": (digits(), torch.randn(32, 1, 8, 8)),
     }
     for name, (module, x) in modules.items():
@@ -113,7 +113,7 @@ def sweeps() -> Iterator[Row]:
     """
     for name, model, x in (
         ("digits", digits(), torch.randn(64, 1, 8, 8)),
-        ("resnet18", MoEClassifier(ResNet18Cifar(), SparseMoE(512, 10)), torch.randn(64, 3, 32, 32)),
+        ("resnet18", MoEClassifier(ResNet18Cifar(), SparseMoE(512, 10, **NOISY_TOP_K)), torch.randn(64, 3, 32, 32)),
     ):
         start = time.perf_counter()
         result = inference_timing(model, x)

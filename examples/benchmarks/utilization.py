@@ -21,12 +21,15 @@ import torch
 from bench.timing import machine
 from torch import Tensor, nn
 
-from moe_heads import SoftMoE, SparseMoE, collect_routing
+from moe_heads import NOISY_TOP_K, SoftMoE, SparseMoE, collect_routing
 from moe_heads.analysis._shared.ranks import Ranks
 from moe_heads.analysis.expert_utilization.training import TrainingRouters
 from moe_heads.lightning_modules import ResNet18Cifar
 
-HEADS: dict[str, Callable[[], nn.Module]] = {"soft": lambda: SoftMoE(512, 10), "sparse": lambda: SparseMoE(512, 10)}
+HEADS: dict[str, Callable[[], nn.Module]] = {
+    "soft": lambda: SoftMoE(512, 10),
+    "sparse": lambda: SparseMoE(512, 10, **NOISY_TOP_K),
+}
 
 
 # Steps before switching: the speed changes over seconds, and caches have to be warm within a turn.

@@ -8,7 +8,7 @@ import torch
 from lightning import pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-from moe_heads import Dense, Head, capacity, match_capacity
+from moe_heads import NOISY_TOP_K, Dense, Head, capacity, match_capacity
 from moe_heads.lightning_modules import (
     CIFAR10DataModule,
     DigitsDataModule,
@@ -132,8 +132,11 @@ def build_model(options: Options, head: str, data: ImageDataModule) -> MoEClassi
 def _matched(options: Options, head: str, dense: Dense) -> Head:
     sizes = (dense.in_features, dense.num_classes)
     matched: dict[str, Any] = {"total": capacity(dense).total, "tolerance": 0.05}
-    if options.load_loss == "importance" and head in ("sparse", "hard"):
-        matched["balance"] = {"importance": 0.4, "load": 0.0}
+    if head in ("sparse", "hard"):
+        # the claims of the paper are about its gate
+        matched |= NOISY_TOP_K
+        if options.load_loss == "importance":
+            matched["balance"] = {"importance": 0.4, "load": 0.0}
     match head:
         case "dense":
             return dense

@@ -86,9 +86,9 @@ def path_of(experts: Experts, x: Tensor, routing: Routing, dispatch: Dispatch) -
     Raises:
         ValueError: As `mix` does.
     """
-    if x.dtype != experts.weight1.dtype and not is_autocasting(x):
+    if x.dtype != experts.fc1.weight.dtype and not is_autocasting(x):
         raise ValueError(
-            f"x: expected {experts.weight1.dtype}, the dtype of the experts, got {x.dtype}. Cast x or the model."
+            f"x: expected {experts.fc1.weight.dtype}, the dtype of the experts, got {x.dtype}. Cast x or the model."
         )
     if dispatch == "auto":
         return _fastest(experts, x, routing)

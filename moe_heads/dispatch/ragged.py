@@ -54,7 +54,7 @@ def _segments(x: Tensor, chosen: Assignments, lengths: list[int]) -> Iterable[Te
 
 def reads_memory(experts: Experts) -> bool:
     """Return whether the experts are too large for the cache of a processor."""
-    return experts.weight1.nbytes > _CACHE_BYTES
+    return experts.fc1.weight.nbytes > _CACHE_BYTES
 
 
 Stack = Tensor | tuple[Tensor, ...]

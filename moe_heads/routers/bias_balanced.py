@@ -1,8 +1,8 @@
 """Loss-free balancing by a bias on the selection, Wang et al., arXiv 2408.15664."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Self
+from typing import Any, Self
 
 import torch
 import torch.distributed as dist
@@ -15,6 +15,9 @@ from moe_heads.routers.linear import LinearRouter, check_chosen
 from moe_heads.routing import Routing
 
 __all__ = ["BiasBalancedRouter"]
+
+# Buffers that stay in float32 when the model is cast.
+_WIDE = ("bias_steps", "pending_counts")
 
 
 class BiasBalancedRouter(LinearRouter):
@@ -33,8 +36,9 @@ class BiasBalancedRouter(LinearRouter):
     The bias is updated once per optimizer step, in the first training pass after the gate has changed. Between two
     steps the router is a pure function. So gradient checkpointing, which runs a pass twice, chooses the same experts,
     also with torch.compile. With gradient accumulation the last pass before the step counts. The bias does not change
-    with a frozen gate or under the transforms of torch.func. It is stored as an integer number of steps of u, exact in
-    every precision, and saved with the counts in the state dict.
+    with a frozen gate or under the transforms of torch.func. It is stored as a number of steps of u, and saved with the
+    counts in the state dict. Both are float32, also after ``half()``, so that averages of models (EMA, SWA) average
+    them, and whole numbers up to 16.7 million are exact.
 
     Args:
         in_features: D.
@@ -82,8 +86,8 @@ class BiasBalancedRouter(LinearRouter):
         check_positive(update_rate=update_rate)
         self.k = k
         self.update_rate = update_rate
-        self.register_buffer("bias_steps", torch.zeros(num_experts, dtype=torch.int64))
-        self.register_buffer("pending_counts", torch.zeros(num_experts, dtype=torch.int64))
+        self.register_buffer("bias_steps", torch.zeros(num_experts, dtype=torch.float32))
+        self.register_buffer("pending_counts", torch.zeros(num_experts, dtype=torch.float32))
         self.register_buffer("seen_weight", torch.zeros(num_experts, in_features + 1), persistent=False)
 
     def reset_parameters(self) -> None:
@@ -97,7 +101,22 @@ class BiasBalancedRouter(LinearRouter):
         """Bias b that is added to the sigmoids for the selection, (E,)."""
         return self.bias_steps * self.update_rate
 
-    def forward(self, x: Tensor, rows_per_sample: int = 1) -> Routing:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        wide = {name: getattr(self, name) for name in _WIDE}
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, before in wide.items():
+            moved = getattr(self, name)
+            if moved.dtype != before.dtype:
+                setattr(self, name, before.to(moved.device))
+        return self
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        for name in _WIDE:
+            if prefix + name in state_dict:  # formats 1 and 2 had integers
+                state_dict[prefix + name] = state_dict[prefix + name].to(torch.float32)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def forward(self, x: Tensor, rows_per_sample: int = 1, mask: Tensor | None = None) -> Routing:
         """Route the rows x, (N, D), in fp32 or wider."""
         learns = self.training and not is_transformed()
         if learns:
@@ -105,15 +124,14 @@ class BiasBalancedRouter(LinearRouter):
         logits = self.gate_logits(x)
         scores = logits.detach().sigmoid() + self.selection_bias
         indices = scores.topk(self.k, dim=-1).indices
-        routing = Routing(
-            logits=logits,
-            probs=logits.softmax(-1),
+        routing = self.routing(
+            logits,
+            logits.softmax(-1),
+            rows_per_sample,
+            mask,
             indices=indices,
             weights=self._weights(logits, indices),
             scores=scores,
-            balance=self.balance,
-            rows_per_sample=rows_per_sample,
-            sync=self.training,
         )
         if learns:
             self._note(routing)
@@ -140,7 +158,7 @@ class BiasBalancedRouter(LinearRouter):
         weight = torch.cat((self.gate.weight, self.gate.bias.unsqueeze(-1)), dim=-1)
         changed = (weight != self.seen_weight).any()
         counts = self.pending_counts
-        # c < mean without a division: integers stay exact
+        # c < mean without a division: whole numbers stay exact
         missing = (counts.sum() - counts * self.num_experts).sign()
         self.bias_steps.add_(missing * changed)
         self.seen_weight.copy_(weight)

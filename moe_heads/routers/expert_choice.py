@@ -13,6 +13,9 @@ from moe_heads.routing import Routing
 
 __all__ = ["ExpertChoiceRouter"]
 
+# Rounding error of a number of rows that must not add a row: 3 · 1.1 is 3.3000000000000003.
+_ROUNDING = 1e-9
+
 
 class ExpertChoiceRouter(LinearRouter):
     r"""Router in which every expert takes its most probable rows, Zhou et al., arXiv 2202.09368, section 3.2.
@@ -65,7 +68,7 @@ class ExpertChoiceRouter(LinearRouter):
             raise ValueError(f"k: expected at most num_experts = {num_experts}, got {k}.")
         self.k = k
 
-    def forward(self, x: Tensor, rows_per_sample: int = 1) -> Routing:
+    def forward(self, x: Tensor, rows_per_sample: int = 1, mask: Tensor | None = None) -> Routing:
         """Route the rows x, (N, D), in fp32 or wider."""
         logits = self.gate_logits(x)
         probs = logits.softmax(-1)
@@ -81,24 +84,42 @@ class ExpertChoiceRouter(LinearRouter):
         groups = probs.unflatten(0, (-1, size)) if x.shape[0] else probs.new_zeros(0, max(size, 1), self.num_experts)
         # a row with nan would be the first choice of every expert
         ranked = groups.detach().nan_to_num(nan=-1.0)
+        if mask is not None:
+            mask_by_group = mask.view(ranked.shape[:2])
+            ranked = ranked.masked_fill(~mask_by_group.unsqueeze(-1), -torch.inf)
         chosen = ranked.topk(self._num_taken(size), dim=1).indices
+        if mask is not None:
+            chosen = self._without_padding(chosen, mask_by_group)
         first = torch.arange(groups.shape[0], device=x.device).mul(size).view(-1, 1, 1)
         rows = (chosen + first).permute(2, 0, 1).flatten(1)
-        return Routing(
-            logits=logits,
-            probs=probs,
+        return self.routing(
+            logits,
+            probs,
+            rows_per_sample,
+            mask,
             rows=rows,
             weights=self._weights(probs, rows),
             scores=ranked.flatten(0, 1),
-            balance=self.balance,
-            rows_per_sample=rows_per_sample,
-            sync=self.training,
         )
 
     def rechosen(self, routing: Routing, reference: Routing) -> Routing:
         """Return the rows of ``reference`` with their probabilities in ``routing``."""
         assert reference.rows is not None
         return replace(routing, rows=reference.rows, weights=self._weights(routing.probs, reference.rows))
+
+    def _without_padding(self, chosen: Tensor, mask: Tensor) -> Tensor:
+        """Replace choices beyond the number that the real rows alone would give by a padded row, which counts nowhere.
+
+        Args:
+            chosen: Rows by descending score within each group, (groups, M, E). Padded rows come last.
+            mask: Real rows of each group, (groups, size).
+        """
+        wide = torch.float32 if mask.device.type == "mps" else torch.float64
+        num_taken = torch.ceil(mask.sum(1, dtype=wide) * self.k / self.num_experts - _ROUNDING)
+        is_extra = torch.arange(chosen.shape[1], device=chosen.device).unsqueeze(0) >= num_taken.unsqueeze(1)
+        # a group with choices to replace has a padded row, and argmin finds one
+        padded = mask.to(torch.int8).argmin(1).view(-1, 1, 1)
+        return torch.where(is_extra.unsqueeze(-1), padded, chosen)
 
     @staticmethod
     def _weights(probs: Tensor, rows: Tensor) -> Tensor:
@@ -110,8 +131,7 @@ class ExpertChoiceRouter(LinearRouter):
         return batch * tokens / competing * self.num_experts * self._num_taken(competing)
 
     def _num_taken(self, competing: int) -> int:
-        # less a rounding error: 3 · 1.1 is 3.3000000000000003
-        return min(competing, math.ceil(competing * self.k / self.num_experts - 1e-9))
+        return min(competing, math.ceil(competing * self.k / self.num_experts - _ROUNDING))
 
     def extra_repr(self) -> str:
         """Return the settings that the lines of the submodules do not show."""

@@ -3,17 +3,21 @@
 import copy
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from moe_heads.checks import check_at_least_one, check_balance, check_flags, check_positive
+from moe_heads.modes import in_backward, is_transformed
 from moe_heads.precision import is_autocasting
-from moe_heads.routing import Router
+from moe_heads.routing import LossWatch, Router, Routing
 
-__all__ = ["LinearRouter", "check_chosen", "linear_fp32"]
+__all__ = ["Gate", "LinearRouter", "check_chosen", "linear_fp32"]
+
+# Added to the variance of a row, as in torch's layer norm.
+_EPS = 1e-5
 
 
 class LinearRouter(Router):
@@ -55,7 +59,8 @@ class LinearRouter(Router):
         self.in_features, self.num_experts = in_features, num_experts
         self.temperature, self.normalize = temperature, normalize
         self.balance = dict(balance)
-        self.gate = nn.Linear(in_features, num_experts * logits_per_expert)
+        self.gate = Gate(in_features, num_experts * logits_per_expert)
+        self.loss_watch = LossWatch()
 
     def gate_logits(self, x: Tensor) -> Tensor:
         """Compute the logits z of the rows x, in fp32 or wider."""
@@ -66,7 +71,46 @@ class LinearRouter(Router):
         """Return what the gate reads of the rows x: x itself, or its normalized form in fp32 or wider."""
         if not self.normalize:
             return x
-        return F.layer_norm(x.to(torch.promote_types(x.dtype, torch.float32)), x.shape[-1:])
+        # by hand: the third derivatives of torch's layer norm are wrong (2.15), as in the Hessian of a gradient penalty
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        centered = wide - wide.mean(-1, keepdim=True)
+        return centered * (centered.square().mean(-1, keepdim=True) + _EPS).rsqrt()
+
+    def routing(
+        self, logits: Tensor, probs: Tensor, rows_per_sample: int, mask: Tensor | None, **choice: Any
+    ) -> Routing:
+        """Build the decisions of a pass with the settings of this router.
+
+        Args:
+            logits: Clean logits, (N, E).
+            probs: Softmax of the logits that decide, (N, E).
+            rows_per_sample: T.
+            mask: Rows that are real, (N,), or None.
+            **choice: Further fields of `Routing`.
+        """
+        return Routing(
+            logits=logits,
+            probs=probs,
+            balance=self.balance,
+            rows_per_sample=rows_per_sample,
+            mask=mask,
+            sync=self.training,
+            watch=self._watched_pass(logits),
+            **choice,
+        )
+
+    def _watched_pass(self, logits: Tensor) -> LossWatch | None:
+        """Count a training pass in which a balance loss could get a gradient, and return its record."""
+        if not (self.training and logits.requires_grad and any(self.balance.values())):
+            return None
+        # a compiled program cannot count, and gradient checkpointing repeats a pass in backward
+        if torch.compiler.is_compiling() or is_transformed() or not any(p.requires_grad for p in self.parameters()):
+            return None
+        if not self.loss_watch.has_gradient and not in_backward():
+            self.loss_watch.count_pass(
+                f"{type(self).__name__} of {self.in_features} features and {self.num_experts} experts"
+            )
+        return self.loss_watch
 
     def keep(self, experts: Sequence[int]) -> Self:
         """Return a copy with only these experts. Layers and buffers with one row per expert lose the other rows."""
@@ -89,6 +133,14 @@ class LinearRouter(Router):
         return f"temperature={self.temperature}, balance={self.balance}{normalized}"
 
 
+class Gate(nn.Linear):
+    """Linear layer of a router.
+
+    `torch.ao.quantization.quantize_dynamic` replaces layers of the class `torch.nn.Linear` only. The gate stays in full
+    precision, because rounded logits choose other experts.
+    """
+
+
 def linear_fp32(layer: nn.Linear, x: Tensor) -> Tensor:
     """Compute ``layer(x)`` in fp32 (or wider, if x is), also under autocast: bf16 would flip the choice at near ties.
 
@@ -97,7 +149,8 @@ def linear_fp32(layer: nn.Linear, x: Tensor) -> Tensor:
     """
     dtype = torch.promote_types(x.dtype, torch.float32)
     weight = getattr(layer, "weight", None)
-    half = weight is not None and weight.dtype in {torch.bfloat16, torch.float16}
+    # the weight of a quantized layer is a method
+    half = isinstance(weight, Tensor) and weight.dtype in {torch.bfloat16, torch.float16}
     with torch.autocast(x.device.type, enabled=False) if is_autocasting(x) else nullcontext():
         if half:
             bias = None if layer.bias is None else layer.bias.to(dtype)

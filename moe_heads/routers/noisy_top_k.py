@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from moe_heads.routers.linear import LinearRouter, check_chosen, linear_fp32
+from moe_heads.routers.linear import Gate, LinearRouter, check_chosen, linear_fp32
 from moe_heads.routing import Routing
 
 __all__ = ["NoisyTopKRouter"]
@@ -59,12 +59,12 @@ class NoisyTopKRouter(LinearRouter):
         if not noisy and self.balance.get("load"):
             raise ValueError(
                 f"balance['load']: expected noisy=True, since the smooth load differentiates through the noise, got"
-                f" noisy={noisy}. With noisy=False use balance={{'importance': 0.2}} or {{'switch': 0.01}}."
+                f" noisy={noisy}. With noisy=False use balance={{'switch': 0.1}}."
             )
         self.k = k
-        self.noise = _ZeroLinear(in_features, num_experts) if noisy else None
+        self.noise = _ZeroGate(in_features, num_experts) if noisy else None
 
-    def forward(self, x: Tensor, rows_per_sample: int = 1) -> Routing:
+    def forward(self, x: Tensor, rows_per_sample: int = 1, mask: Tensor | None = None) -> Routing:
         """Route the rows x, (N, D), in fp32 or wider."""
         logits = self.gate_logits(x)
         noise_std = noisy_logits = None
@@ -74,16 +74,15 @@ class NoisyTopKRouter(LinearRouter):
         deciding = logits if noisy_logits is None else noisy_logits
         probs = deciding.softmax(-1)
         values, indices = deciding.topk(self.k, dim=-1)
-        return Routing(
-            logits=logits,
-            probs=probs,
+        return self.routing(
+            logits,
+            probs,
+            rows_per_sample,
+            mask,
             indices=indices,
             weights=self._weights(values, probs, indices),
             noisy_logits=noisy_logits,
             noise_std=noise_std,
-            balance=self.balance,
-            rows_per_sample=rows_per_sample,
-            sync=self.training,
         )
 
     def rechosen(self, routing: Routing, reference: Routing) -> Routing:
@@ -106,7 +105,7 @@ class NoisyTopKRouter(LinearRouter):
         return f"k={self.k}, {super().extra_repr()}"
 
 
-class _ZeroLinear(nn.Linear):
+class _ZeroGate(Gate):
     """Linear layer initialized to zero: all experts start with the noise softplus(0) = 0.69, a nearly random choice."""
 
     def reset_parameters(self) -> None:

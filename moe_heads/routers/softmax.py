@@ -48,18 +48,11 @@ class SoftmaxRouter(LinearRouter):
         super().__init__(in_features, num_experts, temperature, balance, slots_per_expert, normalize=normalize)
         self.slots_per_expert = slots_per_expert
 
-    def forward(self, x: Tensor, rows_per_sample: int = 1) -> Routing:
+    def forward(self, x: Tensor, rows_per_sample: int = 1, mask: Tensor | None = None) -> Routing:
         """Route the rows x, (N, D), in fp32 or wider."""
         slot_logits = self.gate_logits(x).unflatten(-1, (-1, self.slots_per_expert))
         logits = slot_logits.squeeze(-1) if self.slots_per_expert == 1 else slot_logits.logsumexp(-1)
-        return Routing(
-            logits=logits,
-            probs=logits.softmax(-1),
-            slot_logits=slot_logits,
-            balance=self.balance,
-            rows_per_sample=rows_per_sample,
-            sync=self.training,
-        )
+        return self.routing(logits, logits.softmax(-1), rows_per_sample, mask, slot_logits=slot_logits)
 
     def extra_repr(self) -> str:
         """Return the settings that the lines of the submodules do not show."""

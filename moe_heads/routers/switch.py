@@ -59,7 +59,7 @@ class SwitchRouter(LinearRouter):
         check_shares(jitter=jitter)
         self.jitter = jitter
 
-    def forward(self, x: Tensor, rows_per_sample: int = 1) -> Routing:
+    def forward(self, x: Tensor, rows_per_sample: int = 1, mask: Tensor | None = None) -> Routing:
         """Route the rows x, (N, D), in fp32 or wider."""
         logits = self.gate_logits(x)
         noisy_logits = None
@@ -68,15 +68,14 @@ class SwitchRouter(LinearRouter):
             noisy_logits = self.gate_logits(wide * torch.empty_like(wide).uniform_(1 - self.jitter, 1 + self.jitter))
         probs = (logits if noisy_logits is None else noisy_logits).softmax(-1)
         indices = probs.argmax(-1, keepdim=True)
-        return Routing(
-            logits=logits,
-            probs=probs,
+        return self.routing(
+            logits,
+            probs,
+            rows_per_sample,
+            mask,
             indices=indices,
             weights=self._weights(probs, indices),
             noisy_logits=noisy_logits,
-            balance=self.balance,
-            rows_per_sample=rows_per_sample,
-            sync=self.training,
         )
 
     def rechosen(self, routing: Routing, reference: Routing) -> Routing:

@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from moe_heads.modes import in_backward
 from moe_heads.routing.adapters import Adapters, RoutingAdapter, adapted_routers, named_routers
+from moe_heads.routing.padding import MaskHook, check_mask, mask_of_rows, masked_modules
 from moe_heads.routing.routing import Routing
 from moe_heads.routing.stats import RoutingStats
 
@@ -73,7 +75,9 @@ class RoutingCollection:
 
 
 @contextmanager
-def collect_routing(model: nn.Module, adapters: Adapters | None = None) -> Iterator[RoutingCollection]:
+def collect_routing(
+    model: nn.Module, adapters: Adapters | None = None, *, mask: Tensor | None = None
+) -> Iterator[RoutingCollection]:
     """Collect the decisions of the routers inside ``model`` while the block runs.
 
     The collection uses forward hooks on the routers, which are removed when the block ends, also after an error. There
@@ -83,12 +87,17 @@ def collect_routing(model: nn.Module, adapters: Adapters | None = None) -> Itera
         model: Any module. Heads may be nested at any depth.
         adapters: For third-party routers: ``adapter(module, args, output) -> Routing`` by the class of the router or
             by its name in the model ("layers.*.gate"). See `Routing.from_probs`.
+        mask: Tokens that are real, (B, T), bool. The others are padding. The mask reaches every head, layer and router
+            of this package that runs on tokens (B, T, D) or on their rows (B·T, D) inside the block, as if it was
+            passed to their call: padding changes no logit, no balance loss and no statistic. Heads on pooled features
+            (B, D) run as usual. Rows of a third-party router that are padding are left out of its statistics.
 
     Yields:
         The collection, filled by the forward passes inside the block.
 
     Raises:
-        ValueError: If an adapter matches no module, or returns no `Routing`.
+        ValueError: If an adapter matches no module, or returns no `Routing`, or the mask is not bool of two dimensions.
+            In a pass, if the number of tokens differs from that of the mask, or a router does not take a mask.
 
     Example:
         >>> import torch
@@ -115,8 +124,13 @@ def collect_routing(model: nn.Module, adapters: Adapters | None = None) -> Itera
     hooked: dict[str, tuple[nn.Module, RoutingAdapter | None]] = {n: (r, None) for n, r in named_routers(model).items()}
     hooked |= adapted_routers(model, adapters)
     with ExitStack() as stack:
+        if mask is not None:
+            check_mask(mask)
+            for name, module in masked_modules(model).items():
+                hook = MaskHook(name, mask)
+                stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
         for name, (router, adapter) in hooked.items():
-            recorder = collection._recorders[name] = _Recorder(name, collection, adapter)
+            recorder = collection._recorders[name] = _Recorder(name, collection, adapter, mask)
             stack.callback(router.register_forward_hook(recorder).remove)
         try:
             yield collection
@@ -137,8 +151,14 @@ class _Recorder:
     A copy of the module (averaged weights, a saved model) records nothing, because it is not the collected model.
     """
 
-    def __init__(self, name: str, collection: RoutingCollection | None, adapter: RoutingAdapter | None) -> None:
-        self._name, self._collection, self._adapter = name, collection, adapter
+    def __init__(
+        self,
+        name: str,
+        collection: RoutingCollection | None,
+        adapter: RoutingAdapter | None,
+        mask: Tensor | None = None,
+    ) -> None:
+        self._name, self._collection, self._adapter, self._mask = name, collection, adapter, mask
         self._last = _Link(None, None)
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -167,7 +187,9 @@ class _Recorder:
             error.add_note(f"adapters: raised by the adapter of router {self._name!r}, a {type(module).__name__}")
             raise
         if isinstance(routing, Routing):
-            return routing
+            if self._adapter is None or self._mask is None or routing.mask is not None:
+                return routing
+            return replace(routing, mask=mask_of_rows(self._mask, len(routing.logits), self._name))
         raise ValueError(
             f"adapters: expected a moe_heads.Routing of router {self._name!r}, got {type(routing).__name__}. Build one"
             " with Routing.from_probs."

@@ -1,7 +1,9 @@
 """Base class of all routers."""
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -14,19 +16,52 @@ class Router(nn.Module, ABC):
     """Base of all routers: a module from rows (N, D) to a `Routing`. `collect_routing` finds routers by this class.
 
     A custom router needs `forward`. It works in a `SparseMoE` if it has ``num_experts`` and ``k``, and in
-    `fixed_routing` if it defines `rechosen`.
+    `fixed_routing` if it defines `rechosen`. For padded tokens, its `forward` takes ``mask`` too and passes it to the
+    `Routing`.
 
     Attributes:
         num_experts: E.
         k: Mean number of experts that run for a row. None when all of them do.
+        takes_mask: Whether `forward` has the argument ``mask``.
     """
 
     num_experts: int
     k: float | None = None
+    takes_mask: bool = False
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls.takes_mask = "mask" in inspect.signature(cls.forward).parameters
 
     @abstractmethod
     def forward(self, x: Tensor, rows_per_sample: int = 1) -> Routing:
-        """Route the rows x, (N, D)."""
+        """Route the rows x, (N, D).
+
+        A router that supports padding has a third argument, ``mask``: the rows that are real, (N,), bool, or None.
+
+        Args:
+            x: Rows.
+            rows_per_sample: T. The rows of a sample are consecutive.
+        """
+
+    def route(self, x: Tensor, rows_per_sample: int, mask: Tensor | None) -> Routing:
+        """Call the router, with the mask if there is one.
+
+        Raises:
+            ValueError: If there is a mask and `forward` has no argument for it.
+        """
+        if mask is None:
+            return self(x, rows_per_sample)  # type: ignore[no-any-return]
+        self.check_takes_mask()
+        return self(x, rows_per_sample, mask=mask)  # type: ignore[no-any-return]
+
+    def check_takes_mask(self) -> None:
+        """Raise a ValueError if `forward` has no argument for a mask."""
+        if not self.takes_mask:
+            raise ValueError(
+                f"mask: expected a router whose forward takes a mask, got {type(self).__name__}. Add the argument"
+                " mask=None to its forward and pass it on to the Routing."
+            )
 
     def num_choices(self, batch: int, tokens: int) -> float:
         """Count the pairs of a row and an expert that runs for it, for ``batch`` samples of ``tokens`` tokens each."""

@@ -13,6 +13,7 @@ from torch import Tensor
 from moe_heads import balance
 from moe_heads.checks import check_balance
 from moe_heads.modes import can_read_values
+from moe_heads.routing.loss_watch import LossWatch
 from moe_heads.routing.stats import RoutingStats
 
 __all__ = ["BALANCE_TERMS", "Routing"]
@@ -37,7 +38,10 @@ class Routing:
         slot_logits: Logits of the slots of a soft router, (N, E, S). None for a sparse router.
         balance: Coefficient of each term of `aux_loss`.
         rows_per_sample: T for tokens, 1 for pooled features. Rows n·T … n·T + T - 1 belong to sample n.
+        mask: Rows that are real, (N,), bool. The others are padding: choices of them count nowhere. None means that all
+            rows are real.
         sync: Whether `aux_loss` sums its statistics over the ranks first (in training).
+        watch: Record of whether `aux_loss` gets a gradient. None outside training in eager mode.
     """
 
     logits: Tensor
@@ -51,7 +55,9 @@ class Routing:
     slot_logits: Tensor | None = None
     balance: Mapping[str, float] = field(default_factory=dict)
     rows_per_sample: int = 1
+    mask: Tensor | None = None
     sync: bool = False
+    watch: LossWatch | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.weights is None and (self.indices is not None or self.rows is not None):
@@ -153,12 +159,18 @@ class Routing:
 
     @property
     def dropped(self) -> Tensor:
-        """Mask of the rows that no expert took, (N,), bool. Only expert choice drops rows."""
-        return ~self.selected.any(-1)
+        """Mask of the real rows that no expert took, (N,), bool. Only expert choice drops rows."""
+        dropped = ~self.selected.any(-1)
+        return dropped if self.mask is None else dropped & self.mask
 
     @property
     def valid(self) -> Tensor:
-        """Mask of the rows with finite logits, (N,), bool."""
+        """Mask of the real rows with finite logits, (N,), bool. Only these rows count in statistics and losses."""
+        finite = self._finite
+        return finite if self.mask is None else finite & self.mask
+
+    @property
+    def _finite(self) -> Tensor:
         # twice as fast as isfinite().all(-1); the maximum of a row with nan is nan
         return self.logits.abs().amax(-1).isfinite()
 
@@ -187,7 +199,12 @@ class Routing:
         """
         check_balance(self.balance, tuple(BALANCE_TERMS))
         terms = [coefficient * BALANCE_TERMS[name](self) for name, coefficient in self.balance.items() if coefficient]
-        return torch.stack(terms).sum() if terms else self.logits.new_zeros(())
+        if not terms:
+            return self.logits.new_zeros(())
+        loss = torch.stack(terms).sum()
+        if self.watch is not None and not torch.compiler.is_compiling():
+            self.watch.attach(loss)
+        return loss
 
     def detach(self) -> "Routing":
         """Return the same decisions without their gradient and graph.
@@ -206,6 +223,7 @@ class Routing:
         valid = torch.ones(len(self.logits), dtype=torch.bool) if all_valid else self.valid
         invalid = None if all_valid else ~valid
         num_rows = valid.sum()
+        num_real = len(valid) if self.mask is None else self.mask.sum()
 
         def counted(values: Tensor) -> Tensor:
             """Set the rows that do not count to zero."""
@@ -231,14 +249,14 @@ class Routing:
             margin_sum=counted(margin).sum(dtype=wide),
             num_dropped=num_dropped,
             num_rows=num_rows,
-            num_nonfinite=len(valid) - num_rows,
+            num_nonfinite=num_real - num_rows,
         )
 
     def _is_known_valid(self) -> bool:
-        """Return True if the host knows without synchronizing with a device that all rows are valid."""
+        """Return True if the host knows without synchronizing with a device that all rows are real and finite."""
         # the sum is not finite if a logit is not; if it overflows, the rows are checked one by one
         on_host = self.logits.device.type == "cpu" and can_read_values(self.logits)
-        return on_host and bool(self.logits.sum().isfinite())
+        return self.mask is None and on_host and bool(self.logits.sum().isfinite())
 
     def _margin(self, selected: Tensor) -> Tensor:
         scores = self._scores
@@ -249,8 +267,9 @@ class Routing:
         # the rows that compete with each other: those of a sample of tokens, else those of the batch
         shape = (-1, self.rows_per_sample if self.rows_per_sample > 1 else max(len(scores), 1), self.num_experts)
         scores, selected = scores.reshape(shape), selected.reshape(shape)
-        leaving = scores - _highest(scores, ~selected, 1)
-        entering = _lowest(scores, selected, 1) - scores
+        real = True if self.mask is None else self.mask.reshape(*shape[:2], 1)
+        leaving = scores - _highest(scores, ~selected & real, 1)
+        entering = _lowest(scores, selected & real, 1) - scores
         return torch.where(selected, leaving, entering).amin(-1).flatten()
 
     @staticmethod

@@ -38,7 +38,7 @@ class Collapsing(PlainModule):
 
     def __init__(self) -> None:
         super().__init__()
-        self.head = SparseMoE(8, 3, num_experts=4, k=1, expert_width=4, noisy=False, balance={})
+        self.head = SparseMoE(8, 3, num_experts=4, k=1, expert_width=4, normalize=False, balance={})
         with torch.no_grad():
             self.head.router.gate.weight.zero_()
             self.head.router.gate.weight[1] = 10.0
@@ -107,7 +107,7 @@ def test_collapse_and_dead_experts_cause_one_warning() -> None:
     (line,) = warned
     assert line.startswith("expert_utilization: epoch 0, head 'head': the routing collapses to 1.0 effective")
     assert "; 3 of 4 experts dead: numbers" in line
-    assert line.count("Build the SparseMoE with num_shared_experts=1, noisy=False") == 1
+    assert line.count("Build the SparseMoE with num_shared_experts=2, noisy=False") == 1
 
 
 class HiddenByNoise(PlainModule):
@@ -115,7 +115,7 @@ class HiddenByNoise(PlainModule):
 
     def __init__(self) -> None:
         super().__init__()
-        self.head = SparseMoE(5, 3, num_experts=4, k=1, expert_width=4, balance={})
+        self.head = SparseMoE(5, 3, num_experts=4, k=1, expert_width=4, noisy=True, balance={})
         self.body = nn.Identity()
         with torch.no_grad():
             self.head.router.gate.weight.zero_()

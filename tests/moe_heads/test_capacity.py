@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from moe_heads import Capacity, Dense, SoftMoE, SparseMoE, capacity, match_capacity
+from moe_heads import NOISY_TOP_K, Capacity, Dense, SoftMoE, SparseMoE, capacity, match_capacity
 from moe_heads.routers import ExpertChoiceRouter, SoftmaxRouter, SwitchRouter
 
 
@@ -13,16 +13,17 @@ from moe_heads.routers import ExpertChoiceRouter, SoftmaxRouter, SwitchRouter
     [
         (Dense(512, 10), Capacity(267_786, 267_786)),
         (SoftMoE(512, 10), Capacity(271_960, 271_960)),
-        (SparseMoE(512, 10), Capacity(276_064, 71_068)),
+        (SparseMoE(512, 10, **NOISY_TOP_K), Capacity(276_064, 71_068)),
+        (SparseMoE(512, 10), Capacity(338_924, 138_032)),
     ],
 )
 def test_study_counts(head: nn.Module, expected: Capacity) -> None:
-    """The parameter counts of arXiv 2601.15021."""
+    """The parameter counts of arXiv 2601.15021, and of the default sparse head."""
     assert capacity(head) == expected
 
 
 def test_model_with_heads_inside() -> None:
-    model = nn.Sequential(nn.Linear(3, 512), SparseMoE(512, 10), nn.ModuleList([Dense(10, 4)]))
+    model = nn.Sequential(nn.Linear(3, 512), SparseMoE(512, 10, **NOISY_TOP_K), nn.ModuleList([Dense(10, 4)]))
     rest = 4 * 512 + capacity(model[2]).total
     assert capacity(model) == Capacity(276_064 + rest, 71_068 + rest)
 
@@ -78,19 +79,21 @@ def test_unknown_kind_is_refused() -> None:
 
 def test_shared_experts_are_active_and_so_are_those_that_experts_choose_on_average() -> None:
     sizes = {"num_experts": 4, "expert_width": 8}
-    plain = capacity(SparseMoE(16, 3, **sizes))
+    plain = capacity(SparseMoE(16, 3, **sizes, num_shared_experts=0))
     shared = capacity(SparseMoE(16, 3, **sizes, num_shared_experts=2))
     expert = SparseMoE(16, 3, **sizes).experts.parameters_per_expert
     assert shared == Capacity(plain.total + 2 * expert, plain.active + 2 * expert)
     gate = 16 * 4 + 4
-    chosen = capacity(SparseMoE(16, 3, **sizes, router=ExpertChoiceRouter(16, 4, k=1.5)))
+    chosen = capacity(SparseMoE(16, 3, **sizes, router=ExpertChoiceRouter(16, 4, k=1.5), num_shared_experts=0))
     assert chosen == Capacity(gate + 4 * expert, gate + round(1.5 * expert))
-    soft = capacity(SparseMoE(16, 3, **sizes, router=SoftmaxRouter(16, 4)))
+    soft = capacity(SparseMoE(16, 3, **sizes, router=SoftmaxRouter(16, 4), num_shared_experts=0))
     assert soft.active == soft.total == gate + 4 * expert
 
 
 def test_a_fractional_number_of_active_experts_is_matched_too() -> None:
-    head = match_capacity("sparse", 64, 10, active=20_000, router=ExpertChoiceRouter(64, 8, k=0.05))
+    head = match_capacity(
+        "sparse", 64, 10, active=20_000, router=ExpertChoiceRouter(64, 8, k=0.05), num_shared_experts=0
+    )
     assert abs(capacity(head).active - 20_000) <= 4
 
 

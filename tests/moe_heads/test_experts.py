@@ -13,10 +13,10 @@ def test_every_expert_starts_like_a_pair_of_linear_layers() -> None:
     experts = Experts(50, 64, 32, 10)
     linear = nn.Linear(64, 32)
     bound = linear.weight.abs().max()
-    assert experts.weight1.abs().max() <= 1 / 8
-    torch.testing.assert_close(experts.weight1.abs().max(), bound, rtol=0.02, atol=0)
-    assert experts.weight2.abs().max() <= 1 / 32**0.5
-    assert experts.bias1.std() > 0
+    assert experts.fc1.weight.abs().max() <= 1 / 8
+    torch.testing.assert_close(experts.fc1.weight.abs().max(), bound, rtol=0.02, atol=0)
+    assert experts.fc2.weight.abs().max() <= 1 / 32**0.5
+    assert experts.fc1.bias.std() > 0
 
 
 def test_parameters_per_expert() -> None:
@@ -26,7 +26,7 @@ def test_parameters_per_expert() -> None:
 def test_dropout_acts_in_training_only_and_keeps_the_mean() -> None:
     experts = Experts(2, 8, 4000, 1, dropout=0.5)
     with torch.no_grad():
-        experts.bias2.zero_()
+        experts.fc2.bias.zero_()
     x, gates = torch.randn(1, 8), torch.tensor([[0.5, 0.5]])
     experts.eval()
     expected = sum_all(experts, x, gates)

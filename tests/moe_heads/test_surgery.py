@@ -38,7 +38,7 @@ def test_upcycled_experts_are_copies_that_part_in_training() -> None:
     optimizer = torch.optim.SGD(head.parameters(), lr=0.5)
     head(torch.randn(40, 8)).square().mean().backward()
     optimizer.step()
-    assert not torch.equal(head.experts.weight1[0], head.experts.weight1[1])
+    assert not torch.equal(head.experts.fc1.weight[0], head.experts.fc1.weight[1])
     assert all(torch.equal(p, q) for p, q in zip(dense.parameters(), before, strict=True))
 
 
@@ -134,7 +134,7 @@ def test_ablation_of_nothing_is_an_independent_copy() -> None:
             lambda: upcycle(Dense(8, 3), 4, num_shared_experts=1),
             "num_shared_experts: expected no value, since shared experts would add to the logits of the dense head",
         ),
-        (lambda: ablate(Dense(8, 3), [0]), "head: expected a SoftMoE or SparseMoE, got Dense"),  # type: ignore[type-var]
+        (lambda: ablate(Dense(8, 3), [0]), "head: expected a SoftMoE, SparseMoE or MoELayer, got Dense"),  # type: ignore[type-var]
         (lambda: ablate(head_with("switch"), [4]), r"experts: expected different integers from 0 to 3, got \[4\]"),
         (lambda: ablate(head_with("switch"), 1), r"experts: expected different integers from 0 to 3, got 1"),
         (lambda: upcycle(Dense(8, 3), 4, in_features=9), "in_features: expected no value, .* got 9"),

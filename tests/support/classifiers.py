@@ -8,7 +8,7 @@ from lightning.pytorch import Trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from moe_heads import Dense, SoftMoE, SparseMoE
+from moe_heads import NOISY_TOP_K, Dense, SoftMoE, SparseMoE
 from moe_heads.lightning_modules import FeatureExtractor
 
 NUM_FEATURES, NUM_CLASSES = 6, 3
@@ -19,7 +19,7 @@ def backbone() -> FeatureExtractor:
 
 
 def sparse(**options: Any) -> SparseMoE:
-    return SparseMoE(NUM_FEATURES, NUM_CLASSES, num_experts=4, expert_width=5, **options)
+    return SparseMoE(NUM_FEATURES, NUM_CLASSES, num_experts=4, expert_width=5, **(dict(NOISY_TOP_K) | options))
 
 
 MAKE_HEAD: dict[str, Callable[[], nn.Module]] = {

@@ -14,15 +14,20 @@ class HandRouter(Router):
         self.num_experts, self.k = num_experts, k
         self.shift = nn.Parameter(torch.zeros(num_experts))
 
-    def forward(self, x: Tensor, rows_per_sample: int = 1) -> Routing:
+    def forward(self, x: Tensor, rows_per_sample: int = 1, mask: Tensor | None = None) -> Routing:
         logits = x + self.shift
         probs = logits.softmax(-1)
         if self.k is None:
-            return Routing(logits=logits, probs=probs, rows_per_sample=rows_per_sample)
+            return Routing(logits=logits, probs=probs, rows_per_sample=rows_per_sample, mask=mask)
         top = logits.topk(self.k, dim=-1)
         weights = probs.gather(-1, top.indices) if self.k == 1 else top.values.softmax(-1)
         return Routing(
-            logits=logits, probs=probs, indices=top.indices, weights=weights, rows_per_sample=rows_per_sample
+            logits=logits,
+            probs=probs,
+            indices=top.indices,
+            weights=weights,
+            rows_per_sample=rows_per_sample,
+            mask=mask,
         )
 
 

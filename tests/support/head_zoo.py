@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import torch
 
-from moe_heads import SparseMoE
+from moe_heads import NOISY_TOP_K, SparseMoE
 from moe_heads.routers import BiasBalancedRouter, ExpertChoiceRouter, NoisyTopKRouter, SoftmaxRouter, SwitchRouter
 
 FEATURES, CLASSES, EXPERTS, WIDTH = 8, 3, 4, 16
@@ -19,7 +19,9 @@ ROUTERS: dict[str, Callable[[], object]] = {
 }
 
 
-def head_with(router: str, dtype: torch.dtype = torch.float64, **options: object) -> SparseMoE:
-    """A head in evaluation mode, without dropout."""
-    defaults = {"num_experts": EXPERTS, "expert_width": WIDTH, "dropout": 0.0, "router": ROUTERS[router]()}
+def head_with(name: str, dtype: torch.dtype = torch.float64, **options: object) -> SparseMoE:
+    """A head in evaluation mode, without dropout and shared experts."""
+    sizes = {"num_experts": EXPERTS, "expert_width": WIDTH, "num_shared_experts": 0}
+    gate = NOISY_TOP_K if name == "noisy_top_k" else {"router": ROUTERS[name]()}
+    defaults = {**sizes, "dropout": 0.0, **gate}
     return SparseMoE(FEATURES, CLASSES, **(defaults | options)).to(dtype).eval()

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from moe_heads import SparseMoE
+from moe_heads import NOISY_TOP_K, SparseMoE
 
 NUM_CLASSES, NUM_FEATURES = 3, 5
 
@@ -26,7 +26,7 @@ class PlainModule(LightningModule):
     def __init__(self) -> None:
         super().__init__()
         self.body = nn.Sequential(nn.Linear(NUM_FEATURES, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.2))
-        self.head = SparseMoE(8, NUM_CLASSES, num_experts=4, expert_width=4)
+        self.head = SparseMoE(8, NUM_CLASSES, num_experts=4, expert_width=4, **(NOISY_TOP_K | {"balance": None}))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.body(x))

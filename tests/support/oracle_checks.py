@@ -223,8 +223,8 @@ class _Check:
             place = slice(end - size, end)
             in_experts = "experts." in name and "shared" not in name
             if kind == "expert":
-                count = self._parameter(name).shape[0]
-                part = size // count if in_experts else 0
+                # the weights are (E, ...), the biases flat
+                part = size // self._parameter(name.replace(".bias", ".weight")).shape[0] if in_experts else 0
                 inside[end - size + int(number) * part : end - size + (int(number) + 1) * part] = True
             elif self.head is not None:
                 inside[place] = _block_of_head(self.head, name) == block
@@ -246,7 +246,8 @@ def _block_of_head(head: str, name: str) -> str:
     if not name.startswith(prefix):
         return "backbone"
     part = name.removeprefix(prefix).partition(".")[0]
-    return part if part in {"router", "experts"} else head.rpartition(".")[2] or "head"
+    labels = {"router": "router", "experts": "experts", "shared": "shared experts"}
+    return labels.get(part) or head.rpartition(".")[2] or "head"
 
 
 def _broadened(density: SpectralDensity, values: Tensor) -> Tensor:

@@ -8,8 +8,8 @@ from moe_heads.experts import Experts
 
 
 def expert_logits(experts: Experts, expert: int, row: Tensor) -> Tensor:
-    hidden = (experts.weight1[expert] @ row + experts.bias1[expert]).relu()
-    return experts.weight2[expert] @ hidden + experts.bias2[expert]
+    weight1, bias1, weight2, bias2 = (stack[expert] for stack in experts.stacks())
+    return weight2 @ (weight1 @ row + bias1).relu() + bias2
 
 
 def sparse_row(head: SparseMoE, row: Tensor) -> Tensor:

@@ -88,7 +88,7 @@ def of_pixels(output: dict[str, Tensor], labels: Tensor) -> Tensor:
 def sparse_shufflenet() -> LightningModule:
     """Fine-tuning: frozen features, our sparse head."""
     net = shufflenet_v2_x0_5().requires_grad_(False)
-    net.fc = SparseMoE(1024, NUM_CLASSES, num_experts=4, expert_width=8)
+    net.fc = SparseMoE(1024, NUM_CLASSES, num_experts=4, expert_width=8, balance=None)
     return Wrapped(net)
 
 

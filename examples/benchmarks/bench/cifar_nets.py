@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from moe_heads import SparseMoE, capacity, match_capacity
+from moe_heads import NOISY_TOP_K, SparseMoE, capacity, match_capacity
 from moe_heads.lightning_modules import CifarResNet, ImageFiles, ImageTransform, ResNet18Cifar
 from moe_heads.lightning_modules.cifar10 import CIFAR10_MEAN, CIFAR10_STD
 
@@ -110,7 +110,7 @@ def trained(
 
 
 def _head(kind: str, in_features: int, num_classes: int) -> nn.Module:
-    sparse = SparseMoE(in_features, num_classes)
+    sparse = SparseMoE(in_features, num_classes, **NOISY_TOP_K)
     if kind == "sparse":
         return sparse
     return match_capacity(kind, in_features, num_classes, total=capacity(sparse).total)  # type: ignore[arg-type]

@@ -23,10 +23,10 @@ class MaskLoop(nn.Module):
             for index in range(experts.num_experts):
                 first = nn.Linear(experts.in_features, experts.width)
                 last = nn.Linear(experts.width, experts.out_features)
-                first.weight.copy_(experts.weight1[index])
-                first.bias.copy_(experts.bias1[index])
-                last.weight.copy_(experts.weight2[index])
-                last.bias.copy_(experts.bias2[index])
+                first.weight.copy_(experts.fc1.weight[index])
+                first.bias.copy_(experts.fc1.bias_by_expert[index])
+                last.weight.copy_(experts.fc2.weight[index])
+                last.bias.copy_(experts.fc2.bias_by_expert[index])
                 self.experts.append(nn.Sequential(first, nn.ReLU(), nn.Dropout(experts.dropout), last))
         self.num_classes = experts.out_features
 

@@ -17,7 +17,7 @@ from types import ModuleType
 import torch
 from torch import Tensor, nn
 
-from moe_heads import SoftMoE, SparseMoE
+from moe_heads import NOISY_TOP_K, SoftMoE, SparseMoE
 
 __all__ = ["davidmrau", "feature_layers", "token_layers"]
 
@@ -38,7 +38,7 @@ def feature_layers(in_features: int, num_experts: int, width: int, k: int) -> La
     """Build layers of features (B, D) to (B, D): our head, and transformers' experts with our router."""
     from transformers.integrations.moe import batched_mm_experts_forward, grouped_mm_experts_forward
 
-    head = SparseMoE(in_features, in_features, num_experts, width, k).eval()
+    head = SparseMoE(in_features, in_features, num_experts, width, k, **NOISY_TOP_K).eval()
     adapter = _TransformersExperts(head)
 
     def behind(forward: Callable[..., Tensor]) -> Callable[[Tensor], Tensor]:
@@ -75,7 +75,7 @@ def token_layers(in_features: int, num_experts: int, width: int, k: int) -> Laye
     st_moe = MoE(in_features, num_experts, gating_top_n=k, experts=nn.ModuleList(expert() for _ in range(num_experts)))
     soft_moe = LucidrainsSoftMoE(in_features, num_experts=num_experts, num_slots=1, expert_mult=width / in_features)
     return {
-        "ours_sparse": SparseMoE(in_features, in_features, num_experts, width, k).eval(),
+        "ours_sparse": SparseMoE(in_features, in_features, num_experts, width, k, **NOISY_TOP_K).eval(),
         "st_moe": st_moe.eval(),
         "ours_soft": SoftMoE(in_features, in_features, num_experts, width).eval(),
         "soft_moe": soft_moe.eval(),
@@ -91,8 +91,8 @@ class _TransformersExperts(nn.Module):
         super().__init__()
         experts = head.experts
         self.num_experts = head.num_experts
-        self.up_proj, self.up_proj_bias = experts.weight1, experts.bias1
-        self.down_proj, self.down_proj_bias = experts.weight2, experts.bias2
+        self.up_proj, self.up_proj_bias = experts.fc1.weight, experts.fc1.bias_by_expert
+        self.down_proj, self.down_proj_bias = experts.fc2.weight, experts.fc2.bias_by_expert
         self.act_fn = nn.ReLU()
 
 

@@ -11,7 +11,7 @@ from torch.nn.utils.rnn import PackedSequence
 from moe_heads.analysis._shared.batches import leaves_of, map_leaves
 from moe_heads.analysis._shared.forwards import intercepted, is_opaque
 from moe_heads.analysis._shared.promotion import HALF, PromotedPrecision
-from moe_heads.head import Head
+from moe_heads.routed_module import RoutedModule
 
 __all__ = ["computes_in_half", "half_modules_in_autocast"]
 
@@ -84,7 +84,7 @@ class _Region:
         device, dtype = self.modules[module]
         if dtype == torch.float16:
             # a head compares the data types of its input and its weights
-            with self._full_weights(module if isinstance(module, Head) else None):
+            with self._full_weights(module if isinstance(module, RoutedModule) else None):
                 return self._converted(forward(*args, **kwargs))
         if self._is_inside:
             return forward(*args, **kwargs)

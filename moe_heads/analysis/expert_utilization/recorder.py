@@ -24,7 +24,7 @@ _MAX_PENDING = 2**17
 # A norm costs as much as ten small operations. On every step it would cost a twentieth of the training of a head alone.
 _STEPS_BETWEEN_NORMS = 20
 
-_COUNTED = ("logits", "probs", "indices", "weights", "rows", "scores", "noisy_logits")
+_COUNTED = ("logits", "probs", "indices", "weights", "rows", "scores", "noisy_logits", "mask")
 _tensors_of = attrgetter(*_COUNTED)
 
 # rows_per_sample and the counted tensors: to build a Routing of them in every step costs more than to keep them

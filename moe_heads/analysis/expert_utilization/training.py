@@ -1,6 +1,6 @@
 """Routers of a model over its training epochs: statistics, numbers to log, and warnings."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from operator import add
@@ -15,6 +15,7 @@ from moe_heads.analysis.expert_utilization.flips import EpochChoices
 from moe_heads.analysis.expert_utilization.health import RouterHealth
 from moe_heads.analysis.expert_utilization.recorder import RouterKind, UtilizationRecorder
 from moe_heads.analysis.expert_utilization.samples import group_by_sample
+from moe_heads.routers import LinearRouter
 from moe_heads.routing import Adapters, RoutingCollection, RoutingStats, adapted_routers, named_routers
 
 __all__ = ["EpochReport", "TrainingRouters"]
@@ -71,6 +72,10 @@ class TrainingRouters:
         self._choices = {name: EpochChoices() for name in self._routers}
         self._flips: dict[str, tuple[int, int]] = {}
         collection.paused = True
+        # reported here by the name of the router, in place of a warning without it
+        self._watches = {name: r.loss_watch for name, r in self._routers.items() if isinstance(r, LinearRouter)}
+        for watch in self._watches.values():
+            watch.warns = False
 
     def begin_batch(self) -> None:
         """Start to collect the passes of a batch."""
@@ -133,11 +138,19 @@ class TrainingRouters:
             if int(stats.num_rows) or int(stats.num_nonfinite):
                 evaluated = [rank.in_evaluation[name] for rank in found if name in rank.in_evaluation]
                 health = self._health_of(name, kind.soft)
-                warnings = health.new_warnings(stats, reduce(add, evaluated) if evaluated else None)
-                reports[name] = EpochReport(stats, scalars | health.counts(stats), tuple(warnings))
+                of_health = health.new_warnings(stats, reduce(add, evaluated) if evaluated else None)
+                warnings = (*self._forgotten_loss(name), *of_health)
+                reports[name] = EpochReport(stats, scalars | health.counts(stats), warnings)
         self._recorder.reset()
         self._flips, self._in_evaluation = {}, {}
         return reports
+
+    def _forgotten_loss(self, name: str) -> Iterator[str]:
+        """Yield a warning, once, if no balance loss of the router got a gradient so far."""
+        watch = self._watches.get(name)
+        if watch is not None and watch.is_unused:
+            del self._watches[name]
+            yield watch.describe()
 
     def _health_of(self, name: str, soft: bool) -> RouterHealth:
         if name not in self._health:

@@ -18,7 +18,7 @@ from moe_heads.analysis.inference_timing.flops import FlopCount, Operator, Opera
 from moe_heads.analysis.inference_timing.measure import first_line
 from moe_heads.analysis.inference_timing.rows import Skipped
 from moe_heads.analysis.inference_timing.stages import active_flops, part_name, routed_heads, row_name, stages_of
-from moe_heads.head import Head
+from moe_heads.routed_module import RoutedModule
 from moe_heads.routing import Router
 
 __all__ = ["Capture", "TimedModel", "named_modules", "recorded"]
@@ -56,15 +56,15 @@ class TimedModel:
     named: Mapping[str, nn.Module]
     is_required: bool
     device: torch.device
-    twins: Mapping[str, Head] = field(default_factory=dict)
+    twins: Mapping[str, RoutedModule] = field(default_factory=dict)
 
     @cached_property
-    def all_heads(self) -> dict[str, Head]:
+    def all_heads(self) -> dict[str, RoutedModule]:
         """All heads with a router, timed or not: their operations are those of the chosen experts."""
         return routed_heads(self.model)
 
     @cached_property
-    def heads(self) -> dict[str, Head]:
+    def heads(self) -> dict[str, RoutedModule]:
         """The heads with a router that are timed, which may include the model."""
         timed = set(self.named) if self.is_required else {MODEL, *self.named}
         return {name: head for name, head in self.all_heads.items() if name in timed}

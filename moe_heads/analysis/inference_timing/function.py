@@ -19,7 +19,7 @@ from moe_heads.analysis.inference_timing.result import InferenceTimingResult
 from moe_heads.analysis.inference_timing.rows import Skipped
 from moe_heads.analysis.inference_timing.speedup import dense_twin
 from moe_heads.analysis.inference_timing.sweep import Sweep
-from moe_heads.head import Head
+from moe_heads.routed_module import RoutedModule
 
 __all__ = ["inference_timing"]
 
@@ -115,7 +115,7 @@ def inference_timing(
         model.eval()
         torch.manual_seed(seed)
         timed = TimedModel(model, to_device(example_batch, device), forward_fn, named, modules is not None, device)
-        twins: dict[str, Head] = {}
+        twins: dict[str, RoutedModule] = {}
         skipped = [Skipped(None, None, name, _SCRIPTED) for name in scripted]
         for name, head in timed.heads.items():
             try:

@@ -9,13 +9,16 @@ from typing import Literal
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from moe_heads.analysis._shared.environment import synchronize
 from moe_heads.analysis.inference_timing.calls import TimingMode
 from moe_heads.analysis.inference_timing.flops import Operator
 from moe_heads.analysis.inference_timing.statistics import DRIFT, Rounds, bootstrap
 from moe_heads.capacity import capacity, match_capacity
+from moe_heads.flops import Flops
 from moe_heads.head import Head
+from moe_heads.routed_module import RoutedModule
 
 __all__ = ["Bound", "DeviceLimits", "Gap", "GapPoint", "break_even", "dense_twin", "gap_of", "realized_ratio"]
 
@@ -188,7 +191,7 @@ class Gap:
         )
 
 
-def gap_of(head: str, mode: TimingMode, heads: tuple[Head, Head], points: Sequence[GapPoint]) -> Gap:
+def gap_of(head: str, mode: TimingMode, heads: tuple[RoutedModule, RoutedModule], points: Sequence[GapPoint]) -> Gap:
     """Return the gap of a head and its dense twin with the break-even, from points of ascending batch sizes."""
     parameters, dense_parameters = (capacity(module).total for module in heads)
     gap = Gap(head, mode, parameters, dense_parameters, tuple(points), None)
@@ -203,16 +206,32 @@ def gap_of(head: str, mode: TimingMode, heads: tuple[Head, Head], points: Sequen
     return replace(gap, break_even=crossing, break_even_low=min(low, crossing), break_even_high=max(high, crossing))
 
 
-def dense_twin(head: Head) -> Head:
-    """Build an untrained dense head of equal capacity (total parameters) on the device of the head.
+def dense_twin(module: RoutedModule) -> RoutedModule:
+    """Build an untrained dense head, or layer, of equal capacity (total parameters) on the device of the module.
 
     Raises:
         ValueError: If no dense head is within 5 %.
     """
-    sizes = head.in_features, head.num_classes
-    twin = match_capacity("dense", *sizes, total=capacity(head).total, tolerance=_TOLERANCE)
-    parameter = next(head.parameters())
+    num_outputs = int(getattr(module, "num_classes" if isinstance(module, Head) else "out_features"))
+    total = capacity(module).total
+    dense = match_capacity("dense", module.in_features, num_outputs, total=total, tolerance=_TOLERANCE)
+    twin = dense if isinstance(module, Head) else _DenseLayer(dense)
+    parameter = next(module.parameters())
     return twin.to(parameter.device, parameter.dtype).requires_grad_(False).eval()
+
+
+class _DenseLayer(RoutedModule):
+    """Two-layer perceptron on every token, with the call of a `moe_heads.MoELayer`."""
+
+    def __init__(self, dense: Head) -> None:
+        super().__init__(dense.in_features)
+        self.dense = dense
+
+    def forward(self, x: Tensor, **_: object) -> Tensor:
+        return self.dense.get_submodule("layers")(x)  # type: ignore[no-any-return]
+
+    def count_flops(self, batch: int, tokens: int) -> Flops:
+        return self.dense.count_flops(batch, tokens)
 
 
 def realized_ratio(dense: Rounds, head: Rounds, seed: int) -> tuple[float, float, float]:

@@ -10,7 +10,7 @@ from torch import nn
 
 from moe_heads.analysis.inference_timing.calls import MODEL, Call
 from moe_heads.analysis.inference_timing.statistics import Rounds, bootstrap, median_interval, paired
-from moe_heads.head import Head
+from moe_heads.routed_module import RoutedModule
 from moe_heads.routing import Router
 
 __all__ = ["STAGES", "Part", "active_flops", "divided", "part_name", "routed_heads", "row_name", "stages_of"]
@@ -55,12 +55,12 @@ def divided(
     return [*alone, Part(batch_size, whole, rest, *difference, "by difference")]
 
 
-def routed_heads(model: nn.Module) -> dict[str, Head]:
-    """Return the heads of this package in a model that own a router, by row name; the model may be one itself."""
+def routed_heads(model: nn.Module) -> dict[str, RoutedModule]:
+    """Return the heads and layers of this package that own a router, by row name; the model may be one itself."""
     return {
         row_name(name): module
         for name, module in model.named_modules()
-        if isinstance(module, Head) and any(isinstance(child, Router) for child in module.children())
+        if isinstance(module, RoutedModule) and any(isinstance(child, Router) for child in module.children())
     }
 
 
@@ -77,13 +77,13 @@ def part_name(head: str, part: str) -> str:
     return part if head == MODEL else f"{head}.{part}"
 
 
-def active_flops(head: Head, call: Call) -> int:
+def active_flops(head: RoutedModule, call: Call) -> int:
     """Return the theoretical operations of a call of a head, of the chosen experts only."""
-    return sum(head.flops(x.shape[0], x.shape[1] if x.dim() == 3 else 1).active for x in call.inputs)
+    return sum(head.flops(x.shape[0], x.shape[1:-1].numel()).active for x in call.inputs)
 
 
-def stages_of(head: Head, call: Call) -> dict[str, Call]:
-    """Return the stages of a call of a head by name; see `Head.stages`."""
+def stages_of(head: RoutedModule, call: Call) -> dict[str, Call]:
+    """Return the stages of a call of a head by name; see `RoutedModule.stages`."""
     stages: dict[str, list[Callable[[], object]]] = {}
     for x in call.inputs:
         for name, stage in head.stages(x).items():

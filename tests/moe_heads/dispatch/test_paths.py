@@ -87,14 +87,14 @@ def test_grouped_takes_the_gradient_of_a_plain_sum() -> None:
     # the gradient is one number seen through strides of zero, which grouped_mm itself does not accept
     head = head_with("noisy_top_k", torch.float32, dispatch="grouped")
     head(torch.randn(6, FEATURES)).sum().backward()
-    torch.testing.assert_close(head.experts.bias2.grad.sum(), torch.tensor(18.0))
+    torch.testing.assert_close(head.experts.fc2.bias.grad.sum(), torch.tensor(18.0))
 
 
 def test_grouped_takes_the_gradient_of_a_gradients_plain_sum() -> None:
     x = torch.randn(6, FEATURES)
     second = []
     head = head_with("noisy_top_k", torch.float32)
-    weights = [head.experts.weight1, head.experts.weight2]
+    weights = [head.experts.fc1.weight, head.experts.fc2.weight]
     for head.dispatch in ("grouped", "all"):
         first = torch.autograd.grad(head(x).square().sum(), weights, create_graph=True)
         second.append(torch.autograd.grad(sum(gradient.sum() for gradient in first), weights))
@@ -214,7 +214,7 @@ def test_autocast_gives_its_dtype_for_any_number_of_rows(dispatch: str, num_rows
 def test_an_expert_that_overflows_touches_only_the_rows_that_chose_it(dispatch: str) -> None:
     head = head_with("noisy_top_k", torch.float32, dispatch=dispatch)
     with torch.no_grad():
-        head.experts.bias1[2] = torch.inf
+        head.experts.fc1.bias_by_expert[2] = torch.inf
     x = torch.randn(20, FEATURES)
     chose = (head.router(x).indices == 2).any(-1)
     assert 0 < chose.sum() < 20

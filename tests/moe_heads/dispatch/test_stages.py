@@ -39,7 +39,7 @@ def test_what_is_dispatched_are_the_rows_and_weights_of_the_choices() -> None:
     gathered = head_of("gathered")
     weight1 = gathered.stages(x)["dispatch"]()[0]
     indices = gathered(x, return_routing=True).routing.indices
-    assert torch.equal(weight1, gathered.experts.weight1[indices])
+    assert torch.equal(weight1, gathered.experts.fc1.weight[indices])
     gates = head_of("all")
     assert torch.equal(gates.stages(x)["dispatch"](), gates(x, return_routing=True).routing.gates)
 

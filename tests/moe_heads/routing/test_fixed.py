@@ -18,7 +18,8 @@ from tests.support.untouched import untouched
 
 
 def with_router(router: Router) -> SparseMoE:
-    return SparseMoE(FEATURES, 3, num_experts=EXPERTS, expert_width=4, dropout=0.0, router=router).double().eval()
+    sizes = {"num_experts": EXPERTS, "expert_width": 4, "num_shared_experts": 0}
+    return SparseMoE(FEATURES, 3, **sizes, dropout=0.0, router=router).double().eval()
 
 
 HEADS: dict[str, Callable[[], SparseMoE]] = {
@@ -129,8 +130,8 @@ def test_elsewhere_the_choices_are_the_recorded_ones_and_the_weights_those_of_no
 
 def run_expert(head: SparseMoE, expert: int, rows: Tensor, shared: bool = False) -> Tensor:
     experts = head.shared if shared else head.experts
-    hidden = F.relu(F.linear(rows, experts.weight1[expert], experts.bias1[expert]))
-    return F.linear(hidden, experts.weight2[expert], experts.bias2[expert])
+    hidden = F.relu(F.linear(rows, experts.fc1.weight[expert], experts.fc1.bias_by_expert[expert]))
+    return F.linear(hidden, experts.fc2.weight[expert], experts.fc2.bias_by_expert[expert])
 
 
 @pytest.mark.parametrize("name", ["noisy_top_k", "noisy_top_1", "switch", "bias_balanced"])
@@ -258,7 +259,7 @@ def test_gradient_checkpointing_replays_the_record_of_the_first_pass(use_reentra
         head.zero_grad()
         with fixed_routing(head, reference):
             sum(run(x).square().sum() * (i + 1) for i, x in enumerate(xs)).backward()
-        gradients.append(head.experts.weight2.grad)
+        gradients.append(head.experts.fc2.weight.grad)
     torch.testing.assert_close(*gradients, rtol=1e-12, atol=1e-12)
     assert (gradients[0] != 0).any()
 

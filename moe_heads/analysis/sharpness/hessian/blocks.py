@@ -5,17 +5,21 @@ from collections.abc import Iterable, Mapping, Sequence
 from torch import nn
 
 from moe_heads.analysis.sharpness.hessian.trace import Places
+from moe_heads.experts import StackedLinear
 from moe_heads.routing import Router
 
 __all__ = ["default_blocks", "expert_places", "places_of"]
+
+# Names of the blocks of a head by its children.
+_LABELS = {"router": "router", "experts": "experts", "shared": "shared experts"}
 
 
 def default_blocks(model: nn.Module, names: Iterable[str]) -> dict[str, list[str]]:
     """Return names of parameters by block: backbone, router and experts with routers, otherwise the children.
 
     A model that consists of one child has the blocks of that child, and so on inwards. With several heads, the blocks
-    of router and experts start with the head's name. Other parts of a head (shared experts) form a block with the
-    head's name.
+    of router, experts and shared experts start with the head's name. Other parts of a head form a block with the head's
+    name.
 
     Args:
         model: The model.
@@ -64,12 +68,7 @@ def expert_places(model: nn.Module, slices: Mapping[str, slice]) -> Places:
     places: dict[str, list[slice]] = {}
     for path, num_experts in heads.items():
         prefix = f"{path}." if path else ""
-        parameters = dict(model.named_parameters())
-        stacked = [
-            name
-            for name in slices
-            if name.startswith(f"{prefix}experts.") and parameters[name].shape[:1] == (num_experts,)
-        ]
+        stacked = [n for n in slices if n.startswith(f"{prefix}experts.") and _is_stacked(model, n, num_experts)]
         for expert in range(num_experts if stacked else 0):
             name = f"{path} expert {expert}" if len(heads) > 1 else f"expert {expert}"
             places[name] = [_part(slices[parameter], expert, num_experts) for parameter in stacked]
@@ -110,9 +109,15 @@ def _block_in_heads(name: str, heads: Mapping[str, int]) -> str:
         prefix = f"{path}." if path else ""
         if name.startswith(prefix):
             part = name.removeprefix(prefix).partition(".")[0]
-            label = part if part in {"router", "experts"} else path.rpartition(".")[2] or "head"
+            label = _LABELS.get(part) or path.rpartition(".")[2] or "head"
             return f"{path} {label}" if len(heads) > 1 else label
     return "backbone"
+
+
+def _is_stacked(model: nn.Module, name: str, num_experts: int) -> bool:
+    """Return whether a parameter holds those of the experts one after the other."""
+    owner = model.get_submodule(name.rpartition(".")[0])
+    return isinstance(owner, StackedLinear) or model.get_parameter(name).shape[:1] == (num_experts,)
 
 
 def _part(place: slice, index: int, num_parts: int) -> slice:

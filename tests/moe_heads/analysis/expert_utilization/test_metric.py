@@ -23,7 +23,7 @@ from tests.support.processes import NUM_RANKS, run_on_ranks
 
 def routings(num_batches: int = 5) -> Iterator[Routing]:
     torch.manual_seed(0)
-    head = SparseMoE(6, 3, num_experts=4, expert_width=2)
+    head = SparseMoE(6, 3, num_experts=4, expert_width=2, noisy=True)
     for size in range(3, 3 + num_batches):
         yield head(torch.randn(size, 6), return_routing=True).routing
 
@@ -209,7 +209,7 @@ def stats_of(shares: list[float]) -> RoutingStats:
     return RoutingStats(counts, load, load, zero, zero, torch.tensor(0), rows, torch.tensor(0))
 
 
-ROUTER = SparseMoE(8, 3, num_experts=4, expert_width=2).router
+ROUTER = SparseMoE(8, 3, num_experts=4, expert_width=2, noisy=True).router
 
 
 def health(soft: bool = False, dead_below: float = 0.01) -> RouterHealth:
@@ -324,14 +324,14 @@ class Gate(nn.Linear):
     ("router", "soft", "advised", "not_advised"),
     [
         (ROUTER, False, "The noise may", "router=..."),
-        (NoisyTopKRouter(8, 4, 2, noisy=False), False, "num_shared_experts=1", "The noise may"),
+        (NoisyTopKRouter(8, 4, 2, noisy=False), False, "num_shared_experts=2", "The noise may"),
         (SwitchRouter(8, 4), False, "jitter", "The noise may"),
-        (SwitchRouter(8, 4, jitter=0.0), False, "without router=...", "jitter"),
-        (ExpertChoiceRouter(8, 4), False, "temperature", "noisy"),
+        (SwitchRouter(8, 4, jitter=0.0), False, "the router with normalize=True", "jitter"),
+        (ExpertChoiceRouter(8, 4), False, "by construction", "noisy"),
         (SoftMoE(8, 3, num_experts=4).router, True, "balance={'kl': ...}", "noisy"),
         (BiasBalancedRouter(8, 4), False, "update_rate", "balance="),
-        (Gate(8, 4), False, "its balance loss", "balance="),
-        (Gate(8, 4), True, "its temperature", "balance="),
+        (Gate(8, 4), False, "shared experts", "balance="),
+        (Gate(8, 4), True, "mean weights", "balance="),
     ],
 )
 def test_only_what_the_router_has_is_advised(router: nn.Module, soft: bool, advised: str, not_advised: str) -> None:

@@ -60,8 +60,8 @@ def test_what_cannot_be_counted_leaves_a_lower_bound_and_no_share_of_peak() -> N
 class SpectralHead(SparseMoE):
     """A head whose products are not all known; its formula omits the transform."""
 
-    def classify(self, x: Tensor) -> Any:
-        return super().classify(torch.fft.fft(x).real)
+    def classify(self, x: Tensor, mask: Tensor | None) -> Any:
+        return super().classify(torch.fft.fft(x).real, mask)
 
 
 def test_of_operators_that_are_not_known_there_is_no_bound() -> None:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from moe_heads import Dense, SparseMoE, capacity
+from moe_heads import Dense, MoELayer, SparseMoE, capacity
 from moe_heads.analysis.inference_timing import speedup
 from moe_heads.analysis.inference_timing.flops import Operator
 from moe_heads.analysis.inference_timing.speedup import (
@@ -90,7 +90,16 @@ def test_the_twin_is_dense_of_equal_capacity_where_the_head_is() -> None:
     assert not twin.training
     assert twin(torch.randn(2, 64, dtype=torch.float64)).shape == (2, 10)
     with pytest.raises(ValueError, match="expected a number of parameters"):
-        dense_twin(SparseMoE(64, 10, num_experts=1, k=1, expert_width=1, noisy=False, balance=None))
+        dense_twin(SparseMoE(64, 10, num_experts=1, k=1, expert_width=1, num_shared_experts=0))
+
+
+def test_the_twin_of_a_layer_keeps_the_tokens() -> None:
+    layer = MoELayer(64, 10)
+    twin = dense_twin(layer)
+    assert capacity(twin).total == pytest.approx(capacity(layer).total, rel=0.05)
+    x = torch.randn(2, 5, 64)
+    assert twin(x, mask=torch.ones(2, 5, dtype=torch.bool)).shape == layer(x).shape == (2, 5, 10)
+    assert twin.flops(2, 5).active == 10 * 2 * 74 * twin.dense.width
 
 
 def test_the_ratio_is_that_of_the_medians_of_all_runs_of_the_rounds_of_both() -> None:

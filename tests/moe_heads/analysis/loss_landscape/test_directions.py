@@ -100,14 +100,14 @@ def test_stacked_experts_are_normalized_by_expert_and_unit() -> None:
     model = SparseMoE(6, 3, num_experts=4, expert_width=5)
     direction = random_direction(model)
     parts, raw = split_direction(model, filter_normalized(model, direction)), split_direction(model, direction)
-    for name in ("experts.weight1", "experts.weight2"):
+    for name in ("experts.fc1.weight", "experts.fc2.weight"):
         own = model.get_parameter(name).detach()
         for expert in range(4):
             for unit in range(own.shape[1]):
                 row = raw[name][expert, unit]
                 torch.testing.assert_close(parts[name][expert, unit], row / row.norm() * own[expert, unit].norm())
-    assert not parts["experts.bias1"].any()
-    assert not parts["experts.bias2"].any()
+    assert not parts["experts.fc1.bias"].any()
+    assert not parts["experts.fc2.bias"].any()
 
 
 def test_normalization_removes_the_scale_of_a_relu_network() -> None:

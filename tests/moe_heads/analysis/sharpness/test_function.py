@@ -60,18 +60,21 @@ def test_traces_and_largest_eigenvalues_of_blocks() -> None:
     assert sum(block.trace for block in result.blocks.values()) == pytest.approx(result.trace, rel=1e-9)
 
 
+LAYERS = ("fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias")
+
+
 def test_blocks_and_experts_of_a_sparse_head() -> None:
     model = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), SparseMoE(6, 3, num_experts=3, expert_width=4, k=1)).double()
     batch = classification(30, 5)
     exact = dense_hessian(copy.deepcopy(model).eval(), cross_entropy, batch).diag()
     result = sharpness(model, cross_entropy, [batch], max_steps=200)
-    assert list(result.blocks) == ["backbone", "router", "experts"]
+    assert list(result.blocks) == ["backbone", "router", "experts", "shared experts"]
     assert list(result.experts) == ["expert 0", "expert 1", "expert 2"]
     named = dict(model.named_parameters())
     ends = np.cumsum([p.numel() for p in named.values()])
     places = {name: exact[end - p.numel() : end] for (name, p), end in zip(named.items(), ends, strict=True)}
     for expert in range(3):
-        parts = [places[f"2.experts.{kind}"].view(3, -1)[expert] for kind in ("weight1", "bias1", "weight2", "bias2")]
+        parts = [places[f"2.experts.{kind}"].view(3, -1)[expert] for kind in LAYERS]
         found = result.experts[f"expert {expert}"]
         assert found.num_parameters == sum(map(len, parts)) == 6 * 4 + 4 + 4 * 3 + 3
         assert found.trace == pytest.approx(float(torch.cat(parts).sum()), abs=4 * found.trace_stderr + 1e-9)
@@ -99,7 +102,7 @@ def test_parameters_beside_the_stacked_ones_belong_to_no_expert() -> None:
 
 
 def test_an_expert_that_no_sample_reaches_has_no_curvature() -> None:
-    head = SparseMoE(20, 3, num_experts=3, expert_width=8, k=1).double()
+    head = SparseMoE(20, 3, num_experts=3, expert_width=8, k=1, num_shared_experts=0).double()
     head.router.gate.bias.data[1] = -100.0
     model = nn.Sequential(nn.Linear(5, 20), nn.Tanh(), head).double()
     result = sharpness(model, cross_entropy, [classification(40, 5)], max_steps=60)
@@ -119,11 +122,14 @@ def test_two_heads_have_blocks_of_their_own() -> None:
             return self.left(self.body(x)) + self.right(self.body(x))
 
     result = sharpness(Two().double(), cross_entropy, [classification(20, 5)], density=False)
-    assert list(result.blocks) == ["backbone", "left router", "left experts", "right router", "right experts"]
+    assert list(result.blocks) == [
+        "backbone",
+        *(f"{head} {part}" for head in ("left", "right") for part in ("router", "experts", "shared experts")),
+    ]
     assert list(result.experts) == ["left expert 0", "left expert 1", "right expert 0", "right expert 1"]
     head = SparseMoE(5, 3, num_experts=2, num_shared_experts=1).double()
     alone = sharpness(head, cross_entropy, [classification(20, 5)])
-    assert list(alone.blocks) == ["router", "experts", "head"]
+    assert list(alone.blocks) == ["router", "experts", "shared experts"]
 
 
 def test_some_parameters_only() -> None:
@@ -192,7 +198,11 @@ def test_seed_and_progress() -> None:
     )
     assert seen == list(range(1, first.num_products + 1))
     again, other = (sharpness(model, cross_entropy, [batch], seed=seed) for seed in (0, 1))
-    assert first.metrics() == again.metrics() and first.trace != other.trace
+    # the last digits depend on the alignment of the memory on some processors
+    assert first.metrics() == pytest.approx(again.metrics(), rel=1e-9, abs=1e-12, nan_ok=True)
+    few: dict[str, Any] = {"num_eigenvalues": 1, "density": False}
+    first, other = (sharpness(model, cross_entropy, [batch], seed=seed, **few) for seed in (0, 1))
+    assert first.trace != pytest.approx(other.trace, rel=1e-6)
     assert (first.seed, other.seed) == (0, 1)
 
 

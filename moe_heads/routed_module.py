@@ -1,0 +1,137 @@
+"""Base class of heads and layers: input check, operation counts, and the format of state dicts."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moe_heads.checks import check_at_least_one
+from moe_heads.flops import Flops
+
+__all__ = ["RoutedModule", "masked_mean"]
+
+
+class RoutedModule(nn.Module, ABC):
+    """Base of the heads and layers, which compute with features (..., D) and may have a router.
+
+    Args:
+        in_features: D, the size of the last dimension of the input.
+    """
+
+    _version = 3
+    """Format of the state dict, saved as metadata. Format 1 is the default of `torch.nn.Module`."""
+
+    passes_mask_to_router = True
+    """For `moe_heads.routing.padding`: the call takes ``mask`` and passes it on to the router."""
+
+    def __init__(self, in_features: int) -> None:
+        super().__init__()
+        check_at_least_one(in_features=in_features)
+        self.in_features = in_features
+
+    def check_input(self, x: Tensor, mask: Tensor | None, shapes: str, max_dim: int | None = None) -> None:
+        """Raise a ValueError unless x has one of the shapes and a floating point dtype, and the mask fits.
+
+        Args:
+            x: Features.
+            mask: Mask of the real rows, or None.
+            shapes: Allowed shapes, for the message.
+            max_dim: Largest number of dimensions of x.
+        """
+        has_size = x.dim() >= 2 and (max_dim is None or x.dim() <= max_dim) and x.shape[-1] == self.in_features
+        if not has_size or not x.is_floating_point():
+            raise ValueError(
+                f"x: expected floating point numbers of shape {shapes}, got {x.dtype} of shape {tuple(x.shape)}."
+                f" Flatten or cast the features, or build the {self._kind} with their size."
+            )
+        if mask is None:
+            return
+        if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape != x.shape[:-1]:
+            got = f"{mask.dtype} of shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else repr(mask)
+            raise ValueError(
+                f"mask: expected bool of shape {tuple(x.shape[:-1])}, True for real tokens, got {got}. Convert an"
+                " attention mask of zeros and ones with .bool(), and invert a key_padding_mask of torch."
+            )
+        if mask.device != x.device:
+            raise ValueError(f"mask: expected the device of x, {x.device}, got {mask.device}. Move the mask to it.")
+
+    @property
+    def _kind(self) -> str:
+        """Return the word for the module in messages."""
+        return "layer"
+
+    @abstractmethod
+    def count_flops(self, batch: int, tokens: int) -> Flops:
+        """Count the operations for sizes that were checked. ``tokens`` is 1 for pooled features."""
+
+    def flops(self, batch: int = 1, tokens: int = 1) -> Flops:
+        """Count the theoretical floating point operations of a forward pass, total and active. See `Flops`.
+
+        Args:
+            batch: B.
+            tokens: T, which is 1 for pooled features.
+
+        Raises:
+            ValueError: If a size is below 1.
+
+        Example:
+            >>> from moe_heads import Dense, SparseMoE
+            >>> Dense(512, 10).flops(batch=32)
+            Flops(total=17104896, active=17104896)
+            >>> SparseMoE(512, 10).flops(batch=32)
+            Flops(total=21643264, active=8814592)
+        """
+        check_at_least_one(batch=batch, tokens=tokens)
+        return self.count_flops(batch, tokens)
+
+    def stages(self, x: Tensor) -> Mapping[str, Callable[[], object]]:
+        """Return functions that repeat the work of a forward pass outside the submodules, by name, for timing.
+
+        A sparse head has "dispatch", which gathers the rows of each expert, and "combine", which sums the outputs per
+        row. Either is absent where the dispatch path fuses it with the matrix products of the experts. Other heads
+        return an empty mapping.
+
+        Args:
+            x: Input of the module.
+        """
+        return {}
+
+    @property
+    def num_active_parameters(self) -> int:
+        """Number of parameters used to evaluate one row."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        version = local_metadata.get("version")
+        if version is not None and version > self._version:
+            error_msgs.append(
+                f"{prefix or self._kind}: expected a state dict of format {self._version} or older, got format"
+                f" {version}, which a newer moe_heads wrote. Upgrade moe_heads."
+            )
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+
+
+def masked_mean(values: Tensor, mask: Tensor | None) -> Tensor:
+    """Return the mean over the real tokens, (B, C), of values (B, T, C). It is zero for a sample without any.
+
+    Args:
+        values: Values of the tokens.
+        mask: Real tokens, (B, T), bool. None if all are real.
+    """
+    if mask is None:
+        return values.mean(1)
+    total = values.masked_fill(~mask.unsqueeze(-1), 0).sum(1)
+    return total / mask.sum(1, keepdim=True).clamp_min(1).to(total.dtype)

@@ -1,0 +1,86 @@
+"""Masks of padded tokens for the routers inside a model."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moe_heads.routing.router import Router
+
+__all__ = ["MaskHook", "check_mask", "mask_of_rows", "masked_modules"]
+
+
+def check_mask(mask: Any) -> None:
+    """Check that a mask of tokens is bool of shape (B, T)."""
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.dim() != 2:
+        got = f"{mask.dtype} of shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else repr(mask)
+        raise ValueError(
+            f"mask: expected bool of shape (B, T), True for real tokens, got {got}. Convert an attention mask of zeros"
+            " and ones with .bool(), and invert a key_padding_mask of torch."
+        )
+
+
+def masked_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the modules of a model that take a mask, by name: heads and layers, and routers that are in none."""
+    found: dict[str, nn.Module] = {}
+    owned: set[nn.Module] = set()
+    for name, module in model.named_modules():
+        # a head or layer passes the mask on to its router
+        if getattr(module, "passes_mask_to_router", False):
+            found[name] = module
+            owned.update(child for child in module.modules() if isinstance(child, Router))
+        elif isinstance(module, Router) and module not in owned:
+            found[name] = module
+    return found
+
+
+def mask_of_rows(mask: Tensor, num_rows: int, name: str) -> Tensor | None:
+    """Return the mask of the rows of tokens, (B·T,), or None for one row per sample.
+
+    Raises:
+        ValueError: If the number of rows is neither B·T nor B.
+    """
+    if num_rows == mask.numel():
+        return mask.flatten()
+    if num_rows == mask.shape[0]:
+        return None
+    raise _mismatch(mask, f"{num_rows} rows", name)
+
+
+def _mismatch(mask: Tensor, got: str, name: str) -> ValueError:
+    return ValueError(
+        f"mask: expected a mask of the tokens of {name or 'the model'!r}, which got {got}, but the mask is"
+        f" {tuple(mask.shape)}. Pass a mask of the tokens that reach it, with True for tokens that the model adds."
+    )
+
+
+class MaskHook:
+    """Forward pre-hook that passes the mask to a head, layer or router, unless its caller does.
+
+    Args:
+        name: Name of the module, for messages.
+        mask: (B, T).
+    """
+
+    def __init__(self, name: str, mask: Tensor) -> None:
+        self._name, self._mask = name, mask
+
+    def __call__(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Return the arguments with the mask, or None to leave them as they are."""
+        x = args[0] if args else kwargs.get("x")
+        if not isinstance(x, Tensor) or x.dim() < 2 or "mask" in kwargs:
+            return None  # the module checks its arguments
+        mask: Tensor | None
+        if x.shape[:-1] == self._mask.shape:
+            mask = self._mask
+        elif x.dim() == 2:
+            mask = mask_of_rows(self._mask, len(x), self._name)
+        else:
+            raise _mismatch(self._mask, f"x of shape {tuple(x.shape)}", self._name)
+        if mask is None:
+            return None
+        if isinstance(module, Router):
+            module.check_takes_mask()
+        return args, {**kwargs, "mask": mask}

@@ -1,0 +1,181 @@
+"""Sparse mixture of experts, common to the head `SparseMoE` and the layer `MoELayer`."""
+
+import inspect
+import math
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any, get_args
+
+import torch
+from torch import Tensor
+
+from moe_heads.checks import check_at_least_one, check_option
+from moe_heads.dispatch import Dispatch, keep_outside_the_graph, mix, stages, sum_all
+from moe_heads.experts import Activation, Experts
+from moe_heads.flops import Flops
+from moe_heads.routed_module import RoutedModule
+from moe_heads.routers import NoisyTopKRouter
+from moe_heads.routing import Router, Routing
+
+__all__ = ["NOISY_TOP_K", "SparseMixture"]
+
+NOISY_TOP_K: Mapping[str, Any] = MappingProxyType({
+    "noisy": True,
+    "normalize": False,
+    "num_shared_experts": 0,
+    "balance": {"importance": 0.2, "load": 0.2},
+})
+"""Options of `SparseMoE` for the head of the study (arXiv 2601.15021): the noisy top-k gate of Shazeer et al. (arXiv
+1701.06538) with importance and load loss, and no shared expert. ``SparseMoE(512, 10, **NOISY_TOP_K)`` has 276,064
+parameters, 71,068 of them active. On the digits it loses accuracy, and with k = 1 its experts collapse
+(docs/results.md, Collapse)."""
+
+
+class SparseMixture(RoutedModule):
+    """Base of `SparseMoE` and `MoELayer`: router, chosen experts and shared experts."""
+
+    router: Router
+    experts: Experts
+    shared: Experts | None
+
+    def _build(
+        self,
+        out_features: int,
+        num_experts: int,
+        expert_width: int,
+        num_shared_experts: int,
+        dropout: float,
+        activation: Activation,
+        dispatch: Dispatch,
+        router: Router | None,
+        gate_options: Mapping[str, Any],
+    ) -> None:
+        """Build the submodules.
+
+        Args:
+            out_features: Outputs of an expert.
+            num_experts: E.
+            expert_width: H.
+            num_shared_experts: S.
+            dropout: Dropout of the experts.
+            activation: Activation of the experts.
+            dispatch: Execution path.
+            router: The router, or None for the default one.
+            gate_options: Options of the default router, which must be absent otherwise.
+        """
+        check_at_least_one(num_experts=num_experts)
+        check_option("dispatch", dispatch, get_args(Dispatch))
+        if num_shared_experts != 0:
+            check_at_least_one(num_shared_experts=num_shared_experts)
+        if router is None:
+            router = NoisyTopKRouter(self.in_features, num_experts, **gate_options)
+        else:
+            _check_router(router, {"in_features": self.in_features, "num_experts": num_experts})
+            _check_absent(type(self), gate_options)
+        self.num_experts, self.expert_width = num_experts, expert_width
+        self.dispatch: Dispatch = dispatch
+        keep_outside_the_graph(dispatch)
+        self.router = router
+        sizes = (self.in_features, expert_width, out_features, dropout, activation)
+        self.experts = Experts(num_experts, *sizes)
+        self.shared = Experts(num_shared_experts, *sizes) if num_shared_experts else None
+
+    @property
+    def k(self) -> float:
+        """Number of experts chosen per row. Under expert choice, their mean number."""
+        return self.num_experts if self.router.k is None else self.router.k
+
+    @property
+    def num_shared_experts(self) -> int:
+        """Number of experts that run on every row, S."""
+        return 0 if self.shared is None else self.shared.num_experts
+
+    def mix(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Routing]:
+        """Route each row of x, (..., D), and sum the outputs of its experts, (..., C). Padded rows get zeros.
+
+        Args:
+            x: Rows of a sample in all dimensions between the first and the last.
+            mask: Real rows, or None.
+        """
+        rows = x.flatten(0, -2)
+        flat_mask = None if mask is None else mask.flatten()
+        routing = self.router.route(rows, math.prod(x.shape[1:-1]), flat_mask)
+        outputs = mix(self.experts, rows, routing, self.dispatch)
+        if routing.rows is not None:
+            # no expert takes a row with non-finite logits: outputs of zero would hide the error
+            outputs = outputs.masked_fill(~routing.valid.unsqueeze(-1), torch.nan)
+        if self.shared is not None:
+            outputs = outputs + sum_all(self.shared, rows)
+        if flat_mask is not None:
+            outputs = outputs.masked_fill(~flat_mask.unsqueeze(-1), 0)
+        return (outputs if x.dim() == 2 else outputs.unflatten(0, x.shape[:-1])), routing
+
+    def count_flops(self, batch: int, tokens: int) -> Flops:
+        """Count the gate, the shared experts, and all or the chosen ones of the other experts, without the noise."""
+        rows = batch * tokens
+        gate = 2 * sum(parameter.numel() for parameter in self.router.active_parameters() if parameter.dim() > 1)
+        always = gate + self.num_shared_experts * self.experts.flops_per_row
+        return Flops(
+            rows * (always + self.num_experts * self.experts.flops_per_row),
+            round(rows * always + self.router.num_choices(batch, tokens) * self.experts.flops_per_row),
+        )
+
+    def stages(self, x: Tensor) -> Mapping[str, Callable[[], object]]:
+        """Return the dispatch and the combination of the path that x takes. See `RoutedModule.stages`."""
+        rows = x.flatten(0, -2)
+        routing = self.router.route(rows, math.prod(x.shape[1:-1]), None)
+        return stages(self.experts, rows, routing, self.dispatch)
+
+    @property
+    def num_active_parameters(self) -> int:
+        """Number of parameters of the gate, of k experts and of the shared ones, without the noise of training."""
+        gate = sum(parameter.numel() for parameter in self.router.active_parameters())
+        return gate + round((self.k + self.num_shared_experts) * self.experts.parameters_per_expert)
+
+    def extra_repr(self) -> str:
+        """Return the sizes and the dispatch path."""
+        return f"{super().extra_repr()}, dispatch={self.dispatch!r}"
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        if strict and self.shared is not None and f"{prefix}router.noise.weight" in state_dict:
+            saved_shared = any(key.startswith(f"{prefix}shared.") for key in state_dict)
+            if not saved_shared and "noise" not in dict(self.router.named_children()):
+                error_msgs.append(
+                    f"{prefix or 'head'}: expected the parameters of a head with shared experts and without noise, the"
+                    " default, got those of the noisy top-k gate that was the default of format 2. Build the head with"
+                    " **moe_heads.NOISY_TOP_K."
+                )
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+
+
+def _check_router(router: Router, sizes: Mapping[str, int]) -> None:
+    if not isinstance(router, Router):
+        raise ValueError(f"router: expected a moe_heads.Router, got {router!r}.")
+    for name, size in sizes.items():
+        # a custom router need not have the number of features
+        known = getattr(router, name, size if name == "in_features" else None)
+        if known != size:
+            raise ValueError(
+                f"router: expected one for {name} = {size}, got one for {known}. Build the router and the head with the"
+                " same sizes."
+            )
+
+
+def _check_absent(owner: type, options: Mapping[str, object]) -> None:
+    defaults = inspect.signature(owner).parameters
+    for name, value in options.items():
+        if value != defaults[name].default:
+            raise ValueError(
+                f"{name}: expected no value, since router sets it, got {value!r}. Pass {name} to the router instead."
+            )

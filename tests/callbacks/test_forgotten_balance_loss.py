@@ -1,0 +1,85 @@
+"""A training step that does not add the balance loss gets one warning that names the head."""
+
+import warnings
+
+import pytest
+import torch
+from lightning import pytorch as pl
+from torch.utils.data import DataLoader, TensorDataset
+
+from moe_heads import Head, SoftMoE, SparseMoE, collect_routing
+from moe_heads.callbacks import ExpertUtilizationCallback
+
+NUM_FEATURES = 8
+
+
+class Classifier(pl.LightningModule):
+    def __init__(self, head: Head, adds_loss: bool) -> None:
+        super().__init__()
+        self.head, self.adds_loss = head, adds_loss
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(x)
+
+    def training_step(self, batch: list[torch.Tensor], batch_idx: int) -> torch.Tensor:
+        with collect_routing(self) as routing:
+            loss = torch.nn.functional.cross_entropy(self(batch[0]), batch[1])
+        return loss + routing.aux_loss if self.adds_loss else loss
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), 0.01)
+
+
+def warnings_of(head: Head, adds_loss: bool, **options: object) -> list[str]:
+    x = torch.randn(640, NUM_FEATURES) * 0.3 + 1
+    data = DataLoader(TensorDataset(x, x[:, :3].argmax(-1)), 2)
+    callback = ExpertUtilizationCallback(splits=["train"], num_permutations=0, **options)
+    trainer = pl.Trainer(
+        max_epochs=2,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[callback],
+    )
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer.fit(Classifier(head, adds_loss), data)
+    return [str(warning.message) for warning in caught if "balance loss" in str(warning.message)]
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        SparseMoE(NUM_FEATURES, 3, num_experts=4, expert_width=4),
+        SoftMoE(NUM_FEATURES, 3, num_experts=4, expert_width=4),
+    ],
+)
+def test_one_warning_after_the_first_epoch_names_the_head(head: Head) -> None:
+    found = [text for text in warnings_of(head, adds_loss=False) if "got no gradient" in text]
+    (text,) = found  # 640 passes, without a second warning by the router
+    assert "expert_utilization: epoch 0, head 'head': the balance loss got no gradient in 320 training passes" in text
+    assert "return_routing=True" in text
+
+
+def test_a_collapse_without_the_loss_is_not_blamed_on_its_coefficient() -> None:
+    head = SparseMoE(
+        NUM_FEATURES, 3, num_experts=8, k=1, num_shared_experts=0, normalize=False, balance={"switch": 0.1}
+    )
+    with torch.no_grad():
+        head.router.gate.bias[0] = 30.0
+    texts = warnings_of(head, adds_loss=False)
+    collapse = [text for text in texts if "collapses to" in text]
+    assert len(collapse) == 1
+    assert "Add the balance loss of the router to the training loss" in collapse[0]
+    assert "balance={" not in collapse[0]
+
+
+def test_no_warning_where_the_loss_is_added() -> None:
+    assert warnings_of(SparseMoE(NUM_FEATURES, 3, num_experts=4, expert_width=4), adds_loss=True) == []
+    assert warnings_of(SparseMoE(NUM_FEATURES, 3, num_experts=4, balance=None), adds_loss=False) == []
+
+
+def test_warn_false_is_silent() -> None:
+    assert warnings_of(SparseMoE(NUM_FEATURES, 3, num_experts=4, expert_width=4), adds_loss=False, warn=False) == []
