@@ -2,7 +2,7 @@
 
 One CPU thread, fp32, all candidates in one process, interleaved, medians (see bench/timing.py). D = 512, C = 10, k = 2.
 
-    python examples/benchmarks/heads.py --out heads.json                       # inference and training steps
+    python examples/benchmarks/heads.py --out heads.json                       # eager, a quarter of an hour
     python examples/benchmarks/heads.py --compiled --peers FOLDER --out heads.json   # everything, half an hour
 
 The second command also times the head under torch.compile, which needs a C++ compiler, and other libraries
@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from bench.mask_loop import MaskLoop
@@ -32,6 +33,9 @@ FEATURES, CLASSES, K = 512, 10, 2
 SIZES = ((8, 64), (8, 512), (32, 512), (128, 64), (128, 512))
 BATCHES = (1, 8, 32, 256, 4096)
 TRAINING_SIZES, TRAINING_BATCHES = ((8, 64), (32, 512)), (256, 4096)
+# The mask loop and the other libraries have no shared expert and no normalized gate.
+PLAIN = {"noisy": True, "normalize": False, "num_shared_experts": 0, "balance": {"importance": 0.2, "load": 0.2}}
+SHARED = {"noisy": False, "normalize": True, "num_shared_experts": 1, "balance": {"switch": 0.1}}
 
 Row = dict[str, object]
 Candidates = dict[str, Callable[[Tensor], object]]
@@ -51,10 +55,10 @@ def in_place_compiled(module: nn.Module) -> nn.Module:
     return other
 
 
-def build(num_experts: int, width: int, dropout: float = 0.1) -> tuple[SparseMoE, nn.Module]:
+def build(num_experts: int, width: int, options: dict[str, Any] = PLAIN) -> tuple[SparseMoE, nn.Module]:
     """Build the sparse head and the dense head of equal total parameters."""
-    head = SparseMoE(FEATURES, CLASSES, num_experts, width, K, dropout=dropout)
-    dense = match_capacity("dense", FEATURES, CLASSES, total=capacity(head).total, dropout=dropout)
+    head = SparseMoE(FEATURES, CLASSES, num_experts, width, K, **options)
+    dense = match_capacity("dense", FEATURES, CLASSES, total=capacity(head).total)
     return head, dense
 
 
@@ -91,6 +95,20 @@ def inference(rounds: int, peers: Path | None, compiled: bool) -> Iterator[Row]:
                 bound = bound_ms(head, x)
             row = _row(num_experts, width, batch, times | {f"{name}_cold": ms for name, ms in cold_times.items()})
             yield row | {"roofline_ms": round(bound, 4), "roofline_share": round(bound / times["auto"], 3)}
+
+
+def shared(rounds: int) -> Iterator[Row]:
+    """Time forward passes of the smallest head with a shared expert and a gate that reads normalized rows.
+
+    Yields:
+        A row for each cell.
+    """
+    head, dense = build(*SIZES[0], SHARED)
+    for batch in BATCHES:
+        candidates: Candidates = {"dense": dense.eval(), "auto": head.eval()}
+        with torch.inference_mode():
+            times = time_interleaved(_bound(candidates, torch.randn(batch, FEATURES)), rounds)
+        yield _row(*SIZES[0], batch, times)
 
 
 def training(rounds: int) -> Iterator[Row]:
@@ -144,7 +162,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15, help="timed blocks of each candidate")
     parser.add_argument("--compiled", action="store_true", help="also time under torch.compile")
     parser.add_argument("--peers", type=Path, default=None, help="folder with the other libraries")
-    parser.add_argument("--only", choices=["inference", "training", "layers"], help="one section instead of all")
+    sections = ["inference", "shared", "training", "layers"]
+    parser.add_argument("--only", choices=sections, help="one section instead of all")
     parser.add_argument("--out", type=Path, default=None, help="JSON file to write")
     options = parser.parse_args()
     if options.only == "layers" and options.peers is None:
@@ -155,17 +174,18 @@ def main() -> None:
         sys.path.append(str(options.peers))
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    sections = {
+    runs = {
         "inference": inference(options.rounds, options.peers, options.compiled),
+        "shared": shared(options.rounds),
         "training": training(options.rounds),
     }
     if options.peers is not None:
-        sections["layers"] = layers(options.rounds)
+        runs["layers"] = layers(options.rounds)
     if options.only is not None:
-        sections = {options.only: sections[options.only]}
+        runs = {options.only: runs[options.only]}
     report: dict[str, object] = {"machine": machine(), "limits": measured_limits(), "rounds": options.rounds, "seed": 0}
     start = time.perf_counter()
-    for name, rows in sections.items():
+    for name, rows in runs.items():
         done = report[name] = []
         for row in rows:
             done.append(row)

@@ -15,9 +15,13 @@ __all__ = ["machine", "time_interleaved"]
 
 
 def time_interleaved(
-    candidates: Mapping[str, Callable[[], object]], rounds: int = 11, block_ms: float = 2.0, cold: bool = False
+    candidates: Mapping[str, Callable[[], object]],
+    rounds: int = 11,
+    block_ms: float = 2.0,
+    cold: bool = False,
+    summary: Callable[[list[float]], float] = statistics.median,
 ) -> dict[str, float]:
-    """Return the median milliseconds per call of each candidate.
+    """Return the milliseconds per call of each candidate: the median, or another summary, of the blocks.
 
     In every round, each candidate runs in random order in a block of calls of about ``block_ms`` (one call if it takes
     longer), so that a slow phase of the machine affects all of them. The first calls before a block are not counted, so
@@ -43,7 +47,7 @@ def time_interleaved(
             for _ in range(calls[name]):
                 call()
             times[name].append(1e3 * (time.perf_counter() - start) / calls[name])
-    return {name: statistics.median(samples) for name, samples in times.items()}
+    return {name: summary(samples) for name, samples in times.items()}
 
 
 def machine() -> dict[str, object]:
