@@ -62,7 +62,7 @@ def build(num_experts: int, width: int, options: dict[str, Any] = PLAIN) -> tupl
     return head, dense
 
 
-def inference(rounds: int, peers: Path | None, compiled: bool) -> Iterator[Row]:
+def inference(rounds: int, loaded: bool, peers: Path | None, compiled: bool) -> Iterator[Row]:
     """Time forward passes in eager mode, by every path, and under torch.compile (fullgraph, one graph for each shape).
 
     Yields:
@@ -88,16 +88,16 @@ def inference(rounds: int, peers: Path | None, compiled: bool) -> Iterator[Row]:
                 for name, candidate in candidates.items():
                     if not name.startswith(("dense", "davidmrau")):  # these compute a different function
                         torch.testing.assert_close(candidate(x), expected, rtol=1e-3, atol=1e-4)
-                times = time_interleaved(_bound(candidates, x), repeats)
+                times = time_interleaved(_bound(candidates, x), repeats, loaded=loaded)
                 chosen = [name for name in candidates if name.startswith(("dense", "auto", "mask_loop"))]
                 cold = {name: candidates[name] for name in chosen}
-                cold_times = time_interleaved(_bound(cold, x), repeats, cold=True)
+                cold_times = time_interleaved(_bound(cold, x), repeats, cold=True, loaded=loaded)
                 bound = bound_ms(head, x)
             row = _row(num_experts, width, batch, times | {f"{name}_cold": ms for name, ms in cold_times.items()})
             yield row | {"roofline_ms": round(bound, 4), "roofline_share": round(bound / times["auto"], 3)}
 
 
-def shared(rounds: int) -> Iterator[Row]:
+def shared(rounds: int, loaded: bool) -> Iterator[Row]:
     """Time forward passes of the smallest head with a shared expert and a gate that reads normalized rows.
 
     Yields:
@@ -107,11 +107,11 @@ def shared(rounds: int) -> Iterator[Row]:
     for batch in BATCHES:
         candidates: Candidates = {"dense": dense.eval(), "auto": head.eval()}
         with torch.inference_mode():
-            times = time_interleaved(_bound(candidates, torch.randn(batch, FEATURES)), rounds)
+            times = time_interleaved(_bound(candidates, torch.randn(batch, FEATURES)), rounds, loaded=loaded)
         yield _row(*SIZES[0], batch, times)
 
 
-def training(rounds: int) -> Iterator[Row]:
+def training(rounds: int, loaded: bool) -> Iterator[Row]:
     """Time forward and backward passes of cross-entropy (and balance losses), with the gradient of the features.
 
     Yields:
@@ -133,10 +133,10 @@ def training(rounds: int) -> Iterator[Row]:
             candidates = {name: partial(step, module, False) for name, module in modules.items()}
             candidates["auto_with_balance"] = partial(step, head, True)
             slow = num_experts * width * batch > 10**7
-            yield _row(num_experts, width, batch, time_interleaved(candidates, 3 if slow else rounds))
+            yield _row(num_experts, width, batch, time_interleaved(candidates, 3 if slow else rounds, loaded=loaded))
 
 
-def layers(rounds: int) -> Iterator[Row]:
+def layers(rounds: int, loaded: bool) -> Iterator[Row]:
     """Time layers of other libraries, which map features to features, and our heads with C = D at equal sizes.
 
     Yields:
@@ -152,7 +152,7 @@ def layers(rounds: int) -> Iterator[Row]:
                 if shape[0] > 32:
                     candidates.pop("transformers_batched_mm", None)  # copies weights for every row, takes minutes
                 with torch.inference_mode():
-                    times = time_interleaved(_bound(candidates, torch.randn(shape)), min(rounds, 7))
+                    times = time_interleaved(_bound(candidates, torch.randn(shape)), min(rounds, 7), loaded=loaded)
                 yield _row(num_experts, width, shape[0], times) | {"input": kind}
 
 
@@ -160,6 +160,7 @@ def main() -> None:
     """Run the selected sections, print one line for each cell, and write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=15, help="timed blocks of each candidate")
+    parser.add_argument("--loaded", action="store_true", help="smallest CPU times, for a machine with other work")
     parser.add_argument("--compiled", action="store_true", help="also time under torch.compile")
     parser.add_argument("--peers", type=Path, default=None, help="folder with the other libraries")
     sections = ["inference", "shared", "training", "layers"]
@@ -175,15 +176,16 @@ def main() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     runs = {
-        "inference": inference(options.rounds, options.peers, options.compiled),
-        "shared": shared(options.rounds),
-        "training": training(options.rounds),
+        "inference": inference(options.rounds, options.loaded, options.peers, options.compiled),
+        "shared": shared(options.rounds, options.loaded),
+        "training": training(options.rounds, options.loaded),
     }
     if options.peers is not None:
-        runs["layers"] = layers(options.rounds)
+        runs["layers"] = layers(options.rounds, options.loaded)
     if options.only is not None:
         runs = {options.only: runs[options.only]}
     report: dict[str, object] = {"machine": machine(), "limits": measured_limits(), "rounds": options.rounds, "seed": 0}
+    report["times"] = "smallest CPU times" if options.loaded else "medians"
     start = time.perf_counter()
     for name, rows in runs.items():
         done = report[name] = []
