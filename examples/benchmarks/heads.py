@@ -1,6 +1,7 @@
 """Compare the speed of the sparse head with the dense head of equal total parameters, a mask loop, and other libraries.
 
-One CPU thread, fp32, all candidates in one process, interleaved, medians (see bench/timing.py). D = 512, C = 10, k = 2.
+One CPU thread, fp32, all candidates in one process, interleaved, medians, or with --loaded smallest CPU times (see
+bench/timing.py). D = 512, C = 10, k = 2.
 
     python examples/benchmarks/heads.py --out heads.json                       # eager, a quarter of an hour
     python examples/benchmarks/heads.py --compiled --peers FOLDER --out heads.json   # everything, half an hour
@@ -164,10 +165,10 @@ def main() -> None:
     parser.add_argument("--compiled", action="store_true", help="also time under torch.compile")
     parser.add_argument("--peers", type=Path, default=None, help="folder with the other libraries")
     sections = ["inference", "shared", "training", "layers"]
-    parser.add_argument("--only", choices=sections, help="one section instead of all")
+    parser.add_argument("--only", nargs="+", choices=sections, help="some sections instead of all")
     parser.add_argument("--out", type=Path, default=None, help="JSON file to write")
     options = parser.parse_args()
-    if options.only == "layers" and options.peers is None:
+    if options.only is not None and "layers" in options.only and options.peers is None:
         parser.error("--only layers: expected --peers, got none.")
     if options.peers is not None:
         if not (options.peers / "davidmrau" / "moe.py").is_file():
@@ -183,7 +184,7 @@ def main() -> None:
     if options.peers is not None:
         runs["layers"] = layers(options.rounds, options.loaded)
     if options.only is not None:
-        runs = {options.only: runs[options.only]}
+        runs = {name: runs[name] for name in options.only}
     report: dict[str, object] = {"machine": machine(), "limits": measured_limits(), "rounds": options.rounds, "seed": 0}
     report["times"] = "smallest CPU times" if options.loaded else "medians"
     start = time.perf_counter()
