@@ -15,7 +15,7 @@ import copy
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -63,7 +63,9 @@ def build(num_experts: int, width: int, options: dict[str, Any] = PLAIN) -> tupl
     return head, dense
 
 
-def inference(rounds: int, loaded: bool, peers: Path | None, compiled: bool) -> Iterator[Row]:
+def inference(
+    rounds: int, loaded: bool, peers: Path | None, compiled: bool, batches: Sequence[int] = BATCHES
+) -> Iterator[Row]:
     """Time forward passes in eager mode, by every path, and under torch.compile (fullgraph, one graph for each shape).
 
     Yields:
@@ -74,7 +76,7 @@ def inference(rounds: int, loaded: bool, peers: Path | None, compiled: bool) -> 
         head.eval()
         dense.eval()
         loop = MaskLoop(head).eval()
-        for batch in BATCHES:
+        for batch in batches:
             torch.compiler.reset()
             x = torch.randn(batch, FEATURES)
             candidates: Candidates = {"dense": dense, "mask_loop": loop}
@@ -164,6 +166,7 @@ def main() -> None:
     parser.add_argument("--loaded", action="store_true", help="smallest CPU times, for a machine with other work")
     parser.add_argument("--compiled", action="store_true", help="also time under torch.compile")
     parser.add_argument("--peers", type=Path, default=None, help="folder with the other libraries")
+    parser.add_argument("--batches", nargs="+", type=int, default=BATCHES, help="batch sizes of inference")
     sections = ["inference", "shared", "training", "layers"]
     parser.add_argument("--only", nargs="+", choices=sections, help="some sections instead of all")
     parser.add_argument("--out", type=Path, default=None, help="JSON file to write")
@@ -177,7 +180,7 @@ def main() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     runs = {
-        "inference": inference(options.rounds, options.loaded, options.peers, options.compiled),
+        "inference": inference(options.rounds, options.loaded, options.peers, options.compiled, options.batches),
         "shared": shared(options.rounds, options.loaded),
         "training": training(options.rounds, options.loaded),
     }

@@ -1,6 +1,7 @@
 """Selection of the dispatch path: the requested one, or the fastest for the shape, device and mode."""
 
 import functools
+import math
 from collections.abc import Callable, Mapping
 from typing import Literal
 
@@ -43,8 +44,9 @@ _ROWS_PER_READ = 8  # the weights of an expert are read in the time of the produ
 # In inference the ragged path computes expert by expert. The grouped path writes the rows and hidden units of all
 # choices between its products. They leave the cache if those of one expert are larger than this.
 _CACHED_BYTES = 2**18
-# Up to this many rows a compiled loop over gathered weights is faster than the grouped product in inference.
-_FEW_ROWS = 32
+# A compiled loop over gathered weights reads those of an expert again for every choice, faster if all fit in the cache.
+_ROWS_PER_CACHED_READ = 3
+_CACHED_WEIGHTS_BYTES = 2**21
 
 
 def mix(experts: Experts, x: Tensor, routing: Routing, dispatch: Dispatch) -> Tensor:
@@ -102,21 +104,35 @@ def path_of(experts: Experts, x: Tensor, routing: Routing, dispatch: Dispatch) -
 def _fastest(experts: Experts, x: Tensor, routing: Routing) -> Dispatch:
     if routing.weights is None or not x.is_cpu:
         return "all"
-    indices, num_rows, num_choices = routing.indices, x.shape[0], routing.weights.numel()
-    num_experts, features, classes = experts.num_experts, experts.in_features, experts.out_features
     if torch.compiler.is_compiling():
-        if torch.compiler.is_exporting() or is_vmapped():
-            return "all"
-        if num_rows <= _FEW_ROWS and indices is not None and indices.shape[1] < num_experts:
-            return "gathered"
-        macs = experts.width * (features + classes)
-        costs = _costs(num_experts, features, macs, num_rows, num_choices, num_experts)
-        return "grouped" if costs["grouped"] < costs["all"] and _serves_grouped(experts, x) else "all"
+        return "all" if torch.compiler.is_exporting() or is_vmapped() else _fastest_compiled(experts, x, routing)
     if not can_read_values(x):
         return "all"
-    training = torch.is_grad_enabled()
-    ranking = _ranking(num_experts, features, experts.width, classes, num_rows, num_choices, x.itemsize, training)
+    ranking = _ranking(
+        experts.num_experts,
+        experts.in_features,
+        experts.width,
+        experts.out_features,
+        x.shape[0],
+        routing.weights.numel(),
+        x.itemsize,
+        torch.is_grad_enabled(),
+    )
     return next(path for path in ranking if path != "grouped" or _serves_grouped(experts, x))
+
+
+def _fastest_compiled(experts: Experts, x: Tensor, routing: Routing) -> Dispatch:
+    assert routing.weights is not None
+    num_experts, num_choices = experts.num_experts, routing.weights.numel()
+    macs = experts.flops_per_row // 2
+    costs = _costs(num_experts, experts.in_features, macs, x.shape[0], num_choices, min(num_experts, num_choices))
+    grouped = costs["grouped"] if _serves_grouped(experts, x) else math.inf
+    if routing.indices is not None and num_choices < x.shape[0] * num_experts:
+        is_cached = num_experts * macs * x.itemsize <= _CACHED_WEIGHTS_BYTES
+        rows_per_read = _ROWS_PER_CACHED_READ if is_cached else _ROWS_PER_READ
+        if macs * num_choices * rows_per_read < min(costs["all"], grouped):
+            return "gathered"
+    return "grouped" if grouped < costs["all"] else "all"
 
 
 @functools.lru_cache(maxsize=4096)  # for few rows this arithmetic takes as long as the selection of the experts

@@ -97,15 +97,22 @@ def test_auto_asks_for_no_value_inside_vmap_but_may_in_other_transforms(taken: l
 
 
 @pytest.mark.parametrize(
-    ("num_rows", "expected"), [(1, "gathered"), (32, "gathered"), (33, "grouped"), (500, "grouped")]
+    ("num_rows", "expected", "in_float64"),
+    [(1, "gathered", "gathered"), (16, "gathered", "all"), (64, "grouped", "all"), (500, "grouped", "all")],
 )
-def test_auto_in_a_compiled_graph(num_rows: int, expected: str, taken: list[str]) -> None:
+def test_auto_in_a_compiled_graph(num_rows: int, expected: str, in_float64: str, taken: list[str]) -> None:
+    for dtype, path in ((torch.float32, expected), (torch.float64, in_float64)):
+        torch.compiler.reset()
+        torch.compile(large_head().to(dtype), backend="eager", dynamic=False)(torch.randn(num_rows, 64, dtype=dtype))
+        assert taken[-1] == path
+
+
+def test_auto_in_a_compiled_graph_reads_the_weights_of_few_of_many_experts(taken: list[str]) -> None:
     torch.compiler.reset()
-    torch.compile(large_head(), backend="eager", dynamic=False)(torch.randn(num_rows, 64))
-    assert taken[-1] == expected
-    torch.compiler.reset()
-    torch.compile(large_head().double(), backend="eager", dynamic=False)(torch.randn(num_rows, 64).double())
-    assert taken[-1] == ("gathered" if expected == "gathered" else "all")
+    head = SparseMoE(512, 10, num_experts=128, expert_width=64).eval()
+    for num_rows, expected in ((32, "gathered"), (256, "grouped")):
+        torch.compile(head, backend="eager", dynamic=False)(torch.randn(num_rows, 512))
+        assert taken[-1] == expected
 
 
 def test_auto_reads_no_values_where_there_are_none_or_where_they_would_be_recorded(taken: list[str]) -> None:
