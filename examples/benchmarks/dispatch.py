@@ -108,7 +108,7 @@ def main() -> None:
         return
     report = {kind: run(kind) for kind in options.kinds}
     if options.out is not None:
-        options.out.write_text(json.dumps(report, indent=1) + "\n")
+        options.out.write_text(json.dumps(report) + "\n")
 
 
 if __name__ == "__main__":
