@@ -145,7 +145,7 @@ def _ranking(
     num_choices: int,
     itemsize: int,
     training: bool,
-) -> list[Dispatch]:
+) -> tuple[Dispatch, ...]:
     """Return the paths of eager mode by their estimated cost."""
     hit: float = num_experts  # in training, where a backward pass writes the gradients of all experts
     if num_rows and not training:
@@ -153,7 +153,7 @@ def _ranking(
     costs = _costs(num_experts, features, width * (features + classes), num_rows, num_choices, hit)
     if not training and num_choices * (features + width) * itemsize > num_experts * _CACHED_BYTES:
         del costs["grouped"]
-    return sorted(costs, key=costs.__getitem__)
+    return tuple(sorted(costs, key=costs.__getitem__))
 
 
 def _costs(
