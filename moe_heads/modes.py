@@ -30,9 +30,9 @@ def can_read_values(x: Tensor) -> bool:
         torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
         or torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None  # make_fx
         or is_vmapped()
-        or x.device.type == "meta"
+        or x.is_meta
         or torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
-        or (x.device.type == "cuda" and torch.cuda.is_current_stream_capturing())
+        or (x.is_cuda and torch.cuda.is_current_stream_capturing())
     )
 
 

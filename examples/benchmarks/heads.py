@@ -1,8 +1,9 @@
 """Compare the speed of the sparse head with the dense head of equal total parameters, a mask loop, and other libraries.
 
-One CPU thread, fp32, all candidates in one process, interleaved, medians (see bench/timing.py). D = 512, C = 10, k = 2.
+One CPU thread, fp32, all candidates in one process, interleaved, medians, or with --loaded smallest CPU times (see
+bench/timing.py). D = 512, C = 10, k = 2.
 
-    python examples/benchmarks/heads.py --out heads.json                       # inference and training steps
+    python examples/benchmarks/heads.py --out heads.json                       # eager, a quarter of an hour
     python examples/benchmarks/heads.py --compiled --peers FOLDER --out heads.json   # everything, half an hour
 
 The second command also times the head under torch.compile, which needs a C++ compiler, and other libraries
@@ -14,9 +15,10 @@ import copy
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from bench.mask_loop import MaskLoop
@@ -32,6 +34,9 @@ FEATURES, CLASSES, K = 512, 10, 2
 SIZES = ((8, 64), (8, 512), (32, 512), (128, 64), (128, 512))
 BATCHES = (1, 8, 32, 256, 4096)
 TRAINING_SIZES, TRAINING_BATCHES = ((8, 64), (32, 512)), (256, 4096)
+# The mask loop and the other libraries have no shared expert and no normalized gate.
+PLAIN = {"noisy": True, "normalize": False, "num_shared_experts": 0, "balance": {"importance": 0.2, "load": 0.2}}
+SHARED = {"noisy": False, "normalize": True, "num_shared_experts": 1, "balance": {"switch": 0.1}}
 
 Row = dict[str, object]
 Candidates = dict[str, Callable[[Tensor], object]]
@@ -51,14 +56,16 @@ def in_place_compiled(module: nn.Module) -> nn.Module:
     return other
 
 
-def build(num_experts: int, width: int, dropout: float = 0.1) -> tuple[SparseMoE, nn.Module]:
+def build(num_experts: int, width: int, options: dict[str, Any] = PLAIN) -> tuple[SparseMoE, nn.Module]:
     """Build the sparse head and the dense head of equal total parameters."""
-    head = SparseMoE(FEATURES, CLASSES, num_experts, width, K, dropout=dropout)
-    dense = match_capacity("dense", FEATURES, CLASSES, total=capacity(head).total, dropout=dropout)
+    head = SparseMoE(FEATURES, CLASSES, num_experts, width, K, **options)
+    dense = match_capacity("dense", FEATURES, CLASSES, total=capacity(head).total)
     return head, dense
 
 
-def inference(rounds: int, peers: Path | None, compiled: bool) -> Iterator[Row]:
+def inference(
+    rounds: int, loaded: bool, peers: Path | None, compiled: bool, batches: Sequence[int] = BATCHES
+) -> Iterator[Row]:
     """Time forward passes in eager mode, by every path, and under torch.compile (fullgraph, one graph for each shape).
 
     Yields:
@@ -69,7 +76,7 @@ def inference(rounds: int, peers: Path | None, compiled: bool) -> Iterator[Row]:
         head.eval()
         dense.eval()
         loop = MaskLoop(head).eval()
-        for batch in BATCHES:
+        for batch in batches:
             torch.compiler.reset()
             x = torch.randn(batch, FEATURES)
             candidates: Candidates = {"dense": dense, "mask_loop": loop}
@@ -84,16 +91,30 @@ def inference(rounds: int, peers: Path | None, compiled: bool) -> Iterator[Row]:
                 for name, candidate in candidates.items():
                     if not name.startswith(("dense", "davidmrau")):  # these compute a different function
                         torch.testing.assert_close(candidate(x), expected, rtol=1e-3, atol=1e-4)
-                times = time_interleaved(_bound(candidates, x), repeats)
+                times = time_interleaved(_bound(candidates, x), repeats, loaded=loaded)
                 chosen = [name for name in candidates if name.startswith(("dense", "auto", "mask_loop"))]
                 cold = {name: candidates[name] for name in chosen}
-                cold_times = time_interleaved(_bound(cold, x), repeats, cold=True)
+                cold_times = time_interleaved(_bound(cold, x), repeats, cold=True, loaded=loaded)
                 bound = bound_ms(head, x)
             row = _row(num_experts, width, batch, times | {f"{name}_cold": ms for name, ms in cold_times.items()})
             yield row | {"roofline_ms": round(bound, 4), "roofline_share": round(bound / times["auto"], 3)}
 
 
-def training(rounds: int) -> Iterator[Row]:
+def shared(rounds: int, loaded: bool) -> Iterator[Row]:
+    """Time forward passes of the smallest head with a shared expert and a gate that reads normalized rows.
+
+    Yields:
+        A row for each cell.
+    """
+    head, dense = build(*SIZES[0], SHARED)
+    for batch in BATCHES:
+        candidates: Candidates = {"dense": dense.eval(), "auto": head.eval()}
+        with torch.inference_mode():
+            times = time_interleaved(_bound(candidates, torch.randn(batch, FEATURES)), rounds, loaded=loaded)
+        yield _row(*SIZES[0], batch, times)
+
+
+def training(rounds: int, loaded: bool) -> Iterator[Row]:
     """Time forward and backward passes of cross-entropy (and balance losses), with the gradient of the features.
 
     Yields:
@@ -115,10 +136,10 @@ def training(rounds: int) -> Iterator[Row]:
             candidates = {name: partial(step, module, False) for name, module in modules.items()}
             candidates["auto_with_balance"] = partial(step, head, True)
             slow = num_experts * width * batch > 10**7
-            yield _row(num_experts, width, batch, time_interleaved(candidates, 3 if slow else rounds))
+            yield _row(num_experts, width, batch, time_interleaved(candidates, 3 if slow else rounds, loaded=loaded))
 
 
-def layers(rounds: int) -> Iterator[Row]:
+def layers(rounds: int, loaded: bool) -> Iterator[Row]:
     """Time layers of other libraries, which map features to features, and our heads with C = D at equal sizes.
 
     Yields:
@@ -134,7 +155,7 @@ def layers(rounds: int) -> Iterator[Row]:
                 if shape[0] > 32:
                     candidates.pop("transformers_batched_mm", None)  # copies weights for every row, takes minutes
                 with torch.inference_mode():
-                    times = time_interleaved(_bound(candidates, torch.randn(shape)), min(rounds, 7))
+                    times = time_interleaved(_bound(candidates, torch.randn(shape)), min(rounds, 7), loaded=loaded)
                 yield _row(num_experts, width, shape[0], times) | {"input": kind}
 
 
@@ -142,12 +163,15 @@ def main() -> None:
     """Run the selected sections, print one line for each cell, and write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=15, help="timed blocks of each candidate")
+    parser.add_argument("--loaded", action="store_true", help="smallest CPU times, for a machine with other work")
     parser.add_argument("--compiled", action="store_true", help="also time under torch.compile")
     parser.add_argument("--peers", type=Path, default=None, help="folder with the other libraries")
-    parser.add_argument("--only", choices=["inference", "training", "layers"], help="one section instead of all")
+    parser.add_argument("--batches", nargs="+", type=int, default=BATCHES, help="batch sizes of inference")
+    sections = ["inference", "shared", "training", "layers"]
+    parser.add_argument("--only", nargs="+", choices=sections, help="some sections instead of all")
     parser.add_argument("--out", type=Path, default=None, help="JSON file to write")
     options = parser.parse_args()
-    if options.only == "layers" and options.peers is None:
+    if options.only is not None and "layers" in options.only and options.peers is None:
         parser.error("--only layers: expected --peers, got none.")
     if options.peers is not None:
         if not (options.peers / "davidmrau" / "moe.py").is_file():
@@ -155,17 +179,19 @@ def main() -> None:
         sys.path.append(str(options.peers))
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    sections = {
-        "inference": inference(options.rounds, options.peers, options.compiled),
-        "training": training(options.rounds),
+    runs = {
+        "inference": inference(options.rounds, options.loaded, options.peers, options.compiled, options.batches),
+        "shared": shared(options.rounds, options.loaded),
+        "training": training(options.rounds, options.loaded),
     }
     if options.peers is not None:
-        sections["layers"] = layers(options.rounds)
+        runs["layers"] = layers(options.rounds, options.loaded)
     if options.only is not None:
-        sections = {options.only: sections[options.only]}
+        runs = {name: runs[name] for name in options.only}
     report: dict[str, object] = {"machine": machine(), "limits": measured_limits(), "rounds": options.rounds, "seed": 0}
+    report["times"] = "smallest CPU times" if options.loaded else "medians"
     start = time.perf_counter()
-    for name, rows in sections.items():
+    for name, rows in runs.items():
         done = report[name] = []
         for row in rows:
             done.append(row)

@@ -1,4 +1,4 @@
-"""Path that runs every expert on every row, weighted by the gates: static shapes, no branch, no synchronization."""
+"""Path that runs every expert on every row: static shapes, no branch on values, no synchronization."""
 
 import torch
 from torch import Tensor
@@ -12,6 +12,8 @@ __all__ = ["mix_all", "sum_all"]
 
 def mix_all(experts: Experts, x: Tensor, routing: Routing) -> Tensor:
     """Compute the weighted sum of the experts (N, C) for the rows x (N, D)."""
+    if routing.indices is not None and routing.weights is not None and experts.out_features <= 2 * experts.width:
+        return _sum_chosen(experts, x, routing.indices, routing.weights)
     return sum_all(experts, x, routing.gates, some_closed=not routing.soft)
 
 
@@ -22,12 +24,27 @@ def sum_all(experts: Experts, x: Tensor, gates: Tensor | None = None, some_close
     ``some_closed`` a gate of zero also excludes an expert whose hidden units are not finite.
     """
     weight1, bias1, weight2, bias2 = experts.stacks()
-    num_experts, width, _ = weight1.shape
     hidden = experts.activate(F.linear(x, weight1.flatten(0, 1), bias1.flatten()))
-    second = weight2.transpose(1, 2).flatten(0, 1).to(hidden.dtype)
+    # copies whole rows of units, and nothing if there is one expert
+    second = weight2.transpose(0, 1).flatten(1).to(hidden.dtype)
     if gates is None:
-        return torch.addmm(bias2.sum(0).to(hidden.dtype), hidden, second)
+        return F.linear(hidden, second, bias2.sum(0).to(hidden.dtype))
     gates = gates.to(hidden.dtype)
-    each, gate = hidden.view(-1, num_experts, width), gates.unsqueeze(-1)
+    each, gate = hidden.view(-1, *bias1.shape), gates.unsqueeze(-1)
     weighted = torch.where(gate == 0, 0, each * gate) if some_closed else each * gate
-    return torch.addmm(gates @ bias2.to(hidden.dtype), weighted.view(hidden.shape), second)
+    return torch.addmm(gates @ bias2.to(hidden.dtype), weighted.view(hidden.shape), second.t())
+
+
+def _sum_chosen(experts: Experts, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
+    """Run all experts, and sum the logits of the chosen ones by the weights, both (N, K).
+
+    A mask over all hidden units, as in `sum_all`, takes longer than the second product. The logits of all experts need
+    more memory only if there are many classes.
+    """
+    weight1, bias1, weight2, bias2 = experts.stacks()
+    hidden = experts.activate(F.linear(x, weight1.flatten(0, 1), bias1.flatten()))
+    dtype = hidden.dtype
+    each = hidden.view(-1, *bias1.shape).transpose(0, 1)
+    logits = torch.baddbmm(bias2.to(dtype).unsqueeze(1), each, weight2.to(dtype).transpose(1, 2))
+    index = indices.unsqueeze(-1).expand(-1, -1, experts.out_features)
+    return torch.bmm(weights.to(dtype).unsqueeze(1), logits.transpose(0, 1).gather(1, index)).squeeze(1)

@@ -1,5 +1,7 @@
 """Selection of the dispatch path: the requested one, or the fastest for the shape, device and mode."""
 
+import functools
+import math
 from collections.abc import Callable, Mapping
 from typing import Literal
 
@@ -9,10 +11,10 @@ from torch import Tensor
 from moe_heads.dispatch.all_experts import mix_all
 from moe_heads.dispatch.gathered import mix_gathered
 from moe_heads.dispatch.grouped import mix_grouped, why_not_grouped
-from moe_heads.dispatch.ragged import mix_ragged, reads_memory
+from moe_heads.dispatch.ragged import mix_ragged
 from moe_heads.experts import Experts
 from moe_heads.modes import can_read_values, is_vmapped
-from moe_heads.precision import is_autocasting
+from moe_heads.precision import compute_dtype, is_autocasting
 from moe_heads.routing import Routing
 
 __all__ = ["Dispatch", "keep_outside_the_graph", "mix", "path_of"]
@@ -31,17 +33,20 @@ _PATHS: Mapping[str, Callable[[Experts, Tensor, Routing], Tensor]] = {
 # seconds.
 _outside_the_graph: dict[str, Callable[[Experts, Tensor, Routing], Tensor]] = {}
 
-# Overhead of a path in equivalent multiply-adds of the CPU: a constant, a part per chosen expert, and a part per copied
-# feature of each choice. Fitted by examples/benchmarks/dispatch.py on one thread of a server processor with AVX-512, in
-# fp32.
-_MACS_ONCE = {"ragged": 0, "grouped": 1_500_000}
-_MACS_PER_EXPERT = {"ragged": 350_000, "grouped": 150_000}
-_MACS_PER_COPIED_FEATURE = 32
-# Up to this many rows a compiled loop over gathered weights is faster than the grouped product in inference.
-_FEW_ROWS = 32
-# If the weights and the hidden units of all choices fit in the cache, one grouped product is faster than one product
-# per expert.
-_HIDDEN_BYTES = 2**20
+# Costs in units of one multiply-add of a matrix product in fp32 on one CPU thread. examples/benchmarks/dispatch.py
+# compares the choice with the fastest path. One set of constants serves AVX2, AVX-512 and AMX: all paths run the same
+# products, so a processor that multiplies twice as fast only moves the number of rows at which two paths are equal.
+_MACS_SORT = 2_000_000  # sorts the choices, and sums their logits by row
+_MACS_PER_COPIED_FEATURE = 50  # gathers the rows of the choices
+_MACS_PER_LAUNCHED_EXPERT = 400_000  # calls of one expert from Python
+_MACS_PER_LOOPED_EXPERT = 60_000  # one expert in the loop inside the grouped product, also without rows
+_ROWS_PER_READ = 8  # the weights of an expert are read in the time of the products of so many rows
+# In inference the ragged path computes expert by expert. The grouped path writes the rows and hidden units of all
+# choices between its products. They leave the cache if those of one expert are larger than this.
+_CACHED_BYTES = 2**18
+# A compiled loop over gathered weights reads those of an expert again for every choice, faster if all fit in the cache.
+_ROWS_PER_CACHED_READ = 3
+_CACHED_WEIGHTS_BYTES = 2**21
 
 
 def mix(experts: Experts, x: Tensor, routing: Routing, dispatch: Dispatch) -> Tensor:
@@ -97,35 +102,76 @@ def path_of(experts: Experts, x: Tensor, routing: Routing, dispatch: Dispatch) -
 
 
 def _fastest(experts: Experts, x: Tensor, routing: Routing) -> Dispatch:
-    if routing.weights is None or x.device.type != "cpu":
+    if routing.weights is None or not x.is_cpu:
         return "all"
-    num_rows = x.shape[0]
     if torch.compiler.is_compiling():
-        if torch.compiler.is_exporting() or is_vmapped():
-            return "all"
-        if num_rows <= _FEW_ROWS and routing.indices is not None and routing.indices.shape[1] < experts.num_experts:
-            return "gathered"
-        pays = _pays("grouped", experts, num_rows, routing.weights.numel()) and not why_not_grouped(experts, x)
-        return "grouped" if pays else "all"
+        return "all" if torch.compiler.is_exporting() or is_vmapped() else _fastest_compiled(experts, x, routing)
     if not can_read_values(x):
         return "all"
-    num_choices = routing.weights.numel()
-    if num_rows == 1:
-        return "ragged" if num_choices < experts.num_experts else "all"
-    in_cache = num_choices * experts.width * x.itemsize < _HIDDEN_BYTES and not reads_memory(experts)
-    if in_cache and 2 * num_choices >= experts.num_experts:
-        pays = _pays("grouped", experts, num_rows, num_choices)
-        if pays and not why_not_grouped(experts, x):
-            return "grouped"
-    return "ragged" if _pays("ragged", experts, num_rows, num_choices) else "all"
+    ranking = _ranking(
+        experts.num_experts,
+        experts.in_features,
+        experts.width,
+        experts.out_features,
+        x.shape[0],
+        routing.weights.numel(),
+        x.itemsize,
+        torch.is_grad_enabled(),
+    )
+    return next(path for path in ranking if path != "grouped" or _serves_grouped(experts, x))
 
 
-def _pays(path: str, experts: Experts, num_rows: int, num_choices: int) -> bool:
-    """Return whether running only the chosen experts saves more arithmetic than the overhead of the path costs."""
-    saved = (num_rows * experts.num_experts - num_choices) * experts.flops_per_row // 2
-    per_expert = min(experts.num_experts, num_choices) * _MACS_PER_EXPERT[path]
-    copied = num_choices * experts.in_features * _MACS_PER_COPIED_FEATURE
-    return bool(saved > _MACS_ONCE[path] + per_expert + copied)
+def _fastest_compiled(experts: Experts, x: Tensor, routing: Routing) -> Dispatch:
+    assert routing.weights is not None
+    num_experts, num_choices = experts.num_experts, routing.weights.numel()
+    macs = experts.flops_per_row // 2
+    costs = _costs(num_experts, experts.in_features, macs, x.shape[0], num_choices, min(num_experts, num_choices))
+    grouped = costs["grouped"] if _serves_grouped(experts, x) else math.inf
+    if routing.indices is not None and num_choices < x.shape[0] * num_experts:
+        is_cached = num_experts * macs * x.itemsize <= _CACHED_WEIGHTS_BYTES
+        rows_per_read = _ROWS_PER_CACHED_READ if is_cached else _ROWS_PER_READ
+        if macs * num_choices * rows_per_read < min(costs["all"], grouped):
+            return "gathered"
+    return "grouped" if grouped < costs["all"] else "all"
+
+
+@functools.lru_cache(maxsize=4096)  # for few rows this arithmetic takes as long as the selection of the experts
+def _ranking(
+    num_experts: int,
+    features: int,
+    width: int,
+    classes: int,
+    num_rows: int,
+    num_choices: int,
+    itemsize: int,
+    training: bool,
+) -> tuple[Dispatch, ...]:
+    """Return the paths of eager mode by their estimated cost."""
+    hit: float = num_experts  # in training, where a backward pass writes the gradients of all experts
+    if num_rows and not training:
+        hit *= 1 - (1 - num_choices / (num_rows * num_experts)) ** num_rows  # expectation if all are equally likely
+    costs = _costs(num_experts, features, width * (features + classes), num_rows, num_choices, hit)
+    if not training and num_choices * (features + width) * itemsize > num_experts * _CACHED_BYTES:
+        del costs["grouped"]
+    return tuple(sorted(costs, key=costs.__getitem__))
+
+
+def _costs(
+    num_experts: int, features: int, macs: int, num_rows: int, num_choices: int, hit: float
+) -> dict[Dispatch, float]:
+    """Estimate the cost of each path. ``macs`` is that of one expert on one row, ``hit`` the number of experts used."""
+    products = macs * (num_choices + hit * _ROWS_PER_READ)
+    sort = _MACS_SORT + num_choices * features * _MACS_PER_COPIED_FEATURE
+    return {
+        "all": macs * num_experts * (num_rows + _ROWS_PER_READ),
+        "ragged": products + hit * _MACS_PER_LAUNCHED_EXPERT + (sort if num_rows > 1 else 0),
+        "grouped": products + num_experts * _MACS_PER_LOOPED_EXPERT + sort,
+    }
+
+
+def _serves_grouped(experts: Experts, x: Tensor) -> bool:
+    # in half precision the grouped product casts the weights of all experts, and is slow on most CPUs
+    return compute_dtype(x) == torch.float32 and why_not_grouped(experts, x) is None
 
 
 def _check(experts: Experts, x: Tensor, routing: Routing, dispatch: Dispatch) -> None:

@@ -1,6 +1,7 @@
 """Path with one grouped matrix product over the rows sorted by expert: static shapes, no host synchronization.
 
-It is for many rows under torch.compile. `torch.nn.functional.grouped_mm` has no bias and no forward-mode derivative.
+It is for many rows, also under torch.compile. `torch.nn.functional.grouped_mm` has no bias and no forward-mode
+derivative.
 """
 
 import torch

@@ -10,7 +10,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
-from moe_heads import SparseMoE
+from moe_heads import NOISY_TOP_K, SparseMoE
 from moe_heads.callbacks import LossLandscapeCallback, SharpnessCallback
 from tests.support.hessians import cross_entropy
 from tests.support.lightning_models import NUM_FEATURES, PlainModule, loader, trainer
@@ -18,16 +18,15 @@ from tests.support.lightning_models import NUM_FEATURES, PlainModule, loader, tr
 
 def sparse_model() -> nn.Module:
     torch.manual_seed(0)
-    return nn.Sequential(
-        nn.Linear(NUM_FEATURES, 6), nn.Tanh(), SparseMoE(6, 3, num_experts=3, expert_width=4, k=1, normalize=False)
-    )
+    head = SparseMoE(6, 3, num_experts=3, expert_width=4, k=1, **NOISY_TOP_K)
+    return nn.Sequential(nn.Linear(NUM_FEATURES, 6), nn.Tanh(), head)
 
 
 def test_what_goes_with_the_spectrum_of_a_sparse_head() -> None:
     callback = SharpnessCallback(loss_fn=cross_entropy, perturbation=True, block_eigenvalues=True, batch_size=8)
     results = callback.analyze(sparse_model(), train=loader(), test=loader(seed=1))
     train, test = results["train"], results["test"]
-    assert list(train.blocks) == ["backbone", "router", "experts", "shared experts"] and len(train.experts) == 3
+    assert list(train.blocks) == ["backbone", "router", "experts"] and len(train.experts) == 3
     assert set(test.overlaps) == {"train"} and not train.overlaps
     assert train.routing is not None and train.routing.steps == (0.01, -0.01, 0.1, -0.1, 0.5, -0.5)
     # the second difference with the routing held fixed is the quadratic form of the Hessian
@@ -47,7 +46,7 @@ def test_restricted_to_the_head() -> None:
     assert all(name.startswith("2.") for name in result.parameter_names)
     # the direction of the routing response is zero outside of the head
     assert result.routing is not None and result.routing.flips is not None
-    assert list(result.blocks) == ["router", "experts", "shared experts"]
+    assert list(result.blocks) == ["router", "experts"]
 
 
 def test_a_landscape_does_not_take_the_eigenvector_of_a_part() -> None:

@@ -36,13 +36,46 @@ def test_auto_runs_every_expert_where_that_is_cheaper_than_sorting(taken: list[s
     assert taken == ["all", "all"]
 
 
+@torch.inference_mode()
 def test_auto_runs_the_experts_that_are_hit_for_one_row_and_for_many(taken: list[str]) -> None:
     head = large_head()
     head(torch.randn(1, 64))
-    head(torch.randn(512, 64))
+    head(torch.randn(1024, 64))
     head(torch.randn(128, 64))
     head.double()(torch.randn(128, 64).double())
     assert taken == ["ragged", "ragged", "grouped", "ragged"]
+
+
+@torch.inference_mode()
+def test_auto_launches_no_expert_alone_where_all_together_are_one_small_product(taken: list[str]) -> None:
+    head = SparseMoE(512, 10, num_experts=8, expert_width=64).eval()
+    for num_rows in (2, 8, 16):
+        head(torch.randn(num_rows, 512))
+    assert taken == ["all", "all", "all"]
+
+
+@torch.inference_mode()
+def test_auto_loops_over_few_of_many_experts_and_over_most_of_them_inside_one_product(taken: list[str]) -> None:
+    head = SparseMoE(512, 10, num_experts=128, expert_width=64).eval()
+    head(torch.randn(4, 512))
+    head(torch.randn(128, 512))
+    assert taken == ["ragged", "grouped"]
+
+
+@pytest.mark.parametrize("num_rows", [0, 1])
+def test_auto_counts_all_experts_in_training_whose_gradients_are_written(num_rows: int, taken: list[str]) -> None:
+    head = SparseMoE(64, 3, num_experts=64, expert_width=16).eval()
+    head(torch.randn(num_rows, 64))
+    assert taken == ["all"]
+
+
+@torch.inference_mode()
+def test_auto_does_not_cast_the_weights_of_experts_without_rows(taken: list[str]) -> None:
+    head = large_head()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        head(torch.randn(128, 64))
+    head.bfloat16()(torch.randn(128, 64).bfloat16())
+    assert taken == ["ragged", "ragged"]
 
 
 def test_auto_takes_a_path_with_forward_mode_derivatives_when_they_are_asked_for(taken: list[str]) -> None:
@@ -60,19 +93,26 @@ def test_auto_asks_for_no_value_inside_vmap_but_may_in_other_transforms(taken: l
     torch.testing.assert_close(torch.vmap(head)(x), torch.stack([head(rows) for rows in x]))
     torch.func.grad(lambda rows: head(rows).sum())(x[0])
     torch.vmap(torch.func.grad(lambda rows: head(rows).sum()))(x)
-    assert taken == ["all", "ragged", "ragged", "ragged", "all"]
+    assert taken == ["all", "grouped", "grouped", "ragged", "all"]
 
 
 @pytest.mark.parametrize(
-    ("num_rows", "expected"), [(1, "gathered"), (32, "gathered"), (33, "grouped"), (500, "grouped")]
+    ("num_rows", "expected", "in_float64"),
+    [(1, "gathered", "gathered"), (16, "gathered", "all"), (64, "grouped", "all"), (500, "grouped", "all")],
 )
-def test_auto_in_a_compiled_graph(num_rows: int, expected: str, taken: list[str]) -> None:
+def test_auto_in_a_compiled_graph(num_rows: int, expected: str, in_float64: str, taken: list[str]) -> None:
+    for dtype, path in ((torch.float32, expected), (torch.float64, in_float64)):
+        torch.compiler.reset()
+        torch.compile(large_head().to(dtype), backend="eager", dynamic=False)(torch.randn(num_rows, 64, dtype=dtype))
+        assert taken[-1] == path
+
+
+def test_auto_in_a_compiled_graph_reads_the_weights_of_few_of_many_experts(taken: list[str]) -> None:
     torch.compiler.reset()
-    torch.compile(large_head(), backend="eager", dynamic=False)(torch.randn(num_rows, 64))
-    assert taken[-1] == expected
-    torch.compiler.reset()
-    torch.compile(large_head().double(), backend="eager", dynamic=False)(torch.randn(num_rows, 64).double())
-    assert taken[-1] == ("gathered" if expected == "gathered" else "all")
+    head = SparseMoE(512, 10, num_experts=128, expert_width=64).eval()
+    for num_rows, expected in ((32, "gathered"), (256, "grouped")):
+        torch.compile(head, backend="eager", dynamic=False)(torch.randn(num_rows, 512))
+        assert taken[-1] == expected
 
 
 def test_auto_reads_no_values_where_there_are_none_or_where_they_would_be_recorded(taken: list[str]) -> None:

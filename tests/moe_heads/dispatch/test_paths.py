@@ -151,15 +151,17 @@ def test_a_dropped_row_gets_the_shared_experts_alone() -> None:
     torch.testing.assert_close(output.logits[dropped], shared)
 
 
-def test_weights_from_memory_give_the_same_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
-    head = head_with("noisy_top_k", dispatch="ragged")
-    x = torch.randn(9, FEATURES).double().requires_grad_()
-    expected = head(x)
-    monkeypatch.setattr("moe_heads.dispatch.ragged._CACHE_BYTES", 0)
-    logits = head(x)
-    torch.testing.assert_close(logits, expected)
-    gradients = [torch.autograd.grad(values.square().sum(), x) for values in (logits, expected)]
-    torch.testing.assert_close(*gradients)
+@pytest.mark.parametrize("k", [1, 2, 4])
+def test_more_classes_than_hidden_units_on_the_path_of_all_experts(k: int) -> None:
+    head = head_with("noisy_top_k", k=k, dispatch="all", expert_width=1)
+    parameters = live(head)
+    x, y = torch.randn(11, FEATURES).double(), torch.randint(CLASSES, (11,))
+    torch.testing.assert_close(head(x), sparse_loop(head, x))
+    vectors = [torch.randn_like(p) for p in parameters]
+    torch.testing.assert_close(
+        hessian_vector_product(F.cross_entropy(head(x), y), parameters, vectors),
+        hessian_vector_product(F.cross_entropy(reference(head, x), y), parameters, vectors),
+    )
 
 
 @pytest.mark.parametrize("router", ["noisy_top_k", "expert_choice"])
@@ -210,11 +212,18 @@ def test_autocast_gives_its_dtype_for_any_number_of_rows(dispatch: str, num_rows
         assert head(torch.randn(num_rows, FEATURES)).dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("dispatch", ["all", "gathered", "grouped", "ragged"])
-def test_an_expert_that_overflows_touches_only_the_rows_that_chose_it(dispatch: str) -> None:
-    head = head_with("noisy_top_k", torch.float32, dispatch=dispatch)
+@pytest.mark.parametrize(
+    ("dispatch", "layer", "width"),
+    [
+        *((dispatch, layer, 16) for dispatch in ("all", "gathered", "grouped", "ragged") for layer in (0, 1)),
+        ("all", 0, 1),  # more classes than hidden units
+    ],
+)
+def test_an_expert_that_overflows_touches_only_the_rows_that_chose_it(dispatch: str, layer: int, width: int) -> None:
+    head = head_with("noisy_top_k", torch.float32, dispatch=dispatch, expert_width=width)
+    biases = head.experts.stacks()[1::2]
     with torch.no_grad():
-        head.experts.fc1.bias_by_expert[2] = torch.inf
+        biases[layer][2] = torch.inf
     x = torch.randn(20, FEATURES)
     chose = (head.router(x).indices == 2).any(-1)
     assert 0 < chose.sum() < 20

@@ -48,7 +48,9 @@ def test_tokens_are_rows_and_auto_is_what_would_run() -> None:
     tokens = torch.randn(2, 3, 16)
     assert head_of("ragged").stages(tokens)["dispatch"]().shape == (12, 16)
     head = head_of("auto")
-    assert "combine" in head.stages(torch.randn(1, 16))  # one row: two of four experts
+    assert "combine" not in head.stages(torch.randn(1, 16))  # all experts together
+    with torch.inference_mode():
+        assert "combine" in SparseMoE(512, 4).stages(torch.randn(1, 512))  # two of eight experts
     with pytest.raises(ValueError, match=r"expected torch\.float32, the dtype of the experts"):
         stages(head.experts, tokens[0].double(), head(tokens[0], return_routing=True).routing, "auto")
 

@@ -37,8 +37,8 @@ def test_views_are_no_operators_and_a_gather_reads_what_it_writes() -> None:
 def test_heads_count_as_their_own_formula_says() -> None:
     dense, x = Dense(16, 4, width=8).eval(), torch.randn(6, 16)
     assert record(lambda: dense(x)).flops == dense.flops(6).total
-    # what the path "all" adds is the weighted sum of the biases, which the formula leaves out
-    for dispatch, chosen, more in (("all", "total", 2 * 6 * 4 * 4), ("ragged", "active", 0), ("grouped", "active", 0)):
+    # what the path "all" adds is the weighted sum of the logits, which the formula leaves out
+    for dispatch, chosen, more in (("all", "total", 2 * 6 * 2 * 4), ("ragged", "active", 0), ("grouped", "active", 0)):
         head = SparseMoE(16, 4, num_experts=4, expert_width=8, dispatch=dispatch).eval()
         assert record(partial(head, x)).flops == getattr(head.flops(6), chosen) + more, dispatch
 
