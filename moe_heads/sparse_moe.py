@@ -40,8 +40,9 @@ class SparseMoE(SparseMixture, Head):
         dispatch: Execution path of the experts. The result is the same for all. "ragged" runs each chosen expert on
             its rows (eager mode). "all" runs every expert on every row, masked by the weights, and supports every mode
             (torch.export, vmap, CUDA graphs). "gathered" gathers the weights of the chosen experts for each row, for
-            few rows under torch.compile. "grouped" is one grouped matrix product for many rows. "auto" takes on a CPU the path that a cost model predicts to be the fastest for the number of rows and the
-            mode. On other devices it is "all".
+            few rows under torch.compile. "grouped" is one grouped matrix product for many rows. "auto" takes on a CPU
+            the path that a cost model predicts to be the fastest for the number of rows and the mode. On other devices
+            it is "all".
         router: One of `moe_heads.routers`, or a custom `Router`, instead of the default gate. It has its own ``k``,
             ``noisy``, ``temperature``, ``balance`` and ``normalize``.
         num_shared_experts: S, the number of shared experts, of the same width as the others.
