@@ -40,7 +40,7 @@ class MoELayer(SparseMixture):
         num_experts: E.
         expert_width: Hidden units of one expert.
         k: Number of experts chosen per token.
-        noisy: Whether to add noise to the logits in training.
+        noisy: Whether to add noise to the logits in training. By default only if ``balance`` has the load loss.
         temperature: Divisor of the router logits.
         dropout: Dropout probability after the activation of an expert.
         balance: Coefficients of the balance losses.
@@ -68,7 +68,7 @@ class MoELayer(SparseMixture):
         num_experts: int = 8,
         expert_width: int = 64,
         k: int = 2,
-        noisy: bool = False,
+        noisy: bool | None = None,
         temperature: float = 1.0,
         dropout: float = 0.0,
         balance: Mapping[str, float] | None = {"switch": 0.1},

@@ -68,7 +68,7 @@ class SparseMixture(RoutedModule):
         if num_shared_experts != 0:
             check_at_least_one(num_shared_experts=num_shared_experts)
         if router is None:
-            router = NoisyTopKRouter(self.in_features, num_experts, **gate_options)
+            router = _default_router(self.in_features, num_experts, **gate_options)
         else:
             _check_router(router, {"in_features": self.in_features, "num_experts": num_experts})
             _check_absent(type(self), gate_options)
@@ -157,6 +157,14 @@ class SparseMixture(RoutedModule):
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
+
+
+def _default_router(
+    in_features: int, num_experts: int, *, noisy: bool | None, balance: Mapping[str, float] | None, **options: Any
+) -> Router:
+    if noisy is None:
+        noisy = isinstance(balance, Mapping) and bool(balance.get("load"))
+    return NoisyTopKRouter(in_features, num_experts, noisy=noisy, balance=balance, **options)
 
 
 def _check_router(router: Router, sizes: Mapping[str, int]) -> None:

@@ -31,8 +31,8 @@ class SparseMoE(SparseMixture, Head):
         expert_width: Hidden units of one expert.
         k: Number of experts chosen per row. With 1 the weight is the full-softmax probability, which keeps the
             gradient of the router.
-        noisy: Whether to add noise to the logits in training (never in evaluation). The noise explores, and the load
-            loss needs it.
+        noisy: Whether to add noise to the logits in training (never in evaluation). By default only if ``balance`` has
+            the load loss, which needs it.
         temperature: Divisor of the router logits. Above 1 the weights are flatter.
         dropout: Dropout probability after the ReLU of an expert.
         balance: Coefficients of the balance losses "importance", "load", "switch", "z" and "kl". See
@@ -70,7 +70,7 @@ class SparseMoE(SparseMixture, Head):
         num_experts: int = 8,
         expert_width: int = 64,
         k: int = 2,
-        noisy: bool = False,
+        noisy: bool | None = None,
         temperature: float = 1.0,
         dropout: float = 0.1,
         balance: Mapping[str, float] | None = {"switch": 0.1},

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from moe_heads import NOISY_TOP_K, Dense, SparseMoE, collect_routing
+from moe_heads import NOISY_TOP_K, Dense, MoELayer, SparseMoE, collect_routing
 from tests.support.reference_heads import expert_logits, sparse_loop
 
 
@@ -146,12 +146,28 @@ def test_stands_where_a_linear_stood_in_any_model() -> None:
         ({"balance": {"entropy": 1.0}}, r"balance: expected one of 'importance', .*, got 'entropy'"),
         ({"balance": {"load": -1.0}}, r"balance\['load'\]: expected a finite number of at least 0, got -1.0"),
         ({"balance": 0.2}, r"balance: expected a mapping such as \{'importance': 0.2\}, got 0.2"),
-        ({"balance": {"load": 0.2}}, r"balance\['load'\]: expected noisy=True, .*, got noisy=False"),
+        ({"noisy": False, "balance": {"load": 0.2}}, r"balance\['load'\]: expected noisy=True, .*, got noisy=False"),
     ],
 )
 def test_bad_arguments_are_refused(options: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         SparseMoE(16, 3, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "has_noise"),
+    [
+        ({}, False),
+        ({"balance": {"importance": 0.2, "load": 0.2}}, True),
+        ({"balance": {"importance": 0.2, "load": 0.0}}, False),
+        ({"balance": None}, False),
+        ({"noisy": True}, True),
+        (dict(NOISY_TOP_K), True),
+    ],
+)
+def test_the_noise_goes_with_the_load_loss(options: dict[str, object], has_noise: bool) -> None:
+    for module in (SparseMoE(16, 3, **options), MoELayer(16, 3, **options)):
+        assert (module.router.noise is not None) == has_noise
 
 
 def test_integers_are_refused() -> None:
