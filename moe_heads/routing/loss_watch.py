@@ -1,4 +1,4 @@
-"""Detection of balance losses that nobody adds to the training loss."""
+"""Detection of balance losses that are missing in the training loss."""
 
 import warnings
 
@@ -44,7 +44,7 @@ class LossWatch:
             warnings.warn(f"{router}: {self.describe()}", stacklevel=2)
 
     def describe(self) -> str:
-        """Describe the problem and its remedies, as a sentence without a subject."""
+        """Describe the problem and how to solve it, as a sentence without a subject."""
         return (
             f"the balance loss got no gradient in {self.num_passes} training passes, so it has no effect. Add"
             " it to the training loss: `logits, aux_loss, _ = head(x, return_routing=True)`, or aux_loss of"

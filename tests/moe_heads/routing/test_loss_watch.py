@@ -1,4 +1,4 @@
-"""A balance loss that nobody adds to the training loss is reported once."""
+"""A balance loss that is missing in the training loss is reported once."""
 
 import copy
 import warnings
