@@ -266,6 +266,8 @@ class ExpertUtilizationCallback(FitEndAnalysis):
 
     def _close(self) -> None:
         self._listening.close()
+        if self._routers is not None:
+            self._routers.close()
         self._routers = None
 
 

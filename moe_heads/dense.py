@@ -44,9 +44,7 @@ class Dense(Head):
     def classify(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Routing | None]:
         """Return the logits (B, C). A dense head has no routing."""
         logits = self.layers(x)
-        if x.dim() == 3:
-            return masked_mean(logits, mask), None
-        return (logits if mask is None else logits.masked_fill(~mask.unsqueeze(-1), 0)), None
+        return (masked_mean(logits, mask) if x.dim() == 3 else logits), None
 
     def count_flops(self, batch: int, tokens: int) -> Flops:
         """Count two matrix products, all of which are active."""

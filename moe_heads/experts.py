@@ -13,15 +13,16 @@ from torch.nn import functional as F
 
 from moe_heads.checks import check_at_least_one, check_option, check_shares
 
-__all__ = ["Activation", "Experts", "StackedLinear"]
+__all__ = ["ACTIVATIONS", "Activation", "Experts", "StackedLinear"]
 
 Activation = Literal["relu", "gelu", "silu"]
 
-_ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
+ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "relu": torch.relu_,
     "gelu": F.gelu,
     "silu": F.silu,
 }
+"""Activations by name. Each may overwrite its argument."""
 
 # Names of the parameters in state dicts of formats 1 and 2, in which the biases were (E, H) and (E, C).
 _OLD_NAMES = {"weight1": "fc1.weight", "bias1": "fc1.bias", "weight2": "fc2.weight", "bias2": "fc2.bias"}
@@ -30,9 +31,9 @@ _OLD_NAMES = {"weight1": "fc1.weight", "bias1": "fc1.bias", "weight2": "fc2.weig
 class StackedLinear(nn.Module):
     """Parameters of E linear layers, stacked. `moe_heads.dispatch` computes with them.
 
-    The bias is flat, because recipes for optimizers tell weights from biases by the number of dimensions (or by the
-    name): no weight decay for a one-dimensional parameter, and no Muon. The weight of each expert is initialized like
-    that of `torch.nn.Linear`, from U(-1/√I, 1/√I), and so is the bias.
+    The bias is flat, because recipes for optimizers distinguish weights from biases by the number of dimensions (or by
+    the name): no weight decay for a one-dimensional parameter, and no Muon. Weights and biases are initialized like
+    those of `torch.nn.Linear`, from U(-1/√I, 1/√I).
 
     Args:
         num_experts: E.
@@ -120,7 +121,7 @@ class Experts(nn.Module):
 
     def activate(self, hidden: Tensor) -> Tensor:
         """Apply the activation, and dropout in training, between the layers. ``hidden`` may be overwritten."""
-        hidden = _ACTIVATIONS[self.activation](hidden)
+        hidden = ACTIVATIONS[self.activation](hidden)
         return F.dropout(hidden, self.dropout) if self.training and self.dropout else hidden
 
     def each(self, slots: Tensor) -> Tensor:

@@ -49,9 +49,9 @@ class Head(RoutedModule):
         Args:
             x: Pooled features (B, D), or tokens (B, T, D), whose logits are averaged over T.
             return_routing: Whether to return the balance loss and the routing as well.
-            mask: Tokens that are real, (B, T), bool. The others are padding. The output is that of the real tokens
-                alone, whatever the padding holds, and padding counts in no balance loss and no statistic. For pooled
-                features the mask is (B,). The logits of a sample without a real token are zero, without a gradient.
+            mask: True for real tokens, False for padding, (B, T), bool. The output is that of the real tokens alone for
+                any content of the padding, which counts in no balance loss and no statistic. For pooled features the
+                mask is (B,). The logits of a sample without a real token are zero, without a gradient.
 
         Returns:
             Logits (B, C), or a `HeadOutput` with ``return_routing``.
@@ -60,17 +60,20 @@ class Head(RoutedModule):
             ValueError: If x has a different shape or an integer dtype, the mask has a different shape or dtype, or the
                 router does not take a mask.
         """
-        self.check_input(x, mask, f"(B, {self.in_features}) or (B, T, {self.in_features})", max_dim=3)
-        if mask is not None:
-            x = x.masked_fill(~mask.unsqueeze(-1), 0)
+        x = self.prepared(x, mask, f"(B, {self.in_features}) or (B, T, {self.in_features})", max_dim=3)
         logits, routing = self.classify(x, mask)
+        if mask is not None and x.dim() == 2:
+            logits = logits.masked_fill(~mask.unsqueeze(-1), 0)
         if not return_routing:
             return logits
         return HeadOutput(logits, logits.new_zeros(()) if routing is None else routing.aux_loss, routing)
 
     @abstractmethod
     def classify(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Routing | None]:
-        """Compute the logits (B, C) and the routing of an input that was checked, with padded tokens set to zero."""
+        """Compute the logits (B, C) and the routing of an input that was checked, with zeros in padded tokens.
+
+        The logits of a padded row of pooled features (B, D) are ignored.
+        """
 
     @property
     def _kind(self) -> str:
@@ -78,8 +81,4 @@ class Head(RoutedModule):
 
     def extra_repr(self) -> str:
         """Return the sizes of the head."""
-        total = sum(parameter.numel() for parameter in self.parameters())
-        return (
-            f"in_features={self.in_features}, num_classes={self.num_classes}, "
-            f"parameters={total:,}, active={self.num_active_parameters:,}"
-        )
+        return f"in_features={self.in_features}, num_classes={self.num_classes}, {super().extra_repr()}"

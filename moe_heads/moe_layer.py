@@ -8,7 +8,7 @@ from torch import Tensor
 from moe_heads.dispatch import Dispatch
 from moe_heads.experts import Activation
 from moe_heads.routing import Router, Routing
-from moe_heads.sparse_mixture import SparseMixture
+from moe_heads.sparse_mixture import DEFAULT, Default, GateOptions, SparseMixture
 
 __all__ = ["LayerOutput", "MoELayer"]
 
@@ -43,11 +43,11 @@ class MoELayer(SparseMixture):
         noisy: Whether to add noise to the logits in training. By default only if ``balance`` has the load loss.
         temperature: Divisor of the router logits.
         dropout: Dropout probability after the activation of an expert.
-        balance: Coefficients of the balance losses.
+        balance: Coefficients of the balance losses, by default ``{"switch": 0.1}``. None means no loss.
         dispatch: Execution path of the experts.
         router: A router instead of the default gate.
         num_shared_experts: S, the number of experts that run on every token.
-        normalize: Whether the gate reads normalized tokens.
+        normalize: Whether the gate reads normalized tokens. By default it does.
         activation: "relu", "gelu" or "silu". The default is that of transformers.
 
     Raises:
@@ -71,26 +71,25 @@ class MoELayer(SparseMixture):
         noisy: bool | None = None,
         temperature: float = 1.0,
         dropout: float = 0.0,
-        balance: Mapping[str, float] | None = {"switch": 0.1},
+        balance: Mapping[str, float] | Default | None = DEFAULT,
         dispatch: Dispatch = "auto",
         router: Router | None = None,
         num_shared_experts: int = 2,
-        normalize: bool = True,
+        normalize: bool | None = None,
         activation: Activation = "gelu",
     ) -> None:
         super().__init__(in_features)
         self.out_features = in_features if out_features is None else out_features
-        gate = {"k": k, "noisy": noisy, "temperature": temperature, "balance": balance, "normalize": normalize}
         self._build(
-            self.out_features,
-            num_experts,
-            expert_width,
-            num_shared_experts,
-            dropout,
-            activation,
-            dispatch,
-            router,
-            gate,
+            out_features=self.out_features,
+            num_experts=num_experts,
+            expert_width=expert_width,
+            num_shared_experts=num_shared_experts,
+            dropout=dropout,
+            activation=activation,
+            dispatch=dispatch,
+            router=router,
+            gate=GateOptions(k, noisy, temperature, balance, normalize),
         )
 
     @overload
@@ -103,7 +102,7 @@ class MoELayer(SparseMixture):
         Args:
             x: Tokens (B, T, D), rows (B, D), or pixels (B, H, W, D).
             return_routing: Whether to return the balance loss and the routing as well.
-            mask: Tokens that are real, bool, of the shape of x without its last dimension. The output of the others is
+            mask: True for real tokens, bool, of the shape of x without its last dimension. The output of the others is
                 zero, and they count in no balance loss and no statistic.
 
         Returns:
@@ -113,14 +112,12 @@ class MoELayer(SparseMixture):
             ValueError: If x has a different size or an integer dtype, the mask has a different shape or dtype, or the
                 router does not take a mask.
         """
-        self.check_input(x, mask, f"(B, ..., {self.in_features})")
+        x = self.prepared(x, mask, f"(B, ..., {self.in_features})")
+        output, routing = self.route_and_mix(x, mask)
         if mask is not None:
-            x = x.masked_fill(~mask.unsqueeze(-1), 0)
-        output, routing = self.mix(x, mask)
+            output = output.masked_fill(~mask.unsqueeze(-1), 0)
         return LayerOutput(output, routing.aux_loss, routing) if return_routing else output
 
     def extra_repr(self) -> str:
         """Return the sizes of the layer."""
-        total = sum(parameter.numel() for parameter in self.parameters())
-        sizes = f"in_features={self.in_features}, out_features={self.out_features}"
-        return f"{sizes}, parameters={total:,}, active={self.num_active_parameters:,}, dispatch={self.dispatch!r}"
+        return f"in_features={self.in_features}, out_features={self.out_features}, {super().extra_repr()}"

@@ -37,11 +37,11 @@ class _Perceptron:
 def replace_mlp(model: nn.Module, every: int = 2, upcycle: bool = False, **options: Any) -> tuple[str, ...]:
     """Replace perceptrons inside a model by `MoELayer`, in place.
 
-    A perceptron is a module that consists of two `torch.nn.Linear`, D → H → D, with ReLU, GELU or SiLU in between and
-    dropout at most besides. It may be of any class, such as ``Mlp`` of timm or ``MLPBlock`` of torchvision. Each
-    candidate is called once, and stays if it computes something else than the chain of its layers (a residual
-    connection, say). Perceptrons with other numbers of outputs, such as classifiers, stay too, and so do gated ones,
-    which have three layers. Dropout after the second layer is not taken over.
+    A perceptron is a module that consists of two `torch.nn.Linear`, D → H → D, with ReLU, GELU or SiLU in between.
+    Dropout is the only other module allowed. It may be of any class, such as ``Mlp`` of timm or ``MLPBlock`` of
+    torchvision. Each candidate is called once, and left unchanged if it does not compute the chain of its layers, for
+    example because of a residual connection. Perceptrons with another number of outputs, such as classifiers, are left
+    unchanged too, and so are gated ones, which have three layers. Dropout after the second layer is dropped.
 
     Args:
         model: The model.
@@ -78,25 +78,27 @@ def replace_mlp(model: nn.Module, every: int = 2, upcycle: bool = False, **optio
                 " options."
             )
     found = _perceptrons(model)
-    names = list(found)[every - 1 :: every]
+    # a perceptron that is used in several places stays one layer
+    chosen = list(dict.fromkeys(perceptron.first for perceptron in found.values()))[every - 1 :: every]
+    names = [name for name, perceptron in found.items() if perceptron.first in chosen]
     if not names:
         raise ValueError(
             f"every: expected at most the number of perceptrons in the model, {len(found)}, got {every}. A perceptron"
             " consists of two torch.nn.Linear, D → H → D, with ReLU, GELU or SiLU in between."
         )
-    layers = {name: _layer(found[name], upcycle, options) for name in names}
-    for name, layer in layers.items():
+    layers = {found[name].first: _layer(found[name], upcycle, options) for name in names}
+    for name in names:
         owner, _, attribute = name.rpartition(".")
-        layer.train(model.get_submodule(name).training)
+        layer = layers[found[name].first].train(model.get_submodule(name).training)
         setattr(model.get_submodule(owner), attribute, layer)
-    return tuple(layers)
+    return tuple(names)
 
 
 def _perceptrons(model: nn.Module) -> dict[str, _Perceptron]:
     """Return the outermost perceptrons inside a model by name, without those inside heads and layers."""
     found: dict[str, _Perceptron] = {}
     closed: list[str] = []
-    for name, module in model.named_modules():
+    for name, module in model.named_modules(remove_duplicate=False):
         if any(name.startswith(f"{outer}.") or not outer for outer in closed):
             continue
         perceptron = None if isinstance(module, RoutedModule) else _as_perceptron(module)
@@ -123,13 +125,13 @@ def _as_perceptron(module: nn.Module) -> _Perceptron | None:
     function = others[0]
     if not _computes(module, lambda x: second(function(first(x))), first):
         return None
-    dropouts = [part.p for part in parts if isinstance(part, nn.Dropout)]
+    dropouts = [part.p for part in parts[: parts.index(second)] if isinstance(part, nn.Dropout)]
     return _Perceptron(first, second, activations[0], dropouts[0] if dropouts else 0.0)
 
 
 @torch.no_grad()
 def _computes(module: nn.Module, chain: Callable[[Tensor], Tensor], first: nn.Linear) -> bool:
-    """Return whether a module computes the chain of its layers, without a residual connection, say."""
+    """Return whether a module computes the chain of its layers, without a residual connection for example."""
     weight = first.weight
     if weight.is_meta:
         raise ValueError(

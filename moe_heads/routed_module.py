@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from moe_heads.checks import check_at_least_one
 from moe_heads.flops import Flops
 
-__all__ = ["RoutedModule", "masked_mean"]
+__all__ = ["RoutedModule", "mask_error", "masked_mean"]
 
 
 class RoutedModule(nn.Module, ABC):
@@ -23,22 +23,22 @@ class RoutedModule(nn.Module, ABC):
     _version = 3
     """Format of the state dict, saved as metadata. Format 1 is the default of `torch.nn.Module`."""
 
-    passes_mask_to_router = True
-    """For `moe_heads.routing.padding`: the call takes ``mask`` and passes it on to the router."""
-
     def __init__(self, in_features: int) -> None:
         super().__init__()
         check_at_least_one(in_features=in_features)
         self.in_features = in_features
 
-    def check_input(self, x: Tensor, mask: Tensor | None, shapes: str, max_dim: int | None = None) -> None:
-        """Raise a ValueError unless x has one of the shapes and a floating point dtype, and the mask fits.
+    def prepared(self, x: Tensor, mask: Tensor | None, shapes: str, max_dim: int | None = None) -> Tensor:
+        """Check the input, and return x with zeros in padded rows.
 
         Args:
             x: Features.
             mask: Mask of the real rows, or None.
             shapes: Allowed shapes, for the message.
             max_dim: Largest number of dimensions of x.
+
+        Raises:
+            ValueError: If x has another shape or an integer dtype, or the mask does not fit it.
         """
         has_size = x.dim() >= 2 and (max_dim is None or x.dim() <= max_dim) and x.shape[-1] == self.in_features
         if not has_size or not x.is_floating_point():
@@ -47,15 +47,12 @@ class RoutedModule(nn.Module, ABC):
                 f" Flatten or cast the features, or build the {self._kind} with their size."
             )
         if mask is None:
-            return
+            return x
         if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape != x.shape[:-1]:
-            got = f"{mask.dtype} of shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else repr(mask)
-            raise ValueError(
-                f"mask: expected bool of shape {tuple(x.shape[:-1])}, True for real tokens, got {got}. Convert an"
-                " attention mask of zeros and ones with .bool(), and invert a key_padding_mask of torch."
-            )
+            raise mask_error(str(tuple(x.shape[:-1])), mask)
         if mask.device != x.device:
             raise ValueError(f"mask: expected the device of x, {x.device}, got {mask.device}. Move the mask to it.")
+        return x.masked_fill(~mask.unsqueeze(-1), 0)
 
     @property
     def _kind(self) -> str:
@@ -98,6 +95,11 @@ class RoutedModule(nn.Module, ABC):
         """
         return {}
 
+    def extra_repr(self) -> str:
+        """Return the numbers of parameters."""
+        total = sum(parameter.numel() for parameter in self.parameters())
+        return f"parameters={total:,}, active={self.num_active_parameters:,}"
+
     @property
     def num_active_parameters(self) -> int:
         """Number of parameters used to evaluate one row."""
@@ -124,6 +126,15 @@ class RoutedModule(nn.Module, ABC):
         )
 
 
+def mask_error(shape: str, mask: object) -> ValueError:
+    """Return the error for a mask of another type, dtype or shape than expected."""
+    got = f"{mask.dtype} of shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else repr(mask)
+    return ValueError(
+        f"mask: expected bool of shape {shape}, True for real tokens, got {got}. Convert an attention mask of zeros and"
+        " ones with .bool(), and invert a key_padding_mask of torch."
+    )
+
+
 def masked_mean(values: Tensor, mask: Tensor | None) -> Tensor:
     """Return the mean over the real tokens, (B, C), of values (B, T, C). It is zero for a sample without any.
 
@@ -133,5 +144,7 @@ def masked_mean(values: Tensor, mask: Tensor | None) -> Tensor:
     """
     if mask is None:
         return values.mean(1)
-    total = values.masked_fill(~mask.unsqueeze(-1), 0).sum(1)
-    return total / mask.sum(1, keepdim=True).clamp_min(1).to(total.dtype)
+    # in full precision: the sum over many tokens, and their number, may exceed the range of float16
+    wide = torch.promote_types(values.dtype, torch.float32)
+    total = values.masked_fill(~mask.unsqueeze(-1), 0).sum(1, dtype=wide)
+    return (total / mask.sum(1, keepdim=True).clamp_min(1)).to(values.dtype)

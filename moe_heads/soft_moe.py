@@ -74,8 +74,7 @@ class SoftMoE(Head):
         """Compute the logits (B, C) and the routing of the rows or tokens."""
         if x.dim() == 2:
             routing = self.router.route(x, 1, mask)
-            logits = sum_all(self.experts, x, routing.gates)
-            return (logits if mask is None else logits.masked_fill(~mask.unsqueeze(-1), 0)), routing
+            return sum_all(self.experts, x, routing.gates), routing
         batch, tokens, _ = x.shape
         routing = self.router.route(x.flatten(0, 1), tokens, None if mask is None else mask.flatten())
         assert routing.slot_logits is not None

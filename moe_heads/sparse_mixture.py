@@ -1,10 +1,9 @@
 """Sparse mixture of experts, common to the head `SparseMoE` and the layer `MoELayer`."""
 
-import inspect
 import math
+import warnings
 from collections.abc import Callable, Mapping
-from types import MappingProxyType
-from typing import Any, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -17,18 +16,52 @@ from moe_heads.routed_module import RoutedModule
 from moe_heads.routers import NoisyTopKRouter
 from moe_heads.routing import Router, Routing
 
-__all__ = ["NOISY_TOP_K", "SparseMixture"]
+__all__ = ["DEFAULT", "NOISY_TOP_K", "Default", "GateOptions", "SparseMixture"]
 
-NOISY_TOP_K: Mapping[str, Any] = MappingProxyType({
+NOISY_TOP_K: dict[str, Any] = {
     "noisy": True,
     "normalize": False,
     "num_shared_experts": 0,
     "balance": {"importance": 0.2, "load": 0.2},
-})
+}
 """Options of `SparseMoE` for the head of the study (arXiv 2601.15021): the noisy top-k gate of Shazeer et al. (arXiv
 1701.06538) with importance and load loss, and no shared expert. ``SparseMoE(512, 10, **NOISY_TOP_K)`` has 276,064
 parameters, 71,068 of them active. On the digits it loses accuracy, and with k = 1 its experts collapse
 (docs/results.md, Collapse)."""
+
+Default = Literal["default"]
+DEFAULT: Default = "default"
+
+_BALANCE = {"switch": 0.1}
+
+
+class GateOptions(NamedTuple):
+    """Options of the default router of a `SparseMixture`, as its caller passed them."""
+
+    k: int
+    noisy: bool | None
+    temperature: float
+    balance: Mapping[str, float] | Default | None
+    normalize: bool | None
+
+    def router(self, in_features: int, num_experts: int) -> Router:
+        """Build the default router."""
+        balance: Any = _BALANCE if self.balance == DEFAULT else self.balance
+        noisy = self.noisy
+        if noisy is None:
+            noisy = isinstance(balance, Mapping) and bool(balance.get("load"))
+        normalize = True if self.normalize is None else self.normalize
+        return NoisyTopKRouter(in_features, num_experts, self.k, noisy, self.temperature, balance, normalize)
+
+    def check_absent(self) -> None:
+        """Raise a ValueError for an option that was passed next to a router, which has its own."""
+        defaults = GateOptions(2, None, 1.0, DEFAULT, None)
+        for name, value, default in zip(self._fields, self, defaults, strict=True):
+            if value != default:
+                raise ValueError(
+                    f"{name}: expected no value, since router sets it, got {value!r}. Pass {name} to the router"
+                    " instead."
+                )
 
 
 class SparseMixture(RoutedModule):
@@ -40,6 +73,7 @@ class SparseMixture(RoutedModule):
 
     def _build(
         self,
+        *,
         out_features: int,
         num_experts: int,
         expert_width: int,
@@ -48,30 +82,18 @@ class SparseMixture(RoutedModule):
         activation: Activation,
         dispatch: Dispatch,
         router: Router | None,
-        gate_options: Mapping[str, Any],
+        gate: GateOptions,
     ) -> None:
-        """Build the submodules.
-
-        Args:
-            out_features: Outputs of an expert.
-            num_experts: E.
-            expert_width: H.
-            num_shared_experts: S.
-            dropout: Dropout of the experts.
-            activation: Activation of the experts.
-            dispatch: Execution path.
-            router: The router, or None for the default one.
-            gate_options: Options of the default router, which must be absent otherwise.
-        """
+        """Build the submodules, with the default router if there is no other one."""
         check_at_least_one(num_experts=num_experts)
         check_option("dispatch", dispatch, get_args(Dispatch))
         if num_shared_experts != 0:
             check_at_least_one(num_shared_experts=num_shared_experts)
         if router is None:
-            router = _default_router(self.in_features, num_experts, **gate_options)
+            router = gate.router(self.in_features, num_experts)
         else:
             _check_router(router, {"in_features": self.in_features, "num_experts": num_experts})
-            _check_absent(type(self), gate_options)
+            gate.check_absent()
         self.num_experts, self.expert_width = num_experts, expert_width
         self.dispatch: Dispatch = dispatch
         keep_outside_the_graph(dispatch)
@@ -90,8 +112,8 @@ class SparseMixture(RoutedModule):
         """Number of experts that run on every row, S."""
         return 0 if self.shared is None else self.shared.num_experts
 
-    def mix(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Routing]:
-        """Route each row of x, (..., D), and sum the outputs of its experts, (..., C). Padded rows get zeros.
+    def route_and_mix(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Routing]:
+        """Route each row of x, (..., D), and sum the outputs of its experts, (..., C). Those of padding are undefined.
 
         Args:
             x: Rows of a sample in all dimensions between the first and the last.
@@ -106,8 +128,6 @@ class SparseMixture(RoutedModule):
             outputs = outputs.masked_fill(~routing.valid.unsqueeze(-1), torch.nan)
         if self.shared is not None:
             outputs = outputs + sum_all(self.shared, rows)
-        if flat_mask is not None:
-            outputs = outputs.masked_fill(~flat_mask.unsqueeze(-1), 0)
         return (outputs if x.dim() == 2 else outputs.unflatten(0, x.shape[:-1])), routing
 
     def count_flops(self, batch: int, tokens: int) -> Flops:
@@ -146,25 +166,16 @@ class SparseMixture(RoutedModule):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        if strict and self.shared is not None and f"{prefix}router.noise.weight" in state_dict:
-            saved_shared = any(key.startswith(f"{prefix}shared.") for key in state_dict)
-            if not saved_shared and "noise" not in dict(self.router.named_children()):
-                error_msgs.append(
-                    f"{prefix or 'head'}: expected the parameters of a head with shared experts and without noise, the"
-                    " default, got those of the noisy top-k gate that was the default of format 2. Build the head with"
-                    " **moe_heads.NOISY_TOP_K."
-                )
+        has_noise = "noise" in dict(self.router.named_children())
+        if self.shared is not None and not has_noise and f"{prefix}router.noise.weight" in state_dict:
+            warnings.warn(
+                f"{prefix or self._kind}: the state dict is that of a noisy top-k gate, the default of format 2. Build"
+                f" the {self._kind} with **moe_heads.NOISY_TOP_K to load it.",
+                stacklevel=2,
+            )
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
-
-
-def _default_router(
-    in_features: int, num_experts: int, *, noisy: bool | None, balance: Mapping[str, float] | None, **options: Any
-) -> Router:
-    if noisy is None:
-        noisy = isinstance(balance, Mapping) and bool(balance.get("load"))
-    return NoisyTopKRouter(in_features, num_experts, noisy=noisy, balance=balance, **options)
 
 
 def _check_router(router: Router, sizes: Mapping[str, int]) -> None:
@@ -177,13 +188,4 @@ def _check_router(router: Router, sizes: Mapping[str, int]) -> None:
             raise ValueError(
                 f"router: expected one for {name} = {size}, got one for {known}. Build the router and the head with the"
                 " same sizes."
-            )
-
-
-def _check_absent(owner: type, options: Mapping[str, object]) -> None:
-    defaults = inspect.signature(owner).parameters
-    for name, value in options.items():
-        if value != defaults[name].default:
-            raise ValueError(
-                f"{name}: expected no value, since router sets it, got {value!r}. Pass {name} to the router instead."
             )

@@ -15,7 +15,7 @@ import copy
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,16 +28,12 @@ from bench.timing import machine, time_interleaved
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from moe_heads import SparseMoE, capacity, match_capacity
+from moe_heads import NOISY_TOP_K, SparseMoE, capacity, match_capacity
 
 FEATURES, CLASSES, K = 512, 10, 2
 SIZES = ((8, 64), (8, 512), (32, 512), (128, 64), (128, 512))
 BATCHES = (1, 8, 32, 256, 4096)
 TRAINING_SIZES, TRAINING_BATCHES = ((8, 64), (32, 512)), (256, 4096)
-# The mask loop and the other libraries have no shared expert and no normalized gate.
-PLAIN = {"noisy": True, "normalize": False, "num_shared_experts": 0, "balance": {"importance": 0.2, "load": 0.2}}
-SHARED = {"noisy": False, "normalize": True, "num_shared_experts": 1, "balance": {"switch": 0.1}}
-
 Row = dict[str, object]
 Candidates = dict[str, Callable[[Tensor], object]]
 
@@ -56,7 +52,7 @@ def in_place_compiled(module: nn.Module) -> nn.Module:
     return other
 
 
-def build(num_experts: int, width: int, options: dict[str, Any] = PLAIN) -> tuple[SparseMoE, nn.Module]:
+def build(num_experts: int, width: int, options: Mapping[str, Any] = NOISY_TOP_K) -> tuple[SparseMoE, nn.Module]:
     """Build the sparse head and the dense head of equal total parameters."""
     head = SparseMoE(FEATURES, CLASSES, num_experts, width, K, **options)
     dense = match_capacity("dense", FEATURES, CLASSES, total=capacity(head).total)
@@ -100,13 +96,13 @@ def inference(
             yield row | {"roofline_ms": round(bound, 4), "roofline_share": round(bound / times["auto"], 3)}
 
 
-def shared(rounds: int, loaded: bool) -> Iterator[Row]:
-    """Time forward passes of the smallest head with a shared expert and a gate that reads normalized rows.
+def default(rounds: int, loaded: bool) -> Iterator[Row]:
+    """Time forward passes of the smallest head with its default options: shared experts, and a normalized gate.
 
     Yields:
         A row for each cell.
     """
-    head, dense = build(*SIZES[0], SHARED)
+    head, dense = build(*SIZES[0], {})
     for batch in BATCHES:
         candidates: Candidates = {"dense": dense.eval(), "auto": head.eval()}
         with torch.inference_mode():
@@ -167,7 +163,7 @@ def main() -> None:
     parser.add_argument("--compiled", action="store_true", help="also time under torch.compile")
     parser.add_argument("--peers", type=Path, default=None, help="folder with the other libraries")
     parser.add_argument("--batches", nargs="+", type=int, default=BATCHES, help="batch sizes of inference")
-    sections = ["inference", "shared", "training", "layers"]
+    sections = ["inference", "default", "training", "layers"]
     parser.add_argument("--only", nargs="+", choices=sections, help="some sections instead of all")
     parser.add_argument("--out", type=Path, default=None, help="JSON file to write")
     options = parser.parse_args()
@@ -181,7 +177,7 @@ def main() -> None:
     torch.manual_seed(0)
     runs = {
         "inference": inference(options.rounds, options.loaded, options.peers, options.compiled, options.batches),
-        "shared": shared(options.rounds, options.loaded),
+        "default": default(options.rounds, options.loaded),
         "training": training(options.rounds, options.loaded),
     }
     if options.peers is not None:

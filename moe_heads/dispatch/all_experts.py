@@ -7,14 +7,23 @@ from torch.nn import functional as F
 from moe_heads.experts import Experts
 from moe_heads.routing import Routing
 
-__all__ = ["mix_all", "sum_all"]
+__all__ = ["combine_chosen", "mix_all", "sum_all", "sums_chosen"]
 
 
 def mix_all(experts: Experts, x: Tensor, routing: Routing) -> Tensor:
     """Compute the weighted sum of the experts (N, C) for the rows x (N, D)."""
-    if routing.indices is not None and routing.weights is not None and experts.out_features <= 2 * experts.width:
-        return _sum_chosen(experts, x, routing.indices, routing.weights)
+    if sums_chosen(experts, routing):
+        return _sum_chosen(experts, x, routing)
     return sum_all(experts, x, routing.gates, some_closed=not routing.soft)
+
+
+def sums_chosen(experts: Experts, routing: Routing) -> bool:
+    """Return whether `mix_all` sums the chosen logits after the second layer, instead of masking the hidden units.
+
+    A mask over all hidden units takes longer than the second product. The logits of all experts need more memory only
+    if there are many classes.
+    """
+    return routing.indices is not None and experts.out_features <= 2 * experts.width
 
 
 def sum_all(experts: Experts, x: Tensor, gates: Tensor | None = None, some_closed: bool = False) -> Tensor:
@@ -24,7 +33,7 @@ def sum_all(experts: Experts, x: Tensor, gates: Tensor | None = None, some_close
     ``some_closed`` a gate of zero also excludes an expert whose hidden units are not finite.
     """
     weight1, bias1, weight2, bias2 = experts.stacks()
-    hidden = experts.activate(F.linear(x, weight1.flatten(0, 1), bias1.flatten()))
+    hidden = experts.activate(F.linear(x, weight1.flatten(0, 1), experts.fc1.bias))
     # copies whole rows of units, and nothing if there is one expert
     second = weight2.transpose(0, 1).flatten(1).to(hidden.dtype)
     if gates is None:
@@ -35,16 +44,19 @@ def sum_all(experts: Experts, x: Tensor, gates: Tensor | None = None, some_close
     return torch.addmm(gates @ bias2.to(hidden.dtype), weighted.view(hidden.shape), second.t())
 
 
-def _sum_chosen(experts: Experts, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
-    """Run all experts, and sum the logits of the chosen ones by the weights, both (N, K).
-
-    A mask over all hidden units, as in `sum_all`, takes longer than the second product. The logits of all experts need
-    more memory only if there are many classes.
-    """
+def _sum_chosen(experts: Experts, x: Tensor, routing: Routing) -> Tensor:
+    """Run all experts, and sum the logits of the chosen ones."""
     weight1, bias1, weight2, bias2 = experts.stacks()
-    hidden = experts.activate(F.linear(x, weight1.flatten(0, 1), bias1.flatten()))
+    hidden = experts.activate(F.linear(x, weight1.flatten(0, 1), experts.fc1.bias))
     dtype = hidden.dtype
     each = hidden.view(-1, *bias1.shape).transpose(0, 1)
     logits = torch.baddbmm(bias2.to(dtype).unsqueeze(1), each, weight2.to(dtype).transpose(1, 2))
-    index = indices.unsqueeze(-1).expand(-1, -1, experts.out_features)
-    return torch.bmm(weights.to(dtype).unsqueeze(1), logits.transpose(0, 1).gather(1, index)).squeeze(1)
+    return combine_chosen(logits, routing)
+
+
+def combine_chosen(logits: Tensor, routing: Routing) -> Tensor:
+    """Sum the logits (E, N, C) of the chosen experts by the weights, (N, C)."""
+    assert routing.indices is not None and routing.weights is not None
+    index = routing.indices.unsqueeze(-1).expand(-1, -1, logits.shape[-1])
+    chosen = logits.transpose(0, 1).gather(1, index)
+    return torch.bmm(routing.weights.to(logits.dtype).unsqueeze(1), chosen).squeeze(1)

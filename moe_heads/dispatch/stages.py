@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
+from moe_heads.dispatch.all_experts import combine_chosen, sums_chosen
 from moe_heads.dispatch.assignments import assignments, combine
 from moe_heads.dispatch.choice import Dispatch, path_of
 from moe_heads.experts import Experts
@@ -24,9 +25,12 @@ def stages(experts: Experts, x: Tensor, routing: Routing, dispatch: Dispatch) ->
 
     Returns:
         "dispatch", which assigns and gathers the rows (or the weights), and "combine", which sums the logits of the
-        choices. The path "all" only scatters the gates. It sums inside its second product.
+        choices. The path "all" has only the latter, or, if it sums inside its second product, scatters the gates.
     """
     path = path_of(experts, x, routing, dispatch)
+    if path == "all" and sums_chosen(experts, routing):
+        logits = x.new_zeros(experts.num_experts, len(x), experts.out_features)
+        return {"combine": lambda: combine_chosen(logits, routing)}
     if path == "all":
         return {"dispatch": lambda: routing.gates}
     weights, indices = routing.weights, routing.indices

@@ -155,6 +155,10 @@ class BiasBalancedRouter(LinearRouter):
 
     @torch.no_grad()
     def _move_bias(self) -> None:
+        for name in _WIDE:  # FSDP casts buffers without a call of _apply
+            buffer = getattr(self, name)
+            if buffer.dtype != torch.float32:
+                setattr(self, name, buffer.float())
         weight = torch.cat((self.gate.weight, self.gate.bias.unsqueeze(-1)), dim=-1)
         changed = (weight != self.seen_weight).any()
         counts = self.pending_counts

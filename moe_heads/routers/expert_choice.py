@@ -1,8 +1,9 @@
 """Expert choice: every expert takes the rows with the highest probability, Zhou et al., arXiv 2202.09368."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import replace
+from fractions import Fraction
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -13,8 +14,7 @@ from moe_heads.routing import Routing
 
 __all__ = ["ExpertChoiceRouter"]
 
-# Rounding error of a number of rows that must not add a row: 3 · 1.1 is 3.3000000000000003.
-_ROUNDING = 1e-9
+N = TypeVar("N", int, Tensor)
 
 
 class ExpertChoiceRouter(LinearRouter):
@@ -67,6 +67,8 @@ class ExpertChoiceRouter(LinearRouter):
         if k > num_experts:
             raise ValueError(f"k: expected at most num_experts = {num_experts}, got {k}.")
         self.k = k
+        # 1.1 means 11/10 and not the nearest number with 53 bits
+        self._ratio = Fraction(k).limit_denominator(10**6).as_integer_ratio()
 
     def forward(self, x: Tensor, rows_per_sample: int = 1, mask: Tensor | None = None) -> Routing:
         """Route the rows x, (N, D), in fp32 or wider."""
@@ -114,8 +116,7 @@ class ExpertChoiceRouter(LinearRouter):
             chosen: Rows by descending score within each group, (groups, M, E). Padded rows come last.
             mask: Real rows of each group, (groups, size).
         """
-        wide = torch.float32 if mask.device.type == "mps" else torch.float64
-        num_taken = torch.ceil(mask.sum(1, dtype=wide) * self.k / self.num_experts - _ROUNDING)
+        num_taken = self._ceil_share(mask.sum(1))
         is_extra = torch.arange(chosen.shape[1], device=chosen.device).unsqueeze(0) >= num_taken.unsqueeze(1)
         # a group with choices to replace has a padded row, and argmin finds one
         padded = mask.to(torch.int8).argmin(1).view(-1, 1, 1)
@@ -131,7 +132,13 @@ class ExpertChoiceRouter(LinearRouter):
         return batch * tokens / competing * self.num_experts * self._num_taken(competing)
 
     def _num_taken(self, competing: int) -> int:
-        return min(competing, math.ceil(competing * self.k / self.num_experts - _ROUNDING))
+        return min(competing, self._ceil_share(competing))
+
+    def _ceil_share(self, competing: N) -> N:
+        """Return ⌈n k / E⌉ of a number or a tensor of integers."""
+        # in integers, which are exact on every device
+        numerator, denominator = self._ratio
+        return -(-competing * numerator // (denominator * self.num_experts))
 
     def extra_repr(self) -> str:
         """Return the settings that the lines of the submodules do not show."""

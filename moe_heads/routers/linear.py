@@ -30,8 +30,8 @@ class LinearRouter(Router):
         balance: Coefficients of the balance losses listed in `balance_terms`. See `moe_heads.balance`.
         logits_per_expert: Number of rows of the gate per expert.
         normalize: Whether the gate reads :math:`(x - \bar x) / \mathrm{std}(x)` of each row instead of x, a layer norm
-            without parameters. The size of the features then has no effect on the choice. Together with a shared expert
-            and the Switch loss it keeps every expert in use on the digits (docs/results.md).
+            without parameters. The size of the features then has no effect on the choice. Together with
+            shared experts and the Switch loss it keeps every expert in use on the digits (docs/results.md).
 
     Raises:
         ValueError: If a size is below 1, the temperature is not positive, a balance term is unknown, or ``normalize``
@@ -68,7 +68,7 @@ class LinearRouter(Router):
         return logits if self.temperature == 1 else logits / self.temperature
 
     def gate_input(self, x: Tensor) -> Tensor:
-        """Return what the gate reads of the rows x: x itself, or its normalized form in fp32 or wider."""
+        """Return the input of the gate for the rows x: x itself, or its normalized form in fp32 or wider."""
         if not self.normalize:
             return x
         # by hand: the third derivatives of torch's layer norm are wrong (2.15), as in the Hessian of a gradient penalty
@@ -77,7 +77,7 @@ class LinearRouter(Router):
         return centered * (centered.square().mean(-1, keepdim=True) + _EPS).rsqrt()
 
     def routing(
-        self, logits: Tensor, probs: Tensor, rows_per_sample: int, mask: Tensor | None, **choice: Any
+        self, logits: Tensor, probs: Tensor, rows_per_sample: int = 1, mask: Tensor | None = None, **choice: Any
     ) -> Routing:
         """Build the decisions of a pass with the settings of this router.
 

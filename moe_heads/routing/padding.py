@@ -5,19 +5,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moe_heads.routed_module import RoutedModule, mask_error
 from moe_heads.routing.router import Router
 
 __all__ = ["MaskHook", "check_mask", "mask_of_rows", "masked_modules"]
+
+# Place of the mask among the positional arguments of a router.
+_PLACE_OF_MASK = 2
 
 
 def check_mask(mask: Any) -> None:
     """Check that a mask of tokens is bool of shape (B, T)."""
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.dim() != 2:
-        got = f"{mask.dtype} of shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else repr(mask)
-        raise ValueError(
-            f"mask: expected bool of shape (B, T), True for real tokens, got {got}. Convert an attention mask of zeros"
-            " and ones with .bool(), and invert a key_padding_mask of torch."
-        )
+        raise mask_error("(B, T)", mask)
 
 
 def masked_modules(model: nn.Module) -> dict[str, nn.Module]:
@@ -26,7 +26,7 @@ def masked_modules(model: nn.Module) -> dict[str, nn.Module]:
     owned: set[nn.Module] = set()
     for name, module in model.named_modules():
         # a head or layer passes the mask on to its router
-        if getattr(module, "passes_mask_to_router", False):
+        if isinstance(module, RoutedModule):
             found[name] = module
             owned.update(child for child in module.modules() if isinstance(child, Router))
         elif isinstance(module, Router) and module not in owned:
@@ -57,20 +57,28 @@ def _mismatch(mask: Tensor, got: str, name: str) -> ValueError:
 class MaskHook:
     """Forward pre-hook that passes the mask to a head, layer or router, unless its caller does.
 
+    A copy of the module (averaged weights, a saved model) gets a hook without a mask, because the mask is that of the
+    original's batch.
+
     Args:
         name: Name of the module, for messages.
-        mask: (B, T).
+        mask: (B, T), or None for a hook that does nothing.
     """
 
-    def __init__(self, name: str, mask: Tensor) -> None:
+    def __init__(self, name: str, mask: Tensor | None) -> None:
         self._name, self._mask = name, mask
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return MaskHook, (self._name, None)
 
     def __call__(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Return the arguments with the mask, or None to leave them as they are."""
         x = args[0] if args else kwargs.get("x")
-        if not isinstance(x, Tensor) or x.dim() < 2 or "mask" in kwargs:
+        if isinstance(module, Router) and len(args) > _PLACE_OF_MASK:
+            args, kwargs = args[:_PLACE_OF_MASK], {**kwargs, "mask": args[_PLACE_OF_MASK]}
+        if self._mask is None or not isinstance(x, Tensor) or x.dim() < 2 or kwargs.get("mask") is not None:
             return None  # the module checks its arguments
         mask: Tensor | None
         if x.shape[:-1] == self._mask.shape:

@@ -30,7 +30,7 @@ class Routing:
         logits: Clean logits z, (N, E), fp32 or wider.
         probs: Softmax over all experts of the logits that decide (the noisy ones in training), (N, E).
         indices: Experts that each row chose, (N, K), by descending score (in `fixed_routing`, that of the recording).
-        rows: Rows that each expert chose, (E, M).
+        rows: Rows that each expert chose, (E, M). With a mask, an expert with fewer rows than M names padded rows too.
         weights: Mixing weights of the choices, of the shape of ``indices`` or ``rows``. None for a soft router.
         scores: Scores that decide the choice, (N, E). None means the noisy logits, or the clean ones without noise.
         noisy_logits: Logits with noise, (N, E). None without noise.
@@ -211,10 +211,14 @@ class Routing:
 
         They may be used in a graph, even if they were made in inference mode.
         """
-        tensors = {f.name: value for f in fields(self) if isinstance(value := getattr(self, f.name), Tensor)}
         # autograd cannot save an inference tensor, but it can save a copy
-        detached: dict[str, Any] = {name: t.clone() if t.is_inference() else t.detach() for name, t in tensors.items()}
-        return replace(self, **detached)
+        return self.map(lambda t: t.clone() if t.is_inference() else t.detach())
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> "Routing":
+        """Return the same decisions with a function applied to every tensor."""
+        tensors = {f.name: value for f in fields(self) if isinstance(value := getattr(self, f.name), Tensor)}
+        mapped: dict[str, Any] = {name: function(tensor) for name, tensor in tensors.items()}
+        return replace(self, **mapped)
 
     @torch.no_grad()
     def stats(self) -> RoutingStats:

@@ -8,6 +8,7 @@ from lightning import pytorch as pl
 from torch.utils.data import DataLoader, TensorDataset
 
 from moe_heads import Head, SoftMoE, SparseMoE, collect_routing
+from moe_heads.analysis.expert_utilization.training import TrainingRouters
 from moe_heads.callbacks import ExpertUtilizationCallback
 
 NUM_FEATURES = 8
@@ -81,5 +82,17 @@ def test_no_warning_where_the_loss_is_added() -> None:
     assert warnings_of(SparseMoE(NUM_FEATURES, 3, num_experts=4, balance=None), adds_loss=False) == []
 
 
-def test_warn_false_is_silent() -> None:
-    assert warnings_of(SparseMoE(NUM_FEATURES, 3, num_experts=4, expert_width=4), adds_loss=False, warn=False) == []
+def test_warn_false_is_silent_during_the_fit_only() -> None:
+    head = SparseMoE(NUM_FEATURES, 3, num_experts=4, expert_width=4)
+    assert warnings_of(head, adds_loss=False, warn=False) == []
+
+
+def test_a_router_warns_by_itself_after_a_fit_that_ended_early() -> None:
+    head = SparseMoE(NUM_FEATURES, 3, num_experts=4, expert_width=4)
+    with collect_routing(head) as collection:
+        routers = TrainingRouters(head, collection, None, 0.01, 0.25)
+    assert not head.router.loss_watch.warns
+    routers.close()
+    with pytest.warns(UserWarning, match="NoisyTopKRouter of 8 features and 4 experts: the balance loss"):
+        for _ in range(300):
+            head(torch.randn(2, NUM_FEATURES)).sum().backward()

@@ -160,6 +160,39 @@ def test_a_mask_of_real_tokens_only_changes_nothing(name: str) -> None:
     torch.testing.assert_close(head(x, mask=torch.ones(3, 5, dtype=torch.bool)), head(x))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", ["dense", "soft", "shared"])
+def test_the_mean_over_many_tokens_stays_in_the_range_of_half_precision(name: str, dtype: torch.dtype) -> None:
+    head = HEADS[name]()
+    with torch.no_grad():
+        for parameter in head.parameters():
+            parameter.mul_(4)
+    x = 3 * torch.randn(2, 900, FEATURES).double()
+    mask = torch.ones(2, 900, dtype=torch.bool)
+    mask[1, 300:] = False
+    expected = head(x, mask=mask)
+    found = head.to(dtype)(x.to(dtype), mask=mask)
+    assert found.dtype == dtype
+    torch.testing.assert_close(found.double(), expected, rtol=0.05, atol=0.05 * float(expected.detach().abs().max()))
+
+
+def test_a_dense_head_with_large_logits_does_not_overflow() -> None:
+    head = Dense(2, 1, width=1).half().eval()
+    with torch.no_grad():
+        head.layers[3].bias.fill_(300)
+    x = torch.zeros(1, 256, 2, dtype=torch.float16)
+    torch.testing.assert_close(head(x, mask=torch.ones(1, 256, dtype=torch.bool)), head(x))
+
+
+@pytest.mark.parametrize("k", [0.05, 1, 1.1, 1.2, 3.7])
+def test_padded_samples_take_as_many_rows_as_their_tokens_alone(k: float) -> None:
+    router = ExpertChoiceRouter(FEATURES, EXPERTS, k=k)
+    for length in range(1, 30):
+        x, mask = torch.randn(1, 30, FEATURES), torch.arange(30).unsqueeze(0) < length
+        padded_counts = router(x[0], 30, mask=mask[0]).stats().counts
+        assert torch.equal(padded_counts, router(x[0, :length], length).stats().counts)
+
+
 @pytest.mark.parametrize("name", ["dense", "soft", "noisy_top_k", "shared", "bias_balanced", "expert_choice"])
 def test_export_with_a_mask(name: str) -> None:
     head = HEADS[name]()

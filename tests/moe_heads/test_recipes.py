@@ -85,6 +85,14 @@ def test_the_steps_of_the_bias_survive_a_cast(cast: str) -> None:
     assert router.gate.weight.dtype == getattr(torch, {"half": "float16"}.get(cast, cast))
 
 
+def test_buffers_that_a_wrapper_casts_are_whole_again_in_the_next_training_pass() -> None:
+    router = BiasBalancedRouter(4, 3)
+    router._buffers["bias_steps"] = torch.tensor([3.0, -5.0, 2.0], dtype=torch.bfloat16)
+    router.train()(torch.randn(600, 4))
+    assert router.bias_steps.dtype == router.pending_counts.dtype == torch.float32
+    assert int(router.pending_counts.sum()) == 1200
+
+
 @pytest.mark.parametrize("name", list(HEADS))
 def test_dynamic_quantization_changes_no_choice(name: str) -> None:
     head = HEADS[name]().eval()

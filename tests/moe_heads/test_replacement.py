@@ -128,6 +128,23 @@ def test_a_block_around_a_perceptron_keeps_its_residual_connection() -> None:
     torch.testing.assert_close(model.eval()(x), expected)
 
 
+def test_a_perceptron_used_twice_becomes_one_layer() -> None:
+    model = nn.Module()
+    model.a = model.b = Custom()
+    model.c = Custom()
+    assert replace_mlp(model, every=2) == ("c",)
+    assert model.a is model.b and isinstance(model.a, Custom)
+    assert replace_mlp(model, every=1) == ("a", "b")
+    assert model.a is model.b and isinstance(model.a, MoELayer)
+
+
+def test_dropout_after_the_second_layer_is_not_that_of_the_experts() -> None:
+    mlp = nn.Sequential(nn.Linear(8, 12), nn.GELU(), nn.Linear(12, 8), nn.Dropout(0.3))
+    model = nn.Sequential(mlp)
+    replace_mlp(model, every=1)
+    assert model[0].experts.dropout == 0.0
+
+
 NO_PERCEPTRONS = {
     "residual": Residual(),
     "classifier": nn.Sequential(nn.Linear(8, 12), nn.ReLU(), nn.Linear(12, 3)),

@@ -1,6 +1,8 @@
 """SparseMoE: values and error messages. The dispatch paths are tested in dispatch/."""
 
 import copy
+import pickle
+from typing import Any
 
 import pytest
 import torch
@@ -8,6 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from moe_heads import NOISY_TOP_K, Dense, MoELayer, SparseMoE, collect_routing
+from moe_heads.routers import SwitchRouter
 from tests.support.reference_heads import expert_logits, sparse_loop
 
 
@@ -168,6 +171,33 @@ def test_bad_arguments_are_refused(options: dict[str, object], message: str) -> 
 def test_the_noise_goes_with_the_load_loss(options: dict[str, object], has_noise: bool) -> None:
     for module in (SparseMoE(16, 3, **options), MoELayer(16, 3, **options)):
         assert (module.router.noise is not None) == has_noise
+
+
+class Named(SparseMoE):
+    """A subclass whose signature lists no option."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+
+
+@pytest.mark.parametrize("kind", [SparseMoE, MoELayer, Named])
+def test_every_option_that_a_router_ignores_is_refused(kind: Any) -> None:
+    router = SwitchRouter(8, 4)
+    assert kind(8, 3, num_experts=4, router=router).router is router
+    ignored: dict[str, object] = {
+        "k": 1,
+        "noisy": False,
+        "temperature": 2.0,
+        "balance": {"switch": 0.1},
+        "normalize": True,
+    }
+    for name, value in ignored.items():
+        with pytest.raises(ValueError, match=f"{name}: expected no value, since router sets it, got"):
+            kind(8, 3, num_experts=4, router=router, **{name: value})
+
+
+def test_the_options_of_the_study_can_be_copied_and_sent() -> None:
+    assert copy.deepcopy(NOISY_TOP_K) == pickle.loads(pickle.dumps(NOISY_TOP_K)) == NOISY_TOP_K
 
 
 def test_integers_are_refused() -> None:

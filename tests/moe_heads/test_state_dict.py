@@ -110,8 +110,12 @@ def test_format_2_loads_with_the_same_logits(name: str, assign: bool) -> None:
 
 def test_a_head_saved_with_the_old_default_is_named_with_the_remedy() -> None:
     old = in_format_2(build("noisy_top_k"))
-    with pytest.raises(RuntimeError, match=r"head: .* was the default of format 2. Build the head with \*\*moe_heads"):
+    remedy = r"head: the state dict is that of a noisy top-k gate, .* Build the head with \*\*moe_heads.NOISY_TOP_K"
+    with pytest.raises(RuntimeError, match="Unexpected key"), pytest.warns(UserWarning, match=remedy):
         build("sparse").load_state_dict(old)
+    with pytest.warns(UserWarning, match=remedy):
+        missing, unexpected = build("sparse").load_state_dict(old, strict=False)
+    assert set(missing) == set(SHARED) and set(unexpected) == set(NOISE)
     with pytest.raises(RuntimeError, match="Unexpected key"):
         build("soft").load_state_dict(old)
 

@@ -219,14 +219,6 @@ def _result(found: Sequence[_Sums], names: tuple[str, ...]) -> ExpertUtilization
 
 
 def _in_float64(routing: Routing) -> Routing:
-    """Copy the fields of a routing that the sums need to the CPU, in float64: sums of millions need the precision."""
-    return replace(
-        routing,
-        logits=routing.logits.cpu().double(),
-        probs=routing.probs.cpu().double(),
-        indices=None if routing.indices is None else routing.indices.cpu(),
-        rows=None if routing.rows is None else routing.rows.cpu(),
-        scores=None if routing.scores is None else routing.scores.cpu().double(),
-        noisy_logits=None,
-        weights=None if routing.weights is None else routing.weights.cpu().double(),
-    )
+    """Copy a routing to the CPU, in float64 and without noise: sums of millions of rows need the precision."""
+    without_noise = replace(routing, noisy_logits=None, noise_std=None, slot_logits=None)
+    return without_noise.map(lambda t: t.cpu().double() if t.is_floating_point() else t.cpu())

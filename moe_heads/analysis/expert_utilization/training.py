@@ -74,8 +74,14 @@ class TrainingRouters:
         collection.paused = True
         # reported here by the name of the router, in place of a warning without it
         self._watches = {name: r.loss_watch for name, r in self._routers.items() if isinstance(r, LinearRouter)}
-        for watch in self._watches.values():
+        self._silenced = [watch for watch in self._watches.values() if watch.warns]
+        for watch in self._silenced:
             watch.warns = False
+
+    def close(self) -> None:
+        """End the monitoring: routers whose balance loss was not reported here warn by themselves again."""
+        for watch in self._silenced:
+            watch.warns = True
 
     def begin_batch(self) -> None:
         """Start to collect the passes of a batch."""
@@ -150,6 +156,7 @@ class TrainingRouters:
         watch = self._watches.get(name)
         if watch is not None and watch.is_unused:
             del self._watches[name]
+            self._silenced = [other for other in self._silenced if other is not watch]
             yield watch.describe()
 
     def _health_of(self, name: str, soft: bool) -> RouterHealth:

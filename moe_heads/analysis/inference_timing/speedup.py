@@ -16,8 +16,10 @@ from moe_heads.analysis.inference_timing.calls import TimingMode
 from moe_heads.analysis.inference_timing.flops import Operator
 from moe_heads.analysis.inference_timing.statistics import DRIFT, Rounds, bootstrap
 from moe_heads.capacity import capacity, match_capacity
+from moe_heads.experts import ACTIVATIONS, Activation
 from moe_heads.flops import Flops
 from moe_heads.head import Head
+from moe_heads.moe_layer import MoELayer
 from moe_heads.routed_module import RoutedModule
 
 __all__ = ["Bound", "DeviceLimits", "Gap", "GapPoint", "break_even", "dense_twin", "gap_of", "realized_ratio"]
@@ -215,7 +217,7 @@ def dense_twin(module: RoutedModule) -> RoutedModule:
     num_outputs = int(getattr(module, "num_classes" if isinstance(module, Head) else "out_features"))
     total = capacity(module).total
     dense = match_capacity("dense", module.in_features, num_outputs, total=total, tolerance=_TOLERANCE)
-    twin = dense if isinstance(module, Head) else _DenseLayer(dense)
+    twin = _DenseLayer(dense, module.experts.activation) if isinstance(module, MoELayer) else dense
     parameter = next(module.parameters())
     return twin.to(parameter.device, parameter.dtype).requires_grad_(False).eval()
 
@@ -223,12 +225,14 @@ def dense_twin(module: RoutedModule) -> RoutedModule:
 class _DenseLayer(RoutedModule):
     """Two-layer perceptron on every token, with the call of a `moe_heads.MoELayer`."""
 
-    def __init__(self, dense: Head) -> None:
+    def __init__(self, dense: Head, activation: Activation) -> None:
         super().__init__(dense.in_features)
-        self.dense = dense
+        self.dense, self.activation = dense, activation
 
     def forward(self, x: Tensor, **_: object) -> Tensor:
-        return self.dense.get_submodule("layers")(x)  # type: ignore[no-any-return]
+        first, _act, _dropout, second = self.dense.get_submodule("layers").children()
+        output: Tensor = second(ACTIVATIONS[self.activation](first(x)))
+        return output
 
     def count_flops(self, batch: int, tokens: int) -> Flops:
         return self.dense.count_flops(batch, tokens)

@@ -1,5 +1,8 @@
 """Masks of padded tokens for heads, layers and routers deep in a model."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -88,6 +91,36 @@ def test_a_caller_that_passes_a_mask_keeps_it() -> None:
     with collect_routing(head, mask=mask) as routing:
         head(x, mask=own)
     assert int(routing.stats["head"].num_rows) == 27
+
+
+class Passes(nn.Module):
+    """Passes its own mask on, by name or by place, which is None here."""
+
+    def __init__(self, module: nn.Module, by_place: bool) -> None:
+        super().__init__()
+        self.module, self.by_place = module, by_place
+
+    def forward(self, x: Tensor) -> object:
+        return self.module(x.flatten(0, 1), 9, None) if self.by_place else self.module(x, mask=None)
+
+
+@pytest.mark.parametrize("by_place", [False, True])
+def test_a_caller_that_passes_no_mask_by_name_or_place_gets_it(by_place: bool) -> None:
+    _, x, mask = batch()
+    model = Passes(NoisyTopKRouter(4, 4, k=2) if by_place else SparseMoE(4, 3, num_experts=4), by_place).eval()
+    with collect_routing(model, mask=mask) as routing:
+        model(x)
+    assert [int(stats.num_rows) for stats in routing.stats.values()] == [15]
+
+
+def test_a_copy_inside_the_block_has_no_mask() -> None:
+    model = Encoder().eval()
+    short, _, mask = batch()
+    with collect_routing(model, mask=mask):
+        twin = copy.deepcopy(model)
+        loaded = pickle.loads(pickle.dumps(model))
+    for other in (twin, loaded):
+        torch.testing.assert_close(other(short), model(short))
 
 
 @pytest.mark.parametrize("compiled", [False, True])

@@ -328,6 +328,8 @@ class Gate(nn.Linear):
         (SwitchRouter(8, 4), False, "jitter", "The noise may"),
         (SwitchRouter(8, 4, jitter=0.0), False, "the router with normalize=True", "jitter"),
         (ExpertChoiceRouter(8, 4), False, "by construction", "noisy"),
+        (SparseMoE(8, 3, num_experts=4, k=1).router, False, "fewer experts or k = 2", "the defaults"),
+        (SwitchRouter(8, 4, normalize=True, balance={"switch": 0.1}), False, "fewer experts", "with normalize=True"),
         (SoftMoE(8, 3, num_experts=4).router, True, "balance={'kl': ...}", "noisy"),
         (BiasBalancedRouter(8, 4), False, "update_rate", "balance="),
         (Gate(8, 4), False, "shared experts", "balance="),

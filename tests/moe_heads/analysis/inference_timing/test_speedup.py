@@ -100,6 +100,8 @@ def test_the_twin_of_a_layer_keeps_the_tokens() -> None:
     x = torch.randn(2, 5, 64)
     assert twin(x, mask=torch.ones(2, 5, dtype=torch.bool)).shape == layer(x).shape == (2, 5, 10)
     assert twin.flops(2, 5).active == 10 * 2 * 74 * twin.dense.width
+    first, _, _, second = twin.dense.layers.children()
+    torch.testing.assert_close(twin(x), second(torch.nn.functional.gelu(first(x))))
 
 
 def test_the_ratio_is_that_of_the_medians_of_all_runs_of_the_rounds_of_both() -> None:
