@@ -53,10 +53,9 @@ def advice_for(router: nn.Module, soft: bool) -> Advice:
         return _advice(_BIAS)
     has_noise = isinstance(router, NoisyTopKRouter) and router.noise is not None
     has_default_gate = isinstance(router, LinearRouter) and router.normalize and router.balance.get("switch", 0) >= 0.1
+    remedy = _SWITCH if isinstance(router, SwitchRouter) else _TOP_K
     if has_default_gate and not has_noise:
         remedy = _FEWER
-    else:
-        remedy = _SWITCH if isinstance(router, SwitchRouter) else _TOP_K
     if isinstance(router, SwitchRouter) and router.jitter:
         return _advice(remedy, "The jitter may activate them in training")
     return _advice(remedy, "The noise may activate them in training" if has_noise else _OTHER_DATA)
