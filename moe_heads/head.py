@@ -5,7 +5,7 @@ from typing import Literal, NamedTuple, overload
 
 from torch import Tensor
 
-from moe_heads.checks import check_at_least_one
+from moe_heads.checks import check_at_least_one, check_flags
 from moe_heads.routed_module import RoutedModule
 from moe_heads.routing import Routing
 
@@ -60,6 +60,7 @@ class Head(RoutedModule):
             ValueError: If x has a different shape or an integer dtype, the mask has a different shape or dtype, or the
                 router does not take a mask.
         """
+        check_flags(return_routing=return_routing)
         x = self.prepared(x, mask, f"(B, {self.in_features}) or (B, T, {self.in_features})", max_dim=3)
         logits, routing = self.classify(x, mask)
         if mask is not None and x.dim() == 2:

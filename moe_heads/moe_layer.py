@@ -5,6 +5,7 @@ from typing import Literal, NamedTuple, overload
 
 from torch import Tensor
 
+from moe_heads.checks import check_flags
 from moe_heads.dispatch import Dispatch
 from moe_heads.experts import Activation
 from moe_heads.routing import Router, Routing
@@ -47,7 +48,7 @@ class MoELayer(SparseMixture):
         dispatch: Execution path of the experts.
         router: A router instead of the default gate.
         num_shared_experts: S, the number of experts that run on every token.
-        normalize: Whether the gate reads normalized tokens. By default it does.
+        normalize: Whether the gate reads normalized tokens. By default it does for at least 8 features.
         activation: "relu", "gelu" or "silu". The default is that of transformers.
 
     Raises:
@@ -112,6 +113,7 @@ class MoELayer(SparseMixture):
             ValueError: If x has a different size or an integer dtype, the mask has a different shape or dtype, or the
                 router does not take a mask.
         """
+        check_flags(return_routing=return_routing)
         x = self.prepared(x, mask, f"(B, ..., {self.in_features})")
         output, routing = self.route_and_mix(x, mask)
         if mask is not None:

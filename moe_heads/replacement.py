@@ -1,16 +1,18 @@
 """Replacement of the perceptrons inside a network by mixtures of experts."""
 
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast, get_args
 
 import torch
 from torch import Tensor, nn
 
 from moe_heads.checks import check_at_least_one, check_flags
-from moe_heads.experts import Activation
+from moe_heads.experts import ACTIVATIONS, Activation
 from moe_heads.moe_layer import MoELayer
 from moe_heads.routed_module import RoutedModule
+from moe_heads.routing import Router
 
 __all__ = ["replace_mlp"]
 
@@ -50,7 +52,7 @@ def replace_mlp(model: nn.Module, every: int = 2, upcycle: bool = False, **optio
         upcycle: Whether all experts start as copies of the perceptron (Komatsuzaki et al., arXiv 2212.05055), without
             shared experts. With k > 1 the model then starts with the same outputs.
         **options: Arguments of `MoELayer`, such as ``num_experts``. ``expert_width`` is H by default, and ``dropout``
-            that of the perceptron.
+            that of the perceptron. ``router`` is a function of (D, E) that builds a router, such as a class.
 
     Returns:
         The names of the new layers in the model.
@@ -77,6 +79,11 @@ def replace_mlp(model: nn.Module, every: int = 2, upcycle: bool = False, **optio
                 f"{name}: expected no value, since the perceptron sets it, got {options[name]!r}. Remove it from the"
                 " options."
             )
+    if "router" in options and (isinstance(options["router"], Router) or not callable(options["router"])):
+        raise ValueError(
+            "router: expected a function that builds a router for each layer, such as the class BiasBalancedRouter, got"
+            f" {options['router']!r}. A router serves one layer only."
+        )
     found = _perceptrons(model)
     # a perceptron that is used in several places stays one layer
     chosen = list(dict.fromkeys(perceptron.first for perceptron in found.values()))[every - 1 :: every]
@@ -84,7 +91,9 @@ def replace_mlp(model: nn.Module, every: int = 2, upcycle: bool = False, **optio
     if not names:
         raise ValueError(
             f"every: expected at most the number of perceptrons in the model, {len(found)}, got {every}. A perceptron"
-            " consists of two torch.nn.Linear, D → H → D, with ReLU, GELU or SiLU in between."
+            " is a module of two torch.nn.Linear, D → H → D, and a module for ReLU, GELU or SiLU. Layers in separate"
+            " modules, and an activation that is a function of torch.nn.functional, are not recognized: put a MoELayer"
+            " there yourself."
         )
     layers = {found[name].first: _layer(found[name], upcycle, options) for name in names}
     for name in names:
@@ -152,19 +161,28 @@ def _computes(module: nn.Module, chain: Callable[[Tensor], Tensor], first: nn.Li
 
 
 def _activation_of(part: nn.Module) -> Activation | None:
-    if isinstance(part, nn.ReLU):
-        return "relu"
-    if isinstance(part, nn.SiLU):
-        return "silu"
-    is_exact = isinstance(part, nn.GELU) and part.approximate == "none"
-    # the class of transformers
-    return "gelu" if is_exact or type(part).__name__ == "GELUActivation" else None
+    """Return the activation that a module without parameters computes, whatever its class, or None."""
+    if any(True for _ in part.parameters()) or isinstance(part, (nn.Dropout, nn.Identity)):
+        return None
+    x = torch.linspace(-4, 4, 101)
+    try:
+        found = part(x.clone())
+    except Exception:  # not a function of one tensor
+        return None
+    for name in get_args(Activation):
+        if isinstance(found, Tensor) and torch.equal(found, ACTIVATIONS[name](x.clone())):
+            return cast("Activation", name)
+    return None
 
 
 def _layer(mlp: _Perceptron, upcycle: bool, options: Mapping[str, Any]) -> MoELayer:
     defaults = {"expert_width": mlp.first.out_features, "dropout": mlp.dropout}
     fixed: dict[str, Any] = {"activation": mlp.activation} | ({"num_shared_experts": 0} if upcycle else {})
-    layer = MoELayer(mlp.first.in_features, mlp.second.out_features, **(defaults | dict(options) | fixed))
+    settings = defaults | dict(options) | fixed
+    if "router" in options:
+        num_experts = options.get("num_experts", inspect.signature(MoELayer).parameters["num_experts"].default)
+        settings["router"] = options["router"](mlp.first.in_features, num_experts)
+    layer = MoELayer(mlp.first.in_features, mlp.second.out_features, **settings)
     layer.to(mlp.first.weight.device, mlp.first.weight.dtype)
     if upcycle:
         layer.experts.copy_from(mlp.first, mlp.second)

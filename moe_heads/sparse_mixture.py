@@ -34,6 +34,12 @@ DEFAULT: Default = "default"
 
 _BALANCE = {"switch": 0.1}
 
+# Modules that exist with some options only.
+_OPTIONAL = ("shared", "router.noise")
+
+# Without their mean and size, few features hold too little information to choose among eight experts.
+_FEWEST_NORMALIZED = 8
+
 
 class GateOptions(NamedTuple):
     """Options of the default router of a `SparseMixture`, as its caller passed them."""
@@ -50,7 +56,7 @@ class GateOptions(NamedTuple):
         noisy = self.noisy
         if noisy is None:
             noisy = isinstance(balance, Mapping) and bool(balance.get("load"))
-        normalize = True if self.normalize is None else self.normalize
+        normalize = in_features >= _FEWEST_NORMALIZED if self.normalize is None else self.normalize
         return NoisyTopKRouter(in_features, num_experts, self.k, noisy, self.temperature, balance, normalize)
 
     def check_absent(self) -> None:
@@ -166,11 +172,16 @@ class SparseMixture(RoutedModule):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        has_noise = "noise" in dict(self.router.named_children())
-        if self.shared is not None and not has_noise and f"{prefix}router.noise.weight" in state_dict:
+        version = local_metadata.get("version")
+        is_old = f"{prefix}experts.weight1" in state_dict or (version is not None and version < self._version)
+        saved = {name: any(key.startswith(f"{prefix}{name}.") for key in state_dict) for name in _OPTIONAL}
+        own = {name: name in dict(self.named_modules()) for name in _OPTIONAL}
+        if is_old and (saved != own or getattr(self.router, "normalize", False)):
             warnings.warn(
-                f"{prefix or self._kind}: the state dict is that of a noisy top-k gate, the default of format 2. Build"
-                f" the {self._kind} with **moe_heads.NOISY_TOP_K to load it.",
+                f"{prefix or self._kind}: the state dict has format 2 or older, whose defaults were noisy=True,"
+                f" normalize=False and num_shared_experts=0. Build the {self._kind} with the options of the saved one,"
+                " which were **moe_heads.NOISY_TOP_K by default. A wrong normalize changes the outputs and nothing"
+                " else.",
                 stacklevel=2,
             )
         super()._load_from_state_dict(

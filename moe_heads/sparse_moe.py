@@ -47,7 +47,7 @@ class SparseMoE(SparseMixture, Head):
             ``noisy``, ``temperature``, ``balance`` and ``normalize``.
         num_shared_experts: S, the number of shared experts, of the same width as the others.
         normalize: Whether the gate reads normalized rows, so that the size of the features has no effect on the choice;
-            see `moe_heads.routers.LinearRouter`. By default it does.
+            see `moe_heads.routers.LinearRouter`. By default it does for at least 8 features.
 
     Raises:
         ValueError: If k > num_experts, a size is below 1, the temperature is not positive, the dropout is outside

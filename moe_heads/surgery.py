@@ -60,7 +60,7 @@ def upcycle(dense_head: Dense, num_experts: int, **options: Any) -> SparseMoE:
         raise ValueError(f"dense_head: expected a moe_heads.Dense, got {type(dense_head).__name__}.")
     check_at_least_one(num_experts=num_experts)
     for name, reason in _NOT_FOR_UPCYCLING.items():
-        if name in options:
+        if name in options and not (name == "num_shared_experts" and options[name] == 0):
             raise ValueError(f"{name}: expected no value, {reason}, got {options[name]!r}. Remove it from the options.")
     fixed = {"expert_width": dense_head.width, "num_shared_experts": 0}
     settings = {"dropout": dense_head.dropout, **options, **fixed}

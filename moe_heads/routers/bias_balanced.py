@@ -118,6 +118,7 @@ class BiasBalancedRouter(LinearRouter):
 
     def forward(self, x: Tensor, rows_per_sample: int = 1, mask: Tensor | None = None) -> Routing:
         """Route the rows x, (N, D), in fp32 or wider."""
+        x = self.real_rows(x, mask)
         learns = self.training and not is_transformed()
         if learns:
             self._move_bias()

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
-from fractions import Fraction
 from typing import TypeVar
 
 import torch
@@ -67,11 +66,10 @@ class ExpertChoiceRouter(LinearRouter):
         if k > num_experts:
             raise ValueError(f"k: expected at most num_experts = {num_experts}, got {k}.")
         self.k = k
-        # 1.1 means 11/10 and not the nearest number with 53 bits
-        self._ratio = Fraction(k).limit_denominator(10**6).as_integer_ratio()
 
     def forward(self, x: Tensor, rows_per_sample: int = 1, mask: Tensor | None = None) -> Routing:
         """Route the rows x, (N, D), in fp32 or wider."""
+        x = self.real_rows(x, mask)
         logits = self.gate_logits(x)
         probs = logits.softmax(-1)
         size = rows_per_sample if rows_per_sample > 1 else x.shape[0]
@@ -136,9 +134,9 @@ class ExpertChoiceRouter(LinearRouter):
 
     def _ceil_share(self, competing: N) -> N:
         """Return ⌈n k / E⌉ of a number or a tensor of integers."""
-        # in integers, which are exact on every device
-        numerator, denominator = self._ratio
-        return -(-competing * numerator // (denominator * self.num_experts))
+        # in integers, which are exact on every device: k = 1.1 means 1,100,000 millionths
+        millionths = round(self.k * 10**6)
+        return -(-competing * millionths // (10**6 * self.num_experts))
 
     def extra_repr(self) -> str:
         """Return the settings that the lines of the submodules do not show."""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from moe_heads.checks import check_at_least_one, check_balance, check_flags, check_positive
-from moe_heads.modes import in_backward, is_transformed
+from moe_heads.modes import is_transformed
 from moe_heads.precision import is_autocasting
 from moe_heads.routing import LossWatch, Router, Routing
 
@@ -35,7 +35,7 @@ class LinearRouter(Router):
 
     Raises:
         ValueError: If a size is below 1, the temperature is not positive, a balance term is unknown, or ``normalize``
-            is no bool.
+            is no bool, or True for fewer than three features.
     """
 
     balance_terms: tuple[str, ...] = ("importance", "load", "switch", "z", "kl")
@@ -56,11 +56,21 @@ class LinearRouter(Router):
         balance = {} if balance is None else balance
         check_balance(balance, self.balance_terms)
         check_flags(normalize=normalize)
+        if normalize and in_features < 3:
+            raise ValueError(
+                f"normalize: expected False for in_features = {in_features}, got True. Fewer than three features are"
+                " constant, or all equal in size, when they are normalized."
+            )
         self.in_features, self.num_experts = in_features, num_experts
         self.temperature, self.normalize = temperature, normalize
         self.balance = dict(balance)
         self.gate = Gate(in_features, num_experts * logits_per_expert)
         self.loss_watch = LossWatch()
+
+    @staticmethod
+    def real_rows(x: Tensor, mask: Tensor | None) -> Tensor:
+        """Return the rows with zeros in padded ones, whose content could be nan and reach the gradient of the gate."""
+        return x if mask is None else x.masked_fill(~mask.unsqueeze(-1), 0)
 
     def gate_logits(self, x: Tensor) -> Tensor:
         """Compute the logits z of the rows x, in fp32 or wider."""
@@ -95,21 +105,22 @@ class LinearRouter(Router):
             rows_per_sample=rows_per_sample,
             mask=mask,
             sync=self.training,
-            watch=self._watched_pass(logits),
+            watch=self._watched_pass(choice.get("weights", probs)),
             **choice,
         )
 
-    def _watched_pass(self, logits: Tensor) -> LossWatch | None:
-        """Count a training pass in which a balance loss could get a gradient, and return its record."""
-        if not (self.training and logits.requires_grad and any(self.balance.values())):
+    def _watched_pass(self, weights: Tensor) -> LossWatch | None:
+        """Watch a training pass in which a balance loss could get a gradient, and return its record."""
+        if not (self.training and weights.requires_grad and any(self.balance.values())):
             return None
-        # a compiled program cannot count, and gradient checkpointing repeats a pass in backward
+        if self.num_experts == (1 if self.k is None else self.k):
+            return None  # there is nothing to balance
+        # a compiled program cannot count
         if torch.compiler.is_compiling() or is_transformed() or not any(p.requires_grad for p in self.parameters()):
             return None
-        if not self.loss_watch.has_gradient and not in_backward():
-            self.loss_watch.count_pass(
-                f"{type(self).__name__} of {self.in_features} features and {self.num_experts} experts"
-            )
+        self.loss_watch.watch(
+            weights, f"{type(self).__name__} of {self.in_features} features and {self.num_experts} experts"
+        )
         return self.loss_watch
 
     def keep(self, experts: Sequence[int]) -> Self:

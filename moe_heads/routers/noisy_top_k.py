@@ -66,6 +66,7 @@ class NoisyTopKRouter(LinearRouter):
 
     def forward(self, x: Tensor, rows_per_sample: int = 1, mask: Tensor | None = None) -> Routing:
         """Route the rows x, (N, D), in fp32 or wider."""
+        x = self.real_rows(x, mask)
         logits = self.gate_logits(x)
         noise_std = noisy_logits = None
         if self.noise is not None and self.training:

@@ -50,6 +50,7 @@ class SoftmaxRouter(LinearRouter):
 
     def forward(self, x: Tensor, rows_per_sample: int = 1, mask: Tensor | None = None) -> Routing:
         """Route the rows x, (N, D), in fp32 or wider."""
+        x = self.real_rows(x, mask)
         slot_logits = self.gate_logits(x).unflatten(-1, (-1, self.slots_per_expert))
         logits = slot_logits.squeeze(-1) if self.slots_per_expert == 1 else slot_logits.logsumexp(-1)
         return self.routing(logits, logits.softmax(-1), rows_per_sample, mask, slot_logits=slot_logits)

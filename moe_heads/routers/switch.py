@@ -61,6 +61,7 @@ class SwitchRouter(LinearRouter):
 
     def forward(self, x: Tensor, rows_per_sample: int = 1, mask: Tensor | None = None) -> Routing:
         """Route the rows x, (N, D), in fp32 or wider."""
+        x = self.real_rows(x, mask)
         logits = self.gate_logits(x)
         noisy_logits = None
         if self.training and self.jitter:

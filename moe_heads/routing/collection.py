@@ -90,7 +90,8 @@ def collect_routing(
         mask: Tokens that are real, (B, T), bool. The others are padding. The mask reaches every head, layer and router
             of this package that runs on tokens (B, T, D) or on their rows (B·T, D) inside the block, as if it was
             passed to their call: padding changes no logit, no balance loss and no statistic. Heads on pooled features
-            (B, D) run as usual. Rows of a third-party router that are padding are left out of its statistics.
+            (B, D) run as usual. Rows of a third-party router that are padding are left out of its statistics. With
+            gradient checkpointing, call backward inside the block, since its second pass needs the mask as well.
 
     Yields:
         The collection, filled by the forward passes inside the block.
@@ -124,16 +125,25 @@ def collect_routing(
     hooked: dict[str, tuple[nn.Module, RoutingAdapter | None]] = {n: (r, None) for n, r in named_routers(model).items()}
     hooked |= adapted_routers(model, adapters)
     with ExitStack() as stack:
+        masks: list[MaskHook] = []
         if mask is not None:
             check_mask(mask)
-            for name, module in masked_modules(model).items():
-                hook = MaskHook(name, mask)
+            masks = [MaskHook(name, mask) for name in masked_modules(model)]
+            for hook, module in zip(masks, masked_modules(model).values(), strict=True):
                 stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
         for name, (router, adapter) in hooked.items():
             recorder = collection._recorders[name] = _Recorder(name, collection, adapter, mask)
             stack.callback(router.register_forward_hook(recorder).remove)
         try:
             yield collection
+            if masks and not any(hook.was_called for hook in masks):
+                warnings.warn(
+                    "collect_routing: expected a forward pass of the heads, layers or routers that take the mask"
+                    " inside the block, got none, so the mask had no effect. If the model was compiled before, it does"
+                    " not call forward hooks: pass the mask to the head inside it, or compile it in a block with a"
+                    " mask.",
+                    stacklevel=3,
+                )
         finally:
             collection._end()
 

@@ -8,8 +8,8 @@ from moe_heads.modes import is_transformed
 
 __all__ = ["LossWatch"]
 
-# Training passes without a gradient of the balance loss after which it counts as forgotten. Gradient accumulation, or
-# a loss that is added in every tenth step only, stays far below.
+# Passes with a gradient of the router, but none of its balance loss, after which it counts as forgotten. A loss that is
+# added in every tenth step only stays far below.
 _MANY_PASSES = 300
 
 
@@ -17,7 +17,7 @@ class LossWatch:
     """Record of whether the balance loss of one router ever gets a gradient in training.
 
     Attributes:
-        num_passes: Number of training passes before the first gradient.
+        num_passes: Number of passes whose mixing weights got a gradient before any balance loss did.
         has_gradient: Whether a backward pass ever reached the balance loss.
         warns: Whether `count_pass` warns after many passes. False while a callback reports the router by its name.
     """
@@ -32,12 +32,24 @@ class LossWatch:
         """True if there were training passes and none of their balance losses got a gradient."""
         return self.num_passes > 0 and not self.has_gradient
 
-    def count_pass(self, router: str) -> None:
-        """Count a training pass, and warn once if the balance loss seems to be forgotten.
+    def restart(self) -> None:
+        """Forget everything, for a new training."""
+        self.num_passes, self.has_gradient = 0, False
+
+    def watch(self, weights: Tensor, router: str) -> None:
+        """Count a pass when its weights get a gradient, and warn once if the balance loss seems to be forgotten.
 
         Args:
+            weights: Mixing weights of a training pass, with a graph.
             router: Description of the router for the warning.
         """
+        if not self.has_gradient:
+            weights.register_hook(lambda gradient: self._count_pass(router))
+
+    def _count_pass(self, router: str) -> None:
+        # autograd runs the latest operations first: the gradient of a balance loss arrives before that of the weights
+        if self.has_gradient:
+            return
         self.num_passes += 1
         if self.warns and self.num_passes >= _MANY_PASSES:
             self.warns = False

@@ -63,10 +63,14 @@ class MaskHook:
     Args:
         name: Name of the module, for messages.
         mask: (B, T), or None for a hook that does nothing.
+
+    Attributes:
+        was_called: Whether the module ran.
     """
 
     def __init__(self, name: str, mask: Tensor | None) -> None:
         self._name, self._mask = name, mask
+        self.was_called = False
 
     def __reduce__(self) -> tuple[Any, ...]:
         return MaskHook, (self._name, None)
@@ -75,6 +79,7 @@ class MaskHook:
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Return the arguments with the mask, or None to leave them as they are."""
+        self.was_called = True
         x = args[0] if args else kwargs.get("x")
         if isinstance(module, Router) and len(args) > _PLACE_OF_MASK:
             args, kwargs = args[:_PLACE_OF_MASK], {**kwargs, "mask": args[_PLACE_OF_MASK]}

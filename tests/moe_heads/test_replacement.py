@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from moe_heads import Dense, MoELayer, collect_routing, replace_mlp
+from moe_heads.routers import BiasBalancedRouter
 
 
 def small_vit() -> nn.Module:
@@ -143,6 +144,21 @@ def test_dropout_after_the_second_layer_is_not_that_of_the_experts() -> None:
     model = nn.Sequential(mlp)
     replace_mlp(model, every=1)
     assert model[0].experts.dropout == 0.0
+
+
+def test_activations_of_other_classes_are_recognized_by_what_they_compute() -> None:
+    model = timm.create_model("convnext_tiny", depths=(1, 1, 1, 1), dims=(8, 8, 8, 8), num_classes=3)
+    assert len(replace_mlp(model, every=1, num_experts=2, expert_width=4)) == 4
+    assert model(torch.randn(2, 3, 32, 32)).shape == (2, 3)
+
+
+def test_every_layer_has_a_router_of_its_own() -> None:
+    model = small_vit()
+    names = replace_mlp(model, every=2, num_experts=4, router=BiasBalancedRouter)
+    routers = [model.get_submodule(name).router for name in names]
+    assert all(isinstance(router, BiasBalancedRouter) for router in routers) and routers[0] is not routers[1]
+    with pytest.raises(ValueError, match="router: expected a function that builds a router for each layer"):
+        replace_mlp(small_vit(), router=BiasBalancedRouter(24, 8))
 
 
 NO_PERCEPTRONS = {

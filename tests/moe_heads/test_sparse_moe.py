@@ -200,6 +200,18 @@ def test_the_options_of_the_study_can_be_copied_and_sent() -> None:
     assert copy.deepcopy(NOISY_TOP_K) == pickle.loads(pickle.dumps(NOISY_TOP_K)) == NOISY_TOP_K
 
 
+@pytest.mark.parametrize(("features", "normalizes"), [(2, False), (7, False), (8, True), (512, True)])
+def test_the_gate_normalizes_enough_features(features: int, normalizes: bool) -> None:
+    assert SparseMoE(features, 3).router.normalize == normalizes
+    with pytest.raises(ValueError, match="normalize: expected False for in_features = 2, got True"):
+        SparseMoE(2, 3, normalize=True)
+
+
+def test_a_mask_by_position_is_named() -> None:
+    with pytest.raises(ValueError, match="return_routing: expected True or False"):
+        SparseMoE(16, 3)(torch.randn(2, 4, 16), torch.ones(2, 4, dtype=torch.bool))
+
+
 def test_integers_are_refused() -> None:
     with pytest.raises(ValueError, match=r"x: expected floating point numbers .* got torch.int64 of shape \(2, 16\)"):
         SparseMoE(16, 3)(torch.zeros(2, 16, dtype=torch.int64))

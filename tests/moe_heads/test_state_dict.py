@@ -1,6 +1,7 @@
 """State dicts: stable names, the version, and the message for a newer version."""
 
 import copy
+import warnings
 from pathlib import Path
 
 import pytest
@@ -110,7 +111,7 @@ def test_format_2_loads_with_the_same_logits(name: str, assign: bool) -> None:
 
 def test_a_head_saved_with_the_old_default_is_named_with_the_remedy() -> None:
     old = in_format_2(build("noisy_top_k"))
-    remedy = r"head: the state dict is that of a noisy top-k gate, .* Build the head with \*\*moe_heads.NOISY_TOP_K"
+    remedy = r"head: the state dict has format 2 or older, .* which were \*\*moe_heads.NOISY_TOP_K by default"
     with pytest.raises(RuntimeError, match="Unexpected key"), pytest.warns(UserWarning, match=remedy):
         build("sparse").load_state_dict(old)
     with pytest.warns(UserWarning, match=remedy):
@@ -118,6 +119,17 @@ def test_a_head_saved_with_the_old_default_is_named_with_the_remedy() -> None:
     assert set(missing) == set(SHARED) and set(unexpected) == set(NOISE)
     with pytest.raises(RuntimeError, match="Unexpected key"):
         build("soft").load_state_dict(old)
+
+
+def test_an_older_head_that_read_plain_features_is_not_loaded_silently_into_one_that_normalizes_them() -> None:
+    sizes = {"num_experts": 4, "expert_width": 8, "num_shared_experts": 2}
+    old = in_format_2(SparseMoE(8, 3, **sizes, normalize=False))
+    with pytest.warns(UserWarning, match="A wrong normalize changes the outputs and nothing else"):
+        SparseMoE(8, 3, **sizes).load_state_dict(old)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        SparseMoE(8, 3, **sizes, normalize=False).load_state_dict(old)
+        SparseMoE(8, 3, **sizes).load_state_dict(SparseMoE(8, 3, **sizes).state_dict())
 
 
 def test_a_state_dict_without_metadata_loads() -> None:

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.nn.utils import prune
 
-from moe_heads import Dense, SoftMoE, ablate, capacity, upcycle
+from moe_heads import NOISY_TOP_K, Dense, SoftMoE, ablate, capacity, upcycle
 from moe_heads.routers import ExpertChoiceRouter
 from tests.support.head_zoo import CLASSES, EXPERTS, FEATURES, ROUTERS, head_with
 from tests.support.reference_heads import gated_loop
@@ -54,6 +54,10 @@ def test_ablating_a_parametrized_head_is_refused() -> None:
     torch.nn.utils.parametrizations.weight_norm(head.router.gate)
     with pytest.raises(ValueError, match="head: expected a head without parametrizations, got a parametrized one"):
         ablate(head, [0])
+
+
+def test_upcycling_takes_the_options_of_the_study() -> None:
+    assert upcycle(Dense(8, 3), 4, **NOISY_TOP_K).router.noise is not None
 
 
 def test_an_upcycled_head_takes_a_router() -> None:

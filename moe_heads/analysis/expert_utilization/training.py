@@ -74,6 +74,8 @@ class TrainingRouters:
         collection.paused = True
         # reported here by the name of the router, in place of a warning without it
         self._watches = {name: r.loss_watch for name, r in self._routers.items() if isinstance(r, LinearRouter)}
+        for watch in self._watches.values():
+            watch.restart()
         self._silenced = [watch for watch in self._watches.values() if watch.warns]
         for watch in self._silenced:
             watch.warns = False

@@ -1,5 +1,7 @@
 """Every dispatch path against a loop over rows and experts: value, gradient, and two kinds of Hessian product."""
 
+import copy
+
 import pytest
 import torch
 from torch import Tensor
@@ -74,6 +76,21 @@ def test_grouped_equals_all_in_fp32_with_both_backward_passes(k: int) -> None:
         gradients = torch.autograd.grad(F.cross_entropy(logits, y), parameters, materialize_grads=True)
         results.append((logits, gradients, hessian_vector_product(F.cross_entropy(head(x), y), parameters, vectors)))
     torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dispatch", ["all", "gathered", "ragged"])
+def test_gradients_over_many_rows_in_half_precision(dispatch: str) -> None:
+    head = head_with("noisy_top_k", torch.bfloat16, dispatch=dispatch).train()
+    head.router.noise = None
+    exact = copy.deepcopy(head).double()
+    x = torch.randn(2000, FEATURES).bfloat16()
+    y = torch.randint(CLASSES, (2000,))
+    F.cross_entropy(head(x).float(), y).backward()
+    F.cross_entropy(exact(x.double()), y).backward()
+    for name, parameter in head.experts.named_parameters():
+        reference = exact.experts.get_parameter(name).grad
+        error = (parameter.grad.double() - reference).norm() / reference.norm()
+        assert error < 0.06, name
 
 
 def test_grouped_serves_expert_choice_and_inference_mode() -> None:

@@ -83,7 +83,18 @@ def test_a_loss_added_now_and_then_is_not_reported() -> None:
     assert train(HEADS["sparse"]().train(), sometimes) == []
 
 
-def test_checkpointing_counts_a_pass_once_and_sees_the_gradient() -> None:
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_checkpointing_counts_a_pass_once(use_reentrant: bool) -> None:
+    head = HEADS["sparse"]().train()
+
+    def wrapped(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy(checkpoint(model, x.requires_grad_(True), use_reentrant=use_reentrant), y)
+
+    train(head, wrapped, 3)
+    assert head.router.loss_watch.num_passes == 3 and head.router.loss_watch.is_unused
+
+
+def test_checkpointing_passes_the_gradient_of_the_loss_on() -> None:
     head = HEADS["sparse"]().train()
 
     def wrapped(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
@@ -91,8 +102,31 @@ def test_checkpointing_counts_a_pass_once_and_sees_the_gradient() -> None:
         return F.cross_entropy(logits, y) + aux_loss
 
     train(head, wrapped, 1)
-    assert head.router.loss_watch.num_passes == 1
     assert head.router.loss_watch.has_gradient
+
+
+def test_many_passes_before_one_backward_are_no_reason_for_a_warning() -> None:
+    layer = MoELayer(4, num_experts=4, expert_width=2).train()
+
+    def unrolled(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        total = torch.zeros(())
+        for _ in range(MANY):
+            output = model(x, return_routing=True)
+            total = total + output.output.square().mean() + output.aux_loss
+        return total
+
+    assert train(layer, unrolled, 1) == []
+    assert layer.router.loss_watch.has_gradient
+
+
+def test_passes_without_a_backward_do_not_count() -> None:
+    head = HEADS["sparse"]().train()
+
+    def run() -> None:
+        for _ in range(MANY):
+            head(torch.randn(2, 4))
+
+    assert messages(run) == []
 
 
 def in_evaluation(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
@@ -130,6 +164,8 @@ def test_passes_that_train_no_gate_do_not_count(loss: Callable[..., Tensor]) -> 
         SparseMoE(4, 3, num_experts=4, balance={"switch": 0.0}),
         SparseMoE(4, 3, num_experts=4, router=BiasBalancedRouter(4, 4)),
         SparseMoE(4, 3, num_experts=4, router=ExpertChoiceRouter(4, 4)),
+        SparseMoE(4, 3, num_experts=4, k=4),
+        SoftMoE(4, 3, num_experts=1),
     ],
 )
 def test_a_router_without_a_balance_loss_is_not_reported(head: nn.Module) -> None:
@@ -156,11 +192,15 @@ def test_a_copy_counts_on_its_own_and_the_state_dict_knows_nothing() -> None:
 
 def test_unused_means_passes_and_no_gradient() -> None:
     watch = LossWatch()
+    logits = torch.ones(2, 3, requires_grad=True) * 2
+    watch.watch(logits, "router")
     assert not watch.is_unused
-    watch.count_pass("router")
+    logits.sum().backward(retain_graph=True)
     assert watch.is_unused
-    loss = torch.ones((), requires_grad=True) * 2
+    loss = logits.square().sum()
     watch.attach(loss)
     assert watch.is_unused
     loss.backward()
     assert not watch.is_unused
+    watch.restart()
+    assert watch.num_passes == 0 and not watch.has_gradient

@@ -104,6 +104,25 @@ class Passes(nn.Module):
         return self.module(x.flatten(0, 1), 9, None) if self.by_place else self.module(x, mask=None)
 
 
+def test_a_mask_without_an_effect_is_reported() -> None:
+    torch.compiler.reset()
+    model = Encoder().eval()
+    _, x, mask = batch()
+    compiled = torch.compile(model, backend="eager")
+    compiled(x)
+    with pytest.warns(UserWarning, match="so the mask had no effect"), collect_routing(compiled, mask=mask):
+        compiled(x)
+
+
+def test_nan_in_the_padding_of_a_router_reaches_no_gradient() -> None:
+    router = NoisyTopKRouter(4, 4, k=2, balance={"switch": 0.1})
+    _, x, mask = batch()
+    x[~mask] = float("nan")
+    routing = router(x.flatten(0, 1), 9, mask=mask.flatten())
+    (routing.aux_loss + routing.gates[mask.flatten()].sum()).backward()
+    assert all(p.grad.isfinite().all() for p in router.gate.parameters())
+
+
 @pytest.mark.parametrize("by_place", [False, True])
 def test_a_caller_that_passes_no_mask_by_name_or_place_gets_it(by_place: bool) -> None:
     _, x, mask = batch()
@@ -115,8 +134,9 @@ def test_a_caller_that_passes_no_mask_by_name_or_place_gets_it(by_place: bool) -
 
 def test_a_copy_inside_the_block_has_no_mask() -> None:
     model = Encoder().eval()
-    short, _, mask = batch()
+    short, x, mask = batch()
     with collect_routing(model, mask=mask):
+        model(x)
         twin = copy.deepcopy(model)
         loaded = pickle.loads(pickle.dumps(model))
     for other in (twin, loaded):
