@@ -24,6 +24,7 @@ _HEADS = {
     "moe_heads.experts",
     "moe_heads.flops",
     "moe_heads.head",
+    "moe_heads.moe_layer",
     "moe_heads.routed_module",
     "moe_heads.surgery",
 }

@@ -11,7 +11,7 @@ import yaml
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from moe_heads import Dense, SparseMoE
+from moe_heads import NOISY_TOP_K, Dense, SparseMoE
 from moe_heads.lightning_modules import DigitsCNN, MoEClassifier
 from tests.support.classifiers import MAKE_HEAD, NUM_CLASSES, NUM_FEATURES, backbone, loader, sparse, trainer
 
@@ -30,6 +30,7 @@ def test_checkpoint_round_trip(kind: str, tmp_path: Path) -> None:
         NUM_FEATURES,
         NUM_CLASSES,
         **{name: model.hparams[name] for name in ("num_experts", "expert_width", "width") if name in model.hparams},
+        **(NOISY_TOP_K if isinstance(head, SparseMoE) else {}),
     )
     loaded = MoEClassifier.load_from_checkpoint(path, backbone=backbone(), head=new_head)
     assert loaded.hparams == model.hparams
