@@ -157,6 +157,7 @@ class ExpertUtilizationCallback(FitEndAnalysis):
     ) -> None:
         if self._routers is not None:
             self._routers.end_training_batch()
+            self._report_errors(self._routers)
 
     @override
     def on_validation_batch_start(
@@ -177,6 +178,7 @@ class ExpertUtilizationCallback(FitEndAnalysis):
     ) -> None:
         if self._routers is not None and not trainer.sanity_checking:
             self._routers.end_validation_batch(batch)
+            self._report_errors(self._routers)
 
     @override
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -263,6 +265,13 @@ class ExpertUtilizationCallback(FitEndAnalysis):
             pl_module.log_dict(named, sync_dist=True)
             for warning in report.warnings if self.warn else ():
                 rank_zero_warn(f"{self.name}: epoch {trainer.current_epoch}, head {head!r}: {warning}")
+
+    def _report_errors(self, routers: TrainingRouters) -> None:
+        for name, error in routers.new_errors().items():
+            rank_zero_warn(
+                f"{self.name}: the adapter of router {name!r} failed and is not called any more in this fit:"
+                f" {type(error).__name__}: {error}"
+            )
 
     def _close(self) -> None:
         self._listening.close()

@@ -24,10 +24,14 @@ class RoutingCollection:
     Attributes:
         paused: Whether forward passes are ignored for now. False by default. Pausing is cheaper than leaving the block
             and entering it again, which would make torch.compile recompile the model.
+        keeps_errors: Whether the error of an adapter is kept in `errors` instead of raised. The router is left out from
+            then on. False by default.
+        errors: Errors of adapters, by the name of the router.
     """
 
     def __init__(self) -> None:
-        self.paused = False
+        self.paused = self.keeps_errors = False
+        self.errors: dict[str, Exception] = {}
         self._recorders: dict[str, _Recorder] = {}
         self._routings: dict[str, list[Routing]] = {}
 
@@ -86,7 +90,7 @@ def collect_routing(
     Args:
         model: Any module. Heads may be nested at any depth.
         adapters: For third-party routers: ``adapter(module, args, output) -> Routing`` by the class of the router or
-            by its name in the model ("layers.*.gate"). See `Routing.from_probs`.
+            by its name in the model ("layers.*.gate"). They run without gradients. See `Routing.from_probs`.
         mask: Tokens that are real, (B, T), bool. The others are padding. The mask reaches every head, layer and router
             of this package that runs on tokens (B, T, D) or on their rows (B·T, D) inside the block, as if it was
             passed to their call: padding changes no logit, no balance loss and no statistic. Heads on pooled features
@@ -170,12 +174,27 @@ class _Recorder:
     ) -> None:
         self._name, self._collection, self._adapter, self._mask = name, collection, adapter, mask
         self._last = _Link(None, None)
+        self._has_failed = False
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         collection = self._collection
         # gradient checkpointing repeats a pass in backward: the same rows, not new ones
-        if collection is not None and not collection.paused and not in_backward():
-            self._last = _Link(self._routing(module, args, output), self._last)
+        if collection is None or collection.paused or self._has_failed or in_backward():
+            return
+        if self._adapter is None:
+            self._last = _Link(self._checked(output), self._last)
+            return
+        try:
+            # what an adapter computes has no gradient: gradient checkpointing would miss it in its second pass
+            with torch.no_grad():
+                routing = self._adapted(module, args, output)
+        except Exception as error:
+            if not collection.keeps_errors:
+                raise
+            self._has_failed = True
+            collection.errors[self._name] = error
+        else:
+            self._last = _Link(routing, self._last)
 
     def taken(self) -> list[Routing]:
         """Return the routings recorded since the last call, the oldest first."""
@@ -190,16 +209,21 @@ class _Recorder:
     def __reduce__(self) -> tuple[Any, ...]:
         return _Recorder, (self._name, None, None)
 
-    def _routing(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Routing:
+    def _adapted(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Routing:
+        assert self._adapter is not None
         try:
-            routing = output if self._adapter is None else self._adapter(module, args, output)
+            routing = self._adapter(module, args, output)
         except Exception as error:
             error.add_note(f"adapters: raised by the adapter of router {self._name!r}, a {type(module).__name__}")
             raise
+        routing = self._checked(routing)
+        if self._mask is None or routing.mask is not None:
+            return routing
+        return replace(routing, mask=mask_of_rows(self._mask, len(routing.logits), self._name))
+
+    def _checked(self, routing: Any) -> Routing:
         if isinstance(routing, Routing):
-            if self._adapter is None or self._mask is None or routing.mask is not None:
-                return routing
-            return replace(routing, mask=mask_of_rows(self._mask, len(routing.logits), self._name))
+            return routing
         raise ValueError(
             f"adapters: expected a moe_heads.Routing of router {self._name!r}, got {type(routing).__name__}. Build one"
             " with Routing.from_probs."

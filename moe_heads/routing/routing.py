@@ -70,6 +70,7 @@ class Routing:
         indices: Tensor | None = None,
         weights: Tensor | None = None,
         rows_per_sample: int | None = None,
+        scores: Tensor | None = None,
     ) -> "Routing":
         """Build the decisions of a third-party router, for an adapter of `collect_routing`.
 
@@ -84,6 +85,9 @@ class Routing:
                 K. None for a soft router, which runs all of them.
             weights: Mixing weights of the choices, of the shape of ``indices``. By default their scores as given.
             rows_per_sample: T, if the rows of B samples are consecutive, (B·T, E). By default T of (B, T, E), else 1.
+            scores: Scores that decide the choice, of the shape of ``probs``, if these differ from them by more than a
+                monotonic function: with a bias for the selection, for example (DeepSeek-V3). The margin is then in
+                their unit. By default the logits.
 
         Raises:
             ValueError: If the shapes do not match, or (on a CPU, in eager mode) an index is out of range or repeated,
@@ -103,6 +107,8 @@ class Routing:
             _check_indices(indices, probs)
         if weights is not None and (indices is None or weights.shape != indices.shape):
             raise ValueError(f"weights: expected the shape of indices, got {tuple(weights.shape)}.")
+        if scores is not None and scores.shape != probs.shape:
+            raise ValueError(f"scores: expected the shape of probs, {tuple(probs.shape)}, got {tuple(scores.shape)}.")
         _check_signs("probs", probs, " Pass logits.softmax(-1), not logits.")
         if weights is not None:
             _check_signs("weights", weights)
@@ -120,7 +126,8 @@ class Routing:
         if weights is not None:
             logits = torch.where(weights.isfinite().all(-1, keepdim=True), logits, torch.nan)
         probs = probs / probs.sum(-1, keepdim=True).clamp_min(tiny)
-        return cls(logits, probs, indices, weights, rows_per_sample=rows_per_sample)
+        scores = None if scores is None else scores.flatten(0, -2)
+        return cls(logits, probs, indices, weights, scores=scores, rows_per_sample=rows_per_sample)
 
     @property
     def num_experts(self) -> int:

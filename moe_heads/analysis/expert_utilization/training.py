@@ -61,6 +61,9 @@ class TrainingRouters:
         starved_below: float,
     ) -> None:
         self._collection, self.validation_data_changed, self.none_ran = collection, False, False
+        # an adapter that fails must not end the training
+        collection.keeps_errors = True
+        self._reported: set[str] = set()
         self._num_batches = 0
         self._bounds = dead_below, starved_below
         self._health: dict[str, RouterHealth] = {}
@@ -90,6 +93,12 @@ class TrainingRouters:
         for passes in self._collection.routings.values():
             passes.clear()
         self._collection.paused = False
+
+    def new_errors(self) -> dict[str, Exception]:
+        """Return the errors of adapters since the last call, by the name of the router."""
+        found = {name: error for name, error in self._collection.errors.items() if name not in self._reported}
+        self._reported |= set(found)
+        return found
 
     def end_training_batch(self) -> None:
         """Record the collected passes of a training batch."""
@@ -133,7 +142,8 @@ class TrainingRouters:
         # a router that ran on one rank only is reported by all, since all ranks must reduce and log the same keys
         found = ranks.gather(of_this_rank)
         self.validation_data_changed = any(rank.data_changed for rank in found)
-        self.none_ran = bool(self._routers) and self._num_batches > 0 and not any(rank.kinds for rank in found)
+        expected = set(self._routers) - set(self._collection.errors)
+        self.none_ran = bool(expected) and self._num_batches > 0 and not any(rank.kinds for rank in found)
         self._num_batches = 0
         kinds = {name: kind for rank in found for name, kind in rank.kinds.items()}
         reports: dict[str, EpochReport] = {}

@@ -126,3 +126,17 @@ def test_gradient_of_a_margin_flows_to_the_scores() -> None:
     routing = Routing(logits=logits, probs=logits.softmax(-1), indices=indices, weights=torch.ones(1, 1))
     (gradient,) = torch.autograd.grad(routing.margin.sum(), logits)
     assert gradient.tolist() == [[1.0, 0.0, -1.0]]
+
+
+def test_the_margin_is_that_of_the_scores_that_were_compared() -> None:
+    logits, bias = torch.randn(200, 8), 0.3 * torch.randn(8)
+    probs = logits.sigmoid()
+    chosen = (probs + bias).topk(2, dim=-1).indices
+    routing = Routing.from_probs(probs, chosen, scores=probs + bias)
+    others = (probs + bias).scatter(-1, chosen, -torch.inf).amax(-1)
+    torch.testing.assert_close(routing.margin, (probs + bias).gather(-1, chosen).amin(-1) - others)
+    assert (routing.margin >= 0).all() and (Routing.from_probs(probs, chosen).margin < 0).any()
+    tokens = Routing.from_probs(probs.view(4, 50, 8), chosen.view(4, 50, 2), scores=(probs + bias).view(4, 50, 8))
+    assert torch.equal(tokens.margin, routing.margin) and tokens.rows_per_sample == 50
+    with pytest.raises(ValueError, match=r"scores: expected the shape of probs, \(200, 8\), got \(200, 1\)"):
+        Routing.from_probs(probs, chosen, scores=probs[:, :1])
