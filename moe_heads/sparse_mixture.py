@@ -163,14 +163,7 @@ class SparseMixture(RoutedModule):
         return f"{super().extra_repr()}, dispatch={self.dispatch!r}"
 
     def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        local_metadata: dict[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *args: Any
     ) -> None:
         version = local_metadata.get("version")
         is_old = f"{prefix}experts.weight1" in state_dict or (version is not None and version < self._version)
@@ -184,9 +177,7 @@ class SparseMixture(RoutedModule):
                 " else.",
                 stacklevel=2,
             )
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
 
 
 def _check_router(router: Router, sizes: Mapping[str, int]) -> None:

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from moe_heads import Routing, collect_routing
 from moe_heads.callbacks import ExpertUtilizationCallback
+from tests.support.lightning_models import trainer
 
 
 class Block(nn.Module):
@@ -55,19 +56,11 @@ def fit(adapter: Callable[..., Any], use_reentrant: bool = False) -> tuple[Exper
     callback = ExpertUtilizationCallback(
         adapters={"block.gate": adapter}, splits=["train"], num_permutations=0, warn=False
     )
-    trainer = pl.Trainer(
-        max_epochs=1,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        callbacks=[callback],
-    )
+    run = trainer(callback, max_epochs=1)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        trainer.fit(Checkpointed(use_reentrant), DataLoader(TensorDataset(x, x[:, :3].argmax(-1)), 32))
-    assert trainer.global_step == 3
+        run.fit(Checkpointed(use_reentrant), DataLoader(TensorDataset(x, x[:, :3].argmax(-1)), 32))
+    assert run.global_step == 3
     return callback, [str(w.message) for w in caught if str(w.message).startswith("expert_utilization")]
 
 

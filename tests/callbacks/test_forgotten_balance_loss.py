@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from moe_heads import Head, SoftMoE, SparseMoE, collect_routing
 from moe_heads.analysis.expert_utilization.training import TrainingRouters
 from moe_heads.callbacks import ExpertUtilizationCallback
+from tests.support.lightning_models import trainer
 
 NUM_FEATURES = 8
 
@@ -35,18 +36,10 @@ def warnings_of(head: Head, adds_loss: bool, **options: object) -> list[str]:
     x = torch.randn(640, NUM_FEATURES) * 0.3 + 1
     data = DataLoader(TensorDataset(x, x[:, :3].argmax(-1)), 2)
     callback = ExpertUtilizationCallback(splits=["train"], num_permutations=0, **options)
-    trainer = pl.Trainer(
-        max_epochs=2,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        callbacks=[callback],
-    )
+    run = trainer(callback, max_epochs=2)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        trainer.fit(Classifier(head, adds_loss), data)
+        run.fit(Classifier(head, adds_loss), data)
     return [str(warning.message) for warning in caught if "balance loss" in str(warning.message)]
 
 
