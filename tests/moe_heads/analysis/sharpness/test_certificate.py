@@ -217,6 +217,7 @@ def test_a_loss_that_draws_random_numbers_says_what_is_not_checked() -> None:
     assert "not checked: the loss draws random numbers" in result.summary()
 
 
+@pytest.mark.slow
 def test_sampling_errors_are_those_of_other_draws() -> None:
     """Over 60 draws of a population: the spread of λ1 and of the trace is what each draw says of itself."""
     torch.manual_seed(0)

@@ -131,8 +131,10 @@ def quadratic(model: nn.Module, batch: Tensor) -> Tensor:
     return 0.5 * (model.get_buffer("curvatures") * model.get_parameter("w").square()).sum() * batch.mean()
 
 
-@pytest.mark.parametrize("scale", [1e-30, 1e-22, 1e-12, 1e12, 1e20])
-@pytest.mark.parametrize("seed", range(4))
+# numbers near the end of the range are slow, so one seed of them has to do
+@pytest.mark.parametrize(
+    ("scale", "seed"), [(1e-30, 0), (1e-22, 0), *((scale, seed) for scale in (1e-12, 1e12, 1e20) for seed in range(4))]
+)
 def test_curvatures_outside_the_range_of_float32_are_not_certified(scale: float, seed: int) -> None:
     curvatures = torch.rand(200, generator=torch.Generator().manual_seed(seed)) * scale
     model, ones = _Quadratic(curvatures), torch.ones(8, 1)
