@@ -1,4 +1,4 @@
-"""Mixture-of-experts classifier heads. The analyses and the Lightning integration are in the subpackages."""
+"""Mixture-of-experts heads and layers. The analyses and the Lightning integration are in the subpackages."""
 
 from moe_heads.capacity import Capacity, capacity, match_capacity
 from moe_heads.dense import Dense

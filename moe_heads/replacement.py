@@ -1,9 +1,9 @@
 """Replacement of the perceptrons inside a network by mixtures of experts."""
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, cast, get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -122,25 +122,24 @@ def _perceptrons(model: nn.Module) -> dict[str, _Perceptron]:
 def _as_perceptron(module: nn.Module) -> _Perceptron | None:
     parts = [child for child in module.modules() if not list(child.children())]
     linear = [part for part in parts if isinstance(part, nn.Linear)]
-    activations = [known for part in parts if (known := _activation_of(part)) is not None]
     others = [part for part in parts if not isinstance(part, (nn.Linear, nn.Dropout, nn.Identity))]
-    if len(linear) != 2 or len(activations) != 1 or len(others) != 1:
+    if len(linear) != 2 or len(others) != 1:
         return None
-    own = sum(parameter.numel() for parameter in module.parameters())
     first, second = linear
+    own = sum(parameter.numel() for parameter in module.parameters())
     is_chain = first.out_features == second.in_features and first.in_features == second.out_features
     if not is_chain or own != sum(p.numel() for layer in linear for p in layer.parameters()):
         return None
-    function = others[0]
-    if not _computes(module, lambda x: second(function(first(x))), first):
+    activation = _activation_of(module, first, second)
+    if activation is None:
         return None
     dropouts = [part.p for part in parts[: parts.index(second)] if isinstance(part, nn.Dropout)]
-    return _Perceptron(first, second, activations[0], dropouts[0] if dropouts else 0.0)
+    return _Perceptron(first, second, activation, dropouts[0] if dropouts else 0.0)
 
 
 @torch.no_grad()
-def _computes(module: nn.Module, chain: Callable[[Tensor], Tensor], first: nn.Linear) -> bool:
-    """Return whether a module computes the chain of its layers, without a residual connection for example."""
+def _activation_of(module: nn.Module, first: nn.Linear, second: nn.Linear) -> Activation | None:
+    """Return the activation with which two layers compute what the module computes, or None if there is none."""
     weight = first.weight
     if weight.is_meta:
         raise ValueError(
@@ -153,26 +152,14 @@ def _computes(module: nn.Module, chain: Callable[[Tensor], Tensor], first: nn.Li
     try:
         found = module(x)
     except Exception:  # a container, or a call with other arguments
-        return False
+        return None
     finally:
         for part, training in modes:
             part.training = training
-    return isinstance(found, Tensor) and torch.equal(found, chain(x))
-
-
-def _activation_of(part: nn.Module) -> Activation | None:
-    """Return the activation that a module without parameters computes, whatever its class, or None."""
-    if any(True for _ in part.parameters()) or isinstance(part, (nn.Dropout, nn.Identity)):
+    if not isinstance(found, Tensor):
         return None
-    x = torch.linspace(-4, 4, 101)
-    try:
-        found = part(x.clone())
-    except Exception:  # not a function of one tensor
-        return None
-    for name in get_args(Activation):
-        if isinstance(found, Tensor) and torch.equal(found, ACTIVATIONS[name](x.clone())):
-            return cast("Activation", name)
-    return None
+    names: tuple[Activation, ...] = get_args(Activation)
+    return next((name for name in names if torch.equal(found, second(ACTIVATIONS[name](first(x))))), None)
 
 
 def _layer(mlp: _Perceptron, upcycle: bool, options: Mapping[str, Any]) -> MoELayer:

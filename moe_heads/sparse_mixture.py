@@ -42,13 +42,13 @@ _FEWEST_NORMALIZED = 8
 
 
 class GateOptions(NamedTuple):
-    """Options of the default router of a `SparseMixture`, as its caller passed them."""
+    """Options of the default router of a `SparseMixture`, as its caller passed them, with the caller's defaults."""
 
-    k: int
-    noisy: bool | None
-    temperature: float
-    balance: Mapping[str, float] | Default | None
-    normalize: bool | None
+    k: int = 2
+    noisy: bool | None = None
+    temperature: float = 1.0
+    balance: Mapping[str, float] | Default | None = DEFAULT
+    normalize: bool | None = None
 
     def router(self, in_features: int, num_experts: int) -> Router:
         """Build the default router."""
@@ -61,8 +61,7 @@ class GateOptions(NamedTuple):
 
     def check_absent(self) -> None:
         """Raise a ValueError for an option that was passed next to a router, which has its own."""
-        defaults = GateOptions(2, None, 1.0, DEFAULT, None)
-        for name, value, default in zip(self._fields, self, defaults, strict=True):
+        for name, value, default in zip(self._fields, self, GateOptions(), strict=True):
             if value != default:
                 raise ValueError(
                     f"{name}: expected no value, since router sets it, got {value!r}. Pass {name} to the router"

@@ -24,13 +24,14 @@ from typing import Any
 
 import torch
 from bench.collapse_cells import CIFAR, DIGITS, Cell, build
+from bench.fitting import fit
 from bench.timing import machine
 from lightning import pytorch as pl
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from study.build import build_data, build_model, precision_of
+from study.build import build_data, build_model
 from study.options import Options
 from study.presets import PRESETS
 
@@ -100,17 +101,7 @@ def train_on_cifar(cell: Cell, seed: int, folder: str, epochs: int, limit_train:
     model = build_model(options, "dense", data)
     assert isinstance(model.head, Head)
     model.head = build(cell, model.head.in_features, data.num_classes)
-    trainer = pl.Trainer(
-        max_epochs=epochs,
-        precision=precision_of(options),
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
-    )
-    trainer.fit(model, datamodule=data)
+    fit(options, model, data)
     model.eval()
     part = data.analysis_dataset("test")
     assert isinstance(part, LabeledImages)

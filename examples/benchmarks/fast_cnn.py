@@ -21,12 +21,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from bench.fitting import fit
 from bench.timing import machine
 from lightning import pytorch as pl
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from study.build import build_data, build_model, precision_of
+from study.build import build_data, build_model
 from study.options import Options
 from study.presets import PRESETS
 
@@ -94,18 +95,8 @@ def train(base: Options, variant: str, seed: int) -> dict[str, float]:
     model = build_model(options, "dense", data)
     if change is not None:
         change(model)
-    trainer = pl.Trainer(
-        max_epochs=options.epochs,
-        precision=precision_of(options),
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
-    )
     started = time.perf_counter()
-    trainer.fit(model, datamodule=data)
+    trainer = fit(options, model, data)
     seconds = time.perf_counter() - started
     num_images = options.epochs * len(data.train_dataloader().dataset)  # type: ignore[arg-type]
     return {"accuracy": float(trainer.callback_metrics["val/accuracy"]), "images_per_s": num_images / seconds}

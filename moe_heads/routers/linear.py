@@ -111,12 +111,14 @@ class LinearRouter(Router):
 
     def _watched_pass(self, weights: Tensor) -> LossWatch | None:
         """Watch a training pass in which a balance loss could get a gradient, and return its record."""
+        # a compiled program cannot count
+        if torch.compiler.is_compiling() or self.loss_watch.has_gradient or is_transformed():
+            return None
         if not (self.training and weights.requires_grad and any(self.balance.values())):
             return None
         if self.num_experts == (1 if self.k is None else self.k):
             return None  # there is nothing to balance
-        # a compiled program cannot count
-        if torch.compiler.is_compiling() or is_transformed() or not any(p.requires_grad for p in self.parameters()):
+        if not any(parameter.requires_grad for parameter in self.parameters()):
             return None
         self.loss_watch.watch(
             weights, f"{type(self).__name__} of {self.in_features} features and {self.num_experts} experts"

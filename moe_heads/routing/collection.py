@@ -129,18 +129,18 @@ def collect_routing(
     hooked: dict[str, tuple[nn.Module, RoutingAdapter | None]] = {n: (r, None) for n, r in named_routers(model).items()}
     hooked |= adapted_routers(model, adapters)
     with ExitStack() as stack:
-        masks: list[MaskHook] = []
+        mask_hooks: list[MaskHook] = []
         if mask is not None:
             check_mask(mask)
-            masks = [MaskHook(name, mask) for name in masked_modules(model)]
-            for hook, module in zip(masks, masked_modules(model).values(), strict=True):
-                stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+            for name, module in masked_modules(model).items():
+                mask_hooks.append(MaskHook(name, mask))
+                stack.callback(module.register_forward_pre_hook(mask_hooks[-1], with_kwargs=True).remove)
         for name, (router, adapter) in hooked.items():
             recorder = collection._recorders[name] = _Recorder(name, collection, adapter, mask)
             stack.callback(router.register_forward_hook(recorder).remove)
         try:
             yield collection
-            if masks and not any(hook.was_called for hook in masks):
+            if mask_hooks and not any(hook.was_called for hook in mask_hooks):
                 warnings.warn(
                     "collect_routing: expected a forward pass of the heads, layers or routers that take the mask"
                     " inside the block, got none, so the mask had no effect. If the model was compiled before, it does"

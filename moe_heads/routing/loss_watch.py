@@ -19,7 +19,7 @@ class LossWatch:
     Attributes:
         num_passes: Number of passes whose mixing weights got a gradient before any balance loss did.
         has_gradient: Whether a backward pass ever reached the balance loss.
-        warns: Whether `count_pass` warns after many passes. False while a callback reports the router by its name.
+        warns: Whether to warn after many passes. False while a callback reports the router by its name.
     """
 
     def __init__(self) -> None:
@@ -43,8 +43,7 @@ class LossWatch:
             weights: Mixing weights of a training pass, with a graph.
             router: Description of the router for the warning.
         """
-        if not self.has_gradient:
-            weights.register_hook(lambda gradient: self._count_pass(router))
+        weights.register_hook(lambda gradient: self._count_pass(router))
 
     def _count_pass(self, router: str) -> None:
         # autograd runs the latest operations first: the gradient of a balance loss arrives before that of the weights
@@ -58,14 +57,14 @@ class LossWatch:
     def describe(self) -> str:
         """Describe the problem and how to solve it, as a sentence without a subject."""
         return (
-            f"the balance loss got no gradient in {self.num_passes} training passes, so it has no effect. Add"
-            " it to the training loss: `logits, aux_loss, _ = head(x, return_routing=True)`, or aux_loss of"
+            f"the balance loss got no gradient in {self.num_passes} training passes, so it has no effect. Add it to the"
+            " training loss: `logits, aux_loss, _ = head(x, return_routing=True)`, or aux_loss of"
             " moe_heads.collect_routing(model) for a head inside a model. Or build the router with balance=None."
         )
 
     def attach(self, loss: Tensor) -> None:
         """Note when a backward pass reaches a balance loss."""
-        if loss.requires_grad and not self.has_gradient and not is_transformed():
+        if loss.requires_grad and not is_transformed():
             loss.register_hook(self._note_gradient)
 
     def _note_gradient(self, gradient: Tensor) -> None:

@@ -41,11 +41,10 @@ DENSE: dict[str, Callable[[Any, Any], Tensor]] = {
     "boring": lambda model, batch: F.mse_loss(model(batch), torch.ones(len(batch), 2)),
     "float64": cross_entropy,
 }
-# twelve steps are quick, and the eigenvalues need not converge here; where float32 ends depends on the processor
-TOO_FEW_STEPS = (
-    "The eigenvalues did not converge in 12 steps|12 steps could not exclude a missing larger eigenvalue"
-    "|float32 does not resolve eigenvalues of this size"
-)
+# twelve steps are quick, and the eigenvalues need not converge here
+TOO_FEW_STEPS = "The eigenvalues did not converge in 12 steps|12 steps could not exclude a missing larger eigenvalue"
+# depends on the processor
+AT_THE_END_OF_FLOAT32 = {"lightning_transformer": "λ2 did not converge: float32 does not resolve"}
 OF_AN_ANALYSIS = rf"({'|'.join(ANALYSES)})/"
 
 
@@ -285,7 +284,8 @@ def test_zoo(entry: Entry) -> None:
     assert not changed
     for name, analysis in found.items():
         messages = [message for message in warned if message.startswith(f"{name}/")]
-        messages = [message for message in messages if not re.search(TOO_FEW_STEPS, message)]
+        accepted = "|".join(filter(None, [TOO_FEW_STEPS, AT_THE_END_OF_FLOAT32.get(entry.name)]))
+        messages = [message for message in messages if not re.search(accepted, message)]
         expected = entry.unsupported.get(name) or entry.warned.get(name)
         assert len(messages) == (len(analysis.splits) if expected else 0), messages
         assert all(expected and re.search(expected.message, message) for message in messages), messages

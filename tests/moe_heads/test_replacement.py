@@ -161,6 +161,24 @@ def test_every_layer_has_a_router_of_its_own() -> None:
         replace_mlp(small_vit(), router=BiasBalancedRouter(24, 8))
 
 
+class Counted(nn.Module):
+    """A module without parameters whose calls leave a trace."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        return x + torch.rand(())
+
+
+def test_modules_that_are_no_candidates_are_not_called() -> None:
+    model = nn.Sequential(Counted(), Custom(), nn.Sequential(nn.Linear(8, 8), Counted()))
+    replace_mlp(model, every=1)
+    assert [module.calls for module in model.modules() if isinstance(module, Counted)] == [0, 0]
+
+
 NO_PERCEPTRONS = {
     "residual": Residual(),
     "classifier": nn.Sequential(nn.Linear(8, 12), nn.ReLU(), nn.Linear(12, 3)),
