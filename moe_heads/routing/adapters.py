@@ -1,4 +1,4 @@
-"""Discovery of the routers inside any model: those of this package by class, others by an adapter."""
+"""Discovery of the routers inside any model: those of this package, those with an adapter, and those recognized."""
 
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
+from moe_heads.routing.recognition.recognized import Recognized, recognized_routers
 from moe_heads.routing.router import Router
 from moe_heads.routing.routing import Routing
 
@@ -31,8 +32,13 @@ def named_routers(model: nn.Module) -> dict[str, Router]:
     return _by_owner({path: module for path, module in model.named_modules() if isinstance(module, Router)}, set())
 
 
-def adapted_routers(model: nn.Module, adapters: Adapters | None) -> dict[str, tuple[nn.Module, RoutingAdapter]]:
+def adapted_routers(
+    model: nn.Module, adapters: Adapters | None
+) -> dict[str, tuple[nn.Module, RoutingAdapter | Recognized]]:
     """Return the third-party routers inside a model, by name, each with the first adapter that matches it.
+
+    Routers without an adapter are those that the registry knows, and modules that may turn out to be routers when they
+    run.
 
     Args:
         model: The model.
@@ -45,7 +51,7 @@ def adapted_routers(model: nn.Module, adapters: Adapters | None) -> dict[str, tu
     if adapters is not None and not isinstance(adapters, Mapping):
         raise ValueError(f"adapters: expected a mapping from classes or names to adapters, got {adapters!r}.")
     found: dict[str, nn.Module] = {}
-    chosen: dict[nn.Module, RoutingAdapter] = {}
+    chosen: dict[nn.Module, RoutingAdapter | Recognized] = {}
     for key, adapter in (adapters or {}).items():
         is_class = isinstance(key, type) and issubclass(key, nn.Module)
         if not (is_class or isinstance(key, str)) or not callable(adapter):
@@ -69,7 +75,10 @@ def adapted_routers(model: nn.Module, adapters: Adapters | None) -> dict[str, tu
         for path, module in fitting.items():
             if module not in chosen:
                 found[path], chosen[module] = module, adapter
-    named = _by_owner(found, set(named_routers(model)))
+    own = named_routers(model)
+    for path, (module, recognized) in recognized_routers(model, {*own.values(), *chosen}).items():
+        found[path], chosen[module] = module, recognized
+    named = _by_owner(found, set(own))
     return {name: (module, chosen[module]) for name, module in named.items()}
 
 

@@ -1,7 +1,7 @@
 """Collection of the decisions of the routers inside any model."""
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
@@ -12,6 +12,9 @@ from torch import Tensor, nn
 from moe_heads.modes import in_backward
 from moe_heads.routing.adapters import Adapters, RoutingAdapter, adapted_routers, named_routers
 from moe_heads.routing.padding import MaskHook, check_mask, mask_of_rows, masked_modules
+from moe_heads.routing.recognition.expert_layers import expert_layers
+from moe_heads.routing.recognition.observed import Pass, UnknownDecisionError
+from moe_heads.routing.recognition.recognized import Recognized
 from moe_heads.routing.routing import Routing
 from moe_heads.routing.stats import RoutingStats
 
@@ -26,12 +29,15 @@ class RoutingCollection:
             and entering it again, which would make torch.compile recompile the model.
         keeps_errors: Whether the error of an adapter is kept in `errors` instead of raised. The router is left out from
             then on. False by default.
-        errors: Errors of adapters, by the name of the router.
+        errors: Errors of adapters, by the name of the router, and of routers that were recognized but whose decisions
+            cannot be read.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, layers: Mapping[str, nn.Module] | None = None) -> None:
         self.paused = self.keeps_errors = False
         self.errors: dict[str, Exception] = {}
+        self._layers = self._unrecognized = dict(layers or {})
+        self._misfits: dict[str, str] = {}
         self._recorders: dict[str, _Recorder] = {}
         self._routings: dict[str, list[Routing]] = {}
 
@@ -43,15 +49,34 @@ class RoutingCollection:
         The lists are not copies: a routing that is removed from them is no longer part of the collection.
         """
         for name, recorder in self._recorders.items():
-            self._routings.setdefault(name, []).extend(recorder.taken())
+            taken = recorder.taken()
+            if taken or recorder.is_router:
+                self._routings.setdefault(name, []).extend(taken)
         return self._routings
+
+    @property
+    def misfits(self) -> dict[str, str]:
+        """Entries of the registry that do not fit the router that they were found for, by the name of the router."""
+        for name, recorder in self._recorders.items():
+            if isinstance(recorder.adapter, Recognized) and recorder.adapter.misfit:
+                self._misfits[name] = recorder.adapter.misfit
+        return self._misfits
+
+    @property
+    def unrecognized(self) -> dict[str, nn.Module]:
+        """Layers that look like mixtures of experts and whose router is not known, by path, after they ran."""
+        if self._recorders:
+            known = {recorder.module for recorder in self._recorders.values() if not recorder.is_unknown}
+            self._unrecognized = {p: layer for p, layer in self._layers.items() if known.isdisjoint(layer.modules())}
+        return self._unrecognized
 
     def _end(self) -> None:
         """Keep the routings and drop the recorders, which refer to the collection: a cycle would keep graphs alive."""
-        self._routings, self._recorders = self.routings, {}
+        self._misfits, self._unrecognized = self.misfits, self.unrecognized
+        self._routings, self._recorders, self._layers = self.routings, {}, {}
 
     def _warn_if_nothing_ran(self) -> None:
-        routings = self.routings
+        routings = {name: passes for name, passes in self.routings.items() if name not in self.errors}
         if routings and not any(routings.values()):
             warnings.warn(
                 f"collect_routing: expected a forward pass of the routers {list(routings)} inside the block, got none."
@@ -125,9 +150,11 @@ def collect_routing(
         >>> routing.stats["head"].counts.sum()
         tensor(10)
     """
-    collection = RoutingCollection()
-    hooked: dict[str, tuple[nn.Module, RoutingAdapter | None]] = {n: (r, None) for n, r in named_routers(model).items()}
-    hooked |= adapted_routers(model, adapters)
+    hooked: dict[str, tuple[nn.Module, RoutingAdapter | Recognized | None]] = {
+        **{name: (router, None) for name, router in named_routers(model).items()},
+        **adapted_routers(model, adapters),
+    }
+    collection = RoutingCollection(expert_layers(model))
     with ExitStack() as stack:
         mask_hooks: list[MaskHook] = []
         if mask is not None:
@@ -136,8 +163,9 @@ def collect_routing(
                 mask_hooks.append(MaskHook(name, mask))
                 stack.callback(module.register_forward_pre_hook(mask_hooks[-1], with_kwargs=True).remove)
         for name, (router, adapter) in hooked.items():
-            recorder = collection._recorders[name] = _Recorder(name, collection, adapter, mask)
-            stack.callback(router.register_forward_hook(recorder).remove)
+            recorder = collection._recorders[name] = _Recorder(name, collection, adapter, router, mask)
+            takes_kwargs = isinstance(adapter, Recognized)
+            stack.callback(router.register_forward_hook(recorder, with_kwargs=takes_kwargs).remove)
         try:
             yield collection
             if mask_hooks and not any(hook.was_called for hook in mask_hooks):
@@ -169,32 +197,44 @@ class _Recorder:
         self,
         name: str,
         collection: RoutingCollection | None,
-        adapter: RoutingAdapter | None,
+        adapter: RoutingAdapter | Recognized | None,
+        module: nn.Module | None = None,
         mask: Tensor | None = None,
     ) -> None:
-        self._name, self._collection, self._adapter, self._mask = name, collection, adapter, mask
+        self._name, self._collection, self.adapter, self._mask = name, collection, adapter, mask
+        self.module = module
         self._last = _Link(None, None)
         self._has_failed = False
+        # whether a module that may be a router ran and is none
+        self.is_unknown = False
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], *rest: Any) -> None:
         collection = self._collection
         # gradient checkpointing repeats a pass in backward: the same rows, not new ones
         if collection is None or collection.paused or self._has_failed or in_backward():
             return
-        if self._adapter is None:
+        output = rest[-1]
+        if self.adapter is None:
             self._last = _Link(self._checked(output), self._last)
             return
         try:
             # what an adapter computes has no gradient: gradient checkpointing would miss it in its second pass
             with torch.no_grad():
-                routing = self._adapted(module, args, output)
+                routing = self._adapted(module, args, *rest)
         except Exception as error:
-            if not collection.keeps_errors:
+            if not collection.keeps_errors and not isinstance(error, UnknownDecisionError):
                 raise
             self._has_failed = True
             collection.errors[self._name] = error
         else:
-            self._last = _Link(routing, self._last)
+            self.is_unknown = routing is None
+            if routing is not None:
+                self._last = _Link(routing, self._last)
+
+    @property
+    def is_router(self) -> bool:
+        """Whether the module is known to be a router before it runs."""
+        return not isinstance(self.adapter, Recognized) or self.adapter.is_registered
 
     def taken(self) -> list[Routing]:
         """Return the routings recorded since the last call, the oldest first."""
@@ -209,15 +249,18 @@ class _Recorder:
     def __reduce__(self) -> tuple[Any, ...]:
         return _Recorder, (self._name, None, None)
 
-    def _adapted(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Routing:
-        assert self._adapter is not None
-        try:
-            routing = self._adapter(module, args, output)
-        except Exception as error:
-            error.add_note(f"adapters: raised by the adapter of router {self._name!r}, a {type(module).__name__}")
-            raise
-        routing = self._checked(routing)
-        if self._mask is None or routing.mask is not None:
+    def _adapted(self, module: nn.Module, args: tuple[Any, ...], *rest: Any) -> Routing | None:
+        adapter = self.adapter
+        assert adapter is not None
+        if isinstance(adapter, Recognized):
+            routing = adapter(Pass(module, args, rest[0], rest[1]))
+        else:
+            try:
+                routing = self._checked(adapter(module, args, rest[-1]))
+            except Exception as error:
+                error.add_note(f"adapters: raised by the adapter of router {self._name!r}, a {type(module).__name__}")
+                raise
+        if routing is None or self._mask is None or routing.mask is not None:
             return routing
         return replace(routing, mask=mask_of_rows(self._mask, len(routing.logits), self._name))
 

@@ -13,8 +13,10 @@ from torch import Tensor
 from moe_heads import balance
 from moe_heads.checks import check_balance
 from moe_heads.modes import can_read_values
+from moe_heads.routing.choices import highest, lowest, margin_of_choices, spread, sum_by_expert
 from moe_heads.routing.loss_watch import LossWatch
 from moe_heads.routing.stats import RoutingStats
+from moe_heads.routing.third_party import fields_of_choices, fields_of_probs
 
 __all__ = ["BALANCE_TERMS", "Routing"]
 
@@ -29,13 +31,15 @@ class Routing:
     Attributes:
         logits: Clean logits z, (N, E), fp32 or wider.
         probs: Softmax over all experts of the logits that decide (the noisy ones in training), (N, E).
-        indices: Experts that each row chose, (N, K), by descending score (in `fixed_routing`, that of the recording).
+        indices: Experts that each row chose, (N, K), by descending score (in `fixed_routing`, that of the recording;
+            in the order of a third-party router). With ``drops``, E stands for a choice that was dropped.
         rows: Rows that each expert chose, (E, M). With a mask, an expert with fewer rows than M names padded rows too.
         weights: Mixing weights of the choices, of the shape of ``indices`` or ``rows``. None for a soft router.
         scores: Scores that decide the choice, (N, E). None means the noisy logits, or the clean ones without noise.
         noisy_logits: Logits with noise, (N, E). None without noise.
         noise_std: Standard deviation of the noise, (N, E). None without noise.
         slot_logits: Logits of the slots of a soft router, (N, E, S). None for a sparse router.
+        drops: Whether ``indices`` may contain dropped choices. Routers of this package drop none.
         balance: Coefficient of each term of `aux_loss`.
         rows_per_sample: T for tokens, 1 for pooled features. Rows n·T … n·T + T - 1 belong to sample n.
         mask: Rows that are real, (N,), bool. The others are padding: choices of them count nowhere. None means that all
@@ -53,6 +57,7 @@ class Routing:
     noisy_logits: Tensor | None = None
     noise_std: Tensor | None = None
     slot_logits: Tensor | None = None
+    drops: bool = False
     balance: Mapping[str, float] = field(default_factory=dict)
     rows_per_sample: int = 1
     mask: Tensor | None = None
@@ -82,12 +87,15 @@ class Routing:
             probs: Softmax, or other non-negative scores, of all experts, (N, E), or (B, T, E) for tokens. The latter
                 form tells which rows belong to a sample.
             indices: Experts that each row chose, without repetition, of the same shape except for the last dimension,
-                K. None for a soft router, which runs all of them.
-            weights: Mixing weights of the choices, of the shape of ``indices``. By default their scores as given.
+                K. -1 or E is a choice that the router dropped, because of a capacity for example. None for a soft
+                router, which runs all of them.
+            weights: Mixing weights of the choices, of the shape of ``indices``. By default their scores as given. A
+                weight of zero also means that the choice was dropped, unless its score rounds to zero too.
             rows_per_sample: T, if the rows of B samples are consecutive, (B·T, E). By default T of (B, T, E), else 1.
             scores: Scores that decide the choice, of the shape of ``probs``, if these differ from them by more than a
                 monotonic function: with a bias for the selection, for example (DeepSeek-V3). The margin is then in
-                their unit. By default the logits.
+                their unit. By default the logits. If a row did not choose its highest scores, these are not what the
+                router compared, and the margin is nan: unknown.
 
         Raises:
             ValueError: If the shapes do not match, or (on a CPU, in eager mode) an index is out of range or repeated,
@@ -99,35 +107,35 @@ class Routing:
             >>> routing.gates
             tensor([[0.7000, 0.0000, 0.1000]])
         """
-        if probs.dim() not in (2, 3) or not probs.is_floating_point():
-            raise ValueError(
-                f"probs: expected floating point numbers (N, E) or (B, T, E), got {tuple(probs.shape)}, {probs.dtype}."
-            )
-        if indices is not None:
-            _check_indices(indices, probs)
-        if weights is not None and (indices is None or weights.shape != indices.shape):
-            raise ValueError(f"weights: expected the shape of indices, got {tuple(weights.shape)}.")
-        if scores is not None and scores.shape != probs.shape:
-            raise ValueError(f"scores: expected the shape of probs, {tuple(probs.shape)}, got {tuple(scores.shape)}.")
-        _check_signs("probs", probs, " Pass logits.softmax(-1), not logits.")
-        if weights is not None:
-            _check_signs("weights", weights)
-        if rows_per_sample is None:
-            rows_per_sample = probs.shape[1] if probs.dim() == 3 else 1
-        probs = probs.flatten(0, -2)
-        if rows_per_sample < 1 or len(probs) % rows_per_sample:
-            raise ValueError(f"rows_per_sample: expected a divisor of the {len(probs)} rows, got {rows_per_sample}.")
-        if indices is not None:
-            indices = indices.flatten(0, -2)
-            weights = probs.gather(-1, indices) if weights is None else weights.flatten(0, -2)
-        tiny = torch.finfo(probs.dtype).tiny
-        # a score that underflows to zero keeps a finite logit; the logarithm of a negative score is nan
-        logits = torch.where(probs == 0, tiny, probs).log()
-        if weights is not None:
-            logits = torch.where(weights.isfinite().all(-1, keepdim=True), logits, torch.nan)
-        probs = probs / probs.sum(-1, keepdim=True).clamp_min(tiny)
-        scores = None if scores is None else scores.flatten(0, -2)
-        return cls(logits, probs, indices, weights, scores=scores, rows_per_sample=rows_per_sample)
+        return cls(**fields_of_probs(probs, indices, weights, rows_per_sample, scores))
+
+    @classmethod
+    def from_choices(
+        cls, indices: Tensor, num_experts: int, weights: Tensor | None = None, rows_per_sample: int | None = None
+    ) -> "Routing":
+        """Build the decisions of a third-party router of which only the choices are known.
+
+        Load and importance are known then. Logits are placeholders, and probabilities and scores are nan: entropy and
+        margin are unknown.
+
+        Args:
+            indices: Experts that each row chose, (N, K), or (B, T, K) for tokens, without repetition. -1 or E is a
+                choice that was dropped.
+            num_experts: E.
+            weights: Mixing weights of the choices, of the shape of ``indices``. By default 1/K.
+            rows_per_sample: T, if the rows of B samples are consecutive. By default T of (B, T, K), else 1.
+
+        Raises:
+            ValueError: If the shapes do not match, or (on a CPU, in eager mode) an index is out of range or repeated,
+                or a weight is negative.
+
+        Example:
+            >>> import torch
+            >>> stats = Routing.from_choices(torch.tensor([[0, 2], [2, -1]]), num_experts=3).stats()
+            >>> stats.counts, stats.num_dropped_choices
+            (tensor([1, 0, 2]), tensor(1))
+        """
+        return cls(**fields_of_choices(indices, num_experts, weights, rows_per_sample))
 
     @property
     def num_experts(self) -> int:
@@ -166,7 +174,7 @@ class Routing:
 
     @property
     def dropped(self) -> Tensor:
-        """Mask of the real rows that no expert took, (N,), bool. Only expert choice drops rows."""
+        """Mask of the real rows that no expert took, (N,), bool: by expert choice, or because of a capacity."""
         dropped = ~self.selected.any(-1)
         return dropped if self.mask is None else dropped & self.mask
 
@@ -196,7 +204,7 @@ class Routing:
         """Mask of the rows with the same choice by their clean logits, (N,), bool. All True unless rows choose."""
         if self.indices is None:
             return torch.ones(len(self.logits), dtype=torch.bool, device=self.logits.device)
-        return self._margin_of(self.logits, self.indices) >= 0
+        return margin_of_choices(self.logits, self.indices, self.drops) >= 0
 
     @property
     def aux_loss(self) -> Tensor:
@@ -245,8 +253,11 @@ class Routing:
         if self.logits.device.type == "cpu" and self.indices is not None and self.weights is not None:
             # takes a fifth of the time; on a GPU the many additions to few counters would be serialized
             ones = torch.ones((), dtype=torch.int64).expand(self.indices.shape)
-            counts, gate_sum = self._by_expert(counted(ones)), self._by_expert(counted(self.weights).to(wide))
-            num_dropped, margin = torch.tensor(0), self._margin_of(self._scores, self.indices)
+            choices = self.indices, self.num_experts, self.drops
+            counts, gate_sum = (sum_by_expert(v, *choices) for v in (counted(ones), counted(self.weights).to(wide)))
+            num_dropped, margin = torch.tensor(0), margin_of_choices(self._scores, self.indices, self.drops)
+            if self.drops:
+                num_dropped = ((self.indices == self.num_experts).all(-1) & valid).sum()
         else:
             selected = self.selected
             counts, gate_sum = counted(selected).sum(0), counted(self.gates).sum(0, dtype=wide)
@@ -259,9 +270,15 @@ class Routing:
             entropy_sum=-(probs * probs.clamp_min(torch.finfo(probs.dtype).tiny).log()).sum(dtype=wide),
             margin_sum=counted(margin).sum(dtype=wide),
             num_dropped=num_dropped,
+            num_dropped_choices=self._num_dropped_choices(valid),
             num_rows=num_rows,
             num_nonfinite=num_real - num_rows,
         )
+
+    def _num_dropped_choices(self, valid: Tensor) -> Tensor:
+        if not self.drops or self.indices is None:
+            return torch.zeros((), dtype=torch.int64, device=self.logits.device)
+        return ((self.indices == self.num_experts) & valid.unsqueeze(-1)).sum()
 
     def _is_known_valid(self) -> bool:
         """Return True if the host knows without synchronizing with a device that all rows are real and finite."""
@@ -272,66 +289,28 @@ class Routing:
     def _margin(self, selected: Tensor) -> Tensor:
         scores = self._scores
         if self.indices is not None:
-            return self._margin_of(scores, self.indices)
+            return margin_of_choices(scores, self.indices, self.drops)
         if self.rows is None:
-            return _lowest(scores, selected, -1).squeeze(-1) - _highest(scores, ~selected, -1).squeeze(-1)
+            return lowest(scores, selected, -1).squeeze(-1) - highest(scores, ~selected, -1).squeeze(-1)
         # the rows that compete with each other: those of a sample of tokens, else those of the batch
         shape = (-1, self.rows_per_sample if self.rows_per_sample > 1 else max(len(scores), 1), self.num_experts)
         scores, selected = scores.reshape(shape), selected.reshape(shape)
         real = True if self.mask is None else self.mask.reshape(*shape[:2], 1)
-        leaving = scores - _highest(scores, ~selected & real, 1)
-        entering = _lowest(scores, selected & real, 1) - scores
+        leaving = scores - highest(scores, ~selected & real, 1)
+        entering = lowest(scores, selected & real, 1) - scores
         return torch.where(selected, leaving, entering).amin(-1).flatten()
-
-    @staticmethod
-    def _margin_of(scores: Tensor, indices: Tensor) -> Tensor:
-        """Return the lowest chosen score minus the highest other one, (N,). Masks over all experts would be slower."""
-        return scores.gather(-1, indices).amin(-1) - scores.scatter(-1, indices, -torch.inf).amax(-1)
 
     @property
     def _scores(self) -> Tensor:
         return self.deciding_logits if self.scores is None else self.scores
 
-    def _by_expert(self, values: Tensor) -> Tensor:
-        """Sum the values of the choices by expert, (E,)."""
-        assert self.indices is not None
-        return values.new_zeros(self.num_experts).index_add_(0, self.indices.flatten(), values.flatten())
-
     def _spread(self, values: Tensor) -> Tensor:
         """Scatter the values of the choices to all rows and experts, (N, E), with zeros elsewhere."""
-        zeros = torch.zeros(self.probs.shape, dtype=values.dtype, device=values.device)
         if self.rows is not None:
+            zeros = torch.zeros(self.probs.shape, dtype=values.dtype, device=values.device)
             return zeros.t().scatter(-1, self.rows, values).t().contiguous()
         assert self.indices is not None
-        return zeros.scatter(-1, self.indices, values)
-
-
-def _check_indices(indices: Tensor, probs: Tensor) -> None:
-    is_whole = not indices.is_floating_point() and indices.dtype != torch.bool
-    if indices.shape[:-1] != probs.shape[:-1] or not is_whole or not 1 <= indices.shape[-1] <= probs.shape[-1]:
-        raise ValueError(
-            f"indices: expected integers of shape {tuple(probs.shape[:-1])} and one more dimension of size 1 to"
-            f" {probs.shape[-1]}, got {tuple(indices.shape)}, {indices.dtype}."
-        )
-    if indices.device.type == "cpu" and can_read_values(indices) and len(indices):
-        lowest, highest = (int(bound) for bound in indices.aminmax())
-        if lowest < 0 or highest >= probs.shape[-1]:
-            raise ValueError(f"indices: expected 0 to {probs.shape[-1] - 1}, got {lowest} to {highest}.")
-        if bool((indices.sort(-1).values.diff() == 0).any()):
-            raise ValueError("indices: expected every expert at most once per row, got rows with a repeated expert.")
-
-
-def _check_signs(name: str, values: Tensor, advice: str = "") -> None:
-    if values.device.type == "cpu" and can_read_values(values) and bool((values < 0).any()):
-        raise ValueError(f"{name}: expected numbers of at least 0, got {float(values.min()):.3g}.{advice}")
-
-
-def _lowest(scores: Tensor, among: Tensor, dim: int) -> Tensor:
-    return torch.where(among, scores, torch.inf).amin(dim, keepdim=True)
-
-
-def _highest(scores: Tensor, among: Tensor, dim: int) -> Tensor:
-    return torch.where(among, scores, -torch.inf).amax(dim, keepdim=True)
+        return spread(values, self.indices, self.num_experts, self.drops)
 
 
 def _load(routing: Routing) -> Tensor:

@@ -1,6 +1,6 @@
 """Statistics of a router as sums over rows, which are additive over batches and ranks."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 
 import torch
 import torch.distributed as dist
@@ -26,6 +26,8 @@ class RoutingStats:
         margin_sum: Sum over rows of `Routing.margin`, scalar, in the unit of the compared scores.
         num_dropped: Number of rows that no expert took, scalar, int64.
         num_rows: Number of routed rows, scalar, int64, dropped ones included.
+        num_dropped_choices: Number of choices that the router dropped, scalar, int64, because the capacity of an expert
+            was exceeded for example. ``counts`` does not include them.
         num_nonfinite: Number of rows with nan or infinite logits, scalar, int64. No other sum includes them.
     """
 
@@ -37,6 +39,7 @@ class RoutingStats:
     num_dropped: Tensor
     num_rows: Tensor
     num_nonfinite: Tensor
+    num_dropped_choices: Tensor = field(default_factory=lambda: torch.tensor(0))  # checkpoints of before lack it
 
     def __add__(self, other: "RoutingStats") -> "RoutingStats":
         return RoutingStats(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
@@ -98,3 +101,8 @@ class RoutingStats:
     def dropped(self) -> Tensor:
         """Fraction of the rows that no expert took, scalar."""
         return self.num_dropped / self.num_rows.clamp_min(1)
+
+    @property
+    def dropped_choices(self) -> Tensor:
+        """Fraction of the choices that the router dropped, scalar."""
+        return self.num_dropped_choices / (self.counts.sum() + self.num_dropped_choices).clamp_min(1)

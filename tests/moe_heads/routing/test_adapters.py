@@ -194,7 +194,10 @@ def test_an_adapter_that_gives_no_routing() -> None:
         ((torch.ones(3, 2), torch.zeros(3, 1)), "indices: expected integers"),
         ((torch.ones(3, 2), torch.zeros(3, 1, dtype=torch.bool)), "indices: expected integers"),
         ((torch.ones(3, 2), torch.zeros(3, 0, dtype=torch.int64)), "indices: expected integers"),
-        ((torch.ones(3, 2), torch.full((3, 1), -1)), "indices: expected 0 to 1, got -1 to -1"),
+        (
+            (torch.ones(3, 2), torch.full((3, 1), -2)),
+            "indices: expected 0 to 1, or -1 or 2 for a choice",
+        ),
         ((torch.ones(3, 2), torch.zeros(3, 2, dtype=torch.int64)), "indices: expected every expert at most once per"),
         ((torch.ones(3, 2), torch.zeros(3, 1, dtype=torch.int64), torch.ones(3, 2)), "weights: expected the shape"),
         ((torch.ones(3, 2), None, torch.ones(3, 2)), "weights: expected the shape of indices"),

@@ -1,0 +1,1 @@
+"""Routers of other packages, recognized without an adapter."""

@@ -1,0 +1,74 @@
+"""Layers of a model that look like mixtures of experts: modules with a child of experts."""
+
+import re
+
+from torch import nn
+
+from moe_heads.routing.router import Router
+
+__all__ = ["expert_layers", "is_gate_like", "shown_adapter"]
+
+_EXPERTS = re.compile(r"expert", re.IGNORECASE)
+_SHARED = re.compile(r"shared|common", re.IGNORECASE)
+_GATE = re.compile(r"gate|router|gating|routing", re.IGNORECASE)
+_ROUTER_CLASS = re.compile(r"Router|Top_?[KN\d]|MoE_?Gate|Gating")
+
+
+def expert_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the layers that have several experts in a child, by path, without layers inside an expert."""
+    found: dict[str, nn.Module] = {}
+    inside: list[str] = []
+    for path, module in model.named_modules():
+        if any(path.startswith(prefix) for prefix in inside):
+            continue
+        children = [name for name, child in module.named_children() if _is_expert_group(name, child)]
+        if children:
+            found[path] = module
+            inside.extend(f"{path}.{name}." if path else f"{name}." for name in children)
+            inside.extend(f"{path}.{name}" if path else name for name in children)
+    return {path: module for path, module in found.items() if not any(isinstance(m, Router) for m in module.modules())}
+
+
+def is_gate_like(path: str, module: nn.Module, layers: dict[str, nn.Module]) -> bool:
+    """Return whether the output of a module may be the decisions of a router, by its class or its place."""
+    if type(module).__module__.startswith("torch.") or isinstance(module, Router):
+        return False
+    owner, _, name = path.rpartition(".")
+    cls = type(module).__name__
+    if _ROUTER_CLASS.search(cls):
+        return True
+    return owner in layers and not _is_expert_group(name, module) and bool(_GATE.search(name) or _GATE.search(cls))
+
+
+def shown_adapter(path: str, layer: nn.Module, entrance: str) -> str:
+    """Return an adapter in three lines for the gate of a layer, to be completed by the user.
+
+    Args:
+        path: Path of the layer.
+        layer: The layer.
+        entrance: Call that takes the adapters, such as "collect_routing(model".
+    """
+    gates = [name for name, child in layer.named_children() if _GATE.search(name) and not _EXPERTS.search(name)]
+    gate = ".".join(filter(None, (path, gates[0] if gates else "gate")))
+    k = next((n for n in (getattr(layer, name, None) for name in ("top_k", "topk", "k")) if isinstance(n, int)), 2)
+    return (
+        "    def adapter(module, args, logits):\n"
+        f"        return Routing.from_probs(logits.softmax(-1), logits.topk({k}).indices)\n"
+        f"    {entrance}adapters={{{re.sub(r'(?<![^.])[0-9]+(?![^.])', '*', gate)!r}: adapter}})"
+    )
+
+
+def _is_expert_group(name: str, module: nn.Module) -> bool:
+    if not _EXPERTS.search(name) or _SHARED.search(name):
+        return False
+    if isinstance(module, (nn.ModuleList, nn.ModuleDict, nn.Sequential)):
+        return len(module) > 1 or _has_stacks(module)
+    return _has_stacks(module) or any(
+        _EXPERTS.search(inner) and isinstance(child, (nn.ModuleList, nn.ModuleDict)) and len(child) > 1
+        for inner, child in module.named_children()
+    )
+
+
+def _has_stacks(module: nn.Module) -> bool:
+    """Return whether a module has parameters of three dimensions: one matrix for each of several experts."""
+    return any(p.dim() == 3 and p.shape[0] > 1 for p in module.parameters(recurse=False))

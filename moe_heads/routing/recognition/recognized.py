@@ -1,0 +1,113 @@
+"""Adapters of the routers that are recognized without one from the user."""
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from moe_heads.routing.recognition.expert_layers import expert_layers, is_gate_like
+from moe_heads.routing.recognition.observed import Pass, UnknownDecisionError
+from moe_heads.routing.recognition.registry import Entry, entry_of, inner_entries
+from moe_heads.routing.recognition.scores import ScoreRule
+from moe_heads.routing.recognition.shapes import decisions_in, routing_by_shape
+from moe_heads.routing.routing import Routing
+
+__all__ = ["Recognized", "recognized_routers"]
+
+
+class Recognized:
+    """Adapter of a router that is recognized by its class or by the shapes of its output.
+
+    Args:
+        module: The router.
+        entry: Its entry in the registry. None for a module that may be a router: it is one if its output has the form.
+
+    Attributes:
+        is_registered: Whether it has an entry.
+        misfit: Why the entry does not fit the router, which is then read by its shapes alone. Empty if it fits.
+    """
+
+    def __init__(self, module: nn.Module, entry: Entry | None) -> None:
+        self._entry, self.is_registered, self.misfit = entry, entry is not None, ""
+        self._owner = type(module).__name__
+
+    def __call__(self, seen: Pass) -> Routing | None:
+        """Return the routing of a pass, or None if the module is no router.
+
+        Raises:
+            UnknownDecisionError: If the entry does not fit, and the shapes do not show the decisions either.
+        """
+        if self._entry is None or self.misfit:
+            return self._by_shape(seen)
+        try:
+            if not isinstance(self._entry, ScoreRule):
+                return self._entry(seen)
+            logits, choices, weights, _ = decisions_in(seen.module, seen.output) or (None,) * 4
+            if logits is None or choices is None or weights is None:
+                raise UnknownDecisionError("it does not return (logits, weights, indices)")
+            return self._entry.routing(seen, logits, choices, weights)
+        except UnknownDecisionError as error:
+            raise UnknownDecisionError(f"{self._owner}: {error}. {_shapes_of(seen.output)}") from error
+        except Exception as error:
+            self.misfit = (
+                f"the entry of {self._owner} does not fit this version: {type(error).__name__}: {error}."
+                f" {_shapes_of(seen.output)}"
+            )
+            routing = self._by_shape(seen)
+            if routing is None:
+                raise UnknownDecisionError(self.misfit) from error
+            return routing
+
+    def describe_unconfirmed(self, num_experts: int) -> str:
+        """Describe that rows did not choose the highest scores of the entry."""
+        return (
+            f"the entry of {self._owner} ({num_experts} experts) does not fit this version: rows did not choose the"
+            " highest of the scores that it computes"
+        )
+
+    @staticmethod
+    def _by_shape(seen: Pass) -> Routing | None:
+        try:
+            return routing_by_shape(seen)
+        except ValueError:  # its integers are not the numbers of experts
+            return None
+
+
+def recognized_routers(model: nn.Module, taken: set[nn.Module]) -> dict[str, tuple[nn.Module, Recognized]]:
+    """Return the modules whose decisions may be recognized, by path, without those that are already known.
+
+    Args:
+        model: The model.
+        taken: Routers of this package and modules with an adapter of the user. A layer with one of them inside is not
+            searched.
+    """
+    layers = expert_layers(model)
+    known = {path for path, layer in layers.items() if not taken.isdisjoint(layer.modules())}
+    found: dict[str, tuple[nn.Module, Recognized]] = {}
+    for path, module in model.named_modules():
+        if module in taken or any(path == layer or path.startswith(f"{layer}.") or not layer for layer in known):
+            continue
+        for inner, entry in inner_entries(module).items():
+            child = module.get_submodule(inner)
+            found[f"{path}.{inner}" if path else inner] = child, Recognized(child, entry)
+        entry_here = entry_of(module)
+        if path not in found and (entry_here is not None or is_gate_like(path, module, layers)):
+            found[path] = module, Recognized(module, entry_here)
+    return _without_inner(found)
+
+
+def _without_inner(
+    found: dict[str, tuple[nn.Module, Recognized]],
+) -> dict[str, tuple[nn.Module, Recognized]]:
+    """Drop modules without an entry inside, or around, a router with an entry, which reports the same choices."""
+    registered = [path for path, (_, adapter) in found.items() if adapter.is_registered]
+
+    def repeats(path: str) -> bool:
+        return any(path.startswith(f"{other}.") or other.startswith(f"{path}.") for other in registered)
+
+    return {path: pair for path, pair in found.items() if pair[1].is_registered or not repeats(path)}
+
+
+def _shapes_of(output: Any) -> str:
+    values = output if isinstance(output, (tuple, list)) else (output,)
+    shapes = [f"{tuple(v.shape)} {v.dtype}" if isinstance(v, Tensor) else type(v).__name__ for v in values]
+    return f"It returned {', '.join(shapes)}".replace("torch.", "")

@@ -1,0 +1,161 @@
+"""Decisions of routers of other packages, from the tensors that they return, as the fields of a `Routing`.
+
+Shapes: N rows, or B samples of T tokens, E experts, K choices per row.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moe_heads.modes import can_read_values
+from moe_heads.routing.choices import consistent_rows
+
+__all__ = ["fields_of_choices", "fields_of_probs"]
+
+
+def fields_of_probs(
+    probs: Tensor,
+    indices: Tensor | None,
+    weights: Tensor | None,
+    rows_per_sample: int | None,
+    scores: Tensor | None,
+) -> dict[str, Any]:
+    """Return the fields of a routing with known scores of all experts. See `Routing.from_probs`."""
+    if probs.dim() not in (2, 3) or not probs.is_floating_point():
+        raise ValueError(
+            f"probs: expected floating point numbers (N, E) or (B, T, E), got {tuple(probs.shape)}, {probs.dtype}."
+        )
+    num_experts = probs.shape[-1]
+    if indices is not None:
+        _check_indices(indices, probs.shape[:-1], num_experts)
+    if weights is not None and (indices is None or weights.shape != indices.shape):
+        raise ValueError(f"weights: expected the shape of indices, got {tuple(weights.shape)}.")
+    if scores is not None and scores.shape != probs.shape:
+        raise ValueError(f"scores: expected the shape of probs, {tuple(probs.shape)}, got {tuple(scores.shape)}.")
+    _check_signs("probs", probs, " Pass logits.softmax(-1), not logits.")
+    if weights is not None:
+        _check_signs("weights", weights)
+    rows_per_sample = _rows_per_sample(rows_per_sample, probs)
+    probs = probs.flatten(0, -2)
+    drops = False
+    if indices is not None:
+        indices, kept = _with_sentinel(indices, num_experts)
+        of_choices = probs.gather(-1, indices.clamp_max(num_experts - 1))
+        if weights is None:
+            weights, drops = torch.where(kept, of_choices, 0), _has_any(~kept)
+        else:
+            weights = weights.flatten(0, -2)
+            # a weight of zero is a choice that was dropped, unless it is a small number that was rounded to zero
+            kept = kept & ~((weights == 0) & (of_choices > torch.finfo(weights.dtype).smallest_normal))
+            weights, drops = torch.where(kept, weights, 0), _has_any(~kept)
+            indices = torch.where(kept, indices, num_experts)
+    tiny = torch.finfo(probs.dtype).tiny
+    # a score that underflows to zero keeps a finite logit; the logarithm of a negative score is nan
+    logits = torch.where(probs == 0, tiny, probs).log()
+    if weights is not None:
+        logits = torch.where(weights.isfinite().all(-1, keepdim=True), logits, torch.nan)
+    scores = None if scores is None else scores.flatten(0, -2)
+    if indices is not None:
+        scores = _confirmed(scores, probs, logits, indices, drops)
+    return {
+        "logits": logits,
+        "probs": probs / probs.sum(-1, keepdim=True).clamp_min(tiny),
+        "indices": indices,
+        "weights": weights,
+        "scores": scores,
+        "drops": drops,
+        "rows_per_sample": rows_per_sample,
+    }
+
+
+def fields_of_choices(
+    indices: Tensor, num_experts: int, weights: Tensor | None, rows_per_sample: int | None
+) -> dict[str, Any]:
+    """Return the fields of a routing whose scores are unknown. See `Routing.from_choices`."""
+    if isinstance(num_experts, bool) or not isinstance(num_experts, int) or num_experts < 1:
+        raise ValueError(f"num_experts: expected an integer of at least 1, got {num_experts!r}.")
+    if not isinstance(indices, Tensor) or indices.dim() not in (2, 3):
+        got = tuple(indices.shape) if isinstance(indices, Tensor) else type(indices).__name__
+        raise ValueError(f"indices: expected integers of shape (N, K) or (B, T, K), got {got}.")
+    _check_indices(indices, indices.shape[:-1], num_experts)
+    if weights is not None:
+        if weights.shape != indices.shape or not weights.is_floating_point():
+            raise ValueError(
+                "weights: expected floating point numbers of the shape of indices, got"
+                f" {tuple(weights.shape)}, {weights.dtype}."
+            )
+        _check_signs("weights", weights)
+    rows_per_sample = _rows_per_sample(rows_per_sample, indices)
+    indices, kept = _with_sentinel(indices, num_experts)
+    drops = _has_any(~kept)
+    weights = kept / indices.shape[-1] if weights is None else torch.where(kept, weights.flatten(0, -2), 0)
+    finite = weights.isfinite().all(-1, keepdim=True)
+    logits = torch.where(finite, 0.0, torch.nan).to(weights.dtype).expand(-1, num_experts)
+    unknown = torch.full_like(logits[:, :1], torch.nan).expand(-1, num_experts)
+    return {
+        "logits": logits,
+        "probs": unknown,
+        "indices": indices,
+        "weights": weights,
+        "scores": unknown,
+        "drops": drops,
+        "rows_per_sample": rows_per_sample,
+    }
+
+
+def _confirmed(scores: Tensor | None, probs: Tensor, logits: Tensor, indices: Tensor, drops: bool) -> Tensor | None:
+    """Return the scores (None for the logits) if every row chose its highest ones, else nan: the margin is unknown."""
+    # logits that differ may round to the same probability, so rows are compared by what the router compared
+    compared = probs if scores is None else scores
+    is_confirmed = (consistent_rows(compared, indices, drops) | ~logits.isfinite().all(-1)).all()
+    unknown = logits.new_full((), torch.nan).expand_as(logits)
+    if is_confirmed.device.type == "cpu" and can_read_values(is_confirmed):
+        return scores if is_confirmed else unknown
+    return torch.where(is_confirmed, logits if scores is None else scores, unknown)
+
+
+def _rows_per_sample(given: int | None, values: Tensor) -> int:
+    """Return T as given, or that of (B, T, ...)."""
+    num_rows = values.shape[:-1].numel()
+    if given is None:
+        return max(values.shape[1], 1) if values.dim() == 3 else 1
+    if given < 1 or num_rows % given:
+        raise ValueError(f"rows_per_sample: expected a divisor of the {num_rows} rows, got {given}.")
+    return given
+
+
+def _with_sentinel(indices: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
+    """Return the choices (N, K), int64, with E for those that were dropped, and the mask of the others."""
+    indices = indices.flatten(0, -2).long()
+    kept = (indices >= 0) & (indices < num_experts)
+    return torch.where(kept, indices, num_experts), kept
+
+
+def _has_any(dropped: Tensor) -> bool:
+    """Return whether a choice was dropped, or True where the host cannot know it without synchronizing."""
+    return not (dropped.device.type == "cpu" and can_read_values(dropped)) or bool(dropped.any())
+
+
+def _check_indices(indices: Tensor, rows: torch.Size, num_experts: int) -> None:
+    is_whole = not indices.is_floating_point() and indices.dtype != torch.bool
+    if indices.shape[:-1] != rows or not is_whole or not 1 <= indices.shape[-1] <= num_experts:
+        raise ValueError(
+            f"indices: expected integers of shape {tuple(rows)} and one more dimension of size 1 to {num_experts}, got"
+            f" {tuple(indices.shape)}, {indices.dtype}."
+        )
+    if indices.device.type == "cpu" and can_read_values(indices) and indices.numel():
+        lowest, highest = (int(bound) for bound in indices.aminmax())
+        if lowest < -1 or highest > num_experts:
+            raise ValueError(
+                f"indices: expected 0 to {num_experts - 1}, or -1 or {num_experts} for a choice that was dropped, got"
+                f" {lowest} to {highest}."
+            )
+        ordered = torch.where(indices == -1, num_experts, indices).sort(-1).values
+        if bool(((ordered.diff() == 0) & (ordered[..., 1:] < num_experts)).any()):
+            raise ValueError("indices: expected every expert at most once per row, got rows with a repeated expert.")
+
+
+def _check_signs(name: str, values: Tensor, advice: str = "") -> None:
+    if values.device.type == "cpu" and can_read_values(values) and bool((values < 0).any()):
+        raise ValueError(f"{name}: expected numbers of at least 0, got {float(values.min()):.3g}.{advice}")
