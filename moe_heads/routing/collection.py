@@ -63,12 +63,25 @@ class RoutingCollection:
         return self._misfits
 
     @property
+    def only_here(self) -> dict[str, str]:
+        """Why the decisions of a router are known for this process alone, by the name of the router."""
+        adapters = {name: recorder.adapter for name, recorder in self._recorders.items()}
+        return {name: a.only_here for name, a in adapters.items() if isinstance(a, Recognized) and a.only_here}
+
+    @property
     def unrecognized(self) -> dict[str, nn.Module]:
         """Layers that look like mixtures of experts and whose router is not known, by path, after they ran."""
         if self._recorders:
             known = {recorder.module for recorder in self._recorders.values() if not recorder.is_unknown}
             self._unrecognized = {p: layer for p, layer in self._layers.items() if known.isdisjoint(layer.modules())}
         return self._unrecognized
+
+    def remedy_for_scores(self, name: str) -> str:
+        """Return what a user can do about a router that chose others than the experts with the highest scores."""
+        recorder = self._recorders.get(name)
+        if recorder is not None and isinstance(recorder.adapter, Recognized):
+            return f"{recorder.adapter.describe_class()} is not known in this version: pass an adapter of your own."
+        return "Let the adapter pass scores= to Routing.from_probs."
 
     def _end(self) -> None:
         """Keep the routings and drop the recorders, which refer to the collection: a cycle would keep graphs alive."""

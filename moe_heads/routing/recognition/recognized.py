@@ -8,7 +8,8 @@ from moe_heads.routing.recognition.expert_layers import expert_layers, is_gate_l
 from moe_heads.routing.recognition.observed import Pass, UnknownDecisionError
 from moe_heads.routing.recognition.registry import Entry, entry_of, inner_entries
 from moe_heads.routing.recognition.scores import ScoreRule
-from moe_heads.routing.recognition.shapes import decisions_in, routing_by_shape
+from moe_heads.routing.recognition.shapes import Decisions, decisions_in, routing_by_shape
+from moe_heads.routing.recognition.shards import choices_of_this_process, on_this_process
 from moe_heads.routing.routing import Routing
 
 __all__ = ["Recognized", "recognized_routers"]
@@ -20,15 +21,17 @@ class Recognized:
     Args:
         module: The router.
         entry: Its entry in the registry. None for a module that may be a router: it is one if its output has the form.
+        experts: Its experts, if they are in a module of their own.
 
     Attributes:
         is_registered: Whether it has an entry.
         misfit: Why the entry does not fit the router, which is then read by its shapes alone. Empty if it fits.
+        only_here: Why its decisions are known only for the tokens, or the experts, of this process. Empty otherwise.
     """
 
-    def __init__(self, module: nn.Module, entry: Entry | None) -> None:
-        self._entry, self.is_registered, self.misfit = entry, entry is not None, ""
-        self._owner = type(module).__name__
+    def __init__(self, module: nn.Module, entry: Entry | None, experts: nn.Module | None = None) -> None:
+        self._entry, self.is_registered, self.misfit, self.only_here = entry, entry is not None, "", ""
+        self._owner, self._experts = type(module).__name__, experts
 
     def __call__(self, seen: Pass) -> Routing | None:
         """Return the routing of a pass, or None if the module is no router.
@@ -36,17 +39,26 @@ class Recognized:
         Raises:
             UnknownDecisionError: If the entry does not fit, and the shapes do not show the decisions either.
         """
+        try:
+            seen, reason = on_this_process(seen)
+            if reason:
+                self.only_here = reason
+            found = decisions_in(seen.module, seen.output)
+            return self._of_this_process(found) or self._by_entry(seen, found) or self._by_shape(seen)
+        except UnknownDecisionError as error:
+            raise UnknownDecisionError(f"{self._owner}: {error}. {_shapes_of(seen.output)}") from error
+
+    def _by_entry(self, seen: Pass, found: Decisions | None) -> Routing | None:
         if self._entry is None or self.misfit:
-            return self._by_shape(seen)
+            return None
         try:
             if not isinstance(self._entry, ScoreRule):
                 return self._entry(seen)
-            logits, choices, weights, _ = decisions_in(seen.module, seen.output) or (None,) * 4
-            if logits is None or choices is None or weights is None:
+            if found is None or found[0] is None:
                 raise UnknownDecisionError("it does not return (logits, weights, indices)")
-            return self._entry.routing(seen, logits, choices, weights)
-        except UnknownDecisionError as error:
-            raise UnknownDecisionError(f"{self._owner}: {error}. {_shapes_of(seen.output)}") from error
+            return self._entry.routing(seen, found[0], found[1], found[2])
+        except UnknownDecisionError:
+            raise
         except Exception as error:
             self.misfit = (
                 f"the entry of {self._owner} does not fit this version: {type(error).__name__}: {error}."
@@ -57,12 +69,17 @@ class Recognized:
                 raise UnknownDecisionError(self.misfit) from error
             return routing
 
-    def describe_unconfirmed(self, num_experts: int) -> str:
-        """Describe that rows did not choose the highest scores of the entry."""
-        return (
-            f"the entry of {self._owner} ({num_experts} experts) does not fit this version: rows did not choose the"
-            " highest of the scores that it computes"
-        )
+    def _of_this_process(self, found: Decisions | None) -> Routing | None:
+        """Return the routing among the experts of this process, or None if the router numbers all experts."""
+        here = None if found is None else choices_of_this_process(self._experts, *found[1:])
+        if found is None or here is None:
+            return None
+        self.only_here = f"it numbers the {here[1]} experts of this process, of {found[3]}"
+        return Routing.from_choices(*here, found[2].float().abs())
+
+    def describe_class(self) -> str:
+        """Return the class of the router, for messages."""
+        return f"The class {self._owner}"
 
     @staticmethod
     def _by_shape(seen: Pass) -> Routing | None:
@@ -91,7 +108,8 @@ def recognized_routers(model: nn.Module, taken: set[nn.Module]) -> dict[str, tup
             found[f"{path}.{inner}" if path else inner] = child, Recognized(child, entry)
         entry_here = entry_of(module)
         if path not in found and (entry_here is not None or is_gate_like(path, module, layers)):
-            found[path] = module, Recognized(module, entry_here)
+            owner = model.get_submodule(path.rpartition(".")[0])
+            found[path] = module, Recognized(module, entry_here, getattr(owner, "experts", None))
     return _without_inner(found)
 
 
