@@ -32,6 +32,29 @@ HEADS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
+class MixtralLogits(nn.Module):
+    """Mixtral, four layers of eight experts, recognized without an adapter. Returns the logits of the last token."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        from transformers import MixtralConfig, MixtralForCausalLM
+
+        shape: dict[str, int] = {
+            "hidden_size": 256,
+            "intermediate_size": 512,
+            "num_hidden_layers": 4,
+            "vocab_size": 512,
+        }
+        self.model = MixtralForCausalLM(MixtralConfig(**shape, num_attention_heads=4, num_key_value_heads=2))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Return logits (B, V)."""
+        logits: Tensor = self.model(input_ids=ids).logits
+        return logits[:, -1]
+
+
+_PARTS = ["head", "resnet18", "mixtral"]
+
 # Steps before switching: the speed changes over seconds, and caches have to be warm within a turn.
 _TURN = 8
 
@@ -39,6 +62,8 @@ _TURN = 8
 def cases(only: Sequence[str]) -> dict[str, tuple[nn.Module, Tensor, int]]:
     """Return model, inputs and steps of an epoch for each case."""
     found: dict[str, tuple[nn.Module, Tensor, int]] = {}
+    if "mixtral" in only:
+        found["Mixtral, 4 layers, 8 × 64 tokens"] = MixtralLogits(), torch.randint(512, (8, 64)), 16
     for name, head in HEADS.items():
         if "head" in only:
             found[f"head alone, {name}, batch 256"] = head(), torch.randn(256, 512), 200
@@ -97,7 +122,7 @@ def measure(model: nn.Module, x: Tensor, steps: int, pairs: int, compiled: bool)
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     """Run the benchmark, print the overheads and write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", default=["head", "resnet18"], choices=["head", "resnet18"])
+    parser.add_argument("--only", nargs="+", default=_PARTS, choices=_PARTS)
     parser.add_argument("--pairs", type=int, default=15, help="number of epochs with and without the hooks")
     parser.add_argument("--compile", action="store_true", help="use torch.compile")
     parser.add_argument("--out", type=Path, default=None, help="JSON file to write")

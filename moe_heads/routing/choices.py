@@ -6,7 +6,7 @@ Shapes: N rows, E experts, K choices per row. Where choices may be dropped, the 
 import torch
 from torch import Tensor
 
-__all__ = ["consistent_rows", "highest", "lowest", "margin_of_choices", "spread", "sum_by_expert"]
+__all__ = ["consistent_rows", "highest", "lowest", "margin_of_choices", "spread", "sum_by_expert", "surplus_of_choices"]
 
 # Rounding error of a score in units of the last place of the largest one: the router may have computed it another way.
 _ROUNDING = 8
@@ -40,18 +40,21 @@ def margin_of_choices(scores: Tensor, indices: Tensor, drops: bool) -> Tensor:
     return scores.gather(-1, indices).amin(-1) - scores.scatter(-1, indices, -torch.inf).amax(-1)
 
 
+def surplus_of_choices(scores: Tensor, indices: Tensor, drops: bool) -> Tensor:
+    """Return the lowest score of the choices that were kept minus what it takes to be among the K highest, (N,)."""
+    if not drops:
+        return margin_of_choices(scores, indices, drops=False)
+    padded = torch.cat([scores, scores.new_full((len(scores), 1), torch.inf)], -1)
+    return padded.gather(-1, indices).amin(-1) - scores.topk(indices.shape[-1], dim=-1).values[:, -1]
+
+
 def consistent_rows(scores: Tensor, indices: Tensor, drops: bool) -> Tensor:
     """Return the rows (N,), bool, whose choices are among their K highest scores (N, E), up to rounding."""
     if not len(scores):
         return torch.ones(0, dtype=torch.bool, device=scores.device)
     tolerance = _ROUNDING * torch.finfo(scores.dtype).eps
     largest = torch.where(scores.isfinite(), scores, 0).abs().amax()
-    if drops:
-        padded = torch.cat([scores, scores.new_full((len(scores), 1), torch.inf)], -1)
-        surplus = padded.gather(-1, indices).amin(-1) - scores.topk(indices.shape[-1], dim=-1).values[:, -1]
-    else:
-        surplus = margin_of_choices(scores, indices, drops=False)
-    return surplus >= -tolerance * largest
+    return surplus_of_choices(scores, indices, drops) >= -tolerance * largest
 
 
 def lowest(scores: Tensor, among: Tensor, dim: int) -> Tensor:

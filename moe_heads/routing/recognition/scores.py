@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from moe_heads.routing.recognition.observed import Pass
 from moe_heads.routing.routing import Routing
+from moe_heads.routing.third_party import fields_of_probs
 
 __all__ = ["PROBABILITIES", "SIGMOID", "SOFTMAX", "ScoreRule", "best_groups_only"]
 
@@ -51,11 +52,11 @@ class ScoreRule:
             seen: The pass.
             logits: Output of the gate, (N, E) or (B, T, E).
             choices: The choices, of the same shape except for the last dimension, K.
-            weights: Their mixing weights. Of a negative weight, the size counts.
+            weights: Their mixing weights.
         """
         probs = self.function(seen.module, logits)
         scores = self._compared(seen, logits, probs)
-        return Routing.from_probs(probs.float(), choices, weights.float().abs(), scores=scores)
+        return Routing(**fields_of_probs(probs.float(), choices, weights.float(), None, scores, is_trusted=True))
 
     def _compared(self, seen: Pass, logits: Tensor, probs: Tensor) -> Tensor | None:
         """Return the scores that decide, (N, E), or None where these are the probabilities."""

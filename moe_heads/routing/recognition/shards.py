@@ -23,6 +23,9 @@ def on_this_process(seen: Pass) -> tuple[Pass, str]:
     Raises:
         UnknownDecisionError: If a tensor is split by experts, or holds summands.
     """
+    outputs = seen.output if isinstance(seen.output, (tuple, list)) else (seen.output,)
+    if not any(map(_is_distributed, (*outputs, *seen.args, *seen.kwargs.values()))):
+        return seen, ""
     reasons: list[str] = []
 
     def local(value: Any) -> Any:
