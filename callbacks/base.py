@@ -3,7 +3,7 @@
 import difflib
 import inspect
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -16,6 +16,8 @@ from moe_heads.callbacks._shared.evaluation import loss_of
 from moe_heads.callbacks._shared.execution_context import TrainerContext
 from moe_heads.callbacks._shared.options import AnalysisOptions, Stage, Weights
 from moe_heads.callbacks._shared.reporting import log_hparams
+from moe_heads.callbacks._shared.step_interval import StepInterval
+from moe_heads.callbacks._shared.stream_check import check_streams
 from moe_heads.callbacks._shared.trainer_access import Split, is_sharded
 
 __all__ = ["FitEndAnalysis"]
@@ -26,18 +28,18 @@ class FitEndAnalysis(Analysis, Callback):
 
     It runs in ``on_fit_end``, after checkpoints are written and averaged weights are in place, so a failed analysis
     does not affect them. Without a fit, it runs at the end of ``trainer.validate`` and ``trainer.test`` on the
-    evaluated split. It can also run every n epochs during training, or without a Trainer by a call of `analyze`. Within
-    one fit, the same weights are not analyzed twice on the same samples.
+    evaluated split. It can also run every n epochs or optimizer steps during training, or without a Trainer by a call
+    of `analyze`. Within one fit, the same weights are not analyzed twice on the same samples.
 
     Each split is analyzed separately. The results are stored in ``results``. The numbers go to
     ``trainer.callback_metrics`` and to every logger under ``<name>/<split>/<quantity>``. Figures, tables and meshes go
     to the loggers that support them. The last analysis of a trainer writes one row of TensorBoard's HPARAMS table.
 
-    A subclass defines ``name``, `compute` and `report`, and three class attributes: whether it needs a loss
-    (``needs_loss``), the splits that replace one without data (``fallbacks``), and the work of several processes
-    (``over_ranks``). With "same", every rank computes the same on all samples. With "share", each rank gets its part of
-    the samples and passes ``inputs.ranks`` to a function that adds up. With "rank_zero", rank zero computes and the
-    other ranks wait.
+    A subclass defines ``name``, `compute` and `report`, and class attributes: whether it needs a loss (``needs_loss``),
+    the splits that replace one without data (``fallbacks``), whether a point of ``every_n_train_steps`` is a full
+    analysis (``analyzes_steps``), and the work of several processes (``over_ranks``). With "same", every rank computes
+    the same on all samples. With "share", each rank gets its part of the samples and passes ``inputs.ranks`` to a
+    function that adds up. With "rank_zero", rank zero computes and the other ranks wait.
 
     Args:
         options: Options of all analyses; see `AnalysisOptions`.
@@ -45,7 +47,8 @@ class FitEndAnalysis(Analysis, Callback):
     Attributes:
         results: Result by split.
         tracked: Metrics by split and epoch, recorded with ``every_n_epochs``.
-        is_tracking: Whether an analysis of ``every_n_epochs`` is running.
+        tracked_steps: Metrics by split and ``trainer.global_step``, recorded with ``every_n_train_steps``.
+        is_tracking: Whether an analysis of ``every_n_epochs`` or ``every_n_train_steps`` is running.
         was_interrupted: Whether Ctrl-C ended a split of the last analysis. The run continues; code that should stop it
             can check this attribute and raise.
 
@@ -53,10 +56,14 @@ class FitEndAnalysis(Analysis, Callback):
         ValueError: If an argument is out of range.
     """
 
+    analyzes_steps: ClassVar[bool] = True
+
     def __init__(self, **options: Unpack[AnalysisOptions]) -> None:
         self._check_names_of(options)
         super().__init__(**options)
         self.tracked: dict[Split, dict[int, Mapping[str, float]]] = {}
+        self.tracked_steps: dict[Split, dict[int, Mapping[str, float]]] = {}
+        self._interval = None if self.every_n_train_steps is None else StepInterval(self.every_n_train_steps)
         self.is_tracking, self.was_interrupted = False, False
         self._has_fitted = False
 
@@ -93,15 +100,23 @@ class FitEndAnalysis(Analysis, Callback):
                 f"{owner}(weights='best'): expected a Trainer that writes checkpoints, got one without. Add a"
                 " ModelCheckpoint(monitor=...), or analyze weights='last'."
             )
-        if self.needs_loss and (at_the_end or self.every_n_epochs is not None):
+        if self.needs_loss and (at_the_end or self._runs_in_training):
             # a missing loss raises an error before training, not after it
             loss_of(pl_module, self.loss_fn)
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # before any analysis of this fit: another analysis may read these results
-        self.results, self.tracked, self._known = {}, {}, {}
+        self.results, self.tracked, self.tracked_steps, self._known = {}, {}, {}, {}
         self._has_fitted = True
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._interval is not None:
+            # in on_fit_start, the Trainer has not yet restored the number of steps from a checkpoint
+            self._interval.start(trainer.global_step)
+            if self.analyzes_steps and "train" in self.splits:
+                check_streams(trainer, type(self).__name__)
 
     @override
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -134,18 +149,26 @@ class FitEndAnalysis(Analysis, Callback):
         self._known = {}
 
     @override
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if self._interval is not None and self._interval.is_due(trainer.global_step):
+            self.track_step(trainer, pl_module)
+
+    def track_step(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Add a point to the series of ``every_n_train_steps``; by default, analyze all splits."""
+        for analysis in _analyses_of(trainer):
+            analysis.finish_batch()
+        self._track(trainer, pl_module, self.tracked_steps, trainer.global_step)
+
+    def finish_batch(self) -> None:
+        """Finish the records of a training batch, before an analysis of any callback runs the model again."""
+
+    @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         epoch = trainer.current_epoch
-        if self.every_n_epochs is None or (epoch + 1) % self.every_n_epochs:
-            return
-        self.results = {}  # results of an earlier epoch do not belong to this one
-        self.is_tracking = True
-        try:
-            done = self._analyze_all(trainer, pl_module, self.splits, "last")
-        finally:
-            self.is_tracking = False
-        for split, metrics in done.items():
-            self.tracked.setdefault(split, {})[epoch] = metrics
+        if self.every_n_epochs is not None and (epoch + 1) % self.every_n_epochs == 0:
+            self._track(trainer, pl_module, self.tracked, epoch)
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -170,13 +193,33 @@ class FitEndAnalysis(Analysis, Callback):
     @property
     def runs_in_fit(self) -> bool:
         """True if the analysis runs at the end of fit or during it."""
-        return self.every_n_epochs is not None or self.stages is None or "fit" in self.stages
+        return self._runs_in_training or self.stages is None or "fit" in self.stages
+
+    @property
+    def _runs_in_training(self) -> bool:
+        return self.every_n_epochs is not None or self.every_n_train_steps is not None
 
     @property
     def _stages(self) -> Sequence[Stage]:
         if self.stages is not None:
             return self.stages
         return ("fit",) if self._has_fitted else ("fit", "validate", "test")
+
+    def _track(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        tracked: dict[Split, dict[int, Mapping[str, float]]],
+        at: int,
+    ) -> None:
+        self.results = {}  # results of earlier weights do not belong to these
+        self.is_tracking = True
+        try:
+            done = self._analyze_all(trainer, pl_module, self.splits, "last")
+        finally:
+            self.is_tracking = False
+        for split, metrics in done.items():
+            tracked.setdefault(split, {})[at] = metrics
 
     def _analyze_all(
         self, trainer: Trainer, pl_module: LightningModule, splits: Iterable[Split], weights: Weights

@@ -23,6 +23,7 @@ from moe_heads.callbacks._shared.inputs import AnalysisInputs
 from moe_heads.callbacks._shared.options import AnalysisOptions, OverRanks
 from moe_heads.callbacks._shared.reporting import Report
 from moe_heads.callbacks._shared.trainer_access import Split, datamodule_of, process_group_of
+from moe_heads.callbacks._utilization_points import end_window, logged_numbers, packed_history, unpacked_history
 from moe_heads.callbacks.base import FitEndAnalysis
 from moe_heads.checks import check_callables, check_flags
 from moe_heads.routing import Adapters, RoutingStats, collect_routing, named_routers
@@ -34,19 +35,23 @@ class ExpertUtilizationCallback(FitEndAnalysis):
     """Load, importance and classes of every expert, after each training epoch and in full at the end of fit.
 
     Works for any module that contains heads of this package and, with ``adapters``, for other routers. A module without
-    a router is ignored. During training, one point is logged for each epoch below ``expert_utilization/epoch/<head>/``.
+    a router is ignored. During training, one point is logged for each epoch below ``expert_utilization/epoch/<head>/``,
+    and with ``every_n_train_steps`` one for each window of n optimizer steps below ``expert_utilization/step/<head>/``.
     It covers the training batches as they were routed, including noise: the numbers of
     `moe_heads.analysis.ExpertUtilizationMetric`, and
 
     ======================  ===========================================================================
     num_dead_experts        experts below ``dead_below``, and likewise num_starved_experts
-    router_gradient_norm    norm of the router's gradient, mean over every twentieth optimizer step
+    router_gradient_norm    norm of the router's gradient, mean over every twentieth optimizer step from the first on
     routing_flips           fraction of validation samples with different experts than one validation before
     ======================  ===========================================================================
 
     Dead experts, starved experts and collapsed routing each trigger one warning with advice at the end of the epoch in
     which they appear. Findings that appear only in validation batches, where routing has no noise, trigger a warning
     after two validations.
+
+    A window covers the steps since the previous point, or since the fit was resumed. It ends with its epoch at the
+    latest, so the windows of an epoch add up to it. ``routing_flips`` is in the first point after a validation.
 
     At the end of fit, the numbers of `moe_heads.analysis.ExpertUtilizationResult` are logged for each head below
     ``expert_utilization/<split>/``. TensorBoard also receives two tables and figures of load and classes, of
@@ -77,6 +82,8 @@ class ExpertUtilizationCallback(FitEndAnalysis):
     Attributes:
         history: Statistics of each finished training epoch, by name of the head and number of the epoch. It is saved in
             checkpoints. A checkpoint written before the end of an epoch, as after a validation, lacks that epoch.
+        history_steps: Statistics of each window, by name of the head and ``trainer.global_step`` at its end, likewise
+            saved. From more than 256 windows, neighbors are added in pairs, so that the memory stays bounded.
 
     Example:
         >>> from moe_heads.callbacks import ExpertUtilizationCallback
@@ -86,6 +93,7 @@ class ExpertUtilizationCallback(FitEndAnalysis):
 
     name = "expert_utilization"
     needs_loss: ClassVar[bool] = False
+    analyzes_steps: ClassVar[bool] = False
     over_ranks: OverRanks = "share"
     default_num_samples: ClassVar[int] = 10_000
     results: dict[Split, ExpertUtilizationResult]
@@ -116,6 +124,7 @@ class ExpertUtilizationCallback(FitEndAnalysis):
         self.dead_below, self.starved_below, self.warn = dead_below, starved_below, warn
         self.num_examples, self.num_permutations, self.ablation = num_examples, num_permutations, ablation
         self.history: dict[str, dict[int, RoutingStats]] = {}
+        self.history_steps: dict[str, dict[int, RoutingStats]] = {}
         self._warned_of_order, self._warned_of_silence = False, False
         self._listening = ExitStack()
         self._routers: TrainingRouters | None = None
@@ -125,7 +134,7 @@ class ExpertUtilizationCallback(FitEndAnalysis):
         super().setup(trainer, pl_module, stage)
         if stage == "fit" and trainer.current_epoch == 0:
             # a new fit: neither a Trainer that continues nor a loaded checkpoint
-            self.history = {}
+            self.history, self.history_steps = {}, {}
         # modules named by adapters may not exist yet; they are checked when the fit starts
         if named_routers(pl_module) or self.adapters:
             check_forward(self, pl_module, self.forward_fn)
@@ -155,9 +164,19 @@ class ExpertUtilizationCallback(FitEndAnalysis):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        self.finish_batch()
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+
+    @override
+    def finish_batch(self) -> None:
         if self._routers is not None:
             self._routers.end_training_batch()
             self._report_errors(self._routers)
+
+    @override
+    def track_step(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._routers is not None:
+            end_window(trainer, self.name, self._routers, self.history_steps, is_logged=True)
 
     @override
     def on_validation_batch_start(
@@ -192,6 +211,10 @@ class ExpertUtilizationCallback(FitEndAnalysis):
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._routers is not None:
+            if self._interval is not None:  # the rest of the epoch
+                is_logged = trainer.global_step != self._interval.last
+                end_window(trainer, self.name, self._routers, self.history_steps, is_logged=is_logged)
+                self._interval.start(trainer.global_step)
             self._end_epoch(trainer, pl_module, self._routers)
         super().on_train_epoch_end(trainer, pl_module)
 
@@ -206,13 +229,11 @@ class ExpertUtilizationCallback(FitEndAnalysis):
 
     @override
     def kept_in_checkpoints(self) -> dict[str, Any]:
-        return {head: {epoch: vars(stats) for epoch, stats in epochs.items()} for head, epochs in self.history.items()}
+        return packed_history(self.history, self.history_steps)
 
     @override
     def restore(self, kept: dict[str, Any]) -> None:
-        self.history = {
-            head: {epoch: RoutingStats(**stats) for epoch, stats in epochs.items()} for head, epochs in kept.items()
-        }
+        self.history, self.history_steps = unpacked_history(kept)
 
     @override
     def compute(self, inputs: AnalysisInputs) -> ExpertUtilizationResult:
@@ -257,12 +278,12 @@ class ExpertUtilizationCallback(FitEndAnalysis):
                 " that was compiled and run before this fit does not call forward hooks. Attach the callback to its"
                 " first fit, or compile it again after torch._dynamo.reset()."
             )
+        # already equal on every rank, but Lightning warns without sync_dist
+        numbers = {f"{self.name}/epoch/{name}": value for name, value in logged_numbers(reports).items()}
+        pl_module.log_dict(numbers, sync_dist=True)
         for head, report in reports.items():
             if int(report.stats.num_rows):
                 self.history.setdefault(head, {})[trainer.current_epoch] = report.stats
-            # already equal on every rank, but Lightning warns without sync_dist
-            named = {f"{self.name}/epoch/{head}/{key}": value for key, value in report.scalars.items()}
-            pl_module.log_dict(named, sync_dist=True)
             for warning in report.warnings if self.warn else ():
                 rank_zero_warn(f"{self.name}: epoch {trainer.current_epoch}, head {head!r}: {warning}")
 

@@ -71,8 +71,9 @@ class SharpnessCallback(FitEndAnalysis):
     partial                        1 if max_time, an error or Ctrl-C ended the analysis early; else absent
     =============================  =================================================================================
 
-    ``converged`` is a certificate, see docs/certificate.md. With ``every_n_epochs``, each analysis starts from the
-    eigenvectors of the previous one, skips the density, and uses at most 16 rounds of probes for the trace.
+    ``converged`` is a certificate, see docs/certificate.md. With ``every_n_epochs`` and ``every_n_train_steps``, each
+    analysis starts from the eigenvectors of the previous one, skips the density, and uses at most 16 rounds of probes
+    for the trace.
 
     Args:
         num_eigenvalues: Number of largest eigenvalues, limited to the number of parameters.

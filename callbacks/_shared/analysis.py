@@ -57,6 +57,7 @@ class Analysis(ABC):
         name: str | None = None,
         batch_size_fn: BatchSizeFn | None = None,
         batch_weight_fn: BatchWeightFn | None = None,
+        every_n_train_steps: int | None = None,
     ) -> None:
         self.splits: Sequence[Split] = self.default_splits if splits is None else splits
         self.num_samples = self.default_num_samples if num_samples is None else num_samples
@@ -64,7 +65,8 @@ class Analysis(ABC):
         self.is_batch_size_default = batch_size is None
         self.batch_size_fn, self.batch_weight_fn = batch_size_fn, batch_weight_fn
         self.seed, self.loss_fn, self.max_time, self.on_error = seed, loss_fn, max_time, on_error
-        self.stages, self.every_n_epochs, self.weights = stages, every_n_epochs, weights
+        self.stages, self.weights = stages, weights
+        self.every_n_epochs, self.every_n_train_steps = every_n_epochs, every_n_train_steps
         self.name = type(self).name if name is None else name
         check_options(self, needs_loss=self.needs_loss)
         self.results: dict[Split, Any] = {}

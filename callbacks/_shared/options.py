@@ -45,6 +45,10 @@ class AnalysisOptions(TypedDict, total=False):
             not repeat the analysis.
         every_n_epochs: Run also at the end of every n-th training epoch, on the weights at that time; see
             ``FitEndAnalysis.tracked``. By default None, never.
+        every_n_train_steps: Run also whenever ``trainer.global_step``, the number of optimizer steps, reaches or passes
+            a multiple of n, on the weights at that time; see ``FitEndAnalysis.tracked_steps``. The expert utilization
+            reports the training batches since its last point instead and runs no extra pass. Both intervals may be
+            given. By default None, never.
         weights: "last", the default: the weights at the end of fit; "best": those of the best checkpoint, loaded for
             the analysis. The last weights are restored afterwards.
         max_time: Time limit in seconds for one split, after which the partial result is used and marked as partial; by
@@ -64,6 +68,7 @@ class AnalysisOptions(TypedDict, total=False):
     batch_weight_fn: BatchWeightFn | None
     stages: Sequence[Stage] | None
     every_n_epochs: int | None
+    every_n_train_steps: int | None
     weights: Weights
     max_time: float | None
     on_error: OnError
@@ -83,6 +88,7 @@ class Options(Protocol):
     batch_weight_fn: BatchWeightFn | None
     stages: Sequence[Stage] | None
     every_n_epochs: int | None
+    every_n_train_steps: int | None
     weights: Weights
     max_time: float | None
     on_error: OnError
@@ -103,7 +109,9 @@ def check_options(options: Options, *, needs_loss: bool) -> None:
     if options.stages is not None:
         check_choices("stages", options.stages, get_args(Stage))
     check_at_least_one(num_samples=options.num_samples, batch_size=options.batch_size)
-    check_at_least_one(or_none=True, every_n_epochs=options.every_n_epochs)
+    check_at_least_one(
+        or_none=True, every_n_epochs=options.every_n_epochs, every_n_train_steps=options.every_n_train_steps
+    )
     check_seed(options.seed)
     check_option("weights", options.weights, get_args(Weights))
     check_option("on_error", options.on_error, get_args(OnError))

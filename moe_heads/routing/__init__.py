@@ -6,7 +6,7 @@ from moe_heads.routing.fixed import fixed_routing
 from moe_heads.routing.loss_watch import LossWatch
 from moe_heads.routing.router import Router
 from moe_heads.routing.routing import BALANCE_TERMS, Routing
-from moe_heads.routing.stats import RoutingStats
+from moe_heads.routing.stats import RoutingStats, map_packed
 
 __all__ = [
     "BALANCE_TERMS",
@@ -20,5 +20,6 @@ __all__ = [
     "adapted_routers",
     "collect_routing",
     "fixed_routing",
+    "map_packed",
     "named_routers",
 ]

@@ -1,12 +1,13 @@
 """Statistics of a router as sums over rows, which are additive over batches and ranks."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["RoutingStats"]
+__all__ = ["RoutingStats", "map_packed"]
 
 
 @dataclass(frozen=True)
@@ -57,15 +58,12 @@ class RoutingStats:
         """
         if not (dist.is_available() and dist.is_initialized()):
             return self
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        total: dict[str, Tensor] = {}
-        for floating in (False, True):
-            chosen = {name: value for name, value in values.items() if value.is_floating_point() == floating}
-            packed = torch.cat([value.flatten() for value in chosen.values()])
+
+        def reduce(packed: Tensor) -> Tensor:
             dist.all_reduce(packed, group=group)
-            parts = packed.split([value.numel() for value in chosen.values()])
-            total |= {name: part.view(value.shape) for (name, value), part in zip(chosen.items(), parts, strict=True)}
-        return RoutingStats(**total)
+            return packed
+
+        return RoutingStats(*map_packed([getattr(self, f.name) for f in fields(self)], reduce))
 
     def cpu(self) -> "RoutingStats":
         """Return the same sums on the CPU."""
@@ -106,3 +104,27 @@ class RoutingStats:
     def dropped_choices(self) -> Tensor:
         """Fraction of the choices that the router dropped, scalar."""
         return self.num_dropped_choices / (self.counts.sum() + self.num_dropped_choices).clamp_min(1)
+
+
+def map_packed(tensors: Sequence[Tensor], function: Callable[[Tensor], Tensor]) -> list[Tensor]:
+    """Apply a function to tensors as two vectors, one of the integers and one of the floating-point numbers.
+
+    Two collectives, or two copies from a device, then serve any number of tensors.
+
+    Args:
+        tensors: Tensors on one device. Integers have one data type, and floating-point numbers have one.
+        function: ``function(vector) -> vector`` of the same length. It is not called without a number.
+
+    Returns:
+        The parts of the vectors, with the shapes of the tensors.
+    """
+    mapped = list(tensors)
+    for floating in (False, True):
+        places = [place for place, tensor in enumerate(tensors) if tensor.is_floating_point() == floating]
+        if not places:
+            continue
+        vector = function(torch.cat([tensors[place].flatten() for place in places]))
+        parts = vector.split([tensors[place].numel() for place in places])
+        for place, part in zip(places, parts, strict=True):
+            mapped[place] = part.view(tensors[place].shape)
+    return mapped

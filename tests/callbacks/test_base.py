@@ -208,6 +208,8 @@ def test_runs_of_two_fits_do_not_mix() -> None:
             r"stages: expected a list of some of 'fit', .*, each once, got \['predict'\]",
         ),
         ({"every_n_epochs": 0}, "every_n_epochs: expected an integer of at least 1 or None, got 0"),
+        ({"every_n_train_steps": 0}, "every_n_train_steps: expected an integer of at least 1 or None, got 0"),
+        ({"every_n_train_steps": 2.0}, "every_n_train_steps: expected an integer of at least 1 or None, got 2.0"),
         ({"weights": "mean"}, "weights: expected one of 'last', 'best', got 'mean'"),
         ({"max_time": 0}, "max_time: expected a positive number of seconds or None, got 0"),
         ({"name": "/"}, "name: expected the first part of a key, such as 'sharpness_head', got '/'"),

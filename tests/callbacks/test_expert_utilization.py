@@ -185,7 +185,7 @@ def test_two_of_them_keep_two_histories(tmp_path: Path) -> None:
     fit(PlainModule(), utilization(), utilization(name="other"), keeper, enable_checkpointing=True)
     kept = torch.load(keeper.last_model_path, weights_only=True)
     for name in ("expert_utilization", "other"):
-        assert list(kept[f"moe_heads/{name}"]["head"]) == [0]
+        assert list(kept[f"moe_heads/{name}"]["epochs"]["head"]) == [0]
 
 
 def test_two_of_them_need_names() -> None:

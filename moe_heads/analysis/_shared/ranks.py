@@ -181,6 +181,15 @@ class Ranks:
                 pickled = pickle.dumps(value)  # a value that cannot be pickled fails here, before the others wait
             return [pickle.loads(found) for found in self._gathered(pickled)]
 
+    def all_reduce(self, values: Tensor) -> Tensor:
+        """Return the sum of a tensor over the ranks, on the CPU. Every rank must pass the same shape and data type."""
+        if self.size == 1:
+            return values.cpu()
+        with self.working(), self._watched():
+            total = values.to(self.device, copy=True)
+            dist.all_reduce(total, group=self._group)
+            return total.cpu()
+
     def sum(self, number: int) -> int:
         """Return the sum of a number over the ranks."""
         return sum(self.gather(number))

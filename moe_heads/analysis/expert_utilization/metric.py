@@ -93,13 +93,7 @@ class ExpertUtilizationMetric(Metric):
 
     def compute(self) -> dict[str, Tensor]:
         """Compute the numbers over all ranks. They are nan without a row."""
-        stats = self.stats
-        scalars = utilization_scalars(stats)
-        if not int(stats.num_rows):
-            known = {"nonfinite": scalars["nonfinite"]} if int(stats.num_nonfinite) else {}
-            scalars = dict.fromkeys(scalars, math.nan) | known
-        if int(self.num_compared):
-            scalars |= {"noise_agreement": float(self.num_agreeing / self.num_compared)}
+        scalars = utilization_scalars(self.stats, self.num_compared, self.num_agreeing)
         return {name: torch.tensor(value, dtype=torch.float64) for name, value in scalars.items()}
 
     @property
@@ -108,11 +102,13 @@ class ExpertUtilizationMetric(Metric):
         return RoutingStats(**{f.name: getattr(self, f.name).clone() for f in fields(RoutingStats)})
 
 
-def utilization_scalars(stats: RoutingStats) -> dict[str, float]:
-    """Compute the numbers that are plotted over epochs; `ExpertUtilizationMetric` lists them.
+def utilization_scalars(stats: RoutingStats, num_compared: Tensor, num_agreeing: Tensor) -> dict[str, float]:
+    """Compute the numbers that are plotted over the training; `ExpertUtilizationMetric` lists them.
 
     Args:
         stats: Sums over rows.
+        num_compared: Number of rows whose choice was compared with that without noise.
+        num_agreeing: Number of them with the same choice.
     """
     load, importance = stats.load.double().cpu(), stats.importance.double().cpu()
     scalars: dict[str, float] = {}
@@ -130,4 +126,8 @@ def utilization_scalars(stats: RoutingStats) -> dict[str, float]:
         "nonfinite": float(stats.num_nonfinite / (stats.num_rows + stats.num_nonfinite).clamp_min(1)),
     }
     margin = float(stats.margin)
-    return scalars | ({"margin": margin} if math.isfinite(margin) else {})
+    scalars |= {"margin": margin} if math.isfinite(margin) else {}
+    if not int(stats.num_rows):
+        known = {"nonfinite": scalars["nonfinite"]} if int(stats.num_nonfinite) else {}
+        scalars = dict.fromkeys(scalars, math.nan) | known
+    return scalars | ({"noise_agreement": float(num_agreeing / num_compared)} if int(num_compared) else {})

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_heads.analysis.expert_utilization.metric import ExpertUtilizationMetric
+from moe_heads.analysis.expert_utilization.router_sums import RouterSums
 from moe_heads.routing import Routing, RoutingCollection
 
 __all__ = ["RouterKind", "UtilizationRecorder"]
@@ -47,7 +48,7 @@ class RouterKind:
 
 
 class UtilizationRecorder:
-    """Recorder of the utilization of each router over the training steps of an epoch.
+    """Recorder of the utilization of each router over a window of training steps, such as an epoch.
 
     Attributes:
         kinds: Kind of each router that ran, by name.
@@ -73,7 +74,7 @@ class UtilizationRecorder:
                 self._count(name)
 
     def record_gradients(self, routers: Mapping[str, nn.Module], optimizer: torch.optim.Optimizer) -> None:
-        """Record the gradient norms of the routers before a step of an optimizer, in every twentieth step."""
+        """Record the gradient norms before a step of an optimizer, in the first step and every twentieth after it."""
         steps = self._num_steps[id(optimizer)] = self._num_steps.get(id(optimizer), 0) + 1
         if steps % _STEPS_BETWEEN_NORMS != 1:
             return
@@ -90,12 +91,15 @@ class UtilizationRecorder:
         for name in self._pending:
             self._count(name)
 
-    def gradient_norms(self) -> dict[str, tuple[float, int]]:
-        """Return the sum of the gradient norms of each router, and the number of recorded norms."""
-        return {name: (float(total), self._num_norms[name]) for name, total in self._norms.items()}
+    def sums(self, name: str, kind: RouterKind) -> RouterSums:
+        """Return what was counted for a router, zeros if it has not run, on the device of its decisions."""
+        metric = self.metric(name, kind)
+        norm_sum = self._norms.get(name, torch.zeros(())).to(kind.device, torch.float64)
+        num_norms = torch.tensor(self._num_norms.get(name, 0), device=kind.device)
+        return RouterSums(metric.stats, metric.num_compared.clone(), metric.num_agreeing.clone(), norm_sum, num_norms)
 
     def reset(self) -> None:
-        """Reset all states at the start of an epoch."""
+        """Reset all states at the start of a window."""
         self._pending, self._num_pending = {}, {}
         self._norms, self._num_norms, self._num_steps = {}, {}, {}
         for metric in self._metrics.values():

@@ -1,6 +1,6 @@
-"""Routers of a model over its training epochs: statistics, numbers to log, and warnings."""
+"""Routers of a model over its training: statistics, numbers to log, and warnings, by epoch or by window of steps."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import reduce
 from operator import add
@@ -14,30 +14,33 @@ from moe_heads.analysis.expert_utilization.advice import advice_for
 from moe_heads.analysis.expert_utilization.flips import EpochChoices
 from moe_heads.analysis.expert_utilization.health import RouterHealth
 from moe_heads.analysis.expert_utilization.recorder import RouterKind, UtilizationRecorder
+from moe_heads.analysis.expert_utilization.router_sums import RouterSums, add_over_ranks
 from moe_heads.analysis.expert_utilization.samples import group_by_sample
 from moe_heads.routers import LinearRouter
 from moe_heads.routing import Adapters, RoutingCollection, RoutingStats, adapted_routers, named_routers
 
-__all__ = ["EpochReport", "TrainingRouters"]
+__all__ = ["RouterReport", "TrainingRouters"]
 
 
 @dataclass(frozen=True)
-class EpochReport:
-    """Report of one router over one epoch, for all ranks together.
+class RouterReport:
+    """Report of one router over one epoch or one window of training steps, for all ranks together.
 
     Attributes:
         stats: Its statistics.
         scalars: Numbers to log.
-        warnings: New warnings about its experts.
+        warnings: New warnings about its experts; none for a window, since few choices leave experts unused by chance.
     """
 
     stats: RoutingStats
     scalars: dict[str, float]
-    warnings: tuple[str, ...]
+    warnings: tuple[str, ...] = ()
 
 
 class TrainingRouters:
     """Monitor of the routers of a model during training and validation.
+
+    An epoch is the sum of its windows. Without a call of `end_window` it is one window.
 
     Args:
         model: The model.
@@ -67,6 +70,7 @@ class TrainingRouters:
         self._num_batches = 0
         self._bounds = dead_below, starved_below
         self._health: dict[str, RouterHealth] = {}
+        self._epoch: dict[str, RouterSums] = {}
         self._routers: dict[str, nn.Module] = {**named_routers(model)}
         self._foreign = {name: router for name, (router, _) in adapted_routers(model, adapters).items()}
         self._routers |= self._foreign
@@ -74,6 +78,7 @@ class TrainingRouters:
         self._in_evaluation: dict[str, RoutingStats] = {}
         self._choices = {name: EpochChoices() for name in self._routers}
         self._flips: dict[str, tuple[int, int]] = {}
+        self._flips_of_window: dict[str, tuple[int, int]] = {}
         collection.paused = True
         # reported here by the name of the router, in place of a warning without it
         self._watches = {name: r.loss_watch for name, r in self._routers.items() if isinstance(r, LinearRouter)}
@@ -118,6 +123,7 @@ class TrainingRouters:
     def end_validation(self) -> None:
         """Compare the choices with those of the previous validation, and sum the statistics of the routers."""
         self._flips = {name: choices.end_epoch() for name, choices in self._choices.items()}
+        self._flips_of_window = self._flips
         recorder = self._validation_recorder
         recorder.count()
         self._in_evaluation = {name: recorder.metric(name, kind).stats.cpu() for name, kind in recorder.kinds.items()}
@@ -127,41 +133,56 @@ class TrainingRouters:
         """Record the gradients before a step of an optimizer."""
         self._recorder.record_gradients(self._routers, optimizer)
 
-    def end_epoch(self, ranks: Ranks) -> dict[str, EpochReport]:
+    def end_window(self, ranks: Ranks) -> dict[str, RouterReport]:
+        """Report the steps since the last window of each router that ran, and start a window. Every rank must call it.
+
+        The numbers are those of an epoch. ``routing_flips`` is that of the last validation since the last window.
+        """
+        if not self._routers:
+            return {}
+        window = self._close_window(ranks)
+        self._flips_of_window = {}
+        reports: dict[str, RouterReport] = {}
+        for name, sums in window.sums.items():
+            if not sums.is_empty:
+                counts = self._health_of(name, window.kinds[name].soft).counts(sums.stats)
+                reports[name] = RouterReport(sums.stats, sums.scalars() | _flips_of(name, window.flips) | counts)
+        return reports
+
+    def end_epoch(self, ranks: Ranks) -> dict[str, RouterReport]:
         """Report the epoch of each router that ran, and start the next one. Every rank must call it."""
+        kinds = self._close_window(ranks).kinds
+        data_changed = any(choices.data_changed for choices in self._choices.values())
+        found = ranks.gather(_RankEpoch(self._flips, self._in_evaluation, data_changed))
+        self.validation_data_changed = any(rank.data_changed for rank in found)
+        expected = set(self._routers) - set(self._collection.errors)
+        self.none_ran = bool(expected) and self._num_batches > 0 and not kinds
+        flips = _added([rank.flips for rank in found])
+        reports: dict[str, RouterReport] = {}
+        for name, sums in self._epoch.items():
+            if not sums.is_empty:
+                evaluated = [rank.in_evaluation[name] for rank in found if name in rank.in_evaluation]
+                health = self._health_of(name, kinds[name].soft)
+                of_health = health.new_warnings(sums.stats, reduce(add, evaluated) if evaluated else None)
+                warnings = (*self._forgotten_loss(name), *of_health)
+                scalars = sums.scalars() | _flips_of(name, flips) | health.counts(sums.stats)
+                reports[name] = RouterReport(sums.stats, scalars, warnings)
+        self._num_batches, self._epoch, self._flips, self._in_evaluation = 0, {}, {}, {}
+        return reports
+
+    def _close_window(self, ranks: Ranks) -> "_Window":
+        """Add the window to the epoch, and start a new one."""
         # a module may end its epoch in on_train_batch_start, and then the end of the batch is not called
         self._collection.paused = True
         self._recorder.count()
-        of_this_rank = _RankEpoch(
-            self._recorder.kinds,
-            self._recorder.gradient_norms(),
-            self._flips,
-            self._in_evaluation,
-            any(choices.data_changed for choices in self._choices.values()),
-        )
         # a router that ran on one rank only is reported by all, since all ranks must reduce and log the same keys
-        found = ranks.gather(of_this_rank)
-        self.validation_data_changed = any(rank.data_changed for rank in found)
-        expected = set(self._routers) - set(self._collection.errors)
-        self.none_ran = bool(expected) and self._num_batches > 0 and not any(rank.kinds for rank in found)
-        self._num_batches = 0
-        kinds = {name: kind for rank in found for name, kind in rank.kinds.items()}
-        reports: dict[str, EpochReport] = {}
-        for name, kind in sorted(kinds.items()):
-            metric = self._recorder.metric(name, kind)
-            scalars = {key: float(value) for key, value in metric.compute().items()}
-            stats = metric.stats.all_reduce().cpu()
-            scalars |= _mean("router_gradient_norm", [rank.norms[name] for rank in found if name in rank.norms])
-            scalars |= _mean("routing_flips", [rank.flips[name] for rank in found if name in rank.flips])
-            if int(stats.num_rows) or int(stats.num_nonfinite):
-                evaluated = [rank.in_evaluation[name] for rank in found if name in rank.in_evaluation]
-                health = self._health_of(name, kind.soft)
-                of_health = health.new_warnings(stats, reduce(add, evaluated) if evaluated else None)
-                warnings = (*self._forgotten_loss(name), *of_health)
-                reports[name] = EpochReport(stats, scalars | health.counts(stats), warnings)
+        found = ranks.gather((self._recorder.kinds, self._flips_of_window))
+        kinds = {name: kind for of_rank, _ in found for name, kind in of_rank.items()}
+        window = add_over_ranks({name: self._recorder.sums(name, kinds[name]) for name in sorted(kinds)}, ranks)
         self._recorder.reset()
-        self._flips, self._in_evaluation = {}, {}
-        return reports
+        for name, sums in window.items():
+            self._epoch[name] = self._epoch[name] + sums if name in self._epoch else sums
+        return _Window(kinds, window, _added([flips for _, flips in found]))
 
     def _forgotten_loss(self, name: str) -> Iterator[str]:
         """Yield a warning, once, if no balance loss of the router got a gradient so far."""
@@ -178,20 +199,33 @@ class TrainingRouters:
 
 
 @dataclass(frozen=True)
-class _RankEpoch:
-    """Epoch of one rank, by the name of the router. Norms and flips have their counts.
-
-    The statistics in evaluation are those of the last validation.
-    """
+class _Window:
+    """Window of all ranks, by the name of each router that ever ran on any of them. Flips have their counts."""
 
     kinds: dict[str, RouterKind]
-    norms: dict[str, tuple[float, int]]
+    sums: dict[str, RouterSums]
+    flips: dict[str, tuple[int, int]]
+
+
+@dataclass(frozen=True)
+class _RankEpoch:
+    """Last validation of one rank in an epoch, by the name of the router. Flips have their counts."""
+
     flips: dict[str, tuple[int, int]]
     in_evaluation: dict[str, RoutingStats]
     data_changed: bool
 
 
-def _mean(name: str, parts: Sequence[tuple[float, int]]) -> dict[str, float]:
-    """Return the mean of all parts, each a sum and a count, or nothing if the total count is zero."""
-    count = sum(number for _, number in parts)
-    return {name: sum(total for total, _ in parts) / count} if count else {}
+def _added(flips: Iterable[dict[str, tuple[int, int]]]) -> dict[str, tuple[int, int]]:
+    """Add the flips of the ranks and their counts."""
+    total: dict[str, tuple[int, int]] = {}
+    for of_rank in flips:
+        for name, (flipped, compared) in of_rank.items():
+            before = total.get(name, (0, 0))
+            total[name] = before[0] + flipped, before[1] + compared
+    return total
+
+
+def _flips_of(name: str, flips: dict[str, tuple[int, int]]) -> dict[str, float]:
+    flipped, compared = flips.get(name, (0, 0))
+    return {"routing_flips": flipped / compared} if compared else {}
