@@ -1,22 +1,26 @@
 """Callback for expert utilization during training and at the end of fit."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack
 from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from typing_extensions import Unpack, override
 
 from moe_heads.analysis import ExpertUtilizationResult, expert_utilization
-from moe_heads.analysis._shared.batches import Batch, ForwardFn, call_model, labels_of
+from moe_heads.analysis._shared.batches import Batch, ForwardFn, call_model
 from moe_heads.analysis._shared.names import are_names, check_names
 from moe_heads.analysis._shared.ranks import Ranks
+from moe_heads.analysis.expert_utilization.classes import checked_ignore_index
 from moe_heads.analysis.expert_utilization.examples import images_of
 from moe_heads.analysis.expert_utilization.figures import plot_load_history
 from moe_heads.analysis.expert_utilization.function import checked_options
+from moe_heads.analysis.expert_utilization.label_check import LabelCheck
+from moe_heads.analysis.expert_utilization.label_entry import labels_of
+from moe_heads.analysis.expert_utilization.labels import LabelFn, NoClasses
 from moe_heads.analysis.expert_utilization.training import TrainingRouters
 from moe_heads.callbacks._shared.evaluation import check_forward
 from moe_heads.callbacks._shared.inputs import AnalysisInputs
@@ -63,8 +67,12 @@ class ExpertUtilizationCallback(FitEndAnalysis):
     Args:
         class_names: Names of the classes; by default those of the data module, else numbers.
         forward_fn: ``forward_fn(pl_module, batch)``; by default the module is called with a batch's first entry.
-        label_fn: ``label_fn(batch) -> labels (B,)``, -100 for a sample without a class, or None; by default the second
-            entry of a batch, or "labels".
+        label_fn: ``label_fn(batch) -> labels``, integers (B,), (B, T) for tokens, or (R,) for routed rows, or None; by
+            default the second entry of a pair, or the entry "labels", "label", "y", "target" or "targets". If labels
+            cannot be used as classes, one warning states the reason, before training if the first batch shows it. The
+            other quantities are reported.
+        ignore_index: Labels without a class, in addition to negative ones; see
+            `moe_heads.analysis.expert_utilization`.
         image_fn: ``image_fn(batch) -> images (B, C, H, W)`` or None; by default the first entry, if it has this shape.
         adapters: Adapters for routers of other packages; see `moe_heads.collect_routing`.
         dead_below: Fraction of the fair share 1/E of the load (of the weight, for a soft router) below which an expert
@@ -102,7 +110,8 @@ class ExpertUtilizationCallback(FitEndAnalysis):
         self,
         class_names: Sequence[str] | None = None,
         forward_fn: ForwardFn | None = None,
-        label_fn: Callable[[Batch], Tensor | None] | None = None,
+        label_fn: LabelFn | None = None,
+        ignore_index: int | Collection[int] | None = None,
         image_fn: Callable[[Batch], Tensor | None] | None = None,
         adapters: Adapters | None = None,
         dead_below: float = 0.01,
@@ -121,6 +130,9 @@ class ExpertUtilizationCallback(FitEndAnalysis):
         self.class_names = None if class_names is None else tuple(class_names)
         self.forward_fn, self.adapters = forward_fn, adapters
         self.label_fn, self.image_fn = label_fn, image_fn
+        self.ignore_index = checked_ignore_index(ignore_index)
+        self._label_check: LabelCheck | None = None
+        self._warned_of_labels = False
         self.dead_below, self.starved_below, self.warn = dead_below, starved_below, warn
         self.num_examples, self.num_permutations, self.ablation = num_examples, num_permutations, ablation
         self.history: dict[str, dict[int, RoutingStats]] = {}
@@ -147,11 +159,17 @@ class ExpertUtilizationCallback(FitEndAnalysis):
         # once for the whole fit: a change of hooks would trigger a recompilation of a compiled model
         collection = self._listening.enter_context(collect_routing(pl_module, self.adapters))
         self._routers = TrainingRouters(pl_module, collection, self.adapters, self.dead_below, self.starved_below)
+        self._label_check, self._warned_of_labels = None, False
+        if self.runs_in_fit and "train" in self.splits and collection.routings:
+            names = self.class_names or _class_names_of(datamodule_of(trainer))
+            self._label_check = LabelCheck(self.label_fn or labels_of, names, self.ignore_index)
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if self._routers is not None:
             self._routers.begin_batch()
+        if self._label_check is not None:
+            self._report_labels(self._label_check.before(batch))
 
     @override
     def on_before_optimizer_step(
@@ -170,6 +188,9 @@ class ExpertUtilizationCallback(FitEndAnalysis):
     @override
     def finish_batch(self) -> None:
         if self._routers is not None:
+            if self._label_check is not None:
+                self._report_labels(self._routers.check_labels(self._label_check))
+                self._label_check = None
             self._routers.end_training_batch()
             self._report_errors(self._routers)
 
@@ -238,12 +259,13 @@ class ExpertUtilizationCallback(FitEndAnalysis):
     @override
     def compute(self, inputs: AnalysisInputs) -> ExpertUtilizationResult:
         datamodule = None if inputs.trainer is None else datamodule_of(inputs.trainer)
-        return expert_utilization(
+        result = expert_utilization(
             inputs.model,
             inputs.batches,
             class_names=self.class_names or _class_names_of(datamodule),
             forward_fn=self.forward_fn or call_model,
             label_fn=self.label_fn or labels_of,
+            ignore_index=self.ignore_index,
             image_fn=self.image_fn or images_of,
             adapters=self.adapters,
             dead_below=self.dead_below,
@@ -255,6 +277,8 @@ class ExpertUtilizationCallback(FitEndAnalysis):
             progress=inputs.progress,
             ranks=inputs.ranks,
         )
+        self._report_labels(NoClasses(result.no_classes, result.has_odd_labels) if result.no_classes else None)
+        return result
 
     @override
     def report(self, result: ExpertUtilizationResult) -> Report:
@@ -294,7 +318,17 @@ class ExpertUtilizationCallback(FitEndAnalysis):
                 f" {type(error).__name__}: {error}"
             )
 
+    def _report_labels(self, reason: NoClasses | None) -> None:
+        if reason is not None and not self._warned_of_labels:
+            self._warned_of_labels = True
+            message = f"{self.name}: no class map and no mutual information: {reason.text}"
+            if reason.is_odd:
+                rank_zero_warn(message)
+            elif self.label_fn is None:
+                rank_zero_info(message)
+
     def _close(self) -> None:
+        self._label_check = None
         self._listening.close()
         if self._routers is not None:
             self._routers.close()

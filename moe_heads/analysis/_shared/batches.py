@@ -21,7 +21,6 @@ __all__ = [
     "cut",
     "is_divisible",
     "is_movable_object",
-    "labels_of",
     "leaves_of",
     "map_leaves",
     "to_device",
@@ -132,22 +131,3 @@ def call_model(model: nn.Module, batch: Batch) -> Any:
             )
         return model(**given)
     return model(batch[0] if isinstance(batch, (tuple, list)) else batch)
-
-
-def labels_of(batch: Batch) -> Tensor | None:
-    """Return the class labels (B,) of an ``(inputs, labels)`` batch, or the entry "labels" or "label" of other batches.
-
-    Returns None unless the labels are integers of shape (B,) or (B, 1): one-hot and soft labels are not supported.
-    """
-    labels: Any = None
-    if isinstance(batch, (tuple, list)):
-        labels = batch[1] if len(batch) > 1 else None
-    elif isinstance(batch, Mapping):
-        labels = batch.get("labels", batch.get("label"))
-    elif not isinstance(batch, Tensor):
-        labels = getattr(batch, "labels", getattr(batch, "label", None))
-    if not isinstance(labels, Tensor) or labels.is_floating_point():
-        return None
-    if labels.dim() == 2 and labels.shape[1] == 1:
-        return labels.squeeze(1)
-    return labels if labels.dim() == 1 else None

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_heads.analysis._shared.batches import Batch, ForwardFn
-from moe_heads.analysis.expert_utilization.samples import IGNORED
+from moe_heads.analysis.expert_utilization.labels import IGNORED
 from moe_heads.surgery import ablate
 
 __all__ = ["AblationCounts", "ExpertAblation", "ablated_heads", "count_ablation"]

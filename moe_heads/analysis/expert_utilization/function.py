@@ -1,6 +1,6 @@
 """Utilization of the experts of a trained model: number of samples, mixing weight, and classes of each expert."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -9,12 +9,7 @@ from torch import Tensor, nn
 from moe_heads.analysis._shared.analysis_mode import analysis_mode
 from moe_heads.analysis._shared.arguments import check_arguments
 from moe_heads.analysis._shared.batch_list import Batches
-from moe_heads.analysis._shared.batches import (
-    Batch,
-    ForwardFn,
-    call_model,
-    labels_of,
-)
+from moe_heads.analysis._shared.batches import Batch, ForwardFn, call_model
 from moe_heads.analysis._shared.copies import on_copies, own_copy
 from moe_heads.analysis._shared.counting import BatchSizeFn
 from moe_heads.analysis._shared.environment import device_of
@@ -23,14 +18,12 @@ from moe_heads.analysis._shared.names import check_names
 from moe_heads.analysis._shared.progress import Progress, TimeUp
 from moe_heads.analysis._shared.ranks import Ranks
 from moe_heads.analysis.expert_utilization.ablation import AblationCounts, ablated_heads, count_ablation
+from moe_heads.analysis.expert_utilization.classes import Classes, check_class_names, checked_ignore_index, classes_of
 from moe_heads.analysis.expert_utilization.examples import images_of, read_images
+from moe_heads.analysis.expert_utilization.label_entry import labels_of
+from moe_heads.analysis.expert_utilization.labels import BatchLabels, LabelFn, reason_of
 from moe_heads.analysis.expert_utilization.result import ExpertUtilizationResult
-from moe_heads.analysis.expert_utilization.samples import (
-    group_by_sample,
-    names_of_classes,
-    num_classes_of,
-    read_labels,
-)
+from moe_heads.analysis.expert_utilization.samples import group_by_sample
 from moe_heads.analysis.expert_utilization.sums import ReportOptions, UtilizationSums
 from moe_heads.checks import check_at_least, check_at_least_one, check_flags, check_shares
 from moe_heads.routing import Adapters, Routing, adapted_routers, collect_routing, named_routers
@@ -45,7 +38,8 @@ def expert_utilization(
     num_classes: int | None = None,
     class_names: Sequence[str] | None = None,
     forward_fn: ForwardFn = call_model,
-    label_fn: Callable[[Batch], Tensor | None] = labels_of,
+    label_fn: LabelFn = labels_of,
+    ignore_index: int | Collection[int] | None = None,
     image_fn: Callable[[Batch], Tensor | None] = images_of,
     adapters: Adapters | None = None,
     dead_below: float = 0.01,
@@ -68,13 +62,18 @@ def expert_utilization(
         model: The model. A model without a router is not run and gives a result without heads.
         batches: The data.
         num_classes: C. The default is the number of ``class_names``, else the largest label plus one. Labels that would
-            imply more than a thousand classes, and more classes than samples, are then not treated as classes.
+            imply more than a thousand classes, and more classes than samples, are then not treated as classes (for
+            labels of tokens: more than a thousand).
         class_names: Names of the classes for figures and tables.
         forward_fn: ``forward_fn(model, batch)`` runs the model. Its output is used for the ablation only.
-        label_fn: ``label_fn(batch) -> labels (B,)``, or None for data without labels, which gives no class map. A label
-            of -100 marks a sample without a class, as for `torch.nn.functional.cross_entropy`. It counts in all
-            quantities except those of the classes. The default is the second entry of a tuple or list,
-            or the entry or attribute "labels" or "label", if it holds integers of shape (B,) or (B, 1).
+        label_fn: ``label_fn(batch) -> labels``, integers: (B,) for samples, (B, T) for their tokens, or (R,) for the
+            rows of the router. None for data without classes. The default is the second entry of a pair, or the entry
+            or attribute "labels", "label", "y", "target" or "targets". Quantities without classes do not depend on the
+            labels. If labels cannot be used, the quantities of classes are missing and the ``no_classes`` of the result
+            states the reason. An error of ``label_fn`` is such a reason too.
+        ignore_index: Labels of samples (or tokens) without a class, in addition to all negative ones. They count in all
+            quantities except those of the classes. Labels of 255, or of the largest value of their data type, are
+            ignored too unless the labels below them are also in use. The summary lists all ignored labels.
         image_fn: ``image_fn(batch) -> images (B, C, H, W)`` with one or three channels, or None. The default is the
             first entry of a batch, if it has this format.
         adapters: For third-party routers. See `collect_routing`. If the number of rows is a multiple of the number of
@@ -100,8 +99,8 @@ def expert_utilization(
         The numbers by head. After a timeout they cover the samples so far and are marked by ``partial``.
 
     Raises:
-        ValueError: If an option is out of range, the data is empty, labels are out of range, missing in some batches or
-            do not match the routed rows, no logit of a router is finite, or the ablation is not possible.
+        ValueError: If an option is out of range, the data is empty, no logit of a router is finite, or the ablation is
+            not possible.
 
     Example:
         >>> import torch
@@ -117,20 +116,19 @@ def expert_utilization(
     check_arguments(progress=progress, ranks=ranks, batch_size_fn=batch_size_fn)
     check_at_least_one(or_none=True, num_classes=num_classes)
     check_names(class_names=class_names)
+    check_class_names(num_classes, class_names)
     check_flags(ablation=ablation)
+    ignored = checked_ignore_index(ignore_index)
     options = checked_options(dead_below, starved_below, num_permutations, num_examples, seed)
     progress, ranks, listed = progress or Progress(), ranks or Ranks(), Batches.of(batches, batch_size_fn)
     sums = _Sums(options)
     if not named_routers(model) and not adapted_routers(model, adapters):
         sums.num_samples = listed.num_samples
-        return _result(ranks.gather(sums), names_of_classes(num_classes, class_names))
-    with ranks.synchronized():
-        found_labels = [read_labels(label_fn, own_copy(batch)) for batch in listed]
-        num_classes = num_classes_of(found_labels, num_classes, class_names)
-    num_classes = max((known for known in ranks.gather(num_classes) if known is not None), default=None)
-    if ablation and num_classes is None:
-        raise ValueError("ablation: expected data with labels for the accuracy, got none. Pass label_fn.")
-    names = names_of_classes(num_classes, class_names)
+        return _result(ranks.gather(sums), Classes.of(num_classes, class_names))
+    classes = classes_of(label_fn, listed, ranks, num_classes, class_names, ignored)
+    if ablation and not (classes.num_classes and classes.per_sample):
+        reason = classes.reason.text if classes.reason else "The labels are those of tokens or rows."
+        raise ValueError(f"ablation: expected data with labels for the accuracy, got none. {reason}")
     with ranks.synchronized(), analysis_mode(model, seed), torch.no_grad():
         data = Microbatches(listed, device_of(model), progress)
         forward_fn = on_copies(forward_fn)
@@ -144,19 +142,21 @@ def expert_utilization(
                 collection.routings[name][:] = [
                     group_by_sample(routing, batch, data.sizes[index]) for routing in collection.routings[name]
                 ]
-            labels = read_labels(label_fn, own_copy(batch)) if num_classes is not None else None
-            counts = {} if labels is None else count_ablation(model, forward_fn, batch, labels, smaller)
+            labels = classes.read(label_fn, own_copy(batch))
+            counts = {}
+            if labels.values is not None and smaller:
+                counts = count_ablation(model, forward_fn, batch, labels.values, smaller)
             images = read_images(image_fn, own_copy(batch), data.sizes[index]) if num_examples else None
             return _BatchRecord(data.sizes[index], collection.routings, labels, images, counts)
 
         try:
             for _, record in data.evaluate(route, copies=False):
-                sums.add(record, num_classes)
-                progress.keep(lambda partial: _result([replace(sums, partial=partial)], names))
+                sums.add(record, classes)
+                progress.keep(lambda partial: _result([replace(sums, partial=partial)], classes))
                 progress.step(sums.num_samples, data.num_samples)
         except TimeUp:
             sums.partial = progress.end
-    return _result(ranks.gather(sums), names)
+    return _result(ranks.gather(sums), classes)
 
 
 def checked_options(
@@ -181,7 +181,7 @@ class _BatchRecord:
 
     num_samples: int
     routings: dict[str, list[Routing]]
-    labels: Tensor | None
+    labels: BatchLabels
     images: Tensor | None
     counts: dict[str, AblationCounts]
 
@@ -195,17 +195,16 @@ class _Sums:
     num_samples: int = 0
     partial: str = ""
 
-    def add(self, record: _BatchRecord, num_classes: int | None) -> None:
-        labels = None if record.labels is None else record.labels.cpu()
+    def add(self, record: _BatchRecord, classes: Classes) -> None:
         for name, passes in record.routings.items():
             if passes:
                 wide = [_in_float64(routing) for routing in passes]
-                head = self.heads.setdefault(name, UtilizationSums(name, wide[0], num_classes, self.options))
-                head.add(wide, labels, record.images, record.counts.get(name))
+                head = self.heads.setdefault(name, UtilizationSums(name, wide[0], classes, self.options))
+                head.add(wide, record.labels, record.images, record.counts.get(name))
         self.num_samples += record.num_samples
 
 
-def _result(found: Sequence[_Sums], names: tuple[str, ...]) -> ExpertUtilizationResult:
+def _result(found: Sequence[_Sums], classes: Classes) -> ExpertUtilizationResult:
     """Merge the sums of all ranks into the result."""
     partial = "; ".join(dict.fromkeys(sums.partial for sums in found if sums.partial))
     num_samples = sum(sums.num_samples for sums in found)
@@ -215,7 +214,16 @@ def _result(found: Sequence[_Sums], names: tuple[str, ...]) -> ExpertUtilization
     for sums in found:
         for name, head in sums.heads.items():
             heads[name] = heads[name] + head if name in heads else head
-    return ExpertUtilizationResult({name: head.result() for name, head in heads.items()}, names, num_samples, partial)
+    reason = classes.reason or reason_of([head.no_classes for head in heads.values()])
+    return ExpertUtilizationResult(
+        {name: head.result() for name, head in heads.items()},
+        classes.names,
+        num_samples,
+        partial,
+        no_classes=reason.text if reason else "",
+        has_odd_labels=reason is not None and reason.is_odd,
+        ignored_labels=classes.ignored,
+    )
 
 
 def _in_float64(routing: Routing) -> Routing:

@@ -59,14 +59,17 @@ class HeadUtilization:
         coactivation: Fraction of the rows of expert i that also chose expert j, (E, E). The diagonal is 1, and the row
             of an expert without rows is nan. None if every row has one expert, or all.
         class_map: Share of the mixing weight of the samples of a class on each expert, (C, E). It is the mean gate if
-            gates sum to one. Rows sum to 1, and are nan for a class without samples. None without labels.
+            gates sum to one. Rows sum to 1, and are nan for a class without samples. None without classes.
         class_counts: Number of choices of each expert by the rows of each class, (C, E), int64. A soft router chooses
-            its largest gate. None without labels.
+            its largest gate. None without classes.
         mutual_information: I(class; expert) of a choice, plug-in estimate. It is log C for perfect specialists. None
-            without labels.
+            without classes.
         mutual_information_corrected: The same with the bias correction of Miller, for dependent choices of a sample.
-        mutual_information_stderr: Standard error of both, over samples.
-        mutual_information_by_chance: Mean of the plug-in estimate with permuted labels. None without permutations.
+            For labels of tokens or rows, that of a jackknife over groups of samples (of batches, if the samples of the
+            rows are unknown). None with fewer than eight groups.
+        mutual_information_stderr: Standard error of both, over samples or by the jackknife.
+        mutual_information_by_chance: Mean of the plug-in estimate with permuted labels. None without permutations, and
+            for labels of tokens or rows, which cannot be permuted because those of one sample depend on each other.
         mutual_information_p_value: Fraction of the permutations with at least the estimated value.
         soft: Whether the router mixes all experts.
         num_rows: Number of routed rows (samples, or their tokens).

@@ -2,12 +2,13 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from moe_heads.analysis.expert_utilization.classes import listed
 from moe_heads.analysis.expert_utilization.head_utilization import HeadUtilization, relative_load_percentiles
 from moe_heads.analysis.expert_utilization.health import MIN_FAIR_SHARE
 from moe_heads.checks import check_option
@@ -21,6 +22,9 @@ __all__ = ["ExpertUtilizationResult"]
 # Largest number of classes in the table of the experts.
 _TOP_CLASSES = 3
 
+# Largest number of classes in a drawn class map: more rows than pixels cannot be read.
+_MAX_DRAWN_CLASSES = 1000
+
 
 @dataclass(frozen=True, eq=False)
 class ExpertUtilizationResult:
@@ -32,12 +36,18 @@ class ExpertUtilizationResult:
         class_names: Names of the C classes. Empty without labels.
         num_samples: Number of samples of the data.
         partial: Reason why the analysis ended early, or "" if it is complete.
+        no_classes: Reason why the quantities of classes are missing, for all heads or for some, or "" if none is.
+        has_odd_labels: Whether there are labels that cannot be used, unlike data without labels.
+        ignored_labels: Number of labels in the data by value that stands for no class.
     """
 
     heads: dict[str, HeadUtilization]
     class_names: tuple[str, ...]
     num_samples: int
     partial: str = ""
+    no_classes: str = ""
+    has_odd_labels: bool = False
+    ignored_labels: dict[int, int] = field(default_factory=dict)
 
     @property
     def load(self) -> dict[str, Tensor]:
@@ -114,7 +124,7 @@ class ExpertUtilizationResult:
         drawn: dict[str, Figure] = {}
         for name, head in self.heads.items():
             drawn[f"{name}/load"] = plot_load(name, head)[0]
-            if head.class_map is not None:
+            if head.class_map is not None and len(head.class_map) <= _MAX_DRAWN_CLASSES:
                 drawn[f"{name}/classes"] = plot_classes(name, head, self.class_names)[0]
             if head.coactivation is not None:
                 drawn[f"{name}/coactivation"] = plot_coactivation(name, head.coactivation)[0]
@@ -136,11 +146,13 @@ class ExpertUtilizationResult:
         ]
         partial = [f"\n**Partial**: {self.partial}."] if self.partial else []
         notes = [f"\n{self.num_samples} samples. Entropies and mutual information are in nats."]
-        if not self.class_names:
+        if any(self.ignored_labels.values()):
+            ignored = listed(self.ignored_labels)
             notes.append(
-                "\nNo classes: the batches have no labels of shape (B,), or the labels are not classes. Pass `label_fn`"
-                " to provide them."
+                f"\nLabels without a class (number): {ignored}. They count in all quantities except those of classes."
             )
+        if self.no_classes:
+            notes.append(f"\nNo classes: {self.no_classes}")
         return "\n".join([*_quantities_table(columns), *notes, *underused, *partial])
 
     def texts(self) -> dict[str, str]:

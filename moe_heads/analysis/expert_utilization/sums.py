@@ -1,6 +1,6 @@
 """Sums over the rows of one router, from which its utilization is computed.
 
-Shapes: B samples, N rows, E experts, C classes.
+Shapes: B samples, N rows, E experts.
 """
 
 import copy
@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from moe_heads.analysis.expert_utilization.ablation import AblationCounts
+from moe_heads.analysis.expert_utilization.class_sums import ClassSums
+from moe_heads.analysis.expert_utilization.classes import Classes
 from moe_heads.analysis.expert_utilization.examples import ExpertExamples
 from moe_heads.analysis.expert_utilization.head_utilization import HeadUtilization, dead_and_starved
-from moe_heads.analysis.expert_utilization.mutual_information import information_of_samples, permutation_baseline
-from moe_heads.analysis.expert_utilization.samples import IGNORED, NO_CLASSES_HINT
+from moe_heads.analysis.expert_utilization.labels import BatchLabels, NoClasses
 from moe_heads.routing import Routing, RoutingStats
 
 __all__ = ["ReportOptions", "UtilizationSums"]
@@ -46,11 +47,11 @@ class UtilizationSums:
     Args:
         name: Name of the head, for messages.
         routing: A routing of the head, for its sizes.
-        num_classes: C. None for data without labels.
+        classes: Classes of the data.
         options: Options of the report.
     """
 
-    def __init__(self, name: str, routing: Routing, num_classes: int | None, options: ReportOptions) -> None:
+    def __init__(self, name: str, routing: Routing, classes: Classes, options: ReportOptions) -> None:
         self.name = name
         self._soft = routing.soft
         self._options = options
@@ -58,27 +59,29 @@ class UtilizationSums:
         self._stats: RoutingStats | None = None
         self._gate_entropy = 0.0
         self._pairs = torch.zeros(self._num_experts, self._num_experts, dtype=torch.float64)
-        self._num_classes = num_classes
-        self._class_gates = torch.zeros(num_classes or 0, self._num_experts, dtype=torch.float64)
-        # class of each sample, and its number of choices of each expert
-        self._labels: list[Tensor] = []
-        self._chosen: list[Tensor] = []
+        self._classes = ClassSums(name, self._num_experts, classes)
         self._ablation: AblationCounts | None = None
         self._examples: ExpertExamples | None = None
 
     def __add__(self, other: "UtilizationSums") -> "UtilizationSums":
         """Add the sums of the same head on two ranks."""
         total = copy.copy(self)
-        for name in ("_stats", "_gate_entropy", "_pairs", "_class_gates", "_labels", "_chosen", "_ablation"):
+        for name in ("_stats", "_gate_entropy", "_pairs", "_ablation"):
             mine, others = getattr(self, name), getattr(other, name)
             setattr(total, name, others if mine is None else mine if others is None else mine + others)
+        total._classes = self._classes.merged(other._classes)
         total._add_examples(other._examples)
         return total
+
+    @property
+    def no_classes(self) -> NoClasses | None:
+        """Reason why the labels of the data do not belong to the rows of this head, or None."""
+        return self._classes.problem
 
     def add(
         self,
         passes: Sequence[Routing],
-        labels: Tensor | None,
+        labels: BatchLabels,
         images: Tensor | None = None,
         counts: AblationCounts | None = None,
     ) -> None:
@@ -86,27 +89,20 @@ class UtilizationSums:
 
         Args:
             passes: Routing of each run of the router on the batch, on the CPU.
-            labels: Class of each sample, (B,), int64, on the CPU, `IGNORED` for a sample without a class.
+            labels: Labels of the batch, `IGNORED` for a sample or row without a class.
             images: Images of the samples, (B, C, H, W).
             counts: Counts of the ablation for the batch.
-
-        Raises:
-            ValueError: If the rows do not match the B labels.
         """
+        of_samples = None
+        if images is not None and labels.values is not None and labels.values.shape == images.shape[:1]:
+            of_samples = labels.values
         for routing in passes:
             self._add_rows(routing)
             if images is not None and len(images) * routing.rows_per_sample == len(routing.logits):
-                self._add_examples(ExpertExamples.of(routing, images, labels, self._options.num_examples))
+                self._add_examples(ExpertExamples.of(routing, images, of_samples, self._options.num_examples))
         if counts is not None:
             self._ablation = counts if self._ablation is None else self._ablation + counts
-        if labels is not None and self._num_classes is not None:
-            chosen = torch.stack([self._choices_of(routing, labels) for routing in passes]).sum(0)
-            # a sample without finite logits is not an observation, unlike a sample that no expert chose
-            routed = torch.stack([r.valid.view(-1, r.rows_per_sample).any(1) for r in passes]).any(0)
-            counted = routed & (labels != IGNORED)
-            if counted.any():
-                self._labels.append(labels[counted])
-                self._chosen.append(chosen[counted])
+        self._classes.add(passes, labels)
 
     def _add_rows(self, routing: Routing) -> None:
         stats = routing.stats()
@@ -115,20 +111,6 @@ class UtilizationSums:
         shares = gates / gates.sum(-1, keepdim=True).clamp_min(torch.finfo(gates.dtype).tiny)
         self._gate_entropy += float(torch.special.entr(shares).sum())
         self._pairs += chosen.t() @ chosen
-
-    def _choices_of(self, routing: Routing, labels: Tensor) -> Tensor:
-        """Count the choices of each expert by each sample, (B, E), int64, and add the gates to those of the classes."""
-        valid, num_samples = routing.valid, len(routing.logits) // routing.rows_per_sample
-        if len(labels) != num_samples:
-            raise ValueError(
-                f"label_fn: expected a label for each of the {num_samples} samples that head {self.name!r} routed, got"
-                f" {len(labels)} labels. {NO_CLASSES_HINT}"
-            )
-        of_rows = labels.repeat_interleave(routing.rows_per_sample)
-        counted = valid & (of_rows != IGNORED)
-        self._class_gates.index_add_(0, of_rows[counted], routing.gates[counted])
-        chosen = routing.selected & valid.unsqueeze(-1)
-        return chosen.view(num_samples, routing.rows_per_sample, -1).sum(1)
 
     def _add_examples(self, more: ExpertExamples | None) -> None:
         if more is not None:
@@ -152,7 +134,6 @@ class UtilizationSums:
         load, importance = stats.load, stats.importance
         relative = ((importance if self._soft else load) * self._num_experts).tolist()
         dead, starved = dead_and_starved(relative, options.dead_below, options.starved_below)
-        information = {f"mutual_information{name}": value for name, value in self._information().items()}
         return HeadUtilization(
             load=load,
             importance=importance,
@@ -165,9 +146,7 @@ class UtilizationSums:
             dead_experts=dead,
             starved_experts=starved,
             coactivation=self._coactivation(),
-            class_map=self._class_gates / self._class_gates.sum(1, keepdim=True) if self._labels else None,
-            class_counts=self._class_counts() if self._labels else None,
-            **information,
+            **vars(self._classes.result(options.num_permutations, options.seed)),
             soft=self._soft,
             num_rows=num_rows,
             num_choices=int(stats.counts.sum()),
@@ -180,23 +159,6 @@ class UtilizationSums:
         rows = self._pairs.diagonal()
         is_one_or_all = bool((self._pairs == torch.diag(rows)).all() or (self._pairs == self._pairs[0, 0]).all())
         return None if self._soft or is_one_or_all else self._pairs / rows.unsqueeze(1)
-
-    def _class_counts(self) -> Tensor:
-        counts = torch.zeros(self._num_classes or 0, self._num_experts, dtype=torch.int64)
-        return counts.index_add_(0, torch.cat(self._labels), torch.cat(self._chosen))
-
-    def _information(self) -> dict[str, float | None]:
-        """Compute the mutual information, with the suffixes of the field names as keys."""
-        found: dict[str, float | None] = dict.fromkeys(("", "_corrected", "_stderr", "_by_chance", "_p_value"))
-        if not self._labels or self._num_classes is None:
-            return found
-        samples = torch.cat(self._labels), torch.cat(self._chosen), self._num_classes
-        information = information_of_samples(*samples)
-        found |= {"": information.plugin, "_corrected": information.corrected, "_stderr": information.stderr}
-        if self._options.num_permutations:
-            chance = permutation_baseline(*samples, self._options.num_permutations, self._options.seed)
-            found |= {"_by_chance": chance.mean, "_p_value": chance.p_value}
-        return found
 
 
 def _entropy(probabilities: Tensor) -> float:

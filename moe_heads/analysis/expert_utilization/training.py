@@ -13,6 +13,8 @@ from moe_heads.analysis._shared.ranks import Ranks
 from moe_heads.analysis.expert_utilization.advice import advice_for
 from moe_heads.analysis.expert_utilization.flips import EpochChoices
 from moe_heads.analysis.expert_utilization.health import RouterHealth
+from moe_heads.analysis.expert_utilization.label_check import LabelCheck
+from moe_heads.analysis.expert_utilization.labels import NoClasses
 from moe_heads.analysis.expert_utilization.recorder import RouterKind, UtilizationRecorder
 from moe_heads.analysis.expert_utilization.router_sums import RouterSums, add_over_ranks
 from moe_heads.analysis.expert_utilization.samples import group_by_sample
@@ -104,6 +106,10 @@ class TrainingRouters:
         found = {name: error for name, error in self._collection.errors.items() if name not in self._reported}
         self._reported |= set(found)
         return found
+
+    def check_labels(self, check: LabelCheck) -> NoClasses | None:
+        """Return the reason why the labels do not belong to the rows of the batch so far, or None."""
+        return check.after(self._collection.routings, self._foreign)
 
     def end_training_batch(self) -> None:
         """Record the collected passes of a training batch."""

@@ -14,7 +14,6 @@ from moe_heads.analysis._shared.batches import (
     call_model,
     cut,
     is_divisible,
-    labels_of,
     leaves_of,
     map_leaves,
     to_device,
@@ -74,16 +73,6 @@ def test_model_is_called_with_a_batchs_inputs() -> None:
         call_model(Named(), {"image": x, "scale": 2.0})
 
 
-def test_labels_are_the_second_entry_if_they_look_like_classes() -> None:
-    labels = torch.tensor([0, 1])
-    assert labels_of((torch.zeros(2), labels)) is labels
-    assert labels_of([torch.zeros(2), torch.zeros(2)]) is None
-    assert torch.equal(labels_of((torch.zeros(2), labels.unsqueeze(1))), labels)
-    assert labels_of((torch.zeros(2), torch.eye(2, dtype=torch.int64))) is None  # one-hot
-    assert labels_of(torch.zeros(2)) is None
-    assert labels_of((torch.zeros(2),)) is None
-
-
 @pytest.mark.parametrize(
     "batch",
     [
@@ -126,14 +115,10 @@ def test_packed_sequences_move_as_a_whole() -> None:
     assert torch.equal(moved.batch_sizes, packed.batch_sizes)
 
 
-def test_a_dataclass_is_passed_by_name_and_knows_its_labels() -> None:
+def test_a_dataclass_is_passed_by_name() -> None:
     class Named(nn.Module):
         def forward(self, pixels: torch.Tensor) -> torch.Tensor:
             return 3 * pixels
 
     batch = Images(torch.ones(2), torch.tensor([0, 1]))
     assert torch.equal(call_model(Named(), batch), 3 * torch.ones(2))
-    assert labels_of(batch) is batch.labels
-    assert labels_of({"labels": batch.labels}) is batch.labels
-    assert labels_of({"label": batch.labels}) is batch.labels
-    assert labels_of({"x": batch.labels}) is None

@@ -210,30 +210,9 @@ def test_progress() -> None:
     [
         ([], {}, "batches: expected at least one batch"),
         (
-            [(torch.zeros(2, 2), torch.tensor([0, 3]))],
-            {"num_classes": 3},
-            "labels: expected classes 0 to 2, or -100 for a sample without a class, got 0 to 3",
-        ),
-        ([(torch.zeros(2, 2), torch.tensor([-1, 1]))], {}, "labels: expected classes 0 to 1, or .*, got -1 to 1"),
-        (
-            [(torch.zeros(2, 2), torch.tensor([0, 2]))],
-            {"class_names": ("cat", "dog")},
-            r"labels: expected classes 0 to 1 \(2 class_names\), or .*, got 0 to 2. Pass label_fn=",
-        ),
-        (
             [torch.zeros(2, 2)],
             {"num_classes": 3, "class_names": ("cat", "dog")},
             "class_names: expected num_classes = 3 names, got 2",
-        ),
-        (
-            [(torch.zeros(2, 2), torch.tensor([0, 1])), torch.zeros(2, 2)],
-            {},
-            "label_fn: expected labels for all batches or for none, got 1 batches without",
-        ),
-        (
-            [torch.zeros(2, 2)],
-            {"label_fn": lambda b: torch.zeros(2)},
-            r"label_fn: expected one integer per sample.* got \(2,\), torch.float32",
         ),
         (
             [(torch.zeros(2, 2), torch.tensor([-100, -100]))],
@@ -241,16 +220,22 @@ def test_progress() -> None:
             "ablation: expected data with labels for the accuracy, got none",
         ),
         (
-            [torch.zeros(2, 2)],
-            {"label_fn": lambda b: torch.tensor([0, 1, 1])},
-            "label_fn: expected a label for each of the 2 samples that head 'head' routed, got 3 labels",
+            [torch.zeros(2, 3, 2)],
+            {"ablation": True, "label_fn": lambda b: torch.zeros(2, 3).long()},
+            "ablation: expected data with labels for the accuracy, got none. The labels are those of tokens or rows",
         ),
+        (
+            [(torch.zeros(2, 2), torch.zeros(2))],
+            {"ablation": True},
+            r"ablation: expected data with labels for the accuracy, got none. label_fn: expected integers, got \(2,\)",
+        ),
+        ([torch.zeros(2, 2)], {"label_fn": 3}, r"label_fn: expected a function label_fn\(batch\) -> labels, got 3"),
+        ([torch.zeros(2, 2)], {"ignore_index": "255"}, "ignore_index: expected an integer, a list of integers or None"),
         (
             [torch.full((2, 2), torch.nan)],
             {},
             "model: expected finite router logits, got nan or infinity in all 2 rows of head 'head'",
         ),
-        ([torch.zeros(2, 2)], {"label_fn": lambda b: [0, 1]}, r"label_fn: expected a tensor \(B,\) or None, got list"),
         ([torch.zeros(2, 2)], {"dead_below": 0.5}, "starved_below: expected at least dead_below = 0.5, got 0.25"),
         ([torch.zeros(2, 2)], {"adapters": [print]}, "adapters: expected a mapping from classes or names"),
         ([torch.zeros(2, 2)], {"dead_below": 1.0}, r"dead_below: expected a number in \[0, 1\), got 1.0"),

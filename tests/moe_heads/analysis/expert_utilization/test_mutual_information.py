@@ -9,6 +9,7 @@ from torch import Tensor
 from torchmetrics.clustering import MutualInfoScore
 
 from moe_heads.analysis.expert_utilization.mutual_information import (
+    information_of_groups,
     information_of_samples,
     mutual_information,
     permutation_baseline,
@@ -158,3 +159,61 @@ def test_the_tokens_of_a_sample_are_permuted_together() -> None:
     labels = torch.tensor([0, 0, 0, 1, 1, 1])
     found = permutation_baseline(labels, 1000 * one_hot(labels), 2, 999, seed=0)
     assert found.p_value == pytest.approx(2 / 20, abs=0.03)
+
+
+def grouped(labels: torch.Tensor, experts: torch.Tensor, num_groups: int, shape: tuple[int, int]) -> torch.Tensor:
+    """Counts (G, C, E) of samples (B, T) in random groups."""
+    counts = torch.zeros(num_groups, *shape, dtype=torch.int64)
+    groups = torch.randint(num_groups, (len(labels),)).unsqueeze(1).expand_as(labels)
+    return counts.index_put_((groups, labels, experts), torch.tensor(1), accumulate=True)
+
+
+def test_jackknife_is_that_of_a_loop() -> None:
+    counts = grouped(torch.randint(3, (50, 4)), torch.randint(5, (50, 4)), 10, (3, 5))
+    found, total = information_of_groups(counts), counts.sum()
+    plugin = mutual_information(counts.sum(0)).plugin
+    pseudo, corrected = [], 10 * plugin
+    for group in counts:
+        without, h = mutual_information(counts.sum(0) - group).plugin, float(total / group.sum())
+        corrected -= (1 - 1 / h) * without
+        pseudo.append((h, h * plugin - (h - 1) * without))
+    variance = sum((value - corrected) ** 2 / (h - 1) for h, value in pseudo) / 10
+    assert found.plugin == plugin
+    assert found.corrected == pytest.approx(corrected)
+    assert found.stderr == pytest.approx(variance**0.5)
+
+
+def tokens_of_samples(dependence: float, agreement: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Labels and experts (B, T), of which a fraction is equal within a sample, and equal to each other."""
+
+    def draw(number: int) -> torch.Tensor:
+        own, first = torch.randint(number, (300, 8)), torch.randint(number, (300, 1))
+        return torch.where(torch.rand(300, 8) < dependence, first, own)
+
+    labels = draw(3)
+    return labels, torch.where(torch.rand(300, 8) < agreement, labels, draw(4))
+
+
+@pytest.mark.parametrize("dependence", [0.0, 0.9])
+def test_jackknife_where_the_tokens_of_a_sample_depend_on_one_another(dependence: float) -> None:
+    """The bias and the spread grow with the dependence, as for fewer tokens."""
+    joint = 0.2 * torch.eye(3, 4, dtype=torch.float64) / 3 + 0.8 * torch.full((3, 4), 1 / 12, dtype=torch.float64)
+    information = float((joint * (joint / (joint.sum(1, keepdim=True) * joint.sum(0))).log()).sum())
+    for agreement, truth in ((0.0, 0.0), (0.2, information)):
+        drawn = (tokens_of_samples(dependence, agreement) for _ in range(100))
+        found = [information_of_groups(grouped(*each, 64, (3, 4))) for each in drawn]
+        plugin, corrected, stderr = (
+            torch.tensor([getattr(each, name) for each in found]) for name in ("plugin", "corrected", "stderr")
+        )
+        error = float(corrected.std()) / 100**0.5
+        assert float(corrected.mean()) == pytest.approx(truth, abs=4 * error)
+        if not agreement:
+            assert float(plugin.mean()) > 8 * error
+            assert float(plugin.mean()) == pytest.approx((1 + 7 * dependence**4) * 6 / (2 * 2400), rel=0.3)
+        else:
+            assert float(stderr.mean()) == pytest.approx(float(corrected.std()), rel=0.25)
+
+
+def test_too_few_groups_raise_an_error() -> None:
+    with pytest.raises(ValueError, match="counts: expected at least 8 groups with choices, got 3"):
+        information_of_groups(torch.ones(3, 2, 2, dtype=torch.int64))

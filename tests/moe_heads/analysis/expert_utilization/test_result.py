@@ -67,8 +67,17 @@ def test_summary_says_what_the_data_cannot_tell() -> None:
     # two of three empty at 9 choices each is no chance
     gone = dataclasses.replace(utilization(num_choices=27), load=torch.tensor([1.0, 0.0, 0.0], dtype=torch.float64))
     assert "by chance." not in result(head=gone).summary()
-    unlabeled = ExpertUtilizationResult({"head": utilization(labeled=False)}, (), num_samples=10).summary()
-    assert "No classes: the batches have no labels of shape (B,)" in unlabeled
+    unlabeled = dataclasses.replace(result(head=utilization(labeled=False)), no_classes="there are no labels.")
+    assert "\nNo classes: there are no labels." in unlabeled.summary()
+    ignored = dataclasses.replace(result(head=utilization()), ignored_labels={-1: 3, 7: 0, 255: 2}).summary()
+    assert "\nLabels without a class (number): -1 (3), 255 (2). They count in all quantities except" in ignored
+
+
+def test_a_class_map_of_many_classes_is_not_drawn() -> None:
+    names = tuple(map(str, range(1001)))
+    for num_classes in (1000, 1001):
+        found = ExpertUtilizationResult({"head": utilization(num_classes=num_classes)}, names[:num_classes], 10)
+        assert ("head/classes" in found.figures()) is (num_classes == 1000)
 
 
 @pytest.mark.parametrize("head", [utilization(), utilization(labeled=False), utilization(num_classes=100)])
