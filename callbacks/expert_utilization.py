@@ -17,6 +17,7 @@ from moe_heads.analysis._shared.ranks import Ranks
 from moe_heads.analysis.expert_utilization.examples import images_of
 from moe_heads.analysis.expert_utilization.figures import plot_load_history
 from moe_heads.analysis.expert_utilization.function import checked_options
+from moe_heads.analysis.expert_utilization.inert import INERT_BELOW
 from moe_heads.analysis.expert_utilization.training import TrainingRouters
 from moe_heads.callbacks._shared.evaluation import check_forward
 from moe_heads.callbacks._shared.inputs import AnalysisInputs
@@ -42,9 +43,12 @@ class ExpertUtilizationCallback(FitEndAnalysis):
     num_dead_experts        experts below ``dead_below``, and likewise num_starved_experts
     router_gradient_norm    norm of the router's gradient, mean over every twentieth optimizer step
     routing_flips           fraction of validation samples with different experts than one validation before
+    num_inert_experts       experts below ``inert_below`` of the median weight norm that are not dead
+    weight_norm_min         smallest norm of the weights of an expert, in units of the median of the layer
+    stable_rank_min         the same for the stable rank of the weights
     ======================  ===========================================================================
 
-    Dead experts, starved experts and collapsed routing each trigger one warning with advice at the end of the epoch in
+    Dead, starved and inert experts and collapsed routing each trigger one warning with advice at the end of the epoch in
     which they appear. Findings that appear only in validation batches, where routing has no noise, trigger a warning
     after two validations.
 
@@ -66,6 +70,8 @@ class ExpertUtilizationCallback(FitEndAnalysis):
             is dead.
         starved_below: Fraction below which an expert is starved. The default is a quarter, since a balanced head stays
             well above it.
+        inert_below: Fraction of the median norm of the layer below which an expert is inert: of the weights while
+            training, and of the output at the end of fit. See `moe_heads.analysis.expert_utilization`.
         num_examples: Number of images for each expert, of the samples with the highest gate; 0 for none. Ignored if
             batches hold no images.
         num_permutations: Permutations of the labels for the chance level of the mutual information.
@@ -99,6 +105,7 @@ class ExpertUtilizationCallback(FitEndAnalysis):
         adapters: Adapters | None = None,
         dead_below: float = 0.01,
         starved_below: float = 0.25,
+        inert_below: float = INERT_BELOW,
         num_examples: int = 8,
         num_permutations: int = 200,
         ablation: bool = False,
@@ -107,13 +114,14 @@ class ExpertUtilizationCallback(FitEndAnalysis):
     ) -> None:
         super().__init__(**options)
         check_names(class_names=class_names)
-        checked_options(dead_below, starved_below, num_permutations, num_examples, self.seed)
+        checked_options(dead_below, starved_below, num_permutations, num_examples, self.seed, inert_below)
         check_callables(forward_fn=forward_fn, label_fn=label_fn, image_fn=image_fn)
         check_flags(ablation=ablation, warn=warn)
         self.class_names = None if class_names is None else tuple(class_names)
         self.forward_fn, self.adapters = forward_fn, adapters
         self.label_fn, self.image_fn = label_fn, image_fn
         self.dead_below, self.starved_below, self.warn = dead_below, starved_below, warn
+        self.inert_below = inert_below
         self.num_examples, self.num_permutations, self.ablation = num_examples, num_permutations, ablation
         self.history: dict[str, dict[int, RoutingStats]] = {}
         self._warned_of_order, self._warned_of_silence = False, False
@@ -137,7 +145,8 @@ class ExpertUtilizationCallback(FitEndAnalysis):
         self._close()
         # once for the whole fit: a change of hooks would trigger a recompilation of a compiled model
         collection = self._listening.enter_context(collect_routing(pl_module, self.adapters))
-        self._routers = TrainingRouters(pl_module, collection, self.adapters, self.dead_below, self.starved_below)
+        bounds = self.dead_below, self.starved_below, self.inert_below
+        self._routers = TrainingRouters(pl_module, collection, self.adapters, *bounds)
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -227,6 +236,7 @@ class ExpertUtilizationCallback(FitEndAnalysis):
             adapters=self.adapters,
             dead_below=self.dead_below,
             starved_below=self.starved_below,
+            inert_below=self.inert_below,
             num_permutations=self.num_permutations,
             num_examples=self.num_examples,
             ablation=self.ablation,

@@ -1,6 +1,6 @@
 """Utilization of the experts of a trained model: number of samples, mixing weight, and classes of each expert."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -24,6 +24,8 @@ from moe_heads.analysis._shared.progress import Progress, TimeUp
 from moe_heads.analysis._shared.ranks import Ranks
 from moe_heads.analysis.expert_utilization.ablation import AblationCounts, ablated_heads, count_ablation
 from moe_heads.analysis.expert_utilization.examples import images_of, read_images
+from moe_heads.analysis.expert_utilization.expert_outputs import MAX_ROWS, OutputNorms, OutputProbes
+from moe_heads.analysis.expert_utilization.inert import INERT_BELOW, function_fields
 from moe_heads.analysis.expert_utilization.result import ExpertUtilizationResult
 from moe_heads.analysis.expert_utilization.samples import (
     group_by_sample,
@@ -50,6 +52,7 @@ def expert_utilization(
     adapters: Adapters | None = None,
     dead_below: float = 0.01,
     starved_below: float = 0.25,
+    inert_below: float = INERT_BELOW,
     num_permutations: int = 200,
     num_examples: int = 0,
     ablation: bool = False,
@@ -83,6 +86,9 @@ def expert_utilization(
             runs every expert, the importance is compared instead. With 1 %, an expert with a single stray sample in a
             thousand is dead too.
         starved_below: An expert that is not dead is starved below this fraction of the fair share.
+        inert_below: An expert that is not dead is inert if the norm of its output on 1,024 rows is below this fraction
+            of the median of the layer. Where outputs are not known, the norm of its weights is compared. With 10 %,
+            no expert of the trained heads in docs/results.md is inert: their lowest is at 45 %.
         num_permutations: Number of label permutations for the chance level of the mutual information and its p-value.
             200 resolve 0.005 and cost some milliseconds per thousand samples. 0 omits both.
         num_examples: Number of images to keep per expert, those with the highest gates.
@@ -118,12 +124,12 @@ def expert_utilization(
     check_at_least_one(or_none=True, num_classes=num_classes)
     check_names(class_names=class_names)
     check_flags(ablation=ablation)
-    options = checked_options(dead_below, starved_below, num_permutations, num_examples, seed)
+    options = checked_options(dead_below, starved_below, num_permutations, num_examples, seed, inert_below)
     progress, ranks, listed = progress or Progress(), ranks or Ranks(), Batches.of(batches, batch_size_fn)
     sums = _Sums(options)
     if not named_routers(model) and not adapted_routers(model, adapters):
         sums.num_samples = listed.num_samples
-        return _result(ranks.gather(sums), names_of_classes(num_classes, class_names))
+        return _result(model, {}, ranks.gather(sums), names_of_classes(num_classes, class_names))
     with ranks.synchronized():
         found_labels = [read_labels(label_fn, own_copy(batch)) for batch in listed]
         num_classes = num_classes_of(found_labels, num_classes, class_names)
@@ -136,10 +142,14 @@ def expert_utilization(
         forward_fn = on_copies(forward_fn)
         foreign = adapted_routers(model, adapters)
         smaller = ablated_heads(model, _sizes(model)) if ablation else {}
+        routers = {**named_routers(model), **{name: router for name, (router, _) in foreign.items()}}
+        probes = OutputProbes(model, routers, -(-MAX_ROWS // ranks.size))
 
         def route(index: int, batch: Batch) -> _BatchRecord:
-            with collect_routing(model, adapters) as collection:
+            num_done = {name: norms.num_rows for name, norms in sums.outputs.items()}
+            with collect_routing(model, adapters) as collection, probes.listening(num_done):
                 forward_fn(model, batch)
+            outputs = probes.norms(collection.routings, num_done)
             for name in foreign:
                 collection.routings[name][:] = [
                     group_by_sample(routing, batch, data.sizes[index]) for routing in collection.routings[name]
@@ -147,27 +157,32 @@ def expert_utilization(
             labels = read_labels(label_fn, own_copy(batch)) if num_classes is not None else None
             counts = {} if labels is None else count_ablation(model, forward_fn, batch, labels, smaller)
             images = read_images(image_fn, own_copy(batch), data.sizes[index]) if num_examples else None
-            return _BatchRecord(data.sizes[index], collection.routings, labels, images, counts)
+            return _BatchRecord(data.sizes[index], collection.routings, labels, images, counts, outputs)
 
         try:
             for _, record in data.evaluate(route, copies=False):
                 sums.add(record, num_classes)
-                progress.keep(lambda partial: _result([replace(sums, partial=partial)], names))
+                progress.keep(lambda partial: _result(model, routers, [replace(sums, partial=partial)], names))
                 progress.step(sums.num_samples, data.num_samples)
         except TimeUp:
             sums.partial = progress.end
-    return _result(ranks.gather(sums), names)
+    return _result(model, routers, ranks.gather(sums), names)
 
 
 def checked_options(
-    dead_below: float, starved_below: float, num_permutations: int, num_examples: int, seed: int
+    dead_below: float,
+    starved_below: float,
+    num_permutations: int,
+    num_examples: int,
+    seed: int,
+    inert_below: float = INERT_BELOW,
 ) -> ReportOptions:
     """Check the ranges of the options of the report, and return them."""
-    check_shares(dead_below=dead_below, starved_below=starved_below)
+    check_shares(dead_below=dead_below, starved_below=starved_below, inert_below=inert_below)
     if starved_below < dead_below:
         raise ValueError(f"starved_below: expected at least dead_below = {dead_below}, got {starved_below}.")
     check_at_least(0, num_permutations=num_permutations, num_examples=num_examples)
-    return ReportOptions(dead_below, starved_below, num_permutations, num_examples, seed)
+    return ReportOptions(dead_below, starved_below, num_permutations, num_examples, seed, inert_below)
 
 
 def _sizes(model: nn.Module) -> dict[str, int]:
@@ -177,13 +192,14 @@ def _sizes(model: nn.Module) -> dict[str, int]:
 
 @dataclass
 class _BatchRecord:
-    """Routings, labels, images and ablation counts of one batch."""
+    """Routings, labels, images, ablation counts and output norms of one batch."""
 
     num_samples: int
     routings: dict[str, list[Routing]]
     labels: Tensor | None
     images: Tensor | None
     counts: dict[str, AblationCounts]
+    outputs: dict[str, OutputNorms]
 
 
 @dataclass
@@ -192,6 +208,7 @@ class _Sums:
 
     options: ReportOptions
     heads: dict[str, UtilizationSums] = field(default_factory=dict)
+    outputs: dict[str, OutputNorms] = field(default_factory=dict)
     num_samples: int = 0
     partial: str = ""
 
@@ -202,11 +219,15 @@ class _Sums:
                 wide = [_in_float64(routing) for routing in passes]
                 head = self.heads.setdefault(name, UtilizationSums(name, wide[0], num_classes, self.options))
                 head.add(wide, labels, record.images, record.counts.get(name))
+        for name, norms in record.outputs.items():
+            self.outputs[name] = self.outputs[name] + norms if name in self.outputs else norms
         self.num_samples += record.num_samples
 
 
-def _result(found: Sequence[_Sums], names: tuple[str, ...]) -> ExpertUtilizationResult:
-    """Merge the sums of all ranks into the result."""
+def _result(
+    model: nn.Module, routers: Mapping[str, nn.Module], found: Sequence[_Sums], names: tuple[str, ...]
+) -> ExpertUtilizationResult:
+    """Merge the sums of all ranks into the result, and add what the weights tell."""
     partial = "; ".join(dict.fromkeys(sums.partial for sums in found if sums.partial))
     num_samples = sum(sums.num_samples for sums in found)
     if num_samples == 0:
@@ -215,7 +236,12 @@ def _result(found: Sequence[_Sums], names: tuple[str, ...]) -> ExpertUtilization
     for sums in found:
         for name, head in sums.heads.items():
             heads[name] = heads[name] + head if name in heads else head
-    return ExpertUtilizationResult({name: head.result() for name, head in heads.items()}, names, num_samples, partial)
+    results = {name: head.result() for name, head in heads.items()}
+    for name, result in results.items():
+        outputs = [sums.outputs[name] for sums in found if name in sums.outputs]
+        fields = function_fields(model, routers[name], result, outputs, found[0].options.inert_below)
+        results[name] = replace(result, **fields)
+    return ExpertUtilizationResult(results, names, num_samples, partial)
 
 
 def _in_float64(routing: Routing) -> Routing:

@@ -31,6 +31,7 @@ class ReportOptions:
         num_permutations: Number of label permutations for the chance level of the mutual information.
         num_examples: Number of images per expert.
         seed: Seed of the permutations.
+        inert_below: Fraction of the median norm of the layer below which an expert is inert.
     """
 
     dead_below: float
@@ -38,6 +39,7 @@ class ReportOptions:
     num_permutations: int
     num_examples: int
     seed: int
+    inert_below: float
 
 
 class UtilizationSums:

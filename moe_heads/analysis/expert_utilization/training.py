@@ -13,8 +13,10 @@ from moe_heads.analysis._shared.ranks import Ranks
 from moe_heads.analysis.expert_utilization.advice import advice_for
 from moe_heads.analysis.expert_utilization.flips import EpochChoices
 from moe_heads.analysis.expert_utilization.health import RouterHealth
+from moe_heads.analysis.expert_utilization.inert import INERT_BELOW, InertWarnings
 from moe_heads.analysis.expert_utilization.recorder import RouterKind, UtilizationRecorder
 from moe_heads.analysis.expert_utilization.samples import group_by_sample
+from moe_heads.analysis.expert_utilization.weight_health import WeightHealth, weights_of_routers
 from moe_heads.routers import LinearRouter
 from moe_heads.routing import Adapters, RoutingCollection, RoutingStats, adapted_routers, named_routers
 
@@ -45,6 +47,7 @@ class TrainingRouters:
         adapters: Adapters as passed to `collect_routing`.
         dead_below: Fraction of the fair share below which an expert is dead.
         starved_below: Fraction of the fair share below which it is starved.
+        inert_below: Fraction of the median weight norm of the layer below which it is inert.
 
     Attributes:
         validation_data_changed: Whether, on any rank, the last validation of the last finished epoch used different
@@ -59,6 +62,7 @@ class TrainingRouters:
         adapters: Adapters | None,
         dead_below: float,
         starved_below: float,
+        inert_below: float = INERT_BELOW,
     ) -> None:
         self._collection, self.validation_data_changed, self.none_ran = collection, False, False
         # an adapter that fails must not end the training
@@ -66,6 +70,7 @@ class TrainingRouters:
         self._reported: set[str] = set()
         self._num_batches = 0
         self._bounds = dead_below, starved_below
+        self._model, self._inert = model, InertWarnings(inert_below)
         self._health: dict[str, RouterHealth] = {}
         self._routers: dict[str, nn.Module] = {**named_routers(model)}
         self._foreign = {name: router for name, (router, _) in adapted_routers(model, adapters).items()}
@@ -138,6 +143,9 @@ class TrainingRouters:
             self._flips,
             self._in_evaluation,
             any(choices.data_changed for choices in self._choices.values()),
+            weights_of_routers(
+                self._model, {name: (self._routers[name], k.num_experts) for name, k in self._recorder.kinds.items()}
+            ),
         )
         # a router that ran on one rank only is reported by all, since all ranks must reduce and log the same keys
         found = ranks.gather(of_this_rank)
@@ -157,8 +165,13 @@ class TrainingRouters:
                 evaluated = [rank.in_evaluation[name] for rank in found if name in rank.in_evaluation]
                 health = self._health_of(name, kind.soft)
                 of_health = health.new_warnings(stats, reduce(add, evaluated) if evaluated else None)
-                warnings = (*self._forgotten_loss(name), *of_health)
-                reports[name] = EpochReport(stats, scalars | health.counts(stats), warnings)
+                scalars |= health.counts(stats)
+                of_weights: list[str] = []
+                weights = next((rank.weights[name] for rank in found if name in rank.weights), None)
+                if weights is not None and int(stats.num_rows):
+                    of_weights = self._inert.add(scalars, name, weights, health.dead(stats))
+                warnings = (*self._forgotten_loss(name), *of_health, *of_weights)
+                reports[name] = EpochReport(stats, scalars, warnings)
         self._recorder.reset()
         self._flips, self._in_evaluation = {}, {}
         return reports
@@ -181,7 +194,7 @@ class TrainingRouters:
 class _RankEpoch:
     """Epoch of one rank, by the name of the router. Norms and flips have their counts.
 
-    The statistics in evaluation are those of the last validation.
+    The statistics in evaluation are those of the last validation. Weights are absent where the experts are not known.
     """
 
     kinds: dict[str, RouterKind]
@@ -189,6 +202,7 @@ class _RankEpoch:
     flips: dict[str, tuple[int, int]]
     in_evaluation: dict[str, RoutingStats]
     data_changed: bool
+    weights: dict[str, WeightHealth]
 
 
 def _mean(name: str, parts: Sequence[tuple[float, int]]) -> dict[str, float]:
