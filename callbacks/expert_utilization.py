@@ -48,8 +48,8 @@ class ExpertUtilizationCallback(FitEndAnalysis):
     stable_rank_min         the same for the stable rank of the weights
     ======================  ===========================================================================
 
-    Dead, starved and inert experts and collapsed routing each trigger one warning with advice at the end of the epoch in
-    which they appear. Findings that appear only in validation batches, where routing has no noise, trigger a warning
+    Dead, starved and inert experts and collapsed routing each trigger one warning with advice at the end of the epoch
+    in which they appear. Findings that appear only in validation batches, where routing has no noise, trigger a warning
     after two validations.
 
     At the end of fit, the numbers of `moe_heads.analysis.ExpertUtilizationResult` are logged for each head below

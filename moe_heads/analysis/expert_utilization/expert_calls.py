@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from typing_extensions import override
 
 from moe_heads.analysis.expert_utilization.expert_weights import ExpertWeights, UnknownExpertsError
 from moe_heads.experts import Experts
@@ -98,9 +99,11 @@ class ExpertCalls(ABC):
 class OwnExperts(ExpertCalls):
     """Experts of this package, whose input is that of the router."""
 
+    @override
     def _check_calls(self, rows: Tensor) -> None:
-        """Accept all: the heads of this package need no check."""
+        pass  # the heads of this package need no check
 
+    @override
     def outputs(self, kept: Tensor) -> Iterator[Tensor]:
         rows, experts = self.kept_rows(kept), self.experts.module
         assert isinstance(experts, Experts)
@@ -116,10 +119,12 @@ class SeparateExperts(ExpertCalls):
         self._seen: dict[int, tuple[Tensor, Tensor]] = {}
         self._unlike = ""
 
+    @override
     def clear(self) -> None:
         super().clear()
         self._seen, self._unlike = {}, ""
 
+    @override
     def _add_hooks(self, stack: ExitStack) -> None:
         super()._add_hooks(stack)
         for expert, member in enumerate(self.experts.members):
@@ -138,6 +143,7 @@ class SeparateExperts(ExpertCalls):
 
             stack.callback(member.register_forward_hook(note, with_kwargs=True).remove)
 
+    @override
     def _check_calls(self, rows: Tensor) -> None:
         if self._unlike or not self._seen:
             raise UnknownExpertsError(self._unlike or "no expert was called in the pass of the router")
@@ -152,9 +158,10 @@ class SeparateExperts(ExpertCalls):
             num_compared += len(nonzero)
             num_found += int((nonzero.unsqueeze(1) == rows).all(-1).any(-1).sum())
         has_all_rows = len(rows) == self._num_rows
-        if num_found < (num_compared if has_all_rows else min(num_compared, 1)):
+        if num_found < (num_compared if has_all_rows else 1) or not num_compared:
             raise UnknownExpertsError("the experts were called with other rows than the router")
 
+    @override
     def outputs(self, kept: Tensor) -> Iterator[Tensor]:
         rows = self.kept_rows(kept)
         for member in self.experts.members:

@@ -53,9 +53,9 @@ def find_experts(model: nn.Module, router: nn.Module, num_experts: int) -> Exper
     """Find the experts of a router.
 
     They are searched in the smallest module that holds the router and other parameters. Experts are E modules of one
-    class in a ``ModuleList`` or ``ModuleDict``, or parameters whose first of three or more dimensions is E. They have to
-    be parameters of that module itself, or of the only one of its children that has "expert" in its name, in its class
-    or in the class of its members. Children with "share" in their name are not searched. Biases are ignored.
+    class in a ``ModuleList`` or ``ModuleDict``, or parameters whose first of three or more dimensions is E. They have
+    to be parameters of that module itself, or of the only one of its children that has "expert" in its name, in its
+    class or in the class of its members. Children with "share" in their name are not searched. Biases are ignored.
 
     Args:
         model: Model that contains the router.

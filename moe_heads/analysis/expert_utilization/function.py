@@ -87,8 +87,8 @@ def expert_utilization(
             thousand is dead too.
         starved_below: An expert that is not dead is starved below this fraction of the fair share.
         inert_below: An expert that is not dead is inert if the norm of its output on 1,024 rows is below this fraction
-            of the median of the layer. Where outputs are not known, the norm of its weights is compared. With 10 %,
-            no expert of the trained heads in docs/results.md is inert: their lowest is at 45 %.
+            of the median of the layer. Where outputs are not known, the norm of its weights is compared. 3 % lies
+            between healthy and broken experts (docs/results.md, Inert experts).
         num_permutations: Number of label permutations for the chance level of the mutual information and its p-value.
             200 resolve 0.005 and cost some milliseconds per thousand samples. 0 omits both.
         num_examples: Number of images to keep per expert, those with the highest gates.

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from moe_heads.analysis.expert_utilization.expert_calls import NUM_COMPARED, ExpertCalls, check_equal
 from moe_heads.analysis.expert_utilization.expert_weights import ExpertWeights, UnknownExpertsError
@@ -33,10 +34,12 @@ class FusedExperts(ExpertCalls):
         self._unlike = ""
         self._scores: list[Tensor] = []
 
+    @override
     def clear(self) -> None:
         super().clear()
         self._call, self._unlike, self._scores = None, "", []
 
+    @override
     def _add_hooks(self, stack: ExitStack) -> None:
         super()._add_hooks(stack)
         module = self.experts.module
@@ -67,8 +70,8 @@ class FusedExperts(ExpertCalls):
             # not raised: the pass of the model has to go on
             shapes = ", ".join(f"{tuple(value.shape)}" for value in tensors.values())
             self._unlike = (
-                f"{type(module).__name__} was called with tensors of shapes {shapes}, expected rows, indices and weights"
-                " of their experts, or the rows of each expert"
+                f"{type(module).__name__} was called with tensors of shapes {shapes}, expected rows, indices and"
+                " weights of their experts, or the rows of each expert"
             )
 
     def _note_output(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -77,12 +80,14 @@ class FusedExperts(ExpertCalls):
         if len(output) == self._call.num_rows:
             self._call.note_output(output.detach())
 
+    @override
     def _check_calls(self, rows: Tensor) -> None:
         call, name = self._call, type(self.experts.module).__name__
         if call is None or call.output is None:
             raise UnknownExpertsError(self._unlike or f"{name} returned no output for each row")
         call.check(self, rows, self._num_rows, self._scores)
 
+    @override
     def outputs(self, kept: Tensor) -> Iterator[Tensor]:
         assert self._call is not None and self._rows is not None
         # the input of the experts, which need not be that of the router: Gemma 4 normalizes it in between
@@ -157,15 +162,18 @@ class _IndexedCall(_Call):
             tensors[self._keys[kind]][:max_rows].clone() for kind in ("rows", "index", "weights")
         )
 
+    @override
     def note_output(self, output: Tensor) -> None:
         self.output = output[: self._max_rows].clone()
 
+    @override
     def check(self, calls: FusedExperts, rows: Tensor, num_rows: int, scores: list[Tensor]) -> None:
         assert self.output is not None and self.rows is not None
         if self.num_rows != num_rows or self._index.shape != self._weights.shape:
             raise UnknownExpertsError(
                 f"{type(calls.experts.module).__name__} was called with {self.num_rows} rows, indices"
-                f" {tuple(self._index.shape)} and weights {tuple(self._weights.shape)}, and the router with {num_rows} rows"
+                f" {tuple(self._index.shape)} and weights {tuple(self._weights.shape)}, and the router with {num_rows}"
+                " rows"
             )
         total = torch.zeros_like(self.output, dtype=torch.promote_types(self.output.dtype, torch.float32))
         for expert, output in enumerate(self.run(calls, calls.cast(self.rows))):
@@ -173,6 +181,7 @@ class _IndexedCall(_Call):
             total += torch.where(weight == 0, 0, weight * output)
         check_equal(total, self.output, self.rows, self._weights)
 
+    @override
     def run(self, calls: FusedExperts, rows: Tensor) -> Iterator[Tensor]:
         for expert in range(calls.num_experts):
             chosen = torch.full((len(rows), 1), expert, dtype=self._index.dtype, device=rows.device)
@@ -190,9 +199,11 @@ class _BlockCall(_Call):
         self._num_experts = num_experts
         self._given = self._first_of_blocks(given)
 
+    @override
     def note_output(self, output: Tensor) -> None:
         self.output = self._first_of_blocks(output)
 
+    @override
     def check(self, calls: FusedExperts, rows: Tensor, num_rows: int, scores: list[Tensor]) -> None:
         assert self.output is not None
         first = rows[:NUM_COMPARED].unsqueeze(0)
@@ -208,6 +219,7 @@ class _BlockCall(_Call):
         again = self._forward(calls, {self._key: calls.cast(self._given).flatten(0, 1)})
         check_equal(again.view(self.output.shape), self.output, self._given)
 
+    @override
     def run(self, calls: FusedExperts, rows: Tensor) -> Iterator[Tensor]:
         size = max(1, _MAX_ELEMENTS // (self._num_experts * rows.shape[1]))
         parts = [

@@ -6,7 +6,6 @@ Shapes: E experts.
 from collections.abc import Collection, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from moe_heads.analysis.expert_utilization.expert_outputs import OutputNorms

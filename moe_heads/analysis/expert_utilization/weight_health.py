@@ -13,8 +13,8 @@ from moe_heads.analysis.expert_utilization.expert_weights import ExpertWeights, 
 
 __all__ = ["WeightHealth", "measure_weights", "relative_to_median", "weights_of_routers"]
 
-# Elements of the copy in float32 that exists at a time. On a GPU 64 MiB. On a CPU batched products with one vector are up
-# to five times slower than those of single matrices, unless the matrices are small.
+# Elements of the copy in float32 that exists at a time. On a GPU 64 MiB. On a CPU batched products with one vector are
+# up to five times slower than those of single matrices, unless the matrices are small.
 _MAX_ELEMENTS, _MAX_ELEMENTS_ON_CPU = 2**24, 2**16
 
 # Smaller side up to which all singular values are computed.
@@ -30,9 +30,9 @@ class WeightHealth:
 
     Attributes:
         norms: Frobenius norms, (E, M).
-        stable_ranks: :math:`\|W\|_F^2 / \|W\|_2^2`, (E, M), from 1 to the rank, and 0 for a matrix of zeros. The largest
-            singular value is exact if a side has at most 64 rows. Else it is a lower bound from 16 steps of a Krylov
-            method, and the stable rank too large, by at most 1.2 % in the measurements of docs/results.md.
+        stable_ranks: :math:`\|W\|_F^2 / \|W\|_2^2`, (E, M), from 1 to the rank, and 0 for a matrix of zeros. The
+            largest singular value is exact if a side has at most 64 rows. Else it is a lower bound from 16 steps of a
+            Krylov method, and the stable rank too large, by at most 2.4 % in the measurements of docs/results.md.
     """
 
     norms: Tensor
@@ -59,9 +59,10 @@ class WeightHealth:
 
 
 def relative_to_median(values: Tensor) -> Tensor:
-    """Divide nonnegative values (E, ...) by their median over the E experts. Zeros stay zero, also for a median of zero.
+    """Divide nonnegative values (E, ...) by their median over the E experts.
 
-    The median of an even number of values is the mean of the two in the middle. All values are nan if one is.
+    Zeros stay zero, also if the median is zero. The median of an even number of values is the mean of the two in the
+    middle. All values are nan if one is.
     """
     medians = values.quantile(0.5, dim=0, keepdim=True)
     return torch.where((values == 0) & ~medians.isnan(), 0, values / medians)
@@ -124,7 +125,8 @@ def _norms_of(weights: Tensor) -> tuple[Tensor, Tensor]:
     scaled = torch.where(scales > 0, weights / scales, 0) if weights.numel() else weights
     if scaled.shape[1] < scaled.shape[2]:
         scaled = scaled.transpose(1, 2)
-    frobenius = torch.linalg.vector_norm(scaled, dim=(1, 2)).double()
+    # row by row: a sum of millions of squares in float32 is wrong in the fourth digit
+    frobenius = torch.linalg.vector_norm(torch.linalg.vector_norm(scaled, dim=2).cpu().double(), dim=1)
     images = scaled if scaled.shape[2] <= _MAX_EXACT else torch.bmm(scaled, _krylov_basis(scaled))
     wide = images.cpu().double()
     gram = wide.mT @ wide
@@ -133,9 +135,8 @@ def _norms_of(weights: Tensor) -> tuple[Tensor, Tensor]:
     squares = torch.linalg.eigvalsh(torch.where(finite[:, None, None], gram, 0))[:, -1]
     spectral = torch.where(finite, squares.clamp_min(0).sqrt(), torch.nan)
     # a lower bound may exceed the Frobenius norm by rounding if the matrix has rank one
-    of_scaled = frobenius.cpu()
     back = scales.flatten().cpu().double()
-    return of_scaled * back, torch.minimum(spectral, of_scaled) * back
+    return frobenius * back, torch.minimum(spectral, frobenius) * back
 
 
 def _krylov_basis(weights: Tensor) -> Tensor:
