@@ -18,6 +18,7 @@ from moe_heads.analysis.expert_utilization.classes import checked_ignore_index
 from moe_heads.analysis.expert_utilization.examples import images_of
 from moe_heads.analysis.expert_utilization.figures import plot_load_history
 from moe_heads.analysis.expert_utilization.function import checked_options
+from moe_heads.analysis.expert_utilization.inert import INERT_BELOW
 from moe_heads.analysis.expert_utilization.label_check import LabelCheck
 from moe_heads.analysis.expert_utilization.label_entry import labels_of
 from moe_heads.analysis.expert_utilization.labels import LabelFn, NoClasses
@@ -48,10 +49,13 @@ class ExpertUtilizationCallback(FitEndAnalysis):
     num_dead_experts        experts below ``dead_below``, and likewise num_starved_experts
     router_gradient_norm    norm of the router's gradient, mean over every twentieth optimizer step from the first on
     routing_flips           fraction of validation samples with different experts than one validation before
+    num_inert_experts       experts below ``inert_below`` of the median weight norm that are not dead
+    weight_norm_min         smallest norm of the weights of an expert, in units of the median of the layer
+    stable_rank_min         the same for the stable rank of the weights
     ======================  ===========================================================================
 
-    Dead experts, starved experts and collapsed routing each trigger one warning with advice at the end of the epoch in
-    which they appear. Findings that appear only in validation batches, where routing has no noise, trigger a warning
+    Dead, starved and inert experts and collapsed routing each trigger one warning with advice at the end of the epoch
+    in which they appear. Findings that appear only in validation batches, where routing has no noise, trigger a warning
     after two validations.
 
     A window covers the steps since the previous point, or since the fit was resumed. It ends with its epoch at the
@@ -79,6 +83,8 @@ class ExpertUtilizationCallback(FitEndAnalysis):
             is dead.
         starved_below: Fraction below which an expert is starved. The default is a quarter, since a balanced head stays
             well above it.
+        inert_below: Fraction of the median norm of the layer below which an expert is inert: of the weights while
+            training, and of the output at the end of fit. See `moe_heads.analysis.expert_utilization`.
         num_examples: Number of images for each expert, of the samples with the highest gate; 0 for none. Ignored if
             batches hold no images.
         num_permutations: Permutations of the labels for the chance level of the mutual information.
@@ -116,6 +122,7 @@ class ExpertUtilizationCallback(FitEndAnalysis):
         adapters: Adapters | None = None,
         dead_below: float = 0.01,
         starved_below: float = 0.25,
+        inert_below: float = INERT_BELOW,
         num_examples: int = 8,
         num_permutations: int = 200,
         ablation: bool = False,
@@ -124,7 +131,7 @@ class ExpertUtilizationCallback(FitEndAnalysis):
     ) -> None:
         super().__init__(**options)
         check_names(class_names=class_names)
-        checked_options(dead_below, starved_below, num_permutations, num_examples, self.seed)
+        checked_options(dead_below, starved_below, num_permutations, num_examples, self.seed, inert_below)
         check_callables(forward_fn=forward_fn, label_fn=label_fn, image_fn=image_fn)
         check_flags(ablation=ablation, warn=warn)
         self.class_names = None if class_names is None else tuple(class_names)
@@ -134,6 +141,7 @@ class ExpertUtilizationCallback(FitEndAnalysis):
         self._label_check: LabelCheck | None = None
         self._warned_of_labels = False
         self.dead_below, self.starved_below, self.warn = dead_below, starved_below, warn
+        self.inert_below = inert_below
         self.num_examples, self.num_permutations, self.ablation = num_examples, num_permutations, ablation
         self.history: dict[str, dict[int, RoutingStats]] = {}
         self.history_steps: dict[str, dict[int, RoutingStats]] = {}
@@ -158,7 +166,8 @@ class ExpertUtilizationCallback(FitEndAnalysis):
         self._close()
         # once for the whole fit: a change of hooks would trigger a recompilation of a compiled model
         collection = self._listening.enter_context(collect_routing(pl_module, self.adapters))
-        self._routers = TrainingRouters(pl_module, collection, self.adapters, self.dead_below, self.starved_below)
+        bounds = self.dead_below, self.starved_below, self.inert_below
+        self._routers = TrainingRouters(pl_module, collection, self.adapters, *bounds)
         self._label_check, self._warned_of_labels = None, False
         if self.runs_in_fit and "train" in self.splits and collection.routings:
             names = self.class_names or _class_names_of(datamodule_of(trainer))
@@ -270,6 +279,7 @@ class ExpertUtilizationCallback(FitEndAnalysis):
             adapters=self.adapters,
             dead_below=self.dead_below,
             starved_below=self.starved_below,
+            inert_below=self.inert_below,
             num_permutations=self.num_permutations,
             num_examples=self.num_examples,
             ablation=self.ablation,

@@ -61,7 +61,8 @@ def test_what_is_drawn_of_each_epoch() -> None:
     percentiles = {f"relative_load_p{level}" for level in (10, 50, 90)}
     balance = {"num_dead_experts", "num_starved_experts", "load_cv", "max_violation", "effective_experts"}
     rows = {"entropy", "margin", "dropped", "nonfinite", "noise_agreement"}
-    assert names == per_expert | percentiles | balance | rows | {"router_gradient_norm", "routing_flips"}
+    weights = {"num_inert_experts", "weight_norm_min", "stable_rank_min"}
+    assert names == per_expert | percentiles | balance | rows | weights | {"router_gradient_norm", "routing_flips"}
     assert f"{PREFIX}/routing_flips" not in first  # there is nothing before it
     assert second[f"{PREFIX}/router_gradient_norm"] > 0
 

@@ -1,6 +1,6 @@
 """Utilization of the experts of a trained model: number of samples, mixing weight, and classes of each expert."""
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -20,6 +20,8 @@ from moe_heads.analysis._shared.ranks import Ranks
 from moe_heads.analysis.expert_utilization.ablation import AblationCounts, ablated_heads, count_ablation
 from moe_heads.analysis.expert_utilization.classes import Classes, check_class_names, checked_ignore_index, classes_of
 from moe_heads.analysis.expert_utilization.examples import images_of, read_images
+from moe_heads.analysis.expert_utilization.expert_outputs import MAX_ROWS, OutputNorms, OutputProbes
+from moe_heads.analysis.expert_utilization.inert import INERT_BELOW, function_fields
 from moe_heads.analysis.expert_utilization.label_entry import labels_of
 from moe_heads.analysis.expert_utilization.labels import BatchLabels, LabelFn, reason_of
 from moe_heads.analysis.expert_utilization.result import ExpertUtilizationResult
@@ -44,6 +46,7 @@ def expert_utilization(
     adapters: Adapters | None = None,
     dead_below: float = 0.01,
     starved_below: float = 0.25,
+    inert_below: float = INERT_BELOW,
     num_permutations: int = 200,
     num_examples: int = 0,
     ablation: bool = False,
@@ -82,6 +85,9 @@ def expert_utilization(
             runs every expert, the importance is compared instead. With 1 %, an expert with a single stray sample in a
             thousand is dead too.
         starved_below: An expert that is not dead is starved below this fraction of the fair share.
+        inert_below: An expert that is not dead is inert if the norm of its output on 1,024 rows is below this fraction
+            of the median of the layer. Where outputs are not known, the norm of its weights is compared. 3 % lies
+            between healthy and broken experts (docs/results.md, Inert experts).
         num_permutations: Number of label permutations for the chance level of the mutual information and its p-value.
             200 resolve 0.005 and cost some milliseconds per thousand samples. 0 omits both.
         num_examples: Number of images to keep per expert, those with the highest gates.
@@ -119,12 +125,12 @@ def expert_utilization(
     check_class_names(num_classes, class_names)
     check_flags(ablation=ablation)
     ignored = checked_ignore_index(ignore_index)
-    options = checked_options(dead_below, starved_below, num_permutations, num_examples, seed)
+    options = checked_options(dead_below, starved_below, num_permutations, num_examples, seed, inert_below)
     progress, ranks, listed = progress or Progress(), ranks or Ranks(), Batches.of(batches, batch_size_fn)
     sums = _Sums(options)
     if not named_routers(model) and not adapted_routers(model, adapters):
         sums.num_samples = listed.num_samples
-        return _result(ranks.gather(sums), Classes.of(num_classes, class_names))
+        return _result(model, {}, ranks.gather(sums), Classes.of(num_classes, class_names))
     classes = classes_of(label_fn, listed, ranks, num_classes, class_names, ignored)
     if ablation and not (classes.num_classes and classes.per_sample):
         reason = classes.reason.text if classes.reason else "The labels are those of tokens or rows."
@@ -134,10 +140,14 @@ def expert_utilization(
         forward_fn = on_copies(forward_fn)
         foreign = adapted_routers(model, adapters)
         smaller = ablated_heads(model, _sizes(model)) if ablation else {}
+        routers = {**named_routers(model), **{name: router for name, (router, _) in foreign.items()}}
+        probes = OutputProbes(model, routers, -(-MAX_ROWS // ranks.size))
 
         def route(index: int, batch: Batch) -> _BatchRecord:
-            with collect_routing(model, adapters) as collection:
+            num_done = {name: norms.num_rows for name, norms in sums.outputs.items()}
+            with collect_routing(model, adapters) as collection, probes.listening(num_done):
                 forward_fn(model, batch)
+            outputs = probes.norms(collection.routings, num_done)
             for name in foreign:
                 collection.routings[name][:] = [
                     group_by_sample(routing, batch, data.sizes[index]) for routing in collection.routings[name]
@@ -147,27 +157,32 @@ def expert_utilization(
             if labels.values is not None and smaller:
                 counts = count_ablation(model, forward_fn, batch, labels.values, smaller)
             images = read_images(image_fn, own_copy(batch), data.sizes[index]) if num_examples else None
-            return _BatchRecord(data.sizes[index], collection.routings, labels, images, counts)
+            return _BatchRecord(data.sizes[index], collection.routings, labels, images, counts, outputs)
 
         try:
             for _, record in data.evaluate(route, copies=False):
                 sums.add(record, classes)
-                progress.keep(lambda partial: _result([replace(sums, partial=partial)], classes))
+                progress.keep(lambda partial: _result(model, routers, [replace(sums, partial=partial)], classes))
                 progress.step(sums.num_samples, data.num_samples)
         except TimeUp:
             sums.partial = progress.end
-    return _result(ranks.gather(sums), classes)
+    return _result(model, routers, ranks.gather(sums), classes)
 
 
 def checked_options(
-    dead_below: float, starved_below: float, num_permutations: int, num_examples: int, seed: int
+    dead_below: float,
+    starved_below: float,
+    num_permutations: int,
+    num_examples: int,
+    seed: int,
+    inert_below: float = INERT_BELOW,
 ) -> ReportOptions:
     """Check the ranges of the options of the report, and return them."""
-    check_shares(dead_below=dead_below, starved_below=starved_below)
+    check_shares(dead_below=dead_below, starved_below=starved_below, inert_below=inert_below)
     if starved_below < dead_below:
         raise ValueError(f"starved_below: expected at least dead_below = {dead_below}, got {starved_below}.")
     check_at_least(0, num_permutations=num_permutations, num_examples=num_examples)
-    return ReportOptions(dead_below, starved_below, num_permutations, num_examples, seed)
+    return ReportOptions(dead_below, starved_below, num_permutations, num_examples, seed, inert_below)
 
 
 def _sizes(model: nn.Module) -> dict[str, int]:
@@ -177,13 +192,14 @@ def _sizes(model: nn.Module) -> dict[str, int]:
 
 @dataclass
 class _BatchRecord:
-    """Routings, labels, images and ablation counts of one batch."""
+    """Routings, labels, images, ablation counts and output norms of one batch."""
 
     num_samples: int
     routings: dict[str, list[Routing]]
     labels: BatchLabels
     images: Tensor | None
     counts: dict[str, AblationCounts]
+    outputs: dict[str, OutputNorms]
 
 
 @dataclass
@@ -192,6 +208,7 @@ class _Sums:
 
     options: ReportOptions
     heads: dict[str, UtilizationSums] = field(default_factory=dict)
+    outputs: dict[str, OutputNorms] = field(default_factory=dict)
     num_samples: int = 0
     partial: str = ""
 
@@ -201,11 +218,15 @@ class _Sums:
                 wide = [_in_float64(routing) for routing in passes]
                 head = self.heads.setdefault(name, UtilizationSums(name, wide[0], classes, self.options))
                 head.add(wide, record.labels, record.images, record.counts.get(name))
+        for name, norms in record.outputs.items():
+            self.outputs[name] = self.outputs[name] + norms if name in self.outputs else norms
         self.num_samples += record.num_samples
 
 
-def _result(found: Sequence[_Sums], classes: Classes) -> ExpertUtilizationResult:
-    """Merge the sums of all ranks into the result."""
+def _result(
+    model: nn.Module, routers: Mapping[str, nn.Module], found: Sequence[_Sums], classes: Classes
+) -> ExpertUtilizationResult:
+    """Merge the sums of all ranks into the result, and add what the weights tell."""
     partial = "; ".join(dict.fromkeys(sums.partial for sums in found if sums.partial))
     num_samples = sum(sums.num_samples for sums in found)
     if num_samples == 0:
@@ -214,9 +235,14 @@ def _result(found: Sequence[_Sums], classes: Classes) -> ExpertUtilizationResult
     for sums in found:
         for name, head in sums.heads.items():
             heads[name] = heads[name] + head if name in heads else head
+    results = {name: head.result() for name, head in heads.items()}
+    for name, result in results.items():
+        outputs = [sums.outputs[name] for sums in found if name in sums.outputs]
+        fields = function_fields(model, routers[name], result, outputs, found[0].options.inert_below)
+        results[name] = replace(result, **fields)
     reason = classes.reason or reason_of([head.no_classes for head in heads.values()])
     return ExpertUtilizationResult(
-        {name: head.result() for name, head in heads.items()},
+        results,
         classes.names,
         num_samples,
         partial,

@@ -77,6 +77,14 @@ class HeadUtilization:
         num_nonfinite: Number of rows with nan or infinite logits. No other quantity includes them.
         ablation: Accuracy lost without each expert. None if it was not requested or no expert can be removed.
         examples: Images that each expert received with the highest gate. None without images.
+        weight_norms: Frobenius norm of the weights of each expert in units of the median of the layer, (E,). It is the
+            smallest over the weight matrices of the expert. None if they are not known.
+        stable_ranks: The same for the stable rank of a matrix, :math:`\|W\|_F^2 / \|W\|_2^2`, (E,).
+        output_norms: Mean L2 norm of the output of each expert in units of the median of the layer, (E,). All experts
+            run on the same rows, at most 1,024 real ones, without their mixing weights. None if it is not known.
+        inert_experts: Experts that are not dead and have less than ``inert_below`` of the median output norm, or
+            weight norm if the outputs are not known.
+        left_out: Which of these quantities are not known, each with the reason.
     """
 
     load: Tensor
@@ -103,6 +111,11 @@ class HeadUtilization:
     num_nonfinite: int
     ablation: ExpertAblation | None = None
     examples: ExpertExamples | None = None
+    weight_norms: Tensor | None = None
+    stable_ranks: Tensor | None = None
+    output_norms: Tensor | None = None
+    inert_experts: tuple[int, ...] = ()
+    left_out: tuple[str, ...] = ()
 
     @property
     def load_cv(self) -> float:
@@ -137,6 +150,7 @@ class HeadUtilization:
 
     def metrics(self) -> dict[str, float]:
         """Return the numbers to log."""
+        unknown = self.weight_norms is None and self.output_norms is None
         values = {
             "entropy": self.entropy,
             "entropy_of_mean": self.entropy_of_mean,
@@ -158,6 +172,14 @@ class HeadUtilization:
             "mutual_information_p_value": self.mutual_information_p_value,
             "num_rows": float(self.num_rows),
             "num_nonfinite": float(self.num_nonfinite),
+            "weight_norm_min": _smallest(self.weight_norms),
+            "stable_rank_min": _smallest(self.stable_ranks),
+            "output_norm_min": _smallest(self.output_norms),
+            "num_inert_experts": None if unknown else float(len(self.inert_experts)),
         }
         # the margin is infinite if there is no other choice
         return {key: value for key, value in values.items() if value is not None and math.isfinite(value)}
+
+
+def _smallest(values: Tensor | None) -> float | None:
+    return None if values is None else float(values.min())

@@ -119,6 +119,10 @@ class RouterHealth:
         if text := _describe_new(evaluation, lasting, self._warned_in_evaluation):
             yield f"on the validation data, but not in training, {text}. {self._advice.in_evaluation}"
 
+    def dead(self, stats: RoutingStats) -> tuple[int, ...]:
+        """Return the dead experts, for any number of choices of at least one row."""
+        return dead_and_starved(self._relative(stats), self._dead_below, self._starved_below)[0]
+
     def counts(self, stats: RoutingStats) -> dict[str, float]:
         """Count the dead and the starved experts, for any number of choices. Return nothing without a row."""
         if not int(stats.num_rows):

@@ -144,6 +144,13 @@ class ExpertUtilizationResult:
             for state, experts in (("dead", head.dead_experts), ("starved", head.starved_experts))
             if experts
         ]
+        underused += [
+            f"\nInert in {name}: {len(head.inert_experts)} of {len(head.load)} experts, number"
+            f" {', '.join(map(str, head.inert_experts))}. They receive rows, and their output is near zero."
+            for name, head in self.heads.items()
+            if head.inert_experts
+        ]
+        left_out = [f"\nNot known in {name}: {', '.join(h.left_out)}." for name, h in self.heads.items() if h.left_out]
         partial = [f"\n**Partial**: {self.partial}."] if self.partial else []
         notes = [f"\n{self.num_samples} samples. Entropies and mutual information are in nats."]
         if any(self.ignored_labels.values()):
@@ -153,7 +160,7 @@ class ExpertUtilizationResult:
             )
         if self.no_classes:
             notes.append(f"\nNo classes: {self.no_classes}")
-        return "\n".join([*_quantities_table(columns), *notes, *underused, *partial])
+        return "\n".join([*_quantities_table(columns), *notes, *underused, *left_out, *partial])
 
     def texts(self) -> dict[str, str]:
         """Return the summary, and a table of the experts of each head."""
@@ -188,7 +195,13 @@ def _experts_table(head: HeadUtilization, class_names: Sequence[str]) -> str:
     if head.ablation is not None:
         lost = zip(head.ablation.contribution.tolist(), head.ablation.without_stderr.tolist(), strict=True)
         columns["accuracy lost without it"] = [f"{value:+.2%} ± {stderr:.2%}" for value, stderr in lost]
-    state = {**dict.fromkeys(head.starved_experts, " (starved)"), **dict.fromkeys(head.dead_experts, " (dead)")}
+    named = {"weight norm": head.weight_norms, "stable rank": head.stable_ranks, "output norm": head.output_norms}
+    columns |= {name: [_cell(value) for value in row.tolist()] for name, row in named.items() if row is not None}
+    states = {"dead": head.dead_experts, "starved": head.starved_experts, "inert": head.inert_experts}
+    state = {
+        expert: f" ({', '.join(name for name, experts in states.items() if expert in experts)})"
+        for expert in {expert for experts in states.values() for expert in experts}
+    }
     rows = [
         f"| {expert}{state.get(expert, '')} | {' | '.join(column[expert] for column in columns.values())} |"
         for expert in range(len(head.load))

@@ -32,6 +32,7 @@ class ReportOptions:
         num_permutations: Number of label permutations for the chance level of the mutual information.
         num_examples: Number of images per expert.
         seed: Seed of the permutations.
+        inert_below: Fraction of the median norm of the layer below which an expert is inert.
     """
 
     dead_below: float
@@ -39,6 +40,7 @@ class ReportOptions:
     num_permutations: int
     num_examples: int
     seed: int
+    inert_below: float
 
 
 class UtilizationSums:

@@ -13,11 +13,13 @@ from moe_heads.analysis._shared.ranks import Ranks
 from moe_heads.analysis.expert_utilization.advice import advice_for
 from moe_heads.analysis.expert_utilization.flips import EpochChoices
 from moe_heads.analysis.expert_utilization.health import RouterHealth
+from moe_heads.analysis.expert_utilization.inert import INERT_BELOW, InertWarnings
 from moe_heads.analysis.expert_utilization.label_check import LabelCheck
 from moe_heads.analysis.expert_utilization.labels import NoClasses
 from moe_heads.analysis.expert_utilization.recorder import RouterKind, UtilizationRecorder
 from moe_heads.analysis.expert_utilization.router_sums import RouterSums, add_over_ranks
 from moe_heads.analysis.expert_utilization.samples import group_by_sample
+from moe_heads.analysis.expert_utilization.weight_health import WeightHealth, weights_of_routers
 from moe_heads.routers import LinearRouter
 from moe_heads.routing import Adapters, RoutingCollection, RoutingStats, adapted_routers, named_routers
 
@@ -50,6 +52,7 @@ class TrainingRouters:
         adapters: Adapters as passed to `collect_routing`.
         dead_below: Fraction of the fair share below which an expert is dead.
         starved_below: Fraction of the fair share below which it is starved.
+        inert_below: Fraction of the median weight norm of the layer below which it is inert.
 
     Attributes:
         validation_data_changed: Whether, on any rank, the last validation of the last finished epoch used different
@@ -64,6 +67,7 @@ class TrainingRouters:
         adapters: Adapters | None,
         dead_below: float,
         starved_below: float,
+        inert_below: float = INERT_BELOW,
     ) -> None:
         self._collection, self.validation_data_changed, self.none_ran = collection, False, False
         # an adapter that fails must not end the training
@@ -71,6 +75,7 @@ class TrainingRouters:
         self._reported: set[str] = set()
         self._num_batches = 0
         self._bounds = dead_below, starved_below
+        self._model, self._inert = model, InertWarnings(inert_below)
         self._health: dict[str, RouterHealth] = {}
         self._epoch: dict[str, RouterSums] = {}
         self._routers: dict[str, nn.Module] = {**named_routers(model)}
@@ -159,7 +164,8 @@ class TrainingRouters:
         """Report the epoch of each router that ran, and start the next one. Every rank must call it."""
         kinds = self._close_window(ranks).kinds
         data_changed = any(choices.data_changed for choices in self._choices.values())
-        found = ranks.gather(_RankEpoch(self._flips, self._in_evaluation, data_changed))
+        weights = weights_of_routers(self._model, {n: (self._routers[n], k.num_experts) for n, k in kinds.items()})
+        found = ranks.gather(_RankEpoch(self._flips, self._in_evaluation, data_changed, weights))
         self.validation_data_changed = any(rank.data_changed for rank in found)
         expected = set(self._routers) - set(self._collection.errors)
         self.none_ran = bool(expected) and self._num_batches > 0 and not kinds
@@ -170,8 +176,12 @@ class TrainingRouters:
                 evaluated = [rank.in_evaluation[name] for rank in found if name in rank.in_evaluation]
                 health = self._health_of(name, kinds[name].soft)
                 of_health = health.new_warnings(sums.stats, reduce(add, evaluated) if evaluated else None)
-                warnings = (*self._forgotten_loss(name), *of_health)
                 scalars = sums.scalars() | _flips_of(name, flips) | health.counts(sums.stats)
+                of_weights: list[str] = []
+                known = next((rank.weights[name] for rank in found if name in rank.weights), None)
+                if known is not None and int(sums.stats.num_rows):
+                    of_weights = self._inert.add(scalars, name, known, health.dead(sums.stats))
+                warnings = (*self._forgotten_loss(name), *of_health, *of_weights)
                 reports[name] = RouterReport(sums.stats, scalars, warnings)
         self._num_batches, self._epoch, self._flips, self._in_evaluation = 0, {}, {}, {}
         return reports
@@ -215,11 +225,15 @@ class _Window:
 
 @dataclass(frozen=True)
 class _RankEpoch:
-    """Last validation of one rank in an epoch, by the name of the router. Flips have their counts."""
+    """Last validation of one rank in an epoch, by the name of the router. Flips have their counts.
+
+    Weights are those at the end of the epoch. They are absent where the experts of a router are not known.
+    """
 
     flips: dict[str, tuple[int, int]]
     in_evaluation: dict[str, RoutingStats]
     data_changed: bool
+    weights: dict[str, WeightHealth]
 
 
 def _added(flips: Iterable[dict[str, tuple[int, int]]]) -> dict[str, tuple[int, int]]:

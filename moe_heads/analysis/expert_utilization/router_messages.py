@@ -5,12 +5,12 @@ from torch import nn
 from moe_heads.routing import RoutingCollection, RoutingStats
 from moe_heads.routing.recognition.expert_layers import shown_adapter
 
-__all__ = ["RouterReport"]
+__all__ = ["RouterMessages"]
 
 _MAX_NAMED = 4
 
 
-class RouterReport:
+class RouterMessages:
     """Messages about the routers that a collection watches.
 
     Args:
