@@ -1,6 +1,7 @@
 """Callback for expert utilization during training and at the end of fit."""
 
-from collections.abc import Callable, Collection, Sequence
+import warnings
+from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import ExitStack
 from typing import Any, ClassVar
 
@@ -22,6 +23,8 @@ from moe_heads.analysis.expert_utilization.inert import INERT_BELOW
 from moe_heads.analysis.expert_utilization.label_check import LabelCheck
 from moe_heads.analysis.expert_utilization.label_entry import labels_of
 from moe_heads.analysis.expert_utilization.labels import LabelFn, NoClasses
+from moe_heads.analysis.expert_utilization.router_notes import UnknownRouterWarning
+from moe_heads.analysis.expert_utilization.token_masks import MaskFn
 from moe_heads.analysis.expert_utilization.training import TrainingRouters
 from moe_heads.callbacks._shared.evaluation import check_forward
 from moe_heads.callbacks._shared.inputs import AnalysisInputs
@@ -39,9 +42,10 @@ __all__ = ["ExpertUtilizationCallback"]
 class ExpertUtilizationCallback(FitEndAnalysis):
     """Load, importance and classes of every expert, after each training epoch and in full at the end of fit.
 
-    Works for any module that contains heads of this package and, with ``adapters``, for other routers. A module without
-    a router is ignored. During training, one point is logged for each epoch below ``expert_utilization/epoch/<head>/``,
-    and with ``every_n_train_steps`` one for each window of n optimizer steps below ``expert_utilization/step/<head>/``.
+    Works for any module that contains heads of this package or routers that are recognized, such as those of
+    transformers, and with ``adapters`` for all others. A layer of experts without a known router triggers a
+    warning. During training, one point is logged for each epoch below ``expert_utilization/epoch/<head>/``, and
+    with ``every_n_train_steps`` one for each window of n optimizer steps below ``expert_utilization/step/<head>/``.
     It covers the training batches as they were routed, including noise: the numbers of
     `moe_heads.analysis.ExpertUtilizationMetric`, and
 
@@ -78,7 +82,10 @@ class ExpertUtilizationCallback(FitEndAnalysis):
         ignore_index: Labels without a class, in addition to negative ones; see
             `moe_heads.analysis.expert_utilization`.
         image_fn: ``image_fn(batch) -> images (B, C, H, W)`` or None; by default the first entry, if it has this shape.
-        adapters: Adapters for routers of other packages; see `moe_heads.collect_routing`.
+        adapters: Adapters for routers that are not recognized, or that shall be read in another way; see
+            `moe_heads.collect_routing`.
+        mask_fn: ``mask_fn(batch) -> mask (B, T)``, bool, True for real tokens, or None. Padding then counts in no
+            number. By default the entry "attention_mask" of a batch, if it is a tensor of two dimensions.
         dead_below: Fraction of the fair share 1/E of the load (of the weight, for a soft router) below which an expert
             is dead.
         starved_below: Fraction below which an expert is starved. The default is a quarter, since a balanced head stays
@@ -120,6 +127,7 @@ class ExpertUtilizationCallback(FitEndAnalysis):
         ignore_index: int | Collection[int] | None = None,
         image_fn: Callable[[Batch], Tensor | None] | None = None,
         adapters: Adapters | None = None,
+        mask_fn: MaskFn | None = None,
         dead_below: float = 0.01,
         starved_below: float = 0.25,
         inert_below: float = INERT_BELOW,
@@ -132,10 +140,10 @@ class ExpertUtilizationCallback(FitEndAnalysis):
         super().__init__(**options)
         check_names(class_names=class_names)
         checked_options(dead_below, starved_below, num_permutations, num_examples, self.seed, inert_below)
-        check_callables(forward_fn=forward_fn, label_fn=label_fn, image_fn=image_fn)
+        check_callables(forward_fn=forward_fn, label_fn=label_fn, image_fn=image_fn, mask_fn=mask_fn)
         check_flags(ablation=ablation, warn=warn)
         self.class_names = None if class_names is None else tuple(class_names)
-        self.forward_fn, self.adapters = forward_fn, adapters
+        self.forward_fn, self.adapters, self.mask_fn = forward_fn, adapters, mask_fn
         self.label_fn, self.image_fn = label_fn, image_fn
         self.ignore_index = checked_ignore_index(ignore_index)
         self._label_check: LabelCheck | None = None
@@ -146,6 +154,7 @@ class ExpertUtilizationCallback(FitEndAnalysis):
         self.history: dict[str, dict[int, RoutingStats]] = {}
         self.history_steps: dict[str, dict[int, RoutingStats]] = {}
         self._warned_of_order, self._warned_of_silence = False, False
+        self._given_notes: set[str] = set()
         self._listening = ExitStack()
         self._routers: TrainingRouters | None = None
 
@@ -162,12 +171,12 @@ class ExpertUtilizationCallback(FitEndAnalysis):
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_fit_start(trainer, pl_module)
-        self._warned_of_order, self._warned_of_silence = False, False
+        self._warned_of_order, self._warned_of_silence, self._given_notes = False, False, set()
         self._close()
         # once for the whole fit: a change of hooks would trigger a recompilation of a compiled model
         collection = self._listening.enter_context(collect_routing(pl_module, self.adapters))
-        bounds = self.dead_below, self.starved_below, self.inert_below
-        self._routers = TrainingRouters(pl_module, collection, self.adapters, *bounds)
+        options = self.dead_below, self.starved_below, self.inert_below, self.mask_fn
+        self._routers = TrainingRouters(pl_module, collection, self.adapters, *options)
         self._label_check, self._warned_of_labels = None, False
         if self.runs_in_fit and "train" in self.splits and collection.routings:
             names = self.class_names or _class_names_of(datamodule_of(trainer))
@@ -176,9 +185,15 @@ class ExpertUtilizationCallback(FitEndAnalysis):
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if self._routers is not None:
-            self._routers.begin_batch()
+            self._routers.begin_batch(batch)
         if self._label_check is not None:
             self._report_labels(self._label_check.before(batch))
+
+    @override
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        if self._routers is not None and self.mask_fn is not None:
+            # before any step: a wrong mask ends the training in its first batch
+            self._routers.check_masks()
 
     @override
     def on_before_optimizer_step(
@@ -201,7 +216,7 @@ class ExpertUtilizationCallback(FitEndAnalysis):
                 self._report_labels(self._routers.check_labels(self._label_check))
                 self._label_check = None
             self._routers.end_training_batch()
-            self._report_errors(self._routers)
+            self._report_notes(self._routers.new_notes())
 
     @override
     def track_step(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -213,7 +228,7 @@ class ExpertUtilizationCallback(FitEndAnalysis):
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         if self._routers is not None and not trainer.sanity_checking:
-            self._routers.begin_batch()
+            self._routers.begin_batch(batch)
 
     @override
     def on_validation_batch_end(
@@ -227,7 +242,7 @@ class ExpertUtilizationCallback(FitEndAnalysis):
     ) -> None:
         if self._routers is not None and not trainer.sanity_checking:
             self._routers.end_validation_batch(batch)
-            self._report_errors(self._routers)
+            self._report_notes(self._routers.new_notes())
 
     @override
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -268,7 +283,16 @@ class ExpertUtilizationCallback(FitEndAnalysis):
     @override
     def compute(self, inputs: AnalysisInputs) -> ExpertUtilizationResult:
         datamodule = None if inputs.trainer is None else datamodule_of(inputs.trainer)
-        result = expert_utilization(
+        with warnings.catch_warnings():
+            # given below, those that the training has not given
+            warnings.simplefilter("ignore", UnknownRouterWarning)
+            result = self._measured(inputs, datamodule)
+        self._report_notes(result.notes)
+        self._report_labels(NoClasses(result.no_classes, result.has_odd_labels) if result.no_classes else None)
+        return result
+
+    def _measured(self, inputs: AnalysisInputs, datamodule: object) -> ExpertUtilizationResult:
+        return expert_utilization(
             inputs.model,
             inputs.batches,
             class_names=self.class_names or _class_names_of(datamodule),
@@ -277,6 +301,7 @@ class ExpertUtilizationCallback(FitEndAnalysis):
             ignore_index=self.ignore_index,
             image_fn=self.image_fn or images_of,
             adapters=self.adapters,
+            mask_fn=self.mask_fn,
             dead_below=self.dead_below,
             starved_below=self.starved_below,
             inert_below=self.inert_below,
@@ -287,8 +312,6 @@ class ExpertUtilizationCallback(FitEndAnalysis):
             progress=inputs.progress,
             ranks=inputs.ranks,
         )
-        self._report_labels(NoClasses(result.no_classes, result.has_odd_labels) if result.no_classes else None)
-        return result
 
     @override
     def report(self, result: ExpertUtilizationResult) -> Report:
@@ -318,15 +341,16 @@ class ExpertUtilizationCallback(FitEndAnalysis):
         for head, report in reports.items():
             if int(report.stats.num_rows):
                 self.history.setdefault(head, {})[trainer.current_epoch] = report.stats
+            self._report_notes(report.notes)
             for warning in report.warnings if self.warn else ():
                 rank_zero_warn(f"{self.name}: epoch {trainer.current_epoch}, head {head!r}: {warning}")
 
-    def _report_errors(self, routers: TrainingRouters) -> None:
-        for name, error in routers.new_errors().items():
-            rank_zero_warn(
-                f"{self.name}: the adapter of router {name!r} failed and is not called any more in this fit:"
-                f" {type(error).__name__}: {error}"
-            )
+    def _report_notes(self, notes: Iterable[str]) -> None:
+        """Warn of what is not known of the routers, once in a run."""
+        for note in notes:
+            if note not in self._given_notes:
+                self._given_notes.add(note)
+                rank_zero_warn(f"{self.name}: {note}")
 
     def _report_labels(self, reason: NoClasses | None) -> None:
         if reason is not None and not self._warned_of_labels:

@@ -76,13 +76,6 @@ class RoutingCollection:
             self._unrecognized = {p: layer for p, layer in self._layers.items() if known.isdisjoint(layer.modules())}
         return self._unrecognized
 
-    def remedy_for_scores(self, name: str) -> str:
-        """Return what a user can do about a router that chose others than the experts with the highest scores."""
-        recorder = self._recorders.get(name)
-        if recorder is not None and isinstance(recorder.adapter, Recognized):
-            return f"{recorder.adapter.describe_class()} is not known in this version: pass an adapter of your own."
-        return "Let the adapter pass scores= to Routing.from_probs."
-
     def _end(self) -> None:
         """Keep the routings and drop the recorders, which refer to the collection: a cycle would keep graphs alive."""
         self._misfits, self._unrecognized = self.misfits, self.unrecognized

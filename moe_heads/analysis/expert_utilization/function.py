@@ -1,5 +1,6 @@
 """Utilization of the experts of a trained model: number of samples, mixing weight, and classes of each expert."""
 
+import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -25,10 +26,13 @@ from moe_heads.analysis.expert_utilization.inert import INERT_BELOW, function_fi
 from moe_heads.analysis.expert_utilization.label_entry import labels_of
 from moe_heads.analysis.expert_utilization.labels import BatchLabels, LabelFn, reason_of
 from moe_heads.analysis.expert_utilization.result import ExpertUtilizationResult
+from moe_heads.analysis.expert_utilization.router_notes import RouterNotes, UnknownRouterWarning
 from moe_heads.analysis.expert_utilization.samples import group_by_sample
 from moe_heads.analysis.expert_utilization.sums import ReportOptions, UtilizationSums
-from moe_heads.checks import check_at_least, check_at_least_one, check_flags, check_shares
+from moe_heads.analysis.expert_utilization.token_masks import MaskFn, TokenMasks
+from moe_heads.checks import check_at_least, check_at_least_one, check_callables, check_flags, check_shares
 from moe_heads.routing import Adapters, Routing, adapted_routers, collect_routing, named_routers
+from moe_heads.routing.recognition.expert_layers import expert_layers
 
 __all__ = ["checked_options", "expert_utilization"]
 
@@ -44,6 +48,7 @@ def expert_utilization(
     ignore_index: int | Collection[int] | None = None,
     image_fn: Callable[[Batch], Tensor | None] = images_of,
     adapters: Adapters | None = None,
+    mask_fn: MaskFn | None = None,
     dead_below: float = 0.01,
     starved_below: float = 0.25,
     inert_below: float = INERT_BELOW,
@@ -79,8 +84,10 @@ def expert_utilization(
             ignored too unless the labels below them are also in use. The summary lists all ignored labels.
         image_fn: ``image_fn(batch) -> images (B, C, H, W)`` with one or three channels, or None. The default is the
             first entry of a batch, if it has this format.
-        adapters: For third-party routers. See `collect_routing`. If the number of rows is a multiple of the number of
-            samples, the rows are treated as the consecutive tokens of the samples.
+        adapters: For routers that are not recognized. See `collect_routing`. If the number of rows is a multiple of the
+            number of samples, the rows are treated as the consecutive tokens of the samples.
+        mask_fn: ``mask_fn(batch) -> mask (B, T)``, bool, True for real tokens, or None. Padding then counts in no
+            quantity. The default is the entry "attention_mask" of a batch, if it is a tensor of two dimensions.
         dead_below: An expert is dead if its load is below this fraction of the fair share 1/E. For a soft router, which
             runs every expert, the importance is compared instead. With 1 %, an expert with a single stray sample in a
             thousand is dead too.
@@ -120,6 +127,7 @@ def expert_utilization(
     """
     check_arguments(model=model, forward_fn=forward_fn, label_fn=label_fn, image_fn=image_fn, seed=seed)
     check_arguments(progress=progress, ranks=ranks, batch_size_fn=batch_size_fn)
+    check_callables(mask_fn=mask_fn)
     check_at_least_one(or_none=True, num_classes=num_classes)
     check_names(class_names=class_names)
     check_class_names(num_classes, class_names)
@@ -128,7 +136,7 @@ def expert_utilization(
     options = checked_options(dead_below, starved_below, num_permutations, num_examples, seed, inert_below)
     progress, ranks, listed = progress or Progress(), ranks or Ranks(), Batches.of(batches, batch_size_fn)
     sums = _Sums(options)
-    if not named_routers(model) and not adapted_routers(model, adapters):
+    if not named_routers(model) and not adapted_routers(model, adapters) and not expert_layers(model):
         sums.num_samples = listed.num_samples
         return _result(model, {}, ranks.gather(sums), Classes.of(num_classes, class_names))
     classes = classes_of(label_fn, listed, ranks, num_classes, class_names, ignored)
@@ -138,15 +146,21 @@ def expert_utilization(
     with ranks.synchronized(), analysis_mode(model, seed), torch.no_grad():
         data = Microbatches(listed, device_of(model), progress)
         forward_fn = on_copies(forward_fn)
-        foreign = adapted_routers(model, adapters)
+        foreign, masks = adapted_routers(model, adapters), TokenMasks(mask_fn)
+        router_notes = RouterNotes({name: a for name, (_, a) in foreign.items()})
         smaller = ablated_heads(model, _sizes(model)) if ablation else {}
         routers = {**named_routers(model), **{name: router for name, (router, _) in foreign.items()}}
         probes = OutputProbes(model, routers, -(-MAX_ROWS // ranks.size))
 
         def route(index: int, batch: Batch) -> _BatchRecord:
             num_done = {name: norms.num_rows for name, norms in sums.outputs.items()}
+            masks.begin(batch)
             with collect_routing(model, adapters) as collection, probes.listening(num_done):
                 forward_fn(model, batch)
+                sums.notes.extend(router_notes.after_pass(collection, masks))
+                sums.only_here |= set(collection.only_here)
+            for name, masked in masks.applied(collection.routings).items():
+                collection.routings[name][:] = masked
             outputs = probes.norms(collection.routings, num_done)
             for name in foreign:
                 collection.routings[name][:] = [
@@ -166,7 +180,12 @@ def expert_utilization(
                 progress.step(sums.num_samples, data.num_samples)
         except TimeUp:
             sums.partial = progress.end
-    return _result(model, routers, ranks.gather(sums), classes)
+        for name, head in sums.heads.items():
+            sums.notes.extend(router_notes.after_count(name, head.stats))
+    result = _result(model, routers, ranks.gather(sums), classes)
+    for note in result.notes:
+        warnings.warn(note, UnknownRouterWarning, stacklevel=2)
+    return result
 
 
 def checked_options(
@@ -211,6 +230,8 @@ class _Sums:
     outputs: dict[str, OutputNorms] = field(default_factory=dict)
     num_samples: int = 0
     partial: str = ""
+    notes: list[str] = field(default_factory=list)
+    only_here: set[str] = field(default_factory=set)
 
     def add(self, record: _BatchRecord, classes: Classes) -> None:
         for name, passes in record.routings.items():
@@ -231,10 +252,14 @@ def _result(
     num_samples = sum(sums.num_samples for sums in found)
     if num_samples == 0:
         raise TimeUp(f"{partial} before there was a result")
+    only_here = {name for sums in found for name in sums.only_here}
     heads: dict[str, UtilizationSums] = {}
     for sums in found:
         for name, head in sums.heads.items():
-            heads[name] = heads[name] + head if name in heads else head
+            if name not in heads:
+                heads[name] = head
+            elif name not in only_here:
+                heads[name] = heads[name] + head
     results = {name: head.result() for name, head in heads.items()}
     for name, result in results.items():
         outputs = [sums.outputs[name] for sums in found if name in sums.outputs]
@@ -249,6 +274,7 @@ def _result(
         no_classes=reason.text if reason else "",
         has_odd_labels=reason is not None and reason.is_odd,
         ignored_labels=classes.ignored,
+        notes=tuple(dict.fromkeys(note for sums in found for note in sums.notes)),
     )
 
 

@@ -39,6 +39,7 @@ class ExpertUtilizationResult:
         no_classes: Reason why the quantities of classes are missing, for all heads or for some, or "" if none is.
         has_odd_labels: Whether there are labels that cannot be used, unlike data without labels.
         ignored_labels: Number of labels in the data by value that stands for no class.
+        notes: What is not known of the routers of the model, and why.
     """
 
     heads: dict[str, HeadUtilization]
@@ -48,6 +49,7 @@ class ExpertUtilizationResult:
     no_classes: str = ""
     has_odd_labels: bool = False
     ignored_labels: dict[int, int] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     @property
     def load(self) -> dict[str, Tensor]:
@@ -160,6 +162,7 @@ class ExpertUtilizationResult:
             )
         if self.no_classes:
             notes.append(f"\nNo classes: {self.no_classes}")
+        notes += [f"\n{note.partition(chr(10))[0]}" for note in self.notes]
         return "\n".join([*_quantities_table(columns), *notes, *underused, *left_out, *partial])
 
     def texts(self) -> dict[str, str]:

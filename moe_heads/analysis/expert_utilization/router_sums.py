@@ -33,6 +33,10 @@ class RouterSums:
     def __add__(self, other: "RouterSums") -> "RouterSums":
         return _of_tensors([mine + its for mine, its in zip(_tensors_of(self), _tensors_of(other), strict=True)])
 
+    def cpu(self) -> "RouterSums":
+        """Return the same sums on the CPU."""
+        return _of_tensors([tensor.cpu() for tensor in _tensors_of(self)])
+
     @property
     def is_empty(self) -> bool:
         """True if the router made no decision, not even with non-finite logits."""

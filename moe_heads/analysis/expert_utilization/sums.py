@@ -106,6 +106,12 @@ class UtilizationSums:
             self._ablation = counts if self._ablation is None else self._ablation + counts
         self._classes.add(passes, labels)
 
+    @property
+    def stats(self) -> RoutingStats:
+        """Sums over the rows so far."""
+        assert self._stats is not None
+        return self._stats
+
     def _add_rows(self, routing: Routing) -> None:
         stats = routing.stats()
         self._stats = stats if self._stats is None else self._stats + stats

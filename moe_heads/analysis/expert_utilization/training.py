@@ -17,8 +17,10 @@ from moe_heads.analysis.expert_utilization.inert import INERT_BELOW, InertWarnin
 from moe_heads.analysis.expert_utilization.label_check import LabelCheck
 from moe_heads.analysis.expert_utilization.labels import NoClasses
 from moe_heads.analysis.expert_utilization.recorder import RouterKind, UtilizationRecorder
+from moe_heads.analysis.expert_utilization.router_notes import RouterNotes
 from moe_heads.analysis.expert_utilization.router_sums import RouterSums, add_over_ranks
 from moe_heads.analysis.expert_utilization.samples import group_by_sample
+from moe_heads.analysis.expert_utilization.token_masks import MaskFn, TokenMasks
 from moe_heads.analysis.expert_utilization.weight_health import WeightHealth, weights_of_routers
 from moe_heads.routers import LinearRouter
 from moe_heads.routing import Adapters, RoutingCollection, RoutingStats, adapted_routers, named_routers
@@ -34,11 +36,13 @@ class RouterReport:
         stats: Its statistics.
         scalars: Numbers to log.
         warnings: New warnings about its experts; none for a window, since few choices leave experts unused by chance.
+        notes: What is not known of its decisions.
     """
 
     stats: RoutingStats
     scalars: dict[str, float]
     warnings: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 class TrainingRouters:
@@ -53,6 +57,7 @@ class TrainingRouters:
         dead_below: Fraction of the fair share below which an expert is dead.
         starved_below: Fraction of the fair share below which it is starved.
         inert_below: Fraction of the median weight norm of the layer below which it is inert.
+        mask_fn: Mask of the real tokens of a batch; see `TokenMasks`.
 
     Attributes:
         validation_data_changed: Whether, on any rank, the last validation of the last finished epoch used different
@@ -68,18 +73,22 @@ class TrainingRouters:
         dead_below: float,
         starved_below: float,
         inert_below: float = INERT_BELOW,
+        mask_fn: MaskFn | None = None,
     ) -> None:
         self._collection, self.validation_data_changed, self.none_ran = collection, False, False
         # an adapter that fails must not end the training
         collection.keeps_errors = True
-        self._reported: set[str] = set()
+        self._masks = TokenMasks(mask_fn)
         self._num_batches = 0
         self._bounds = dead_below, starved_below
         self._model, self._inert = model, InertWarnings(inert_below)
         self._health: dict[str, RouterHealth] = {}
         self._epoch: dict[str, RouterSums] = {}
         self._routers: dict[str, nn.Module] = {**named_routers(model)}
-        self._foreign = {name: router for name, (router, _) in adapted_routers(model, adapters).items()}
+        foreign = adapted_routers(model, adapters)
+        self._foreign = {name: router for name, (router, _) in foreign.items()}
+        of_adapters = {name: adapter for name, (_, adapter) in foreign.items()}
+        self._notes = RouterNotes(of_adapters)
         self._routers |= self._foreign
         self._recorder, self._validation_recorder = UtilizationRecorder(), UtilizationRecorder()
         self._in_evaluation: dict[str, RoutingStats] = {}
@@ -100,17 +109,28 @@ class TrainingRouters:
         for watch in self._silenced:
             watch.warns = True
 
-    def begin_batch(self) -> None:
-        """Start to collect the passes of a batch."""
+    def begin_batch(self, batch: Batch) -> None:
+        """Start to collect the passes of a batch.
+
+        Raises:
+            ValueError: If the mask of the batch is wrong.
+        """
+        self._masks.begin(batch)
         for passes in self._collection.routings.values():
             passes.clear()
         self._collection.paused = False
 
-    def new_errors(self) -> dict[str, Exception]:
-        """Return the errors of adapters since the last call, by the name of the router."""
-        found = {name: error for name, error in self._collection.errors.items() if name not in self._reported}
-        self._reported |= set(found)
-        return found
+    def check_masks(self) -> None:
+        """Check the masks against the passes of the batch so far.
+
+        Raises:
+            ValueError: If ``mask_fn`` was given, and the rows of a router are not the tokens of its mask.
+        """
+        self._masks.applied(self._collection.routings)
+
+    def new_notes(self) -> list[str]:
+        """Return what the last batches showed of routers that cannot be read, and of layers without a known router."""
+        return self._notes.after_pass(self._collection, self._masks)
 
     def check_labels(self, check: LabelCheck) -> NoClasses | None:
         """Return the reason why the labels do not belong to the rows of the batch so far, or None."""
@@ -120,16 +140,22 @@ class TrainingRouters:
         """Record the collected passes of a training batch."""
         self._collection.paused = True
         self._num_batches += 1
+        self._mask_passes()
         self._recorder.record(self._collection)
 
     def end_validation_batch(self, batch: Batch) -> None:
         """Record the collected passes of a validation batch."""
         self._collection.paused = True
+        self._mask_passes()
         for name, passes in self._collection.routings.items():
             if name in self._foreign:
                 passes[:] = [group_by_sample(routing, batch) for routing in passes]
             self._choices[name].add(passes, batch)
         self._validation_recorder.record(self._collection)
+
+    def _mask_passes(self) -> None:
+        for name, masked in self._masks.applied(self._collection.routings).items():
+            self._collection.routings[name][:] = masked
 
     def end_validation(self) -> None:
         """Compare the choices with those of the previous validation, and sum the statistics of the routers."""
@@ -167,7 +193,8 @@ class TrainingRouters:
         weights = weights_of_routers(self._model, {n: (self._routers[n], k.num_experts) for n, k in kinds.items()})
         found = ranks.gather(_RankEpoch(self._flips, self._in_evaluation, data_changed, weights))
         self.validation_data_changed = any(rank.data_changed for rank in found)
-        expected = set(self._routers) - set(self._collection.errors)
+        # a module that only may be a router is not expected to be one
+        expected = set(self._collection.routings) - set(self._collection.errors)
         self.none_ran = bool(expected) and self._num_batches > 0 and not kinds
         flips = _added([rank.flips for rank in found])
         reports: dict[str, RouterReport] = {}
@@ -182,7 +209,8 @@ class TrainingRouters:
                 if known is not None and int(sums.stats.num_rows):
                     of_weights = self._inert.add(scalars, name, known, health.dead(sums.stats))
                 warnings = (*self._forgotten_loss(name), *of_health, *of_weights)
-                reports[name] = RouterReport(sums.stats, scalars, warnings)
+                notes = tuple(self._notes.after_count(name, sums.stats))
+                reports[name] = RouterReport(sums.stats, scalars, warnings, notes)
         self._num_batches, self._epoch, self._flips, self._in_evaluation = 0, {}, {}, {}
         return reports
 
@@ -192,13 +220,17 @@ class TrainingRouters:
         self._collection.paused = True
         self._recorder.count()
         # a router that ran on one rank only is reported by all, since all ranks must reduce and log the same keys
-        found = ranks.gather((self._recorder.kinds, self._flips_of_window))
-        kinds = {name: kind for of_rank, _ in found for name, kind in of_rank.items()}
-        window = add_over_ranks({name: self._recorder.sums(name, kinds[name]) for name in sorted(kinds)}, ranks)
+        found = ranks.gather((self._recorder.kinds, self._flips_of_window, set(self._collection.only_here)))
+        kinds = {name: kind for of_rank, _, _ in found for name, kind in of_rank.items()}
+        only_here = {name for _, _, names in found for name in names}
+        here = {name: self._recorder.sums(name, kinds[name]) for name in sorted(kinds)}
+        window = add_over_ranks({name: sums for name, sums in here.items() if name not in only_here}, ranks)
+        # the numbers of rank zero, so that all ranks log the same
+        window |= ranks.gather({name: here[name].cpu() for name in sorted(only_here & set(here))})[0]
         self._recorder.reset()
         for name, sums in window.items():
             self._epoch[name] = self._epoch[name] + sums if name in self._epoch else sums
-        return _Window(kinds, window, _added([flips for _, flips in found]))
+        return _Window(kinds, window, _added([flips for _, flips, _ in found]))
 
     def _forgotten_loss(self, name: str) -> Iterator[str]:
         """Yield a warning, once, if no balance loss of the router got a gradient so far."""

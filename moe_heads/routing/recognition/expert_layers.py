@@ -40,13 +40,12 @@ def is_gate_like(path: str, module: nn.Module, layers: dict[str, nn.Module]) -> 
     return owner in layers and not _is_expert_group(name, module) and bool(_GATE.search(name) or _GATE.search(cls))
 
 
-def shown_adapter(path: str, layer: nn.Module, entrance: str) -> str:
+def shown_adapter(path: str, layer: nn.Module) -> str:
     """Return an adapter in three lines for the gate of a layer, to be completed by the user.
 
     Args:
         path: Path of the layer.
         layer: The layer.
-        entrance: Call that takes the adapters, such as "collect_routing(model".
     """
     gates = [name for name, child in layer.named_children() if _GATE.search(name) and not _EXPERTS.search(name)]
     gate = ".".join(filter(None, (path, gates[0] if gates else "gate")))
@@ -54,7 +53,7 @@ def shown_adapter(path: str, layer: nn.Module, entrance: str) -> str:
     return (
         "    def adapter(module, args, logits):\n"
         f"        return Routing.from_probs(logits.softmax(-1), logits.topk({k}).indices)\n"
-        f"    {entrance}adapters={{{re.sub(r'(?<![^.])[0-9]+(?![^.])', '*', gate)!r}: adapter}})"
+        f"    adapters = {{{re.sub(r'(?<![^.])[0-9]+(?![^.])', '*', gate)!r}: adapter}}"
     )
 
 

@@ -24,6 +24,7 @@ class Recognized:
         experts: Its experts, if they are in a module of their own.
 
     Attributes:
+        owner: Name of the router's class.
         is_registered: Whether it has an entry.
         misfit: Why the entry does not fit the router, which is then read by its shapes alone. Empty if it fits.
         only_here: Why its decisions are known only for the tokens, or the experts, of this process. Empty otherwise.
@@ -31,7 +32,7 @@ class Recognized:
 
     def __init__(self, module: nn.Module, entry: Entry | None, experts: nn.Module | None = None) -> None:
         self._entry, self.is_registered, self.misfit, self.only_here = entry, entry is not None, "", ""
-        self._owner, self._experts = type(module).__name__, experts
+        self.owner, self._experts = type(module).__name__, experts
 
     def __call__(self, seen: Pass) -> Routing | None:
         """Return the routing of a pass, or None if the module is no router.
@@ -46,7 +47,7 @@ class Recognized:
             found = decisions_in(seen.module, seen.output)
             return self._of_this_process(found) or self._by_entry(seen, found) or self._by_shape(seen)
         except UnknownDecisionError as error:
-            raise UnknownDecisionError(f"{self._owner}: {error}. {_shapes_of(seen.output)}") from error
+            raise UnknownDecisionError(f"{self.owner}: {error}. {_shapes_of(seen.output)}") from error
 
     def _by_entry(self, seen: Pass, found: Decisions | None) -> Routing | None:
         if self._entry is None or self.misfit:
@@ -61,7 +62,7 @@ class Recognized:
             raise
         except Exception as error:
             self.misfit = (
-                f"the entry of {self._owner} does not fit this version: {type(error).__name__}: {error}."
+                f"the entry of {self.owner} does not fit this version: {type(error).__name__}: {error}."
                 f" {_shapes_of(seen.output)}"
             )
             routing = self._by_shape(seen)
@@ -76,10 +77,6 @@ class Recognized:
             return None
         self.only_here = f"it numbers the {here[1]} experts of this process, of {found[3]}"
         return Routing.from_choices(*here, found[2].float().abs())
-
-    def describe_class(self) -> str:
-        """Return the class of the router, for messages."""
-        return f"The class {self._owner}"
 
     @staticmethod
     def _by_shape(seen: Pass) -> Routing | None:
