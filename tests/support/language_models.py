@@ -81,6 +81,8 @@ _CONFIGS: Mapping[str, Callable[[], Any]] = {
         num_sparse_encoder_layers=2,
         num_sparse_decoder_layers=2,
         decoder_start_token_id=0,
+        dropout_rate=0.0,
+        router_jitter_noise=0.0,
     ),
 }
 

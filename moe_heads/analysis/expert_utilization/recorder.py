@@ -28,8 +28,8 @@ _STEPS_BETWEEN_NORMS = 20
 _COUNTED = ("logits", "probs", "indices", "weights", "rows", "scores", "noisy_logits", "mask")
 _tensors_of = attrgetter(*_COUNTED)
 
-# rows_per_sample and the counted tensors: to build a Routing of them in every step costs more than to keep them
-_Pending = tuple[int, tuple[Tensor | None, ...]]
+# rows_per_sample, drops and the counted tensors: to build a Routing of them in every step costs more than to keep them
+_Pending = tuple[tuple[int, bool], tuple[Tensor | None, ...]]
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,9 @@ class UtilizationRecorder:
 
 def _counted_tensors(routing: Routing) -> _Pending:
     """Return the counted tensors of a routing, detached, and copied where a CUDA graph could overwrite them."""
-    return routing.rows_per_sample, tuple(None if value is None else _safe(value) for value in _tensors_of(routing))
+    return (routing.rows_per_sample, routing.drops), tuple(
+        None if value is None else _safe(value) for value in _tensors_of(routing)
+    )
 
 
 def _safe(value: Tensor) -> Tensor:
@@ -135,10 +137,10 @@ def _join(pending: Sequence[_Pending]) -> list[Routing]:
     """Concatenate the decisions to few routings. Under expert choice the batches remain separate."""
     groups: dict[tuple[object, ...], list[_Pending]] = {}
     chosen_rows = _COUNTED.index("rows")
-    for number, (rows_per_sample, values) in enumerate(pending):
+    for number, (settings, values) in enumerate(pending):
         form = tuple(None if value is None else (value.shape[1:], value.dtype) for value in values)
         alone = None if values[chosen_rows] is None else number
-        groups.setdefault((alone, rows_per_sample, *form), []).append((rows_per_sample, values))
+        groups.setdefault((alone, settings, *form), []).append((settings, values))
     return [_cat(group) for group in groups.values()]
 
 
@@ -146,4 +148,5 @@ def _cat(group: Sequence[_Pending]) -> Routing:
     columns = zip(_COUNTED, zip(*(values for _, values in group), strict=True), strict=True)
     several = {name: parts for name, parts in columns if parts[0] is not None}
     tensors: dict[str, Any] = {n: parts[0] if len(parts) == 1 else torch.cat(parts) for n, parts in several.items()}
-    return Routing(**tensors, rows_per_sample=group[0][0])
+    rows_per_sample, drops = group[0][0]
+    return Routing(**tensors, rows_per_sample=rows_per_sample, drops=drops)
