@@ -87,7 +87,7 @@ def test_a_batch_of_two_optimizers_passes_a_multiple_but_does_not_skip_it() -> N
         def configure_optimizers(self) -> Any:
             return [torch.optim.SGD(part.parameters(), lr=0.1) for part in (self.body, self.head)]
 
-        def training_step(self, batch: Any, batch_idx: int) -> None:
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
             loss = F.cross_entropy(self(batch[0]), batch[1])
             for optimizer in self.optimizers():
                 optimizer.zero_grad()

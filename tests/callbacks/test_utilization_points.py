@@ -133,7 +133,7 @@ def test_batches_after_the_last_step_of_an_epoch_belong_to_its_last_window(tmp_p
             super().__init__()
             self.automatic_optimization = False
 
-        def training_step(self, batch: Any, batch_idx: int) -> None:
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
             optimizer = self.optimizers()
             loss = F.cross_entropy(self(batch[0]), batch[1])
             if batch_idx < 2:
@@ -212,7 +212,8 @@ def test_windows_stay_few_cover_all_steps_and_keep_the_sum(steps: list[tuple[int
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_utilization_points, "MAX_WINDOWS", limit)
         windows: dict[int, RoutingStats] = {}
-        at, sums = 0, {}
+        at = 0
+        sums: dict[int, int] = {}
         for advance, count in steps:
             at += advance
             _add(windows, at, stats_of(count, 1))
