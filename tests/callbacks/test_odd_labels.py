@@ -29,7 +29,7 @@ class OfRealTokens(PlainModule):
         super().__init__()
         self.head = SparseMoE(5, 3, num_experts=4, expert_width=4)
 
-    def forward(self, inputs: tuple[Tensor, Tensor]) -> Tensor:
+    def forward(self, inputs: Any) -> Tensor:
         x, mask = inputs
         sums = x.new_zeros(len(x), 3).index_add_(0, mask.nonzero()[:, 0], self.head(x[mask]))
         return sums / mask.sum(1, keepdim=True)
@@ -42,11 +42,11 @@ X, Y = torch.randn(40, 5), torch.arange(40) % 3
 LENGTHS = torch.randint(1, 9, (40,))
 
 
-def fit(data: list[Any], module: PlainModule | None = None, **options: Any) -> tuple[list[tuple[bool, str]], Any]:
-    """Fit and return the messages, each with whether training had begun, and the result of the training split."""
+def fit(data: list[Any], module: PlainModule | None = None, **options: Any) -> tuple[list[tuple[str, int, str]], Any]:
+    """Fit and return the messages, each with its kind and step, and the result of the training split."""
     usage = ExpertUtilizationCallback(splits=["train"], warn=False, on_error="raise", num_permutations=20, **options)
-    module, messages = module or OfFirst(), []
-
+    module = module or OfFirst()
+    messages: list[tuple[str, int, str]] = []
     with pytest.MonkeyPatch.context() as patch:
         for name in ("rank_zero_warn", "rank_zero_info"):
             patch.setattr(
@@ -120,13 +120,14 @@ def test_labels_missing_later_are_reported_once_at_the_end() -> None:
 
 @pytest.mark.parametrize("options", [{"splits": ["val"]}, {"stages": ["test"]}])
 def test_labels_that_are_not_analyzed_are_not_checked(options: dict[str, Any]) -> None:
-    module, steps = PlainModule(), []
+    module = PlainModule()
+    steps: list[int] = []
 
     def label_fn(batch: Any) -> Tensor:
         steps.append(module.global_step)
         return batch[1]
 
-    data = DataLoader(list(zip(X, Y, strict=True)), 16)
+    data: DataLoader[Any] = DataLoader(list(zip(X, Y, strict=True)), 16)
     trainer(ExpertUtilizationCallback(warn=False, label_fn=label_fn, **options)).fit(module, data, data)
     assert set(steps) == ({3} if "splits" in options else set())
 
@@ -141,7 +142,7 @@ def test_the_check_changes_nothing_in_the_training() -> None:
     for callbacks in ([], [ExpertUtilizationCallback(stages=["fit"], splits=["train"], label_fn=label_fn)]):
         torch.manual_seed(0)
         module = PlainModule()
-        data = DataLoader(list(zip(X, Y, strict=True)), 16, shuffle=True)
+        data: DataLoader[Any] = DataLoader(list(zip(X, Y, strict=True)), 16, shuffle=True)
         trainer(*callbacks).fit(module, data)
         states.append(snapshot(module))
     assert torch.equal(states[0]["torch_rng"], states[1]["torch_rng"])
