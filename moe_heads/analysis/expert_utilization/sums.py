@@ -7,6 +7,7 @@ import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -154,7 +155,9 @@ class UtilizationSums:
         load, importance = stats.load, stats.importance
         relative = ((importance if self._soft else load) * self._num_experts).tolist()
         dead, starved = dead_and_starved(relative, options.dead_below, options.starved_below)
-        information = {f"mutual_information{name}": value for name, value in self._information().items()}
+        information: dict[str, Any] = {
+            f"mutual_information{name}": value for name, value in self._information().items()
+        }
         return HeadUtilization(
             load=load,
             importance=importance,
