@@ -42,6 +42,14 @@ HEALTHY = (
     "soft",
 )
 
+
+def _scale(experts: Experts, factor: float, first: bool = True) -> None:
+    with torch.no_grad():
+        for layer in (experts.fc1, experts.fc2) if first else (experts.fc2,):
+            layer.weight[0] *= factor
+            layer.bias_by_expert[0] *= factor
+
+
 BROKEN: dict[str, Callable[[Experts, float], None]] = {
     "second layer of expert 0 zero": lambda experts, rate: _scale(experts, 0.0, first=False),
     "expert 0 with weight decay 0.03": lambda experts, rate: _scale(experts, 1 - 0.03 * rate),
@@ -54,13 +62,6 @@ BROKEN: dict[str, Callable[[Experts, float], None]] = {
 LAYERS = ((8, 64, 64), (8, 512, 64), (8, 256, 1024), (64, 256, 256), (128, 512, 256))
 
 MATRICES = ((65, 65), (128, 512), (512, 512), (768, 2048), (2048, 2048))
-
-
-@torch.no_grad()
-def _scale(experts: Experts, factor: float, first: bool = True) -> None:
-    for layer in (experts.fc1, experts.fc2) if first else (experts.fc2,):
-        layer.weight[0] *= factor
-        layer.bias_by_expert[0] *= factor
 
 
 def trained(name: str, seed: int, after_step: Callable[[Experts, float], None] | None, epochs: int) -> nn.Module:
@@ -88,7 +89,7 @@ def trained(name: str, seed: int, after_step: Callable[[Experts, float], None] |
             (F.cross_entropy(output.logits, labels[rows]) + output.aux_loss).backward()
             optimizer.step()
             if after_step is not None:
-                after_step(head.experts, schedule.get_last_lr()[0])
+                after_step(head.experts, float(schedule.get_last_lr()[0]))
         schedule.step()
     return model
 
@@ -161,7 +162,11 @@ def cost(rounds: int) -> dict[str, dict[str, float]]:
         def analysis(layer: nn.Module = layer, x: Tensor = x) -> None:
             expert_utilization(layer, [(x,)], num_permutations=0)
 
-        candidates = {"training_step": step, "end_of_epoch": weights, "whole_analysis": analysis}
+        candidates: dict[str, Callable[[], object]] = {
+            "training_step": step,
+            "end_of_epoch": weights,
+            "whole_analysis": analysis,
+        }
         row = time_interleaved(candidates, rounds=rounds, loaded=True)
         report[f"{num_experts} experts, {features} features, width {width}"] = row
         print(

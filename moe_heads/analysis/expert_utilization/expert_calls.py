@@ -78,8 +78,10 @@ class ExpertCalls(ABC):
         """Check the recorded calls of the experts."""
 
     @abstractmethod
-    def outputs(self, kept: Tensor) -> Iterator[Tensor]:
-        """Yield the output of each expert for some rows of the recorded pass, without its mixing weight.
+    def outputs(self, kept: Tensor) -> Iterator[tuple[int, Tensor]]:
+        """Yield each expert with its output for some rows of the recorded pass, without its mixing weight.
+
+        The rows of an expert may come in several parts.
 
         Args:
             kept: Indices of the rows.
@@ -104,11 +106,11 @@ class OwnExperts(ExpertCalls):
         pass  # the heads of this package need no check
 
     @override
-    def outputs(self, kept: Tensor) -> Iterator[Tensor]:
+    def outputs(self, kept: Tensor) -> Iterator[tuple[int, Tensor]]:
         rows, experts = self.kept_rows(kept), self.experts.module
         assert isinstance(experts, Experts)
-        for weight1, bias1, weight2, bias2 in zip(*experts.stacks(), strict=True):
-            yield F.linear(experts.activate(F.linear(rows, weight1, bias1)), weight2, bias2)
+        for expert, (weight1, bias1, weight2, bias2) in enumerate(zip(*experts.stacks(), strict=True)):
+            yield expert, F.linear(experts.activate(F.linear(rows, weight1, bias1)), weight2, bias2)
 
 
 class SeparateExperts(ExpertCalls):
@@ -162,11 +164,11 @@ class SeparateExperts(ExpertCalls):
             raise UnknownExpertsError("the experts were called with other rows than the router")
 
     @override
-    def outputs(self, kept: Tensor) -> Iterator[Tensor]:
+    def outputs(self, kept: Tensor) -> Iterator[tuple[int, Tensor]]:
         rows = self.kept_rows(kept)
-        for member in self.experts.members:
+        for expert, member in enumerate(self.experts.members):
             # not the call: hooks of the user would run for rows that the model did not pass
-            yield member.forward(rows)
+            yield expert, member.forward(rows)
 
 
 def _is_rows(value: object) -> bool:

@@ -6,7 +6,6 @@ Shapes: N rows, D features, E experts.
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -44,13 +43,13 @@ class OutputNorms:
     num_rows: int = 0
     reason: str = ""
 
-    def __add__(self, other: Self) -> "OutputNorms":
+    def __add__(self, other: "OutputNorms") -> "OutputNorms":
         """Add the sums over other rows. They are unknown if one of the two is unknown for a reason."""
         reason = self.reason or other.reason
-        known = [norms for norms in (self, other) if norms.totals is not None]
-        if reason or not known:
-            return OutputNorms(None, 0, reason)
-        return OutputNorms(sum(n.totals for n in known if n.totals is not None), sum(n.num_rows for n in known))
+        if reason or self.totals is None or other.totals is None:
+            known = self if other.totals is None else other
+            return OutputNorms(None, 0, reason) if reason else known
+        return OutputNorms(self.totals + other.totals, self.num_rows + other.num_rows)
 
     @property
     def means(self) -> Tensor | None:
@@ -136,11 +135,11 @@ class OutputProbes:
         kept = real[: self._max_rows].nonzero().flatten()[:num_left]
         if not len(kept):
             return OutputNorms(None)
-        totals = [
-            torch.linalg.vector_norm(output.detach().float().flatten(1), dim=1).double().sum()
-            for output in calls.outputs(kept)
-        ]
-        return OutputNorms(torch.stack(totals).cpu(), len(kept))
+        totals = torch.zeros(calls.num_experts, dtype=torch.float64)
+        for expert, output in calls.outputs(kept):
+            norms = torch.linalg.vector_norm(output.float().flatten(1), dim=1)
+            totals[expert] += norms.cpu().double().sum()
+        return OutputNorms(totals, len(kept))
 
 
 def _kind_of(experts: ExpertWeights, router: nn.Module) -> type[ExpertCalls]:

@@ -57,10 +57,9 @@ class FusedExperts(ExpertCalls):
     def _note_call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._call is not None or self._unlike:
             return
-        tensors = {
-            key: value.detach() for key, value in (*enumerate(args), *kwargs.items()) if isinstance(value, Tensor)
-        }
-        others = {key: value for key, value in (*enumerate(args), *kwargs.items()) if key not in tensors}
+        arguments: dict[int | str, Any] = dict((*enumerate(args), *kwargs.items()))
+        tensors = {key: value.detach() for key, value in arguments.items() if isinstance(value, Tensor)}
+        others = {key: value for key, value in arguments.items() if key not in tensors}
         kinds = _kinds_of(tensors)
         if kinds == {"rows", "index", "weights"}:
             self._call = _IndexedCall(tensors, others, self._max_rows)
@@ -88,7 +87,7 @@ class FusedExperts(ExpertCalls):
         call.check(self, rows, self._num_rows, self._scores)
 
     @override
-    def outputs(self, kept: Tensor) -> Iterator[Tensor]:
+    def outputs(self, kept: Tensor) -> Iterator[tuple[int, Tensor]]:
         assert self._call is not None and self._rows is not None
         # the input of the experts, which need not be that of the router: Gemma 4 normalizes it in between
         rows = self._rows if self._call.rows is None else self._call.rows
@@ -138,8 +137,8 @@ class _Call(ABC):
         """
 
     @abstractmethod
-    def run(self, calls: FusedExperts, rows: Tensor) -> Iterator[Tensor]:
-        """Yield the output of each expert for the rows."""
+    def run(self, calls: FusedExperts, rows: Tensor) -> Iterator[tuple[int, Tensor]]:
+        """Yield each expert with its output for the rows, or for a part of them."""
 
     def _forward(self, calls: FusedExperts, tensors: Mapping[int | str, Tensor]) -> Tensor:
         arguments = {**tensors, **self._others}
@@ -176,18 +175,18 @@ class _IndexedCall(_Call):
                 " rows"
             )
         total = torch.zeros_like(self.output, dtype=torch.promote_types(self.output.dtype, torch.float32))
-        for expert, output in enumerate(self.run(calls, calls.cast(self.rows))):
+        for expert, output in self.run(calls, calls.cast(self.rows)):
             weight = torch.where(self._index == expert, self._weights, 0).sum(1, keepdim=True)
             total += torch.where(weight == 0, 0, weight * output)
         check_equal(total, self.output, self.rows, self._weights)
 
     @override
-    def run(self, calls: FusedExperts, rows: Tensor) -> Iterator[Tensor]:
+    def run(self, calls: FusedExperts, rows: Tensor) -> Iterator[tuple[int, Tensor]]:
         for expert in range(calls.num_experts):
             chosen = torch.full((len(rows), 1), expert, dtype=self._index.dtype, device=rows.device)
             ones = torch.ones(len(rows), 1, dtype=rows.dtype, device=rows.device)
             values = {"rows": rows, "index": chosen, "weights": ones}
-            yield self._forward(calls, {key: values[kind] for kind, key in self._keys.items()})
+            yield expert, self._forward(calls, {key: values[kind] for kind, key in self._keys.items()})
 
 
 class _BlockCall(_Call):
@@ -220,13 +219,11 @@ class _BlockCall(_Call):
         check_equal(again.view(self.output.shape), self.output, self._given)
 
     @override
-    def run(self, calls: FusedExperts, rows: Tensor) -> Iterator[Tensor]:
+    def run(self, calls: FusedExperts, rows: Tensor) -> Iterator[tuple[int, Tensor]]:
         size = max(1, _MAX_ELEMENTS // (self._num_experts * rows.shape[1]))
-        parts = [
-            self._forward(calls, {self._key: part.repeat(self._num_experts, 1)}).unflatten(0, (self._num_experts, -1))
-            for part in rows.split(size)
-        ]
-        yield from torch.cat(parts, 1)
+        for part in rows.split(size):
+            output = self._forward(calls, {self._key: part.repeat(self._num_experts, 1)})
+            yield from enumerate(output.unflatten(0, (self._num_experts, -1)))
 
     def _first_of_blocks(self, rows: Tensor) -> Tensor:
-        return rows.unflatten(0, (self._num_experts, -1))[:, :NUM_COMPARED].clone()
+        return rows.reshape(self._num_experts, -1, rows.shape[-1])[:, :NUM_COMPARED].clone()

@@ -146,7 +146,7 @@ def _krylov_basis(weights: Tensor) -> Tensor:
     """
     generator = torch.Generator().manual_seed(0)
     start = torch.randn(weights.shape[2], 1, generator=generator).to(weights.device)
-    basis = (start / start.norm()).expand(len(weights), -1, -1)
+    basis: Tensor = (start / start.norm()).expand(len(weights), -1, -1)
     eps = torch.finfo(weights.dtype).eps
     for _ in range(_NUM_STEPS - 1):
         new = torch.bmm(weights.mT, torch.bmm(weights, basis[..., -1:]))

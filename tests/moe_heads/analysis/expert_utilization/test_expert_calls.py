@@ -79,7 +79,7 @@ def test_separate_experts_of_transformers(name: str) -> None:
     for hook in hooks:
         hook.remove()
     routing = Routing.from_probs(torch.full((20, 4), 0.25))
-    for path, found in probes.norms(dict.fromkeys(routers, [routing]), {}).items():
+    for path, found in probes.norms({key: [routing] for key in routers}, {}).items():
         experts = model.get_submodule(path.rpartition(".")[0]).experts
         assert found.totals is not None, found.reason
         for e in range(4):

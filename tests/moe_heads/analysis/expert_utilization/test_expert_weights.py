@@ -136,7 +136,7 @@ def test_a_router_alone_and_experts_of_another_layer_are_unknown() -> None:
     with pytest.raises(UnknownExpertsError, match="no module of the model contains"):
         find_experts(gate, gate, 4)
     model = nn.Sequential(block(mlp=nn.Linear(6, 6)), block(experts=nn.ModuleList(nn.Linear(6, 6) for _ in range(4))))
-    with pytest.raises(UnknownExpertsError, match="expected one group of 4 experts .* found 0"):
+    with pytest.raises(UnknownExpertsError, match="found 0"):
         find_experts(model, model.get_submodule("0.block.gate"), 4)
 
 

@@ -26,7 +26,7 @@ def norms_in(model: nn.Module, ids: Tensor, num_experts: int) -> tuple[dict[str,
     for hook in hooks:
         hook.remove()
     routing = Routing.from_probs(torch.full((ids.numel(), num_experts), 1 / num_experts))
-    return probes.norms(dict.fromkeys(routers, [routing]), {}), given
+    return probes.norms({key: [routing] for key in routers}, {}), given
 
 
 @pytest.mark.parametrize("name", FUSED)
@@ -110,7 +110,7 @@ class ScaledInput(Matrices):
 
     def forward(self, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:  # type: ignore[override]
         gates = torch.zeros(len(x), 4).scatter(1, index, weights)
-        return torch.einsum("ned,edo->no", gates.unsqueeze(-1) * x.unsqueeze(1), self.weight).relu()
+        return torch.einsum("nkd,kdo->no", gates.unsqueeze(-1) * x.unsqueeze(1), self.weight).relu()
 
 
 def norms_of(model: Block, x: Tensor) -> OutputNorms:
@@ -168,7 +168,7 @@ class Blocks(nn.Module):
 
 
 class BlockGate(nn.Linear):
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         logits = super().forward(x)
         return logits.sigmoid(), logits
 
