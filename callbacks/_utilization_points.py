@@ -8,12 +8,13 @@ import torch
 from lightning.pytorch import Trainer
 
 from moe_heads.analysis._shared.ranks import Ranks
-from moe_heads.analysis.expert_utilization.training import RouterReport, TrainingRouters
+from moe_heads.analysis.expert_utilization.training import TrainingRouters
 from moe_heads.callbacks._shared.reporting import Report, log_report
 from moe_heads.callbacks._shared.trainer_access import process_group_of
+from moe_heads.callbacks._utilization_log import UtilizationLog
 from moe_heads.routing import RoutingStats
 
-__all__ = ["MAX_WINDOWS", "end_window", "logged_numbers", "packed_history", "unpacked_history"]
+__all__ = ["MAX_WINDOWS", "end_window", "packed_history", "unpacked_history"]
 
 MAX_WINDOWS = 256
 """Number of windows that are kept for a router, about as many as a figure can show."""
@@ -22,34 +23,24 @@ History = dict[str, dict[int, RoutingStats]]
 """Statistics by name of the head, and epoch or global step."""
 
 
-def logged_numbers(reports: Mapping[str, RouterReport]) -> dict[str, float]:
-    """Return the numbers of one point of a series, over an epoch or over a window of steps.
-
-    Args:
-        reports: Report by the name of the router.
-
-    Returns:
-        Numbers by the end of their key, ``<head>/<quantity>``.
-    """
-    return {f"{head}/{name}": value for head, report in reports.items() for name, value in report.scalars.items()}
-
-
-def end_window(trainer: Trainer, name: str, routers: TrainingRouters, history: History, *, is_logged: bool) -> None:
+def end_window(
+    trainer: Trainer, log: UtilizationLog, routers: TrainingRouters, history: History, *, is_logged: bool
+) -> None:
     """Report the window that ends at ``trainer.global_step``. Every rank must call it.
 
     Args:
         trainer: The trainer.
-        name: Name of the analysis.
+        log: Log of the fit.
         routers: The routers.
         history: Receives the statistics of the window.
         is_logged: False if a window that ended at the same step is already logged. The loggers have one point a step.
     """
-    reports = routers.end_window(Ranks(process_group_of(trainer), f"{name}/step"))
+    reports = routers.end_window(Ranks(process_group_of(trainer), f"{log.name}/step"))
     for head, report in reports.items():
         _add(history.setdefault(head, {}), trainer.global_step, report.stats)
     if reports and is_logged:
         # `pl_module.log_dict` would log only in every log_every_n_steps-th batch
-        log_report(trainer, f"{name}/step", Report(logged_numbers(reports)))
+        log_report(trainer, f"{log.name}/step", Report(log.window_numbers(reports, history)))
 
 
 def packed_history(epochs: History, steps: History) -> dict[str, Any]:

@@ -17,8 +17,8 @@ from moe_heads.analysis._shared.names import are_names, check_names
 from moe_heads.analysis._shared.ranks import Ranks
 from moe_heads.analysis.expert_utilization.classes import checked_ignore_index
 from moe_heads.analysis.expert_utilization.examples import images_of
-from moe_heads.analysis.expert_utilization.figures import plot_load_history
 from moe_heads.analysis.expert_utilization.function import checked_options
+from moe_heads.analysis.expert_utilization.head_utilization import Detail
 from moe_heads.analysis.expert_utilization.inert import INERT_BELOW
 from moe_heads.analysis.expert_utilization.label_check import LabelCheck
 from moe_heads.analysis.expert_utilization.label_entry import labels_of
@@ -31,9 +31,10 @@ from moe_heads.callbacks._shared.inputs import AnalysisInputs
 from moe_heads.callbacks._shared.options import AnalysisOptions, OverRanks
 from moe_heads.callbacks._shared.reporting import Report
 from moe_heads.callbacks._shared.trainer_access import Split, datamodule_of, process_group_of
-from moe_heads.callbacks._utilization_points import end_window, logged_numbers, packed_history, unpacked_history
+from moe_heads.callbacks._utilization_log import UtilizationLog
+from moe_heads.callbacks._utilization_points import end_window, packed_history, unpacked_history
 from moe_heads.callbacks.base import FitEndAnalysis
-from moe_heads.checks import check_callables, check_flags
+from moe_heads.checks import check_callables, check_flags, check_option
 from moe_heads.routing import Adapters, RoutingStats, collect_routing, named_routers
 
 __all__ = ["ExpertUtilizationCallback"]
@@ -67,7 +68,24 @@ class ExpertUtilizationCallback(FitEndAnalysis):
 
     At the end of fit, the numbers of `moe_heads.analysis.ExpertUtilizationResult` are logged for each head below
     ``expert_utilization/<split>/``. TensorBoard also receives two tables and figures of load and classes, of
-    co-activation, of the load over the epochs, and of examples for each expert.
+    co-activation, and of examples for each expert, the load over the epochs, and a page of charts (Custom Scalars).
+
+    For a model with several routers, a summary over the layers replaces the numbers of each layer, unless
+    ``detail="full"``. Its size does not depend on the number of layers. The keys are
+    ``expert_utilization/<place>/<measure>/<level>`` with the place "epoch" or a split, and
+
+    ==============================  ===================================================================
+    worst, median, best             of load_cv, max_violation, relative_effective_experts (effective / E)
+    lowest, median, highest         of relative_entropy (entropy / log E)
+    median, highest                 of routing_flips (epoch only)
+    worst                           of dropped, dropped_choices and nonfinite (the latter in epochs only)
+    p10, p50, p90                   of relative_load, over the experts of all layers (epoch only)
+    ==============================  ===================================================================
+
+    and num_dead_experts, num_starved_experts, num_inert_experts and num_layers_with_dead_experts, below the place. A
+    map of the load by layer and expert follows each epoch, and a map of the dead experts by layer and epoch ends the
+    training. The summary in the text tab names the layers with the worst balance. Two of them have figures and tables
+    of their own.
 
     A training step only stores references to the router's outputs. They are counted at the end of the epoch, or earlier
     in large pieces. The callback causes no graph break in torch.compile.
@@ -97,6 +115,9 @@ class ExpertUtilizationCallback(FitEndAnalysis):
         num_permutations: Permutations of the labels for the chance level of the mutual information.
         ablation: Whether to evaluate also the accuracy without each expert.
         warn: Whether to warn during training.
+        detail: "summary" for a bounded number of keys, figures and tables, "full" for all of every head. Of a single
+            head, the summary lacks numbers that others imply, such as the importance of each expert. It is the default
+            because 48 layers have thousands of numbers. All are in ``results`` and ``history`` in both cases.
         options: Options of all analyses, without a loss; see `AnalysisOptions`. The default of 10,000 samples gives the
             class map several samples of each class for each expert.
 
@@ -135,6 +156,7 @@ class ExpertUtilizationCallback(FitEndAnalysis):
         num_permutations: int = 200,
         ablation: bool = False,
         warn: bool = True,
+        detail: Detail = "summary",
         **options: Unpack[AnalysisOptions],
     ) -> None:
         super().__init__(**options)
@@ -142,6 +164,7 @@ class ExpertUtilizationCallback(FitEndAnalysis):
         checked_options(dead_below, starved_below, num_permutations, num_examples, self.seed, inert_below)
         check_callables(forward_fn=forward_fn, label_fn=label_fn, image_fn=image_fn, mask_fn=mask_fn)
         check_flags(ablation=ablation, warn=warn)
+        check_option("detail", detail, ("summary", "full"))
         self.class_names = None if class_names is None else tuple(class_names)
         self.forward_fn, self.adapters, self.mask_fn = forward_fn, adapters, mask_fn
         self.label_fn, self.image_fn = label_fn, image_fn
@@ -151,8 +174,10 @@ class ExpertUtilizationCallback(FitEndAnalysis):
         self.dead_below, self.starved_below, self.warn = dead_below, starved_below, warn
         self.inert_below = inert_below
         self.num_examples, self.num_permutations, self.ablation = num_examples, num_permutations, ablation
+        self.detail: Detail = detail
         self.history: dict[str, dict[int, RoutingStats]] = {}
         self.history_steps: dict[str, dict[int, RoutingStats]] = {}
+        self._log = UtilizationLog(self.name, detail, dead_below, starved_below)
         self._warned_of_order, self._warned_of_silence = False, False
         self._given_notes: set[str] = set()
         self._listening = ExitStack()
@@ -173,6 +198,7 @@ class ExpertUtilizationCallback(FitEndAnalysis):
         super().on_fit_start(trainer, pl_module)
         self._warned_of_order, self._warned_of_silence, self._given_notes = False, False, set()
         self._close()
+        self._log = UtilizationLog(self.name, self.detail, self.dead_below, self.starved_below)
         # once for the whole fit: a change of hooks would trigger a recompilation of a compiled model
         collection = self._listening.enter_context(collect_routing(pl_module, self.adapters))
         options = self.dead_below, self.starved_below, self.inert_below, self.mask_fn
@@ -221,7 +247,7 @@ class ExpertUtilizationCallback(FitEndAnalysis):
     @override
     def track_step(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._routers is not None:
-            end_window(trainer, self.name, self._routers, self.history_steps, is_logged=True)
+            end_window(trainer, self._log, self._routers, self.history_steps, is_logged=True)
 
     @override
     def on_validation_batch_start(
@@ -258,13 +284,14 @@ class ExpertUtilizationCallback(FitEndAnalysis):
         if self._routers is not None:
             if self._interval is not None:  # the rest of the epoch
                 is_logged = trainer.global_step != self._interval.last
-                end_window(trainer, self.name, self._routers, self.history_steps, is_logged=is_logged)
+                end_window(trainer, self._log, self._routers, self.history_steps, is_logged=is_logged)
                 self._interval.start(trainer.global_step)
             self._end_epoch(trainer, pl_module, self._routers)
         super().on_train_epoch_end(trainer, pl_module)
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._log.draw_history(trainer, self.history)
         self._close()
 
     @override
@@ -316,9 +343,8 @@ class ExpertUtilizationCallback(FitEndAnalysis):
     @override
     def report(self, result: ExpertUtilizationResult) -> Report:
         if not result.heads:
-            return Report(result.metrics())
-        epochs = {f"{head}/load_over_epochs": plot_load_history(stats)[0] for head, stats in self.history.items()}
-        return Report(result.metrics(), result.texts(), {**result.figures(), **epochs})
+            return Report(result.metrics(self.detail))
+        return Report(result.metrics(self.detail), result.texts(self.detail), result.figures(self.detail))
 
     def _end_epoch(self, trainer: Trainer, pl_module: LightningModule, routers: TrainingRouters) -> None:
         reports = routers.end_epoch(Ranks(process_group_of(trainer), f"{self.name}/epoch"))
@@ -335,15 +361,16 @@ class ExpertUtilizationCallback(FitEndAnalysis):
                 " that was compiled and run before this fit does not call forward hooks. Attach the callback to its"
                 " first fit, or compile it again after torch._dynamo.reset()."
             )
-        # already equal on every rank, but Lightning warns without sync_dist
-        numbers = {f"{self.name}/epoch/{name}": value for name, value in logged_numbers(reports).items()}
-        pl_module.log_dict(numbers, sync_dist=True)
         for head, report in reports.items():
             if int(report.stats.num_rows):
                 self.history.setdefault(head, {})[trainer.current_epoch] = report.stats
             self._report_notes(report.notes)
-            for warning in report.warnings if self.warn else ():
-                rank_zero_warn(f"{self.name}: epoch {trainer.current_epoch}, head {head!r}: {warning}")
+        numbers = self._log.numbers(reports, self.history)
+        # already equal on every rank, but Lightning warns without sync_dist
+        pl_module.log_dict({f"{self.name}/epoch/{key}": value for key, value in numbers.items()}, sync_dist=True)
+        self._log.draw_epoch(trainer)
+        for warning in self._log.warnings(reports) if self.warn else ():
+            rank_zero_warn(f"{self.name}: epoch {trainer.current_epoch}, {warning}")
 
     def _report_notes(self, notes: Iterable[str]) -> None:
         """Warn of what is not known of the routers, once in a run."""

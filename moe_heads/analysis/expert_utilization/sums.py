@@ -151,6 +151,7 @@ class UtilizationSums:
             effective_experts_per_row=math.exp(self._gate_entropy / num_rows),
             margin=float(stats.margin),
             dropped=float(stats.dropped),
+            dropped_choices=float(stats.dropped_choices),
             dead_experts=dead,
             starved_experts=starved,
             coactivation=self._coactivation(),

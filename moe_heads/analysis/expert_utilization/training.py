@@ -37,10 +37,12 @@ class RouterReport:
         scalars: Numbers to log.
         warnings: New warnings about its experts; none for a window, since few choices leave experts unused by chance.
         notes: What is not known of its decisions.
+        soft: Whether the router mixes all experts.
     """
 
     stats: RoutingStats
     scalars: dict[str, float]
+    soft: bool
     warnings: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
@@ -182,8 +184,9 @@ class TrainingRouters:
         reports: dict[str, RouterReport] = {}
         for name, sums in window.sums.items():
             if not sums.is_empty:
-                counts = self._health_of(name, window.kinds[name].soft).counts(sums.stats)
-                reports[name] = RouterReport(sums.stats, sums.scalars() | _flips_of(name, window.flips) | counts)
+                soft = window.kinds[name].soft
+                counts = self._health_of(name, soft).counts(sums.stats)
+                reports[name] = RouterReport(sums.stats, sums.scalars() | _flips_of(name, window.flips) | counts, soft)
         return reports
 
     def end_epoch(self, ranks: Ranks) -> dict[str, RouterReport]:
@@ -210,7 +213,7 @@ class TrainingRouters:
                     of_weights = self._inert.add(scalars, name, known, health.dead(sums.stats))
                 warnings = (*self._forgotten_loss(name), *of_health, *of_weights)
                 notes = tuple(self._notes.after_count(name, sums.stats))
-                reports[name] = RouterReport(sums.stats, scalars, warnings, notes)
+                reports[name] = RouterReport(sums.stats, scalars, kinds[name].soft, warnings, notes)
         self._num_batches, self._epoch, self._flips, self._in_evaluation = 0, {}, {}, {}
         return reports
 
