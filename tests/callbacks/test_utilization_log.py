@@ -32,7 +32,7 @@ class Layers(PlainModule):
         self.layers = nn.ModuleList(MoELayer(NUM_FEATURES, **options) for _ in range(num_layers))
         self.last = nn.Linear(NUM_FEATURES, NUM_CLASSES)
         for layer in self.layers[:2]:
-            layer.router.gate.bias.data[:2] = 100.0  # type: ignore[union-attr]
+            layer.router.gate.bias.data[:2] = 100.0
 
     def forward(self, x: Tensor) -> Tensor:
         for layer in self.layers:
@@ -45,7 +45,7 @@ def utilization(**options: Any) -> ExpertUtilizationCallback:
 
 
 def fit(module: PlainModule, *callbacks: Any, **options: Any) -> Trainer:
-    module.test_dataloader = lambda: loader(seed=2)  # type: ignore[method-assign]
+    module.test_dataloader = lambda: loader(seed=2)
     run = trainer(*callbacks, **({"max_epochs": 3} | options))
     run.fit(module, loader(), loader(seed=1))
     return run
@@ -203,4 +203,4 @@ def test_nothing_is_drawn_where_no_logger_shows_figures(tmp_path: Path, monkeypa
 
 def test_an_unknown_detail() -> None:
     with pytest.raises(ValueError, match="detail: expected one of 'summary', 'full', got 'all'"):
-        ExpertUtilizationCallback(detail="all")  # type: ignore[arg-type]
+        ExpertUtilizationCallback(detail="all")

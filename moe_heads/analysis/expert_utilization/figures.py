@@ -170,8 +170,8 @@ def plot_load_history(history: Mapping[int, RoutingStats], ax: "Axes | None" = N
         bottom = torch.zeros(len(epochs), dtype=torch.float64)
         colors = matplotlib.colormaps["tab10" if num_experts <= 10 else "tab20"]
         for expert in range(num_experts):
-            name = f"expert {expert}"
-            ax.bar(epochs, load[:, expert], bottom=bottom, width=1.0, color=colors(expert), label=name)
+            color, label = colors(expert), f"expert {expert}"
+            ax.bar(epochs, load[:, expert], bottom=bottom, width=1.0, color=color, label=label)
             bottom += load[:, expert]
         ax.set(xlim=(epochs[0] - 0.5, epochs[-1] + 0.5), ylim=(0, 1))
         ax.set_ylabel("share of the choices", fontsize=SMALL)
