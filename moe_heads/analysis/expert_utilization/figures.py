@@ -10,6 +10,7 @@ from torch import Tensor
 
 from moe_heads.analysis._shared.figures import axes_of, plain_text
 from moe_heads.analysis.expert_utilization.head_utilization import HeadUtilization
+from moe_heads.analysis.expert_utilization.maps import CARD_HEIGHT, SMALL, draw_map, label_numbers, map_height
 from moe_heads.routing import RoutingStats
 
 if TYPE_CHECKING:
@@ -27,11 +28,6 @@ _MAX_BARS = 16
 
 # Largest number of characters of a class name that leaves enough space for the map.
 _MAX_NAME = 12
-
-_SMALL = 8
-
-# Inches. A card of TensorBoard has a height of 210 pixels and scales higher figures down.
-_CARD_HEIGHT = 2.3
 
 
 def plot_utilization(
@@ -59,8 +55,8 @@ def plot_utilization(
     bars, ax = figure.subplots(2, 1, sharex=True, height_ratios=(4, max(rows * 0.6, 4)))
     plot_load(name, head, bars)
     bars.set_xlabel("")
-    _draw_map(ax, head.class_map, class_names)
-    _label_experts(ax, len(head.load))
+    _draw_classes(ax, head.class_map, class_names)
+    label_numbers(ax, "x", len(head.load), "expert")
     return figure, ax
 
 
@@ -75,24 +71,28 @@ def plot_load(name: str, head: HeadUtilization, ax: "Axes | None" = None) -> "tu
     Returns:
         Figure and axes.
     """
-    figure, ax = axes_of(ax, (_width(len(head.load)), _CARD_HEIGHT))
-    experts = np.arange(len(head.load))
-    ax.bar(experts - 0.2, head.load.numpy(), 0.4, label="load")
-    ax.bar(experts + 0.2, head.importance.numpy(), 0.4, label="importance")
+    figure, ax = axes_of(ax, (_width(len(head.load)), CARD_HEIGHT))
+    experts, many = np.arange(len(head.load)), len(head.load) > _MAX_LABELED_EXPERTS
+    if many:  # two bars of an expert would have a width of two pixels
+        ax.bar(experts, head.load.numpy(), 1.0, label="load")
+        ax.step(experts, head.importance.numpy(), where="mid", color="tab:orange", linewidth=1, label="importance")
+    else:
+        ax.bar(experts - 0.2, head.load.numpy(), 0.4, label="load")
+        ax.bar(experts + 0.2, head.importance.numpy(), 0.4, label="importance")
+    ax.set_xlim(-0.6, len(experts) - 0.4)
     ax.axhline(1 / len(head.load), color="black", linestyle=":", linewidth=1, label="fair share")
-    ax.set_ylabel("share", fontsize=_SMALL)
-    ax.tick_params(axis="y", labelsize=_SMALL)
+    ax.set_ylabel("share", fontsize=SMALL)
+    ax.tick_params(axis="y", labelsize=SMALL)
     ax.set_ylim(0, 1.35 * max(float(head.load.max()), float(head.importance.max())))
-    many = len(head.load) > _MAX_LABELED_EXPERTS
     for state, experts_in_state, marker in (("dead", head.dead_experts, "x"), ("starved", head.starved_experts, "|")):
         if many and experts_in_state:
             # labels would overlap
             zeros = [0.0] * len(experts_in_state)
-            ax.plot(experts_in_state, zeros, marker, color="tab:red", markersize=4, label=state, clip_on=False)
+            ax.plot(experts_in_state, zeros, marker, color="tab:red", markersize=5, label=state, clip_on=False)
         for expert in () if many else experts_in_state:
             ax.annotate(state, (expert, 0), ha="center", va="bottom", fontsize=7, color="tab:red", rotation=90)
     ax.legend(fontsize=7, ncols=5, loc="upper center", handlelength=1, columnspacing=0.8, frameon=False)
-    _label_experts(ax, len(head.load))
+    label_numbers(ax, "x", len(head.load), "expert")
     ax.set_title(_title(name, head), fontsize=9)
     return figure, ax
 
@@ -112,10 +112,10 @@ def plot_classes(
         Figure and axes.
     """
     assert head.class_map is not None
-    height = max(_CARD_HEIGHT, 0.14 * min(len(class_names), 50))
+    height = max(CARD_HEIGHT, 0.14 * min(len(class_names), 50))
     figure, ax = axes_of(ax, (_width(len(head.load)), height))
-    _draw_map(ax, head.class_map, class_names)
-    _label_experts(ax, len(head.load))
+    _draw_classes(ax, head.class_map, class_names)
+    label_numbers(ax, "x", len(head.load), "expert")
     ax.set_title(_title(name, head), fontsize=9)
     return figure, ax
 
@@ -131,14 +131,12 @@ def plot_coactivation(name: str, coactivation: Tensor, ax: "Axes | None" = None)
     Returns:
         Figure and axes.
     """
-    figure, ax = axes_of(ax, (_width(len(coactivation)), max(_CARD_HEIGHT, 0.14 * min(len(coactivation), 50))))
+    figure, ax = axes_of(ax, (_width(len(coactivation)), max(CARD_HEIGHT, 0.14 * min(len(coactivation), 50))))
     shares = coactivation.numpy().copy()
     np.fill_diagonal(shares, np.nan)
-    _draw_heat(ax, shares, "share of the rows")
-    _label_experts(ax, len(coactivation))
-    ax.set_yticks(ax.get_xticks(), [label.get_text() for label in ax.get_xticklabels()], fontsize=_SMALL)
-    ax.set_xlabel("also expert", fontsize=_SMALL)
-    ax.set_ylabel("rows of expert", fontsize=_SMALL)
+    _draw_shares(ax, shares, "share of the rows")
+    label_numbers(ax, "x", len(coactivation), "also expert")
+    label_numbers(ax, "y", len(coactivation), "rows of expert")
     ax.set_title(f"{plain_text(name, 30)}: experts chosen together", fontsize=9)
     return figure, ax
 
@@ -155,29 +153,32 @@ def plot_load_history(history: Mapping[int, RoutingStats], ax: "Axes | None" = N
     Returns:
         Figure and axes.
     """
+    import matplotlib
     from matplotlib.ticker import MaxNLocator
 
-    figure, ax = axes_of(ax, (4.4, _CARD_HEIGHT))
     epochs = range(min(history), max(history) + 1)
     missing = torch.full_like(next(iter(history.values())).load, math.nan)
     load = torch.stack([history[e].load if e in history else missing for e in epochs]).double().cpu()
     num_experts = load.shape[1]
+    many = num_experts > _MAX_BARS
+    figure, ax = axes_of(ax, (4.4, map_height(num_experts) if many else CARD_HEIGHT))
     ax.set_title("load of the experts over training", fontsize=9)
-    ax.set_xlabel("epoch")
+    if many:
+        draw_map(ax, (num_experts * load.t()).numpy(), "load / fair share", 2, extend="max", left=epochs[0])
+        label_numbers(ax, "y", num_experts, "expert")
+    else:
+        bottom = torch.zeros(len(epochs), dtype=torch.float64)
+        colors = matplotlib.colormaps["tab10" if num_experts <= 10 else "tab20"]
+        for expert in range(num_experts):
+            color, label = colors(expert), f"expert {expert}"
+            ax.bar(epochs, load[:, expert], bottom=bottom, width=1.0, color=color, label=label)
+            bottom += load[:, expert]
+        ax.set(xlim=(epochs[0] - 0.5, epochs[-1] + 0.5), ylim=(0, 1))
+        ax.set_ylabel("share of the choices", fontsize=SMALL)
+        ax.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=7, labelspacing=0.2, frameon=False)
+    ax.set_xlabel("epoch", fontsize=SMALL)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-    if num_experts > _MAX_BARS:
-        extent = (epochs[0] - 0.5, epochs[-1] + 0.5, num_experts - 0.5, -0.5)
-        relative = (num_experts * load.t()).numpy()
-        image = ax.imshow(relative, aspect="auto", extent=extent, vmin=0, vmax=2, interpolation="nearest")
-        figure.colorbar(image, ax=ax, label="load / fair share", extend="max")
-        ax.set_ylabel("expert")
-        return figure, ax
-    bottom = torch.zeros(len(epochs), dtype=torch.float64)
-    for expert in range(num_experts):
-        ax.bar(epochs, load[:, expert], bottom=bottom, width=1.0, label=f"expert {expert}")
-        bottom += load[:, expert]
-    ax.set(ylabel="share of the choices", ylim=(0, 1))
-    ax.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=7, labelspacing=0.2, frameon=False)
+    ax.tick_params(labelsize=SMALL)
     return figure, ax
 
 
@@ -195,30 +196,18 @@ def _title(name: str, head: HeadUtilization) -> str:
     return title + (" nats" if chance is None else f" nats, by chance {chance:.2f}")
 
 
-def _label_experts(ax: "Axes", num_experts: int) -> None:
-    ax.set_xlabel("expert", fontsize=_SMALL)
-    step = 1 + (num_experts - 1) // 16
-    ax.set_xticks(range(0, num_experts, step), [str(expert) for expert in range(0, num_experts, step)], fontsize=_SMALL)
-
-
-def _draw_map(ax: "Axes", class_map: Tensor, class_names: Sequence[str]) -> None:
-    _draw_heat(ax, class_map.numpy(), "share of the weight")
+def _draw_classes(ax: "Axes", class_map: Tensor, class_names: Sequence[str]) -> None:
+    _draw_shares(ax, class_map.numpy(), "share of the weight")
     step = 1 + (len(class_names) - 1) // 50
     names = [plain_text(name, _MAX_NAME) for name in class_names[::step]]
-    ax.set_yticks(range(0, len(class_names), step), names, fontsize=_SMALL)
-    ax.set_ylabel("class", fontsize=_SMALL)
+    ax.set_yticks(range(0, len(class_names), step), names, fontsize=SMALL)
+    ax.set_ylabel("class", fontsize=SMALL)
 
 
-def _draw_heat(ax: "Axes", values: np.ndarray, label: str) -> None:
+def _draw_shares(ax: "Axes", values: np.ndarray, label: str) -> None:
     shares = np.ma.masked_invalid(values)
     largest = max(float(shares.max()) if shares.count() else 0.0, 1e-3)
-    ax.patch.set(hatch="///", facecolor="white", edgecolor="0.7")
-    image = ax.imshow(100 * shares, aspect="auto", cmap="viridis", vmin=0, vmax=100 * largest)
-    figure = ax.get_figure(root=True)
-    assert figure is not None
-    bar = figure.colorbar(image, ax=ax)
-    bar.set_label(f"{label} (%)", fontsize=_SMALL)
-    bar.ax.tick_params(labelsize=_SMALL)
+    draw_map(ax, 100 * shares, f"{label} (%)", 100 * largest)
     if shares.size <= _MAX_LABELED_CELLS and shares.shape[1] <= _MAX_LABELED_EXPERTS:
         for (row, column), share in np.ndenumerate(shares):
             if share is not np.ma.masked and share >= _MIN_LABELED:
