@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -10,9 +11,26 @@ from torch import Tensor
 from moe_heads.analysis.expert_utilization.ablation import ExpertAblation
 from moe_heads.analysis.expert_utilization.examples import ExpertExamples
 
-__all__ = ["HeadUtilization", "dead_and_starved", "relative_load_percentiles"]
+__all__ = ["Detail", "HeadUtilization", "dead_and_starved", "relative_load_percentiles"]
+
+Detail = Literal["summary", "full"]
+"""Amount of the output: what shows the state of the model, or everything."""
 
 _PERCENTILES = (10, 50, 90)
+
+# Numbers that the summary leaves out. Each follows from others, belongs to another one in the tables, or is a constant.
+_ONLY_IN_FULL = (
+    "entropy_of_mean",
+    "load_min",
+    "load_max",
+    *(f"relative_load_p{level}" for level in _PERCENTILES),
+    "margin",
+    "mutual_information_corrected",
+    "mutual_information_stderr",
+    "mutual_information_p_value",
+    "num_rows",
+    "num_nonfinite",
+)
 
 
 def relative_load_percentiles(load: Tensor) -> dict[str, float]:
@@ -44,14 +62,15 @@ class HeadUtilization:
         load: Fraction of the choices assigned to each expert, (E,). A soft router chooses its largest gate.
         importance: Fraction of the mixing weight of each expert, (E,).
         entropy: Mean entropy of the full softmax of a row. It is near 0 for a confident router and log E for a uniform
-            mixture.
-        entropy_of_mean: Entropy of the mean softmax. It is log E if the experts are used evenly over the data.
+            mixture. nan if the softmax of the router is unknown.
+        entropy_of_mean: Entropy of the mean softmax. It is log E if the experts are used evenly over the data. nan if
+            unknown.
         effective_experts: :math:`\exp H(\text{importance})`, the effective number of experts in use, 1 to E. It is
             comparable between soft and sparse routers.
         effective_experts_per_row: :math:`\exp` of the mean entropy of the gates of a row, the effective number of
             experts that a row mixes. It is 1 for k = 1, at most k for a sparse router, and at most E for a soft one.
         margin: Mean distance of a row from a different choice, in the unit of the scores that the router compares.
-            Infinite if there is no other choice.
+            Infinite if there is no other choice, nan if unknown.
         dropped: Fraction of the rows that no expert took.
         dead_experts: Experts with less than ``dead_below`` of the fair share 1/E of the load. For a soft router the
             importance is compared instead.
@@ -132,8 +151,8 @@ class HeadUtilization:
         terms = torch.where(of_expert > 0, of_expert * (of_expert / of_all).log(), of_expert)
         return terms.sum(0)
 
-    def metrics(self) -> dict[str, float]:
-        """Return the numbers to log."""
+    def quantities(self) -> dict[str, float]:
+        """Return all numbers that apply to this head. nan marks an unknown one."""
         values = {
             "entropy": self.entropy,
             "entropy_of_mean": self.entropy_of_mean,
@@ -157,4 +176,13 @@ class HeadUtilization:
             "num_nonfinite": float(self.num_nonfinite),
         }
         # the margin is infinite if there is no other choice
-        return {key: value for key, value in values.items() if value is not None and math.isfinite(value)}
+        return {key: value for key, value in values.items() if value is not None and not math.isinf(value)}
+
+    def metrics(self, detail: Detail = "full") -> dict[str, float]:
+        """Return the numbers to log, without unknown ones.
+
+        Args:
+            detail: "full" for all numbers, "summary" for those that are worth a chart.
+        """
+        known = {key: value for key, value in self.quantities().items() if not math.isnan(value)}
+        return known if detail == "full" else {key: known[key] for key in known if key not in _ONLY_IN_FULL}

@@ -12,10 +12,10 @@ from moe_heads.analysis.expert_utilization.head_utilization import relative_load
 from moe_heads.checks import check_at_least_one
 from moe_heads.routing import Routing, RoutingStats
 
-__all__ = ["ExpertUtilizationMetric", "utilization_scalars"]
+__all__ = ["MAX_CURVES", "ExpertUtilizationMetric", "utilization_scalars"]
 
-# Largest number of experts with curves of their own in a chart.
-_MAX_CURVES = 16
+MAX_CURVES = 16
+"""Largest number of experts with curves of their own in a chart."""
 
 
 class ExpertUtilizationMetric(Metric):
@@ -32,8 +32,8 @@ class ExpertUtilizationMetric(Metric):
     load_cv                       coefficient of variation of the load
     max_violation                 :math:`E \max_e \text{load}_e - 1`
     effective_experts             :math:`\exp H(\text{importance})`
-    entropy                       mean entropy of the full softmax of a row, nats
-    margin                        mean distance from a different choice, absent if there is none
+    entropy                       mean entropy of the full softmax of a row, nats, absent if unknown
+    margin                        mean distance from a different choice, absent if unknown or without one
     dropped                       fraction of the rows that no expert took
     nonfinite                     fraction of the rows with nan or infinite logits, excluded elsewhere
     noise_agreement               fraction of the rows with the same choice with and without training noise
@@ -116,7 +116,7 @@ def utilization_scalars(stats: RoutingStats) -> dict[str, float]:
     """
     load, importance = stats.load.double().cpu(), stats.importance.double().cpu()
     scalars: dict[str, float] = {}
-    if len(load) <= _MAX_CURVES:
+    if len(load) <= MAX_CURVES:
         for kind, shares in (("load", load), ("importance", importance)):
             scalars |= {f"{kind}_{expert}": share for expert, share in enumerate(shares.tolist())}
     relative = load * len(load)
@@ -126,8 +126,10 @@ def utilization_scalars(stats: RoutingStats) -> dict[str, float]:
         "max_violation": float(relative.max()) - 1,
         "effective_experts": math.exp(float(torch.special.entr(importance).sum())),
         "entropy": float(stats.entropy),
+        "margin": float(stats.margin),
         "dropped": float(stats.dropped),
         "nonfinite": float(stats.num_nonfinite / (stats.num_rows + stats.num_nonfinite).clamp_min(1)),
     }
-    margin = float(stats.margin)
-    return scalars | ({"margin": margin} if math.isfinite(margin) else {})
+    # the margin is infinite if there is no other choice; both are nan if the router is known by its output alone
+    unknown = {name for name in ("entropy", "margin") if not math.isfinite(scalars[name])}
+    return {name: value for name, value in scalars.items() if name not in unknown}

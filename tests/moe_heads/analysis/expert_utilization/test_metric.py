@@ -1,5 +1,6 @@
 """The metric, its recorder, routing flips, and warnings about unhealthy routers."""
 
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from moe_heads.analysis.expert_utilization import recorder as recorder_module
 from moe_heads.analysis.expert_utilization.advice import advice_for
 from moe_heads.analysis.expert_utilization.flips import EpochChoices
 from moe_heads.analysis.expert_utilization.health import RouterHealth
+from moe_heads.analysis.expert_utilization.metric import utilization_scalars
 from moe_heads.analysis.expert_utilization.recorder import UtilizationRecorder
 from moe_heads.routers import BiasBalancedRouter, ExpertChoiceRouter, NoisyTopKRouter, SwitchRouter
 from tests.support.head_zoo import FEATURES, ROUTERS, head_with
@@ -365,3 +367,12 @@ def test_a_soft_router_is_told_by_its_weights() -> None:
 def test_without_a_row_there_is_no_number() -> None:
     found = ExpertUtilizationMetric(4).compute()
     assert found and all(value.isnan() for value in found.values())
+
+
+def test_unknown_entropy_and_margin_are_absent() -> None:
+    """Of a router that is known by its choices and weights alone."""
+    known = next(routings()).stats()
+    nan = torch.tensor(torch.nan, dtype=torch.float64)
+    stats = dataclasses.replace(known, entropy_sum=nan, margin_sum=nan, prob_sum=known.prob_sum * nan)
+    found = utilization_scalars(stats)
+    assert found == {name: v for name, v in utilization_scalars(known).items() if name not in ("entropy", "margin")}
