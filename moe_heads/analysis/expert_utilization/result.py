@@ -1,15 +1,14 @@
 """Result of an expert utilization analysis: numbers, figures and tables."""
 
-import math
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from moe_heads.analysis.expert_utilization.head_utilization import HeadUtilization, relative_load_percentiles
-from moe_heads.analysis.expert_utilization.health import MIN_FAIR_SHARE
+from moe_heads.analysis.expert_utilization.head_utilization import Detail, HeadUtilization, relative_load_percentiles
+from moe_heads.analysis.expert_utilization.layers import Layer, summarize_layers, worst_first
+from moe_heads.analysis.expert_utilization.tables import experts_table, heads_table, layers_table
 from moe_heads.checks import check_option
 
 if TYPE_CHECKING:
@@ -18,8 +17,11 @@ if TYPE_CHECKING:
 
 __all__ = ["ExpertUtilizationResult"]
 
-# Largest number of classes in the table of the experts.
-_TOP_CLASSES = 3
+# Largest number of heads with a column each in the table of the summary.
+_MAX_COLUMNS = 4
+
+# Number of heads with figures and a table of experts of their own in the summary of a model with several.
+_NUM_WORST = 2
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,13 +77,23 @@ class ExpertUtilizationResult:
         loads = [head.relative_load for head in self.heads.values()]
         return relative_load_percentiles(torch.cat(loads)) if loads else {}
 
-    def metrics(self) -> dict[str, float]:
-        """Return the numbers to log, ``<head>/<quantity>``. They are empty for a model without a router.
+    def metrics(self, detail: Detail = "full") -> dict[str, float]:
+        """Return the numbers to log. They are empty for a model without a router.
 
-        With several heads they include ``all_heads/relative_load_p<level>``.
+        Args:
+            detail: "full" for all numbers of every head, ``<head>/<quantity>``, and with several heads
+                ``all_heads/relative_load_p<level>``. "summary" for the most important ones of a single head, and of
+                several heads a summary over the layers instead, ``<measure>/<worst|median|best>``, whose size does not
+                depend on their number.
         """
-        values = {f"{name}/{key}": value for name, head in self.heads.items() for key, value in head.metrics().items()}
-        if len(self.heads) > 1:
+        values: dict[str, float]
+        if detail == "summary" and len(self.heads) > 1:
+            values = summarize_layers(self._layers)
+        else:
+            values = {
+                f"{n}/{key}": value for n, head in self.heads.items() for key, value in head.metrics(detail).items()
+            }
+        if detail == "full" and len(self.heads) > 1:
             values |= {f"all_heads/{key}": value for key, value in self.relative_load_percentiles.items()}
         return values | ({"partial": 1.0} if self.partial else {})
 
@@ -106,13 +118,23 @@ class ExpertUtilizationResult:
         check_option("head", name, self.heads)
         return plot_utilization(name, self.heads[name], self.class_names, ax)
 
-    def figures(self) -> "dict[str, Figure]":
-        """Draw all available figures, ``<head>/<figure>``: load, classes, coactivation, what_each_expert_sees."""
+    def figures(self, detail: Detail = "full") -> "dict[str, Figure]":
+        """Draw the figures ``<head>/<figure>``: load, classes, coactivation, what_each_expert_sees.
+
+        With several heads also ``load_by_layer``, a map of all layers by experts.
+
+        Args:
+            detail: "full" for the figures of every head. "summary" for those of the two with the worst balance.
+        """
         from moe_heads.analysis.expert_utilization.example_grid import plot_examples
         from moe_heads.analysis.expert_utilization.figures import plot_classes, plot_coactivation, plot_load
+        from moe_heads.analysis.expert_utilization.layer_figures import plot_load_by_layer
 
         drawn: dict[str, Figure] = {}
-        for name, head in self.heads.items():
+        if len(self.heads) > 1:
+            drawn["load_by_layer"] = plot_load_by_layer(self._layers)[0]
+        for name in self._shown(detail):
+            head = self.heads[name]
             drawn[f"{name}/load"] = plot_load(name, head)[0]
             if head.class_map is not None:
                 drawn[f"{name}/classes"] = plot_classes(name, head, self.class_names)[0]
@@ -123,17 +145,10 @@ class ExpertUtilizationResult:
         return drawn
 
     def summary(self) -> str:
-        """Write a Markdown table with one column per head."""
+        """Write a Markdown table with one column per head. Of more than four heads it names the worst ones instead."""
         if not self.heads:
             return "No router ran in this model: there are no experts to report on."
-        columns = {name: head.metrics() for name, head in self.heads.items()}
-        underused = [
-            f"\n{state.title()} in {name}: {len(experts)} of {len(head.load)} experts, number "
-            f"{', '.join(map(str, experts))}.{_by_chance(head)}"
-            for name, head in self.heads.items()
-            for state, experts in (("dead", head.dead_experts), ("starved", head.starved_experts))
-            if experts
-        ]
+        table = heads_table(self.heads) if len(self.heads) <= _MAX_COLUMNS else layers_table(self.heads)
         partial = [f"\n**Partial**: {self.partial}."] if self.partial else []
         notes = [f"\n{self.num_samples} samples. Entropies and mutual information are in nats."]
         if not self.class_names:
@@ -141,73 +156,20 @@ class ExpertUtilizationResult:
                 "\nNo classes: the batches have no labels of shape (B,), or the labels are not classes. Pass `label_fn`"
                 " to provide them."
             )
-        return "\n".join([*_quantities_table(columns), *notes, *underused, *partial])
+        return "\n".join([table, *notes, *partial])
 
-    def texts(self) -> dict[str, str]:
-        """Return the summary, and a table of the experts of each head."""
-        experts = {f"{name}/experts": _experts_table(head, self.class_names) for name, head in self.heads.items()}
+    def texts(self, detail: Detail = "full") -> dict[str, str]:
+        """Return the summary, and tables of experts, ``<head>/experts``.
+
+        Args:
+            detail: "full" for a table of every head, "summary" for tables of the two with the worst balance.
+        """
+        experts = {f"{name}/experts": experts_table(self.heads[name], self.class_names) for name in self._shown(detail)}
         return {"summary": self.summary(), **experts}
 
+    @property
+    def _layers(self) -> dict[str, Layer]:
+        return {name: Layer.of_head(head) for name, head in self.heads.items()}
 
-def _quantities_table(columns: Mapping[str, Mapping[str, float]]) -> list[str]:
-    """Return the lines of a table with a row per quantity and a column per head.
-
-    Args:
-        columns: Quantities by name, by the name of the head.
-    """
-    names = list(columns)
-    quantities = dict.fromkeys(quantity for values in columns.values() for quantity in values)
-    rows = [[_cell(columns[name].get(quantity)) for name in names] for quantity in quantities]
-    lines = [f"| {q.replace('_', ' ')} | {' | '.join(row)} |" for q, row in zip(quantities, rows, strict=True)]
-    return [f"| quantity | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|", *lines]
-
-
-def _experts_table(head: HeadUtilization, class_names: Sequence[str]) -> str:
-    """Write a table with a row per expert: load, importance, classes, and the accuracy lost without it.
-
-    Args:
-        head: The head.
-        class_names: Names of the classes.
-    """
-    columns = {"load": [f"{share:.1%}" for share in head.load], "importance": [f"{w:.1%}" for w in head.importance]}
-    if head.class_counts is not None and head.specialization is not None:
-        columns["specialization (nats)"] = [_cell(float(value)) for value in head.specialization]
-        columns["most frequent classes"] = [_classes(counts, class_names) for counts in head.class_counts.t().tolist()]
-    if head.ablation is not None:
-        lost = zip(head.ablation.contribution.tolist(), head.ablation.without_stderr.tolist(), strict=True)
-        columns["accuracy lost without it"] = [f"{value:+.2%} ± {stderr:.2%}" for value, stderr in lost]
-    state = {**dict.fromkeys(head.starved_experts, " (starved)"), **dict.fromkeys(head.dead_experts, " (dead)")}
-    rows = [
-        f"| {expert}{state.get(expert, '')} | {' | '.join(column[expert] for column in columns.values())} |"
-        for expert in range(len(head.load))
-    ]
-    notes = []
-    if head.ablation is not None:
-        notes.append(f"\nAccuracy with all experts: {head.ablation.accuracy:.2%}. ± is one paired standard error.")
-    return "\n".join([f"| expert | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|", *rows, *notes])
-
-
-def _cell(value: float | None) -> str:
-    return "–" if value is None else f"{value:.4g}"
-
-
-def _classes(counts: Sequence[int], class_names: Sequence[str]) -> str:
-    """List the most frequent classes of one expert, with their share of its rows."""
-    total = sum(counts)
-    first = sorted(range(len(counts)), key=lambda c: -counts[c])[:_TOP_CLASSES]
-    if not total:
-        return "–"
-    names = {c: " ".join(class_names[c].split()).replace("|", "/") for c in first}
-    return ", ".join(f"{names[c]} {counts[c] / total:.0%}" for c in first if counts[c])
-
-
-def _by_chance(head: HeadUtilization) -> str:
-    """Write a note for experts with few choices if an even router would leave as many experts empty by chance."""
-    num_experts, share = len(head.load), head.num_choices / len(head.load)
-    if head.soft or share >= MIN_FAIR_SHARE:
-        return ""
-    # counts of an even router are nearly Poisson distributed; five standard deviations more are not chance
-    empty, expected = int((head.load == 0).sum()), num_experts * math.exp(-share)
-    if empty > expected + 5 * math.sqrt(expected):
-        return ""
-    return f" The fair share is only {share:.1f} choices, so an even router can have such experts by chance."
+    def _shown(self, detail: Detail) -> list[str]:
+        return list(self.heads) if detail == "full" else worst_first(self._layers)[:_NUM_WORST]

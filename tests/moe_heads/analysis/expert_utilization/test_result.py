@@ -7,6 +7,7 @@ import torch
 
 from moe_heads.analysis.expert_utilization.head_utilization import HeadUtilization
 from moe_heads.analysis.expert_utilization.result import ExpertUtilizationResult
+from tests.support.utilizations import heads_of
 
 
 def utilization(labeled: bool = True, num_classes: int = 2, num_choices: int = 1000) -> HeadUtilization:
@@ -54,7 +55,7 @@ def test_metrics_are_flat_floats() -> None:
 
 def test_summary_names_heads_and_dead_experts() -> None:
     text = result(first=utilization(), second=utilization()).summary()
-    assert text.startswith("| quantity | first | second |\n|---|---|---|\n| entropy | 0.1 | 0.1 |")
+    assert text.startswith("| quantity | first | second |\n| --- | --- | --- |\n| entropy | 0.1 | 0.1 |")
     assert "Dead in second: 1 of 3 experts, number 2." in text
     assert "by chance" not in text
     assert "No classes" not in text
@@ -109,3 +110,43 @@ def test_a_head_that_is_not_there() -> None:
     with pytest.raises(ValueError, match="head: expected a model with a router that ran"):
         result().plot()
     assert result().relative_load_percentiles == {}
+
+
+def test_the_summary_of_one_head_has_the_numbers_that_are_worth_a_chart() -> None:
+    one = result(head=utilization())
+    full, summary = one.metrics(), one.metrics("summary")
+    assert summary.items() < full.items()
+    kept = {"effective_experts", "num_dead_experts", "max_violation", "entropy", "mutual_information"}
+    assert {f"head/{name}" for name in kept} <= summary.keys()
+    assert full.keys() - summary.keys() >= {"head/load_max", "head/num_rows", "head/relative_load_p10"}
+    assert one.texts("summary") == one.texts()
+
+
+def test_unknown_numbers_are_not_logged_and_called_unknown() -> None:
+    unknown = dataclasses.replace(utilization(), entropy=math.nan, entropy_of_mean=math.nan, margin=math.nan)
+    for found in (result(head=unknown), result(head=unknown, other=unknown)):
+        for detail in ("summary", "full"):
+            assert all(math.isfinite(value) for value in found.metrics(detail).values())
+            assert not any("entropy" in key or "margin" in key for key in found.metrics(detail))
+        assert "| entropy | unknown |" in found.summary()
+        figures = found.figures("summary")
+        figures["head/load"].savefig("/dev/null", format="png")
+
+
+def test_the_output_of_many_layers_is_bounded() -> None:
+    heads = heads_of(48, 128, mutual_information=0.1)
+    found = ExpertUtilizationResult(heads, (), 1000, partial="time is up")
+    assert len(found.metrics("summary")) <= 20
+    assert found.metrics("summary")["partial"] == 1
+    assert len(found.metrics()) > 48 * 10
+    assert "all_heads/relative_load_p50" in found.metrics()
+    shown = {name.split("/")[0] for name in found.texts("summary")} - {"summary"}
+    assert len(shown) == 2
+    assert all(heads[name].dead_experts for name in shown)
+    figures = found.figures("summary")
+    assert figures.keys() == {"load_by_layer", *(f"{name}/load" for name in shown)}
+    assert len(found.texts()) == 49
+    text = found.summary()
+    assert "48 layers with 128 experts each. Dead: 9 experts in 9 layers." in text
+    assert "**Partial**: time is up." in text
+    assert len(text) < 5000
