@@ -1,6 +1,6 @@
 """Reports of results to the loggers: metrics to every logger, texts, figures and meshes to those that support them."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import singledispatch
@@ -14,15 +14,19 @@ from lightning.pytorch.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoa
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from markdown import markdown
 
+from moe_heads.callbacks._shared.custom_scalars import Charts, write_charts
 from moe_heads.callbacks._shared.trainer_access import has_default_hp_metric, write_hparams
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["Mesh", "Report", "log_hparams", "log_report"]
+__all__ = ["Mesh", "Report", "log_charts", "log_figures", "log_hparams", "log_report"]
 
 # W&B shows HTML without any style, so the columns of a table would run into each other.
 _HTML_STYLE = "<style>body {font-family: sans-serif} td, th {padding: 2px 8px; text-align: left}</style>"
+
+# Loggers whose figures `_log_media` writes.
+_WITH_FIGURES = (TensorBoardLogger, WandbLogger, MLFlowLogger)
 
 
 @dataclass(frozen=True)
@@ -84,6 +88,42 @@ def log_report(trainer: Trainer, prefix: str, report: Report, *, to_loggers: boo
             # write to disk now: the next analysis may take long, and a killed run never finalizes its loggers
             logger.save()
             _log_media(logger, prefix, report, trainer.global_step)
+
+
+def log_figures(trainer: Trainer, prefix: str, draw: Callable[[], Mapping[str, "Figure"]]) -> None:
+    """Write figures during training, on rank zero and if a logger shows figures. An error only causes a warning.
+
+    Args:
+        trainer: The trainer.
+        prefix: ``<analysis>/<place>``.
+        draw: Function that draws the figures, by name.
+    """
+    loggers = [logger for logger in trainer.loggers if isinstance(logger, _WITH_FIGURES)]
+    if not trainer.is_global_zero or not loggers:
+        return
+    try:
+        report = Report(figures=draw())
+    except Exception as error:
+        rank_zero_warn(f"{prefix}: the figures failed with {type(error).__name__}: {error}\nThe training continues.")
+        return
+    for logger in loggers:
+        with _errors_as_warning(logger, prefix):
+            _log_media(logger, prefix, report, trainer.global_step)
+
+
+def log_charts(trainer: Trainer, title: str, charts: Charts) -> None:
+    """Add a group of charts to the page of custom scalars of every TensorBoard logger, on rank zero.
+
+    Args:
+        trainer: The trainer.
+        title: Title of the group. A group with the same title is replaced.
+        charts: The charts by title.
+    """
+    if trainer.is_global_zero:
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                with _errors_as_warning(logger, f"{title}: custom scalars"):
+                    write_charts(logger.experiment, logger.log_dir, title, charts)
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 import csv
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -168,20 +168,6 @@ def test_fast_dev_run_takes_any_logger(tmp_path: Path) -> None:
     fitted = trainer(Everything(splits=["train"], on_error="raise"), logger=CSVLogger(tmp_path), fast_dev_run=True)
     fitted.fit(PlainModule(), loader())
     assert fitted.callback_metrics["everything/train/value"] == 0.25
-
-
-@pytest.fixture
-def wandb_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[WandbLogger]:
-    """A W&B logger that reaches neither the network nor the home folder nor the console."""
-    import wandb
-
-    for name in ("CACHE_DIR", "CONFIG_DIR", "DATA_DIR"):
-        monkeypatch.setenv(f"WANDB_{name}", str(tmp_path / name))
-    switches = {"CONSOLE": "off", "ERROR_REPORTING": "false", "MODE": "offline", "SILENT": "true"}
-    for name, value in switches.items():
-        monkeypatch.setenv(f"WANDB_{name}", value)
-    yield WandbLogger(dir=tmp_path, save_dir=tmp_path, offline=True)
-    wandb.teardown()
 
 
 def test_wandb_gets_numbers_images_and_panels(wandb_run: WandbLogger, tmp_path: Path) -> None:
