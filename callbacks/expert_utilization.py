@@ -15,16 +15,17 @@ from moe_heads.analysis._shared.batches import Batch, ForwardFn, call_model, lab
 from moe_heads.analysis._shared.names import are_names, check_names
 from moe_heads.analysis._shared.ranks import Ranks
 from moe_heads.analysis.expert_utilization.examples import images_of
-from moe_heads.analysis.expert_utilization.figures import plot_load_history
 from moe_heads.analysis.expert_utilization.function import checked_options
+from moe_heads.analysis.expert_utilization.head_utilization import Detail
 from moe_heads.analysis.expert_utilization.training import TrainingRouters
 from moe_heads.callbacks._shared.evaluation import check_forward
 from moe_heads.callbacks._shared.inputs import AnalysisInputs
 from moe_heads.callbacks._shared.options import AnalysisOptions, OverRanks
 from moe_heads.callbacks._shared.reporting import Report
 from moe_heads.callbacks._shared.trainer_access import Split, datamodule_of, process_group_of
+from moe_heads.callbacks._utilization_log import UtilizationLog
 from moe_heads.callbacks.base import FitEndAnalysis
-from moe_heads.checks import check_callables, check_flags
+from moe_heads.checks import check_callables, check_flags, check_option
 from moe_heads.routing import Adapters, RoutingStats, collect_routing, named_routers
 
 __all__ = ["ExpertUtilizationCallback"]
@@ -50,7 +51,24 @@ class ExpertUtilizationCallback(FitEndAnalysis):
 
     At the end of fit, the numbers of `moe_heads.analysis.ExpertUtilizationResult` are logged for each head below
     ``expert_utilization/<split>/``. TensorBoard also receives two tables and figures of load and classes, of
-    co-activation, of the load over the epochs, and of examples for each expert.
+    co-activation, and of examples for each expert, the load over the epochs, and a page of charts (Custom Scalars).
+
+    For a model with several routers, a summary over the layers replaces the numbers of each layer, unless
+    ``detail="full"``. Its size does not depend on the number of layers. The keys are
+    ``expert_utilization/<place>/<measure>/<level>`` with the place "epoch" or a split, and
+
+    ==============================  ===================================================================
+    worst, median, best             of load_cv, max_violation, relative_effective_experts (effective / E)
+    lowest, median, highest         of relative_entropy (entropy / log E)
+    median, highest                 of routing_flips (epoch only)
+    median                          of mutual_information (splits only)
+    worst                           of dropped and nonfinite (the latter in epochs only)
+    p10, p50, p90                   of relative_load, over the experts of all layers (epoch only)
+    ==============================  ===================================================================
+
+    and num_dead_experts, num_starved_experts and num_layers_with_dead_experts, directly below the place. A map of the
+    load by layer and expert follows each epoch, and a map of the dead experts by layer and epoch ends the training. The
+    summary in the text tab names the layers with the worst balance. Two of them have figures and tables of their own.
 
     A training step only stores references to the router's outputs. They are counted at the end of the epoch, or earlier
     in large pieces. The callback causes no graph break in torch.compile.
@@ -71,6 +89,9 @@ class ExpertUtilizationCallback(FitEndAnalysis):
         num_permutations: Permutations of the labels for the chance level of the mutual information.
         ablation: Whether to evaluate also the accuracy without each expert.
         warn: Whether to warn during training.
+        detail: "summary" for a bounded number of keys, figures and tables, "full" for all of every head. Of a single
+            head, the summary lacks numbers that others imply, such as the importance of each expert. It is the default
+            because 48 layers have thousands of numbers. All are in ``results`` and ``history`` in both cases.
         options: Options of all analyses, without a loss; see `AnalysisOptions`. The default of 10,000 samples gives the
             class map several samples of each class for each expert.
 
@@ -103,6 +124,7 @@ class ExpertUtilizationCallback(FitEndAnalysis):
         num_permutations: int = 200,
         ablation: bool = False,
         warn: bool = True,
+        detail: Detail = "summary",
         **options: Unpack[AnalysisOptions],
     ) -> None:
         super().__init__(**options)
@@ -110,12 +132,15 @@ class ExpertUtilizationCallback(FitEndAnalysis):
         checked_options(dead_below, starved_below, num_permutations, num_examples, self.seed)
         check_callables(forward_fn=forward_fn, label_fn=label_fn, image_fn=image_fn)
         check_flags(ablation=ablation, warn=warn)
+        check_option("detail", detail, ("summary", "full"))
         self.class_names = None if class_names is None else tuple(class_names)
         self.forward_fn, self.adapters = forward_fn, adapters
         self.label_fn, self.image_fn = label_fn, image_fn
         self.dead_below, self.starved_below, self.warn = dead_below, starved_below, warn
         self.num_examples, self.num_permutations, self.ablation = num_examples, num_permutations, ablation
+        self.detail: Detail = detail
         self.history: dict[str, dict[int, RoutingStats]] = {}
+        self._log = UtilizationLog(self.name, detail, dead_below, starved_below)
         self._warned_of_order, self._warned_of_silence = False, False
         self._listening = ExitStack()
         self._routers: TrainingRouters | None = None
@@ -135,6 +160,7 @@ class ExpertUtilizationCallback(FitEndAnalysis):
         super().on_fit_start(trainer, pl_module)
         self._warned_of_order, self._warned_of_silence = False, False
         self._close()
+        self._log = UtilizationLog(self.name, self.detail, self.dead_below, self.starved_below)
         # once for the whole fit: a change of hooks would trigger a recompilation of a compiled model
         collection = self._listening.enter_context(collect_routing(pl_module, self.adapters))
         self._routers = TrainingRouters(pl_module, collection, self.adapters, self.dead_below, self.starved_below)
@@ -197,6 +223,7 @@ class ExpertUtilizationCallback(FitEndAnalysis):
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._log.draw_history(trainer, self.history)
         self._close()
 
     @override
@@ -238,9 +265,8 @@ class ExpertUtilizationCallback(FitEndAnalysis):
     @override
     def report(self, result: ExpertUtilizationResult) -> Report:
         if not result.heads:
-            return Report(result.metrics())
-        epochs = {f"{head}/load_over_epochs": plot_load_history(stats)[0] for head, stats in self.history.items()}
-        return Report(result.metrics(), result.texts(), {**result.figures(), **epochs})
+            return Report(result.metrics(self.detail))
+        return Report(result.metrics(self.detail), result.texts(self.detail), result.figures(self.detail))
 
     def _end_epoch(self, trainer: Trainer, pl_module: LightningModule, routers: TrainingRouters) -> None:
         reports = routers.end_epoch(Ranks(process_group_of(trainer), f"{self.name}/epoch"))
@@ -260,11 +286,12 @@ class ExpertUtilizationCallback(FitEndAnalysis):
         for head, report in reports.items():
             if int(report.stats.num_rows):
                 self.history.setdefault(head, {})[trainer.current_epoch] = report.stats
-            # already equal on every rank, but Lightning warns without sync_dist
-            named = {f"{self.name}/epoch/{head}/{key}": value for key, value in report.scalars.items()}
-            pl_module.log_dict(named, sync_dist=True)
-            for warning in report.warnings if self.warn else ():
-                rank_zero_warn(f"{self.name}: epoch {trainer.current_epoch}, head {head!r}: {warning}")
+        numbers = self._log.numbers(reports, self.history)
+        # already equal on every rank, but Lightning warns without sync_dist
+        pl_module.log_dict({f"{self.name}/epoch/{key}": value for key, value in numbers.items()}, sync_dist=True)
+        self._log.draw_epoch(trainer)
+        for warning in self._log.warnings(reports) if self.warn else ():
+            rank_zero_warn(f"{self.name}: epoch {trainer.current_epoch}, {warning}")
 
     def _report_errors(self, routers: TrainingRouters) -> None:
         for name, error in routers.new_errors().items():

@@ -148,7 +148,7 @@ def test_everything_is_in_tensorboard(fitted: dict[str, Any]) -> None:
         "loss_landscape/train/plane",
         "expert_utilization/test/head/load",
         "expert_utilization/test/head/classes",
-        "expert_utilization/train/head/load_over_epochs",
+        "expert_utilization/epoch/head/load_over_epochs",
         *(f"inference_timing/test/{figure}" for figure in ("latency", "throughput", "gap", "split")),
     } <= set(tags["images"])
     assert {

@@ -232,7 +232,7 @@ trainer = Trainer(
     limit_val_batches=1,
     enable_checkpointing=False,
     log_every_n_steps=1,
-    callbacks=[ExpertUtilizationCallback(splits=["train"], num_samples=100)],
+    callbacks=[ExpertUtilizationCallback(splits=["train"], num_samples=100, detail="full")],
     enable_progress_bar=False,
     enable_model_summary=False,
     logger=False,

@@ -29,11 +29,13 @@ class EpochReport:
         stats: Its statistics.
         scalars: Numbers to log.
         warnings: New warnings about its experts.
+        soft: Whether the router mixes all experts.
     """
 
     stats: RoutingStats
     scalars: dict[str, float]
     warnings: tuple[str, ...]
+    soft: bool
 
 
 class TrainingRouters:
@@ -158,7 +160,7 @@ class TrainingRouters:
                 health = self._health_of(name, kind.soft)
                 of_health = health.new_warnings(stats, reduce(add, evaluated) if evaluated else None)
                 warnings = (*self._forgotten_loss(name), *of_health)
-                reports[name] = EpochReport(stats, scalars | health.counts(stats), warnings)
+                reports[name] = EpochReport(stats, scalars | health.counts(stats), warnings, kind.soft)
         self._recorder.reset()
         self._flips, self._in_evaluation = {}, {}
         return reports
