@@ -60,6 +60,8 @@ def packed_history(epochs: History, steps: History) -> dict[str, Any]:
 
 def unpacked_history(kept: Mapping[str, Any]) -> tuple[History, History]:
     """Return the statistics by epoch and by global step that `packed_history` packed."""
+    if "epochs" not in kept:  # a checkpoint of before there were windows
+        kept = {"epochs": kept, "steps": {}}
     epochs = {head: {e: RoutingStats(**stats) for e, stats in own.items()} for head, own in kept["epochs"].items()}
     return epochs, {head: dict(zip(own["steps"], _rows(own), strict=True)) for head, own in kept["steps"].items()}
 

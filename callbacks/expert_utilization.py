@@ -1,13 +1,13 @@
 """Callback for expert utilization during training and at the end of fit."""
 
 import warnings
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack
 from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from typing_extensions import Unpack, override
 
@@ -33,6 +33,7 @@ from moe_heads.callbacks._shared.reporting import Report
 from moe_heads.callbacks._shared.trainer_access import Split, datamodule_of, process_group_of
 from moe_heads.callbacks._utilization_log import UtilizationLog
 from moe_heads.callbacks._utilization_points import end_window, packed_history, unpacked_history
+from moe_heads.callbacks._utilization_warnings import UtilizationWarnings
 from moe_heads.callbacks.base import FitEndAnalysis
 from moe_heads.checks import check_callables, check_flags, check_option
 from moe_heads.routing import Adapters, RoutingStats, collect_routing, named_routers
@@ -170,7 +171,6 @@ class ExpertUtilizationCallback(FitEndAnalysis):
         self.label_fn, self.image_fn = label_fn, image_fn
         self.ignore_index = checked_ignore_index(ignore_index)
         self._label_check: LabelCheck | None = None
-        self._warned_of_labels = False
         self.dead_below, self.starved_below, self.warn = dead_below, starved_below, warn
         self.inert_below = inert_below
         self.num_examples, self.num_permutations, self.ablation = num_examples, num_permutations, ablation
@@ -178,8 +178,7 @@ class ExpertUtilizationCallback(FitEndAnalysis):
         self.history: dict[str, dict[int, RoutingStats]] = {}
         self.history_steps: dict[str, dict[int, RoutingStats]] = {}
         self._log = UtilizationLog(self.name, detail, dead_below, starved_below)
-        self._warned_of_order, self._warned_of_silence = False, False
-        self._given_notes: set[str] = set()
+        self._warnings = UtilizationWarnings(self.name, label_fn is not None)
         self._listening = ExitStack()
         self._routers: TrainingRouters | None = None
 
@@ -196,14 +195,14 @@ class ExpertUtilizationCallback(FitEndAnalysis):
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_fit_start(trainer, pl_module)
-        self._warned_of_order, self._warned_of_silence, self._given_notes = False, False, set()
+        self._warnings = UtilizationWarnings(self.name, self.label_fn is not None)
         self._close()
         self._log = UtilizationLog(self.name, self.detail, self.dead_below, self.starved_below)
         # once for the whole fit: a change of hooks would trigger a recompilation of a compiled model
         collection = self._listening.enter_context(collect_routing(pl_module, self.adapters))
         options = self.dead_below, self.starved_below, self.inert_below, self.mask_fn
         self._routers = TrainingRouters(pl_module, collection, self.adapters, *options)
-        self._label_check, self._warned_of_labels = None, False
+        self._label_check = None
         if self.runs_in_fit and "train" in self.splits and collection.routings:
             names = self.class_names or _class_names_of(datamodule_of(trainer))
             self._label_check = LabelCheck(self.label_fn or labels_of, names, self.ignore_index)
@@ -213,7 +212,7 @@ class ExpertUtilizationCallback(FitEndAnalysis):
         if self._routers is not None:
             self._routers.begin_batch(batch)
         if self._label_check is not None:
-            self._report_labels(self._label_check.before(batch))
+            self._warnings.no_classes(self._label_check.before(batch))
 
     @override
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
@@ -239,10 +238,10 @@ class ExpertUtilizationCallback(FitEndAnalysis):
     def finish_batch(self) -> None:
         if self._routers is not None:
             if self._label_check is not None:
-                self._report_labels(self._routers.check_labels(self._label_check))
+                self._warnings.no_classes(self._routers.check_labels(self._label_check))
                 self._label_check = None
             self._routers.end_training_batch()
-            self._report_notes(self._routers.new_notes())
+            self._warnings.notes(self._routers.new_notes())
 
     @override
     def track_step(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -268,7 +267,7 @@ class ExpertUtilizationCallback(FitEndAnalysis):
     ) -> None:
         if self._routers is not None and not trainer.sanity_checking:
             self._routers.end_validation_batch(batch)
-            self._report_notes(self._routers.new_notes())
+            self._warnings.notes(self._routers.new_notes())
 
     @override
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -314,8 +313,8 @@ class ExpertUtilizationCallback(FitEndAnalysis):
             # given below, those that the training has not given
             warnings.simplefilter("ignore", UnknownRouterWarning)
             result = self._measured(inputs, datamodule)
-        self._report_notes(result.notes)
-        self._report_labels(NoClasses(result.no_classes, result.has_odd_labels) if result.no_classes else None)
+        self._warnings.notes(result.notes)
+        self._warnings.no_classes(NoClasses(result.no_classes, result.has_odd_labels) if result.no_classes else None)
         return result
 
     def _measured(self, inputs: AnalysisInputs, datamodule: object) -> ExpertUtilizationResult:
@@ -348,45 +347,20 @@ class ExpertUtilizationCallback(FitEndAnalysis):
 
     def _end_epoch(self, trainer: Trainer, pl_module: LightningModule, routers: TrainingRouters) -> None:
         reports = routers.end_epoch(Ranks(process_group_of(trainer), f"{self.name}/epoch"))
-        if routers.validation_data_changed and not self._warned_of_order:
-            self._warned_of_order = True
-            rank_zero_warn(
-                f"{self.name}: validation batches differ between epochs, so routing flips cannot be computed. Give the"
-                " validation loader shuffle=False and no random transform."
-            )
-        if routers.none_ran and not self._warned_of_silence:
-            self._warned_of_silence = True
-            rank_zero_warn(
-                f"{self.name}: no router ran in epoch {trainer.current_epoch}, so there are no numbers for it. A model"
-                " that was compiled and run before this fit does not call forward hooks. Attach the callback to its"
-                " first fit, or compile it again after torch._dynamo.reset()."
-            )
+        if routers.validation_data_changed:
+            self._warnings.validation_data_changed()
+        if routers.none_ran:
+            self._warnings.none_ran(trainer.current_epoch)
         for head, report in reports.items():
             if int(report.stats.num_rows):
                 self.history.setdefault(head, {})[trainer.current_epoch] = report.stats
-            self._report_notes(report.notes)
+            self._warnings.notes(report.notes)
         numbers = self._log.numbers(reports, self.history)
         # already equal on every rank, but Lightning warns without sync_dist
         pl_module.log_dict({f"{self.name}/epoch/{key}": value for key, value in numbers.items()}, sync_dist=True)
         self._log.draw_epoch(trainer)
         for warning in self._log.warnings(reports) if self.warn else ():
             rank_zero_warn(f"{self.name}: epoch {trainer.current_epoch}, {warning}")
-
-    def _report_notes(self, notes: Iterable[str]) -> None:
-        """Warn of what is not known of the routers, once in a run."""
-        for note in notes:
-            if note not in self._given_notes:
-                self._given_notes.add(note)
-                rank_zero_warn(f"{self.name}: {note}")
-
-    def _report_labels(self, reason: NoClasses | None) -> None:
-        if reason is not None and not self._warned_of_labels:
-            self._warned_of_labels = True
-            message = f"{self.name}: no class map and no mutual information: {reason.text}"
-            if reason.is_odd:
-                rank_zero_warn(message)
-            elif self.label_fn is None:
-                rank_zero_info(message)
 
     def _close(self) -> None:
         self._label_check = None

@@ -1,19 +1,24 @@
 """ExpertUtilizationCallback on language models of transformers: no argument, padding, compiled, checkpointed."""
 
 import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from lightning import pytorch as pl
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from moe_heads import collect_routing
 from moe_heads.analysis import expert_utilization
+from moe_heads.analysis._shared.ranks import Ranks
+from moe_heads.analysis.expert_utilization.training import TrainingRouters
 from moe_heads.callbacks import ExpertUtilizationCallback
 from tests.support.language_models import VOCABULARY, language_model
 from tests.support.lightning_models import trainer
+from tests.support.processes import run_on_ranks
 
 MUST_REACH = ("Mixtral", "Olmoe", "Qwen3Moe", "DeepseekV3", "GptOss", "Glm4Moe", "Llama4", "SwitchTransformers")
 
@@ -223,3 +228,29 @@ def test_an_entry_that_does_not_fit_is_reported_once() -> None:
     assert "router 'model.model.layers.0.mlp'" in message and "This version of Reversed" in message
     assert callback.results["train"].notes and not [key for key in run.callback_metrics if "nan" in key]
     assert all(value.isfinite() for value in run.callback_metrics.values())
+
+
+def on_rank(rank: int) -> dict[str, Any]:
+    model = language_model("DeepseekV3")
+    ids = torch.randint(3, VOCABULARY, (2, 5 + rank), generator=torch.Generator().manual_seed(rank))
+    with collect_routing(model) as collection:
+        routers = TrainingRouters(model, collection, None, 0.01, 0.25)
+        routers.begin_batch({"input_ids": ids})
+        model(input_ids=ids)
+        routers.end_training_batch()
+        reports = routers.end_epoch(Ranks(dist.group.WORLD))
+        assert not routers.new_notes()
+    with collect_routing(model) as own, torch.no_grad():
+        model(input_ids=ids)
+    return {
+        "all": {name: report.stats.counts for name, report in reports.items()},
+        "own": {name: stats.counts for name, stats in own.stats.items()},
+        "scalars": {name: report.scalars for name, report in reports.items()},
+    }
+
+
+def test_two_processes_add_up(tmp_path: Path) -> None:
+    first, second = run_on_ranks(on_rank, tmp_path)
+    assert first["scalars"] == second["scalars"]
+    for name, counts in first["all"].items():
+        assert torch.equal(counts, first["own"][name] + second["own"][name]) and int(counts.sum()) == 2 * 2 * (5 + 6)
