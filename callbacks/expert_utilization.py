@@ -347,6 +347,7 @@ class ExpertUtilizationCallback(FitEndAnalysis):
 
     def _end_epoch(self, trainer: Trainer, pl_module: LightningModule, routers: TrainingRouters) -> None:
         reports = routers.end_epoch(Ranks(process_group_of(trainer), f"{self.name}/epoch"))
+        self._warnings.notes(routers.new_notes())
         if routers.validation_data_changed:
             self._warnings.validation_data_changed()
         if routers.none_ran:

@@ -6,7 +6,7 @@ Most of them have no public function. torch itself queries the same private ones
 import torch
 from torch import Tensor
 
-__all__ = ["can_read_values", "in_backward", "is_transformed", "is_vmapped"]
+__all__ = ["can_read_values", "can_read_without_sync", "in_backward", "is_transformed", "is_vmapped"]
 
 
 def is_transformed() -> bool:
@@ -20,6 +20,11 @@ def is_vmapped() -> bool:
         return False
     stack = torch._C._functorch.get_interpreter_stack() or []
     return any(interpreter.key() == torch._C._functorch.TransformType.Vmap for interpreter in stack)
+
+
+def can_read_without_sync(values: Tensor) -> bool:
+    """Return whether the host can read the values of a tensor without waiting for a device."""
+    return values.device.type == "cpu" and can_read_values(values)
 
 
 def can_read_values(x: Tensor) -> bool:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from moe_heads.modes import in_backward
 from moe_heads.routing.adapters import Adapters, RoutingAdapter, adapted_routers, named_routers
-from moe_heads.routing.padding import MaskHook, check_mask, mask_of_rows, masked_modules
+from moe_heads.routing.padding import MaskHook, check_mask, mask_of_rows, mask_of_tokens, masked_modules
 from moe_heads.routing.recognition.expert_layers import expert_layers
 from moe_heads.routing.recognition.observed import Pass, UnknownDecisionError
 from moe_heads.routing.recognition.recognized import Recognized
@@ -210,7 +210,7 @@ class _Recorder:
         self._name, self._collection, self.adapter, self._mask = name, collection, adapter, mask
         self.module = module
         self._last = _Link(None, None)
-        self._has_failed = False
+        self._has_failed = self._has_run = False
         # whether a module that may be a router ran and is none
         self.is_unknown = False
 
@@ -233,8 +233,10 @@ class _Recorder:
             self._has_failed = True
             collection.errors[self._name] = error
         else:
-            self.is_unknown = routing is None
+            # one pass in another form does not make a router unknown
+            self.is_unknown = routing is None and not self._has_run
             if routing is not None:
+                self._has_run = True
                 self._last = _Link(routing, self._last)
 
     @property
@@ -268,7 +270,9 @@ class _Recorder:
                 raise
         if routing is None or self._mask is None or routing.mask is not None:
             return routing
-        return replace(routing, mask=mask_of_rows(self._mask, len(routing.logits), self._name))
+        of_tokens = mask_of_tokens(self._mask, routing)
+        of_rows = mask_of_rows(self._mask, len(routing.logits), self._name) if of_tokens is None else of_tokens
+        return replace(routing, mask=of_rows)
 
     def _checked(self, routing: Any) -> Routing:
         if isinstance(routing, Routing):

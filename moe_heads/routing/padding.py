@@ -7,8 +7,9 @@ from torch import Tensor, nn
 
 from moe_heads.routed_module import RoutedModule, mask_error
 from moe_heads.routing.router import Router
+from moe_heads.routing.routing import Routing
 
-__all__ = ["MaskHook", "check_mask", "mask_of_rows", "masked_modules"]
+__all__ = ["MaskHook", "check_mask", "is_time_first", "mask_of_rows", "mask_of_tokens", "masked_modules"]
 
 # Place of the mask among the positional arguments of a router.
 _PLACE_OF_MASK = 2
@@ -45,6 +46,18 @@ def mask_of_rows(mask: Tensor, num_rows: int, name: str) -> Tensor | None:
     if num_rows == mask.shape[0]:
         return None
     raise _mismatch(mask, f"{num_rows} rows", name)
+
+
+def is_time_first(mask: Tensor, routing: Routing) -> bool:
+    """Return whether the rows of a routing are tokens (T, B) with time first. On (B, T) a sample has T rows."""
+    return routing.rows_per_sample == mask.shape[0] > 1 and mask.shape[0] != mask.shape[1]
+
+
+def mask_of_tokens(mask: Tensor, routing: Routing) -> Tensor | None:
+    """Return the mask of the rows of a routing, (B·T,), or None if it has another number of rows."""
+    if len(routing.logits) != mask.numel():
+        return None
+    return (mask.t() if is_time_first(mask, routing) else mask).flatten()
 
 
 def _mismatch(mask: Tensor, got: str, name: str) -> ValueError:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from moe_heads import balance
 from moe_heads.checks import check_balance
-from moe_heads.modes import can_read_values
+from moe_heads.modes import can_read_without_sync
 from moe_heads.routing.choices import highest, lowest, margin_of_choices, spread, sum_by_expert
 from moe_heads.routing.loss_watch import LossWatch
 from moe_heads.routing.stats import RoutingStats
@@ -122,7 +122,8 @@ class Routing:
             indices: Experts that each row chose, (N, K), or (B, T, K) for tokens, without repetition. -1 or E is a
                 choice that was dropped.
             num_experts: E.
-            weights: Mixing weights of the choices, of the shape of ``indices``. By default 1/K.
+            weights: Mixing weights of the choices, of the shape of ``indices``. A weight of zero is a dropped choice
+                too. By default 1/K.
             rows_per_sample: T, if the rows of B samples are consecutive. By default T of (B, T, K), else 1.
 
         Raises:
@@ -283,8 +284,8 @@ class Routing:
     def _is_known_valid(self) -> bool:
         """Return True if the host knows without synchronizing with a device that all rows are real and finite."""
         # the sum is not finite if a logit is not; if it overflows, the rows are checked one by one
-        on_host = self.logits.device.type == "cpu" and can_read_values(self.logits)
-        return self.mask is None and on_host and bool(self.logits.sum().isfinite())
+        is_readable = can_read_without_sync(self.logits)
+        return self.mask is None and is_readable and bool(self.logits.sum().isfinite())
 
     def _margin(self, selected: Tensor) -> Tensor:
         scores = self._scores

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_heads.modes import can_read_values
+from moe_heads.modes import can_read_without_sync
 from moe_heads.routing.choices import consistent_rows, surplus_of_choices
 
 __all__ = ["fields_of_choices", "fields_of_probs"]
@@ -50,7 +50,7 @@ def fields_of_probs(
     drops = False
     if indices is not None:
         indices, weights, drops = _choices(probs, indices, weights)
-        if not (_is_on_host(weights) and bool(weights.sum().isfinite())):
+        if not (can_read_without_sync(weights) and bool(weights.sum().isfinite())):
             logits = torch.where(weights.isfinite().all(-1, keepdim=True), logits, torch.nan)
         scores = _confirmed(None if scores is None else scores.flatten(0, -2), probs, logits, indices, drops)
     elif scores is not None:
@@ -70,7 +70,7 @@ def _choices(probs: Tensor, indices: Tensor, weights: Tensor | None) -> tuple[Te
     """Return the choices (N, K), int64, with E for those that were dropped, their weights, and whether some may be."""
     num_experts, indices = probs.shape[-1], indices.flatten(0, -2).long()
     weights = None if weights is None else weights.flatten(0, -2)
-    if _is_on_host(indices) and indices.numel():
+    if can_read_without_sync(indices) and indices.numel():
         lowest, highest = indices.aminmax()
         if lowest >= 0 and highest < num_experts and (weights is None or bool(weights.min() > 0)):
             return indices, probs.gather(-1, indices) if weights is None else weights, False
@@ -103,9 +103,10 @@ def fields_of_choices(
         _check_signs("weights", weights)
     rows_per_sample = _rows_per_sample(rows_per_sample, indices)
     indices, kept = _with_sentinel(indices.flatten(0, -2).long(), num_experts)
-    drops = _has_any(~kept)
-    weights = kept / indices.shape[-1] if weights is None else torch.where(kept, weights.flatten(0, -2), 0)
+    weights = kept / indices.shape[-1] if weights is None else weights.flatten(0, -2)
     finite = weights.isfinite().all(-1, keepdim=True)
+    kept = kept & (weights != 0)
+    indices, weights, drops = torch.where(kept, indices, num_experts), torch.where(kept, weights, 0), _has_any(~kept)
     logits = torch.where(finite, 0.0, torch.nan).to(weights.dtype).expand(-1, num_experts)
     unknown = torch.full_like(logits[:, :1], torch.nan).expand(-1, num_experts)
     return {
@@ -123,11 +124,11 @@ def _confirmed(scores: Tensor | None, probs: Tensor, logits: Tensor, indices: Te
     """Return the scores (None for the logits) if every row chose its highest ones, else nan: the margin is unknown."""
     # logits that differ may round to the same probability, so rows are compared by what the router compared
     compared = probs if scores is None else scores
-    if _is_on_host(compared) and bool((surplus_of_choices(compared, indices, drops) >= 0).all()):
+    if can_read_without_sync(compared) and bool((surplus_of_choices(compared, indices, drops) >= 0).all()):
         return scores
     is_confirmed = (consistent_rows(compared, indices, drops) | ~logits.isfinite().all(-1)).all()
     unknown = logits.new_full((), torch.nan).expand_as(logits)
-    if _is_on_host(is_confirmed):
+    if can_read_without_sync(is_confirmed):
         return scores if is_confirmed else unknown
     return torch.where(is_confirmed, logits if scores is None else scores, unknown)
 
@@ -148,14 +149,9 @@ def _with_sentinel(indices: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
     return torch.where(kept, indices, num_experts), kept
 
 
-def _is_on_host(values: Tensor) -> bool:
-    """Return whether the host can read values without synchronizing with a device."""
-    return values.device.type == "cpu" and can_read_values(values)
-
-
 def _has_any(dropped: Tensor) -> bool:
     """Return whether a choice was dropped, or True where the host cannot know it."""
-    return not _is_on_host(dropped) or bool(dropped.any())
+    return not can_read_without_sync(dropped) or bool(dropped.any())
 
 
 def _check_form(indices: Tensor, rows: torch.Size, num_experts: int) -> None:
@@ -168,7 +164,7 @@ def _check_form(indices: Tensor, rows: torch.Size, num_experts: int) -> None:
 
 
 def _check_values(indices: Tensor, num_experts: int) -> None:
-    if not _is_on_host(indices) or not indices.numel():
+    if not can_read_without_sync(indices) or not indices.numel():
         return
     lowest, highest = (int(bound) for bound in indices.aminmax())
     if lowest < -1 or highest > num_experts:
@@ -182,5 +178,5 @@ def _check_values(indices: Tensor, num_experts: int) -> None:
 
 
 def _check_signs(name: str, values: Tensor, advice: str = "") -> None:
-    if _is_on_host(values) and bool((values < 0).any()):
+    if can_read_without_sync(values) and bool((values < 0).any()):
         raise ValueError(f"{name}: expected numbers of at least 0, got {float(values.min()):.3g}.{advice}")

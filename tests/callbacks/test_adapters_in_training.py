@@ -89,7 +89,7 @@ def test_an_adapter_that_fails_is_reported_once_and_the_training_goes_on() -> No
 
     callback, texts = fit(failing)
     (in_training, at_the_end) = texts
-    assert "the adapter of router 'block' failed and is not called any more in this fit: KeyError" in in_training
+    assert "router 'block' cannot be read, so it is left out from now on: KeyError" in in_training
     assert "no such entry" in at_the_end
     assert callback.history == {}
     assert len(calls) == 2  # once in the training, once in the analysis
@@ -102,3 +102,37 @@ def test_outside_of_a_callback_the_error_is_raised() -> None:
     model = Checkpointed(use_reentrant=False)
     with pytest.raises(KeyError, match="no such entry"), collect_routing(model, {"block.gate": failing}):
         model(torch.randn(6, 8))
+
+
+@pytest.mark.parametrize(
+    "returned",
+    [
+        lambda logits: Routing.from_probs(torch.rand(len(logits), 2 + len(logits) % 3)),
+        lambda logits: Routing(
+            logits=logits,
+            probs=logits.softmax(-1),
+            indices=torch.full((len(logits), 2), 7),
+            weights=torch.ones(len(logits), 2),
+        ),
+        lambda logits: Routing(
+            logits=logits,
+            probs=logits.softmax(-1),
+            indices=logits.topk(2).indices,
+            weights=torch.ones(len(logits), 2),
+            mask=torch.ones(3, dtype=torch.bool),
+        ),
+    ],
+)
+def test_what_an_adapter_returned_cannot_be_counted(returned: Callable[[Tensor], Routing]) -> None:
+    def odd(module: nn.Module, args: tuple[Any, ...], logits: Tensor) -> Routing:
+        return returned(logits)
+
+    callback = ExpertUtilizationCallback(
+        adapters={"block.gate": odd}, splits=["train"], num_permutations=0, warn=False, stages=["test"]
+    )
+    data = TensorDataset(x := torch.randn(98, 8), x[:, :3].argmax(-1))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer(callback, max_epochs=2).fit(Checkpointed(False), DataLoader(data, batch_size=33))
+    messages = [str(w.message) for w in caught if "expert_utilization" in str(w.message)]
+    assert len([text for text in messages if "router 'block' cannot be read" in text]) == 1

@@ -133,7 +133,7 @@ def test_a_mask_by_another_name() -> None:
         def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
             return self.model(input_ids=batch["ids"], labels=batch["labels"]).loss
 
-        def forward(self, ids: Tensor) -> Tensor:
+        def forward(self, ids: Tensor) -> Tensor:  # type: ignore[override]
             return self.model(input_ids=ids).logits
 
     callback, _, _ = fit(

@@ -146,7 +146,7 @@ def expert_utilization(
     with ranks.synchronized(), analysis_mode(model, seed), torch.no_grad():
         data = Microbatches(listed, device_of(model), progress)
         forward_fn = on_copies(forward_fn)
-        foreign, masks = adapted_routers(model, adapters), TokenMasks(mask_fn)
+        foreign, masks = adapted_routers(model, adapters), TokenMasks.of(model, mask_fn)
         router_notes = RouterNotes({name: a for name, (_, a) in foreign.items()})
         smaller = ablated_heads(model, _sizes(model)) if ablation else {}
         routers = {**named_routers(model), **{name: router for name, (router, _) in foreign.items()}}
@@ -162,10 +162,9 @@ def expert_utilization(
             for name, masked in masks.applied(collection.routings).items():
                 collection.routings[name][:] = masked
             outputs = probes.norms(collection.routings, num_done)
-            for name in foreign:
-                collection.routings[name][:] = [
-                    group_by_sample(routing, batch, data.sizes[index]) for routing in collection.routings[name]
-                ]
+            for name, passes in collection.routings.items():
+                if name in foreign:
+                    passes[:] = [group_by_sample(routing, batch, data.sizes[index]) for routing in passes]
             labels = classes.read(label_fn, own_copy(batch))
             counts = {}
             if labels.values is not None and smaller:

@@ -52,10 +52,13 @@ class UtilizationRecorder:
 
     Attributes:
         kinds: Kind of each router that ran, by name.
+        errors: Errors of decisions that cannot be counted, by the name of the router, which is left out from then on:
+            an adapter returned shapes that do not fit, for example.
     """
 
     def __init__(self) -> None:
         self.kinds: dict[str, RouterKind] = {}
+        self.errors: dict[str, Exception] = {}
         self._metrics: dict[str, ExpertUtilizationMetric] = {}
         self._pending: dict[str, list[_Pending]] = {}
         self._num_pending: dict[str, int] = {}
@@ -66,6 +69,9 @@ class UtilizationRecorder:
     def record(self, collection: RoutingCollection) -> None:
         """Move the routings of a batch from the collection to this recorder."""
         for name, passes in collection.routings.items():
+            if name in self.errors:
+                passes.clear()
+                continue
             self._pending.setdefault(name, []).extend(map(_counted_tensors, passes))
             num_pending = self._num_pending.get(name, 0) + sum(routing.logits.numel() for routing in passes)
             self._num_pending[name] = num_pending
@@ -113,12 +119,20 @@ class UtilizationRecorder:
 
     def _count(self, name: str) -> None:
         pending, self._pending[name], self._num_pending[name] = self._pending[name], [], 0
-        for routing in _join(pending):
-            if name not in self.kinds:
-                # "cuda", not "cuda:0": each rank has its own device. The GPU of a Mac has no double precision.
-                device = routing.logits.device.type
-                self.kinds[name] = RouterKind(routing.num_experts, routing.soft, "cpu" if device == "mps" else device)
-            self.metric(name, self.kinds[name]).update(routing)
+        try:
+            for routing in _join(pending):
+                if name not in self.kinds:
+                    # "cuda", not "cuda:0": each rank has its own device. The GPU of a Mac has no double precision.
+                    device = routing.logits.device.type
+                    self.kinds[name] = RouterKind(
+                        routing.num_experts, routing.soft, "cpu" if device == "mps" else device
+                    )
+                self.metric(name, self.kinds[name]).update(routing)
+        except (ValueError, IndexError, RuntimeError) as error:
+            # what cannot be counted must not end a training
+            self.errors[name] = error
+            self.kinds.pop(name, None)
+            self._metrics.pop(name, None)
 
 
 def _counted_tensors(routing: Routing) -> _Pending:

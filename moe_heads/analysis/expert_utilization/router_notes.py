@@ -54,10 +54,10 @@ class RouterNotes:
                 f"the numbers of router {name!r} are those of each process alone, because {reason}, and it is not known"
                 " how the processes add up. Logged are those of rank zero."
             )
-        for name, (shape, num_rows) in masks.unused.items():
-            found["masks"] = (
-                f"the attention_mask {shape} of the batch fits not the {num_rows} rows of router {name!r}, so padding"
-                " counts. Pass mask_fn=lambda batch: ..., which returns a mask of the tokens that it routes."
+        for about, reason in masks.unused.items():
+            found[f"mask {about}"] = (
+                f"{reason}, so padding counts. Pass mask_fn=lambda batch: ..., which returns a mask of the tokens,"
+                " (B, T), True for real ones, or None."
             )
         layers = collection.unrecognized
         if layers:

@@ -3,15 +3,16 @@
 Shapes: B samples, T tokens, N rows of a router.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from moe_heads.analysis._shared.batches import Batch, batch_size
 from moe_heads.routing import Routing
+from moe_heads.routing.padding import is_time_first, mask_of_tokens
 
 __all__ = ["MaskFn", "TokenMasks"]
 
@@ -38,17 +39,24 @@ class TokenMasks:
     Args:
         mask_fn: Function from a batch to its mask. None for the entry or attribute "attention_mask" of the batch, if it
             is a tensor of two dimensions (1 or True for a token). Routers below a module called "decoder", in a model
-            that also has an "encoder", take "decoder_attention_mask".
+            that also has an "encoder", take "decoder_attention_mask". Entries of the parts of a batch are found too.
+
+        has_encoder: Whether the model has an encoder, beside which a decoder has tokens of its own.
 
     Attributes:
-        unused: Names of routers with another number of rows than a mask that was found, with the shape of the mask and
-            the number of rows. Their padding counts.
+        unused: Why padding counts, by what it is about: a mask that cannot be read, or the name of a router with
+            another number of rows than the mask.
     """
 
-    def __init__(self, mask_fn: MaskFn | None) -> None:
-        self._mask_fn = mask_fn
+    def __init__(self, mask_fn: MaskFn | None, has_encoder: bool = False) -> None:
+        self._mask_fn, self._has_encoder = mask_fn, has_encoder
         self._current = _BatchMask(None, None)
-        self.unused: dict[str, tuple[tuple[int, ...], int]] = {}
+        self.unused: dict[str, str] = {}
+
+    @classmethod
+    def of(cls, model: nn.Module, mask_fn: MaskFn | None) -> "TokenMasks":
+        """Return the masks for the routers of a model."""
+        return cls(mask_fn, any("encoder" in _parts(path) for path, _ in model.named_modules()))
 
     def begin(self, batch: Batch) -> None:
         """Read the mask of a batch.
@@ -58,7 +66,7 @@ class TokenMasks:
                 its shape from the entry "input_ids" of the batch.
         """
         if self._mask_fn is None:
-            self._current = _BatchMask(_readable(_entry(batch, _FOUND)), _readable(_entry(batch, _OF_DECODER)))
+            self._current = _BatchMask(self._found(batch, _FOUND), self._found(batch, _OF_DECODER))
             return
         mask = self._mask_fn(batch)
         if mask is not None:
@@ -72,10 +80,9 @@ class TokenMasks:
             ValueError: If ``mask_fn`` was given, and the rows of a router are neither the tokens of its mask, nor the
                 real ones of them, nor one for each sample.
         """
-        has_both = all(any(part in _parts(name) for name in routings) for part in ("encoder", "decoder"))
         found: dict[str, list[Routing]] = {}
         for name, passes in routings.items():
-            of_decoder = has_both and "decoder" in _parts(name)
+            of_decoder = self._has_encoder and "decoder" in _parts(name)
             mask = self._current.decoder if of_decoder else self._current.tokens
             found[name] = [self._masked(name, routing, mask) for routing in passes]
         return found
@@ -83,10 +90,12 @@ class TokenMasks:
     def _masked(self, name: str, routing: Routing, mask: Tensor | None) -> Routing:
         if mask is None or routing.mask is not None:
             return routing
+        of_rows = mask_of_tokens(mask, routing)
+        if of_rows is not None:
+            # rows that are ordered by time first are no consecutive tokens of a sample
+            num_tokens = 1 if is_time_first(mask, routing) else mask.shape[1]
+            return replace(routing, mask=of_rows.to(routing.logits.device), rows_per_sample=num_tokens)
         num_rows = len(routing.logits)
-        if num_rows == mask.numel():
-            of_rows = mask.flatten().to(routing.logits.device)
-            return replace(routing, mask=of_rows, rows_per_sample=mask.shape[1])
         # one row for each sample, or only the rows of real tokens
         if num_rows == len(mask) or num_rows == int(mask.sum()):
             return routing
@@ -95,29 +104,53 @@ class TokenMasks:
                 f"mask_fn: expected a mask of the tokens that router {name!r} routes, got {tuple(mask.shape)} for"
                 f" {num_rows} rows."
             )
-        self.unused.setdefault(name, (tuple(mask.shape), num_rows))
+        self.unused.setdefault(
+            name, f"the attention_mask {tuple(mask.shape)} does not fit the {num_rows} rows of router {name!r}"
+        )
         return routing
 
+    def _found(self, batch: Batch, name: str) -> Tensor | None:
+        """Return the mask of a batch by its name, or None, with a note if there is something that cannot be used."""
+        entries = list(_entries(batch, name))
+        if len(entries) > 1:
+            self.unused.setdefault(name, f"the batch has {len(entries)} entries called {name}")
+        if len(entries) != 1:
+            return None
+        mask, reason = _readable(entries[0])
+        if reason:
+            self.unused.setdefault(name, f"the entry {name} of the batch {reason}")
+        return mask
 
-def _entry(batch: Batch, name: str) -> Any:
-    """Return the entry or attribute of a batch, or of one of the parts of a tuple or list."""
-    if isinstance(batch, Tensor) or batch is None:
-        return None
+
+def _entries(batch: Batch, name: str) -> Iterator[Any]:
+    """Yield the entries or attributes of a batch with a name, also those of its parts, None excluded."""
+    if batch is None or isinstance(batch, (Tensor, str, bytes)):
+        return
     if isinstance(batch, Mapping):
-        return batch.get(name)
-    if isinstance(batch, (tuple, list)) and not hasattr(batch, name):
-        found = [_entry(part, name) for part in batch if not isinstance(part, (tuple, list))]
-        return next((value for value in found if value is not None), None)
-    return getattr(batch, name, None)
+        if batch.get(name) is not None:
+            yield batch[name]
+        for part in batch.values():
+            if isinstance(part, (Mapping, tuple, list)):
+                yield from _entries(part, name)
+    elif isinstance(batch, (tuple, list)) and not hasattr(batch, name):
+        for part in batch:
+            yield from _entries(part, name)
+    elif getattr(batch, name, None) is not None:
+        yield getattr(batch, name)
 
 
-def _readable(mask: Any) -> Tensor | None:
-    """Return a mask (B, T) as bool, or None for anything else, such as the summands of attention."""
-    if not isinstance(mask, Tensor) or mask.dim() != 2 or mask.is_complex():
-        return None
-    if mask.is_floating_point() and not bool(((mask == 0) | (mask == 1)).all()):
-        return None
-    return mask if mask.dtype == torch.bool else mask != 0
+def _readable(mask: Any) -> tuple[Tensor | None, str]:
+    """Return a mask (B, T) as bool, or None and why it is none, such as the summands of attention."""
+    if not isinstance(mask, Tensor):
+        return None, f"is a {type(mask).__name__}, not a tensor"
+    if mask.dim() != 2 or mask.is_complex():
+        return None, f"has the shape {tuple(mask.shape)}, not (B, T)"
+    if mask.is_floating_point() and not bool(((mask == 0) | (mask == 1)).all() & (mask == 1).any()):
+        return None, "is added to the scores of attention, not 1 for tokens and 0 for padding"
+    mask = mask if mask.dtype == torch.bool else mask != 0
+    if mask.shape[0] == mask.shape[1] > 1 and bool((mask == torch.ones_like(mask).tril()).all()):
+        return None, "says which token sees which, not which is padding"
+    return mask, ""
 
 
 def _check(mask: Any, batch: Batch) -> None:
@@ -127,7 +160,7 @@ def _check(mask: Any, batch: Batch) -> None:
             f"mask_fn: expected a bool tensor (B, T), True for real tokens, got {got}. For a padding mask of torch,"
             " which is True for padding, return ~mask."
         )
-    ids = _entry(batch, "input_ids")
+    ids = next(_entries(batch, "input_ids"), None)
     if isinstance(ids, Tensor) and ids.dim() == 2 and ids.shape != mask.shape:
         raise ValueError(
             f"mask_fn: expected a mask of the shape {tuple(ids.shape)} of input_ids, got {tuple(mask.shape)}."

@@ -80,7 +80,7 @@ class TrainingRouters:
         self._collection, self.validation_data_changed, self.none_ran = collection, False, False
         # an adapter that fails must not end the training
         collection.keeps_errors = True
-        self._masks = TokenMasks(mask_fn)
+        self._masks = TokenMasks.of(model, mask_fn)
         self._num_batches = 0
         self._bounds = dead_below, starved_below
         self._model, self._inert = model, InertWarnings(inert_below)
@@ -132,6 +132,7 @@ class TrainingRouters:
 
     def new_notes(self) -> list[str]:
         """Return what the last batches showed of routers that cannot be read, and of layers without a known router."""
+        self._collection.errors |= self._recorder.errors | self._validation_recorder.errors
         return self._notes.after_pass(self._collection, self._masks)
 
     def check_labels(self, check: LabelCheck) -> NoClasses | None:
@@ -202,7 +203,7 @@ class TrainingRouters:
         flips = _added([rank.flips for rank in found])
         reports: dict[str, RouterReport] = {}
         for name, sums in self._epoch.items():
-            if not sums.is_empty:
+            if name in kinds and not sums.is_empty:
                 evaluated = [rank.in_evaluation[name] for rank in found if name in rank.in_evaluation]
                 health = self._health_of(name, kinds[name].soft)
                 of_health = health.new_warnings(sums.stats, reduce(add, evaluated) if evaluated else None)

@@ -6,7 +6,7 @@ from torch import nn
 
 from moe_heads.routing.router import Router
 
-__all__ = ["expert_layers", "is_gate_like", "shown_adapter"]
+__all__ = ["all_expert_layers", "expert_layers", "is_gate_like", "shown_adapter"]
 
 _EXPERTS = re.compile(r"expert", re.IGNORECASE)
 _SHARED = re.compile(r"shared|common", re.IGNORECASE)
@@ -15,18 +15,29 @@ _ROUTER_CLASS = re.compile(r"Router|Top_?[KN\d]|MoE_?Gate|Gating")
 
 
 def expert_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the layers that have several experts in a child, by path, without layers inside an expert."""
-    found: dict[str, nn.Module] = {}
-    inside: list[str] = []
-    for path, module in model.named_modules():
-        if any(path.startswith(prefix) for prefix in inside):
-            continue
-        children = [name for name, child in module.named_children() if _is_expert_group(name, child)]
-        if children:
-            found[path] = module
-            inside.extend(f"{path}.{name}." if path else f"{name}." for name in children)
-            inside.extend(f"{path}.{name}" if path else name for name in children)
-    return {path: module for path, module in found.items() if not any(isinstance(m, Router) for m in module.modules())}
+    """Return the layers that have a gate and several experts in a child, by path, without layers inside an expert."""
+    layers = all_expert_layers(model)
+    inside = {
+        f"{path}.{name}".lstrip(".")
+        for path, layer in layers.items()
+        for name, child in layer.named_children()
+        if _is_expert_group(name, child)
+    }
+    outermost = {
+        path: layer
+        for path, layer in layers.items()
+        if not any(path == experts or path.startswith(f"{experts}.") for experts in inside)
+    }
+    return {path: layer for path, layer in outermost.items() if not any(isinstance(m, Router) for m in layer.modules())}
+
+
+def all_expert_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the layers that have a gate and several experts in a child, by path, also inside of experts."""
+    return {
+        path: module
+        for path, module in model.named_modules()
+        if any(_is_expert_group(name, child) for name, child in module.named_children()) and _gates_of(module)
+    }
 
 
 def is_gate_like(path: str, module: nn.Module, layers: dict[str, nn.Module]) -> bool:
@@ -47,14 +58,23 @@ def shown_adapter(path: str, layer: nn.Module) -> str:
         path: Path of the layer.
         layer: The layer.
     """
-    gates = [name for name, child in layer.named_children() if _GATE.search(name) and not _EXPERTS.search(name)]
-    gate = ".".join(filter(None, (path, gates[0] if gates else "gate")))
+    gate = ".".join(filter(None, (path, _gates_of(layer)[0])))
     k = next((n for n in (getattr(layer, name, None) for name in ("top_k", "topk", "k")) if isinstance(n, int)), 2)
     return (
         "    def adapter(module, args, logits):\n"
         f"        return Routing.from_probs(logits.softmax(-1), logits.topk({k}).indices)\n"
         f"    adapters = {{{re.sub(r'(?<![^.])[0-9]+(?![^.])', '*', gate)!r}: adapter}}"
     )
+
+
+def _gates_of(layer: nn.Module) -> list[str]:
+    """Return the names of what may be the gate of a layer: a module, or a parameter of its own."""
+    modules = [
+        f"{name}.*" if isinstance(child, nn.ModuleList) else name
+        for name, child in layer.named_children()
+        if _GATE.search(name) and not _EXPERTS.search(name) and not _SHARED.search(name)
+    ]
+    return modules or [name for name, _ in layer.named_parameters(recurse=False) if _GATE.search(name)]
 
 
 def _is_expert_group(name: str, module: nn.Module) -> bool:

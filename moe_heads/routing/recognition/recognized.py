@@ -4,12 +4,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from moe_heads.routing.recognition.expert_layers import expert_layers, is_gate_like
+from moe_heads.modes import can_read_values
+from moe_heads.routing.recognition.expert_layers import all_expert_layers, is_gate_like
 from moe_heads.routing.recognition.observed import Pass, UnknownDecisionError
 from moe_heads.routing.recognition.registry import Entry, entry_of, inner_entries
 from moe_heads.routing.recognition.scores import ScoreRule
-from moe_heads.routing.recognition.shapes import Decisions, decisions_in, routing_by_shape
-from moe_heads.routing.recognition.shards import choices_of_this_process, on_this_process
+from moe_heads.routing.recognition.shapes import decisions_in, routing_by_shape
+from moe_heads.routing.recognition.shards import experts_of_this_process, on_this_process
 from moe_heads.routing.routing import Routing
 
 __all__ = ["Recognized", "recognized_routers"]
@@ -33,6 +34,8 @@ class Recognized:
     def __init__(self, module: nn.Module, entry: Entry | None, experts: nn.Module | None = None) -> None:
         self._entry, self.is_registered, self.misfit, self.only_here = entry, entry is not None, "", ""
         self.owner, self._experts = type(module).__name__, experts
+        self._num_here: int | None = None
+        self._are_shares: bool | None = None
 
     def __call__(self, seen: Pass) -> Routing | None:
         """Return the routing of a pass, or None if the module is no router.
@@ -44,20 +47,20 @@ class Recognized:
             seen, reason = on_this_process(seen)
             if reason:
                 self.only_here = reason
-            found = decisions_in(seen.module, seen.output)
-            return self._of_this_process(found) or self._by_entry(seen, found) or self._by_shape(seen)
+            return self._of_this_process(seen) or self._by_entry(seen) or self._by_shape(seen)
         except UnknownDecisionError as error:
             raise UnknownDecisionError(f"{self.owner}: {error}. {_shapes_of(seen.output)}") from error
 
-    def _by_entry(self, seen: Pass, found: Decisions | None) -> Routing | None:
+    def _by_entry(self, seen: Pass) -> Routing | None:
         if self._entry is None or self.misfit:
             return None
         try:
             if not isinstance(self._entry, ScoreRule):
                 return self._entry(seen)
-            if found is None or found[0] is None:
+            found = decisions_in(seen)
+            if found is None or found.logits is None:
                 raise UnknownDecisionError("it does not return (logits, weights, indices)")
-            return self._entry.routing(seen, found[0], found[1], found[2])
+            return self._entry.routing(seen, found.logits, found.choices, found.weights)
         except UnknownDecisionError:
             raise
         except Exception as error:
@@ -70,20 +73,31 @@ class Recognized:
                 raise UnknownDecisionError(self.misfit) from error
             return routing
 
-    def _of_this_process(self, found: Decisions | None) -> Routing | None:
-        """Return the routing among the experts of this process, or None if the router numbers all experts."""
-        here = None if found is None else choices_of_this_process(self._experts, *found[1:])
-        if found is None or here is None:
+    def _by_shape(self, seen: Pass) -> Routing | None:
+        found = decisions_in(seen)
+        if found is None:
             return None
-        self.only_here = f"it numbers the {here[1]} experts of this process, of {found[3]}"
-        return Routing.from_choices(*here, found[2].float().abs())
+        # what a router is does not change from pass to pass
+        if self._are_shares is None and can_read_values(found.weights):
+            self._are_shares = not bool((found.weights < 0).any())
+            if not self._are_shares:
+                self.misfit = self.misfit or "its weights are negative, so every choice counts alike as importance"
+        return routing_by_shape(found, with_weights=self._are_shares is not False)
 
-    @staticmethod
-    def _by_shape(seen: Pass) -> Routing | None:
-        try:
-            return routing_by_shape(seen)
-        except ValueError:  # its integers are not the numbers of experts
+    def _of_this_process(self, seen: Pass) -> Routing | None:
+        """Return the routing among the experts of this process, or None if the router numbers all experts."""
+        if self._experts is None or not isinstance(getattr(self._experts, "num_experts", None), int):
             return None
+        found = decisions_in(seen)
+        if found is None:
+            return None
+        if self._num_here is None:
+            self._num_here = experts_of_this_process(self._experts, found.choices, found.weights, found.num_experts)
+            if self._num_here is None:
+                return None
+            self.only_here = f"it numbers the {self._num_here} experts of this process, of {found.num_experts}"
+        choices = found.choices.masked_fill(found.choices >= self._num_here, -1)
+        return Routing.from_choices(choices, self._num_here, found.weights.float())
 
 
 def recognized_routers(model: nn.Module, taken: set[nn.Module]) -> dict[str, tuple[nn.Module, Recognized]]:
@@ -91,14 +105,15 @@ def recognized_routers(model: nn.Module, taken: set[nn.Module]) -> dict[str, tup
 
     Args:
         model: The model.
-        taken: Routers of this package and modules with an adapter of the user. A layer with one of them inside is not
-            searched.
+        taken: Routers of this package and modules with an adapter of the user. A layer that has one of them as a child
+            is not searched.
     """
-    layers = expert_layers(model)
-    known = {path for path, layer in layers.items() if not taken.isdisjoint(layer.modules())}
+    layers = all_expert_layers(model)
+    # the layers around a known router: what else they have is not asked
+    known = {path.rpartition(".")[0] for path, module in model.named_modules() if path and module in taken}
     found: dict[str, tuple[nn.Module, Recognized]] = {}
     for path, module in model.named_modules():
-        if module in taken or any(path == layer or path.startswith(f"{layer}.") or not layer for layer in known):
+        if module in taken or path in known or (path and path.rpartition(".")[0] in known):
             continue
         for inner, entry in inner_entries(module).items():
             child = module.get_submodule(inner)

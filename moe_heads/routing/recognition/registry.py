@@ -8,7 +8,7 @@ entropy and margin. Every rule is checked on every pass: if a row did not choose
 
 from collections.abc import Callable, Iterator, Mapping
 
-from torch import nn
+from torch import Tensor, nn
 
 from moe_heads.routing.recognition import layers
 from moe_heads.routing.recognition.observed import Pass
@@ -28,6 +28,10 @@ def _of_class(owner: str) -> ScoreRule:
     return ScoreRule(lambda module, logits: getattr(module, owner)(logits), _CORRECTION)
 
 
+def _selected_function(module: nn.Module, logits: Tensor) -> Tensor:
+    return logits.sigmoid() if getattr(module, "expert_selection_fn", "softmax") == "sigmoid" else logits.softmax(-1)
+
+
 # from transformers 5.23; the classes of a rule have the same forward pass up to names
 _TRANSFORMERS: Mapping[Entry, tuple[str, ...]] = {
     SOFTMAX: (
@@ -39,12 +43,13 @@ _TRANSFORMERS: Mapping[Entry, tuple[str, ...]] = {
     ),
     ScoreRule(bias="moe_statics.e_score_correction_bias"): ("Ernie4_5_MoeTopKRouter Ernie4_5_VLMoeMoeTopKRouter",),
     ScoreRule(bias=_CORRECTION): ("LongcatFlashTopkRouter",),
-    ScoreRule(bias="balancing_biases"): ("ZayaRouter",),
     ScoreRule(groups="max"): ("DeepseekOcr2TextTopkRouter DeepseekV2TopkRouter UnlimitedOcrTextTopkRouter",),
     ScoreRule(groups="top2"): ("Mistral4TopkRouter MistralLarge4TextTopkRouter",),
     SIGMOID: ("FlintTopKRouter",),
+    ScoreRule(_selected_function): ("Cohere2MoeTopKRouter",),
     ScoreRule(SIGMOID.function, _CORRECTION, groups="top2"): (
-        "AXK1TopkRouter BailingHybridTopkRouter BeamTopKRouter DeepseekV32TopkRouter DeepseekV3TopkRouter",
+        "AXK1TopkRouter AXK2TopkRouter BailingHybridTopkRouter BeamTopKRouter DeepseekV32TopkRouter",
+        "DeepseekV3TopkRouter",
         "Dots1TopkRouter Dots3NoteTextTopkRouter ExaoneMoeTopkRouter Glm4MoeLiteTopkRouter Glm4MoeTopkRouter",
         "Glm4vMoeTextTopkRouter Glm5NextTextTopkRouter GlmMoeDsaTopkRouter HYV4TopkRouter KimiLinearTopkRouter",
         "MiMoV2FlashTopkRouter NemotronHTopkRouter SolarOpenTopkRouter",

@@ -3,64 +3,97 @@
 Shapes: N rows, or B samples of T tokens, E experts, K choices per row.
 """
 
-from typing import Any
+from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from moe_heads.modes import can_read_without_sync
 from moe_heads.routing.recognition.observed import Pass
 from moe_heads.routing.routing import Routing
 
 __all__ = ["Decisions", "decisions_in", "routing_by_shape"]
 
 # Attributes in which routers keep E.
-_NUM_EXPERTS = ("num_experts", "n_routed_experts", "num_local_experts", "num_global_experts")
-
-Decisions = tuple[Tensor | None, Tensor, Tensor, int]
-"""Logits (..., E) or None, choices (..., K), weights (..., K), and E."""
+_NUM_EXPERTS = ("num_experts", "n_routed_experts", "n_experts", "num_global_experts", "num_local_experts")
 
 
-def decisions_in(module: nn.Module, output: Any) -> Decisions | None:
+class Decisions(NamedTuple):
+    """Decisions in the output of a router.
+
+    Attributes:
+        logits: Logits of all experts, (..., E), or None.
+        choices: Choices, (..., K).
+        weights: Their weights, (..., K).
+        num_experts: E.
+    """
+
+    logits: Tensor | None
+    choices: Tensor
+    weights: Tensor
+    num_experts: int
+
+
+def decisions_in(seen: Pass) -> Decisions | None:
     """Find logits, choices, weights and E in the output of a router, or return None.
 
-    The output is a tuple with one tensor of integers, the choices, and floating point weights of the same shape. The
-    number of experts is the last dimension of another tensor over the same rows (logits, or a map of the choices), the
-    length of a vector (counts), or an attribute of the router.
+    The output is a tuple with one tensor of integers, the choices, and floating point weights of the same shape beside
+    it. The number of experts is an attribute of the router, or the last dimension of another tensor over the same rows
+    (logits, or a map of the choices) that is not as wide as the input, or the length of a vector (counts) that has not
+    one number for each row.
     """
-    if not isinstance(output, (tuple, list)):
+    if not isinstance(seen.output, (tuple, list)):
         return None
-    tensors = [value for value in output if isinstance(value, Tensor)]
+    tensors = [value for value in seen.output if isinstance(value, Tensor)]
     whole = [t for t in tensors if t.dim() in (2, 3) and not t.is_floating_point() and t.dtype != torch.bool]
     if len(whole) != 1:
         return None
     choices = whole[0]
-    floating = [t for t in tensors if t.is_floating_point()]
-    weights = [t for t in floating if t.shape == choices.shape]
-    wide = [t for t in tensors if t is not choices and t.dim() == choices.dim() and t.shape[:-1] == choices.shape[:-1]]
-    others = [t for t in wide if t.shape != choices.shape and t.shape[-1] > choices.shape[-1]]
-    logits: Tensor | None = None
-    if len(weights) == 2 and tensors[:2] == weights:
-        # k = E: the order of (logits, weights, choices) tells them apart
-        logits, num_experts = weights[0], choices.shape[-1]
-    elif len(weights) != 1:
+    place = next(number for number, tensor in enumerate(tensors) if tensor is choices)
+    # the weights stand right before the choices, or right after them
+    beside = [tensors[number] for number in (place - 1, place + 1) if 0 <= number < len(tensors)]
+    weights = next((t for t in beside if t.is_floating_point() and t.shape == choices.shape), None)
+    if weights is None:
         return None
-    elif others:
-        logits = others[0] if others[0].is_floating_point() else None
-        num_experts = others[0].shape[-1]
-    else:
-        vectors = [t for t in tensors if t.dim() == 1 and len(t) >= choices.shape[-1]]
-        known = [getattr(module, name, None) for name in _NUM_EXPERTS]
-        found = [n for n in known if isinstance(n, int) and n >= choices.shape[-1]] + [len(t) for t in vectors]
-        if not found:
-            return None
-        num_experts = found[0]
-    return logits, choices, weights[-1], num_experts
+    others = [t for t in tensors if t is not choices and t is not weights and t.shape[:-1] == choices.shape[:-1]]
+    wide = [t for t in others if t.shape[-1] >= choices.shape[-1]]
+    num_experts = _num_experts(seen, choices, wide, tensors)
+    if num_experts is None:
+        return None
+    logits = next((t for t in wide if t.is_floating_point() and t.shape[-1] == num_experts), None)
+    return Decisions(logits, choices, weights, num_experts)
 
 
-def routing_by_shape(seen: Pass) -> Routing | None:
-    """Return the routing of a pass with unknown entropy and margin, or None if its output has another form."""
-    found = decisions_in(seen.module, seen.output)
-    if found is None:
+def _num_experts(seen: Pass, choices: Tensor, wide: list[Tensor], tensors: list[Tensor]) -> int | None:
+    num_choices, num_rows = choices.shape[-1], choices.shape[:-1].numel()
+    known = [getattr(seen.module, name, None) for name in _NUM_EXPERTS]
+    found = [n for n in known if isinstance(n, int) and not isinstance(n, bool) and n >= num_choices]
+    x = seen.argument(0, "hidden_states", "x", "input")
+    width = x.shape[-1] if isinstance(x, Tensor) and x.dim() > 0 else None
+    found += [t.shape[-1] for t in wide if t.shape[-1] != width]
+    found += [len(t) for t in tensors if t.dim() == 1 and len(t) >= num_choices and len(t) != num_rows]
+    return found[0] if found else None
+
+
+def routing_by_shape(found: Decisions, with_weights: bool) -> Routing | None:
+    """Return the routing of a pass with unknown entropy and margin, or None if no row has choices of experts.
+
+    A negative index, E, or a weight of zero is a dropped choice. A row with an index above E or with a repeated expert
+    counts as a row with non-finite logits.
+
+    Args:
+        found: The decisions.
+        with_weights: Whether the weights are shares. Otherwise all choices count alike.
+    """
+    num_experts = found.num_experts
+    choices = torch.where(found.choices < 0, num_experts, found.choices)
+    ordered = choices.sort(-1).values
+    is_repeated = ((ordered.diff(dim=-1) == 0) & (ordered[..., 1:] < num_experts)).any(-1, keepdim=True)
+    is_wrong = is_repeated | (choices > num_experts).any(-1, keepdim=True)
+    if can_read_without_sync(is_wrong) and is_wrong.numel() and bool(is_wrong.all()):
         return None
-    _, choices, weights, num_experts = found
-    return Routing.from_choices(choices, num_experts, weights.float().abs())
+    equal = torch.full_like(choices, 1 / choices.shape[-1], dtype=torch.float32)
+    weights = found.weights.float() if with_weights else equal
+    # the choices of a wrong row are replaced by none, and its weights by nan
+    choices, weights = choices.masked_fill(is_wrong, num_experts), weights.masked_fill(is_wrong, torch.nan)
+    return Routing.from_choices(choices, num_experts, weights)

@@ -5,12 +5,14 @@ Shapes: N rows, E experts, K choices per row.
 
 from typing import Any
 
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from moe_heads.modes import can_read_values
 from moe_heads.routing.recognition.observed import Pass, UnknownDecisionError
 
-__all__ = ["choices_of_this_process", "on_this_process"]
+__all__ = ["experts_of_this_process", "on_this_process"]
 
 
 def on_this_process(seen: Pass) -> tuple[Pass, str]:
@@ -42,10 +44,10 @@ def on_this_process(seen: Pass) -> tuple[Pass, str]:
     return Pass(seen.module, args, kwargs, output), reasons[0] if reasons else ""
 
 
-def choices_of_this_process(
+def experts_of_this_process(
     experts: nn.Module | None, choices: Tensor, weights: Tensor, num_experts: int
-) -> tuple[Tensor, int] | None:
-    """Return the choices among the experts of this process, and their number, if the router numbers these only.
+) -> int | None:
+    """Return the number of experts in this process if the router numbers these only, or None.
 
     Such a router gives a choice of an expert of another process the number of the experts here, and no weight.
 
@@ -58,10 +60,14 @@ def choices_of_this_process(
     num_here = getattr(experts, "num_experts", None)
     if not isinstance(num_here, int) or num_here >= num_experts or not choices.numel():
         return None
-    is_elsewhere = (choices == num_here) & (weights == 0)
-    if not bool(is_elsewhere.any()) or int(choices.max()) > num_here:
+    if not _has_processes() or not can_read_values(choices):
         return None
-    return choices.masked_fill(is_elsewhere, -1), num_here
+    is_elsewhere = (choices == num_here) & (weights == 0)
+    return num_here if bool(is_elsewhere.any()) and int(choices.max()) <= num_here else None
+
+
+def _has_processes() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def _is_distributed(value: Any) -> bool:

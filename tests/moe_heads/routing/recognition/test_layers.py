@@ -254,6 +254,11 @@ FORMS = {
     "map": (lambda z, w, i: (w, i, torch.zeros_like(z, dtype=torch.bool).scatter(-1, i, True)), {}),
     "tokens": (lambda z, w, i: (z.view(4, 5, 5), w.view(4, 5, 2), i.view(4, 5, 2)), {}),
     "dropped, -1": (lambda z, w, i: (z, w, torch.where(i == 3, -1, i)), {}),
+    "dropped, -100": (lambda z, w, i: (z, w, torch.where(i == 3, -100, i)), {}),
+    "weights of zero": (lambda z, w, i: (torch.where(i == 3, 0.0, w), torch.where(i == 3, i, i)), {"num_experts": 5}),
+    "two weights": (lambda z, w, i: (w, i, 2 * w), {"num_experts": 5}),
+    "as wide as the input": (lambda z, w, i: (w, i, torch.cat([z, z[:, :1]], -1)), {"n_experts": 5}),
+    "one number a row": (lambda z, w, i: (w, i, z.logsumexp(-1)), {"num_experts": 5}),
     "dropped, E": (lambda z, w, i: (z, w, torch.where(i == 3, 5, i)), {}),
 }
 
@@ -267,9 +272,10 @@ def test_by_shape_alone(name: str) -> None:
     stats = collection.stats["0"]
     indices = next(t for t in output if not t.is_floating_point() and t.dtype != torch.bool and t.dim() > 1)
     rows = indices.flatten(0, -2).tolist()
-    assert stats.counts.tolist() == [sum(row.count(e) for row in rows) for e in range(5)]
-    assert int(stats.num_dropped_choices) == sum(e in (-1, 5) for row in rows for e in row)
-    assert int(stats.num_dropped) == sum(all(e in (-1, 5) for e in row) for row in rows)
+    gone = {-1, 5, -100} | ({3} if name == "weights of zero" else set())
+    assert stats.counts.tolist() == [sum(row.count(e) for row in rows) if e not in gone else 0 for e in range(5)]
+    assert int(stats.num_dropped_choices) == sum(e in gone for row in rows for e in row)
+    assert int(stats.num_dropped) == sum(all(e in gone for e in row) for row in rows)
     assert stats.entropy.isnan() and stats.margin.isnan() and stats.importance.isfinite().all()
     assert collection.routings["0"][0].rows_per_sample == (5 if name == "tokens" else 1)
     assert not collection.unrecognized
@@ -284,6 +290,7 @@ def test_by_shape_alone(name: str) -> None:
         lambda z, w, i: (z, w, i + 100),
         lambda z, w, i: (z, w, torch.zeros_like(i)),
         lambda z, w, i: {"logits": z},
+        lambda z, w, i: (w, i, z.logsumexp(-1)),  # the number of experts is nowhere
     ],
 )
 def test_what_is_no_router_is_named(form: Any) -> None:
@@ -292,6 +299,56 @@ def test_what_is_no_router_is_named(form: Any) -> None:
         model["block"](torch.randn(20, 6))
     assert not collection.routings and not collection.errors
     assert list(collection.unrecognized) == ["block"]
+
+
+def test_one_wrong_row_and_negative_weights() -> None:
+    model = nn.Sequential(Layer(Gate(lambda z, w, i: (z, w, torch.cat([i[:1, :1].expand(1, 2), i[1:]])))))
+    with collect_routing(model) as collection:
+        model(torch.randn(20, 6))
+    stats = collection.stats["0"]
+    assert int(stats.num_nonfinite) == 1 and int(stats.num_rows) == 19 and not collection.unrecognized
+
+    logits = nn.Sequential(Layer(Gate(lambda z, w, i: (z.gather(-1, i) - 5, i), num_experts=5)))
+    with collect_routing(logits) as collection:
+        logits(torch.randn(20, 6))
+        assert "its weights are negative" in collection.misfits["0"]
+    torch.testing.assert_close(collection.stats["0"].importance, collection.stats["0"].load)
+
+
+def test_what_only_looks_like_a_mixture_of_experts() -> None:
+    class Ensemble(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.experts = nn.ModuleList(nn.Linear(6, 6) for _ in range(3))
+
+    with collect_routing(Ensemble()) as collection:
+        assert not collection.unrecognized
+
+    class FeatureRouter(nn.Module):
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            return x, x.long(), 2 * x
+
+    router = FeatureRouter()
+    with collect_routing(nn.Sequential(router)) as collection:
+        router(torch.randn(4, 6))
+    assert not collection.routings and not collection.errors and not collection.unrecognized
+
+
+def test_an_adapter_of_an_outer_gate_leaves_inner_routers() -> None:
+    class Outer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gate = nn.Linear(6, 2)
+            self.experts = nn.ModuleList(Layer(Gate(FORMS["logits first"][0])) for _ in range(2))
+
+    model = Outer()
+    with collect_routing(
+        model, {"gate": lambda m, a, z: Routing.from_probs(z.softmax(-1), z.topk(1).indices)}
+    ) as found:
+        x = torch.randn(9, 6)
+        model.gate(x)
+        model.experts[1](x)
+    assert set(found.stats) == {"head", "experts.1"}
 
 
 def test_an_adapter_comes_before_the_registry_and_its_layer_is_known() -> None:

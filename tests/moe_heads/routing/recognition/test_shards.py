@@ -10,6 +10,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 
 from moe_heads import collect_routing
+from moe_heads.routing.recognition import shards
 from tests.support.processes import run_on_ranks
 
 
@@ -80,7 +81,7 @@ class Gate(nn.Module):
 
     def __init__(self, first: int, is_numbered_here: bool) -> None:
         super().__init__()
-        self.linear, self.first, self.is_numbered_here = nn.Linear(6, 6), first, is_numbered_here
+        self.linear, self.first, self.is_numbered_here = nn.Linear(7, 6), first, is_numbered_here
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         logits = self.linear(x)
@@ -92,8 +93,9 @@ class Gate(nn.Module):
 
 
 @pytest.mark.parametrize("first", [0, 2, 4])
-def test_a_router_that_numbers_the_experts_of_its_process(first: int) -> None:
-    x = torch.randn(30, 6)
+def test_a_router_that_numbers_the_experts_of_its_process(first: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shards, "_has_processes", lambda: True)
+    x = torch.randn(30, 7)
     model = Layer(first, False)
     with collect_routing(model) as everywhere:
         model.gate(x)
@@ -102,6 +104,12 @@ def test_a_router_that_numbers_the_experts_of_its_process(first: int) -> None:
     with collect_routing(here) as collection:
         here.gate(x)
         assert "2 experts of this process, of 6" in collection.only_here["head"]
+        num_experts = {len(routing.stats().counts) for routing in collection.routings["head"]}
+        # a pass that needs no other process has as many experts
+        here.gate.forward = lambda x: (torch.randn(4, 6), torch.ones(4, 2), torch.tensor([[0, 1]] * 4))
+        here.gate(torch.randn(4, 7))
+        assert num_experts == {2} == {len(r.stats().counts) for r in collection.routings["head"]}
+        collection.routings["head"].pop()
     counts = everywhere.stats["head"].counts
     assert collection.stats["head"].counts.tolist() == counts[first : first + 2].tolist()
     assert int(collection.stats["head"].num_dropped_choices) == 60 - int(counts[first : first + 2].sum())
