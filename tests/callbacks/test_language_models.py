@@ -20,7 +20,10 @@ from tests.support.language_models import VOCABULARY, language_model
 from tests.support.lightning_models import trainer
 from tests.support.processes import run_on_ranks
 
-MUST_REACH = ("Mixtral", "Olmoe", "Qwen3Moe", "DeepseekV3", "GptOss", "Glm4Moe", "Llama4", "SwitchTransformers")
+# name, and whether its layers are checkpointed
+QUICK = (("Mixtral", True), ("DeepseekV3", False), ("Llama4", False), ("SwitchTransformers", True))
+ALL = ("Mixtral", "Olmoe", "Qwen3Moe", "DeepseekV3", "GptOss", "Glm4Moe", "Llama4", "SwitchTransformers")
+OTHERS = [(name, checkpointed) for name in ALL for checkpointed in (False, True) if (name, checkpointed) not in QUICK]
 
 Batch = dict[str, Tensor]
 
@@ -71,8 +74,9 @@ def counted_by_hand(module: LanguageModel, batches: list[Batch]) -> dict[str, Te
     return total
 
 
-@pytest.mark.parametrize("name", MUST_REACH)
-@pytest.mark.parametrize("is_checkpointed", [False, True])
+@pytest.mark.parametrize(
+    ("name", "is_checkpointed"), [*QUICK, *(pytest.param(*case, marks=pytest.mark.slow) for case in OTHERS)]
+)
 def test_no_argument_is_needed(name: str, is_checkpointed: bool) -> None:
     module = LanguageModel(name, is_checkpointed).train()
     batches = lines(module.model)

@@ -111,8 +111,8 @@ class TrainingRouters:
         for watch in self._silenced:
             watch.warns = True
 
-    def begin_batch(self, batch: Batch) -> None:
-        """Start to collect the passes of a batch.
+    def begin_batch(self, batch: Batch = None) -> None:
+        """Start to collect the passes of a batch, None for one without a mask.
 
         Raises:
             ValueError: If the mask of the batch is wrong.

@@ -36,7 +36,7 @@ def all_expert_layers(model: nn.Module) -> dict[str, nn.Module]:
     return {
         path: module
         for path, module in model.named_modules()
-        if any(_is_expert_group(name, child) for name, child in module.named_children()) and _gates_of(module)
+        if any(_is_expert_group(name, child) for name, child in module.named_children()) and any(_gates_of(module))
     }
 
 
@@ -58,23 +58,30 @@ def shown_adapter(path: str, layer: nn.Module) -> str:
         path: Path of the layer.
         layer: The layer.
     """
-    gate = ".".join(filter(None, (path, _gates_of(layer)[0])))
+    modules, parameters = _gates_of(layer)
     k = next((n for n in (getattr(layer, name, None) for name in ("top_k", "topk", "k")) if isinstance(n, int)), 2)
-    return (
-        "    def adapter(module, args, logits):\n"
-        f"        return Routing.from_probs(logits.softmax(-1), logits.topk({k}).indices)\n"
-        f"    adapters = {{{re.sub(r'(?<![^.])[0-9]+(?![^.])', '*', gate)!r}: adapter}}"
-    )
+    if modules:
+        arguments, logits, watched = "module, args, logits", "", f"{path}.{modules[0]}"
+    else:  # the layer multiplies by a parameter of its own
+        arguments, logits, watched = "layer, args, output", f"logits = args[0] @ layer.{parameters[0]}", path
+    name = re.sub(r"(?<![^.])[0-9]+(?![^.])", "*", watched).strip(".")
+    lines = [
+        f"def adapter({arguments}):",
+        *([f"    {logits}"] if logits else []),
+        f"    return Routing.from_probs(logits.softmax(-1), logits.topk({k}).indices)",
+        f"adapters = {{{name!r}: adapter}}",
+    ]
+    return "\n".join(f"    {line}" for line in lines)
 
 
-def _gates_of(layer: nn.Module) -> list[str]:
-    """Return the names of what may be the gate of a layer: a module, or a parameter of its own."""
+def _gates_of(layer: nn.Module) -> tuple[list[str], list[str]]:
+    """Return the names of what may be the gate of a layer: modules, and parameters of its own."""
     modules = [
         f"{name}.*" if isinstance(child, nn.ModuleList) else name
         for name, child in layer.named_children()
         if _GATE.search(name) and not _EXPERTS.search(name) and not _SHARED.search(name)
     ]
-    return modules or [name for name, _ in layer.named_parameters(recurse=False) if _GATE.search(name)]
+    return modules, [name for name, _ in layer.named_parameters(recurse=False) if _GATE.search(name)]
 
 
 def _is_expert_group(name: str, module: nn.Module) -> bool:
