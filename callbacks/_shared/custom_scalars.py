@@ -1,6 +1,7 @@
 """Charts on TensorBoard's page of custom scalars."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
@@ -32,7 +33,8 @@ def write_charts(writer: SummaryWriter, folder: str, title: str, charts: Charts)
     layout.category.extend(group for group in _layout_in(folder).category if group.title != title)
     layout.MergeFromString(summary.value[0].tensor.string_val[0])  # appends
     summary.value[0].tensor.string_val[0] = layout.SerializeToString()
-    writer._get_file_writer().add_summary(summary)
+    events: Any = writer.file_writer
+    events.add_summary(summary)
     writer.flush()
 
 

@@ -50,7 +50,7 @@ def fit(data: list[Any], module: PlainModule | None = None, **options: Any) -> t
     with pytest.MonkeyPatch.context() as patch:
         for name in ("rank_zero_warn", "rank_zero_info"):
             patch.setattr(
-                f"moe_heads.callbacks.expert_utilization.{name}",
+                f"moe_heads.callbacks._utilization_warnings.{name}",
                 lambda text, name=name: messages.append((name, int(module.global_step), text)),
             )
         trainer(usage, max_epochs=2).fit(module, DataLoader(data, 16))

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from moe_heads import MoELayer
-from moe_heads.analysis.expert_utilization.training import EpochReport
+from moe_heads.analysis.expert_utilization.training import RouterReport
 from moe_heads.callbacks import ExpertUtilizationCallback
 from moe_heads.callbacks._utilization_log import UtilizationLog
 from tests.support.events import read_events, read_layout
@@ -157,10 +157,10 @@ def test_two_fits_and_two_callbacks_have_one_page(tmp_path: Path) -> None:
     assert sorted(group.title for group in groups) == ["expert_utilization", "mine", "other"]
 
 
-def report(counts: list[int], *warned: str) -> EpochReport:
+def report(counts: list[int], *warned: str) -> RouterReport:
     stats = stats_of(counts)
     scalars = {"effective_experts": math.exp(float(torch.special.entr(stats.load.double()).sum()))}
-    return EpochReport(stats, scalars, warned, soft=False)
+    return RouterReport(stats, scalars, False, warned)
 
 
 def test_warnings_of_many_layers_are_bounded() -> None:

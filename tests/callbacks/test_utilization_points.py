@@ -98,7 +98,8 @@ def test_ten_points_of_a_hundred_steps_add_up_to_the_epoch(tmp_path: Path) -> No
     keys = [
         {key.removeprefix(prefix) for key in run.callback_metrics if key.startswith(prefix)} for prefix in (STEP, EPOCH)
     ]
-    assert keys[0] == keys[1]
+    # the weights are measured once in an epoch
+    assert keys[0] == keys[1] - {"/num_inert_experts", "/weight_norm_min", "/stable_rank_min"}
     assert {"/num_dead_experts", "/router_gradient_norm", "/noise_agreement"} < keys[0]
     assert oracle.num_passes == 100  # no additional one
 

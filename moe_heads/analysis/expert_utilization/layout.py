@@ -43,9 +43,14 @@ def _charts_of_summary(prefix: str) -> Charts:
     counts = ("num_dead_experts", "num_starved_experts", "num_inert_experts", "num_layers_with_dead_experts")
     # TensorBoard shows the multiline charts first, and after them the bands in reverse order
     return {
-        "dead, starved and inert experts of all layers": ("Multiline", [f"{re.escape(prefix)}/{name}$" for name in counts]),
+        "dead, starved and inert experts of all layers": (
+            "Multiline",
+            [f"{re.escape(prefix)}/{name}$" for name in counts],
+        ),
         "routing flips: median, highest layer": _lines(prefix, "median", "highest", name="routing_flips"),
-        "dropped rows and choices, nonfinite rows: worst layer": _lines(prefix, "worst", name="(dropped|dropped_choices|nonfinite)"),
+        "dropped rows and choices, nonfinite rows: worst layer": _lines(
+            prefix, "worst", name="(dropped|dropped_choices|nonfinite)"
+        ),
         "router entropy / log E: lowest, median, highest layer": band(
             "relative_entropy", "median", "lowest", "highest"
         ),

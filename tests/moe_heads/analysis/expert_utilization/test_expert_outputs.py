@@ -142,6 +142,7 @@ def on_rank(rank: int) -> Tensor | None:
     return next(iter(result.heads.values())).output_norms
 
 
+@pytest.mark.slow
 def test_ranks_share_the_rows(tmp_path: Path) -> None:
     found = run_on_ranks(on_rank, tmp_path)
     torch.manual_seed(0)

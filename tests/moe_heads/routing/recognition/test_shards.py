@@ -51,6 +51,7 @@ def on_rank(rank: int) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.slow
 def test_distributed_tensors(tmp_path: Path) -> None:
     for found in run_on_ranks(on_rank, tmp_path):
         assert found["replicated"] == (found["expected"], {}, {})
