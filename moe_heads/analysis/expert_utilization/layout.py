@@ -25,13 +25,14 @@ def utilization_charts(prefix: str, num_experts: Mapping[str, int], detail: Deta
     if detail == "summary" and len(num_experts) > 1:
         return _charts_of_summary(prefix)
     loads = {_title_of_load(name, number): _load_of(prefix, name, number) for name, number in num_experts.items()}
-    experts = ("effective_experts", "num_dead_experts", "num_starved_experts")
-    rows = ("routing_flips", "noise_agreement", "dropped", "nonfinite")
+    experts = ("effective_experts", "num_dead_experts", "num_starved_experts", "num_inert_experts")
+    rows = ("routing_flips", "noise_agreement", "dropped", "dropped_choices", "nonfinite")
     return loads | {
         "imbalance of the load (0: even)": _lines(prefix, "load_cv", "max_violation"),
-        "number of experts: effective, dead, starved": _lines(prefix, *experts),
+        "number of experts: effective, dead, starved, inert": _lines(prefix, *experts),
         "router: entropy (nats), margin": _lines(prefix, "entropy", "margin"),
         "fraction of the rows: flips, agreement without noise, dropped, nonfinite": _lines(prefix, *rows),
+        "weights: smallest norm and stable rank / median": _lines(prefix, "weight_norm_min", "stable_rank_min"),
         "gradient norm of the router": _lines(prefix, "router_gradient_norm"),
     }
 

@@ -11,7 +11,15 @@ from moe_heads.analysis.expert_utilization.metric import utilization_scalars
 from tests.support.utilizations import stats_of
 
 PREFIX = "expert_utilization/epoch"
-RARE = {"noise_agreement": 1.0, "router_gradient_norm": 1.0, "routing_flips": 0.1}
+RARE = {
+    "noise_agreement": 1.0,
+    "router_gradient_norm": 1.0,
+    "routing_flips": 0.1,
+    "dropped_choices": 0.1,
+    "num_inert_experts": 0.0,
+    "weight_norm_min": 0.9,
+    "stable_rank_min": 0.9,
+}
 
 
 def tags_of(sizes: dict[str, int], detail: Detail) -> list[str]:
@@ -62,5 +70,5 @@ def test_the_loads_of_a_head_are_in_one_chart() -> None:
 def test_every_level_of_the_summary_over_layers_has_a_chart() -> None:
     charts = utilization_charts(PREFIX, {"a": 4, "b": 4}, "summary")
     in_charts = {tag.removesuffix("$") for _, tags in charts.values() for tag in tags}
-    for measure in LEVELS.keys() - {"mutual_information", "dropped", "nonfinite"}:
+    for measure in LEVELS.keys() - {"dropped", "dropped_choices", "nonfinite"}:
         assert any(f"/{measure}/" in tag for tag in in_charts)
