@@ -85,7 +85,9 @@ def main(max_epochs: int = 4, num_lines: int | None = None) -> ExpertUtilization
         enable_model_summary=False,
         log_every_n_steps=20,
     )
-    trainer.fit(LanguageModel(), DataLoader(lines, batch_size=32, shuffle=True, collate_fn=padded))
+    # a list of samples is a dataset
+    loader: DataLoader[Tensor] = DataLoader(lines, batch_size=32, shuffle=True, collate_fn=padded)  # type: ignore[arg-type]
+    trainer.fit(LanguageModel(), loader)
     print(callback.results["train"].summary())
     return callback
 

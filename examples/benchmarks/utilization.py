@@ -39,7 +39,7 @@ class MixtralLogits(nn.Module):
         super().__init__()
         from transformers import MixtralConfig, MixtralForCausalLM
 
-        shape: dict[str, int] = {
+        shape: dict[str, Any] = {
             "hidden_size": 256,
             "intermediate_size": 512,
             "num_hidden_layers": 4,

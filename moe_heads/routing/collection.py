@@ -64,7 +64,7 @@ class RoutingCollection:
 
     @property
     def only_here(self) -> dict[str, str]:
-        """Why the decisions of a router are known for this process alone, by the name of the router."""
+        """Reasons why decisions are known for this process alone, by the name of the router."""
         adapters = {name: recorder.adapter for name, recorder in self._recorders.items()}
         return {name: a.only_here for name, a in adapters.items() if isinstance(a, Recognized) and a.only_here}
 
@@ -241,7 +241,7 @@ class _Recorder:
 
     @property
     def is_router(self) -> bool:
-        """Whether the module is known to be a router before it runs."""
+        """True if the module is known to be a router before it runs."""
         return not isinstance(self.adapter, Recognized) or self.adapter.is_registered
 
     def taken(self) -> list[Routing]:

@@ -41,7 +41,7 @@ class TokenMasks:
             is a tensor of two dimensions (1 or True for a token). Routers below a module called "decoder", in a model
             that also has an "encoder", take "decoder_attention_mask". Entries of the parts of a batch are found too.
 
-        has_encoder: Whether the model has an encoder, beside which a decoder has tokens of its own.
+        has_encoder: Whether the model has an encoder. A decoder then has tokens of its own.
 
     Attributes:
         unused: Why padding counts, by what it is about: a mask that cannot be read, or the name of a router with

@@ -29,7 +29,7 @@ def _sigmoid(module: nn.Module, logits: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class ScoreRule:
-    """How a router with the output (logits, weights, indices) decides.
+    """Rule by which a router with the output (logits, weights, indices) decides.
 
     Attributes:
         function: From the module and its logits (N, E) to non-negative scores of the experts.

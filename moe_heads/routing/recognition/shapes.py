@@ -37,7 +37,7 @@ class Decisions(NamedTuple):
 def decisions_in(seen: Pass) -> Decisions | None:
     """Find logits, choices, weights and E in the output of a router, or return None.
 
-    The output is a tuple with one tensor of integers, the choices, and floating point weights of the same shape beside
+    The output is a tuple with one tensor of integers, the choices, and floating point weights of the same shape next to
     it. The number of experts is an attribute of the router, or the last dimension of another tensor over the same rows
     (logits, or a map of the choices) that is not as wide as the input, or the length of a vector (counts) that has not
     one number for each row.
@@ -51,8 +51,8 @@ def decisions_in(seen: Pass) -> Decisions | None:
     choices = whole[0]
     place = next(number for number, tensor in enumerate(tensors) if tensor is choices)
     # the weights stand right before the choices, or right after them
-    beside = [tensors[number] for number in (place - 1, place + 1) if 0 <= number < len(tensors)]
-    weights = next((t for t in beside if t.is_floating_point() and t.shape == choices.shape), None)
+    neighbors = [tensors[number] for number in (place - 1, place + 1) if 0 <= number < len(tensors)]
+    weights = next((t for t in neighbors if t.is_floating_point() and t.shape == choices.shape), None)
     if weights is None:
         return None
     others = [t for t in tensors if t is not choices and t is not weights and t.shape[:-1] == choices.shape[:-1]]

@@ -223,7 +223,7 @@ def test_a_gate_whose_noise_cannot_be_seen() -> None:
 
 
 class Gate(nn.Module):
-    """Somebody's gate: what it returns is made by a function."""
+    """A gate of a user: what it returns is made by a function."""
 
     def __init__(self, form: Any, **attributes: Any) -> None:
         super().__init__()
