@@ -79,6 +79,7 @@ def measure(model: nn.Module, x: Tensor, steps: int, pairs: int, compiled: bool)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
     run = torch.compile(model) if compiled else model
     times: dict[bool, list[float]] = {True: [], False: []}
+    ends: list[float] = []
 
     def step(routers: TrainingRouters | None) -> None:
         if routers is not None:
@@ -102,18 +103,24 @@ def measure(model: nn.Module, x: Tensor, steps: int, pairs: int, compiled: bool)
                     for _ in range(turn):
                         step(routers if watched else None)
                     if watched and done + turn == steps:
+                        before_end = time.process_time()
                         routers.end_epoch(Ranks())
+                        ends.append(1e3 * (time.process_time() - before_end))
                     spent[watched] += time.process_time() - start
             if number >= 0:
                 for watched, seconds in spent.items():
                     times[watched].append(1e3 * seconds / steps)
     ratios = [with_it / without for with_it, without in zip(times[True], times[False], strict=True)]
     low, middle, high = statistics.quantiles(ratios, n=4)
+    # the hooks of the steps, without the end of an epoch, which an epoch of more steps spreads over more
+    of_hooks = [r - end / steps / t for r, end, t in zip(ratios, ends[1:], times[False], strict=True)]
     return {
         "ms_without": statistics.median(times[False]),
         "ms_with": statistics.median(times[True]),
         "overhead": middle - 1,
         "quartiles": [low - 1, high - 1],
+        "overhead_of_hooks": statistics.median(of_hooks) - 1,
+        "ms_of_the_end": statistics.median(ends[1:]),
         "steps_of_an_epoch": steps,
         "pairs": pairs,
     }
@@ -136,7 +143,8 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         low, high = row["quartiles"]
         print(
             f"{name}: {row['ms_without']:.2f} ms per step, {row['ms_with']:.2f} with the callback:"
-            f" {row['overhead']:+.1%} (quartiles {low:+.1%} to {high:+.1%})",
+            f" {row['overhead']:+.1%} (quartiles {low:+.1%} to {high:+.1%}), of it the hooks"
+            f" {row['overhead_of_hooks']:+.1%}; end of an epoch {row['ms_of_the_end']:.0f} ms",
             flush=True,
         )
     if options.out is not None:

@@ -1,7 +1,7 @@
 """Collection of the decisions of the routers inside any model."""
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
@@ -33,13 +33,19 @@ class RoutingCollection:
             cannot be read.
     """
 
-    def __init__(self, layers: Mapping[str, nn.Module] | None = None) -> None:
+    def __init__(self) -> None:
         self.paused = self.keeps_errors = False
         self.errors: dict[str, Exception] = {}
-        self._layers = self._unrecognized = dict(layers or {})
-        self._misfits: dict[str, str] = {}
         self._recorders: dict[str, _Recorder] = {}
         self._routings: dict[str, list[Routing]] = {}
+        # layers of experts, each with the names of the recorders inside it
+        self._layers: dict[str, tuple[nn.Module, frozenset[str]]] = {}
+
+    def restart(self) -> None:
+        """Forget the passes so far, and record from now on."""
+        for passes in self.routings.values():
+            passes.clear()
+        self.paused = False
 
     @property
     def routings(self) -> dict[str, list[Routing]]:
@@ -57,29 +63,29 @@ class RoutingCollection:
     @property
     def misfits(self) -> dict[str, str]:
         """Entries of the registry that do not fit the router that they were found for, by the name of the router."""
-        for name, recorder in self._recorders.items():
-            if isinstance(recorder.adapter, Recognized) and recorder.adapter.misfit:
-                self._misfits[name] = recorder.adapter.misfit
-        return self._misfits
+        return {name: adapter.misfit for name, adapter in self._recognized() if adapter.misfit}
 
     @property
     def only_here(self) -> dict[str, str]:
         """Reasons why decisions are known for this process alone, by the name of the router."""
-        adapters = {name: recorder.adapter for name, recorder in self._recorders.items()}
-        return {name: a.only_here for name, a in adapters.items() if isinstance(a, Recognized) and a.only_here}
+        return {name: adapter.only_here for name, adapter in self._recognized() if adapter.only_here}
 
     @property
     def unrecognized(self) -> dict[str, nn.Module]:
         """Layers that look like mixtures of experts and whose router is not known, by path, after they ran."""
-        if self._recorders:
-            known = {recorder.module for recorder in self._recorders.values() if not recorder.is_unknown}
-            self._unrecognized = {p: layer for p, layer in self._layers.items() if known.isdisjoint(layer.modules())}
-        return self._unrecognized
+        unknown = {name for name, recorder in self._recorders.items() if recorder.is_unknown}
+        return {path: layer for path, (layer, inside) in self._layers.items() if inside <= unknown}
+
+    def _recognized(self) -> Iterator[tuple[str, Recognized]]:
+        for name, recorder in self._recorders.items():
+            if isinstance(recorder.adapter, Recognized):
+                yield name, recorder.adapter
 
     def _end(self) -> None:
-        """Keep the routings and drop the recorders, which refer to the collection: a cycle would keep graphs alive."""
-        self._misfits, self._unrecognized = self.misfits, self.unrecognized
-        self._routings, self._recorders, self._layers = self.routings, {}, {}
+        """Keep the routings, and let the recorders go of the collection: a cycle would keep graphs alive."""
+        self._routings = self.routings
+        for recorder in self._recorders.values():
+            recorder.end()
 
     def _warn_if_nothing_ran(self) -> None:
         routings = {name: passes for name, passes in self.routings.items() if name not in self.errors}
@@ -160,7 +166,11 @@ def collect_routing(
         **{name: (router, None) for name, router in named_routers(model).items()},
         **adapted_routers(model, adapters),
     }
-    collection = RoutingCollection(expert_layers(model))
+    collection = RoutingCollection()
+    for path, layer in expert_layers(model).items():
+        inside = set(layer.modules())
+        names = frozenset(name for name, (router, _) in hooked.items() if router in inside)
+        collection._layers[path] = layer, names
     with ExitStack() as stack:
         mask_hooks: list[MaskHook] = []
         if mask is not None:
@@ -169,7 +179,7 @@ def collect_routing(
                 mask_hooks.append(MaskHook(name, mask))
                 stack.callback(module.register_forward_pre_hook(mask_hooks[-1], with_kwargs=True).remove)
         for name, (router, adapter) in hooked.items():
-            recorder = collection._recorders[name] = _Recorder(name, collection, adapter, router, mask)
+            recorder = collection._recorders[name] = _Recorder(name, collection, adapter, mask)
             takes_kwargs = isinstance(adapter, Recognized)
             stack.callback(router.register_forward_hook(recorder, with_kwargs=takes_kwargs).remove)
         try:
@@ -204,11 +214,9 @@ class _Recorder:
         name: str,
         collection: RoutingCollection | None,
         adapter: RoutingAdapter | Recognized | None,
-        module: nn.Module | None = None,
         mask: Tensor | None = None,
     ) -> None:
         self._name, self._collection, self.adapter, self._mask = name, collection, adapter, mask
-        self.module = module
         self._last = _Link(None, None)
         self._has_failed = self._has_run = False
         # whether a module that may be a router ran and is none
@@ -238,6 +246,10 @@ class _Recorder:
             if routing is not None:
                 self._has_run = True
                 self._last = _Link(routing, self._last)
+
+    def end(self) -> None:
+        """Record nothing from now on."""
+        self._collection = None
 
     @property
     def is_router(self) -> bool:

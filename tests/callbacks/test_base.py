@@ -11,19 +11,8 @@ from lightning.pytorch.strategies import FSDPStrategy
 from torch import Tensor
 
 from moe_heads.callbacks import AnalysisInputs
-from tests.support.analyses import MeanLoss, Weight, Witness
+from tests.support.analyses import Failing, MeanLoss, Weight, Witness
 from tests.support.lightning_models import PlainModule, assert_same, loader, trainer
-
-
-class Failing(MeanLoss):
-    name = "failing"
-
-    def __init__(self, error: BaseException, **options: Any) -> None:
-        super().__init__(**options)
-        self.error = error
-
-    def compute(self, inputs: AnalysisInputs) -> float:
-        raise self.error
 
 
 def test_runs_at_the_end_of_fit_and_reports() -> None:

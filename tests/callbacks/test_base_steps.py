@@ -23,7 +23,7 @@ from moe_heads.callbacks import (
     LossLandscapeCallback,
     SharpnessCallback,
 )
-from tests.support.analyses import MeanLoss, Weight
+from tests.support.analyses import Failing, MeanLoss, Weight
 from tests.support.lightning_models import PlainModule, assert_same, loader, snapshot, trainer
 
 
@@ -187,18 +187,6 @@ def test_workers_that_persist_go_on_with_their_epoch() -> None:
 
     for one, other in zip(batches(), batches(MeanLoss(splits=["train"], every_n_train_steps=2)), strict=True):
         assert torch.equal(one, other)
-
-
-class Failing(MeanLoss):
-    name = "failing"
-
-    def __init__(self, error: BaseException, **options: Any) -> None:
-        super().__init__(**options)
-        self.error = error
-
-    def compute(self, inputs: AnalysisInputs) -> float:
-        inputs.model.requires_grad_(False)
-        raise self.error
 
 
 @pytest.mark.parametrize("error", [RuntimeError("half way"), KeyboardInterrupt()])

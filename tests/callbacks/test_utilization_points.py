@@ -304,3 +304,11 @@ trainer.fit(OftenWithout(), loader(num_samples=32, batch_size=2))
     rows = rows_of(str(tmp_path / "logs" / "lightning_logs" / "version_0"))
     steps = [row["step"] for row in rows if row[f"{STEP}/load_cv"]]
     assert steps == ["3", "6", "8"]
+
+
+def test_a_checkpoint_of_before_there_were_windows_is_restored() -> None:
+    stats = SparseMoE(4, 3, num_experts=4)(torch.randn(20, 4), return_routing=True).routing.stats()
+    before = {name: value for name, value in vars(stats).items() if name != "num_dropped_choices"}
+    epochs, steps = unpacked_history({"head": {0: before}})
+    assert steps == {} and torch.equal(epochs["head"][0].counts, stats.counts)
+    assert int(epochs["head"][0].num_dropped_choices) == 0

@@ -23,6 +23,20 @@ class MeanLoss(FitEndAnalysis):
         return Report({"value": result})
 
 
+class Failing(MeanLoss):
+    """Fails after it changed the model."""
+
+    name = "failing"
+
+    def __init__(self, error: BaseException, **options: Any) -> None:
+        super().__init__(**options)
+        self.error = error
+
+    def compute(self, inputs: AnalysisInputs) -> float:
+        inputs.model.requires_grad_(False)
+        raise self.error
+
+
 class Weight(FitEndAnalysis):
     """Records one number of the weights that it sees."""
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 VOCABULARY = 64
 
-_SHARED = {
+SIZES = {
     "vocab_size": VOCABULARY,
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -29,36 +29,36 @@ _LATENT = {"kv_lora_rank": 8, "q_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_
 _hf: Any = transformers
 
 _CONFIGS: Mapping[str, Callable[[], Any]] = {
-    "Mixtral": lambda: _hf.MixtralConfig(**_SHARED, num_local_experts=4, num_experts_per_tok=2),
-    "Olmoe": lambda: _hf.OlmoeConfig(**_SHARED, num_experts=8, num_experts_per_tok=2),
-    "Qwen3Moe": lambda: _hf.Qwen3MoeConfig(**_SHARED, **_TOP2, num_experts=8, head_dim=8),
-    "DeepseekV3": lambda: _hf.DeepseekV3Config(**_SHARED, **_GROUPS, **_LATENT, n_group=4, topk_group=2),
+    "Mixtral": lambda: _hf.MixtralConfig(**SIZES, num_local_experts=4, num_experts_per_tok=2),
+    "Olmoe": lambda: _hf.OlmoeConfig(**SIZES, num_experts=8, num_experts_per_tok=2),
+    "Qwen3Moe": lambda: _hf.Qwen3MoeConfig(**SIZES, **_TOP2, num_experts=8, head_dim=8),
+    "DeepseekV3": lambda: _hf.DeepseekV3Config(**SIZES, **_GROUPS, **_LATENT, n_group=4, topk_group=2),
     "DeepseekV2": lambda: _hf.DeepseekV2Config(
-        **_SHARED, **_GROUPS, **_LATENT, n_group=4, topk_group=2, topk_method="group_limited_greedy"
+        **SIZES, **_GROUPS, **_LATENT, n_group=4, topk_group=2, topk_method="group_limited_greedy"
     ),
     "GptOss": lambda: _hf.GptOssConfig(
-        **_SHARED, num_local_experts=4, num_experts_per_tok=2, head_dim=8, sliding_window=16, rope_scaling=None
+        **SIZES, num_local_experts=4, num_experts_per_tok=2, head_dim=8, sliding_window=16, rope_scaling=None
     ),
-    "Glm4Moe": lambda: _hf.Glm4MoeConfig(**_SHARED, **_GROUPS, n_group=2, topk_group=1, head_dim=8),
+    "Glm4Moe": lambda: _hf.Glm4MoeConfig(**SIZES, **_GROUPS, n_group=2, topk_group=1, head_dim=8),
     "Llama4": lambda: _hf.Llama4TextConfig(
-        **_SHARED,
+        **SIZES,
         num_local_experts=4,
         num_experts_per_tok=1,
         head_dim=8,
         intermediate_size_mlp=48,
         interleave_moe_layer_step=1,
     ),
-    "GraniteMoe": lambda: _hf.GraniteMoeConfig(**_SHARED, num_local_experts=4, num_experts_per_tok=2),
+    "GraniteMoe": lambda: _hf.GraniteMoeConfig(**SIZES, num_local_experts=4, num_experts_per_tok=2),
     "JetMoe": lambda: _hf.JetMoeConfig(
-        **_SHARED, num_local_experts=4, num_experts_per_tok=2, kv_channels=8, activation_function="silu"
+        **SIZES, num_local_experts=4, num_experts_per_tok=2, kv_channels=8, activation_function="silu"
     ),
     "Ernie4_5_Moe": lambda: _hf.Ernie4_5_MoeConfig(
-        **_SHARED, **_TOP2, moe_num_experts=8, moe_k=2, moe_layer_start_index=0
+        **SIZES, **_TOP2, moe_num_experts=8, moe_k=2, moe_layer_start_index=0
     ),
     "MiniMaxM2": lambda: _hf.MiniMaxM2Config(
-        **_SHARED, num_local_experts=8, num_experts_per_tok=2, head_dim=8, rotary_dim=4
+        **SIZES, num_local_experts=8, num_experts_per_tok=2, head_dim=8, rotary_dim=4
     ),
-    "Phimoe": lambda: _hf.PhimoeConfig(**_SHARED, num_local_experts=4, num_experts_per_tok=2),
+    "Phimoe": lambda: _hf.PhimoeConfig(**SIZES, num_local_experts=4, num_experts_per_tok=2),
     "Dbrx": lambda: _hf.DbrxConfig(
         d_model=32,
         n_heads=4,

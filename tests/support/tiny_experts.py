@@ -10,20 +10,10 @@ import transformers
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tests.support.language_models import SIZES, VOCABULARY
+
 __all__ = ["FUSED", "SEPARATE", "GateAndList", "input_ids", "routers_of", "run", "swiglu_of"]
 
-_SIZES = {
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 4,
-    "max_position_embeddings": 64,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
 _DEEPSEEK = {
     "n_routed_experts": 8,
     "n_group": 2,
@@ -45,21 +35,21 @@ def _causal(config: object) -> nn.Module:
 
 
 FUSED: dict[str, Callable[[], nn.Module]] = {
-    "mixtral": lambda: _causal(transformers.MixtralConfig(**_SIZES, num_local_experts=4)),
-    "olmoe": lambda: _causal(transformers.OlmoeConfig(**_SIZES, num_experts=4, num_experts_per_tok=2)),
+    "mixtral": lambda: _causal(transformers.MixtralConfig(**SIZES, num_local_experts=4)),
+    "olmoe": lambda: _causal(transformers.OlmoeConfig(**SIZES, num_experts=4, num_experts_per_tok=2)),
     "gpt_oss": lambda: _causal(
-        transformers.GptOssConfig(**_SIZES, num_local_experts=4, num_experts_per_tok=2, head_dim=8)
+        transformers.GptOssConfig(**SIZES, num_local_experts=4, num_experts_per_tok=2, head_dim=8)
     ),
     "llama4": lambda: _causal(
         transformers.Llama4TextConfig(
-            **_SIZES, num_local_experts=4, head_dim=8, intermediate_size_mlp=48, interleave_moe_layer_step=1
+            **SIZES, num_local_experts=4, head_dim=8, intermediate_size_mlp=48, interleave_moe_layer_step=1
         )
     ),
-    "deepseek_v3": lambda: _causal(transformers.DeepseekV3Config(**_SIZES, **_DEEPSEEK)),
+    "deepseek_v3": lambda: _causal(transformers.DeepseekV3Config(**SIZES, **_DEEPSEEK)),
 }
 """Models whose experts are one module."""
 
-_T5 = {"vocab_size": 64, "d_model": 32, "num_experts": 4, "expert_capacity": 64}
+_T5 = {"vocab_size": VOCABULARY, "d_model": 32, "num_experts": 4, "expert_capacity": 64}
 
 
 def _switch() -> nn.Module:
@@ -85,7 +75,7 @@ def routers_of(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def input_ids(num_samples: int = 2, num_tokens: int = 10) -> Tensor:
-    return torch.randint(3, 64, (num_samples, num_tokens))
+    return torch.randint(3, VOCABULARY, (num_samples, num_tokens))
 
 
 def run(model: nn.Module, ids: Tensor) -> None:

@@ -10,10 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
-__all__ = ["ExpertWeights", "UnknownExpertsError", "find_experts", "num_experts_of"]
+from moe_heads.routing.recognition.shapes import stated_num_experts
 
-# Attributes with the number of experts in the routers of transformers, and that of a linear layer.
-_SIZES = ("num_experts", "num_local_experts", "n_routed_experts", "out_features")
+__all__ = ["ExpertWeights", "UnknownExpertsError", "find_experts", "num_experts_of"]
 
 
 class UnknownExpertsError(Exception):
@@ -45,8 +44,10 @@ class ExpertWeights:
 
 def num_experts_of(router: nn.Module) -> int | None:
     """Return the number of experts that a router states in an attribute, or None."""
-    stated = (getattr(router, name, None) for name in _SIZES)
-    return next((size for size in stated if isinstance(size, int) and size > 0), None)
+    stated = stated_num_experts(router)
+    if not stated and isinstance(router, nn.Linear):
+        return router.out_features
+    return stated[0] if stated else None
 
 
 def find_experts(model: nn.Module, router: nn.Module, num_experts: int) -> ExpertWeights:

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -143,7 +144,7 @@ def expert_utilization(
     if ablation and not (classes.num_classes and classes.per_sample):
         reason = classes.reason.text if classes.reason else "The labels are those of tokens or rows."
         raise ValueError(f"ablation: expected data with labels for the accuracy, got none. {reason}")
-    with ranks.synchronized(), analysis_mode(model, seed), torch.no_grad():
+    with ranks.synchronized(), analysis_mode(model, seed), torch.no_grad(), ExitStack() as hooks:
         data = Microbatches(listed, device_of(model), progress)
         forward_fn = on_copies(forward_fn)
         foreign, masks = adapted_routers(model, adapters), TokenMasks.of(model, mask_fn)
@@ -151,26 +152,28 @@ def expert_utilization(
         smaller = ablated_heads(model, _sizes(model)) if ablation else {}
         routers = {**named_routers(model), **{name: router for name, (router, _) in foreign.items()}}
         probes = OutputProbes(model, routers, -(-MAX_ROWS // ranks.size))
+        # one for all batches: what is found out about a router does not change between them
+        collection = hooks.enter_context(collect_routing(model, adapters))
 
         def route(index: int, batch: Batch) -> _BatchRecord:
             num_done = {name: norms.num_rows for name, norms in sums.outputs.items()}
             masks.begin(batch)
-            with collect_routing(model, adapters) as collection, probes.listening(num_done):
+            collection.restart()
+            with probes.listening(num_done):
                 forward_fn(model, batch)
-                sums.notes.extend(router_notes.after_pass(collection, masks))
-                sums.only_here |= set(collection.only_here)
-            for name, masked in masks.applied(collection.routings).items():
-                collection.routings[name][:] = masked
-            outputs = probes.norms(collection.routings, num_done)
-            for name, passes in collection.routings.items():
-                if name in foreign:
-                    passes[:] = [group_by_sample(routing, batch, data.sizes[index]) for routing in passes]
+            collection.paused = True
+            sums.notes.extend(router_notes.after_pass(collection, masks))
+            sums.only_here |= set(collection.only_here)
+            routings = masks.applied(collection.routings)
+            outputs = probes.norms(routings, num_done)
+            for name in routings.keys() & foreign.keys():
+                routings[name] = [group_by_sample(r, batch, data.sizes[index]) for r in routings[name]]
             labels = classes.read(label_fn, own_copy(batch))
             counts = {}
             if labels.values is not None and smaller:
                 counts = count_ablation(model, forward_fn, batch, labels.values, smaller)
             images = read_images(image_fn, own_copy(batch), data.sizes[index]) if num_examples else None
-            return _BatchRecord(data.sizes[index], collection.routings, labels, images, counts, outputs)
+            return _BatchRecord(data.sizes[index], routings, labels, images, counts, outputs)
 
         try:
             for _, record in data.evaluate(route, copies=False):

@@ -118,9 +118,7 @@ class TrainingRouters:
             ValueError: If the mask of the batch is wrong.
         """
         self._masks.begin(batch)
-        for passes in self._collection.routings.values():
-            passes.clear()
-        self._collection.paused = False
+        self._collection.restart()
 
     def check_masks(self) -> None:
         """Check the masks against the passes of the batch so far.

@@ -4,6 +4,7 @@ Shapes: B samples, T tokens, N rows, E experts, S slots of an expert, K choices 
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -85,7 +86,7 @@ def slots(seen: Pass) -> Routing:
     return routing if mask is None else replace(routing, mask=mask.flatten())
 
 
-def top_k_of_logits(num_choices: int, order: float | None) -> Any:
+def top_k_of_logits(num_choices: int, order: float | None) -> Callable[[Pass], Routing]:
     """Return an adapter for a gate that returns logits, of which its layer takes the top-k of the softmax.
 
     Args:
@@ -103,7 +104,7 @@ def top_k_of_logits(num_choices: int, order: float | None) -> Any:
     return adapter
 
 
-def softmax_of_all(num_choices: int, num_experts: int) -> Any:
+def softmax_of_all(num_choices: int, num_experts: int) -> Callable[[Pass], Routing]:
     """Return an adapter for the softmax over all experts inside a layer, after which the layer takes the top-k.
 
     With noise, the softmax is that of the noisy logits, which decide.
@@ -119,7 +120,7 @@ def softmax_of_all(num_choices: int, num_experts: int) -> Any:
     return adapter
 
 
-def linear_gate(layer: nn.Module) -> Any:
+def linear_gate(layer: nn.Module) -> Callable[[Pass], Routing]:
     """Return an adapter for the gates of a tutel layer, which return logits: (N, E).
 
     The layer takes the top-k of their softmax. A choice is dropped if its expert has as many choices of earlier rows

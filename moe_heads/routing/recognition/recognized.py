@@ -10,7 +10,7 @@ from moe_heads.routing.recognition.observed import Pass, UnknownDecisionError
 from moe_heads.routing.recognition.registry import Entry, entry_of, inner_entries
 from moe_heads.routing.recognition.scores import ScoreRule
 from moe_heads.routing.recognition.shapes import decisions_in, routing_by_shape
-from moe_heads.routing.recognition.shards import experts_of_this_process, on_this_process
+from moe_heads.routing.recognition.shards import experts_of_this_process, has_processes, on_this_process
 from moe_heads.routing.routing import Routing
 
 __all__ = ["Recognized", "recognized_routers"]
@@ -86,7 +86,7 @@ class Recognized:
 
     def _of_this_process(self, seen: Pass) -> Routing | None:
         """Return the routing among the experts of this process, or None if the router numbers all experts."""
-        if self._experts is None or not isinstance(getattr(self._experts, "num_experts", None), int):
+        if self._experts is None or not has_processes():
             return None
         found = decisions_in(seen)
         if found is None:

@@ -6,13 +6,13 @@ Shapes: N rows, or B samples of T tokens, E experts, K choices per row.
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from moe_heads.modes import can_read_without_sync
 from moe_heads.routing.recognition.observed import Pass
 from moe_heads.routing.routing import Routing
 
-__all__ = ["Decisions", "decisions_in", "routing_by_shape"]
+__all__ = ["Decisions", "decisions_in", "routing_by_shape", "stated_num_experts"]
 
 # Attributes in which routers keep E.
 _NUM_EXPERTS = ("num_experts", "n_routed_experts", "n_experts", "num_global_experts", "num_local_experts")
@@ -66,13 +66,18 @@ def decisions_in(seen: Pass) -> Decisions | None:
 
 def _num_experts(seen: Pass, choices: Tensor, wide: list[Tensor], tensors: list[Tensor]) -> int | None:
     num_choices, num_rows = choices.shape[-1], choices.shape[:-1].numel()
-    known = [getattr(seen.module, name, None) for name in _NUM_EXPERTS]
-    found = [n for n in known if isinstance(n, int) and not isinstance(n, bool) and n >= num_choices]
+    found = [n for n in stated_num_experts(seen.module) if n >= num_choices]
     x = seen.argument(0, "hidden_states", "x", "input")
     width = x.shape[-1] if isinstance(x, Tensor) and x.dim() > 0 else None
     found += [t.shape[-1] for t in wide if t.shape[-1] != width]
     found += [len(t) for t in tensors if t.dim() == 1 and len(t) >= num_choices and len(t) != num_rows]
     return found[0] if found else None
+
+
+def stated_num_experts(router: nn.Module) -> list[int]:
+    """Return the numbers of experts that a router states in its attributes."""
+    stated = [getattr(router, name, None) for name in _NUM_EXPERTS]
+    return [number for number in stated if isinstance(number, int) and not isinstance(number, bool) and number > 0]
 
 
 def routing_by_shape(found: Decisions, with_weights: bool) -> Routing | None:

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_map
 from moe_heads.modes import can_read_values
 from moe_heads.routing.recognition.observed import Pass, UnknownDecisionError
 
-__all__ = ["experts_of_this_process", "on_this_process"]
+__all__ = ["experts_of_this_process", "has_processes", "on_this_process"]
 
 
 def on_this_process(seen: Pass) -> tuple[Pass, str]:
@@ -60,13 +60,14 @@ def experts_of_this_process(
     num_here = getattr(experts, "num_experts", None)
     if not isinstance(num_here, int) or num_here >= num_experts or not choices.numel():
         return None
-    if not _has_processes() or not can_read_values(choices):
+    if not can_read_values(choices):
         return None
     is_elsewhere = (choices == num_here) & (weights == 0)
     return num_here if bool(is_elsewhere.any()) and int(choices.max()) <= num_here else None
 
 
-def _has_processes() -> bool:
+def has_processes() -> bool:
+    """Return whether this process is one of several."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 

@@ -10,7 +10,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 
 from moe_heads import collect_routing
-from moe_heads.routing.recognition import shards
+from moe_heads.routing.recognition import recognized
 from tests.support.processes import run_on_ranks
 
 
@@ -95,7 +95,7 @@ class Gate(nn.Module):
 
 @pytest.mark.parametrize("first", [0, 2, 4])
 def test_a_router_that_numbers_the_experts_of_its_process(first: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shards, "_has_processes", lambda: True)
+    monkeypatch.setattr(recognized, "has_processes", lambda: True)
     x = torch.randn(30, 7)
     model = Layer(first, False)
     with collect_routing(model) as everywhere:

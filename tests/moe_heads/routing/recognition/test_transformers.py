@@ -15,6 +15,7 @@ from moe_heads import collect_routing
 from moe_heads.routing import RoutingStats
 from moe_heads.routing.recognition.registry import REGISTRY
 from tests.support.language_models import NAMES, language_model, tokens
+from tests.support.tiny_experts import SEPARATE, input_ids, routers_of, run
 
 MUST_REACH = ("Mixtral", "Olmoe", "Qwen3Moe", "DeepseekV3", "GptOss", "Glm4Moe", "Llama4", "SwitchTransformers")
 
@@ -154,6 +155,23 @@ def test_a_half_precision_model() -> None:
         model(**tokens(model, 8, 32))
     for layer, stats in collection.stats.items():
         assert stats.counts.tolist() == seen.count(layer)[0] and stats.margin >= 0
+
+
+def test_nllb_drops_what_exceeds_the_capacity() -> None:
+    torch.manual_seed(0)
+    model = SEPARATE["nllb"]()
+    gates: dict[str, Tensor] = {}
+    for path, router in routers_of(model).items():
+        router.moe_eval_capacity_token_fraction = 0.2  # a capacity of 4 of 20 tokens
+        name = path.rpartition(".")[0]
+        router.register_forward_hook(lambda m, args, output, name=name: gates.__setitem__(name, output[1]))
+    with collect_routing(model) as collection, torch.no_grad():
+        run(model, input_ids())
+    assert set(collection.stats) == set(gates) and not collection.errors and not collection.misfits
+    for layer, stats in collection.stats.items():
+        counts = [sum(float(row[expert]) > 0 for row in gates[layer]) for expert in range(4)]
+        assert stats.counts.tolist() == counts and int(stats.num_dropped_choices) == 2 * 20 - sum(counts) > 0
+        assert stats.entropy.isfinite() and stats.margin >= 0
 
 
 def test_an_entry_that_no_longer_fits() -> None:
