@@ -1,4 +1,4 @@
-"""Lightning callbacks that analyze the trained model at the end of fit."""
+"""Lightning callbacks that analyze the trained model at the end of fit, and their monitor for other loops."""
 
 from moe_heads.callbacks._shared.inputs import AnalysisInputs
 from moe_heads.callbacks._shared.options import AnalysisOptions
@@ -6,6 +6,7 @@ from moe_heads.callbacks._shared.reporting import Mesh, Report
 from moe_heads.callbacks.base import FitEndAnalysis
 from moe_heads.callbacks.expert_utilization import ExpertUtilizationCallback
 from moe_heads.callbacks.inference_timing import InferenceTimingCallback
+from moe_heads.callbacks.loop import TrainingMonitor
 from moe_heads.callbacks.loss_landscape import Landscape, LossLandscapeCallback
 from moe_heads.callbacks.sharpness import SharpnessCallback
 
@@ -20,4 +21,5 @@ __all__ = [
     "Mesh",
     "Report",
     "SharpnessCallback",
+    "TrainingMonitor",
 ]

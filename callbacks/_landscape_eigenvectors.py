@@ -42,9 +42,9 @@ def top_eigenvectors_of(
         seed: Seed of the start vector of the Lanczos run.
     """
     names = (*trainable_parameters(inputs.model, params),)
-    for callback in [] if inputs.trainer is None else inputs.trainer.callbacks:  # type: ignore[attr-defined]
+    for callback in inputs.context.analyses:
         is_same_loss = isinstance(callback, SharpnessCallback) and callback.loss_fn == loss_fn
-        if is_same_loss and callback.batch_weight_fn == inputs.batches.weight_fn:
+        if is_same_loss and (callback.batch_weight_fn or inputs.context.batch_weight_fn) == inputs.batches.weight_fn:
             found: SharpnessResult | None = callback.result_for(inputs)
             if found is not None and found.parameter_names == names and _is_accurate(found, number):
                 assert found.eigenvectors is not None

@@ -4,8 +4,6 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
-from lightning.pytorch import Trainer
-
 from moe_heads.analysis.expert_utilization.figures import plot_load_history
 from moe_heads.analysis.expert_utilization.head_utilization import Detail
 from moe_heads.analysis.expert_utilization.layer_figures import plot_dead_by_epoch, plot_load_by_layer
@@ -13,7 +11,7 @@ from moe_heads.analysis.expert_utilization.layers import Layer, training_numbers
 from moe_heads.analysis.expert_utilization.layout import utilization_charts
 from moe_heads.analysis.expert_utilization.metric import utilization_scalars
 from moe_heads.analysis.expert_utilization.training import RouterReport
-from moe_heads.callbacks._shared.reporting import log_charts, log_figures
+from moe_heads.callbacks._shared.execution_context import ExecutionContext
 from moe_heads.routing import RoutingStats
 
 if TYPE_CHECKING:
@@ -78,20 +76,20 @@ class UtilizationLog:
             named = ", ".join(map(repr, others[:_MAX_NAMED])) + (", …" if len(others) > _MAX_NAMED else "")
             yield f"there are new warnings of other heads ({len(others)}): {named}. Pass detail='full' to get them."
 
-    def draw_epoch(self, trainer: Trainer) -> None:
+    def draw_epoch(self, context: ExecutionContext) -> None:
         """Write the map of the layers in the last epoch, and once in a fit the layout of the charts."""
         prefix, layers = f"{self.name}/epoch", self._layers
         if layers and not self._has_layout:
             self._has_layout = True
             sizes = {head: layer.num_experts for head, layer in layers.items()}
-            log_charts(trainer, self.name, utilization_charts(prefix, sizes, self._detail))
+            context.log_charts(self.name, utilization_charts(prefix, sizes, self._detail))
         if len(layers) > 1:
-            log_figures(trainer, prefix, lambda: {"load_by_layer": plot_load_by_layer(layers)[0]})
+            context.log_figures(prefix, lambda: {"load_by_layer": plot_load_by_layer(layers)[0]})
 
-    def draw_history(self, trainer: Trainer, history: History) -> None:
+    def draw_history(self, context: ExecutionContext, history: History) -> None:
         """Write the load over the epochs of every head (of two, in a summary) and the dead experts by layer."""
         if history:
-            log_figures(trainer, f"{self.name}/epoch", lambda: self._figures_of(history))
+            context.log_figures(f"{self.name}/epoch", lambda: self._figures_of(history))
 
     def _figures_of(self, history: History) -> "dict[str, Figure]":
         heads = sorted(history, key=_by_numbers)

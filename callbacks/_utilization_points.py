@@ -1,20 +1,14 @@
-"""Series of the expert utilization during training: logged numbers, and statistics by epoch and by global step."""
+"""Statistics of the expert utilization during training, by epoch and by global step."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import fields
 from typing import Any
 
 import torch
-from lightning.pytorch import Trainer
 
-from moe_heads.analysis._shared.ranks import Ranks
-from moe_heads.analysis.expert_utilization.training import TrainingRouters
-from moe_heads.callbacks._shared.reporting import Report, log_report
-from moe_heads.callbacks._shared.trainer_access import process_group_of
-from moe_heads.callbacks._utilization_log import UtilizationLog
 from moe_heads.routing import RoutingStats
 
-__all__ = ["MAX_WINDOWS", "end_window", "packed_history", "unpacked_history"]
+__all__ = ["MAX_WINDOWS", "History", "add_window", "packed_history", "unpacked_history"]
 
 MAX_WINDOWS = 256
 """Number of windows that are kept for a router, about as many as a figure can show."""
@@ -23,24 +17,21 @@ History = dict[str, dict[int, RoutingStats]]
 """Statistics by name of the head, and epoch or global step."""
 
 
-def end_window(
-    trainer: Trainer, log: UtilizationLog, routers: TrainingRouters, history: History, *, is_logged: bool
-) -> None:
-    """Report the window that ends at ``trainer.global_step``. Every rank must call it.
+def add_window(windows: dict[int, RoutingStats], step: int, stats: RoutingStats) -> None:
+    """Add a window that ends at a step.
 
-    Args:
-        trainer: The trainer.
-        log: Log of the fit.
-        routers: The routers.
-        history: Receives the statistics of the window.
-        is_logged: False if a window that ended at the same step is already logged. The loggers have one point a step.
+    From too many, neighbors are added under the later step: all steps stay, and sums stay exact.
     """
-    reports = routers.end_window(Ranks(process_group_of(trainer), f"{log.name}/step"))
-    for head, report in reports.items():
-        _add(history.setdefault(head, {}), trainer.global_step, report.stats)
-    if reports and is_logged:
-        # `pl_module.log_dict` would log only in every log_every_n_steps-th batch
-        log_report(trainer, f"{log.name}/step", Report(log.window_numbers(reports, history)))
+    windows[step] = windows[step] + stats if step in windows else stats
+    if len(windows) <= MAX_WINDOWS:
+        return
+    # one is left out of an odd number: the latest, which has no later neighbor yet
+    steps = sorted(windows)
+    pairs = list(zip(steps[::2], steps[1::2], strict=False))
+    merged = {late: windows[early] + windows[late] for early, late in pairs}
+    latest = {step: windows[step] for step in steps[2 * len(pairs) :]}
+    windows.clear()
+    windows.update(merged | latest)
 
 
 def packed_history(epochs: History, steps: History) -> dict[str, Any]:
@@ -69,17 +60,3 @@ def unpacked_history(kept: Mapping[str, Any]) -> tuple[History, History]:
 def _rows(packed: Mapping[str, Any]) -> Iterator[RoutingStats]:
     columns = [packed[f.name].unbind() for f in fields(RoutingStats)]
     return (RoutingStats(*row) for row in zip(*columns, strict=True))
-
-
-def _add(windows: dict[int, RoutingStats], step: int, stats: RoutingStats) -> None:
-    """Add a window. From too many, neighbors are added under the later step: all steps stay, and sums stay exact."""
-    windows[step] = windows[step] + stats if step in windows else stats
-    if len(windows) <= MAX_WINDOWS:
-        return
-    # one is left out of an odd number: the latest, which has no later neighbor yet
-    steps = sorted(windows)
-    pairs = list(zip(steps[::2], steps[1::2], strict=False))
-    merged = {late: windows[early] + windows[late] for early, late in pairs}
-    latest = {step: windows[step] for step in steps[2 * len(pairs) :]}
-    windows.clear()
-    windows.update(merged | latest)

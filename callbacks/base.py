@@ -2,28 +2,26 @@
 
 import difflib
 import inspect
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, ClassVar
+from collections.abc import Sequence
+from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+from torch.optim import Optimizer
 from typing_extensions import Unpack, override
 
-from moe_heads.callbacks._shared.analysis import Analysis, described
-from moe_heads.callbacks._shared.evaluation import loss_of
-from moe_heads.callbacks._shared.execution_context import TrainerContext
-from moe_heads.callbacks._shared.options import AnalysisOptions, Stage, Weights
+from moe_heads.callbacks._shared.options import AnalysisOptions, Stage
 from moe_heads.callbacks._shared.reporting import log_hparams
-from moe_heads.callbacks._shared.step_interval import StepInterval
-from moe_heads.callbacks._shared.stream_check import check_streams
-from moe_heads.callbacks._shared.trainer_access import Split, is_sharded
+from moe_heads.callbacks._shared.trainer_access import is_sharded
+from moe_heads.callbacks._shared.trainer_context import TrainerContext
+from moe_heads.callbacks._shared.training_analysis import TrainingAnalysis
 
 __all__ = ["FitEndAnalysis"]
 
 
-class FitEndAnalysis(Analysis, Callback):
+class FitEndAnalysis(TrainingAnalysis, Callback):
     """A callback that analyzes the trained model at the end of fit.
 
     It runs in ``on_fit_end``, after checkpoints are written and averaged weights are in place, so a failed analysis
@@ -56,15 +54,9 @@ class FitEndAnalysis(Analysis, Callback):
         ValueError: If an argument is out of range.
     """
 
-    analyzes_steps: ClassVar[bool] = True
-
     def __init__(self, **options: Unpack[AnalysisOptions]) -> None:
         self._check_names_of(options)
         super().__init__(**options)
-        self.tracked: dict[Split, dict[int, Mapping[str, float]]] = {}
-        self.tracked_steps: dict[Split, dict[int, Mapping[str, float]]] = {}
-        self._interval = None if self.every_n_train_steps is None else StepInterval(self.every_n_train_steps)
-        self.is_tracking, self.was_interrupted = False, False
         self._has_fitted = False
 
     @classmethod
@@ -86,37 +78,32 @@ class FitEndAnalysis(Analysis, Callback):
                 f" {type(trainer.strategy).__name__}. Train with strategy='ddp', or analyze a checkpoint of this run in"
                 " a second script."
             )
-        if sum(other.name == self.name for other in _analyses_of(trainer)) > 1:
+        if sum(other.name == self.name for other in self._context(trainer).analyses) > 1:
             raise MisconfigurationException(
                 f"{owner}: expected one analysis for each name, got two with the name {self.name!r}. Give one of them"
                 f" another name: {owner}(..., name='{self.name}_2')."
             )
+        self.check_early(pl_module)
         if stage != "fit":
             return
-        at_the_end = "fit" in self._stages
         is_dry = bool(trainer.fast_dev_run)  # type: ignore[attr-defined]
-        if at_the_end and self.weights == "best" and trainer.checkpoint_callback is None and not is_dry:
+        if "fit" in self._stages and self.weights == "best" and trainer.checkpoint_callback is None and not is_dry:
             raise MisconfigurationException(
                 f"{owner}(weights='best'): expected a Trainer that writes checkpoints, got one without. Add a"
                 " ModelCheckpoint(monitor=...), or analyze weights='last'."
             )
-        if self.needs_loss and (at_the_end or self._runs_in_training):
-            # a missing loss raises an error before training, not after it
-            loss_of(pl_module, self.loss_fn)
+        self.check_loss(self._context(trainer), pl_module)
+        self.forget(self._context(trainer), pl_module)
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # before any analysis of this fit: another analysis may read these results
-        self.results, self.tracked, self.tracked_steps, self._known = {}, {}, {}, {}
+        self.begin_fit(self._context(trainer), pl_module)
         self._has_fitted = True
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._interval is not None:
-            # in on_fit_start, the Trainer has not yet restored the number of steps from a checkpoint
-            self._interval.start(trainer.global_step)
-            if self.analyzes_steps and "train" in self.splits:
-                check_streams(trainer, type(self).__name__)
+        # in on_fit_start, the Trainer has not yet restored the number of steps from a checkpoint
+        self.begin_training(self._context(trainer))
 
     @override
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -132,72 +119,63 @@ class FitEndAnalysis(Analysis, Callback):
         if self._checkpoint_key in checkpoint and is_wanted:
             self.restore(checkpoint[self._checkpoint_key])
 
-    def kept_in_checkpoints(self) -> dict[str, Any]:
-        """Return the state that a resumed fit needs, as tensors and plain data."""
-        return {}
-
-    def restore(self, kept: dict[str, Any]) -> None:
-        """Restore the state that `kept_in_checkpoints` returned."""
-
     @property
     def _checkpoint_key(self) -> str:
         return f"moe_heads/{self.name}"
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        # cached results are valid within one run: between two runs, anything may change
-        self._known = {}
+        self.close()
+
+    @override
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self.begin_batch(self._context(trainer), batch)
+
+    @override
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        self.before_backward()
+
+    @override
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        self.before_step(self._context(trainer), optimizer)
 
     @override
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if self._interval is not None and self._interval.is_due(trainer.global_step):
-            self.track_step(trainer, pl_module)
-
-    def track_step(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Add a point to the series of ``every_n_train_steps``; by default, analyze all splits."""
-        for analysis in _analyses_of(trainer):
-            analysis.finish_batch()
-        self._track(trainer, pl_module, self.tracked_steps, trainer.global_step)
-
-    def finish_batch(self) -> None:
-        """Finish the records of a training batch, before an analysis of any callback runs the model again."""
+        self.end_batch(self._context(trainer), pl_module, batch)
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        epoch = trainer.current_epoch
-        if self.every_n_epochs is not None and (epoch + 1) % self.every_n_epochs == 0:
-            self._track(trainer, pl_module, self.tracked, epoch)
+        self.end_epoch(self._context(trainer), pl_module)
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.end_training(self._context(trainer))
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        context = self._context(trainer)
         if "fit" in self._stages:
-            self.results = {}
-            self._analyze_all(trainer, pl_module, self.splits, self.weights)
-        if self is _analyses_of(trainer)[-1]:
-            log_hparams(trainer)
+            self.end_fit(context, pl_module)
+        if self is context.analyses[-1]:
+            log_hparams(trainer.loggers)
+
+    @override
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self.close()
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if "validate" in self._stages and trainer.state.fn == "validate":
+        if "validate" in self._stages and trainer.state.fn == TrainerFn.VALIDATING:
             self.results.pop("val", None)
-            self._analyze_all(trainer, pl_module, ["val"], "last")
+            self.analyze_all(self._context(trainer), pl_module, ["val"], "last")
 
     @override
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if "test" in self._stages:
             self.results.pop("test", None)
-            self._analyze_all(trainer, pl_module, ["test"], "last")
-
-    @property
-    def runs_in_fit(self) -> bool:
-        """True if the analysis runs at the end of fit or during it."""
-        return self._runs_in_training or self.stages is None or "fit" in self.stages
-
-    @property
-    def _runs_in_training(self) -> bool:
-        return self.every_n_epochs is not None or self.every_n_train_steps is not None
+            self.analyze_all(self._context(trainer), pl_module, ["test"], "last")
 
     @property
     def _stages(self) -> Sequence[Stage]:
@@ -205,50 +183,5 @@ class FitEndAnalysis(Analysis, Callback):
             return self.stages
         return ("fit",) if self._has_fitted else ("fit", "validate", "test")
 
-    def _track(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        tracked: dict[Split, dict[int, Mapping[str, float]]],
-        at: int,
-    ) -> None:
-        self.results = {}  # results of earlier weights do not belong to these
-        self.is_tracking = True
-        try:
-            done = self._analyze_all(trainer, pl_module, self.splits, "last")
-        finally:
-            self.is_tracking = False
-        for split, metrics in done.items():
-            tracked.setdefault(split, {})[at] = metrics
-
-    def _analyze_all(
-        self, trainer: Trainer, pl_module: LightningModule, splits: Iterable[Split], weights: Weights
-    ) -> dict[Split, Mapping[str, float]]:
-        """Analyze splits one by one; an error or Ctrl-C ends the analysis of a split, not the run.
-
-        Returns:
-            Metrics of the analyzed splits.
-        """
-        context = TrainerContext(trainer, type(self).__name__)
-        done: dict[Split, Mapping[str, float]] = {}
-        self.was_interrupted = False
-        for split in splits:
-            name = f"{self.name}/{split}"
-            try:
-                analyzed = self.analyze_split(context, pl_module, split, weights)
-                done.update([] if analyzed is None else [analyzed])
-            except KeyboardInterrupt as error:
-                self.was_interrupted = True
-                rank_zero_warn(f"{name}: {described(error)}. The trained model is unchanged.")
-            except Exception as error:
-                if self.on_error == "raise":
-                    raise
-                rank_zero_warn(
-                    f"{name}: {described(error)}\nThe trained model is unchanged, and the other analyses continue."
-                    f" Pass {type(self).__name__}(on_error='raise') for the traceback."
-                )
-        return done
-
-
-def _analyses_of(trainer: Trainer) -> list[FitEndAnalysis]:
-    return [callback for callback in trainer.callbacks if isinstance(callback, FitEndAnalysis)]  # type: ignore[attr-defined]
+    def _context(self, trainer: Trainer) -> TrainerContext:
+        return TrainerContext(trainer, type(self).__name__)

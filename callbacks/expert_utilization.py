@@ -1,42 +1,39 @@
 """Callback for expert utilization during training and at the end of fit."""
 
 import warnings
+import weakref
 from collections.abc import Callable, Collection, Sequence
-from contextlib import ExitStack
 from typing import Any, ClassVar
 
-import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_warn
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim import Optimizer
 from typing_extensions import Unpack, override
 
 from moe_heads.analysis import ExpertUtilizationResult, expert_utilization
 from moe_heads.analysis._shared.batches import Batch, ForwardFn, call_model
-from moe_heads.analysis._shared.names import are_names, check_names
-from moe_heads.analysis._shared.ranks import Ranks
+from moe_heads.analysis._shared.names import check_names
 from moe_heads.analysis.expert_utilization.classes import checked_ignore_index
 from moe_heads.analysis.expert_utilization.examples import images_of
 from moe_heads.analysis.expert_utilization.function import checked_options
 from moe_heads.analysis.expert_utilization.head_utilization import Detail
 from moe_heads.analysis.expert_utilization.inert import INERT_BELOW
-from moe_heads.analysis.expert_utilization.label_check import LabelCheck
 from moe_heads.analysis.expert_utilization.label_entry import labels_of
 from moe_heads.analysis.expert_utilization.labels import LabelFn, NoClasses
 from moe_heads.analysis.expert_utilization.router_notes import UnknownRouterWarning
 from moe_heads.analysis.expert_utilization.token_masks import MaskFn
-from moe_heads.analysis.expert_utilization.training import TrainingRouters
 from moe_heads.callbacks._shared.evaluation import check_forward
+from moe_heads.callbacks._shared.execution_context import ExecutionContext
 from moe_heads.callbacks._shared.inputs import AnalysisInputs
 from moe_heads.callbacks._shared.options import AnalysisOptions, OverRanks
 from moe_heads.callbacks._shared.reporting import Report
-from moe_heads.callbacks._shared.trainer_access import Split, datamodule_of, process_group_of
-from moe_heads.callbacks._utilization_log import UtilizationLog
-from moe_heads.callbacks._utilization_points import end_window, packed_history, unpacked_history
+from moe_heads.callbacks._shared.trainer_access import Split
+from moe_heads.callbacks._utilization_points import packed_history, unpacked_history
+from moe_heads.callbacks._utilization_training import TrainingUtilization, class_names_of
 from moe_heads.callbacks._utilization_warnings import UtilizationWarnings
 from moe_heads.callbacks.base import FitEndAnalysis
 from moe_heads.checks import check_callables, check_flags, check_option
-from moe_heads.routing import Adapters, RoutingStats, collect_routing, named_routers
+from moe_heads.routing import Adapters, RoutingStats, named_routers
 
 __all__ = ["ExpertUtilizationCallback"]
 
@@ -170,90 +167,81 @@ class ExpertUtilizationCallback(FitEndAnalysis):
         self.forward_fn, self.adapters, self.mask_fn = forward_fn, adapters, mask_fn
         self.label_fn, self.image_fn = label_fn, image_fn
         self.ignore_index = checked_ignore_index(ignore_index)
-        self._label_check: LabelCheck | None = None
         self.dead_below, self.starved_below, self.warn = dead_below, starved_below, warn
         self.inert_below = inert_below
         self.num_examples, self.num_permutations, self.ablation = num_examples, num_permutations, ablation
         self.detail: Detail = detail
         self.history: dict[str, dict[int, RoutingStats]] = {}
         self.history_steps: dict[str, dict[int, RoutingStats]] = {}
-        self._log = UtilizationLog(self.name, detail, dead_below, starved_below)
         self._warnings = UtilizationWarnings(self.name, label_fn is not None)
-        self._listening = ExitStack()
-        self._routers: TrainingRouters | None = None
+        self._training: TrainingUtilization | None = None
+        self._model: weakref.ref[nn.Module] | None = None
 
     @override
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        super().setup(trainer, pl_module, stage)
-        if stage == "fit" and trainer.current_epoch == 0:
-            # a new fit: neither a Trainer that continues nor a loaded checkpoint
-            self.history, self.history_steps = {}, {}
+    def check_early(self, model: nn.Module) -> None:
         # modules named by adapters may not exist yet; they are checked when the fit starts
-        if named_routers(pl_module) or self.adapters:
-            check_forward(self, pl_module, self.forward_fn)
+        if named_routers(model) or self.adapters:
+            check_forward(type(self).__name__, model, self.forward_fn)
 
     @override
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        super().on_fit_start(trainer, pl_module)
+    def forget(self, context: ExecutionContext, model: nn.Module) -> None:
+        continues = context.epoch > 0 and self._model is not None and self._model() is model
+        if not continues:
+            self.history, self.history_steps = {}, {}
+        self._model = weakref.ref(model)
+
+    @override
+    def begin_fit(self, context: ExecutionContext, model: nn.Module) -> None:
+        super().begin_fit(context, model)
+        self._end_listening()
         self._warnings = UtilizationWarnings(self.name, self.label_fn is not None)
-        self._close()
-        self._log = UtilizationLog(self.name, self.detail, self.dead_below, self.starved_below)
-        # once for the whole fit: a change of hooks would trigger a recompilation of a compiled model
-        collection = self._listening.enter_context(collect_routing(pl_module, self.adapters))
-        options = self.dead_below, self.starved_below, self.inert_below, self.mask_fn
-        self._routers = TrainingRouters(pl_module, collection, self.adapters, *options)
-        self._label_check = None
-        if self.runs_in_fit and "train" in self.splits and collection.routings:
-            names = self.class_names or _class_names_of(datamodule_of(trainer))
-            self._label_check = LabelCheck(self.label_fn or labels_of, names, self.ignore_index)
+        self._training = TrainingUtilization(
+            context,
+            model,
+            self,
+            self.history,
+            self.history_steps,
+            self._warnings,
+            checks_labels=self.runs_in_fit and "train" in self.splits,
+        )
 
     @override
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        if self._routers is not None:
-            self._routers.begin_batch(batch)
-        if self._label_check is not None:
-            self._warnings.no_classes(self._label_check.before(batch))
+    def begin_batch(self, context: ExecutionContext, batch: Batch) -> None:
+        if self._training is not None:
+            self._training.begin_batch(batch)
 
     @override
-    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
-        if self._routers is not None and self.mask_fn is not None:
-            # before any step: a wrong mask ends the training in its first batch
-            self._routers.check_masks()
+    def before_backward(self) -> None:
+        if self._training is not None:
+            self._training.check_masks()
 
     @override
-    def on_before_optimizer_step(
-        self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
-    ) -> None:
-        if self._routers is not None:
-            self._routers.note_gradients(optimizer)
+    def before_step(self, context: ExecutionContext, optimizer: Optimizer) -> None:
+        if self._training is not None:
+            self._training.note_gradients(optimizer)
 
     @override
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        self.finish_batch()
-        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+    def end_batch(self, context: ExecutionContext, model: nn.Module, batch: Batch) -> None:
+        # a loop that announces no batch shows it only now
+        self.finish_batch(None if context.announces_validation else batch)
+        super().end_batch(context, model, batch)
 
     @override
-    def finish_batch(self) -> None:
-        if self._routers is not None:
-            if self._label_check is not None:
-                self._warnings.no_classes(self._routers.check_labels(self._label_check))
-                self._label_check = None
-            self._routers.end_training_batch()
-            self._warnings.notes(self._routers.new_notes())
+    def finish_batch(self, batch: Batch = None) -> None:
+        if self._training is not None:
+            self._training.finish_batch(batch)
 
     @override
-    def track_step(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._routers is not None:
-            end_window(trainer, self._log, self._routers, self.history_steps, is_logged=True)
+    def track_step(self, context: ExecutionContext, model: nn.Module) -> None:
+        if self._training is not None:
+            self._training.end_window(context)
 
     @override
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        if self._routers is not None and not trainer.sanity_checking:
-            self._routers.begin_batch(batch)
+        if self._training is not None and not trainer.sanity_checking:
+            self._training.begin_validation_batch(batch)
 
     @override
     def on_validation_batch_end(
@@ -265,38 +253,38 @@ class ExpertUtilizationCallback(FitEndAnalysis):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        if self._routers is not None and not trainer.sanity_checking:
-            self._routers.end_validation_batch(batch)
-            self._warnings.notes(self._routers.new_notes())
+        if self._training is not None and not trainer.sanity_checking:
+            self._training.end_validation_batch(batch)
 
     @override
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._routers is not None and not trainer.sanity_checking:
-            self._routers.end_validation()
+        if self._training is not None and not trainer.sanity_checking:
+            self._training.end_validation()
 
     @override
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._close()
-
-    @override
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._routers is not None:
+    def end_epoch(self, context: ExecutionContext, model: nn.Module) -> None:
+        if self._training is not None:
             if self._interval is not None:  # the rest of the epoch
-                is_logged = trainer.global_step != self._interval.last
-                end_window(trainer, self._log, self._routers, self.history_steps, is_logged=is_logged)
-                self._interval.start(trainer.global_step)
-            self._end_epoch(trainer, pl_module, self._routers)
-        super().on_train_epoch_end(trainer, pl_module)
+                self._training.end_window(context, is_logged=context.step != self._interval.last)
+                self._interval.start(context.step)
+            self._training.end_epoch(context)
+        super().end_epoch(context, model)
 
     @override
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._log.draw_history(trainer, self.history)
-        self._close()
+    def end_training(self, context: ExecutionContext) -> None:
+        if self._training is not None:
+            self._training.draw_history(context)
+        self._end_listening()
 
     @override
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._close()
-        super().teardown(trainer, pl_module, stage)
+    def close(self) -> None:
+        self._end_listening()
+        super().close()
+
+    def _end_listening(self) -> None:
+        if self._training is not None:
+            self._training.close()
+        self._training = None
 
     @override
     def kept_in_checkpoints(self) -> dict[str, Any]:
@@ -308,20 +296,19 @@ class ExpertUtilizationCallback(FitEndAnalysis):
 
     @override
     def compute(self, inputs: AnalysisInputs) -> ExpertUtilizationResult:
-        datamodule = None if inputs.trainer is None else datamodule_of(inputs.trainer)
         with warnings.catch_warnings():
             # given below, those that the training has not given
             warnings.simplefilter("ignore", UnknownRouterWarning)
-            result = self._measured(inputs, datamodule)
+            result = self._measured(inputs)
         self._warnings.notes(result.notes)
         self._warnings.no_classes(NoClasses(result.no_classes, result.has_odd_labels) if result.no_classes else None)
         return result
 
-    def _measured(self, inputs: AnalysisInputs, datamodule: object) -> ExpertUtilizationResult:
+    def _measured(self, inputs: AnalysisInputs) -> ExpertUtilizationResult:
         return expert_utilization(
             inputs.model,
             inputs.batches,
-            class_names=self.class_names or _class_names_of(datamodule),
+            class_names=self.class_names or class_names_of(inputs.context),
             forward_fn=self.forward_fn or call_model,
             label_fn=self.label_fn or labels_of,
             ignore_index=self.ignore_index,
@@ -344,34 +331,3 @@ class ExpertUtilizationCallback(FitEndAnalysis):
         if not result.heads:
             return Report(result.metrics(self.detail))
         return Report(result.metrics(self.detail), result.texts(self.detail), result.figures(self.detail))
-
-    def _end_epoch(self, trainer: Trainer, pl_module: LightningModule, routers: TrainingRouters) -> None:
-        reports = routers.end_epoch(Ranks(process_group_of(trainer), f"{self.name}/epoch"))
-        self._warnings.notes(routers.new_notes())
-        if routers.validation_data_changed:
-            self._warnings.validation_data_changed()
-        if routers.none_ran:
-            self._warnings.none_ran(trainer.current_epoch)
-        for head, report in reports.items():
-            if int(report.stats.num_rows):
-                self.history.setdefault(head, {})[trainer.current_epoch] = report.stats
-            self._warnings.notes(report.notes)
-        numbers = self._log.numbers(reports, self.history)
-        # already equal on every rank, but Lightning warns without sync_dist
-        pl_module.log_dict({f"{self.name}/epoch/{key}": value for key, value in numbers.items()}, sync_dist=True)
-        self._log.draw_epoch(trainer)
-        for warning in self._log.warnings(reports) if self.warn else ():
-            rank_zero_warn(f"{self.name}: epoch {trainer.current_epoch}, {warning}")
-
-    def _close(self) -> None:
-        self._label_check = None
-        self._listening.close()
-        if self._routers is not None:
-            self._routers.close()
-        self._routers = None
-
-
-def _class_names_of(datamodule: object) -> Sequence[str] | None:
-    """Return the class names of a data module if it has them as a list of names, else None."""
-    names = getattr(datamodule, "class_names", None)
-    return names if are_names(names) else None

@@ -1,10 +1,9 @@
 """Callback for latency and throughput of inference at the end of fit."""
 
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from typing import ClassVar
 
-from lightning.pytorch import LightningModule, Trainer
+from torch import nn
 from typing_extensions import Unpack, override
 
 from moe_heads.analysis import InferenceTimingResult, inference_timing
@@ -14,10 +13,11 @@ from moe_heads.analysis.inference_timing.calls import TimingMode
 from moe_heads.analysis.inference_timing.capture import named_modules
 from moe_heads.analysis.inference_timing.measure import DEFAULT_SIZES, TimingPlan
 from moe_heads.callbacks._shared.evaluation import check_forward
+from moe_heads.callbacks._shared.execution_context import ExecutionContext
 from moe_heads.callbacks._shared.inputs import AnalysisInputs
 from moe_heads.callbacks._shared.options import AnalysisOptions, OverRanks
 from moe_heads.callbacks._shared.reporting import Report
-from moe_heads.callbacks._shared.trainer_access import Split, forward_context
+from moe_heads.callbacks._shared.trainer_access import Split
 from moe_heads.callbacks.base import FitEndAnalysis
 from moe_heads.checks import check_callables
 
@@ -96,19 +96,17 @@ class InferenceTimingCallback(FitEndAnalysis):
         self.modes, self.seconds_per_size, self.max_seconds = tuple(modes), seconds_per_size, max_seconds
 
     @override
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        super().setup(trainer, pl_module, stage)
-        check_forward(self, pl_module, self.forward_fn)
+    def check_early(self, model: nn.Module) -> None:
+        check_forward(type(self).__name__, model, self.forward_fn)
 
     @override
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        super().on_fit_start(trainer, pl_module)
+    def check_model(self, context: ExecutionContext, model: nn.Module) -> None:
         if self.modules is not None:
-            named_modules(pl_module, self.modules)  # a wrong name raises an error before training, not after it
+            named_modules(model, self.modules)  # a wrong name raises an error before training, not after it
 
     @override
     def compute(self, inputs: AnalysisInputs) -> InferenceTimingResult:
-        with nullcontext() if inputs.trainer is None else forward_context(inputs.trainer):
+        with inputs.context.forward_context():
             return inference_timing(
                 inputs.model,
                 inputs.batches[0],

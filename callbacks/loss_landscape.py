@@ -9,7 +9,6 @@ from typing import Any, Literal, get_args
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from typing_extensions import Unpack, override
@@ -31,6 +30,7 @@ from moe_heads.analysis.loss_landscape.points_file import stored_eigenvectors
 from moe_heads.analysis.loss_landscape.trajectory import NoPlaneError, WeightHistory
 from moe_heads.callbacks._landscape_eigenvectors import points_file, top_eigenvectors_of
 from moe_heads.callbacks._landscape_report import Landscape, landscape_report
+from moe_heads.callbacks._shared.execution_context import ExecutionContext
 from moe_heads.callbacks._shared.inputs import AnalysisInputs
 from moe_heads.callbacks._shared.options import AnalysisOptions, OverRanks
 from moe_heads.callbacks._shared.reporting import Report
@@ -163,26 +163,29 @@ class LossLandscapeCallback(FitEndAnalysis):
         self._history = WeightHistory(params)
 
     @override
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        super().on_fit_start(trainer, pl_module)
-        check_are_in(pl_module, self.params, None)
+    def check_model(self, context: ExecutionContext, model: nn.Module) -> None:
+        check_are_in(model, self.params, None)
         if self.runs_in_fit:
-            self._check_parameters(pl_module)
-        self._history = WeightHistory(self.params)
-        if self.trajectory:
-            self._history.record("start", pl_module)
+            self._check_parameters(model)
 
     @override
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def begin_fit(self, context: ExecutionContext, model: nn.Module) -> None:
+        super().begin_fit(context, model)
+        self._history = WeightHistory(self.params)
         if self.trajectory:
-            self._history.record(f"epoch {trainer.current_epoch}", pl_module)
-        super().on_train_epoch_end(trainer, pl_module)
+            self._history.record("start", model)
 
-    def _check_parameters(self, pl_module: LightningModule) -> None:
+    @override
+    def end_epoch(self, context: ExecutionContext, model: nn.Module) -> None:
+        if self.trajectory:
+            self._history.record(f"epoch {context.epoch}", model)
+        super().end_epoch(context, model)
+
+    def _check_parameters(self, model: nn.Module) -> None:
         owner = type(self).__name__
-        check_differentiable(owner, pl_module, self.params, only_real=True)
+        check_differentiable(owner, model, self.params, only_real=True)
         try:
-            check_differentiable(owner, pl_module, self.params)
+            check_differentiable(owner, model, self.params)
         except MisconfigurationException as error:
             rank_zero_warn(f"{error} The landscape has no line, whose direction is an eigenvector.")
 

@@ -5,8 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
-from lightning.pytorch import LightningModule, Trainer
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import Unpack, override
 
@@ -18,6 +17,7 @@ from moe_heads.analysis.sharpness.hessian.parameters import selected_parameters
 from moe_heads.analysis.sharpness.options import check_sharpness_options
 from moe_heads.analysis.sharpness.pyhessian import pyhessian_sharpness
 from moe_heads.analysis.sharpness.result import Engine
+from moe_heads.callbacks._shared.execution_context import ExecutionContext
 from moe_heads.callbacks._shared.inputs import AnalysisInputs
 from moe_heads.callbacks._shared.options import AnalysisOptions, OverRanks
 from moe_heads.callbacks._shared.reporting import Report
@@ -167,27 +167,30 @@ class SharpnessCallback(FitEndAnalysis):
         self._weights: dict[Split, bytes] = {}
 
     @override
-    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+    def before_step(self, context: ExecutionContext, optimizer: Optimizer) -> None:
         # the threshold of this step: at the end of an epoch, a scheduler has already changed the learning rate
-        self._threshold = stability_threshold(trainer.optimizers)
+        self._threshold = stability_threshold(context.optimizers)
 
     @override
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        super().on_fit_start(trainer, pl_module)
-        # before training, but not in setup(): the module's own setup() and configure_model() may build layers
-        check_are_in(pl_module, self.params, self.blocks)
+    def check_model(self, context: ExecutionContext, model: nn.Module) -> None:
+        # not earlier: the setup() and configure_model() of a LightningModule may build layers
+        check_are_in(model, self.params, self.blocks)
         if self.basis_memory is not None:
-            self._check_basis_memory(pl_module, self.basis_memory)
+            self._check_basis_memory(model, self.basis_memory)
         if self.runs_in_fit:  # the Trainer has already converted the parameters to its precision
-            check_differentiable(type(self).__name__, pl_module, self.params)
+            check_differentiable(type(self).__name__, model, self.params)
+
+    @override
+    def begin_fit(self, context: ExecutionContext, model: nn.Module) -> None:
+        super().begin_fit(context, model)
         # a fit that is resumed from a checkpoint may take no further step
         self._threshold, self._threshold_before = self._threshold_before, None
-        self._starts = {}
+        self._starts, self._weights = {}, {}
 
     @override
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+    def close(self) -> None:
         self._threshold_before = None
-        super().teardown(trainer, pl_module, stage)
+        super().close()
 
     @override
     def kept_in_checkpoints(self) -> dict[str, Any]:
@@ -260,7 +263,7 @@ class SharpnessCallback(FitEndAnalysis):
             and result.eigenvectors is not None
             and other.eigenvectors.shape == result.eigenvectors.shape
         }
-        is_trained_on = inputs.trainer is not None and inputs.split == "train"
+        is_trained_on = inputs.context.is_training_run and inputs.split == "train"
         threshold = self._threshold if is_trained_on else None
         tracked = {} if self.is_tracking else self.tracked.get(inputs.split, {})
         history = {
@@ -270,7 +273,7 @@ class SharpnessCallback(FitEndAnalysis):
         }
         return replace(result, overlaps=overlaps, stability_threshold=threshold, history=history)
 
-    def _check_basis_memory(self, model: LightningModule, basis_memory: int) -> None:
+    def _check_basis_memory(self, model: nn.Module, basis_memory: int) -> None:
         try:
             selected = list(selected_parameters(model, self.params).values())
         except ValueError:

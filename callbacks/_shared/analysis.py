@@ -17,9 +17,10 @@ from moe_heads.analysis._shared.counting import BatchSizeFn, BatchWeightFn
 from moe_heads.analysis._shared.progress import Progress, Show, TimeUp
 from moe_heads.analysis._shared.ranks import Ranks
 from moe_heads.callbacks._shared.center_losses import CenterLossError, center_losses_of, check_center_losses
-from moe_heads.callbacks._shared.execution_context import ExecutionContext, PlainContext
+from moe_heads.callbacks._shared.execution_context import ExecutionContext
 from moe_heads.callbacks._shared.inputs import AnalysisInputs, prepare
 from moe_heads.callbacks._shared.options import OnError, OverRanks, Stage, Weights, check_options
+from moe_heads.callbacks._shared.plain_context import PlainContext
 from moe_heads.callbacks._shared.reporting import Report
 from moe_heads.callbacks._shared.sample import Sample
 from moe_heads.callbacks._shared.trainer_access import Split
@@ -216,9 +217,8 @@ class Analysis(ABC):
             CenterLossError: If two losses differ.
         """
         losses = center_losses_of(f"{self.name}/{inputs.split}", result)
-        callbacks = [] if inputs.trainer is None else inputs.trainer.callbacks  # type: ignore[attr-defined]
-        for other in callbacks:
-            if isinstance(other, Analysis) and other._loss == self._loss:
+        for other in inputs.context.analyses:
+            if other._loss == self._loss:
                 losses = {**other._centers(inputs), **losses}
         check_center_losses(inputs.model, losses)
 

@@ -5,9 +5,8 @@ from typing import Any, cast
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities import rank_zero_warn
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor, nn
 
@@ -19,6 +18,8 @@ from moe_heads.analysis._shared.graph_on_demand import GraphOnDemand
 from moe_heads.analysis._shared.microbatches import Microbatches
 from moe_heads.analysis._shared.progress import Progress
 from moe_heads.analysis._shared.scalar import is_scalar
+from moe_heads.callbacks._shared.lightning_packages import under_both_names
+from moe_heads.callbacks._shared.trainer_access import is_overridden
 
 __all__ = ["check_forward", "check_initialized", "draws_random_numbers", "loss_of"]
 
@@ -50,14 +51,15 @@ def loss_of(model: nn.Module, loss_fn: LossFn | None) -> LossFn:
     if hasattr(model, "analysis_loss"):
         return lambda model, batch: cast(Any, model).analysis_loss(batch)
     name = type(model).__name__
-    if not isinstance(model, LightningModule) or not is_overridden("training_step", model):
+    if not is_overridden("training_step", model):
         raise MisconfigurationException(f"{name}: expected a training_step that returns the loss, got none. {_REMEDY}")
-    if not model.automatic_optimization:
+    module = cast(LightningModule, model)
+    if not module.automatic_optimization:
         raise MisconfigurationException(
             f"{name}: expected automatic optimization, got manual optimization, whose training_step would change the"
             f" weights. {_REMEDY}"
         )
-    if is_param_in_hook_signature(model.training_step, "dataloader_iter", explicit=True):
+    if is_param_in_hook_signature(module.training_step, "dataloader_iter", explicit=True):
         raise MisconfigurationException(
             f"{name}.training_step: expected a batch as argument, got dataloader_iter, with which it has no loss of a"
             f" given batch. {_REMEDY}"
@@ -115,15 +117,16 @@ def draws_random_numbers(model: nn.Module, loss_fn: LossFn, batches: Sequence[Ba
     return not _differ(first, second) and _differ(second, third)
 
 
-def check_forward(callback: Callback, pl_module: nn.Module, forward_fn: ForwardFn | None) -> None:
+def check_forward(owner: str, module: nn.Module, forward_fn: ForwardFn | None) -> None:
     """Check before training that the module can be called.
 
     Raises:
         MisconfigurationException: If the module has no ``forward`` and no ``forward_fn`` takes its place.
     """
-    if forward_fn is None and type(pl_module).forward in {LightningModule.forward, nn.Module.forward}:
+    without: list[Any] = [nn.Module.forward, *(cls.forward for cls in under_both_names(LightningModule))]
+    if forward_fn is None and type(module).forward in without:
         raise MisconfigurationException(
-            f"{type(callback).__name__}: expected a module with a forward method, got {type(pl_module).__name__}"
+            f"{owner}: expected a module with a forward method, got {type(module).__name__}"
             " without one. Define forward, or pass forward_fn=lambda module, batch: ... to the callback."
         )
 

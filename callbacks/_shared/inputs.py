@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
 import torch
-from lightning.pytorch import Trainer
 from torch import Tensor, nn
 
 from moe_heads.analysis._shared.batch_list import Batches, Piece
@@ -40,7 +39,7 @@ class AnalysisInputs:
         key: Fingerprint of the weights and the sample. It does not depend on the division into batches.
         progress: Progress for the functions of this package. Other code calls its ``step``.
         ranks: The processes that share the sample; a single one unless ``over_ranks`` is "share".
-        trainer: The trainer; None in a plain call.
+        context: Context of the run: its Trainer, loop or call.
     """
 
     model: nn.Module
@@ -51,7 +50,7 @@ class AnalysisInputs:
     cut: tuple[int, ...]
     progress: Progress
     ranks: Ranks
-    trainer: Trainer | None
+    context: ExecutionContext
 
 
 class AnalysisTraits(Options, Protocol):
@@ -92,7 +91,7 @@ def prepare(
     shares = analysis.over_ranks == "share"
     with ranks.synchronized():
         check_initialized(model)
-        loss_fn = loss_of(model, analysis.loss_fn) if analysis.needs_loss else _no_loss
+        loss_fn = loss_of(model, analysis.loss_fn or context.loss_fn) if analysis.needs_loss else _no_loss
         # random augmentation gives the same samples in every analysis with the same seed
         seed_generators(analysis.seed)
         found = context.loader(split, analysis.fallbacks.get(split, ()))
@@ -119,13 +118,14 @@ def prepare(
         )
 
     sample = ranks.run_on_rank_zero(draw)
+    weight_fn = analysis.batch_weight_fn or context.batch_weight_fn if analysis.needs_loss else None
     with ranks.synchronized():
         is_random, may_cut = False, True
         moved: list[Batch] = []
         if analysis.needs_loss:
             batch = context.transfer(own_copy(sample.batches[0]))
             moved = [batch]
-            first = Batches([batch], sample.batches.sizes[:1], weight_fn=analysis.batch_weight_fn)
+            first = Batches([batch], sample.batches.sizes[:1], weight_fn=weight_fn)
             try:
                 is_random = draws_random_numbers(model, loss_fn, first, ranks.name)
             except Exception as error:  # of any kind: this is code of the user
@@ -145,10 +145,10 @@ def prepare(
         mine = share or sample.batches
         moved = [] if share else moved
         moved += [context.transfer(own_copy(batch)) for batch in mine[len(moved) :]]
-        batches = Batches(moved, mine.sizes, weight_fn=analysis.batch_weight_fn)
+        batches = Batches(moved, mine.sizes, weight_fn=weight_fn)
     sharing = ranks if share else Ranks(name=ranks.name)
     cuts = (sharing.size, *sample.batches.sizes)
-    return AnalysisInputs(model, loss_fn, batches, split, key, cuts, progress, sharing, context.trainer), sample
+    return AnalysisInputs(model, loss_fn, batches, split, key, cuts, progress, sharing, context), sample
 
 
 def _no_loss(model: nn.Module, batch: Batch) -> Tensor:

@@ -14,6 +14,7 @@ from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 from lightning.pytorch.utilities import rank_zero_warn
 
 from moe_heads.analysis._shared.progress import Show
+from moe_heads.callbacks._shared.lightning_packages import under_both_names
 
 __all__ = ["progress_bar"]
 
@@ -83,7 +84,7 @@ def _bar_like_the_trainers(trainer: Trainer | None, description: str) -> Abstrac
     # the base class of progress bars has no is_enabled
     if own is None or not getattr(own, "is_enabled", True) or not trainer.is_global_zero:
         return None
-    if isinstance(own, RichProgressBar):
+    if isinstance(own, under_both_names(RichProgressBar)):
         return _rich_bar(description, own)
     return _tqdm_bar(description, sys.stdout)  # the stream of the Trainer's bars
 

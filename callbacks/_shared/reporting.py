@@ -1,20 +1,23 @@
 """Reports of results to the loggers: metrics to every logger, texts, figures and meshes to those that support them."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import singledispatch
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning.pytorch import Trainer
-from lightning.pytorch.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
+from lightning.fabric.loggers.csv_logs import CSVLogger
+from lightning.fabric.loggers.logger import Logger
+from lightning.fabric.loggers.tensorboard import TensorBoardLogger
+from lightning.pytorch.loggers import MLFlowLogger, WandbLogger
+from lightning.pytorch.loggers import TensorBoardLogger as TrainerTensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from markdown import markdown
 
 from moe_heads.callbacks._shared.custom_scalars import Charts, write_charts
+from moe_heads.callbacks._shared.lightning_packages import under_both_names
 from moe_heads.callbacks._shared.trainer_access import has_default_hp_metric, write_hparams
 
 if TYPE_CHECKING:
@@ -24,9 +27,6 @@ __all__ = ["Mesh", "Report", "log_charts", "log_figures", "log_hparams", "log_re
 
 # W&B shows HTML without any style, so the columns of a table would run into each other.
 _HTML_STYLE = "<style>body {font-family: sans-serif} td, th {padding: 2px 8px; text-align: left}</style>"
-
-# Loggers whose figures `_log_media` writes.
-_WITH_FIGURES = (TensorBoardLogger, WandbLogger, MLFlowLogger)
 
 
 @dataclass(frozen=True)
@@ -56,9 +56,13 @@ class Report:
     meshes: Mapping[str, Mesh] = field(default_factory=dict)
     files: Mapping[str, bytes] = field(default_factory=dict)
 
+    def keyed(self, prefix: str) -> dict[str, float]:
+        """Return the metrics by their whole keys, below ``<analysis>/<split>``."""
+        return {f"{prefix}/{name}": float(value) for name, value in self.metrics.items()}
 
-def log_report(trainer: Trainer, prefix: str, report: Report, *, to_loggers: bool = True) -> None:
-    """Write the metrics to ``trainer.callback_metrics`` and every logger, and the rest to loggers that support it.
+
+def log_report(loggers: Iterable[Logger], prefix: str, report: Report, step: int) -> None:
+    """Write the metrics to every logger, and the rest to loggers that support it. To be called on rank zero.
 
     - TensorBoard: texts, figures and meshes under their keys; files as ``<key>`` in its folder, overwritten by later
       steps.
@@ -72,58 +76,54 @@ def log_report(trainer: Trainer, prefix: str, report: Report, *, to_loggers: boo
     affected.
 
     Args:
-        trainer: The trainer; its ``global_step`` is the step of all outputs.
+        loggers: The loggers, of a Trainer or of Fabric.
         prefix: ``<analysis>/<split>``.
         report: The report.
-        to_loggers: False for a cached report, which only restores the trainer's metrics: the trainer clears them
-            between calls.
+        step: Step of all outputs.
     """
-    metrics = {f"{prefix}/{name}": float(value) for name, value in report.metrics.items()}
-    trainer.callback_metrics.update({name: torch.tensor(value) for name, value in metrics.items()})
-    if not trainer.is_global_zero or not to_loggers:
-        return
-    for logger in trainer.loggers:
+    for logger in loggers:
         with _errors_as_warning(logger, prefix):
-            logger.log_metrics(metrics, step=trainer.global_step)
+            logger.log_metrics(report.keyed(prefix), step=step)
             # write to disk now: the next analysis may take long, and a killed run never finalizes its loggers
             logger.save()
-            _log_media(logger, prefix, report, trainer.global_step)
+            _log_media(logger, prefix, report, step)
 
 
-def log_figures(trainer: Trainer, prefix: str, draw: Callable[[], Mapping[str, "Figure"]]) -> None:
-    """Write figures during training, on rank zero and if a logger shows figures. An error only causes a warning.
+def log_figures(loggers: Iterable[Logger], prefix: str, draw: "Callable[[], Mapping[str, Figure]]", step: int) -> None:
+    """Write figures during training if a logger shows figures. An error only causes a warning.
 
     Args:
-        trainer: The trainer.
+        loggers: The loggers.
         prefix: ``<analysis>/<place>``.
         draw: Function that draws the figures, by name.
+        step: Step of the figures.
     """
-    loggers = [logger for logger in trainer.loggers if isinstance(logger, _WITH_FIGURES)]
-    if not trainer.is_global_zero or not loggers:
+    kinds = under_both_names(TensorBoardLogger, WandbLogger, MLFlowLogger)
+    showing = [logger for logger in loggers if isinstance(logger, kinds)]
+    if not showing:
         return
     try:
         report = Report(figures=draw())
     except Exception as error:
         rank_zero_warn(f"{prefix}: the figures failed with {type(error).__name__}: {error}\nThe training continues.")
         return
-    for logger in loggers:
+    for logger in showing:
         with _errors_as_warning(logger, prefix):
-            _log_media(logger, prefix, report, trainer.global_step)
+            _log_media(logger, prefix, report, step)
 
 
-def log_charts(trainer: Trainer, title: str, charts: Charts) -> None:
-    """Add a group of charts to the page of custom scalars of every TensorBoard logger, on rank zero.
+def log_charts(loggers: Iterable[Logger], title: str, charts: Charts) -> None:
+    """Add a group of charts to the page of custom scalars of every TensorBoard logger.
 
     Args:
-        trainer: The trainer.
+        loggers: The loggers.
         title: Title of the group. A group with the same title is replaced.
         charts: The charts by title.
     """
-    if trainer.is_global_zero:
-        for logger in trainer.loggers:
-            if isinstance(logger, TensorBoardLogger):
-                with _errors_as_warning(logger, f"{title}: custom scalars"):
-                    write_charts(logger.experiment, logger.log_dir, title, charts)
+    for logger in loggers:
+        if isinstance(logger, under_both_names(TensorBoardLogger)):
+            with _errors_as_warning(logger, f"{title}: custom scalars"):
+                write_charts(logger.experiment, logger.log_dir, title, charts)
 
 
 @contextmanager
@@ -138,13 +138,23 @@ def _errors_as_warning(logger: Logger, what: str) -> Iterator[None]:
         )
 
 
-@singledispatch
 def _log_media(logger: Logger, prefix: str, report: Report, step: int) -> None:
-    """Write texts, figures, meshes and files; do nothing for types of loggers that are not registered below."""
+    """Write texts, figures, meshes and files; do nothing for classes of loggers that are not listed here."""
+    writers: dict[type[Logger], _MediaWriter] = {
+        TensorBoardLogger: _to_tensorboard,
+        CSVLogger: _to_folder,
+        WandbLogger: _to_wandb,
+        MLFlowLogger: _to_mlflow,
+    }
+    for cls, write in writers.items():
+        if isinstance(logger, under_both_names(cls)):
+            write(logger, prefix, report, step)
 
 
-@_log_media.register(TensorBoardLogger)
-def _(logger: TensorBoardLogger, prefix: str, report: Report, step: int) -> None:
+_MediaWriter = Callable[[Any, str, Report, int], None]
+
+
+def _to_tensorboard(logger: TensorBoardLogger, prefix: str, report: Report, step: int) -> None:
     writer = logger.experiment
     for name, text in report.texts.items():
         writer.add_text(f"{prefix}/{name}", text, step)
@@ -155,13 +165,11 @@ def _(logger: TensorBoardLogger, prefix: str, report: Report, step: int) -> None
     _write_files(logger.log_dir, prefix, report)
 
 
-@_log_media.register(CSVLogger)
-def _(logger: CSVLogger, prefix: str, report: Report, step: int) -> None:
+def _to_folder(logger: CSVLogger, prefix: str, report: Report, step: int) -> None:
     _write_files(logger.log_dir, prefix, report)
 
 
-@_log_media.register(WandbLogger)
-def _(logger: WandbLogger, prefix: str, report: Report, step: int) -> None:
+def _to_wandb(logger: WandbLogger, prefix: str, report: Report, step: int) -> None:
     # everything through the logger, which logs the step as a metric: W&B drops data with a step below its own counter
     from wandb import Html
 
@@ -172,8 +180,7 @@ def _(logger: WandbLogger, prefix: str, report: Report, step: int) -> None:
         logger.log_image(f"{prefix}/{name}", [figure], step)
 
 
-@_log_media.register(MLFlowLogger)
-def _(logger: MLFlowLogger, prefix: str, report: Report, step: int) -> None:
+def _to_mlflow(logger: MLFlowLogger, prefix: str, report: Report, step: int) -> None:
     client, run_id = logger.experiment, logger.run_id
     for name, text in report.texts.items():
         client.log_text(run_id, text, f"{prefix}/{name}.md")
@@ -193,10 +200,10 @@ def _write_files(folder: str, prefix: str, report: Report) -> None:
 
 
 @rank_zero_only
-def log_hparams(trainer: Trainer) -> None:
+def log_hparams(loggers: Iterable[Logger]) -> None:
     """Write one row of TensorBoard's HPARAMS table: the logger's hyperparameters next to all its scalars."""
-    for logger in trainer.loggers:
-        if not isinstance(logger, TensorBoardLogger):
+    for logger in loggers:
+        if not isinstance(logger, under_both_names(TrainerTensorBoardLogger)):
             continue
         if has_default_hp_metric(logger):
             rank_zero_warn(

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities import CombinedLoader
 from torch.utils._pytree import keystr, tree_flatten_with_path
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
@@ -17,7 +16,7 @@ from moe_heads.analysis._shared.counting import BatchSizeFn, batch_size, checked
 from moe_heads.analysis._shared.progress import Progress
 from moe_heads.callbacks._shared.combined_sample import Part, combined
 from moe_heads.callbacks._shared.loader_indices import draw_index_batches, gives_batches, keys_of
-from moe_heads.callbacks._shared.trainer_access import Split, mode_of
+from moe_heads.callbacks._shared.trainer_access import Split, mode_of, uncombined
 
 __all__ = ["Sample", "draw_sample"]
 
@@ -88,7 +87,7 @@ def draw_sample(
     """
     draw = _Draw(split, num_samples, size, seed, num_batches, progress or Progress(), is_size_default, batch_size_fn)
     # a DataLoader counts as a leaf
-    paths, structure = tree_flatten_with_path(loaders.iterables if isinstance(loaders, CombinedLoader) else loaders)
+    paths, structure = tree_flatten_with_path(uncombined(loaders))
     leaves = [leaf for _, leaf in paths]
     if dataset is not None and len(leaves) == 1 and isinstance(leaves[0], DataLoader):
         return draw.of_dataset(dataset, leaves[0], "un-augmented data set of the data module")
@@ -145,7 +144,7 @@ class _Draw:
                 f" {type(loader).__name__}. Pass a DataLoader, a list, or an object whose __iter__ returns a new"
                 " iterator."
             )
-        return self._of_whole_batches(loader, origin)
+        return self._of_whole_batches(loader, getattr(loader, "origin", origin))
 
     def of_dataset(self, dataset: Dataset[Any], loader: DataLoader[Any], origin: str) -> Sample:
         size = min(self.size, loader.batch_size or self.size) if self.is_size_default else self.size

@@ -4,31 +4,28 @@ from collections.abc import Iterator
 from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Trainer
-from lightning.pytorch.utilities import CombinedLoader
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import IterableDataset
 
-from moe_heads.callbacks._shared.trainer_access import loader_of
+from moe_heads.callbacks._shared.trainer_access import uncombined
 
 __all__ = ["check_streams"]
 
 
-def check_streams(trainer: Trainer, owner: str) -> None:
+def check_streams(loaders: Any, owner: str) -> None:
     """Check that the training data can be read again while the training reads them.
 
     A stream that is its own iterator has one position only. The training would continue behind the samples of the
     analysis, or start again. Worker processes have copies of the stream, which an analysis cannot move.
 
     Args:
-        trainer: The trainer, with its training loaders set up.
+        loaders: The training loader or collection of loaders.
         owner: Name of the callback in messages.
 
     Raises:
         MisconfigurationException: If a training data set is its own iterator and is read without workers.
     """
-    loaders: Any = loader_of(trainer, "train")
-    for loader in tree_leaves(loaders.iterables if isinstance(loaders, CombinedLoader) else loaders):
+    for loader in tree_leaves(uncombined(loaders)):
         dataset = getattr(loader, "dataset", None)
         is_own_iterator = isinstance(dataset, IterableDataset) and isinstance(dataset, Iterator)
         if is_own_iterator and not getattr(loader, "num_workers", 0):

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import torch.distributed as dist
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.fabric.wrappers import _FabricDataLoader, _FabricModule, _FabricOptimizer
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -16,11 +17,12 @@ from lightning.pytorch.plugins.precision import DoublePrecision, HalfPrecision
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.trainer.states import RunningStage
 from lightning.pytorch.utilities import CombinedLoader
-from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning_utilities.core.overrides import is_overridden as is_overridden_in
 from torch import nn
 from torch.utils.tensorboard.summary import hparams as hparams_summaries
 
 from moe_heads.analysis._shared.interrupts import HeldInterrupts
+from moe_heads.callbacks._shared.lightning_packages import own_class, under_both_names
 
 __all__ = [
     "Split",
@@ -31,6 +33,8 @@ __all__ = [
     "forward_context",
     "has_default_hp_metric",
     "inner_sampler",
+    "inside_fabric",
+    "is_overridden",
     "is_sharded",
     "loader_of",
     "mode_of",
@@ -38,6 +42,7 @@ __all__ = [
     "num_overfit_batches",
     "process_group_of",
     "to_analysis_device",
+    "uncombined",
     "write_hparams",
 ]
 
@@ -46,7 +51,13 @@ Split = Literal["train", "val", "test"]
 
 def is_sharded(trainer: Trainer) -> bool:
     """Return whether the strategy shards the parameters, so that no process holds the whole model."""
-    return isinstance(trainer.strategy, (DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy))
+    return isinstance(trainer.strategy, under_both_names(DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy))
+
+
+def is_overridden(name: str, owner: nn.Module | LightningDataModule) -> bool:
+    """Return whether a LightningModule or LightningDataModule has its own version of a method; False for others."""
+    parent: type | None = own_class(owner, LightningModule) or own_class(owner, LightningDataModule)
+    return parent is not None and is_overridden_in(name, owner, parent)
 
 
 def loader_of(trainer: Trainer, split: Split) -> Any | None:
@@ -122,7 +133,8 @@ def analyzing(trainer: Trainer, pl_module: LightningModule) -> Iterator[None]:
         trainer.state.stage = RunningStage.VALIDATING
         # autocast stays off, but in double precision new tensors have to be doubles
         plugin = trainer.precision_plugin
-        dtype = plugin.forward_context() if isinstance(plugin, (DoublePrecision, HalfPrecision)) else nullcontext()
+        sets_dtype = isinstance(plugin, under_both_names(DoublePrecision, HalfPrecision))
+        dtype = plugin.forward_context() if sets_dtype else nullcontext()
         with muted(pl_module), dtype:
             pl_module.to(trainer.strategy.root_device)
             yield
@@ -135,8 +147,9 @@ def analyzing(trainer: Trainer, pl_module: LightningModule) -> Iterator[None]:
 @contextmanager
 def muted(module: nn.Module) -> Iterator[None]:
     """Disable ``log``, ``log_dict``, ``print`` and the loggers of all LightningModules in a module."""
-    silent = [child for child in module.modules() if isinstance(child, LightningModule)]
-    trainers = {id(child._trainer): child._trainer for child in silent if isinstance(child._trainer, Trainer)}
+    silent: list[Any] = [child for child in module.modules() if isinstance(child, under_both_names(LightningModule))]
+    kinds = under_both_names(Trainer)
+    trainers = {id(child._trainer): child._trainer for child in silent if isinstance(child._trainer, kinds)}
     loggers = {key: (trainer.loggers, dict(trainer.callback_metrics)) for key, trainer in trainers.items()}
     names = ("log", "log_dict", "print")
     own = [{name: vars(child)[name] for name in names if name in vars(child)} for child in silent]
@@ -168,7 +181,8 @@ def best_weights(trainer: Trainer, pl_module: LightningModule) -> None:
     Raises:
         MisconfigurationException: If there is no best checkpoint.
     """
-    checkpoints = [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, ModelCheckpoint)]
+    kinds = under_both_names(ModelCheckpoint)
+    checkpoints: list[Any] = [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, kinds)]
     checkpoints.sort(key=lambda checkpoint: checkpoint.monitor is None)  # the first that monitors something
     path = next((checkpoint.best_model_path for checkpoint in checkpoints if checkpoint.best_model_path), "")
     if not path:
@@ -206,6 +220,15 @@ def to_analysis_device(trainer: Trainer, batch: Any) -> Any:
     return trainer.strategy.batch_to_device(batch, dataloader_idx=0)
 
 
+def inside_fabric(wrapped: Any) -> Any | None:
+    """Return the module, optimizer or data loader that Fabric has wrapped, None for any other object."""
+    if isinstance(wrapped, under_both_names(_FabricModule)):
+        return wrapped._forward_module
+    if isinstance(wrapped, under_both_names(_FabricOptimizer)):
+        return wrapped.optimizer
+    return wrapped._dataloader if isinstance(wrapped, under_both_names(_FabricDataLoader)) else None
+
+
 def write_hparams(logger: TensorBoardLogger, hparams: dict[str, Any]) -> None:
     """Write one row of TensorBoard's HPARAMS table, with a column for every scalar of any run in the folder.
 
@@ -225,7 +248,12 @@ def has_default_hp_metric(logger: TensorBoardLogger) -> bool:
 
 def mode_of(loaders: Any) -> str:
     """Return how a `CombinedLoader` combines its loaders, and how the Trainer combines a plain collection."""
-    return str(loaders._mode) if isinstance(loaders, CombinedLoader) else "max_size_cycle"
+    return str(loaders._mode) if isinstance(loaders, under_both_names(CombinedLoader)) else "max_size_cycle"
+
+
+def uncombined(loaders: Any) -> Any:
+    """Return the collection of loaders in a `CombinedLoader`, and anything else unchanged."""
+    return loaders.iterables if isinstance(loaders, under_both_names(CombinedLoader)) else loaders
 
 
 def inner_sampler(sampler: Any) -> Any:

@@ -27,6 +27,7 @@ class RoutingCollection:
     Attributes:
         paused: Whether forward passes are ignored for now. False by default. Pausing is cheaper than leaving the block
             and entering it again, which would make torch.compile recompile the model.
+        skips_evaluation: Whether passes of routers in evaluation mode are ignored. False by default.
         keeps_errors: Whether the error of an adapter is kept in `errors` instead of raised. The router is left out from
             then on. False by default.
         errors: Errors of adapters, by the name of the router, and of routers that were recognized but whose decisions
@@ -34,7 +35,7 @@ class RoutingCollection:
     """
 
     def __init__(self) -> None:
-        self.paused = self.keeps_errors = False
+        self.paused = self.skips_evaluation = self.keeps_errors = False
         self.errors: dict[str, Exception] = {}
         self._recorders: dict[str, _Recorder] = {}
         self._routings: dict[str, list[Routing]] = {}
@@ -226,6 +227,8 @@ class _Recorder:
         collection = self._collection
         # gradient checkpointing repeats a pass in backward: the same rows, not new ones
         if collection is None or collection.paused or self._has_failed or in_backward():
+            return
+        if collection.skips_evaluation and not module.training:
             return
         output = rest[-1]
         if self.adapter is None:

@@ -100,7 +100,7 @@ class FailingOnOne(FitEndAnalysis):
     name = "failing"
 
     def compute(self, inputs: AnalysisInputs) -> float:
-        if inputs.trainer is not None and inputs.trainer.global_rank == 1:
+        if inputs.context.trainer is not None and inputs.context.trainer.global_rank == 1:
             raise RuntimeError("one rank is gone")
         return 0.0
 

@@ -137,9 +137,15 @@ class TrainingRouters:
         """Return the reason why the labels do not belong to the rows of the batch so far, or None."""
         return check.after(self._collection.routings, self._foreign)
 
-    def end_training_batch(self) -> None:
-        """Record the collected passes of a training batch."""
+    def end_training_batch(self, batch: Batch = None) -> None:
+        """Record the collected passes of a training batch, which is given if it was not known when it began.
+
+        Raises:
+            ValueError: If the mask of the batch is wrong.
+        """
         self._collection.paused = True
+        if batch is not None:
+            self._masks.begin(batch)
         self._num_batches += 1
         self._mask_passes()
         self._recorder.record(self._collection)

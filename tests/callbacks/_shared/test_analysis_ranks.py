@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from moe_heads.analysis import Ranks
 from moe_heads.callbacks import AnalysisInputs, FitEndAnalysis, LossLandscapeCallback, Report, SharpnessCallback
-from moe_heads.callbacks._shared.execution_context import PlainContext
+from moe_heads.callbacks._shared.plain_context import PlainContext
 from tests.support.processes import NUM_RANKS, run_on_ranks
 
 pytestmark = pytest.mark.timeout(200)

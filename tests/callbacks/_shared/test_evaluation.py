@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
 from moe_heads.callbacks._shared.evaluation import (
@@ -103,8 +103,8 @@ def test_a_module_without_forward_needs_a_forward_fn() -> None:
         pass
 
     with pytest.raises(MisconfigurationException, match="expected a module with a forward method, got Silent"):
-        check_forward(Callback(), Silent(), None)
-    check_forward(Callback(), Silent(), lambda module, batch: batch)
+        check_forward("Callback", Silent(), None)
+    check_forward("Callback", Silent(), lambda module, batch: batch)
 
 
 class Drifting(nn.Module):

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 
 from moe_heads.callbacks import AnalysisInputs, FitEndAnalysis, Mesh, Report
 from moe_heads.callbacks._shared import reporting
-from moe_heads.callbacks._shared.reporting import _log_media, log_report
+from moe_heads.callbacks._shared.reporting import _to_mlflow, log_report
 from tests.support.events import read_events
 from tests.support.lightning_models import PlainModule, loader, trainer
 from tests.support.sources import ROOT
@@ -45,7 +45,12 @@ class EveryEpoch(Everything):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         report = self.report(float(trainer.current_epoch))
         extra = {f"epoch{trainer.current_epoch}": 1.0}
-        log_report(trainer, "during", Report({**report.metrics, **extra}, report.texts, report.figures))
+        log_report(
+            trainer.loggers,
+            "during",
+            Report({**report.metrics, **extra}, report.texts, report.figures),
+            trainer.global_step,
+        )
 
 
 class Recorder(Logger):
@@ -208,7 +213,7 @@ def test_mlflow_is_given_the_files_as_artifacts() -> None:
             files = [path for path in Path(local_dir).rglob("*") if path.is_file()]
             given.update({f"{run_id}/{path.relative_to(local_dir)}": path.read_bytes() for path in files})
 
-    write = _log_media.dispatch(MLFlowLogger)
+    write = _to_mlflow
     report = Report(files={"arrays/points.npz": b"PK", "page.html": b"<p>"})
     write(SimpleNamespace(experiment=Client(), run_id="run"), "everything/train", report, 0)
     folder = "run/everything/train"
