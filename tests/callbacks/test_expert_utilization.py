@@ -156,15 +156,15 @@ def test_history_goes_on_where_a_checkpoint_left_it(tmp_path: Path) -> None:
     fit(PlainModule(), first, keeper, max_epochs=2, enable_checkpointing=True)
     again = utilization()
     run = trainer(again, ModelCheckpoint(tmp_path, save_last=True), max_epochs=4, enable_checkpointing=True)
-    run.fit(PlainModule(), loader(), loader(seed=1), ckpt_path=keeper.last_model_path)
+    run.fit(own := PlainModule(), loader(), loader(seed=1), ckpt_path=keeper.last_model_path)
     assert list(again.history["head"]) == [0, 1, 2, 3]
     for epoch, stats in first.history["head"].items():
         assert torch.equal(stats.counts, again.history["head"][epoch].counts)
     early = tmp_path / "early.ckpt"
     run.save_checkpoint(early)
-    # a Trainer that goes on keeps it, another one starts again
+    # a Trainer that goes on with the same model keeps it, another one starts again
     run.fit_loop.max_epochs = 5
-    run.fit(PlainModule(), loader(), loader(seed=1))
+    run.fit(own, loader(), loader(seed=1))
     assert list(again.history["head"]) == [0, 1, 2, 3, 4]
     # an evaluation with the weights of an earlier epoch takes nothing from it
     run.validate(PlainModule(), loader(), ckpt_path=early, verbose=False)
@@ -177,7 +177,7 @@ def test_resuming_without_the_callback_causes_no_warning(tmp_path: Path, recwarn
     keeper = ModelCheckpoint(tmp_path, save_last=True, save_on_train_epoch_end=True)
     fit(PlainModule(), utilization(), keeper, enable_checkpointing=True)
     run = trainer(ModelCheckpoint(tmp_path, save_last=True), max_epochs=2, enable_checkpointing=True)
-    run.fit(PlainModule(), loader(), loader(seed=1), ckpt_path=keeper.last_model_path)
+    run.fit(own := PlainModule(), loader(), loader(seed=1), ckpt_path=keeper.last_model_path)
     assert not [w for w in recwarn if "ExpertUtilization" in str(w.message)]
 
 
@@ -234,8 +234,8 @@ def test_a_tracked_sharpness_is_not_listened_to() -> None:
 
     class Look(Callback):
         def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-            assert usage._routers is not None
-            seen.append(sum(map(len, usage._routers._collection.routings.values())))
+            assert usage._training is not None
+            seen.append(sum(map(len, usage._training._routers._collection.routings.values())))
 
     sharpness = SharpnessCallback(splits=["train"], every_n_epochs=1, num_samples=16)
     fit(PlainModule(), usage, sharpness, Look(), max_epochs=2)

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from moe_heads import SparseMoE
 from moe_heads.callbacks import ExpertUtilizationCallback, _utilization_points
-from moe_heads.callbacks._utilization_points import _add, packed_history, unpacked_history
+from moe_heads.callbacks._utilization_points import add_window, packed_history, unpacked_history
 from moe_heads.routing import RoutingStats
 from tests.callbacks.test_distributed import FORKED, launch
 from tests.support.lightning_models import PlainModule, loader, trainer
@@ -217,7 +217,7 @@ def test_windows_stay_few_cover_all_steps_and_keep_the_sum(steps: list[tuple[int
         sums: dict[int, int] = {}
         for advance, count in steps:
             at += advance
-            _add(windows, at, stats_of(count, 1))
+            add_window(windows, at, stats_of(count, 1))
             sums[at] = sums.get(at, 0) + count
             assert len(windows) <= limit
             ends = sorted(windows)

@@ -59,12 +59,15 @@ class TokenMasks:
         return cls(mask_fn, any("encoder" in _parts(path) for path, _ in model.named_modules()))
 
     def begin(self, batch: Batch) -> None:
-        """Read the mask of a batch.
+        """Read the mask of a batch, None for one that is not known yet.
 
         Raises:
             ValueError: If ``mask_fn`` returns something else than a bool tensor (B, T) or None, or the mask differs in
                 its shape from the entry "input_ids" of the batch.
         """
+        if batch is None:
+            self._current = _BatchMask(None, None)
+            return
         if self._mask_fn is None:
             self._current = _BatchMask(self._found(batch, _FOUND), self._found(batch, _OF_DECODER))
             return
