@@ -93,7 +93,7 @@ class FitEndAnalysis(TrainingAnalysis, Callback):
                 " ModelCheckpoint(monitor=...), or analyze weights='last'."
             )
         self.check_loss(self._context(trainer), pl_module)
-        self.forget(self._context(trainer), pl_module)
+        self.begin_run(self._context(trainer), pl_module)
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -1,7 +1,6 @@
 """Callback for expert utilization during training and at the end of fit."""
 
 import warnings
-import weakref
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, ClassVar
 
@@ -175,7 +174,6 @@ class ExpertUtilizationCallback(FitEndAnalysis):
         self.history_steps: dict[str, dict[int, RoutingStats]] = {}
         self._warnings = UtilizationWarnings(self.name, label_fn is not None)
         self._training: TrainingUtilization | None = None
-        self._model: weakref.ref[nn.Module] | None = None
 
     @override
     def check_early(self, model: nn.Module) -> None:
@@ -184,11 +182,9 @@ class ExpertUtilizationCallback(FitEndAnalysis):
             check_forward(type(self).__name__, model, self.forward_fn)
 
     @override
-    def forget(self, context: ExecutionContext, model: nn.Module) -> None:
-        continues = context.epoch > 0 and self._model is not None and self._model() is model
-        if not continues:
-            self.history, self.history_steps = {}, {}
-        self._model = weakref.ref(model)
+    def forget(self) -> None:
+        super().forget()
+        self.history, self.history_steps = {}, {}
 
     @override
     def begin_fit(self, context: ExecutionContext, model: nn.Module) -> None:
@@ -288,11 +284,13 @@ class ExpertUtilizationCallback(FitEndAnalysis):
 
     @override
     def kept_in_checkpoints(self) -> dict[str, Any]:
-        return packed_history(self.history, self.history_steps)
+        return super().kept_in_checkpoints() | packed_history(self.history, self.history_steps)
 
     @override
     def restore(self, kept: dict[str, Any]) -> None:
-        self.history, self.history_steps = unpacked_history(kept)
+        super().restore(kept)
+        own = {key: value for key, value in kept.items() if key not in {"tracked", "tracked_steps"}}
+        self.history, self.history_steps = unpacked_history(own)
 
     @override
     def compute(self, inputs: AnalysisInputs) -> ExpertUtilizationResult:

@@ -128,7 +128,7 @@ class TrainingMonitor:
         for analysis in self._analyses:
             analysis.check_early(self._model)
             analysis.check_loss(context, self._model)
-            analysis.forget(context, self._model)
+            analysis.begin_run(context, self._model)
         self._restore()
         for analysis in self._analyses:
             analysis.begin_fit(context, self._model)

@@ -194,11 +194,13 @@ class SharpnessCallback(FitEndAnalysis):
 
     @override
     def kept_in_checkpoints(self) -> dict[str, Any]:
-        return {} if self._threshold is None else {"stability_threshold": self._threshold}
+        own = {} if self._threshold is None else {"stability_threshold": self._threshold}
+        return super().kept_in_checkpoints() | own
 
     @override
     def restore(self, kept: dict[str, Any]) -> None:
-        self._threshold_before = kept["stability_threshold"]
+        super().restore(kept)
+        self._threshold_before = kept.get("stability_threshold")
 
     @override
     def is_enough(self, result: SharpnessResult) -> bool:

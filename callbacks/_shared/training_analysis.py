@@ -1,5 +1,6 @@
 """Analysis that follows a training, whichever loop runs it."""
 
+import weakref
 from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
@@ -23,9 +24,9 @@ __all__ = ["TrainingAnalysis"]
 class TrainingAnalysis(Analysis):
     """An analysis with the events of a training: it runs at the end, and every n epochs or optimizer steps.
 
-    A loop calls the events in this order: `begin_fit`, `begin_training`, then for each batch `begin_batch`,
-    `before_step` (for each optimizer step) and `end_batch`, then `end_epoch`, and at last `end_training` and `end_fit`.
-    `close` may come at any time, also after an error of the loop.
+    A loop calls the events in this order: `begin_run`, `begin_fit`, `begin_training`, then for each batch
+    `begin_batch`, `before_step` (for each optimizer step) and `end_batch`, then `end_epoch`, and at last `end_training`
+    and `end_fit`. `close` may come at any time, also after an error of the loop.
 
     Attributes:
         tracked: Metrics by split and epoch, recorded with ``every_n_epochs``.
@@ -42,9 +43,21 @@ class TrainingAnalysis(Analysis):
         self.tracked_steps: dict[Split, dict[int, Mapping[str, float]]] = {}
         self._interval = None if self.every_n_train_steps is None else StepInterval(self.every_n_train_steps)
         self.is_tracking, self.was_interrupted = False, False
+        self._model: weakref.ref[nn.Module] | None = None
 
-    def forget(self, context: ExecutionContext, model: nn.Module) -> None:
-        """Forget the records of an earlier training, unless this one continues it."""
+    def begin_run(self, context: ExecutionContext, model: nn.Module) -> None:
+        """Forget the records of an earlier training, unless this one continues it with the same model.
+
+        It comes before `restore`, with which a checkpoint brings its own records.
+        """
+        continues = context.epoch > 0 and self._model is not None and self._model() is model
+        if not continues:
+            self.forget()
+        self._model = weakref.ref(model)
+
+    def forget(self) -> None:
+        """Forget the records of a training."""
+        self.tracked, self.tracked_steps = {}, {}
 
     def check_early(self, model: nn.Module) -> None:
         """Raise an error if the analysis cannot run, by what is known before the layers of the model may exist."""
@@ -58,9 +71,9 @@ class TrainingAnalysis(Analysis):
         """Raise an error if the analysis cannot run on this model, before the training begins."""
 
     def begin_fit(self, context: ExecutionContext, model: nn.Module) -> None:
-        """Forget the previous training."""
+        """Forget the previous results, and check the model."""
         # before any analysis of this fit: another analysis may read these results
-        self.results, self.tracked, self.tracked_steps, self._known = {}, {}, {}, {}
+        self.results, self._known = {}, {}
         self.check_model(context, model)
 
     def begin_training(self, context: ExecutionContext) -> None:
@@ -111,11 +124,17 @@ class TrainingAnalysis(Analysis):
         self._known = {}
 
     def kept_in_checkpoints(self) -> dict[str, Any]:
-        """Return the state that a resumed training needs, as tensors and plain data."""
-        return {}
+        """Return the state that a resumed training needs, as tensors and plain data; nothing if there is none."""
+        series = {"tracked": self.tracked, "tracked_steps": self.tracked_steps}
+        return {
+            name: {split: {at: dict(metrics) for at, metrics in points.items()} for split, points in of_splits.items()}
+            for name, of_splits in series.items()
+            if of_splits
+        }
 
     def restore(self, kept: dict[str, Any]) -> None:
-        """Restore the state that `kept_in_checkpoints` returned."""
+        """Restore the state that `kept_in_checkpoints` returned, also that of an earlier version."""
+        self.tracked, self.tracked_steps = kept.get("tracked", {}), kept.get("tracked_steps", {})
 
     @property
     def runs_in_training(self) -> bool:

@@ -219,7 +219,7 @@ def test_a_fit_resumed_in_the_middle_of_an_interval_goes_on_with_the_series(tmp_
 
     assert list(fit(6).tracked_steps["train"]) == [4]
     after_five = shutil.copy(tmp_path / "checkpoints" / "step=5.ckpt", tmp_path / "after_five.ckpt")
-    assert list(fit(17, after_five).tracked_steps["train"]) == [8, 12, 16]
+    assert list(fit(17, after_five).tracked_steps["train"]) == [4, 8, 12, 16]
 
 
 def test_both_intervals_analyze_the_same_weights_once() -> None:

@@ -177,7 +177,7 @@ def test_resuming_without_the_callback_causes_no_warning(tmp_path: Path, recwarn
     keeper = ModelCheckpoint(tmp_path, save_last=True, save_on_train_epoch_end=True)
     fit(PlainModule(), utilization(), keeper, enable_checkpointing=True)
     run = trainer(ModelCheckpoint(tmp_path, save_last=True), max_epochs=2, enable_checkpointing=True)
-    run.fit(own := PlainModule(), loader(), loader(seed=1), ckpt_path=keeper.last_model_path)
+    run.fit(PlainModule(), loader(), loader(seed=1), ckpt_path=keeper.last_model_path)
     assert not [w for w in recwarn if "ExpertUtilization" in str(w.message)]
 
 
