@@ -1,6 +1,7 @@
 """Analysis that follows a training, whichever loop runs it."""
 
 from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
 from typing import Any, ClassVar
 
 from lightning.pytorch.utilities import rank_zero_warn
@@ -61,7 +62,8 @@ class TrainingAnalysis(Analysis):
         """Forget the previous training."""
         # before any analysis of this fit: another analysis may read these results
         self.results, self.tracked, self.tracked_steps, self._known = {}, {}, {}, {}
-        self.check_model(context, model)
+        with context.full_precision(model) if self.needs_loss else nullcontext():
+            self.check_model(context, model)
 
     def begin_training(self, context: ExecutionContext) -> None:
         """Start the interval of steps. A resumed training has restored its number of steps by now."""
