@@ -26,8 +26,8 @@ try:
     from moe_heads.callbacks._shared.transformers_context import TransformersContext
 except ModuleNotFoundError as error:
     raise ImportError(
-        f"moe_heads.callbacks.hf: expected the packages transformers and accelerate, got none of {error.name}. Run"
-        " `pip install 'moe-heads[hf]'`."
+        "moe_heads.callbacks.hf: expected the package transformers, which is not installed. Run `pip install"
+        " 'moe-heads[hf]'`."
     ) from error
 
 __all__ = ["TransformersCallback"]
