@@ -2,9 +2,11 @@
 
 import copy
 import importlib
+import os
 import random
 import sys
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +24,14 @@ from moe_heads import SparseMoE, collect_routing
 from moe_heads.analysis import expert_utilization
 from moe_heads.analysis import sharpness as plain_sharpness
 from moe_heads.callbacks import InferenceTimingCallback
+from moe_heads.callbacks._shared.transformers_access import reason_to_leave_out
 from moe_heads.callbacks.hf import TransformersCallback
 from tests.support.language_models import VOCABULARY
+from tests.support.processes import run_on_ranks
 from tests.support.transformers_runs import (
     NORM,
     QUICK,
     gpt2,
-    hf,
     lines,
     losses,
     mixtral,
@@ -203,7 +206,10 @@ def labeled() -> list[dict[str, Any]]:
 def test_a_resumed_training_continues_the_records(tmp_path: Path) -> None:
     found, eigenvalues = [], []
     for resumed in (None, str(tmp_path / "checkpoint-4")):
-        experts, curvature = utilization(every_n_train_steps=1), sharpness(every_n_train_steps=3, params=None)
+        experts, curvature = (
+            utilization(every_n_train_steps=1),
+            sharpness(every_n_train_steps=3, params=[NORM["classifier"]]),
+        )
         callback = TransformersCallback([experts, curvature])
         options = {"save_strategy": "steps", "save_steps": 2, "num_train_epochs": 2}
         run = trainer(Classifier(), tmp_path, callback, parts={"train_dataset": labeled()}, **options)
@@ -229,7 +235,7 @@ def test_a_resumed_training_continues_the_records(tmp_path: Path) -> None:
 
 
 def test_a_second_training_keeps_nothing_of_the_first(tmp_path: Path) -> None:
-    experts, curvature = utilization(), sharpness(params=None)
+    experts, curvature = utilization(), sharpness(params=[NORM["classifier"]])
     callback = TransformersCallback([experts, curvature])
     parts = {"train_dataset": labeled()}
     trainer(Classifier(num_experts=4), tmp_path, callback, parts=parts, num_train_epochs=2).train()
@@ -237,7 +243,7 @@ def test_a_second_training_keeps_nothing_of_the_first(tmp_path: Path) -> None:
     run = trainer(Classifier(num_experts=6), tmp_path, callback, parts=parts)
     run.train()
     assert list(experts.history["head"]) == [0] and len(experts.history["head"][0].counts) == 6
-    alone = sharpness(params=None)
+    alone = sharpness(params=[NORM["classifier"]])
     again = trainer(Classifier(num_experts=6), tmp_path, TransformersCallback(alone), parts=parts)
     again.train()
     assert alone.results["train"].eigenvalues == curvature.results["train"].eigenvalues
@@ -318,9 +324,9 @@ def test_the_trainer_is_found_or_attached(tmp_path: Path) -> None:
     run.train()
     assert curvature.results["train"].num_samples == 8
     stray = TransformersCallback(sharpness())
-    with pytest.raises(MisconfigurationException, match="found none. Call callback.attach"):
+    with pytest.raises(MisconfigurationException, match=r"found none. Call callback.attach"):
         stray.on_train_begin(run.args, run.state, run.control)
-    with pytest.raises(ValueError, match="trainer: expected a transformers.Trainer, got int"):
+    with pytest.raises(ValueError, match=r"trainer: expected a transformers.Trainer, got int"):
         stray.attach(3)
 
 
@@ -342,13 +348,13 @@ def without_labels(number: int) -> list[dict[str, Tensor]]:
 
 
 def test_bad_input(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="analyses: expected callbacks such as SharpnessCallback.., got none"):
+    with pytest.raises(ValueError, match=r"analyses: expected callbacks such as SharpnessCallback.., got none"):
         TransformersCallback([])
-    with pytest.raises(ValueError, match="analyses: expected callbacks such as .*, got Linear"):
+    with pytest.raises(ValueError, match=r"analyses: expected callbacks such as .*, got Linear"):
         TransformersCallback([nn.Linear(1, 1)])
     with pytest.raises(ValueError, match="got two with the name 'sharpness'"):
         TransformersCallback([sharpness(), sharpness()])
-    with pytest.raises(ValueError, match="expected weights='last' under a Trainer of transformers. With .*load_best"):
+    with pytest.raises(ValueError, match=r"expected weights='last' under a Trainer of transformers. With .*load_best"):
         TransformersCallback([sharpness(weights="best")])
     for name, splits, parts in (
         ("train", ["train"], {"train_dataset": without_labels(4)}),
@@ -371,6 +377,64 @@ def test_a_sharded_model_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyP
     with pytest.warns(UserWarning, match="expected a model on one device, got one on 0, cpu. .* are left out"):
         run.train()
     assert not curvature.results and len(losses(run)) == 3
+    for kind in ("FSDP", "DEEPSPEED"):
+        monkeypatch.setattr(run.accelerator.state, "distributed_type", kind)
+        assert f"one sharded by {kind}. Train with DistributedDataParallel" in str(reason_to_leave_out(run))
+
+
+@pytest.mark.slow
+def test_a_compiled_model(tmp_path: Path) -> None:
+    found = []
+    for options in ({}, {"torch_compile": True, "torch_compile_backend": "eager"}):
+        experts, curvature = utilization(every_n_train_steps=1), sharpness(params=[NORM["mixtral"]])
+        run = trainer(mixtral(), tmp_path, TransformersCallback([experts, curvature]), **options)
+        run.train()
+        counts = [stats.counts.tolist() for stats in experts.history_steps["model.layers.0.mlp"].values()]
+        found.append((counts, losses(run), curvature.results["train"].eigenvalues))
+    assert found[0] == found[1]
+
+
+@pytest.mark.slow
+def test_weights_and_biases(tmp_path: Path, wandb_run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    experiment = wandb_run.experiment
+    callback = TransformersCallback([sharpness()])
+    trainer(gpt2(), tmp_path, callback, report_to=["wandb"]).train()
+    logged = dict(experiment.summary)
+    assert logged["train/sharpness/train/lambda_max"] == callback.metrics["sharpness/train/lambda_max"]
+    assert {"train/sharpness/train/summary", "train/sharpness/train/spectrum"} <= set(logged)
+
+
+def on_rank(rank: int, folder: Path) -> Any:
+    """Train on a rank under DistributedDataParallel of accelerate, with and without the callback."""
+    ranks = {"RANK": rank, "WORLD_SIZE": 2, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": 0}
+    os.environ.update({key: str(value) for key, value in ranks.items()}, MASTER_ADDR="127.0.0.1")
+    curvature, experts = sharpness(params=[NORM["mixtral"]]), utilization(every_n_train_steps=1)
+    runs = []
+    for callbacks in ([TransformersCallback([curvature, experts])], []):
+        options = {"per_device_train_batch_size": 2, "train_sampling_strategy": "sequential"}
+        runs.append(trainer(mixtral(), folder / str(rank), *callbacks, **options))
+        runs[-1].train()
+    assert_same_training(*runs)
+    assert isinstance(runs[0].model_wrapped, nn.parallel.DistributedDataParallel)
+    counts = [stats.counts for stats in experts.history_steps["model.layers.0.mlp"].values()]
+    result = curvature.results["train"]
+    logged = steps_of(runs[0], "sharpness/train/lambda_max")
+    return runs[0].model.state_dict(), counts, result.eigenvalues, result.trace, logged
+
+
+@pytest.mark.slow
+def test_two_processes(tmp_path: Path) -> None:
+    first, second = run_on_ranks(partial(on_rank, folder=tmp_path), tmp_path)
+    assert first[2:] == second[2:] and first[4] == [3]
+    assert all(torch.equal(one, two) for one, two in zip(first[1], second[1], strict=True))
+    # both processes together have the padded lines of a step
+    tokens = [sum(int(line["attention_mask"].sum()) for line in lines()[start : start + 4]) for start in (0, 4, 8)]
+    assert [int(counts.sum()) for counts in first[1]] == [2 * number for number in tokens]
+    model = mixtral()
+    model.load_state_dict(first[0])
+    expected = plain(model, sample(lines(), 8, 4), params=[NORM["mixtral"]])
+    assert first[2][0] == pytest.approx(expected.eigenvalues[0], rel=1e-4)
 
 
 def test_timing_runs_as_in_training(tmp_path: Path) -> None:

@@ -65,7 +65,7 @@ def steps_of(run: Any, key: str) -> list[int]:
 QUICK: dict[str, Any] = {"num_eigenvalues": 1, "max_probes": 8, "trace_tolerance": 0.9, "density": False}
 
 # parameters with few products
-NORM = {"gpt2": "transformer.ln_f", "mixtral": "model.norm", "classifier": "head.norm"}
+NORM = {"gpt2": "transformer.ln_f", "mixtral": "model.norm", "classifier": "head.router"}
 
 
 def sharpness(**options: Any) -> SharpnessCallback:
