@@ -1,4 +1,4 @@
-"""Access to a Trainer of transformers from one of its callbacks."""
+"""Access to a Trainer of transformers from one of its callbacks, and to its private parts, in this file only."""
 
 import sys
 from collections import deque
@@ -18,9 +18,11 @@ from moe_heads.analysis._shared.state import snapshot
 __all__ = [
     "TensorBoardWriters",
     "calling_trainer",
+    "collator_of",
     "model_of",
     "muted_trainer",
     "reason_to_leave_out",
+    "sampler_of",
     "without_autocast",
     "writers_of",
 ]
@@ -49,6 +51,17 @@ def model_of(trainer: Trainer) -> nn.Module:
     """Return the model of a Trainer, outside of the wrappers of several processes."""
     assert trainer.model is not None
     return trainer.model
+
+
+def collator_of(trainer: Trainer) -> Any:
+    """Return the collator of a Trainer, which removes the columns that the model does not take."""
+    return trainer._get_collator_with_removed_columns(trainer.data_collator)
+
+
+def sampler_of(trainer: Trainer) -> Any | None:
+    """Return the sampler of the training data by a subclass. Those of the Trainer itself order all samples."""
+    is_own = type(trainer)._get_train_sampler is not Trainer._get_train_sampler
+    return trainer._get_train_sampler(trainer.train_dataset) if is_own else None
 
 
 def reason_to_leave_out(trainer: Trainer) -> str | None:

@@ -12,10 +12,10 @@ from transformers import PrinterCallback, ProgressCallback, Trainer
 from transformers.integrations import integration_utils
 from typing_extensions import override
 
+from moe_heads.analysis._shared.float32_weights import Float32Copy, float32_weights
 from moe_heads.analysis._shared.progress import Show
 from moe_heads.analysis._shared.state import preserved
 from moe_heads.callbacks._shared.custom_scalars import Charts
-from moe_heads.callbacks._shared.float32_weights import Float32Copy, float32_weights
 from moe_heads.callbacks._shared.loggers import loggers_of
 from moe_heads.callbacks._shared.loop_context import LoopContext
 from moe_heads.callbacks._shared.options import Weights

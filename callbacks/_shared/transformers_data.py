@@ -1,5 +1,6 @@
 """Data of a Trainer of transformers, read without any effect on the training."""
 
+import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -14,6 +15,7 @@ from moe_heads.analysis._shared.generators import generators_kept
 from moe_heads.analysis._shared.state import snapshot
 from moe_heads.callbacks._shared.trainer_access import Split
 from moe_heads.callbacks._shared.training_analysis import TrainingAnalysis
+from moe_heads.callbacks._shared.transformers_access import collator_of, sampler_of
 from moe_heads.callbacks._shared.transformers_loss import has_own_loss
 
 __all__ = ["TransformersData"]
@@ -39,7 +41,7 @@ class TransformersData:
             own = trainer.callback_handler.train_dataloader
             if type(trainer).get_train_dataloader is not Trainer.get_train_dataloader and own is not None:
                 return _unsharded(own)
-            return self._loader(trainer.train_dataset, args.per_device_train_batch_size, self._train_sampler())
+            return self._loader(trainer.train_dataset, args.per_device_train_batch_size, sampler_of(trainer))
         if split == "test":
             return None
         own = trainer.callback_handler.eval_dataloader
@@ -107,11 +109,11 @@ class TransformersData:
         this seed again, so that every analysis has the same samples.
         """
         collator = self._trainer.data_collator
-        kinds = (torch.Generator, np.random.Generator)
+        kinds = (torch.Generator, np.random.Generator, random.Random)
         sources = [collator, self._trainer.train_dataset, self._trainer.eval_dataset]
-        held = [value for source in sources for value in vars_of(source).values() if isinstance(value, kinds)]
+        held = [value for source in sources for value in _vars_of(source).values() if isinstance(value, kinds)]
         restore = [snapshot(generator) for generator in held]
-        is_seeded = "generator" in vars_of(collator) and getattr(collator, "seed", None) is not None
+        is_seeded = "generator" in _vars_of(collator) and getattr(collator, "seed", None) is not None
         own = getattr(collator, "generator", None)
         try:
             if is_seeded:
@@ -126,21 +128,12 @@ class TransformersData:
     def _loader(self, dataset: Any, size: int, sampler: Any = None) -> DataLoader[Any] | None:
         if dataset is None:
             return None
-        trainer = self._trainer
         options: dict[str, Any] = {} if isinstance(dataset, IterableDataset) else {"sampler": sampler}
-        collate = trainer._get_collator_with_removed_columns(trainer.data_collator)
-        workers = trainer.args.dataloader_num_workers
+        collate, workers = collator_of(self._trainer), self._trainer.args.dataloader_num_workers
         return DataLoader(dataset, batch_size=size, collate_fn=collate, num_workers=workers, **options)
 
-    def _train_sampler(self) -> Any:
-        """Return the sampler of a subclass. Those of the Trainer itself order all samples."""
-        trainer = self._trainer
-        if trainer.train_dataset is None or type(trainer)._get_train_sampler is Trainer._get_train_sampler:
-            return None
-        return trainer._get_train_sampler(trainer.train_dataset)
 
-
-def vars_of(source: Any) -> dict[str, Any]:
+def _vars_of(source: Any) -> dict[str, Any]:
     """Return the attributes of an object, none for objects without a dict."""
     return getattr(source, "__dict__", {})
 

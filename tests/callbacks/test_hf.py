@@ -235,14 +235,17 @@ def test_a_resumed_training_continues_the_records(tmp_path: Path) -> None:
 
 
 def test_a_second_training_keeps_nothing_of_the_first(tmp_path: Path) -> None:
-    experts, curvature = utilization(), sharpness(params=[NORM["classifier"]])
+    experts, curvature = utilization(), sharpness(params=[NORM["classifier"]], every_n_epochs=1)
     callback = TransformersCallback([experts, curvature])
     parts = {"train_dataset": labeled()}
     trainer(Classifier(num_experts=4), tmp_path, callback, parts=parts, num_train_epochs=2).train()
-    assert callback._context is None
+    assert callback._context is None and list(curvature.tracked["train"]) == [0, 1]
     run = trainer(Classifier(num_experts=6), tmp_path, callback, parts=parts)
     run.train()
-    assert list(experts.history["head"]) == [0] and len(experts.history["head"][0].counts) == 6
+    assert (
+        list(experts.history["head"]) == list(curvature.tracked["train"]) == [0]
+        and len(experts.history["head"][0].counts) == 6
+    )
     alone = sharpness(params=[NORM["classifier"]])
     again = trainer(Classifier(num_experts=6), tmp_path, TransformersCallback(alone), parts=parts)
     again.train()
@@ -405,6 +408,11 @@ def test_weights_and_biases(tmp_path: Path, wandb_run: Any, monkeypatch: pytest.
     assert {"train/sharpness/train/summary", "train/sharpness/train/spectrum"} <= set(logged)
 
 
+def summed(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
+    logits = outputs["logits"][:, :-1].reshape(-1, VOCABULARY)
+    return nn.functional.cross_entropy(logits, labels[:, 1:].reshape(-1), reduction="sum") / num_items_in_batch
+
+
 def on_rank(rank: int, folder: Path) -> Any:
     """Train on a rank under DistributedDataParallel of accelerate, with and without the callback."""
     ranks = {"RANK": rank, "WORLD_SIZE": 2, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": 0}
@@ -412,8 +420,10 @@ def on_rank(rank: int, folder: Path) -> Any:
     curvature, experts = sharpness(params=[NORM["mixtral"]]), utilization(every_n_train_steps=1)
     runs = []
     for callbacks in ([TransformersCallback([curvature, experts])], []):
-        options = {"per_device_train_batch_size": 2, "train_sampling_strategy": "sequential"}
-        runs.append(trainer(mixtral(), folder / str(rank), *callbacks, **options))
+        # a loss that the Trainer scales for a mean over the processes
+        options: dict[str, Any] = {"parts": {"compute_loss_func": summed}, "train_sampling_strategy": "sequential"}
+        run = trainer(mixtral(), folder / str(rank), *callbacks, per_device_train_batch_size=2, **options)
+        runs.append(run)
         runs[-1].train()
     assert_same_training(*runs)
     assert isinstance(runs[0].model_wrapped, nn.parallel.DistributedDataParallel)

@@ -163,7 +163,7 @@ class Stream(IterableDataset[Any]):
 
 def test_streams_columns_samplers_and_several_data_sets(tmp_path: Path) -> None:
     with_text = [{**line, "text": "not for the model"} for line in lines()]
-    parts = {"train_dataset": with_text, "eval_dataset": {"first": lines(4), "second": lines(8)}}
+    parts: dict[str, Any] = {"train_dataset": with_text, "eval_dataset": {"first": lines(4), "second": lines(8)}}
     data = TransformersData(trainer(gpt2(), tmp_path, parts=parts))
     assert set(drawn(data)[0]) == {"input_ids", "attention_mask", "labels"}
     evaluated = draw_sample("val", data.loader_of("val"), 8, 4, 0)

@@ -32,7 +32,7 @@ class Float32Copy:
 
     Example:
         >>> import torch
-        >>> from moe_heads.callbacks._shared.float32_weights import Float32Copy
+        >>> from moe_heads.analysis._shared.float32_weights import Float32Copy
         >>> copy = Float32Copy(torch.nn.Linear(2, 1).bfloat16())
         >>> copy.name, copy.num_bytes, copy.is_used
         ('weight', 12, True)

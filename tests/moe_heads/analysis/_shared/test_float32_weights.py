@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from moe_heads.callbacks._shared import float32_weights as module
-from moe_heads.callbacks._shared.float32_weights import Float32Copy, float32_weights
+from moe_heads.analysis._shared import float32_weights as module
+from moe_heads.analysis._shared.float32_weights import Float32Copy, float32_weights
 from tests.support.untouched import untouched
 
 
