@@ -280,7 +280,8 @@ def test_the_best_weights_are_loaded_before_the_analyses(tmp_path: Path) -> None
 def test_numbers_figures_and_texts_in_tensorboard(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     writer = SummaryWriter(str(tmp_path / "own"))
     callback = TransformersCallback([sharpness(every_n_train_steps=2, params=[NORM["mixtral"]]), utilization()])
-    run = trainer(mixtral(), tmp_path, callback, TensorBoardCallback(writer))
+    # before this callback, as those of report_to
+    run = trainer(mixtral(), tmp_path, TensorBoardCallback(writer), callback)
     run.train()
     events = EventAccumulator(str(tmp_path / "own"), size_guidance={"tensors": 0, "images": 0}).Reload()
     points = events.Scalars("train/sharpness/train/lambda_max")
