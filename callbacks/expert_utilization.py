@@ -198,7 +198,7 @@ class ExpertUtilizationCallback(FitEndAnalysis):
             self.history,
             self.history_steps,
             self._warnings,
-            checks_labels=self.runs_in_fit and "train" in self.splits,
+            checks_labels=self.runs_in_fit and "train" in self.splits and context.shows_labels,
         )
 
     @override

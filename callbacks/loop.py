@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from moe_heads.analysis._shared.batches import Batch, LossFn
+from moe_heads.callbacks._shared.analysis_group import AnalysisGroup
 from moe_heads.callbacks._shared.loggers import loggers_of
 from moe_heads.callbacks._shared.loop_context import LoopContext
 from moe_heads.callbacks._shared.trainer_access import Split, inside_fabric
@@ -17,6 +18,8 @@ from moe_heads.callbacks._shared.training_analysis import TrainingAnalysis
 from moe_heads.callbacks._shared.wrapped_models import unwrapped
 
 __all__ = ["TrainingMonitor"]
+
+_BEST = "without a Trainer. Load the best checkpoint into the model before monitor.end(model)."
 
 
 class TrainingMonitor:
@@ -72,10 +75,10 @@ class TrainingMonitor:
         writer: Any = None,
         device: torch.device | str | None = None,
     ) -> None:
-        self._analyses = _checked(analyses)
+        self._group = AnalysisGroup(analyses, _BEST)
         if loss_fn is not None and not callable(loss_fn):
             raise ValueError(f"loss_fn: expected loss_fn(model, batch) -> scalar, got {loss_fn!r}.")
-        self._context = LoopContext(type(self).__name__, self._analyses, loggers_of(writer), loss_fn, device)
+        self._context = LoopContext(type(self).__name__, self._group.analyses, loggers_of(writer), loss_fn, device)
         self._loaders: dict[Split, Any] = {}
         self._kept: Mapping[str, Any] = {}
         self._model: nn.Module | None = None
@@ -119,21 +122,16 @@ class TrainingMonitor:
         """
         self.close()
         context = self._context
-        self._model, context.group = unwrapped(model)
+        module, context.group = unwrapped(model)
         context.step = context.epoch = 0
+        context.metrics.clear()
         context.batch = None
         context.optimizers = _optimizers(optimizer)
         self._loaders = {}
         self._give(train, val, test)
-        for analysis in self._analyses:
-            analysis.check_early(self._model)
-            analysis.check_loss(context, self._model)
-            analysis.begin_run(context, self._model)
-        self._restore()
-        for analysis in self._analyses:
-            analysis.begin_fit(context, self._model)
-        for analysis in self._analyses:
-            analysis.begin_training(context)
+        kept, self._kept = self._kept, {}
+        self._group.begin(context, module, kept)
+        self._model = module
         for each in context.optimizers:
             self._enter(each.register_step_pre_hook(self._before_step))
             self._enter(each.register_step_post_hook(self._after_step))
@@ -155,8 +153,7 @@ class TrainingMonitor:
         context.batch = batch
         if not context.optimizers:
             context.step += 1
-        for analysis in self._analyses:
-            analysis.end_batch(context, module, batch)
+        self._group.end_batch(context, module, batch)
         self._has_batches = True
         self._begin_batch()
 
@@ -166,10 +163,7 @@ class TrainingMonitor:
         Args:
             model: The model.
         """
-        module, context = self._same(model), self._context
-        for analysis in self._analyses:
-            analysis.end_epoch(context, module)
-        context.epoch += 1
+        self._group.end_epoch(self._context, self._same(model))
         self._has_batches = False
         self._begin_batch()
 
@@ -193,29 +187,22 @@ class TrainingMonitor:
             self.start(model)
         if self._has_batches:
             self.end_epoch(model)
-        module, context = self._same(model), self._context
+        module = self._same(model)
         self._give(train, val, test)
-        for analysis in self._analyses:
-            analysis.end_training(context)
         try:
-            for analysis in self._analyses:
-                if analysis.stages is None or "fit" in analysis.stages:
-                    analysis.end_fit(context, module)
+            return self._group.end(self._context, module)
         finally:
             self.close()
-        return {analysis.name: analysis.results for analysis in self._analyses}
 
     def close(self) -> None:
         """Remove all hooks, also after an error of the loop. A training can `start` again."""
         self._hooks.close()
-        for analysis in self._analyses:
-            analysis.close()
+        self._group.close()
         self._model, self._has_batches = None, False
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state that a resumed training needs, as tensors and plain data."""
-        kept = {analysis.name: analysis.kept_in_checkpoints() for analysis in self._analyses}
-        return {"step": self._context.step, "epoch": self._context.epoch, "analyses": kept}
+        return self._group.state_dict(self._context)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue an earlier training with the next `start`.
@@ -224,15 +211,6 @@ class TrainingMonitor:
             state: State that `state_dict` returned.
         """
         self._kept = state
-
-    def _restore(self) -> None:
-        kept, self._kept = self._kept, {}
-        if not kept:
-            return
-        self._context.step, self._context.epoch = kept["step"], kept["epoch"]
-        for analysis in self._analyses:
-            if of_analysis := kept["analyses"].get(analysis.name):
-                analysis.restore(of_analysis)
 
     def _give(self, train: Any, val: Any, test: Any) -> None:
         given: dict[Split, Any] = {"train": train, "val": val, "test": test}
@@ -252,39 +230,16 @@ class TrainingMonitor:
         return module
 
     def _begin_batch(self) -> None:
-        for analysis in self._analyses:
-            analysis.begin_batch(self._context, None)
+        self._group.begin_batch(self._context)
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        for analysis in self._analyses:
-            analysis.before_step(self._context, optimizer)
+        self._group.before_step(self._context, optimizer)
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         self._context.step += 1
 
     def _enter(self, handle: RemovableHandle) -> None:
         self._hooks.callback(handle.remove)
-
-
-def _checked(analyses: Sequence[TrainingAnalysis]) -> tuple[TrainingAnalysis, ...]:
-    listed = tuple(analyses) if isinstance(analyses, (list, tuple)) else (analyses,)
-    wrong = [type(each).__name__ for each in listed if not isinstance(each, TrainingAnalysis)]
-    if wrong or not listed:
-        got = wrong[0] if wrong else "none"
-        raise ValueError(f"analyses: expected callbacks such as SharpnessCallback(), got {got}.")
-    names = [each.name for each in listed]
-    for each in listed:
-        if names.count(each.name) > 1:
-            raise ValueError(
-                f"analyses: expected one analysis for each name, got two with the name {each.name!r}. Give one of them"
-                f" another name: {type(each).__name__}(..., name='{each.name}_2')."
-            )
-        if each.weights == "best":
-            raise ValueError(
-                f"{type(each).__name__}(weights='best'): expected weights='last' without a Trainer. Load the best"
-                " checkpoint into the model before monitor.end(model)."
-            )
-    return listed
 
 
 def _optimizers(given: Optimizer | Iterable[Optimizer] | None) -> tuple[Optimizer, ...]:

@@ -167,6 +167,8 @@ class Analysis(ABC):
                 stack.callback(progress.forget)
                 with ranks.synchronized():
                     stack.enter_context(context.prepared(model, weights))
+                    if self.needs_loss:
+                        stack.enter_context(context.full_precision(model))
                 prepared = prepare(context, model, split, self, progress, ranks)
                 if prepared is None:
                     return None

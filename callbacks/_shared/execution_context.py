@@ -38,12 +38,14 @@ class ExecutionContext(ABC):
             number of samples.
         announces_validation: Whether the loop announces its validation batches. Otherwise passes in evaluation mode are
             ignored.
+        shows_labels: Whether the batches of the training have their labels when an analysis gets them.
     """
 
     owner: str = "analysis"
     trainer: Trainer | None = None
     is_training_run: bool = True
     announces_validation: bool = False
+    shows_labels: bool = True
     loss_fn: LossFn | None = None
     batch_weight_fn: BatchWeightFn | None = None
 
@@ -84,6 +86,10 @@ class ExecutionContext(ABC):
     @abstractmethod
     def prepared(self, model: nn.Module, weights: Weights) -> AbstractContextManager[None]:
         """Move the model to its device, load the weights and set evaluation mode; restore everything at the end."""
+
+    def full_precision(self, model: nn.Module) -> AbstractContextManager[None]:
+        """Return the context in which the parameters of a model have the precision that a loss needs."""
+        return nullcontext()
 
     def forward_context(self) -> AbstractContextManager[Any]:
         """Return the context in which the loop runs a forward pass, such as autocast."""

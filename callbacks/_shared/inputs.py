@@ -118,7 +118,9 @@ def prepare(
         )
 
     sample = ranks.run_on_rank_zero(draw)
-    weight_fn = analysis.batch_weight_fn or context.batch_weight_fn if analysis.needs_loss else None
+    # the weights of the context belong to its own loss
+    weight_fn = analysis.batch_weight_fn or (None if analysis.loss_fn else context.batch_weight_fn)
+    weight_fn = weight_fn if analysis.needs_loss else None
     with ranks.synchronized():
         is_random, may_cut = False, True
         moved: list[Batch] = []

@@ -2,6 +2,7 @@
 
 import weakref
 from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
 from typing import Any, ClassVar
 
 from lightning.pytorch.utilities import rank_zero_warn
@@ -74,7 +75,8 @@ class TrainingAnalysis(Analysis):
         """Forget the previous results, and check the model."""
         # before any analysis of this fit: another analysis may read these results
         self.results, self._known = {}, {}
-        self.check_model(context, model)
+        with context.full_precision(model) if self.needs_loss else nullcontext():
+            self.check_model(context, model)
 
     def begin_training(self, context: ExecutionContext) -> None:
         """Start the interval of steps. A resumed training has restored its number of steps by now."""
