@@ -12,21 +12,24 @@ from moe_heads.analysis._shared.arguments import check_arguments
 from moe_heads.analysis._shared.batch_list import Batches
 from moe_heads.analysis._shared.batches import Batch, LossFn
 from moe_heads.analysis._shared.counting import BatchSizeFn, BatchWeightFn
+from moe_heads.analysis._shared.gathered import gathered
+from moe_heads.analysis._shared.in_step import ranks_of
 from moe_heads.analysis._shared.mean_check import CutDependence, check_mean
 from moe_heads.analysis._shared.progress import Progress, TimeUp
 from moe_heads.analysis._shared.ranks import Ranks
+from moe_heads.analysis._shared.shards import is_sharded
 from moe_heads.analysis.sharpness.checks import certified, from_krylov
 from moe_heads.analysis.sharpness.hessian.blocks import default_blocks, expert_places, places_of
 from moe_heads.analysis.sharpness.hessian.lanczos import lanczos
-from moe_heads.analysis.sharpness.hessian.operator import HessianOperator
 from moe_heads.analysis.sharpness.hessian.parameters import Selection, selected_parameters, slices_of
 from moe_heads.analysis.sharpness.hessian.shared import shared_hessian
 from moe_heads.analysis.sharpness.hessian.submatrix import DiagonalBlock
 from moe_heads.analysis.sharpness.hessian.trace import Places, deflated_trace
+from moe_heads.analysis.sharpness.hessian.weighted_sum import WeightedSum
 from moe_heads.analysis.sharpness.options import check_sharpness_options
 from moe_heads.analysis.sharpness.record import SharpnessRecord
 from moe_heads.analysis.sharpness.result import SharpnessResult
-from moe_heads.analysis.sharpness.supplements import supplemented
+from moe_heads.analysis.sharpness.supplements import check_supplements, supplemented
 from moe_heads.checks import check_flags
 
 __all__ = ["sharpness"]
@@ -165,7 +168,7 @@ def sharpness(
         basis_memory=basis_memory,
     )
     check_flags(keep_eigenvectors=keep_eigenvectors)
-    selected = selected_parameters(model, params)
+    selected = selected_parameters(model, params, allows_shards=True)
     num_parameters = sum(p.numel() for p in selected.values())
     if num_eigenvalues > num_parameters:
         raise ValueError(
@@ -179,9 +182,10 @@ def sharpness(
     slices = slices_of(selected)
     places = places_of(default_blocks(model, slices) if blocks is None else blocks, slices)
     experts = expert_places(model, slices)
-    progress, ranks = progress or Progress(), ranks or Ranks()
+    progress, ranks = progress or Progress(), ranks_of(model, ranks)
+    check_supplements(model, params, routing_steps=routing_steps, perturbation=perturbation)
 
-    def algorithm(operator: HessianOperator) -> SharpnessResult:
+    def algorithm(operator: WeightedSum) -> SharpnessResult:
         record = SharpnessRecord(
             operator,
             places,
@@ -235,6 +239,9 @@ def sharpness(
 
     with ranks.synchronized():
         data = Batches.of(batches, batch_size_fn, batch_weight_fn)
+    if params is not None and is_sharded(model):
+        part = gathered(model, [loss_fn], data, params, ranks=ranks, progress=progress, seed=seed)
+        model, loss_fn, data, params = part.model, part.quantities[0], part.data, None
     dependence = _cut_dependence(model, loss_fn, data, progress, ranks, seed)
     with analysis_mode(model, seed):
         result = shared_hessian(
@@ -247,6 +254,7 @@ def sharpness(
             graph_memory=graph_memory,
             progress=progress,
             seed=seed,
+            tolerance=tolerance,
         )
     result = supplemented(
         model,
@@ -286,7 +294,7 @@ def _both(places: Places, experts: Places) -> Places:
 
 
 def _largest(
-    operator: HessianOperator, places: Sequence[slice], generator: torch.Generator, tolerance: float, max_steps: int
+    operator: WeightedSum, places: Sequence[slice], generator: torch.Generator, tolerance: float, max_steps: int
 ) -> tuple[float, float]:
     """Return the largest eigenvalue of a diagonal block and its residual norm, infinite if a larger one may exist."""
     if not places:
