@@ -16,9 +16,10 @@ from moe_heads.callbacks._shared.evaluation import loss_of
 from moe_heads.callbacks._shared.execution_context import TrainerContext
 from moe_heads.callbacks._shared.options import AnalysisOptions, Stage, Weights
 from moe_heads.callbacks._shared.reporting import log_hparams
+from moe_heads.callbacks._shared.sharding import is_left_out
 from moe_heads.callbacks._shared.step_interval import StepInterval
 from moe_heads.callbacks._shared.stream_check import check_streams
-from moe_heads.callbacks._shared.trainer_access import Split, is_sharded
+from moe_heads.callbacks._shared.trainer_access import Split
 
 __all__ = ["FitEndAnalysis"]
 
@@ -65,7 +66,7 @@ class FitEndAnalysis(Analysis, Callback):
         self.tracked_steps: dict[Split, dict[int, Mapping[str, float]]] = {}
         self._interval = None if self.every_n_train_steps is None else StepInterval(self.every_n_train_steps)
         self.is_tracking, self.was_interrupted = False, False
-        self._has_fitted = False
+        self._has_fitted = self._is_left_out = False
 
     @classmethod
     def _check_names_of(cls, options: AnalysisOptions) -> None:
@@ -80,12 +81,8 @@ class FitEndAnalysis(Analysis, Callback):
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         owner = type(self).__name__
-        if is_sharded(trainer):
-            raise MisconfigurationException(
-                f"{owner}: expected a strategy with the whole model in every process, got"
-                f" {type(trainer.strategy).__name__}. Train with strategy='ddp', or analyze a checkpoint of this run in"
-                " a second script."
-            )
+        unsupported = self.unsupported_if_sharded()
+        self._is_left_out = is_left_out(trainer, owner, self.weights, unsupported, self.on_error)
         if sum(other.name == self.name for other in _analyses_of(trainer)) > 1:
             raise MisconfigurationException(
                 f"{owner}: expected one analysis for each name, got two with the name {self.name!r}. Give one of them"
@@ -154,6 +151,14 @@ class FitEndAnalysis(Analysis, Callback):
     ) -> None:
         if self._interval is not None and self._interval.is_due(trainer.global_step):
             self.track_step(trainer, pl_module)
+
+    def unsupported_if_sharded(self) -> str:
+        """Return the reason why the analysis cannot run if the parameters are divided among processes, or "".
+
+        An analysis that supports them returns "". It then runs the same forward passes on all ranks, and takes no
+        gradients with torch.autograd.grad.
+        """
+        return f"{type(self).__name__} does not define unsupported_if_sharded() to return ''"
 
     def track_step(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Add a point to the series of ``every_n_train_steps``; by default, analyze all splits."""
@@ -229,6 +234,8 @@ class FitEndAnalysis(Analysis, Callback):
         Returns:
             Metrics of the analyzed splits.
         """
+        if self._is_left_out:
+            return {}
         context = TrainerContext(trainer, type(self).__name__)
         done: dict[Split, Mapping[str, float]] = {}
         self.was_interrupted = False

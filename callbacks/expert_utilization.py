@@ -198,6 +198,8 @@ class ExpertUtilizationCallback(FitEndAnalysis):
         self._warnings = UtilizationWarnings(self.name, self.label_fn is not None)
         self._close()
         self._log = UtilizationLog(self.name, self.detail, self.dead_below, self.starved_below)
+        if self._is_left_out:
+            return
         # once for the whole fit: a change of hooks would trigger a recompilation of a compiled model
         collection = self._listening.enter_context(collect_routing(pl_module, self.adapters))
         options = self.dead_below, self.starved_below, self.inert_below, self.mask_fn
@@ -338,6 +340,10 @@ class ExpertUtilizationCallback(FitEndAnalysis):
             progress=inputs.progress,
             ranks=inputs.ranks,
         )
+
+    @override
+    def unsupported_if_sharded(self) -> str:
+        return "ablation=True runs copies of the head. Pass ablation=False" if self.ablation else ""
 
     @override
     def report(self, result: ExpertUtilizationResult) -> Report:

@@ -107,6 +107,10 @@ class InferenceTimingCallback(FitEndAnalysis):
             named_modules(pl_module, self.modules)  # a wrong name raises an error before training, not after it
 
     @override
+    def unsupported_if_sharded(self) -> str:
+        return "rank zero measures alone, and a pass of a sharded model needs all ranks"
+
+    @override
     def compute(self, inputs: AnalysisInputs) -> InferenceTimingResult:
         with nullcontext() if inputs.trainer is None else forward_context(inputs.trainer):
             return inference_timing(

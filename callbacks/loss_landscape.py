@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -24,6 +24,7 @@ from moe_heads.analysis import (
 from moe_heads.analysis._shared.batches import Batch
 from moe_heads.analysis._shared.parameters import trainable_parameters
 from moe_heads.analysis._shared.progress import TimeUp
+from moe_heads.analysis._shared.shards import CHECKPOINT_REMEDY
 from moe_heads.analysis.loss_landscape.direction_sweep import Normalization
 from moe_heads.analysis.loss_landscape.directions import Biases
 from moe_heads.analysis.loss_landscape.grid import grid_through_zero
@@ -35,6 +36,7 @@ from moe_heads.callbacks._shared.inputs import AnalysisInputs
 from moe_heads.callbacks._shared.options import AnalysisOptions, OverRanks
 from moe_heads.callbacks._shared.reporting import Report
 from moe_heads.callbacks._shared.trainer_access import Split
+from moe_heads.callbacks._shared.trainer_access import is_sharded as has_sharded_strategy
 from moe_heads.callbacks._sharpness_options import check_are_in, check_differentiable, check_params
 from moe_heads.callbacks.base import FitEndAnalysis
 from moe_heads.checks import check_at_least, check_flags, check_option, check_positive
@@ -160,7 +162,7 @@ class LossLandscapeCallback(FitEndAnalysis):
         self.params = params
         self.num_directions, self.trajectory, self.refine = num_directions, trajectory, refine
         self.check_curvatures, self.resume, self.html = check_curvatures, resume, html
-        self._history = WeightHistory(params)
+        self._history, self._records_weights = WeightHistory(params), trajectory
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -169,14 +171,26 @@ class LossLandscapeCallback(FitEndAnalysis):
         if self.runs_in_fit:
             self._check_parameters(pl_module)
         self._history = WeightHistory(self.params)
-        if self.trajectory:
+        if self._records_weights:
             self._history.record("start", pl_module)
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self.trajectory:
+        if self._records_weights:
             self._history.record(f"epoch {trainer.current_epoch}", pl_module)
         super().on_train_epoch_end(trainer, pl_module)
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        self._records_weights = self.trajectory and not has_sharded_strategy(trainer)
+        if self.trajectory and not self._records_weights:
+            owner = type(self).__name__
+            rank_zero_warn(f"{owner}: no trajectory, because the model is sharded. {CHECKPOINT_REMEDY}.")
+
+    @override
+    def unsupported_if_sharded(self) -> str:
+        return ""
 
     def _check_parameters(self, pl_module: LightningModule) -> None:
         owner = type(self).__name__
@@ -239,7 +253,7 @@ class LossLandscapeCallback(FitEndAnalysis):
 
     @property
     def _draws_trajectory(self) -> bool:
-        return self.trajectory and not self.is_tracking
+        return self._records_weights and not self.is_tracking
 
     def _wants_plane(self, split: Split) -> bool:
         fallbacks = {other for wanted in self.plane_splits for other in self.fallbacks.get(wanted, ())}
@@ -354,5 +368,6 @@ def _ended(found: Landscape, reason: str) -> Landscape:
 
 def _accuracy_of(model: nn.Module) -> Callable[[nn.Module, Batch], Tensor] | None:
     """Return the ``analysis_accuracy(batch)`` of the module, or None if it has none."""
-    accuracy = getattr(model, "analysis_accuracy", None)
-    return None if accuracy is None else lambda _, batch: accuracy(batch)
+    if not hasattr(model, "analysis_accuracy"):
+        return None
+    return lambda model, batch: cast(Any, model).analysis_accuracy(batch)

@@ -31,12 +31,14 @@ __all__ = [
     "forward_context",
     "has_default_hp_metric",
     "inner_sampler",
+    "is_model_parallel",
     "is_sharded",
     "loader_of",
     "mode_of",
     "muted",
     "num_overfit_batches",
     "process_group_of",
+    "tensor_parallel_size",
     "to_analysis_device",
     "write_hparams",
 ]
@@ -47,6 +49,17 @@ Split = Literal["train", "val", "test"]
 def is_sharded(trainer: Trainer) -> bool:
     """Return whether the strategy shards the parameters, so that no process holds the whole model."""
     return isinstance(trainer.strategy, (DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy))
+
+
+def is_model_parallel(trainer: Trainer) -> bool:
+    """Return whether the strategy leaves it to the module to divide its parameters (FSDP2, DTensor)."""
+    return isinstance(trainer.strategy, ModelParallelStrategy)
+
+
+def tensor_parallel_size(trainer: Trainer) -> int:
+    """Return the number of processes that share the layers of a `ModelParallelStrategy`."""
+    size = getattr(trainer.strategy, "_tensor_parallel_size", 1)
+    return size if isinstance(size, int) else trainer.strategy.num_processes  # type: ignore[attr-defined]
 
 
 def loader_of(trainer: Trainer, split: Split) -> Any | None:

@@ -10,6 +10,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn import functional as F
 
 from moe_heads import SparseMoE
+from moe_heads.analysis._shared.shards import local, reshard
 
 NUM_FEATURES, NUM_CLASSES = 5, 3
 
@@ -78,8 +79,6 @@ def share_of(batches: list[tuple[Tensor, Tensor]], rank: int) -> list[tuple[Tens
 
 def local_state(model: nn.Module) -> dict[str, Any]:
     """Everything that an analysis must leave as it was, of this process."""
-    from moe_heads.analysis._shared.shards import local, reshard
-
     reshard(model)
     return {
         "values": {name: local(p.detach()).clone() for name, p in model.named_parameters()},
@@ -89,3 +88,14 @@ def local_state(model: nn.Module) -> dict[str, Any]:
         "training": {name: child.training for name, child in model.named_modules()},
         "rng": torch.get_rng_state(),
     }
+
+
+def assert_same(before: Any, after: Any) -> None:
+    if isinstance(before, dict):
+        assert before.keys() == after.keys()
+        for key in before:
+            assert_same(before[key], after[key])
+    elif isinstance(before, Tensor):
+        assert torch.equal(before, after)
+    else:
+        assert before == after

@@ -20,12 +20,16 @@ from moe_heads.analysis._shared.in_step import in_step, work_in_step
 from moe_heads.analysis._shared.parameters import Selection, trainable_parameters
 from moe_heads.analysis._shared.progress import Progress
 from moe_heads.analysis._shared.ranks import Ranks
-from moe_heads.analysis._shared.shards import full, reshard
+from moe_heads.analysis._shared.scalar import is_scalar
+from moe_heads.analysis._shared.shards import REMEDY, full, reshard
 
 __all__ = ["Gathered", "Quantity", "gathered"]
 
 Quantity = Callable[[nn.Module, Batch], Tensor]
 """``quantity(model, batch)``, such as a loss or an accuracy."""
+
+# Relative change of a loss by another order of a sum in single precision.
+_ROUNDING = 1e-5
 
 _Records = dict[str, tuple[Any, ...]]
 
@@ -76,6 +80,7 @@ def gathered(
     recorder = _Recorder(model, {name.rpartition(".")[0] for name in chosen})
     watched = in_step(model, progress, ranks)
     records: list[tuple[_Records, ...]] = []
+    values: list[float] = []
     with ranks.synchronized(), analysis_mode(model, seed), torch.no_grad():
         for index, batch in enumerate(data):
             watched.tick()
@@ -83,8 +88,9 @@ def gathered(
             for quantity in quantities:
                 torch.manual_seed(seed + index)
                 with recorder.recording() as calls:
-                    quantity(model, own_copy(batch))
+                    value = quantity(model, own_copy(batch))
                 found.append(calls)
+                values += [float(value)] if index == 0 and is_scalar(value) else []
             records.append(tuple(found))
         reshard(model)
         plain = _Copies(model, chosen, recorder)
@@ -96,7 +102,12 @@ def gathered(
         data.sizes,
         weight_fn=None if weight_fn is None else lambda item: weight_fn(item[0]),
     )
-    return Gathered(whole, batches, tuple(plain.replayed(q, place) for place, q in enumerate(quantities)))
+    part = Gathered(whole, batches, tuple(plain.replayed(q, place) for place, q in enumerate(quantities)))
+    with ranks.synchronized(), analysis_mode(whole, seed), torch.no_grad():
+        for quantity, before in zip(part.quantities, values, strict=False):
+            torch.manual_seed(seed)
+            plain.check(float(quantity(whole, own_copy(items[0]))), before)
+    return part
 
 
 class _Recorder:
@@ -198,6 +209,28 @@ class _Copies:
 
         return replay
 
+    def check(self, value: float, before: float) -> None:
+        """Check a value of the copy.
+
+        Args:
+            value: The value, from the last call of a quantity.
+            before: The same value of the sharded model.
+
+        Raises:
+            RuntimeError: If it differs, or if the recorded outputs were not used.
+        """
+        unused = [name for name, module in self._recorded.items() if module.outputs]
+        if unused:
+            raise RuntimeError(
+                f"loss_fn: expected a function that evaluates the model it is given, got one that did not run"
+                f" {unused[0]!r} of it. Use the argument in place of a model from outside."
+            )
+        if abs(value - before) > _ROUNDING * max(abs(value), abs(before)):
+            raise RuntimeError(
+                f"params: expected the same value of the gathered part, {before:.8g}, got {value:.8g}. The model has a"
+                f" state that is not in its parameters. {REMEDY}."
+            )
+
     def _whole(self, parameter: nn.Parameter) -> nn.Parameter:
         if id(parameter) not in self._params:
             whole = full(parameter).clone()
@@ -246,8 +279,8 @@ def _unsharded(module: nn.Module) -> nn.Module:
     """Return a shallow copy of a module with containers of its own, without the class and the hooks of FSDP2."""
     from torch.distributed.fsdp import FSDPModule
 
-    kind = next(kind for kind in type(module).__mro__ if not issubclass(kind, FSDPModule))
-    copied: nn.Module = object.__new__(kind)
+    kind: type[nn.Module] = next(kind for kind in type(module).__mro__ if not issubclass(kind, FSDPModule))
+    copied = kind.__new__(kind)
     own = {key: value for key, value in vars(module).items() if not key.startswith("__composable_api")}
     for key, value in own.items():
         if isinstance(value, OrderedDict) and "_hooks" in key:

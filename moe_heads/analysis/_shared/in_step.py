@@ -3,13 +3,15 @@
 A forward pass of such a model gathers its parameters, so all processes have to run the same number of passes.
 """
 
+from typing import Any
+
 from torch import nn
 from typing_extensions import override
 
 from moe_heads.analysis._shared.batch_list import Batches
 from moe_heads.analysis._shared.progress import Progress
 from moe_heads.analysis._shared.ranks import Ranks
-from moe_heads.analysis._shared.shards import REMEDY, is_shard, is_sharded, reshard
+from moe_heads.analysis._shared.shards import CHECKPOINT_REMEDY, is_shard, is_sharded, reshard
 
 __all__ = ["InStep", "in_step", "ranks_of", "work_in_step"]
 
@@ -23,12 +25,13 @@ def ranks_of(model: nn.Module, ranks: Ranks | None) -> Ranks:
     if not is_sharded(model):
         return ranks or Ranks()
     reshard(model)
-    meshes = [p.device_mesh for p in model.parameters() if is_shard(p)]  # type: ignore[union-attr]
-    if any(mesh.ndim > 1 for mesh in meshes):
+    shards: list[Any] = [p for p in model.parameters() if is_shard(p)]
+    meshes = [p.device_mesh for p in shards]
+    if any(mesh.ndim > 1 for mesh in meshes) or not all(p.placements[0].is_shard() for p in shards):
         names = ", ".join(map(str, meshes[0].mesh_dim_names or meshes[0].shape))
         raise ValueError(
-            "model: expected parameters sharded over one dimension of processes (data parallel), got a mesh of"
-            f" several ({names}). {REMEDY}."
+            "model: expected parameters sharded over one dimension of processes (data parallel), got the placements"
+            f" {shards[0].placements} on the mesh {names}. {CHECKPOINT_REMEDY}."
         )
     if ranks is None:
         return Ranks(meshes[0].get_group() if meshes else None)

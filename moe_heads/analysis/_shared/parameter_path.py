@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from moe_heads.analysis._shared.shards import Shards, is_sharded, local, reshard
+from moe_heads.analysis._shared.shards import Shards, is_shard, is_sharded, local, reshard
 from moe_heads.analysis._shared.state import write_back
 
 __all__ = ["ParameterPath", "Steps", "Target"]
@@ -54,7 +54,13 @@ class ParameterPath:
             for name in names
         ]
         self._sharded = model if is_sharded(model) else None
-        self._squares = None if self._sharded is None else Shards(model.parameters()).all_reduce(self._own_squares())
+        self._shares = [1.0] * len(names)
+        self._squares: Tensor | None = None
+        if self._sharded is not None:
+            shards = Shards(p for p in model.parameters() if is_shard(p))
+            # a tensor that all processes hold counts once
+            self._shares = [1.0 if is_shard(named[name]) else 1 / shards.num_processes for name in names]
+            self._squares = shards.all_reduce(self._own_squares())
 
     @property
     def norms(self) -> tuple[float, ...]:
@@ -63,13 +69,13 @@ class ParameterPath:
         return tuple(squares.sqrt().tolist())
 
     def _own_squares(self) -> Tensor:
-        """Return the squared length of a unit step in this process, by direction."""
+        """Return the squared length of a unit step, by direction; of a sharded model, this process's share of it."""
         squares = [0.0] * self.num_directions
-        for _, start, steps in self._moves:
+        for (_, start, steps), share in zip(self._moves, self._shares, strict=True):
             for number, step in enumerate(steps):
                 if step is not None:
                     step = step.end - start if isinstance(step, Target) else step
-                    squares[number] += float(torch.linalg.vector_norm(step)) ** 2
+                    squares[number] += share * float(torch.linalg.vector_norm(step)) ** 2
         return torch.tensor(squares, dtype=torch.float64)
 
     @torch.no_grad()

@@ -2,13 +2,14 @@
 
 import sys
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 __all__ = [
+    "CHECKPOINT_REMEDY",
     "REMEDY",
     "Shards",
     "check_whole",
@@ -20,11 +21,11 @@ __all__ = [
     "reshard",
 ]
 
-# Remedy of every error about an analysis that needs whole parameters.
-REMEDY = (
-    "Analyze a checkpoint in one process, with `moe-heads analyze` or callback.analyze(model, ...), or choose a module"
-    ' that fits into each process, such as params=["head"]'
-)
+CHECKPOINT_REMEDY = "Analyze a checkpoint in one process, with `moe-heads analyze` or callback.analyze(model, ...)"
+"""Remedy for an analysis that no sharded model supports."""
+
+REMEDY = f'{CHECKPOINT_REMEDY}, or choose a module that fits into each process, such as params=["head"]'
+"""Remedy for an analysis that needs whole parameters."""
 
 
 def is_shard(tensor: object) -> bool:
@@ -53,12 +54,14 @@ def _units(model: nn.Module) -> Iterator[Any]:
 
 def local(tensor: Tensor) -> Tensor:
     """Return the part of a tensor in this process, which shares its memory; a plain tensor as it is."""
-    return tensor.detach().to_local() if is_shard(tensor) else tensor  # type: ignore[operator]
+    part: Any = tensor
+    return cast(Tensor, part.detach().to_local()) if is_shard(tensor) else tensor
 
 
 def full(tensor: Tensor) -> Tensor:
     """Return the whole of a tensor. All processes have to call this."""
-    return tensor.detach().full_tensor() if is_shard(tensor) else tensor.detach()  # type: ignore[operator]
+    part: Any = tensor.detach()
+    return cast(Tensor, part.full_tensor() if is_shard(tensor) else part)
 
 
 def part_of(tensor: Tensor, values: Tensor) -> Tensor:
@@ -99,10 +102,19 @@ class Shards:
 
     Args:
         params: The parameters.
+
+    Raises:
+        ValueError: If some are divided among processes, and others are not.
     """
 
     def __init__(self, params: Iterable[Tensor]) -> None:
         self._params = list(params)
+        if len({is_shard(p) for p in self._params}) > 1:
+            raise ValueError(
+                "model: expected parameters that are all sharded, got some that each process holds as a whole. Their"
+                " gradients would not be added up over the processes. Pass the module that holds them to fully_shard,"
+                " or freeze it."
+            )
         self._sizes = [p.numel() for p in self._params]
         first: Any = next((p for p in self._params if is_shard(p)), None)
         self._group = None if first is None else first.device_mesh.get_group()

@@ -20,7 +20,7 @@ from moe_heads.analysis._shared.microbatches import Microbatches
 from moe_heads.analysis._shared.names import check_names
 from moe_heads.analysis._shared.progress import Progress, TimeUp
 from moe_heads.analysis._shared.ranks import Ranks
-from moe_heads.analysis._shared.shards import REMEDY, is_sharded
+from moe_heads.analysis._shared.shards import CHECKPOINT_REMEDY, is_sharded
 from moe_heads.analysis.expert_utilization.ablation import AblationCounts, ablated_heads, count_ablation
 from moe_heads.analysis.expert_utilization.classes import Classes, check_class_names, checked_ignore_index, classes_of
 from moe_heads.analysis.expert_utilization.examples import images_of, read_images
@@ -140,7 +140,7 @@ def expert_utilization(
     progress, ranks, listed = progress or Progress(), ranks_of(model, ranks), Batches.of(batches, batch_size_fn)
     work_in_step(model, listed, ranks)
     if ablation and is_sharded(model):
-        raise ValueError(f"ablation: expected False for a sharded model, got True. {REMEDY}.")
+        raise ValueError(f"ablation: expected False for a sharded model, got True. {CHECKPOINT_REMEDY}.")
     sums = _Sums(options)
     if not named_routers(model) and not adapted_routers(model, adapters) and not expert_layers(model):
         sums.num_samples = listed.num_samples

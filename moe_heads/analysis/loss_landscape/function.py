@@ -152,8 +152,8 @@ def loss_landscape(
     if params is not None and is_sharded(model):
         with ranks.synchronized():
             data = Batches.of(batches, batch_size_fn, batch_weight_fn)
-        functions = [loss_fn] if accuracy_fn is None else [loss_fn, accuracy_fn]
-        part = gathered(model, functions, data, params, ranks=ranks, progress=progress, seed=seed)
+        quantities = [loss_fn] if accuracy_fn is None else [loss_fn, accuracy_fn]
+        part = gathered(model, quantities, data, params, ranks=ranks, progress=progress, seed=seed)
         model, batches, params, (loss_fn, *others) = part.model, part.data, None, part.quantities
         accuracy_fn = others[0] if others else None
         batch_size_fn = batch_weight_fn = None

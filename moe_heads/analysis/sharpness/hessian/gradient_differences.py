@@ -159,7 +159,7 @@ class GradientDifferences:
         return StepErrors(
             difference=norm,
             form=abs(pairs[0] - pairs[1]),
-            relative=norm / scale if scale else 0.0,
+            relative=math.nan if math.isnan(norm) else (norm / scale if scale else 0.0),
             derivative=_derivative_error(pairs[2:], slope),
         ), size
 
