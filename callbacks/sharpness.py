@@ -62,6 +62,7 @@ class SharpnessCallback(FitEndAnalysis):
     asymmetry                      antisymmetric part of the products over their norm
     derivative_error,              relative difference of the gradient from a finite difference of the loss, and of a
     curvature_error                product from one of the gradient
+    step_error                     relative difference of products with two steps (sharded models)
     cut_dependence                 relative change of the loss when batches are halved
     num_products                   number of Hessian-vector products
     num_samples, converged         number of samples; 1 if every tolerance was met, with eigenvalues_converged and

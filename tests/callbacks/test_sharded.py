@@ -93,7 +93,8 @@ class Witness(Callback):
     """Stands before and behind the analyses, and compares."""
 
     def __init__(self, before: "Witness | None" = None) -> None:
-        self.before, self.seen = before, {}
+        self.before = before
+        self.seen: dict[str, Any] = {}
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.seen = local_state(pl_module) | {
@@ -141,6 +142,7 @@ def fit(num_processes: int) -> dict[str, float]:
     return {name: float(value) for name, value in trainer.callback_metrics.items()}
 
 
+@pytest.mark.slow  # the functions are tested in two processes in tests/moe_heads/analysis/test_sharded_models.py
 @pytest.mark.filterwarnings("ignore")
 def test_two_processes_with_a_sharded_model_find_what_one_finds(tmp_path: Path) -> None:
     script = tmp_path / "train.py"

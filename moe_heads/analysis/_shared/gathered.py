@@ -4,7 +4,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -279,8 +279,8 @@ def _unsharded(module: nn.Module) -> nn.Module:
     """Return a shallow copy of a module with containers of its own, without the class and the hooks of FSDP2."""
     from torch.distributed.fsdp import FSDPModule
 
-    kind: type[nn.Module] = next(kind for kind in type(module).__mro__ if not issubclass(kind, FSDPModule))
-    copied = kind.__new__(kind)
+    kind = next(kind for kind in type(module).__mro__ if not issubclass(kind, FSDPModule))
+    copied = cast(nn.Module, object.__new__(kind))
     own = {key: value for key, value in vars(module).items() if not key.startswith("__composable_api")}
     for key, value in own.items():
         if isinstance(value, OrderedDict) and "_hooks" in key:

@@ -86,6 +86,10 @@ def sharpness(
     standard error of the trace. ``certificate`` of the result lists the checks. Up to 100 parameters a density takes
     all eigenvalues, and trace and density are exact.
 
+    The parameters of a model sharded by FSDP2 have no second derivatives in torch. Their products are differences of
+    gradients at two steps, and an error is raised where the two disagree. With ``params``, the selected parameters are
+    gathered in each process, and the products are exact. Rank zero holds whole vectors.
+
     The model is evaluated inside `analysis_mode` and left bit for bit as it was, also after an error.
 
     Args:
@@ -97,7 +101,8 @@ def sharpness(
             default all that require a gradient. Layers before them are evaluated once.
         num_eigenvalues: Number of algebraically largest eigenvalues. Papers on sharpness report five.
         tolerance: Largest relative residual :math:`\|Hv - \lambda v\| / |\lambda|` of these. 1e-3 makes the error of a
-            separated eigenvalue about 1e-6, well below the effect of the choice of samples.
+            separated eigenvalue about 1e-6, well below the effect of the choice of samples. For a sharded model, also
+            the largest relative difference between products by differences of gradients with two steps.
         trace_tolerance: Standard error of the trace, as a fraction of the larger of :math:`|\operatorname{tr} H|` and
             :math:`\|H\|_F`. The number of probes grows as its inverse square. With 5 %, the minimum number of
             probes often reaches 1 to 2 %.
@@ -123,7 +128,8 @@ def sharpness(
             is 4 GiB on a CPU and a quarter of the free memory on a GPU. A smaller basis needs more steps.
         progress: Shows the progress and ends the analysis at its time limit; see `Progress`.
         ranks: The processes that share the work, each with its part of the samples in ``batches``. All of them call
-            this function and get the result. By default this process has all samples.
+            this function and get the result. By default this process has all samples, or the processes of the mesh
+            share a sharded model.
         batch_size_fn: ``batch_size_fn(batch)``, the number of samples of a batch; by default inferred from its tensors.
         batch_weight_fn: ``batch_weight_fn(batch)``, the weight of its loss, where that is no mean over the samples; by
             default the number of samples.
@@ -134,8 +140,8 @@ def sharpness(
         ``partial`` gives the reason.
 
     Raises:
-        ValueError: If an argument is out of range or unknown, the model has nothing to differentiate, or the loss or
-            its second derivative is not finite.
+        ValueError: If an argument is out of range or unknown, the model has nothing to differentiate, the loss or its
+            second derivative is not finite, or the products of a sharded model depend on the step of the differences.
         RuntimeError: If a layer has no second derivative.
 
     Source:

@@ -42,7 +42,7 @@ def shared_hessian(
     seed: int = 0,
     batch_size_fn: BatchSizeFn | None = None,
     batch_weight_fn: BatchWeightFn | None = None,
-    tolerance: float = 1e-3,
+    tolerance: float = 1e-2,
 ) -> T:
     """Run ``algorithm(operator)`` on rank zero, with the Hessian of the mean loss over the samples of all ranks.
 
