@@ -1,7 +1,6 @@
 """The Hessian of a mean loss as a linear operator, exact up to rounding (Pearlmutter 1994)."""
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -15,7 +14,7 @@ from moe_heads.analysis._shared.progress import Progress, TimeUp
 from moe_heads.analysis.sharpness.hessian.batch_gradients import BatchGradients
 from moe_heads.analysis.sharpness.hessian.parameters import Selection, selected_parameters
 from moe_heads.analysis.sharpness.hessian.products import BatchProducts, GraphMode, Product
-from moe_heads.analysis.sharpness.hessian.weighted_sum import WeightedSum
+from moe_heads.analysis.sharpness.hessian.weighted_sum import InterruptedProduct, WeightedSum
 
 __all__ = ["HessianOperator", "SymmetricOperator"]
 
@@ -238,21 +237,6 @@ class HessianOperator(WeightedSum):
             self.interrupted = InterruptedProduct(vector, total.div_(done), num_samples) if done else None
             raise
         return total
-
-
-@dataclass(frozen=True, eq=False)
-class InterruptedProduct:
-    """Product with the Hessian of the first samples.
-
-    Attributes:
-        vector: The multiplied vector, (P,).
-        sums: Product, forms and loss, as in `HessianOperator.sample_sum`, for the mean over these samples.
-        num_samples: Number of these samples, estimated from the weights.
-    """
-
-    vector: Tensor
-    sums: Tensor
-    num_samples: int
 
 
 class _FirstValue(Progress):

@@ -3,7 +3,7 @@
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -12,13 +12,25 @@ from moe_heads.analysis._shared.microbatches import Microbatches
 from moe_heads.analysis.sharpness.hessian.parameters import slices_of
 from moe_heads.analysis.sharpness.hessian.products import GraphMode
 
-if TYPE_CHECKING:
-    from moe_heads.analysis.sharpness.hessian.operator import InterruptedProduct
-
-__all__ = ["WeightedSum"]
+__all__ = ["InterruptedProduct", "WeightedSum"]
 
 # On a ResNet-8 sixteen strata reduce the variance of the trace's samples 3 to 9 times. Each costs a random vector.
 _MOST_STRATA = 16
+
+
+@dataclass(frozen=True, eq=False)
+class InterruptedProduct:
+    """Product with the Hessian of the first samples.
+
+    Attributes:
+        vector: The multiplied vector, (P,).
+        sums: Product, forms and loss, as in `WeightedSum.sample_sum`, for the mean over these samples.
+        num_samples: Number of these samples, estimated from the weights.
+    """
+
+    vector: Tensor
+    sums: Tensor
+    num_samples: int
 
 
 class WeightedSum(ABC):
