@@ -14,7 +14,7 @@ from typing_extensions import Unpack, override
 
 from moe_heads.callbacks._shared.options import AnalysisOptions, Stage
 from moe_heads.callbacks._shared.reporting import log_hparams
-from moe_heads.callbacks._shared.trainer_access import is_sharded
+from moe_heads.callbacks._shared.sharding import is_left_out
 from moe_heads.callbacks._shared.trainer_context import TrainerContext
 from moe_heads.callbacks._shared.training_analysis import TrainingAnalysis
 
@@ -72,12 +72,8 @@ class FitEndAnalysis(TrainingAnalysis, Callback):
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         owner = type(self).__name__
-        if is_sharded(trainer):
-            raise MisconfigurationException(
-                f"{owner}: expected a strategy with the whole model in every process, got"
-                f" {type(trainer.strategy).__name__}. Train with strategy='ddp', or analyze a checkpoint of this run in"
-                " a second script."
-            )
+        unsupported = self.unsupported_if_sharded()
+        self.is_left_out = is_left_out(trainer, owner, self.weights, unsupported, self.on_error)
         if sum(other.name == self.name for other in self._context(trainer).analyses) > 1:
             raise MisconfigurationException(
                 f"{owner}: expected one analysis for each name, got two with the name {self.name!r}. Give one of them"

@@ -191,6 +191,8 @@ class ExpertUtilizationCallback(FitEndAnalysis):
         super().begin_fit(context, model)
         self._end_listening()
         self._warnings = UtilizationWarnings(self.name, self.label_fn is not None)
+        if self.is_left_out:
+            return
         self._training = TrainingUtilization(
             context,
             model,
@@ -323,6 +325,10 @@ class ExpertUtilizationCallback(FitEndAnalysis):
             progress=inputs.progress,
             ranks=inputs.ranks,
         )
+
+    @override
+    def unsupported_if_sharded(self) -> str:
+        return "ablation=True runs copies of the head. Pass ablation=False" if self.ablation else ""
 
     @override
     def report(self, result: ExpertUtilizationResult) -> Report:

@@ -105,6 +105,10 @@ class InferenceTimingCallback(FitEndAnalysis):
             named_modules(model, self.modules)  # a wrong name raises an error before training, not after it
 
     @override
+    def unsupported_if_sharded(self) -> str:
+        return "rank zero measures alone, and a pass of a sharded model needs all ranks"
+
+    @override
     def compute(self, inputs: AnalysisInputs) -> InferenceTimingResult:
         with inputs.context.forward_context():
             return inference_timing(

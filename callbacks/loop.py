@@ -5,11 +5,13 @@ from contextlib import ExitStack
 from typing import Any
 
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from moe_heads.analysis._shared.batches import Batch, LossFn
+from moe_heads.analysis._shared.shards import CHECKPOINT_REMEDY, is_sharded
 from moe_heads.callbacks._shared.analysis_group import AnalysisGroup
 from moe_heads.callbacks._shared.loggers import loggers_of
 from moe_heads.callbacks._shared.loop_context import LoopContext
@@ -118,11 +120,16 @@ class TrainingMonitor:
 
         Raises:
             ValueError: If an option of an analysis does not fit the model.
-            MisconfigurationException: If an analysis needs a loss and there is none.
+            MisconfigurationException: If an analysis needs a loss and there is none, or the parameters are sharded.
         """
         self.close()
         context = self._context
         module, context.group = unwrapped(model)
+        if is_sharded(module):
+            raise MisconfigurationException(
+                f"{context.owner}: expected a model that is whole in every process, got one whose parameters are divided"
+                f" among processes. {CHECKPOINT_REMEDY}, or train with Lightning's ModelParallelStrategy."
+            )
         context.step = context.epoch = 0
         context.metrics.clear()
         context.batch = None

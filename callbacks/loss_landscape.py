@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -23,6 +23,7 @@ from moe_heads.analysis import (
 from moe_heads.analysis._shared.batches import Batch
 from moe_heads.analysis._shared.parameters import trainable_parameters
 from moe_heads.analysis._shared.progress import TimeUp
+from moe_heads.analysis._shared.shards import CHECKPOINT_REMEDY, is_sharded
 from moe_heads.analysis.loss_landscape.direction_sweep import Normalization
 from moe_heads.analysis.loss_landscape.directions import Biases
 from moe_heads.analysis.loss_landscape.grid import grid_through_zero
@@ -160,7 +161,7 @@ class LossLandscapeCallback(FitEndAnalysis):
         self.params = params
         self.num_directions, self.trajectory, self.refine = num_directions, trajectory, refine
         self.check_curvatures, self.resume, self.html = check_curvatures, resume, html
-        self._history = WeightHistory(params)
+        self._history, self._records_weights = WeightHistory(params), trajectory
 
     @override
     def check_model(self, context: ExecutionContext, model: nn.Module) -> None:
@@ -172,14 +173,22 @@ class LossLandscapeCallback(FitEndAnalysis):
     def begin_fit(self, context: ExecutionContext, model: nn.Module) -> None:
         super().begin_fit(context, model)
         self._history = WeightHistory(self.params)
-        if self.trajectory:
+        self._records_weights = self.trajectory and not is_sharded(model)
+        if self._records_weights:
             self._history.record("start", model)
+        elif self.trajectory:
+            owner = type(self).__name__
+            rank_zero_warn(f"{owner}: no trajectory, because the model is sharded. {CHECKPOINT_REMEDY}.")
 
     @override
     def end_epoch(self, context: ExecutionContext, model: nn.Module) -> None:
-        if self.trajectory:
+        if self._records_weights:
             self._history.record(f"epoch {context.epoch}", model)
         super().end_epoch(context, model)
+
+    @override
+    def unsupported_if_sharded(self) -> str:
+        return ""
 
     def _check_parameters(self, model: nn.Module) -> None:
         owner = type(self).__name__
@@ -242,7 +251,7 @@ class LossLandscapeCallback(FitEndAnalysis):
 
     @property
     def _draws_trajectory(self) -> bool:
-        return self.trajectory and not self.is_tracking
+        return self._records_weights and not self.is_tracking
 
     def _wants_plane(self, split: Split) -> bool:
         fallbacks = {other for wanted in self.plane_splits for other in self.fallbacks.get(wanted, ())}
@@ -357,5 +366,6 @@ def _ended(found: Landscape, reason: str) -> Landscape:
 
 def _accuracy_of(model: nn.Module) -> Callable[[nn.Module, Batch], Tensor] | None:
     """Return the ``analysis_accuracy(batch)`` of the module, or None if it has none."""
-    accuracy = getattr(model, "analysis_accuracy", None)
-    return None if accuracy is None else lambda _, batch: accuracy(batch)
+    if not hasattr(model, "analysis_accuracy"):
+        return None
+    return lambda model, batch: cast(Any, model).analysis_accuracy(batch)

@@ -11,6 +11,8 @@ from typing_extensions import Unpack, override
 
 from moe_heads.analysis import SharpnessResult, sharpness
 from moe_heads.analysis._shared.digest import digest_of
+from moe_heads.analysis._shared.shards import is_sharded
+from moe_heads.analysis.loss_landscape.routing_response import has_sparse_router
 from moe_heads.analysis.sharpness.hessian import subspace_overlap
 from moe_heads.analysis.sharpness.hessian.lanczos import check_basis_memory
 from moe_heads.analysis.sharpness.hessian.parameters import selected_parameters
@@ -60,6 +62,7 @@ class SharpnessCallback(FitEndAnalysis):
     asymmetry                      antisymmetric part of the products over their norm
     derivative_error,              relative difference of the gradient from a finite difference of the loss, and of a
     curvature_error                product from one of the gradient
+    step_error                     relative difference of products with two steps (sharded models)
     cut_dependence                 relative change of the loss when batches are halved
     num_products                   number of Hessian-vector products
     num_samples, converged         number of samples; 1 if every tolerance was met, with eigenvalues_converged and
@@ -222,7 +225,7 @@ class SharpnessCallback(FitEndAnalysis):
         return Report(result.metrics(), {"summary": result.summary()}, there)
 
     def _sharpness(self, inputs: AnalysisInputs) -> SharpnessResult:
-        selected = selected_parameters(inputs.model, self.params)
+        selected = selected_parameters(inputs.model, self.params, allows_shards=True)
         num_parameters = sum(p.numel() for p in selected.values())
         shared: dict[str, Any] = {
             "params": self.params,
@@ -245,7 +248,7 @@ class SharpnessCallback(FitEndAnalysis):
             blocks=self.blocks,
             block_eigenvalues=self.block_eigenvalues,
             keep_eigenvectors=True,
-            routing_steps=self.routing_steps,
+            routing_steps=() if self._skips_routing(inputs) else self.routing_steps,
             perturbation=self.perturbation and not self.is_tracking,
             graph_memory=self.graph_memory,
             basis_memory=self.basis_memory,
@@ -253,6 +256,25 @@ class SharpnessCallback(FitEndAnalysis):
             ranks=inputs.ranks,
             **shared,
         )
+
+    @override
+    def unsupported_if_sharded(self) -> str:
+        if self.engine == "pyhessian":
+            return "engine='pyhessian' differentiates with torch.autograd.grad, which knows no sharded parameters"
+        if self.perturbation and self.params is None:
+            return "perturbation=True needs whole parameters. Pass perturbation=False"
+        return ""
+
+    def _skips_routing(self, inputs: AnalysisInputs) -> bool:
+        """Return whether the routing along the first eigenvector is not compared, with a warning."""
+        if self.params is not None or not is_sharded(inputs.model):
+            return False
+        if self.routing_steps and has_sparse_router(inputs.model):
+            inputs.progress.warn(
+                "routing_steps: the routing along the first eigenvector is not compared, because the model is sharded."
+                " Pass routing_steps=()."
+            )
+        return True
 
     def _with_context(self, inputs: AnalysisInputs, result: SharpnessResult, weights: bytes) -> SharpnessResult:
         """Add overlaps with other splits, the stability threshold and earlier epochs, which need no further product."""

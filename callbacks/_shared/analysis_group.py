@@ -53,6 +53,7 @@ class AnalysisGroup:
 
     def _begin(self, context: LoopContext, model: nn.Module, kept: Mapping[str, Any] | None) -> None:
         for analysis in self.analyses:
+            analysis.is_left_out = False  # of an earlier training
             analysis.check_early(model)
             analysis.check_loss(context, model)
             analysis.begin_run(context, model)

@@ -19,6 +19,7 @@ from moe_heads.callbacks._shared.evaluation import check_initialized, draws_rand
 from moe_heads.callbacks._shared.execution_context import ExecutionContext
 from moe_heads.callbacks._shared.options import Options, OverRanks
 from moe_heads.callbacks._shared.sample import Sample, draw_sample
+from moe_heads.callbacks._shared.sharding import batches_in_step, check_deterministic, key_over_ranks
 from moe_heads.callbacks._shared.trainer_access import Split
 from moe_heads.callbacks._shared.training_mode import explain_evaluation_mode
 
@@ -137,12 +138,13 @@ def prepare(
             if shares and ranks.size > 1 and not is_random:
                 # the analysis itself issues the warning, for all batches
                 may_cut = check_mean(model, loss_fn, first, progress=Progress(on_warning=lambda message: None)).may_cut
+        check_deterministic(model, ranks, is_random=is_random)
     may_cut = all(ranks.gather(may_cut))
     if shares and ranks.size > 1 and any(ranks.gather(is_random)):
         # random numbers drawn for a part of a batch differ from those of a single process
         shares = False
-    key = ranks.run_on_rank_zero(lambda: _key(model, sample))
-    share = _share(sample.batches, ranks, may_cut=may_cut) if shares else None
+    key = key_over_ranks(model, ranks.run_on_rank_zero(lambda: _key(model, sample)), ranks)
+    share = batches_in_step(model, _share(sample.batches, ranks, may_cut=may_cut), ranks) if shares else None
     with ranks.synchronized():
         mine = share or sample.batches
         moved = [] if share else moved

@@ -34,6 +34,7 @@ __all__ = [
     "has_default_hp_metric",
     "inner_sampler",
     "inside_fabric",
+    "is_model_parallel",
     "is_overridden",
     "is_sharded",
     "loader_of",
@@ -41,6 +42,7 @@ __all__ = [
     "muted",
     "num_overfit_batches",
     "process_group_of",
+    "tensor_parallel_size",
     "to_analysis_device",
     "uncombined",
     "write_hparams",
@@ -58,6 +60,17 @@ def is_overridden(name: str, owner: nn.Module | LightningDataModule) -> bool:
     """Return whether a LightningModule or LightningDataModule has its own version of a method; False for others."""
     parent: type | None = own_class(owner, LightningModule) or own_class(owner, LightningDataModule)
     return parent is not None and is_overridden_in(name, owner, parent)
+
+
+def is_model_parallel(trainer: Trainer) -> bool:
+    """Return whether the strategy leaves it to the module to divide its parameters (FSDP2, DTensor)."""
+    return isinstance(trainer.strategy, under_both_names(ModelParallelStrategy))
+
+
+def tensor_parallel_size(trainer: Trainer) -> int:
+    """Return the number of processes that share the layers of a `ModelParallelStrategy`."""
+    size = getattr(trainer.strategy, "_tensor_parallel_size", 1)
+    return size if isinstance(size, int) else trainer.strategy.num_processes  # type: ignore[attr-defined]
 
 
 def loader_of(trainer: Trainer, split: Split) -> Any | None:

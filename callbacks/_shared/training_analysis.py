@@ -34,6 +34,7 @@ class TrainingAnalysis(Analysis):
         tracked_steps: Metrics by split and number of optimizer steps, recorded with ``every_n_train_steps``.
         is_tracking: Whether an analysis of ``every_n_epochs`` or ``every_n_train_steps`` is running.
         was_interrupted: Whether Ctrl-C ended a split of the last analysis.
+        is_left_out: Whether the analysis cannot run in this training, which was said before it.
     """
 
     analyzes_steps: ClassVar[bool] = True
@@ -43,7 +44,7 @@ class TrainingAnalysis(Analysis):
         self.tracked: dict[Split, dict[int, Mapping[str, float]]] = {}
         self.tracked_steps: dict[Split, dict[int, Mapping[str, float]]] = {}
         self._interval = None if self.every_n_train_steps is None else StepInterval(self.every_n_train_steps)
-        self.is_tracking, self.was_interrupted = False, False
+        self.is_tracking = self.was_interrupted = self.is_left_out = False
         self._model: weakref.ref[nn.Module] | None = None
 
     def begin_run(self, context: ExecutionContext, model: nn.Module) -> None:
@@ -59,6 +60,14 @@ class TrainingAnalysis(Analysis):
     def forget(self) -> None:
         """Forget the records of a training."""
         self.tracked, self.tracked_steps = {}, {}
+
+    def unsupported_if_sharded(self) -> str:
+        """Return the reason why the analysis cannot run if the parameters are divided among processes, or "".
+
+        An analysis that supports them returns "". It then runs the same forward passes on all ranks, and takes no
+        gradients with torch.autograd.grad.
+        """
+        return f"{type(self).__name__} does not define unsupported_if_sharded() to return ''"
 
     def check_early(self, model: nn.Module) -> None:
         """Raise an error if the analysis cannot run, by what is known before the layers of the model may exist."""
@@ -158,6 +167,8 @@ class TrainingAnalysis(Analysis):
         """
         done: dict[Split, Mapping[str, float]] = {}
         self.was_interrupted = False
+        if self.is_left_out:
+            return done
         for split in splits:
             name = f"{self.name}/{split}"
             try:

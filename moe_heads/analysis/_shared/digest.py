@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moe_heads.analysis._shared.shards import local
+
 __all__ = ["digest_of", "digest_of_code", "digest_of_rows"]
 
 
@@ -27,6 +29,7 @@ def digest_of(values: Iterable[Any]) -> bytes:
             coalesced = value.detach().coalesce()
             digest.update(digest_of((coalesced.indices(), coalesced.values(), tuple(value.shape))))
         elif isinstance(value, Tensor):
+            value = local(value)
             digest.update(f"{value.dtype}{tuple(value.shape)}".encode())
             digest.update(_bits(value))
         else:

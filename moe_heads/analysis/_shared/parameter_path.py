@@ -1,12 +1,12 @@
 """Movement of the tensors of a model along directions, with exact end points."""
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from moe_heads.analysis._shared.shards import Shards, is_shard, is_sharded, local, reshard
 from moe_heads.analysis._shared.state import write_back
 
 __all__ = ["ParameterPath", "Steps", "Target"]
@@ -28,9 +28,11 @@ class ParameterPath:
 
     `analysis_mode` restores them. Shared parameters move once.
 
+    Of a sharded model, each process moves its parts. All processes create the path, and move to the same points.
+
     Args:
         model: The model.
-        directions: The directions. Tensors without a nonzero step are not stored.
+        directions: The directions, in the shapes of the local parts. Tensors without a nonzero step are not stored.
         original: Returns the start values of a tensor, such as those that `analysis_mode` holds. By default the current
             values are copied.
 
@@ -48,23 +50,39 @@ class ParameterPath:
         self.num_directions = len(directions)
         self.moved = [named[name] for name in names]
         self._moves = [
-            (named[name], original(named[name]), [steps.get(name) for steps in directions]) for name in names
+            (local(named[name]), local(original(named[name])), [steps.get(name) for steps in directions])
+            for name in names
         ]
+        self._sharded = model if is_sharded(model) else None
+        self._shares = [1.0] * len(names)
+        self._squares: Tensor | None = None
+        if self._sharded is not None:
+            shards = Shards(p for p in model.parameters() if is_shard(p))
+            # a tensor that all processes hold counts once
+            self._shares = [1.0 if is_shard(named[name]) else 1 / shards.num_processes for name in names]
+            self._squares = shards.all_reduce(self._own_squares())
 
     @property
     def norms(self) -> tuple[float, ...]:
         """Length of a unit step along each direction."""
+        squares = self._own_squares() if self._squares is None else self._squares
+        return tuple(squares.sqrt().tolist())
+
+    def _own_squares(self) -> Tensor:
+        """Return the squared length of a unit step, by direction; of a sharded model, this process's share of it."""
         squares = [0.0] * self.num_directions
-        for _, start, steps in self._moves:
+        for (_, start, steps), share in zip(self._moves, self._shares, strict=True):
             for number, step in enumerate(steps):
                 if step is not None:
                     step = step.end - start if isinstance(step, Target) else step
-                    squares[number] += float(torch.linalg.vector_norm(step)) ** 2
-        return tuple(math.sqrt(square) for square in squares)
+                    squares[number] += share * float(torch.linalg.vector_norm(step)) ** 2
+        return torch.tensor(squares, dtype=torch.float64)
 
     @torch.no_grad()
     def go(self, coordinates: Sequence[float]) -> None:
         """Move to the start plus the sum of the directions times their coordinates."""
+        if self._sharded is not None:
+            reshard(self._sharded)
         # always from the start, never from the last point: rounding errors do not accumulate
         for tensor, start, steps in self._moves:
             used = [(c, step) for c, step in zip(coordinates, steps, strict=True) if c and step is not None]

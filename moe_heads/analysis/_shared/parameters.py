@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from torch import Tensor, nn
 
 from moe_heads.analysis._shared.arguments import check_arguments
+from moe_heads.analysis._shared.shards import reshard
 
 __all__ = ["Selection", "check_real", "trainable_parameters"]
 
@@ -28,6 +29,7 @@ def trainable_parameters(
         ValueError: If there is none, one of them is lazy or complex, or an entry of ``params`` matches none of them.
     """
     check_arguments(model=model)
+    reshard(model)  # otherwise the parameters may be those that the last pass gathered
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not named:
         raise ValueError("model: expected at least one parameter that requires a gradient, got none.")

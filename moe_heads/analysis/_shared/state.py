@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from moe_heads.analysis._shared.generators import generator_states, restore_generators
 from moe_heads.analysis._shared.interrupts import HeldInterrupts
+from moe_heads.analysis._shared.shards import local, reshard
 
 __all__ = ["Original", "preserved", "snapshot", "write_back"]
 
@@ -221,6 +222,7 @@ def preserved(model: nn.Module) -> Iterator[Original]:
         >>> torch.equal(layer.weight, before)
         True
     """
+    reshard(model)
     # a lazy tensor has no values yet, and each analysis raises an error for it
     known = [t for t in dict.fromkeys([*model.parameters(), *model.buffers()]) if not _is_lazy(t)]
     enclosing = _enclosing.get({})
@@ -236,6 +238,7 @@ def preserved(model: nn.Module) -> Iterator[Original]:
         yield lambda tensor: held[id(tensor)].values
     finally:
         with HeldInterrupts():
+            reshard(model)
             for put_back in attributes:
                 put_back()
             for tensor in tensors:
@@ -279,7 +282,7 @@ def _same_bits(tensor: Tensor, values: Tensor) -> bool:
     alike = (tensor.dtype, tensor.device, tensor.shape) == (values.dtype, values.device, values.shape)
     if kind is None or not alike or tensor.layout != torch.strided or values.layout != torch.strided:
         return False
-    return torch.equal(tensor.detach().view(kind), values.view(kind))
+    return torch.equal(local(tensor.detach()).view(kind), local(values).view(kind))
 
 
 def _is_lazy(tensor: Tensor) -> bool:

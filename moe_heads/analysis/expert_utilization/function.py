@@ -15,10 +15,12 @@ from moe_heads.analysis._shared.batches import Batch, ForwardFn, call_model
 from moe_heads.analysis._shared.copies import on_copies, own_copy
 from moe_heads.analysis._shared.counting import BatchSizeFn
 from moe_heads.analysis._shared.environment import device_of
+from moe_heads.analysis._shared.in_step import in_step, ranks_of, work_in_step
 from moe_heads.analysis._shared.microbatches import Microbatches
 from moe_heads.analysis._shared.names import check_names
 from moe_heads.analysis._shared.progress import Progress, TimeUp
 from moe_heads.analysis._shared.ranks import Ranks
+from moe_heads.analysis._shared.shards import CHECKPOINT_REMEDY, is_sharded
 from moe_heads.analysis.expert_utilization.ablation import AblationCounts, ablated_heads, count_ablation
 from moe_heads.analysis.expert_utilization.classes import Classes, check_class_names, checked_ignore_index, classes_of
 from moe_heads.analysis.expert_utilization.examples import images_of, read_images
@@ -135,7 +137,10 @@ def expert_utilization(
     check_flags(ablation=ablation)
     ignored = checked_ignore_index(ignore_index)
     options = checked_options(dead_below, starved_below, num_permutations, num_examples, seed, inert_below)
-    progress, ranks, listed = progress or Progress(), ranks or Ranks(), Batches.of(batches, batch_size_fn)
+    progress, ranks, listed = progress or Progress(), ranks_of(model, ranks), Batches.of(batches, batch_size_fn)
+    work_in_step(model, listed, ranks)
+    if ablation and is_sharded(model):
+        raise ValueError(f"ablation: expected False for a sharded model, got True. {CHECKPOINT_REMEDY}.")
     sums = _Sums(options)
     if not named_routers(model) and not adapted_routers(model, adapters) and not expert_layers(model):
         sums.num_samples = listed.num_samples
@@ -145,7 +150,8 @@ def expert_utilization(
         reason = classes.reason.text if classes.reason else "The labels are those of tokens or rows."
         raise ValueError(f"ablation: expected data with labels for the accuracy, got none. {reason}")
     with ranks.synchronized(), analysis_mode(model, seed), torch.no_grad(), ExitStack() as hooks:
-        data = Microbatches(listed, device_of(model), progress)
+        watched = in_step(model, progress, ranks)
+        data = Microbatches(listed, device_of(model), watched)
         forward_fn = on_copies(forward_fn)
         foreign, masks = adapted_routers(model, adapters), TokenMasks.of(model, mask_fn)
         router_notes = RouterNotes({name: a for name, (_, a) in foreign.items()})
@@ -179,7 +185,7 @@ def expert_utilization(
             for _, record in data.evaluate(route, copies=False):
                 sums.add(record, classes)
                 progress.keep(lambda partial: _result(model, routers, [replace(sums, partial=partial)], classes))
-                progress.step(sums.num_samples, data.num_samples)
+                watched.step(sums.num_samples, data.num_samples)
         except TimeUp:
             sums.partial = progress.end
         for name, head in sums.heads.items():

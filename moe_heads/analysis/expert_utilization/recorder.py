@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moe_heads.analysis._shared.shards import full
 from moe_heads.analysis.expert_utilization.metric import ExpertUtilizationMetric
 from moe_heads.analysis.expert_utilization.router_sums import RouterSums
 from moe_heads.routing import Routing, RoutingCollection
@@ -88,7 +89,7 @@ class UtilizationRecorder:
         for name, router in routers.items():
             gradients = [p.grad.detach() for p in router.parameters() if p in optimized and p.grad is not None]
             if gradients:
-                norm = torch.nn.utils.get_total_norm(gradients).double()
+                norm = full(torch.nn.utils.get_total_norm(gradients)).double()
                 self._norms[name] = self._norms[name] + norm if name in self._norms else norm
                 self._num_norms[name] = self._num_norms.get(name, 0) + 1
 

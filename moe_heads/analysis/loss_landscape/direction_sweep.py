@@ -17,12 +17,15 @@ from moe_heads.analysis._shared.batches import Batch, LossFn
 from moe_heads.analysis._shared.counting import BatchSizeFn, BatchWeightFn
 from moe_heads.analysis._shared.environment import device_of
 from moe_heads.analysis._shared.figures import axes_of
+from moe_heads.analysis._shared.gathered import gathered
+from moe_heads.analysis._shared.in_step import in_step, ranks_of, work_in_step
 from moe_heads.analysis._shared.mean_check import check_mean
 from moe_heads.analysis._shared.microbatches import Microbatches
 from moe_heads.analysis._shared.parameter_path import ParameterPath
 from moe_heads.analysis._shared.parameters import Selection
 from moe_heads.analysis._shared.progress import Progress, TimeUp
 from moe_heads.analysis._shared.ranks import Ranks
+from moe_heads.analysis._shared.shards import is_sharded
 from moe_heads.analysis._shared.state import Original
 from moe_heads.analysis._shared.tables import markdown_table
 from moe_heads.analysis.loss_landscape.directions import (
@@ -263,7 +266,13 @@ def direction_sweep(
     check_positive(reach=reach)
     axis = grid_of("alphas", alphas, reach, num_points)
     holds = holds_routing(model, fixed_routing)
-    progress, ranks = progress or Progress(), ranks or Ranks()
+    progress, ranks = progress or Progress(), ranks_of(model, ranks)
+    if params is not None and is_sharded(model):
+        with ranks.synchronized():
+            data = Batches.of(batches, batch_size_fn, batch_weight_fn)
+        part = gathered(model, [loss_fn], data, params, ranks=ranks, progress=progress, seed=seed)
+        model, batches, params, (loss_fn, *_) = part.model, part.data, None, part.quantities
+        batch_size_fn = batch_weight_fn = None
 
     def direction(number: int) -> Tensor:
         # int: a generator does not accept integers of NumPy
@@ -273,10 +282,12 @@ def direction_sweep(
 
     with ranks.synchronized():
         data = Batches.of(batches, batch_size_fn, batch_weight_fn)
+    work_in_step(model, data, ranks)
     check_mean(model, loss_fn, data, progress=progress, ranks=ranks, seed=seed)
     with analysis_mode(model, seed) as original:
+        watched = in_step(model, progress, ranks, alone=progress if ranks.is_rank_zero else Progress())
         with ranks.synchronized():
-            microbatches = Microbatches(data, device_of(model), progress if ranks.is_rank_zero else Progress())
+            microbatches = Microbatches(data, device_of(model), watched)
             paths = _DirectionPaths(model, direction, params, original)
             evaluator = PointEvaluator(model, paths.current, loss_fn, None, microbatches, hold_routing=holds, seed=seed)
 

@@ -15,6 +15,7 @@ from torch.nn.modules.conv import _ConvTransposeNd
 
 from moe_heads.analysis._shared.parameter_path import Steps, Target
 from moe_heads.analysis._shared.parameters import Selection, trainable_parameters
+from moe_heads.analysis._shared.shards import full, local, part_of
 from moe_heads.checks import check_option, check_seed
 
 __all__ = ["Biases", "Direction", "filter_normalized", "layer_normalized", "random_direction", "steps_of"]
@@ -36,7 +37,9 @@ def steps_of(model: nn.Module, direction: Direction, name: str, params: Selectio
         ValueError: If it does not fit the model.
     """
     if isinstance(direction, Tensor):
-        return split_direction(model, direction, name, params)
+        named = trainable_parameters(model, params)
+        parts = split_direction(model, direction, name, params)
+        return {key: part_of(named[key], part) for key, part in parts.items()}
     if not isinstance(direction, Mapping):
         raise ValueError(f"{name}: expected a flat tensor or a state dict, got {direction!r}.")
     return _targets(model, direction, name, params)
@@ -170,6 +173,7 @@ def _normalized(
     scaled = []
     for name, parameter in trainable_parameters(model, params).items():
         owner = model.get_submodule(name.rpartition(".")[0])
+        parameter = nn.Parameter(full(parameter), requires_grad=False)
         if not _is_bias(owner, parameter):
             scaled.append(
                 _scaled(owner, parameter.detach(), parts[name]) if by_filter else _resized(parameter, parts[name])
@@ -219,11 +223,11 @@ def _targets(model: nn.Module, state: Mapping[str, Tensor], name: str, params: S
     for key, tensor in here.items():
         if key not in state:
             continue
-        end = state[key].detach()
+        end = full(state[key])
         if end.shape != tensor.shape or not bool(end.isfinite().all()):
             got = f"shape {tuple(end.shape)}" if end.shape != tensor.shape else "nan or inf"
             raise ValueError(f"{name}: expected finite {key!r} of shape {tuple(tensor.shape)}, got {got}.")
-        end = end.to(tensor.device, tensor.dtype)
-        if not torch.equal(end, tensor):
+        end = part_of(tensor, end).to(tensor.device, tensor.dtype)
+        if not torch.equal(end, local(tensor.detach())):
             steps[key] = Target(end)
     return steps

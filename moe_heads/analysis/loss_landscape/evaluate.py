@@ -16,6 +16,7 @@ from moe_heads.analysis._shared.microbatches import Microbatches
 from moe_heads.analysis._shared.parameter_path import ParameterPath
 from moe_heads.analysis._shared.routing_flips import Choices, choices_of, flip_share
 from moe_heads.analysis._shared.scalar import checked_scalar
+from moe_heads.analysis._shared.shards import is_sharded
 from moe_heads.analysis.loss_landscape.cache import OutputCache
 from moe_heads.checks import check_flags
 from moe_heads.routing import Router, RoutingCollection, collect_routing, fixed_routing
@@ -125,8 +126,10 @@ class PointEvaluator:
             shares_accuracy=accuracy_fn is not None,
             shares_fixed_routing=hold_routing and bool(sparse_routers(model)),
         )
-        if not reuses_outputs:
-            self.cache.disable("")
+        # the processes of a sharded model run the same passes, whatever each finds in its samples
+        self._is_in_step = is_sharded(model)
+        if not reuses_outputs or self._is_in_step:
+            self.cache.disable("the model is sharded" if self._is_in_step else "")
         self.dtype = next((tensor.dtype for tensor in path.moved if tensor.is_floating_point()), torch.float32)
 
     @property
@@ -188,7 +191,7 @@ class PointEvaluator:
         """Return the sums of each batch, (batches, NUM_SUMS)."""
         evaluated = self._data.evaluate(
             lambda index, batch: self._graph(
-                lambda: self._of_batch(index, batch, at_center=at_center), compares=at_center
+                lambda: self._of_batch(index, batch, at_center=at_center), compares=at_center and not self._is_in_step
             ),
             copies=False,
         )
@@ -207,16 +210,18 @@ class PointEvaluator:
         sparse = _sparse(routing)
         here = _Reference(choices_of(routing if self._counts_soft else sparse), choices_of(sparse), None)
         if at_center:
-            held = routing if self._holds and here.sparse else None
+            known = routing if self._holds and here.sparse else None
             # replaces what a failed evaluation of this batch recorded
-            self._references[index:] = [_Reference(here.choices, here.sparse, held)]
+            self._references[index:] = [_Reference(here.choices, here.sparse, known)]
         reference = self._references[index]
         flips, fixed = flip_share(here.choices, reference.choices), loss
-        if reference.collection is not None and flip_share(here.sparse, reference.sparse) > 0:
+        has_flips = reference.collection is not None and flip_share(here.sparse, reference.sparse) > 0
+        if reference.collection is not None and (has_flips or (self._is_in_step and not at_center)):
             end = random_states(self._device)
             set_random_states(self._device, start)  # the random numbers of the loss at free routing
             with fixed_routing(self._model, reference.collection), self.cache.fixed_routing_pass():
-                fixed, _ = self._loss(index, batch)
+                held, _ = self._loss(index, batch)
+            fixed = held if has_flips else loss
             set_random_states(self._device, end)
         is_routed, is_sparse = not math.isnan(flips), reference.collection is not None
         means = [loss, fixed, accuracy, flips if is_routed else 0.0, is_routed, is_sparse, 1.0, 1.0]

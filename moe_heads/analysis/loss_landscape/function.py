@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,12 +14,15 @@ from moe_heads.analysis._shared.batches import Batch, LossFn, leaves_of
 from moe_heads.analysis._shared.counting import BatchSizeFn, BatchWeightFn
 from moe_heads.analysis._shared.digest import digest_of, digest_of_code
 from moe_heads.analysis._shared.environment import device_of
+from moe_heads.analysis._shared.gathered import gathered
+from moe_heads.analysis._shared.in_step import in_step, ranks_of, work_in_step
 from moe_heads.analysis._shared.mean_check import check_mean
 from moe_heads.analysis._shared.microbatches import Microbatches
 from moe_heads.analysis._shared.parameter_path import ParameterPath, Steps
 from moe_heads.analysis._shared.parameters import Selection
 from moe_heads.analysis._shared.progress import Progress
 from moe_heads.analysis._shared.ranks import Ranks
+from moe_heads.analysis._shared.shards import is_sharded
 from moe_heads.analysis.loss_landscape.directions import Direction, steps_of
 from moe_heads.analysis.loss_landscape.evaluate import NUM_SUMS, AccuracyFn, PointEvaluator, holds_routing
 from moe_heads.analysis.loss_landscape.grid import grid_of
@@ -144,6 +148,15 @@ def loss_landscape(
     check_arguments(model=model, loss_fn=loss_fn, accuracy_fn=accuracy_fn, seed=seed, progress=progress, ranks=ranks)
     check_arguments(batch_size_fn=batch_size_fn, batch_weight_fn=batch_weight_fn)
     check_flags(check_curvatures=check_curvatures)
+    progress, ranks = progress or Progress(), ranks_of(model, ranks)
+    if params is not None and is_sharded(model):
+        with ranks.synchronized():
+            data = Batches.of(batches, batch_size_fn, batch_weight_fn)
+        quantities = [loss_fn] if accuracy_fn is None else [loss_fn, accuracy_fn]
+        part = gathered(model, quantities, data, params, ranks=ranks, progress=progress, seed=seed)
+        model, batches, params, (loss_fn, *others) = part.model, part.data, None, part.quantities
+        accuracy_fn = others[0] if others else None
+        batch_size_fn = batch_weight_fn = None
     steps = [steps_of(model, direction1, "direction1", params)]
     if direction2 is not None:
         steps.append(steps_of(model, direction2, "direction2", params))
@@ -154,9 +167,9 @@ def loss_landscape(
     if trajectory is not None and not isinstance(trajectory, Trajectory):
         raise ValueError(f"trajectory: expected a Trajectory from trajectory_plane, got {trajectory!r}.")
     holds = holds_routing(model, fixed_routing)
-    progress, ranks = progress or Progress(), ranks or Ranks()
     with ranks.synchronized():
         data = Batches.of(batches, batch_size_fn, batch_weight_fn)
+    work_in_step(model, data, ranks)
     check_mean(model, loss_fn, data, progress=progress, ranks=ranks, seed=seed)
     with analysis_mode(model, seed) as original:
         checkpoint = None
@@ -170,8 +183,9 @@ def loss_landscape(
                 model, loss_fn, data, [*flat.values()], params=params, seed=seed, progress=progress, ranks=ranks
             )
             exact = dict(zip(flat, curvatures, strict=True))
+        watched = in_step(model, progress, ranks, alone=progress if ranks.is_rank_zero else Progress())
         with ranks.synchronized():
-            microbatches = Microbatches(data, device_of(model), progress if ranks.is_rank_zero else Progress())
+            microbatches = Microbatches(data, device_of(model), watched)
             path = ParameterPath(model, steps, original)
             evaluator = PointEvaluator(model, path, loss_fn, accuracy_fn, microbatches, hold_routing=holds, seed=seed)
         place = torch.zeros(len(axes), dtype=torch.float64, device=ranks.device)
@@ -230,8 +244,13 @@ def _checkpoint(
 ) -> PointCheckpoint:
     # each rank has its own samples
     samples = ranks.gather(digest_of([*(leaf for batch in data for leaf in leaves_of(batch)), data.weights]))
-    directions = [part for one in steps for name, step in one.items() for part in (name, getattr(step, "end", step))]
-    weights = [*model.parameters(), *model.buffers()]
+    directions: list[Any] = [
+        part for one in steps for name, step in one.items() for part in (name, getattr(step, "end", step))
+    ]
+    weights: list[Any] = [*model.parameters(), *model.buffers()]
+    if is_sharded(model):
+        # each rank has its own parts
+        weights, directions = ranks.gather(digest_of(weights)), ranks.gather(digest_of(directions))
     codes = {name: [digest_of_code(function)] for name, function in functions.items()}
     return PointCheckpoint(
         path, {"weights": weights, "samples": samples, "directions": directions, **codes, "options": options}

@@ -42,6 +42,8 @@ class Certificate:
         curvature_error: Relative difference between a product and a finite difference of the gradient, in float64.
         product_error: The same difference for a random vector with entries of size 1, an estimate of its Frobenius
             norm; 0 if rounding explains it.
+        step_error: Largest relative difference between products from differences of gradients with the steps h and
+            h/2; nan for products by double backward.
         repeat_error: Relative difference of the loss when it is evaluated a second time in the same way.
         num_double: Number of samples evaluated in float64.
         scale: Norm of H on the Krylov space, up to a factor of three.
@@ -59,6 +61,7 @@ class Certificate:
     derivative_error: float = math.nan
     curvature_error: float = math.nan
     product_error: float = 0.0
+    step_error: float = math.nan
     repeat_error: float = math.nan
     num_double: int = 0
     scale: float = 0.0
@@ -110,7 +113,9 @@ class Certificate:
 
     def metrics(self) -> dict[str, float]:
         """Return the measured errors by name."""
+        of_steps = {} if math.isnan(self.step_error) else {"step_error": self.step_error}
         return {
+            **of_steps,
             "asymmetry": self.asymmetry,
             "rounding": self.rounding,
             "trace_rounding": self.trace_rounding,
@@ -160,6 +165,7 @@ class Certificate:
             f" ({self.num_double} samples)",
             "gradient against finite difference": f"{self.derivative_error:.1e} ({self.num_double} samples)",
             "product against finite difference": f"{self.curvature_error:.1e} ({self.num_double} samples)",
+            "product with half the step": f"{self.step_error:.1e}",
             "loss is deterministic": f"{self.repeat_error:.1e} when it is evaluated again",
             "loss is a mean over samples": f"{self.cut_dependence:.1e} when batches are halved",
             "no eigenvalue missing": "none found from a new random vector",
@@ -169,6 +175,7 @@ class Certificate:
             "products in float64": math.isfinite(self.rounding),
             "gradient against finite difference": math.isfinite(self.derivative_error),
             "product against finite difference": math.isfinite(self.curvature_error),
+            "product with half the step": math.isfinite(self.step_error),
             "loss is deterministic": math.isfinite(self.repeat_error),
             "loss is a mean over samples": math.isfinite(self.cut_dependence),
             "no eigenvalue missing": self.is_complete,

@@ -11,10 +11,12 @@ from moe_heads.analysis._shared.mean_check import CutDependence
 from moe_heads.analysis._shared.progress import Progress
 from moe_heads.analysis.sharpness.certificate import Certificate
 from moe_heads.analysis.sharpness.hessian.basis import uniform
+from moe_heads.analysis.sharpness.hessian.difference_operator import DifferenceOperator
 from moe_heads.analysis.sharpness.hessian.double_check import DoubleCheck, check_in_double
 from moe_heads.analysis.sharpness.hessian.krylov import LanczosResult
 from moe_heads.analysis.sharpness.hessian.operator import HessianOperator
 from moe_heads.analysis.sharpness.hessian.trace import Places
+from moe_heads.analysis.sharpness.hessian.weighted_sum import WeightedSum
 
 __all__ = ["certified", "from_krylov"]
 
@@ -49,14 +51,20 @@ def from_krylov(krylov: LanczosResult, dependence: CutDependence, center_loss: f
 
 def certified(
     certificate: Certificate,
-    operator: HessianOperator,
+    operator: WeightedSum,
     krylov: LanczosResult,
     blocks: Places,
     seed: int,
     progress: Progress,
 ) -> Certificate:
-    """Return the certificate with the checks in float64, made on a part of this process's samples."""
+    """Return the certificate with the checks in float64, made on a part of this process's samples.
+
+    Products that are differences of gradients were checked one by one. Their errors count as rounding.
+    """
     generator = torch.Generator().manual_seed(seed)
+    if isinstance(operator, DifferenceOperator):
+        return _of_differences(certificate, operator, blocks, generator)
+    assert isinstance(operator, HessianOperator)
     # The eigenvalues of the result are the k largest and the smallest.
     coefficients = torch.cat([krylov.coefficients, krylov.ritz[1][:, :1].T])
     signs = torch.randint(0, 2, (1, len(coefficients)), generator=generator).double() * 2 - 1
@@ -89,6 +97,34 @@ def certified(
         product_error=float(found.product_difference.norm()),
         repeat_error=found.repeat_error,
         num_double=found.num_samples,
+        unchecked=others,
+    )
+
+
+def _of_differences(
+    certificate: Certificate, operator: DifferenceOperator, blocks: Places, generator: torch.Generator
+) -> Certificate:
+    probe = uniform(operator.num_parameters, operator.dtype, operator.device, generator)
+    operator.matvec(probe)
+    differences = operator.differences
+    assert differences.last is not None
+    # as in `_trace_error`, for the difference between the two steps
+    wide = math.hypot(differences.last.form, math.sqrt(2) * differences.last.difference) / operator.total_weight
+    others = {name: reason for name, reason in certificate.unchecked.items() if name not in _IN_DOUBLE}
+    others |= {
+        "products in float64": "the products are differences of gradients",
+        "product against finite difference": "the products are such differences",
+    }
+    if math.isnan(differences.derivative_error):
+        others["gradient against finite difference"] = "differences at two step sizes disagree, as in float32"
+    return replace(
+        certificate,
+        rounding=2 * differences.largest[1] / operator.total_weight,
+        trace_rounding=wide,
+        block_rounding=dict.fromkeys(blocks, wide),
+        derivative_error=differences.derivative_error,
+        step_error=differences.largest[0],
+        repeat_error=operator.repeat_error,
         unchecked=others,
     )
 

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from moe_heads.analysis.sharpness.hessian.iteration import KrylovIteration
 from moe_heads.analysis.sharpness.hessian.krylov import LanczosResult
-from moe_heads.analysis.sharpness.hessian.operator import InterruptedProduct
+from moe_heads.analysis.sharpness.hessian.weighted_sum import InterruptedProduct
 
 __all__ = ["first_value"]
 

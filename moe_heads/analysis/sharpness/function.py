@@ -12,21 +12,24 @@ from moe_heads.analysis._shared.arguments import check_arguments
 from moe_heads.analysis._shared.batch_list import Batches
 from moe_heads.analysis._shared.batches import Batch, LossFn
 from moe_heads.analysis._shared.counting import BatchSizeFn, BatchWeightFn
+from moe_heads.analysis._shared.gathered import gathered
+from moe_heads.analysis._shared.in_step import ranks_of
 from moe_heads.analysis._shared.mean_check import CutDependence, check_mean
 from moe_heads.analysis._shared.progress import Progress, TimeUp
 from moe_heads.analysis._shared.ranks import Ranks
+from moe_heads.analysis._shared.shards import is_sharded
 from moe_heads.analysis.sharpness.checks import certified, from_krylov
 from moe_heads.analysis.sharpness.hessian.blocks import default_blocks, expert_places, places_of
 from moe_heads.analysis.sharpness.hessian.lanczos import lanczos
-from moe_heads.analysis.sharpness.hessian.operator import HessianOperator
 from moe_heads.analysis.sharpness.hessian.parameters import Selection, selected_parameters, slices_of
 from moe_heads.analysis.sharpness.hessian.shared import shared_hessian
 from moe_heads.analysis.sharpness.hessian.submatrix import DiagonalBlock
 from moe_heads.analysis.sharpness.hessian.trace import Places, deflated_trace
+from moe_heads.analysis.sharpness.hessian.weighted_sum import WeightedSum
 from moe_heads.analysis.sharpness.options import check_sharpness_options
 from moe_heads.analysis.sharpness.record import SharpnessRecord
 from moe_heads.analysis.sharpness.result import SharpnessResult
-from moe_heads.analysis.sharpness.supplements import supplemented
+from moe_heads.analysis.sharpness.supplements import check_supplements, supplemented
 from moe_heads.checks import check_flags
 
 __all__ = ["sharpness"]
@@ -83,6 +86,10 @@ def sharpness(
     standard error of the trace. ``certificate`` of the result lists the checks. Up to 100 parameters a density takes
     all eigenvalues, and trace and density are exact.
 
+    The parameters of a model sharded by FSDP2 have no second derivatives in torch. Their products are differences of
+    gradients at two steps, and an error is raised where the two disagree. With ``params``, the selected parameters are
+    gathered in each process, and the products are exact. Rank zero holds whole vectors.
+
     The model is evaluated inside `analysis_mode` and left bit for bit as it was, also after an error.
 
     Args:
@@ -94,7 +101,8 @@ def sharpness(
             default all that require a gradient. Layers before them are evaluated once.
         num_eigenvalues: Number of algebraically largest eigenvalues. Papers on sharpness report five.
         tolerance: Largest relative residual :math:`\|Hv - \lambda v\| / |\lambda|` of these. 1e-3 makes the error of a
-            separated eigenvalue about 1e-6, well below the effect of the choice of samples.
+            separated eigenvalue about 1e-6, well below the effect of the choice of samples. For a sharded model, also
+            the largest relative difference between products by differences of gradients with two steps.
         trace_tolerance: Standard error of the trace, as a fraction of the larger of :math:`|\operatorname{tr} H|` and
             :math:`\|H\|_F`. The number of probes grows as its inverse square. With 5 %, the minimum number of
             probes often reaches 1 to 2 %.
@@ -120,7 +128,8 @@ def sharpness(
             is 4 GiB on a CPU and a quarter of the free memory on a GPU. A smaller basis needs more steps.
         progress: Shows the progress and ends the analysis at its time limit; see `Progress`.
         ranks: The processes that share the work, each with its part of the samples in ``batches``. All of them call
-            this function and get the result. By default this process has all samples.
+            this function and get the result. By default this process has all samples, or the processes of the mesh
+            share a sharded model.
         batch_size_fn: ``batch_size_fn(batch)``, the number of samples of a batch; by default inferred from its tensors.
         batch_weight_fn: ``batch_weight_fn(batch)``, the weight of its loss, where that is no mean over the samples; by
             default the number of samples.
@@ -131,8 +140,8 @@ def sharpness(
         ``partial`` gives the reason.
 
     Raises:
-        ValueError: If an argument is out of range or unknown, the model has nothing to differentiate, or the loss or
-            its second derivative is not finite.
+        ValueError: If an argument is out of range or unknown, the model has nothing to differentiate, the loss or its
+            second derivative is not finite, or the products of a sharded model depend on the step of the differences.
         RuntimeError: If a layer has no second derivative.
 
     Source:
@@ -165,7 +174,7 @@ def sharpness(
         basis_memory=basis_memory,
     )
     check_flags(keep_eigenvectors=keep_eigenvectors)
-    selected = selected_parameters(model, params)
+    selected = selected_parameters(model, params, allows_shards=True)
     num_parameters = sum(p.numel() for p in selected.values())
     if num_eigenvalues > num_parameters:
         raise ValueError(
@@ -179,9 +188,10 @@ def sharpness(
     slices = slices_of(selected)
     places = places_of(default_blocks(model, slices) if blocks is None else blocks, slices)
     experts = expert_places(model, slices)
-    progress, ranks = progress or Progress(), ranks or Ranks()
+    progress, ranks = progress or Progress(), ranks_of(model, ranks)
+    check_supplements(model, params, routing_steps=routing_steps, perturbation=perturbation)
 
-    def algorithm(operator: HessianOperator) -> SharpnessResult:
+    def algorithm(operator: WeightedSum) -> SharpnessResult:
         record = SharpnessRecord(
             operator,
             places,
@@ -235,6 +245,9 @@ def sharpness(
 
     with ranks.synchronized():
         data = Batches.of(batches, batch_size_fn, batch_weight_fn)
+    if params is not None and is_sharded(model):
+        part = gathered(model, [loss_fn], data, params, ranks=ranks, progress=progress, seed=seed)
+        model, loss_fn, data, params = part.model, part.quantities[0], part.data, None
     dependence = _cut_dependence(model, loss_fn, data, progress, ranks, seed)
     with analysis_mode(model, seed):
         result = shared_hessian(
@@ -247,6 +260,7 @@ def sharpness(
             graph_memory=graph_memory,
             progress=progress,
             seed=seed,
+            tolerance=tolerance,
         )
     result = supplemented(
         model,
@@ -286,7 +300,7 @@ def _both(places: Places, experts: Places) -> Places:
 
 
 def _largest(
-    operator: HessianOperator, places: Sequence[slice], generator: torch.Generator, tolerance: float, max_steps: int
+    operator: WeightedSum, places: Sequence[slice], generator: torch.Generator, tolerance: float, max_steps: int
 ) -> tuple[float, float]:
     """Return the largest eigenvalue of a diagonal block and its residual norm, infinite if a larger one may exist."""
     if not places:

@@ -16,8 +16,8 @@ from moe_heads.analysis.sharpness.first_value import first_value
 from moe_heads.analysis.sharpness.hessian.basis import norm
 from moe_heads.analysis.sharpness.hessian.density import spectral_density
 from moe_heads.analysis.sharpness.hessian.krylov import LanczosResult
-from moe_heads.analysis.sharpness.hessian.operator import HessianOperator, InterruptedProduct
 from moe_heads.analysis.sharpness.hessian.trace import BlockTrace, Places, TraceResult, sampling_stderr
+from moe_heads.analysis.sharpness.hessian.weighted_sum import InterruptedProduct, WeightedSum
 from moe_heads.analysis.sharpness.result import SharpnessResult
 
 __all__ = ["SharpnessRecord"]
@@ -53,7 +53,7 @@ class SharpnessRecord:
         center_loss: Mean loss over these samples.
     """
 
-    operator: HessianOperator
+    operator: WeightedSum
     places: Places
     experts: Places
     density: bool

@@ -11,13 +11,30 @@ from moe_heads.analysis._shared.batch_list import Batches
 from moe_heads.analysis._shared.batches import LossFn
 from moe_heads.analysis._shared.progress import Progress
 from moe_heads.analysis._shared.ranks import Ranks
+from moe_heads.analysis._shared.shards import REMEDY, is_sharded
 from moe_heads.analysis.loss_landscape.evaluate import can_hold_routing
 from moe_heads.analysis.loss_landscape.routing_response import RoutingResponse, has_sparse_router, routing_response
 from moe_heads.analysis.sharpness.hessian.parameters import Selection, selected_parameters
 from moe_heads.analysis.sharpness.perturbation import PerturbationSharpnessResult, perturbation_sharpness
 from moe_heads.analysis.sharpness.result import SharpnessResult
 
-__all__ = ["supplemented"]
+__all__ = ["check_supplements", "supplemented"]
+
+
+def check_supplements(
+    model: nn.Module, params: Selection | None, *, routing_steps: Sequence[float], perturbation: bool
+) -> None:
+    """Check before the analysis of all parameters of a sharded model that nothing else was requested.
+
+    Raises:
+        ValueError: If an analysis was requested that needs whole parameters.
+    """
+    if params is not None or not is_sharded(model):
+        return
+    if perturbation:
+        raise ValueError(f"perturbation: expected False for a sharded model, got True. {REMEDY}.")
+    if routing_steps and has_sparse_router(model):
+        raise ValueError(f"routing_steps: expected () for a sharded model, got {tuple(routing_steps)}. {REMEDY}.")
 
 
 def supplemented(

@@ -7,11 +7,12 @@ from torch import Tensor, nn
 from moe_heads.analysis._shared.analysis_mode import analysis_mode
 from moe_heads.analysis._shared.batches import Batch, LossFn
 from moe_heads.analysis._shared.counting import BatchSizeFn, BatchWeightFn
+from moe_heads.analysis._shared.in_step import ranks_of
 from moe_heads.analysis._shared.progress import Progress
 from moe_heads.analysis._shared.ranks import Ranks
-from moe_heads.analysis.sharpness.hessian.operator import HessianOperator
 from moe_heads.analysis.sharpness.hessian.parameters import Selection
 from moe_heads.analysis.sharpness.hessian.shared import shared_hessian
+from moe_heads.analysis.sharpness.hessian.weighted_sum import WeightedSum
 
 __all__ = ["directional_curvatures"]
 
@@ -55,14 +56,14 @@ def directional_curvatures(
         (1.0, 4.0)
     """
 
-    def algorithm(operator: HessianOperator) -> tuple[float, ...]:
+    def algorithm(operator: WeightedSum) -> tuple[float, ...]:
         vectors = [direction.to(operator.device, operator.dtype) for direction in directions]
         return tuple(float(vector.double() @ operator.matvec(vector).double()) for vector in vectors)
 
     with analysis_mode(model, seed):
         # The preparations that make many products cheaper do not pay off for a few.
         return shared_hessian(
-            ranks or Ranks(),
+            ranks_of(model, ranks),
             algorithm,
             model,
             loss_fn,

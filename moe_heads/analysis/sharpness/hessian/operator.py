@@ -1,25 +1,22 @@
 """The Hessian of a mean loss as a linear operator, exact up to rounding (Pearlmutter 1994)."""
 
-import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from moe_heads.analysis._shared.batches import Batch, LossFn
 from moe_heads.analysis._shared.counting import BatchSizeFn, BatchWeightFn
 from moe_heads.analysis._shared.microbatches import Microbatches, unless_out_of_memory
 from moe_heads.analysis._shared.progress import Progress, TimeUp
 from moe_heads.analysis.sharpness.hessian.batch_gradients import BatchGradients
-from moe_heads.analysis.sharpness.hessian.parameters import Selection, selected_parameters, slices_of
+from moe_heads.analysis.sharpness.hessian.parameters import Selection, selected_parameters
 from moe_heads.analysis.sharpness.hessian.products import BatchProducts, GraphMode, Product
+from moe_heads.analysis.sharpness.hessian.weighted_sum import InterruptedProduct, WeightedSum
 
 __all__ = ["HessianOperator", "SymmetricOperator"]
-
-# On a ResNet-8 sixteen strata reduce the variance of the trace's samples 3 to 9 times. Each costs a random vector.
-_MOST_STRATA = 16
 
 
 class SymmetricOperator(Protocol):
@@ -63,7 +60,7 @@ class SymmetricOperator(Protocol):
         ...
 
 
-class HessianOperator:
+class HessianOperator(WeightedSum):
     r"""The Hessian :math:`H = \nabla^2_\theta \frac{1}{N} \sum_i \ell_i(\theta)` of a loss, as products with vectors.
 
     The batches are weighted by their number of samples (or by ``batch_weight_fn``), so uneven batches give the Hessian
@@ -135,37 +132,16 @@ class HessianOperator:
         batch_weight_fn: BatchWeightFn | None = None,
     ) -> None:
         named = selected_parameters(model, params)
-        self.names = tuple(named)
-        first, *_ = named.values()
-        self.dtype, self.device = first.dtype, first.device
-        self.slices = slices_of(named)
-        self._shapes = [p.shape for p in named.values()]
-        self._sizes = [p.numel() for p in named.values()]
-        self.num_parameters = sum(self._sizes)
         self._watch = _FirstValue(progress or Progress())
-        self._data = Microbatches(
-            batches, self.device, self._watch, batch_size_fn=batch_size_fn, batch_weight_fn=batch_weight_fn
-        )
-        self._batch_weights = list(self._data.weights)
-        self.num_strata = min(len(self._data), _MOST_STRATA)
-        self.num_samples, self.total_weight = self._data.num_samples, self._data.total_weight
-        self._weight_differentiated = 0.0
-        self._total: Callable[[Tensor, int | None], Tensor] | None = None  # this process alone
-        self._is_alone = True
+        device = next(iter(named.values())).device
+        data = Microbatches(batches, device, self._watch, batch_size_fn=batch_size_fn, batch_weight_fn=batch_weight_fn)
+        super().__init__(named, data)
         self._products = BatchProducts(
             model, loss_fn, named, self._data, progress or Progress(), memory=graph_memory, mode=mode, seed=seed
         )
-        self.forms = torch.zeros(self.num_strata, dtype=torch.float64)
-        self.stratum_weights = self.own_stratum_weights() / self.total_weight
-        self.center_loss = math.nan
-        self.interrupted: InterruptedProduct | None = None
 
     @property
-    def shape(self) -> tuple[int, int]:
-        """(P, P)."""
-        return self.num_parameters, self.num_parameters
-
-    @property
+    @override
     def mode(self) -> GraphMode:
         """Way of computing a product: "kept" or "rebuilt"."""
         return self._products.mode
@@ -176,6 +152,7 @@ class HessianOperator:
         return self._products.num_folded
 
     @property
+    @override
     def reason(self) -> str:
         """Reason why a faster way was not used; "" if there is none."""
         return self._products.reason
@@ -186,71 +163,17 @@ class HessianOperator:
         return self._products.num_kept
 
     @property
-    def num_products(self) -> int:
-        """Number of products so far. Those with single strata count by their share of the samples."""
-        return math.ceil(self._weight_differentiated / self._weight_here(None) - 1e-9)
-
-    @property
-    def data(self) -> Microbatches:
-        """The samples of this process."""
-        return self._data
-
-    @property
     def gradients(self) -> BatchGradients:
         """Loss and gradient of a batch, evaluated as in the products."""
         return self._products.gradients
 
-    def own_stratum_weights(self) -> Tensor:
-        """Return the weight of the samples of this process in each stratum, (S,), float64."""
-        return torch.tensor([self._weight_here(s) for s in range(self.num_strata)], dtype=torch.float64)
-
-    def over_ranks(
-        self,
-        total: Callable[[Tensor, int | None], Tensor] | None,
-        *,
-        num_samples: int,
-        stratum_weights: Tensor,
-    ) -> None:
-        """Multiply with the Hessian of all ranks' samples from now on.
-
-        Args:
-            total: The sum of ``sample_sum(v, stratum)`` over the ranks; None on a rank that only adds its part.
-            num_samples: Number of samples of all ranks.
-            stratum_weights: Sum of the weights over the ranks by stratum, with the largest number of strata of a rank.
-        """
-        self._total, self.num_samples, self._is_alone = total, num_samples, False
-        self.num_strata, self.total_weight = len(stratum_weights), float(stratum_weights.sum())
-        self.stratum_weights = stratum_weights / self.total_weight
-
+    @override
     def release(self) -> None:
         """Release the kept graphs and the other ranks. A further product rebuilds the graphs."""
-        self._total = None
+        super().release()
         self._products.release()
 
-    def matvec(self, vector: Tensor, stratum: int | None = None) -> Tensor:
-        """Return the product :math:`Hv`, or a stratum's part of it. The parts of all strata sum to the product.
-
-        Args:
-            vector: v, shape (P,), in the order of ``names``.
-            stratum: Number of the stratum; None for all of the data.
-
-        Returns:
-            Hv, shape (P,), dtype of the parameters.
-
-        Raises:
-            ValueError: If ``vector`` has another shape, or the product is not finite.
-            RuntimeError: If a layer has no second derivative.
-        """
-        if vector.shape != (self.num_parameters,):
-            raise ValueError(f"vector: expected shape ({self.num_parameters},), got {tuple(vector.shape)}")
-        total = self._total or self.sample_sum
-        sums = total(vector.to(self.device, self.dtype), stratum).div_(self.total_weight)
-        self._weight_differentiated += self._weight_here(stratum)
-        if stratum is None:
-            *forms, self.center_loss = sums[self.num_parameters :].tolist()
-            self.forms = torch.tensor(forms, dtype=torch.float64)
-        return sums[: self.num_parameters]
-
+    @override
     def sample_sum(self, vector: Tensor, stratum: int | None = None) -> Tensor:
         r"""Return the sums over the samples of this process, or of one stratum, each with its weight.
 
@@ -314,25 +237,6 @@ class HessianOperator:
             self.interrupted = InterruptedProduct(vector, total.div_(done), num_samples) if done else None
             raise
         return total
-
-    def _weight_here(self, stratum: int | None) -> float:
-        """Return the weight of the samples of this process, or of one of its strata."""
-        return sum(self._batch_weights if stratum is None else self._batch_weights[stratum :: self.num_strata])
-
-
-@dataclass(frozen=True, eq=False)
-class InterruptedProduct:
-    """Product with the Hessian of the first samples.
-
-    Attributes:
-        vector: The multiplied vector, (P,).
-        sums: Product, forms and loss, as in `HessianOperator.sample_sum`, for the mean over these samples.
-        num_samples: Number of these samples, estimated from the weights.
-    """
-
-    vector: Tensor
-    sums: Tensor
-    num_samples: int
 
 
 class _FirstValue(Progress):

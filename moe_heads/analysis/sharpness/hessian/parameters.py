@@ -7,21 +7,31 @@ import torch
 from torch import Tensor, nn
 
 from moe_heads.analysis._shared.parameters import Selection, trainable_parameters
+from moe_heads.analysis._shared.shards import check_whole, local
 
 __all__ = ["Selection", "check_types", "selected_parameters", "slices_of"]
 
 _TYPES = {torch.float32, torch.float64}
 
 
-def selected_parameters(model: nn.Module, params: Selection | None) -> dict[str, Tensor]:
+def selected_parameters(
+    model: nn.Module, params: Selection | None, *, allows_shards: bool = False
+) -> dict[str, Tensor]:
     """Return ``params``, or all parameters that require a gradient, by name and in the order of the model.
 
+    Args:
+        model: The model.
+        params: The selected parameters.
+        allows_shards: Whether parameters may be divided among processes. torch.autograd.grad knows none of these.
+
     Raises:
-        ValueError: If there are none, one of them is not a parameter that requires a gradient or not finite, or they do
-            not fit into one vector of float32 or float64.
+        ValueError: If there are none, one of them is not a parameter that requires a gradient or not finite, they do
+            not fit into one vector of float32 or float64, or one of them is sharded.
     """
     chosen: dict[str, Tensor] = {**trainable_parameters(model, params)}
-    broken = [name for name, p in chosen.items() if not bool(p.detach().isfinite().all())]
+    if not allows_shards:
+        check_whole(chosen, model)
+    broken = [name for name, p in chosen.items() if not bool(local(p.detach()).isfinite().all())]
     if broken:
         raise ValueError(
             f"model: expected finite parameters, got nan or inf in {broken[0]!r}. Check whether training diverged."

@@ -6,13 +6,22 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from moe_heads.analysis._shared.analysis_mode import analysis_mode
+from moe_heads.analysis._shared.batch_list import Batches
 from moe_heads.analysis._shared.batches import Batch, LossFn
 from moe_heads.analysis._shared.counting import BatchSizeFn, BatchWeightFn
+from moe_heads.analysis._shared.environment import device_of
+from moe_heads.analysis._shared.gathered import gathered
+from moe_heads.analysis._shared.in_step import in_step, work_in_step
+from moe_heads.analysis._shared.microbatches import Microbatches
 from moe_heads.analysis._shared.progress import Progress
 from moe_heads.analysis._shared.ranks import Ranks
+from moe_heads.analysis._shared.shards import REMEDY, is_sharded
+from moe_heads.analysis.sharpness.hessian.difference_operator import DifferenceOperator
 from moe_heads.analysis.sharpness.hessian.operator import HessianOperator
 from moe_heads.analysis.sharpness.hessian.parameters import Selection
 from moe_heads.analysis.sharpness.hessian.products import GraphMode
+from moe_heads.analysis.sharpness.hessian.weighted_sum import WeightedSum
 
 __all__ = ["shared_hessian"]
 
@@ -21,7 +30,7 @@ T = TypeVar("T")
 
 def shared_hessian(
     ranks: Ranks,
-    algorithm: Callable[[HessianOperator], T],
+    algorithm: Callable[[WeightedSum], T],
     model: nn.Module,
     loss_fn: LossFn,
     batches: Iterable[Batch],
@@ -33,8 +42,12 @@ def shared_hessian(
     seed: int = 0,
     batch_size_fn: BatchSizeFn | None = None,
     batch_weight_fn: BatchWeightFn | None = None,
+    tolerance: float = 1e-2,
 ) -> T:
     """Run ``algorithm(operator)`` on rank zero, with the Hessian of the mean loss over the samples of all ranks.
+
+    For all parameters of a sharded model, the products are differences of gradients. Parameters that are named in
+    ``params`` are gathered instead. Rank zero holds whole vectors in both cases.
 
     Args:
         ranks: The processes.
@@ -49,10 +62,32 @@ def shared_hessian(
         seed: See `HessianOperator`.
         batch_size_fn: See `HessianOperator`.
         batch_weight_fn: See `HessianOperator`.
+        tolerance: Largest relative difference between products of a sharded model with two steps; see
+            `GradientDifferences`.
 
     Returns:
         What ``algorithm`` returned, on every rank.
     """
+    if is_sharded(model):
+        with ranks.synchronized():
+            data = Batches.of(batches, batch_size_fn, batch_weight_fn)
+        progress = progress or Progress()
+        if params is None:
+            operator: WeightedSum = _by_differences(model, loss_fn, data, ranks, progress, seed, tolerance)
+            return _run(ranks, algorithm, operator)
+        part = gathered(model, [loss_fn], data, params, ranks=ranks, progress=progress, seed=seed)
+        with analysis_mode(part.model, seed):
+            return shared_hessian(
+                ranks,
+                algorithm,
+                part.model,
+                part.quantities[0],
+                part.data,
+                graph_memory=graph_memory,
+                mode=mode,
+                progress=progress,
+                seed=seed,
+            )
     with ranks.synchronized():
         # only rank zero checks the time
         watched = progress if ranks.is_rank_zero else None
@@ -68,6 +103,27 @@ def shared_hessian(
             batch_size_fn=batch_size_fn,
             batch_weight_fn=batch_weight_fn,
         )
+    return _run(ranks, algorithm, operator)
+
+
+def _by_differences(
+    model: nn.Module,
+    loss_fn: LossFn,
+    data: Batches,
+    ranks: Ranks,
+    progress: Progress,
+    seed: int,
+    tolerance: float,
+) -> DifferenceOperator:
+    work_in_step(model, data, ranks)
+    with ranks.synchronized():
+        batches = Microbatches(data, device_of(model), in_step(model, progress, ranks))
+        return DifferenceOperator(
+            model, loss_fn, batches, tolerance=tolerance, seed=seed, remedy=f"{REMEDY}, or raise the tolerance."
+        )
+
+
+def _run(ranks: Ranks, algorithm: Callable[[WeightedSum], T], operator: WeightedSum) -> T:
     try:
         if ranks.size == 1:
             return algorithm(operator)
@@ -76,7 +132,7 @@ def shared_hessian(
         operator.release()  # a result that refers to the operator must not keep the graphs
 
 
-def _run_with_sums(ranks: Ranks, algorithm: Callable[[HessianOperator], T], operator: HessianOperator) -> T:
+def _run_with_sums(ranks: Ranks, algorithm: Callable[[WeightedSum], T], operator: WeightedSum) -> T:
     num_samples = ranks.sum(operator.num_samples)
     gathered = ranks.gather(operator.own_stratum_weights())
     # A rank without samples of the last batch, which may be too small to cut, adds nothing to its stratum.

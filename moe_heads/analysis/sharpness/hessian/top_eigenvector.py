@@ -9,12 +9,13 @@ from torch import Tensor, nn
 from moe_heads.analysis._shared.analysis_mode import analysis_mode
 from moe_heads.analysis._shared.batches import Batch, LossFn
 from moe_heads.analysis._shared.counting import BatchSizeFn, BatchWeightFn
+from moe_heads.analysis._shared.in_step import ranks_of
 from moe_heads.analysis._shared.progress import Progress
 from moe_heads.analysis._shared.ranks import Ranks
 from moe_heads.analysis.sharpness.hessian.lanczos import LanczosResult, lanczos
-from moe_heads.analysis.sharpness.hessian.operator import HessianOperator
 from moe_heads.analysis.sharpness.hessian.parameters import Selection, selected_parameters
 from moe_heads.analysis.sharpness.hessian.shared import shared_hessian
+from moe_heads.analysis.sharpness.hessian.weighted_sum import WeightedSum
 from moe_heads.checks import check_at_least
 
 __all__ = ["top_eigenvector", "top_eigenvectors"]
@@ -71,16 +72,16 @@ def top_eigenvectors(
     Raises:
         ValueError: If there are fewer parameters than requested eigenvectors.
     """
-    num_parameters = sum(p.numel() for p in selected_parameters(model, params).values())
+    num_parameters = sum(p.numel() for p in selected_parameters(model, params, allows_shards=True).values())
     check_at_least(1, num_eigenvectors=num_eigenvectors)
     if num_eigenvectors > num_parameters:
         raise ValueError(f"num_eigenvectors: expected 1 to {num_parameters}, got {num_eigenvectors}")
-    progress, ranks = progress or Progress(), ranks or Ranks()
+    progress, ranks = progress or Progress(), ranks_of(model, ranks)
 
     def show(krylov: LanczosResult) -> None:
         progress.step(krylov.num_steps, residual=max(krylov.residuals))
 
-    def algorithm(operator: HessianOperator) -> Tensor:
+    def algorithm(operator: WeightedSum) -> Tensor:
         generator = torch.Generator().manual_seed(seed)
         options: dict[str, Any] = {"tolerance": tolerance, "max_steps": max_steps, "on_step": show}
         return lanczos(operator, generator=generator, num_eigenvalues=num_eigenvectors, **options).vectors().cpu()
