@@ -39,22 +39,23 @@ def match(
 
     The first start matches the groups one by one in the order of the forward pass, each only by the tensors whose other
     groups are matched. It finds a permuted copy if the units differ in their inputs. The second start is the identity,
-    and ``num_restarts`` more visit the groups in random order.
+    and ``num_restarts`` more are random permutations. With one group, a single step finds the best permutation. With
+    several, the result is a local optimum.
 
     Args:
         groups: The groups, in the order of the forward pass.
         first: Parameters of the first network.
         second: Parameters of the second network.
-        num_restarts: Number of starts with a random order.
-        seed: Seed of the random orders.
+        num_restarts: Number of random starts.
+        seed: Seed of the random starts.
     """
     tensors = [{name: tensor.detach().double().cpu() for name, tensor in given.items()} for given in (first, second)]
-    forward = list(range(len(groups)))
-    found = [_Descent(groups, *tensors).run(forward, propagates=True), _Descent(groups, *tensors).run(forward)]
+    descents = [_Descent(groups, *tensors) for _ in range(2 + (num_restarts if len(groups) > 1 else 0))]
+    descents[0].propagate()
     generator = torch.Generator().manual_seed(seed)
-    for _ in range(num_restarts if len(groups) > 1 else 0):
-        order = torch.randperm(len(groups), generator=generator).tolist()
-        found.append(_Descent(groups, *tensors).run(order))
+    for descent in descents[2:]:
+        descent.scramble(generator)
+    found = [descent.run() for descent in descents]
     return max(found, key=lambda matching: matching.inner_product)
 
 
@@ -69,17 +70,21 @@ class _Descent:
             for name in group.names:
                 self._owners[name].add(group.name)
 
-    def run(self, order: Sequence[int], *, propagates: bool = False) -> Matching:
-        if propagates:
-            self._propagate()
+    def run(self) -> Matching:
+        """Improve group by group until no group improves."""
         improves = True
         while improves:
-            improved = [self._improve(self._groups[place]) for place in order]
+            improved = [self._improve(group) for group in self._groups]
             improves = any(improved)
-        names = set(self._first)
-        return Matching(self._orders, self._inner_product(names))
+        return Matching(self._orders, self._inner_product(set(self._first)))
 
-    def _propagate(self) -> None:
+    def scramble(self, generator: torch.Generator) -> None:
+        """Start from random permutations."""
+        for group in self._groups:
+            self._move(group, group.random(generator))
+
+    def propagate(self) -> None:
+        """Match the groups one by one, each by the tensors whose other groups are matched."""
         waiting = list(self._groups)
         done: set[str] = set()
         while waiting:

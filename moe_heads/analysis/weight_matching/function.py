@@ -1,5 +1,6 @@
 """Match the units, experts and router rows of a network with those of another one."""
 
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -39,8 +40,8 @@ def match_weights(
         other: Parameters and buffers of the second network by name; see `tensors_of`.
         loss_fn: ``loss_fn(model, batch) -> scalar``.
         batch: A batch on the device of the model.
-        num_restarts: Number of additional descents in random order.
-        seed: Seed of these orders and of the checks.
+        num_restarts: Number of additional starts from random permutations.
+        seed: Seed of these starts and of the checks.
 
     Returns:
         The permuted tensors of the second network, and what was permuted.
@@ -66,6 +67,8 @@ def match_weights(
         raise ValueError(f"other: expected the names and shapes of the model, got {reason}.")
     parameters = {name: tensor.detach().clone() for name, tensor in model.named_parameters()}
     second = {name: other[name] for name in parameters}
+    if bad := [name for name, one in parameters.items() if not (_is_finite(one) and _is_finite(second[name]))]:
+        raise ValueError(f"weights: expected finite numbers, got nan or infinity in {bad[0]}. Check the checkpoint.")
     with analysis_mode(model, seed):
         groups = find_groups(model, loss_fn, batch)
         check = LossCheck(model, loss_fn, batch, other)
@@ -129,8 +132,10 @@ def _permuted(groups: Sequence[Group], tensors: Tensors, orders: Mapping[str, Or
     return found
 
 
+def _is_finite(tensor: Tensor) -> bool:
+    return bool(tensor.isfinite().all())
+
+
 def _distance(first: Tensors, second: Tensors) -> float:
-    squares = [
-        float((first[name].double() - second[name].double().to(first[name].device)).square().sum()) for name in first
-    ]
-    return sum(squares) ** 0.5
+    pairs = [(tensor.double(), second[name].to(tensor.device).double()) for name, tensor in first.items()]
+    return math.sqrt(sum(float((one - other).square().sum()) for one, other in pairs))

@@ -225,8 +225,8 @@ class ExpertGroup(Group):
         values = torch.zeros(number, number, dtype=torch.float64)
         for name in self.whole:
             if usable(name):
-                one, other = (tensors[name].reshape(number, -1) for tensors in (first, second))
-                values += one @ other.T
+                rows = [tensors[name].reshape(number, -1) for tensors in (first, second)]
+                values += rows[0] @ rows[1].T
         found: dict[tuple[int, int], list[Tensor]] = {}
         slices = [[inner.slices(tensors, usable) for tensors in (first, second)] for inner in self.inside]
         for one in range(number):

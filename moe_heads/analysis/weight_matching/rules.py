@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from moe_heads.analysis.weight_matching.function_names import BINARY, ELEMENTWISE, POOLS, REDUCTIONS, RESHAPES
 from moe_heads.analysis.weight_matching.reshapes import reshaped
 from moe_heads.analysis.weight_matching.units import Axes, Axis, TracedTensors, is_fixed
 
@@ -17,85 +18,6 @@ __all__ = ["RULES", "Rule"]
 
 Rule = Callable[..., "Axes | None"]
 """``rule(traced, output, *args, **kwargs)`` returns the axes of the output; None for a case that is not supported."""
-
-_ELEMENTWISE = [
-    "abs",
-    "bfloat16",
-    "celu",
-    "clamp",
-    "clamp_max",
-    "clamp_min",
-    "clone",
-    "contiguous",
-    "cpu",
-    "cuda",
-    "detach",
-    "double",
-    "dropout",
-    "dropout1d",
-    "dropout2d",
-    "dropout3d",
-    "elu",
-    "erf",
-    "exp",
-    "float",
-    "gelu",
-    "half",
-    "hardsigmoid",
-    "hardswish",
-    "hardtanh",
-    "leaky_relu",
-    "log",
-    "log1p",
-    "log_sigmoid",
-    "logsigmoid",
-    "mish",
-    "nan_to_num",
-    "neg",
-    "relu",
-    "relu6",
-    "rsqrt",
-    "selu",
-    "sigmoid",
-    "sign",
-    "silu",
-    "softplus",
-    "softsign",
-    "sqrt",
-    "square",
-    "tanh",
-    "tanhshrink",
-    "to",
-    "type_as",
-    "alpha_dropout",
-    "feature_dropout",
-    "log_softmax",
-    "softmax",
-    "feature_alpha_dropout",
-]
-_BINARY = [
-    "add",
-    "sub",
-    "mul",
-    "div",
-    "true_divide",
-    "radd",
-    "rsub",
-    "rmul",
-    "rtruediv",
-    "truediv",
-    "iadd",
-    "isub",
-    "imul",
-    "itruediv",
-    "maximum",
-    "minimum",
-    "pow",
-]
-_POOLS = {
-    f"{prefix}{kind}_pool{dims}d": dims for dims in (1, 2, 3) for prefix in ("", "adaptive_") for kind in ("max", "avg")
-}
-_REDUCTIONS = ["mean", "sum", "amax", "amin"]
 
 
 def _linear(traced: TracedTensors, output: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Axes:
@@ -294,11 +216,11 @@ RULES: dict[str, Rule] = {
     "layer_norm": _layer_norm,
     "rms_norm": _layer_norm,
     "prelu": _prelu,
-    **dict.fromkeys(_ELEMENTWISE, _elementwise),
-    **dict.fromkeys(_BINARY, _binary),
-    **dict.fromkeys(_POOLS, _pool),
-    **dict.fromkeys(_REDUCTIONS, _reduction),
-    **dict.fromkeys(("reshape", "view", "flatten", "unflatten", "squeeze", "unsqueeze"), _reshape),
+    **dict.fromkeys(ELEMENTWISE, _elementwise),
+    **dict.fromkeys(BINARY, _binary),
+    **dict.fromkeys(POOLS, _pool),
+    **dict.fromkeys(REDUCTIONS, _reduction),
+    **dict.fromkeys(RESHAPES, _reshape),
     **dict.fromkeys(("transpose", "swapaxes"), _transpose),
     "permute": _permute,
     "t": _t,
