@@ -7,7 +7,7 @@ from moe_heads.analysis._shared.batches import Batch, LossFn
 from moe_heads.analysis._shared.copies import own_copy
 from moe_heads.analysis._shared.state import write_back
 from moe_heads.analysis.sharpness.hessian.double_loss import DoubleLoss
-from moe_heads.analysis.weight_matching.groups import Group, Tensors
+from moe_heads.analysis.weight_matching.group import Group, Tensors
 
 __all__ = ["LossCheck"]
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moe_heads.analysis.weight_matching.groups import Group, Orders, Tensors
+from moe_heads.analysis.weight_matching.group import Group, Orders, Tensors
 
 __all__ = ["Matching", "match"]
 

@@ -11,7 +11,7 @@ from moe_heads.analysis._shared.arguments import check_arguments
 from moe_heads.analysis._shared.batches import Batch, LossFn
 from moe_heads.analysis.weight_matching.check import LossCheck
 from moe_heads.analysis.weight_matching.descent import match
-from moe_heads.analysis.weight_matching.groups import Group, Orders, Tensors
+from moe_heads.analysis.weight_matching.group import Group, Orders, Tensors
 from moe_heads.analysis.weight_matching.result import MatchedGroup, WeightMatch
 from moe_heads.analysis.weight_matching.tracing import find_groups
 from moe_heads.checks import check_at_least

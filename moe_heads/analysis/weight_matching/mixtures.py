@@ -10,7 +10,7 @@ from typing import Any, TypeGuard
 import numpy as np
 from torch import Tensor, nn
 
-from moe_heads.analysis.weight_matching.groups import ExpertGroup, PerExpert
+from moe_heads.analysis.weight_matching.expert_group import ExpertGroup, PerExpert
 from moe_heads.analysis.weight_matching.units import Axis, TracedTensors, is_fixed
 from moe_heads.experts import Experts
 from moe_heads.moe_layer import LayerOutput, MoELayer

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from moe_heads.analysis.weight_matching.groups import Orders
+from moe_heads.analysis.weight_matching.group import Orders
 
 __all__ = ["MatchedGroup", "WeightMatch"]
 

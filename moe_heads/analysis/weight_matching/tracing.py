@@ -11,7 +11,8 @@ from torch.utils._pytree import tree_leaves
 
 from moe_heads.analysis._shared.batches import Batch, LossFn
 from moe_heads.analysis._shared.copies import own_copy
-from moe_heads.analysis.weight_matching.groups import ExpertGroup, Group
+from moe_heads.analysis.weight_matching.expert_group import ExpertGroup
+from moe_heads.analysis.weight_matching.group import Group
 from moe_heads.analysis.weight_matching.mixtures import Mixture, is_mixture, trace_mixture
 from moe_heads.analysis.weight_matching.rules import RULES
 from moe_heads.analysis.weight_matching.unit_groups import unit_groups

@@ -4,8 +4,9 @@ from collections import defaultdict
 from collections.abc import Mapping
 
 import numpy as np
+import torch
 
-from moe_heads.analysis.weight_matching.groups import UnitGroup, unit_group
+from moe_heads.analysis.weight_matching.unit_group import Positions, UnitGroup
 from moe_heads.analysis.weight_matching.units import FIXED, Axes
 
 __all__ = ["unit_groups"]
@@ -33,7 +34,8 @@ def unit_groups(axes: Mapping[str, Axes]) -> list[UnitGroup]:
     for signature, units in alike.items():
         if len(units) > 1:
             places = {place: np.array([where[unit][place] for unit in units]) for place, _ in signature}
-            groups.append(unit_group(_name_of(places), min(units), places))
+            positions = [Positions(name, dim, torch.from_numpy(found)) for (name, dim), found in places.items()]
+            groups.append(UnitGroup(_name_of(places), min(units), tuple(positions)))
     return groups
 
 

@@ -1,5 +1,6 @@
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -70,7 +71,7 @@ def test_a_changed_checkpoint_has_a_dash(folders: dict[str, Path], tmp_path: Pat
     changed = tmp_path / "changed"
     changed.mkdir()
     result = json.loads((folders["trained"] / "result.json").read_text())
-    cases = {
+    cases: dict[str, dict[str, Any]] = {
         "the checkpoint has changed": {"checkpoint": {**result["checkpoint"], "sha256": "0"}},
         "which does not exist": {"checkpoint": {**result["checkpoint"], "path": "gone.ckpt"}},
         "the module has changed": {"model": {**result["model"], "weights_sha256": "0"}},

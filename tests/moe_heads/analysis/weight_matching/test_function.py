@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from moe_heads.analysis.weight_matching.function import match_weights, tensors_of, unequal_shapes
-from moe_heads.analysis.weight_matching.groups import UnitGroup
+from moe_heads.analysis.weight_matching.unit_group import UnitGroup
 from tests.support.matching import cross_entropy, scatter
 
 
