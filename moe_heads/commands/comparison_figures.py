@@ -26,7 +26,7 @@ def plot_spectra(runs: Sequence[Run], split: str) -> "Figure | None":
     if len(there) < 2:
         return None
     figure, ax = axes_of(None)
-    floors = []
+    floors, tops = [], []
     for place, (label, path) in enumerate(there):
         color = f"C{place % 10}"
         with np.load(path) as arrays:
@@ -34,6 +34,7 @@ def plot_spectra(runs: Sequence[Run], split: str) -> "Figure | None":
                 values, weights = arrays["values"], arrays["weights"]
                 floor = weights[weights > 1e-12].min() / (arrays["sigma"] * np.sqrt(2 * np.pi)) / 3
                 floors.append(floor)
+                tops.append(values.max())
                 error = 2 * arrays["stderr"]
                 low, high = np.clip([values - error, values + error], _TINY, None)
                 ax.fill_between(arrays["grid"], low, high, alpha=0.2, linewidth=0, color=color)
@@ -51,7 +52,7 @@ def plot_spectra(runs: Sequence[Run], split: str) -> "Figure | None":
             )
     if floors:
         ax.set_yscale("log")
-        ax.set_ylim(bottom=min(floors))
+        ax.set_ylim(min(floors), 3 * max(tops))
         ax.set_ylabel("density")
     else:
         ax.set_yticks([])

@@ -200,7 +200,12 @@ def _cells(row: Row) -> list[str]:
 def _value(value: float | None, error: float | None) -> str:
     if value is None:
         return "–"
-    return f"{value:.5g}" if error is None else f"{value:.5g} ± {error:.1g}"
+    if error is None:
+        return f"{value:.5g}"
+    if not 1e-6 < error < 1e6:
+        return f"{value:.6g} ± {error:.1g}"
+    decimals = max(0, 1 - math.floor(math.log10(error)))  # two digits of the error
+    return f"{value:.{decimals}f} ± {error:.{decimals}f}"
 
 
 def _difference(row: Row, labels: Sequence[str]) -> str:

@@ -16,7 +16,7 @@ from tests.support.matching import cross_entropy
 def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, FitEndAnalysis]]:
     """A checkpoint, and the callbacks that analyzed the same weights under the Trainer."""
     path = tmp_path_factory.mktemp("trained") / "trained.ckpt"
-    landscape = LossLandscapeCallback(num_samples=20, line_points=3, plane_points=3)
+    landscape = LossLandscapeCallback(splits=["train"], num_samples=20, line_points=3, plane_points=3)
     fit([landscape], path)  # alone: next to a SharpnessCallback, the landscape takes its eigenvectors
     others = {
         "sharpness": SharpnessCallback(num_samples=20, num_eigenvalues=1),
