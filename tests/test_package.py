@@ -29,6 +29,7 @@ _HEADS = {
     "moe_heads.surgery",
 }
 _HESSIAN = "moe_heads.analysis.sharpness.hessian"
+_MATCHING = "moe_heads.analysis.weight_matching"
 _SHARED = "moe_heads.analysis._shared"
 ALLOWED = {
     "moe_heads": {"moe_heads"},
@@ -52,6 +53,22 @@ ALLOWED = {
         *_HEADS,
     },
     _HESSIAN: {_HESSIAN, _SHARED, *_HEADS},
+    _MATCHING: {
+        _MATCHING,
+        _HESSIAN,
+        _SHARED,
+        *_HEADS,
+        "moe_heads.soft_moe",
+        "moe_heads.sparse_mixture",
+    },
+    "moe_heads.commands": {
+        "moe_heads.commands",
+        "moe_heads.callbacks",
+        "moe_heads.analysis",
+        _MATCHING,
+        _SHARED,
+    },
+    "moe_heads.cli": {"moe_heads.commands"},
     "moe_heads.callbacks": {
         "moe_heads.callbacks",
         "moe_heads.analysis",
@@ -71,6 +88,8 @@ FOREIGN = {
     "moe_heads.analysis": {"torch", "numpy", "matplotlib", "scipy", "typing_extensions"},
     "moe_heads.analysis.expert_utilization.metric": {"torch", "torchmetrics"},
     "moe_heads.analysis.sharpness.pyhessian": {"torch", "pyhessian"},
+    "moe_heads.cli": {"jsonargparse", "lightning"},
+    "moe_heads.commands": {"torch", "numpy", "matplotlib", "lightning", "typing_extensions"},
 }
 
 DATA_FILES = {"moe_heads/py.typed", "moe_heads/analysis/loss_landscape/page.html"}

@@ -12,6 +12,7 @@ from moe_heads.analysis._shared.batch_list import Batches
 from moe_heads.analysis._shared.ranks import Ranks
 from moe_heads.callbacks import ExpertUtilizationCallback, LossLandscapeCallback, SharpnessCallback
 from moe_heads.callbacks._shared import sharding
+from moe_heads.callbacks._shared.plain_context import PlainContext
 from moe_heads.callbacks._shared.sharding import batches_in_step, check_deterministic, is_left_out, key_over_ranks
 from tests.support.lightning_models import PlainModule, loader, trainer
 
@@ -98,13 +99,10 @@ def test_an_analysis_that_is_left_out_does_nothing_and_the_others_go_on(monkeypa
     assert "train" in other.results
 
 
-def test_a_trajectory_is_left_out_with_a_warning() -> None:
-    landscape = LossLandscapeCallback(trajectory=True)
-    fake: Any = Fake(ModelParallelStrategy)
-    fake.fast_dev_run = False
+def test_a_trajectory_is_left_out_with_a_warning(model: nn.Module) -> None:
+    landscape = LossLandscapeCallback(trajectory=True, stages=["validate"])
     with pytest.warns(UserWarning, match="LossLandscapeCallback: no trajectory, because the model is sharded"):
-        landscape.setup(fake, PlainModule(), "validate")
-    landscape.on_fit_start(fake, PlainModule())
+        landscape.begin_fit(PlainContext({}), model)
     assert not landscape._history
 
 

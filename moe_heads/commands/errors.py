@@ -1,0 +1,23 @@
+"""Error of a command, and its text as one sentence."""
+
+import re
+
+__all__ = ["CommandError", "one_sentence"]
+
+_LONGEST = 600
+
+
+class CommandError(ValueError):
+    """Error in the arguments or files of a command. The message is one sentence."""
+
+
+def one_sentence(error: BaseException) -> str:
+    """Return the message of an error on one line."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    if option := re.match(r'Parser key "(.+?)"', text):  # jsonargparse lists every type that did not match
+        types = re.findall(r"xpected an? (.+?)(?= - |\.? Got| Given|$)", text)
+        types = [re.sub(r"<class '(.+?)'>", r"\1", kind) for kind in types]
+        value = re.split(r"(?:Given|Got) value: ", text)[-1].removesuffix(".")
+        expected = " or ".join(dict.fromkeys(types)).replace("NoneType", "null") or "another value"
+        return f"--{option[1]}: expected {expected}, got {value}."
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]} …"
