@@ -16,9 +16,10 @@ demo: $(READY)
 test: $(READY)
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
-# The quick tests with the lowest versions of pyproject.toml. Old packages use what newer ones call deprecated.
+# The quick tests with the lowest versions of pyproject.toml. Old packages use what newer ones call deprecated, also in
+# the pytest that a test starts.
 test-lowest: $(LOWEST_READY)
-	$(LOWEST)/python -m pytest -n 2 --dist loadfile -W ignore::DeprecationWarning -W ignore::FutureWarning $(ARGS)
+	PYTEST_ADDOPTS="-W ignore::DeprecationWarning -W ignore::FutureWarning" $(LOWEST)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m slow $(ARGS)
