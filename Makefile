@@ -2,10 +2,12 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 READY := .venv/.ready
+LOWEST := .venv-lowest/bin
+LOWEST_READY := .venv-lowest/.ready
 # Where the environment forbids cached bytecode, every process compiles torch and lightning anew: 20 s instead of 9.
 export PYTHONDONTWRITEBYTECODE =
 
-.PHONY: demo test test-slow test-gpu gpu coverage lint format typecheck check clean
+.PHONY: demo test test-lowest test-slow test-gpu gpu coverage lint format typecheck check clean
 
 demo: $(READY)
 	$(BIN)/python examples/compare_heads.py --resume $(ARGS)
@@ -13,6 +15,11 @@ demo: $(READY)
 # two processes: the tests themselves compute on one thread each
 test: $(READY)
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+
+# The quick tests with the lowest versions of pyproject.toml. Old packages use what newer ones call deprecated, also in
+# the pytest that a test starts.
+test-lowest: $(LOWEST_READY)
+	PYTEST_ADDOPTS="-W ignore::DeprecationWarning -W ignore::FutureWarning" $(LOWEST)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m slow $(ARGS)
@@ -50,5 +57,11 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable '.[dev]'
 	touch $(READY)
 
+$(LOWEST_READY): pyproject.toml constraints-lowest.txt
+	$(PYTHON) -m venv --clear .venv-lowest
+	$(LOWEST)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt uv
+	$(LOWEST)/uv pip install --quiet --python $(LOWEST)/python --resolution lowest-direct --constraint constraints-lowest.txt --editable '.[dev]'
+	touch $(LOWEST_READY)
+
 clean:
-	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .venv-lowest build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

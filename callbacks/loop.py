@@ -127,8 +127,8 @@ class TrainingMonitor:
         module, context.group = unwrapped(model)
         if is_sharded(module):
             raise MisconfigurationException(
-                f"{context.owner}: expected a model that is whole in every process, got one whose parameters are divided"
-                f" among processes. {CHECKPOINT_REMEDY}, or train with Lightning's ModelParallelStrategy."
+                f"{context.owner}: expected a model that is whole in every process, got one with parameters that are"
+                f" divided among processes. {CHECKPOINT_REMEDY}, or train with Lightning's ModelParallelStrategy."
             )
         context.step = context.epoch = 0
         context.metrics.clear()

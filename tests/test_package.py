@@ -12,6 +12,9 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
 
 from tests.support.sources import ROOT, sources
 
@@ -227,8 +230,9 @@ def test_wheel_works_outside_the_repository_and_in_its_root(wheel: Path, tmp_pat
         assert all(Path(origin).is_relative_to(home) for origin in origins)
 
 
-def test_constraints_pin_names_and_versions_only() -> None:
-    lines = (ROOT / "constraints.txt").read_text().splitlines()
+@pytest.mark.parametrize("name", ["constraints.txt", "constraints-lowest.txt"])
+def test_constraints_pin_names_and_versions_only(name: str) -> None:
+    lines = (ROOT / name).read_text().splitlines()
     pins = [line for line in lines if not line.startswith("#")]
     assert pins
     assert all(len(pin.split("==")) == 2 and "/" not in pin and "@" not in pin for pin in pins)
@@ -240,6 +244,18 @@ def test_every_dependency_is_pinned() -> None:
     pinned = {line.partition("==")[0] for line in (ROOT / "constraints.txt").read_text().splitlines()}
     names = {requirement.split("[")[0].split(">")[0] for requirement in [*project["dependencies"], *extras]}
     assert names - {"moe-heads"} <= pinned
+
+
+def test_the_lowest_constraints_are_the_lower_bounds() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    groups = [project["dependencies"], *project["optional-dependencies"].values()]
+    requirements = {Requirement(line) for group in groups for line in group if not line.startswith("moe-heads")}
+    pins = dict(line.split("==") for line in (ROOT / "constraints-lowest.txt").read_text().splitlines() if "==" in line)
+    for requirement in requirements:
+        (bound,) = (spec.version for spec in requirement.specifier if spec.operator == ">=")
+        pin = Version(pins[canonicalize_name(requirement.name)])
+        # the first release may have one more number: 6.130 is 6.130.0
+        assert pin in requirement.specifier and pin.release[: len(Version(bound).release)] == Version(bound).release
 
 
 def test_a_package_and_its_function_share_a_name() -> None:

@@ -183,7 +183,8 @@ def _check(experts: Experts, x: Tensor, routing: Routing, dispatch: Dispatch) ->
     elif dispatch == "gathered" and routing.indices is None:
         reason, instead = "expected rows that choose their experts, got experts that choose their rows", "ragged"
     elif dispatch == "grouped":
-        reason, instead = why_not_grouped(experts, x), "all" if is_vmapped() else "ragged"
+        instead = "all" if is_vmapped() or torch.compiler.is_compiling() else "ragged"
+        reason = why_not_grouped(experts, x)
     elif dispatch == "ragged" and not _serves_ragged(x):
         reason = "expected eager mode, since it reads the segment lengths, got tracing, capture, vmap or a meta tensor"
         instead = "all"

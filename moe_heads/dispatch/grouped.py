@@ -20,6 +20,9 @@ __all__ = ["mix_grouped", "why_not_grouped"]
 # alignment of the strides of every operand
 _ALIGNMENT_BYTES = 16
 
+# torch checks the operands of a graph for bf16 up to 2.13, also on a CPU
+_COMPILES_BF16_ONLY = torch.__version__ < "2.14"
+
 
 def mix_grouped(experts: Experts, x: Tensor, routing: Routing) -> Tensor:
     """Compute the weighted sum of the chosen experts (N, C) for the rows x (N, D)."""
@@ -67,6 +70,8 @@ def why_not_grouped(experts: Experts, x: Tensor) -> str | None:
     if device == "cuda" and (dtype != torch.bfloat16 or torch.cuda.get_device_capability(x.device) < (9, 0)):
         # torch falls back to a loop whose bounds the host reads
         return f"expected bf16 and compute capability 9.0 on a CUDA device, got {dtype} on {x.device}"
+    if _COMPILES_BF16_ONLY and dtype != torch.bfloat16 and torch.compiler.is_compiling():
+        return f"expected bf16 in a compiled or exported graph with torch < 2.14, got {dtype}"
     if is_transformed():
         # a setup_context would support torch.func, at the cost of inspecting signatures in every other pass
         return "expected no transform of torch.func, got one"

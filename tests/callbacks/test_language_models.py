@@ -33,7 +33,8 @@ class LanguageModel(pl.LightningModule):
         super().__init__()
         self.model = language_model(name)
         if is_checkpointed:
-            self.model.activation_checkpointing_enable()
+            model = self.model  # the name is that of transformers 5.23, the default that of older ones
+            getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         return self.model(**batch).loss

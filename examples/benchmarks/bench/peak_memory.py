@@ -9,7 +9,7 @@ __all__ = ["peak_memory"]
 
 def peak_memory(function: Callable[[], object]) -> int:
     """Return the peak number of bytes above the start."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:
         function()
     held, peak = 0, 0
     results = profiler.profiler.kineto_results

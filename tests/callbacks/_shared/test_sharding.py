@@ -99,10 +99,11 @@ def test_an_analysis_that_is_left_out_does_nothing_and_the_others_go_on(monkeypa
     assert "train" in other.results
 
 
-def test_a_trajectory_is_left_out_with_a_warning(model: nn.Module) -> None:
+def test_a_trajectory_is_left_out_with_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("moe_heads.callbacks.loss_landscape.is_sharded", lambda model: True)
     landscape = LossLandscapeCallback(trajectory=True, stages=["validate"])
     with pytest.warns(UserWarning, match="LossLandscapeCallback: no trajectory, because the model is sharded"):
-        landscape.begin_fit(PlainContext({}), model)
+        landscape.begin_fit(PlainContext({}), PlainModule())
     assert not landscape._history
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from moe_heads import SparseMoE
-from moe_heads.dispatch import choice
+from moe_heads.dispatch import choice, grouped
 from tests.support.head_zoo import FEATURES, head_with
 
 
@@ -24,6 +24,11 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     monkeypatch.setattr(choice, "_PATHS", {name: recording(name) for name in choice._PATHS})
     return names
+
+
+needs_grouped_graphs = pytest.mark.skipif(
+    grouped._COMPILES_BF16_ONLY, reason="torch < 2.14 has no grouped product of fp32 in graphs"
+)
 
 
 def large_head() -> SparseMoE:
@@ -98,7 +103,12 @@ def test_auto_asks_for_no_value_inside_vmap_but_may_in_other_transforms(taken: l
 
 @pytest.mark.parametrize(
     ("num_rows", "expected", "in_float64"),
-    [(1, "gathered", "gathered"), (16, "gathered", "all"), (64, "grouped", "all"), (500, "grouped", "all")],
+    [
+        (1, "gathered", "gathered"),
+        (16, "gathered", "all"),
+        pytest.param(64, "grouped", "all", marks=needs_grouped_graphs),
+        pytest.param(500, "grouped", "all", marks=needs_grouped_graphs),
+    ],
 )
 def test_auto_in_a_compiled_graph(num_rows: int, expected: str, in_float64: str, taken: list[str]) -> None:
     for dtype, path in ((torch.float32, expected), (torch.float64, in_float64)):
@@ -107,12 +117,29 @@ def test_auto_in_a_compiled_graph(num_rows: int, expected: str, in_float64: str,
         assert taken[-1] == path
 
 
-def test_auto_in_a_compiled_graph_reads_the_weights_of_few_of_many_experts(taken: list[str]) -> None:
+@pytest.mark.parametrize(
+    ("num_rows", "expected"), [(32, "gathered"), pytest.param(256, "grouped", marks=needs_grouped_graphs)]
+)
+def test_auto_in_a_compiled_graph_reads_the_weights_of_few_of_many_experts(
+    num_rows: int, expected: str, taken: list[str]
+) -> None:
     torch.compiler.reset()
     head = SparseMoE(512, 10, num_experts=128, expert_width=64).eval()
-    for num_rows, expected in ((32, "gathered"), (256, "grouped")):
-        torch.compile(head, backend="eager", dynamic=False)(torch.randn(num_rows, 512))
-        assert taken[-1] == expected
+    torch.compile(head, backend="eager", dynamic=False)(torch.randn(num_rows, 512))
+    assert taken[-1] == expected
+
+
+def test_no_grouped_product_in_graphs_of_a_torch_that_compiles_it_in_bf16_only(
+    taken: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(grouped, "_COMPILES_BF16_ONLY", True)
+    torch.compiler.reset()
+    head, x = large_head(), torch.randn(500, 64)
+    torch.testing.assert_close(torch.compile(head, backend="eager", fullgraph=True)(x), head(x))
+    assert taken == ["gathered", "grouped"]
+    head.dispatch = "grouped"
+    with pytest.raises(Exception, match=r"'grouped': expected bf16 in a .* graph .*, got torch.float32. Use .*'all'"):
+        torch.compile(head, backend="eager", fullgraph=True)(x)
 
 
 def test_auto_reads_no_values_where_there_are_none_or_where_they_would_be_recorded(taken: list[str]) -> None:

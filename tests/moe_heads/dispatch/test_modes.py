@@ -9,7 +9,10 @@ import torch
 from torch import nn
 
 from moe_heads import Dense, SoftMoE, SparseMoE
+from moe_heads.dispatch import grouped
 from tests.support.head_zoo import FEATURES, ROUTERS, head_with
+
+PATHS_IN_GRAPHS = ["all", "gathered", *([] if grouped._COMPILES_BF16_ONLY else ["grouped"])]
 
 
 @pytest.fixture(autouse=True)
@@ -43,7 +46,7 @@ def test_one_compiled_head_serves_any_batch_size() -> None:
         torch.testing.assert_close(compiled(x), head(x))
 
 
-@pytest.mark.parametrize("dispatch", ["all", "gathered", "grouped"])
+@pytest.mark.parametrize("dispatch", PATHS_IN_GRAPHS)
 def test_compiled_training_step_equals_the_eager_one(dispatch: str) -> None:
     head = head_with("noisy_top_k", torch.float32, dispatch=dispatch)
     compiled = torch.compile(head, fullgraph=True, backend="aot_eager")
@@ -92,7 +95,8 @@ def test_export_and_onnx_with_dynamic_sizes(name: str, num_tokens: int | None, t
     torch.testing.assert_close(run_onnx(head, example, sizes, x, tmp_path), head(x))
 
 
-@pytest.mark.parametrize("dispatch", ["all", "gathered", "grouped"])
+@pytest.mark.filterwarnings("ignore:The given buffer is not writable")  # torch.export.load of torch 2.12
+@pytest.mark.parametrize("dispatch", PATHS_IN_GRAPHS)
 def test_every_static_path_is_exported_with_a_dynamic_batch_and_read_back(dispatch: str, tmp_path: Path) -> None:
     head = head_with("noisy_top_k", torch.float32, dispatch=dispatch)
     example = (torch.randn(5, FEATURES),)

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from packaging.version import Version
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -206,6 +207,7 @@ def test_an_entry_that_no_longer_fits() -> None:
     assert "MixtralTopKRouter" not in str(collection.errors) and "Shorter" in str(collection.errors)
 
 
+@pytest.mark.skipif(Version(transformers.__version__) < Version("5.23"), reason="it is that of transformers 5.23")
 def test_every_class_in_the_registry_exists() -> None:
     """A class that was renamed would be read by its shapes alone from then on."""
     source = re.compile(r"^class (\w+)\(", re.MULTILINE)
