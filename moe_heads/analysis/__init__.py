@@ -33,6 +33,9 @@ from moe_heads.analysis.sharpness.block import BlockCurvature
 from moe_heads.analysis.sharpness.function import sharpness
 from moe_heads.analysis.sharpness.perturbation import PerturbationSharpnessResult, perturbation_sharpness
 from moe_heads.analysis.sharpness.result import SharpnessResult
+from moe_heads.analysis.weight_matching.barrier import LineLoss, line_loss
+from moe_heads.analysis.weight_matching.function import match_weights
+from moe_heads.analysis.weight_matching.result import WeightMatch
 
 if TYPE_CHECKING:
     from moe_heads.analysis.expert_utilization.metric import ExpertUtilizationMetric
@@ -44,6 +47,7 @@ __all__ = [
     "ExpertUtilizationMetric",
     "ExpertUtilizationResult",
     "InferenceTimingResult",
+    "LineLoss",
     "LossLandscapeResult",
     "PerturbationSharpnessResult",
     "Progress",
@@ -53,6 +57,7 @@ __all__ = [
     "TimingRow",
     "Trajectory",
     "TrajectoryPlane",
+    "WeightMatch",
     "analysis_mode",
     "direction_sweep",
     "expert_utilization",
@@ -60,7 +65,9 @@ __all__ = [
     "inference_timing",
     "landscape_page",
     "layer_normalized",
+    "line_loss",
     "loss_landscape",
+    "match_weights",
     "normalized_random_direction",
     "perturbation_sharpness",
     "plot_lines",

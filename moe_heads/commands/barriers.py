@@ -10,8 +10,9 @@ from torch import Tensor
 from typing_extensions import override
 
 from moe_heads.analysis.weight_matching.barrier import LineLoss, line_loss, mean_loss
-from moe_heads.analysis.weight_matching.function import match_weights, tensors_of, unequal_shapes
+from moe_heads.analysis.weight_matching.function import match_weights
 from moe_heads.analysis.weight_matching.result import WeightMatch
+from moe_heads.analysis.weight_matching.tensors import tensors_of, unequal_shapes
 from moe_heads.callbacks import AnalysisInputs, Report
 from moe_heads.callbacks._shared.analysis import Analysis
 from moe_heads.commands.checkpoints import LoadedModel, load_model

@@ -304,6 +304,13 @@ def test_wrong_use_raises_an_error(build: Callable[[], Any], kind: type[Exceptio
         build()
 
 
+def test_a_sharded_model_raises_an_error_before_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("moe_heads.callbacks.loop.is_sharded", lambda model: True)
+    monitor = TrainingMonitor([Weight()])
+    with pytest.raises(MisconfigurationException, match="expected a model that is whole in every process"):
+        monitor.start(model())
+
+
 def test_another_model_raises_an_error() -> None:
     monitor = TrainingMonitor([Weight()])
     monitor.start(model())

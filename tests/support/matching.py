@@ -1,12 +1,18 @@
 """Networks of the tests of weight matching, by the name of their head."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from moe_heads import NOISY_TOP_K, Dense, MoELayer, SoftMoE, SparseMoE
+from moe_heads.analysis import analysis_mode
+from moe_heads.analysis._shared.batches import LossFn
+from moe_heads.analysis.weight_matching.function import permuted
+from moe_heads.analysis.weight_matching.tensors import tensors_of
+from moe_heads.analysis.weight_matching.tracing import find_groups
 from moe_heads.routers import BiasBalancedRouter, ExpertChoiceRouter, NoisyTopKRouter, SoftmaxRouter, SwitchRouter
 
 
@@ -49,3 +55,11 @@ def scatter(model: nn.Module) -> nn.Module:
 
 def cross_entropy(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
     return F.cross_entropy(model(batch[0]), batch[1])
+
+
+def permute_randomly(model: nn.Module, loss_fn: LossFn, batch: Any, seed: int = 0) -> dict[str, Tensor]:
+    """Return parameters and buffers of a model under random permutations that do not change its function."""
+    with analysis_mode(model, seed):
+        groups = find_groups(model, loss_fn, batch)
+    generator = torch.Generator().manual_seed(seed)
+    return permuted(groups, tensors_of(model), {group.name: group.random(generator) for group in groups})

@@ -18,6 +18,7 @@ from moe_heads.analysis._shared.parameter_path import ParameterPath, Target
 from moe_heads.analysis._shared.progress import Progress
 from moe_heads.analysis._shared.scalar import checked_scalar
 from moe_heads.analysis._shared.state import Original, write_back
+from moe_heads.analysis.weight_matching.tensors import tensors_of, unequal_shapes
 from moe_heads.checks import check_at_least
 
 __all__ = ["LineLoss", "line_loss", "mean_loss"]
@@ -68,7 +69,7 @@ class LineLoss:
 
 def line_loss(
     model: nn.Module,
-    other: Mapping[str, Tensor],
+    other: nn.Module | Mapping[str, Tensor],
     loss_fn: LossFn,
     batches: Iterable[Batch],
     *,
@@ -83,7 +84,7 @@ def line_loss(
 
     Args:
         model: The first network. It is not changed.
-        other: Parameters and buffers of the second network, by name.
+        other: The second network, or its parameters and buffers by name.
         loss_fn: ``loss_fn(model, batch) -> scalar``, the mean over the samples of a batch.
         batches: The data.
         num_points: Number of equally spaced positions, including both ends.
@@ -91,11 +92,11 @@ def line_loss(
         progress: Receives a step for each position.
 
     Raises:
-        ValueError: If there are fewer than 3 points.
+        ValueError: If there are fewer than 3 points, or the networks differ in names or shapes.
 
     Example:
         >>> import torch
-        >>> from moe_heads.analysis.weight_matching.barrier import line_loss
+        >>> from moe_heads.analysis import line_loss
         >>> model, data = torch.nn.Linear(1, 1, bias=False), [torch.ones(2, 1)]
         >>> _ = torch.nn.init.constant_(model.weight, -1.0)
         >>> line_loss(model, {"weight": torch.ones(1, 1)}, lambda m, x: 1 - m(x).square().mean(), data).barrier
@@ -103,6 +104,10 @@ def line_loss(
     """
     check_arguments(model=model, loss_fn=loss_fn, seed=seed)
     check_at_least(3, num_points=num_points)
+    other = tensors_of(other) if isinstance(other, nn.Module) else other
+    reason = unequal_shapes(tensors_of(model), other)
+    if reason:
+        raise ValueError(f"other: expected the names and shapes of the model, got {reason}.")
     progress = progress or Progress()
     data = Batches.of(batches)
     microbatches = Microbatches(data, device_of(model), progress)

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Mapping, Sequence
 
-import torch
 from torch import Tensor, nn
 
 from moe_heads.analysis._shared.analysis_mode import analysis_mode
@@ -13,15 +12,16 @@ from moe_heads.analysis.weight_matching.check import LossCheck
 from moe_heads.analysis.weight_matching.descent import match
 from moe_heads.analysis.weight_matching.group import Group, Orders, Tensors
 from moe_heads.analysis.weight_matching.result import MatchedGroup, WeightMatch
+from moe_heads.analysis.weight_matching.tensors import tensors_of, unequal_shapes
 from moe_heads.analysis.weight_matching.tracing import find_groups
 from moe_heads.checks import check_at_least
 
-__all__ = ["match_weights", "permute_randomly", "tensors_of", "unequal_shapes"]
+__all__ = ["match_weights", "permuted"]
 
 
 def match_weights(
     model: nn.Module,
-    other: Mapping[str, Tensor],
+    other: nn.Module | Mapping[str, Tensor],
     loss_fn: LossFn,
     batch: Batch,
     *,
@@ -37,7 +37,7 @@ def match_weights(
 
     Args:
         model: The first network, on any device. It is not changed.
-        other: Parameters and buffers of the second network by name; see `tensors_of`.
+        other: The second network, or its parameters and buffers by name.
         loss_fn: ``loss_fn(model, batch) -> scalar``.
         batch: A batch on the device of the model.
         num_restarts: Number of additional starts from random permutations.
@@ -52,16 +52,17 @@ def match_weights(
     Example:
         >>> import torch
         >>> from moe_heads import Dense
-        >>> from moe_heads.analysis.weight_matching.function import match_weights, tensors_of
+        >>> from moe_heads.analysis import match_weights
         >>> first, second = Dense(4, 3, width=8), Dense(4, 3, width=8)
         >>> batch = torch.randn(20, 4), torch.randint(3, (20,))
         >>> loss_fn = lambda m, b: torch.nn.functional.cross_entropy(m(b[0]), b[1])
-        >>> matched = match_weights(first, tensors_of(second), loss_fn, batch)
+        >>> matched = match_weights(first, second, loss_fn, batch)
         >>> matched.distance_after <= matched.distance_before
         True
     """
     check_arguments(model=model, loss_fn=loss_fn, seed=seed)
     check_at_least(0, num_restarts=num_restarts)
+    other = tensors_of(other) if isinstance(other, nn.Module) else other
     reason = unequal_shapes(tensors_of(model), other)
     if reason:
         raise ValueError(f"other: expected the names and shapes of the model, got {reason}.")
@@ -75,57 +76,27 @@ def match_weights(
         failed = {group.name: reason for group in groups if (reason := check.failure(group, seed))}
         kept = [group for group in groups if group.name not in failed]
         matching = match(kept, parameters, second, num_restarts, seed)
-        permuted = _permuted(kept, other, matching.orders)
-        reason = check.difference(permuted)
+        moved = permuted(kept, other, matching.orders)
+        reason = check.difference(moved)
         if reason:
             failed |= {group.name: f"all groups together: {reason}" for group in kept}
-            kept, permuted = [], dict(other)
+            kept, moved = [], dict(other)
     orders = {group.name: matching.orders[group.name] for group in kept}
     touched = {name for group in kept for name in group.names}
     return WeightMatch(
-        tensors=permuted,
+        tensors=moved,
         groups=tuple(MatchedGroup(group.name, group.moved(orders[group.name])) for group in kept),
         orders=orders,
         failed=failed,
         unmatched=tuple(name for name in parameters if name not in touched and parameters[name].dim() > 1),
         distance_before=_distance(parameters, second),
-        distance_after=_distance(parameters, {name: permuted[name] for name in parameters}),
+        distance_after=_distance(parameters, {name: moved[name] for name in parameters}),
         loss_changed_by=check.largest_change,
     )
 
 
-def tensors_of(model: nn.Module) -> dict[str, Tensor]:
-    """Return copies of the parameters and buffers of a model by name."""
-    named: dict[str, Tensor] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    return {name: tensor.detach().clone() for name, tensor in named.items()}
-
-
-def unequal_shapes(first: Tensors, second: Tensors) -> str:
-    """Return the first difference in names and shapes between two networks, or ""."""
-    for name, tensor in first.items():
-        if name not in second:
-            return f"no {name}"
-        if tensor.shape != second[name].shape:
-            return f"{name} of shape {tuple(second[name].shape)} instead of {tuple(tensor.shape)}"
-    return next((f"another tensor, {name}" for name in second if name not in first), "")
-
-
-def permute_randomly(model: nn.Module, loss_fn: LossFn, batch: Batch, seed: int = 0) -> dict[str, Tensor]:
-    """Return parameters and buffers of a model under random permutations that do not change its function.
-
-    Args:
-        model: The model. It is not changed.
-        loss_fn: The loss.
-        batch: A batch on the device of the model.
-        seed: Seed of the permutations.
-    """
-    with analysis_mode(model, seed):
-        groups = find_groups(model, loss_fn, batch)
-    generator = torch.Generator().manual_seed(seed)
-    return _permuted(groups, tensors_of(model), {group.name: group.random(generator) for group in groups})
-
-
-def _permuted(groups: Sequence[Group], tensors: Tensors, orders: Mapping[str, Orders]) -> dict[str, Tensor]:
+def permuted(groups: Sequence[Group], tensors: Tensors, orders: Mapping[str, Orders]) -> dict[str, Tensor]:
+    """Return the tensors of a network in the orders of its groups."""
     found = dict(tensors)
     for group in groups:
         found.update(group.apply(found, orders[group.name]))

@@ -6,10 +6,9 @@ import pytest
 import torch
 from lightning.pytorch import Trainer, seed_everything
 
-from moe_heads.analysis.weight_matching.function import permute_randomly
 from moe_heads.callbacks import ExpertUtilizationCallback, FitEndAnalysis, LossLandscapeCallback, SharpnessCallback
 from tests.support.checkpoint_models import Data, Model, data
-from tests.support.matching import cross_entropy
+from tests.support.matching import cross_entropy, permute_randomly
 
 
 @pytest.fixture(scope="session")

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_heads.analysis.weight_matching.barrier import line_loss, mean_loss
-from moe_heads.analysis.weight_matching.function import tensors_of
+from moe_heads.analysis.weight_matching.tensors import tensors_of
 
 
 class Point(nn.Module):

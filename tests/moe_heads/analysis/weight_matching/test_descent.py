@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from moe_heads import SparseMoE
 from moe_heads.analysis.weight_matching.expert_group import ExpertGroup
-from moe_heads.analysis.weight_matching.function import match_weights, tensors_of
+from moe_heads.analysis.weight_matching.function import match_weights
 from moe_heads.analysis.weight_matching.group import Group, Orders
+from moe_heads.analysis.weight_matching.tensors import tensors_of
 from moe_heads.analysis.weight_matching.tracing import find_groups
 from moe_heads.analysis.weight_matching.unit_group import UnitGroup
 from tests.support.matching import cross_entropy, scatter

@@ -2,7 +2,8 @@ import pytest
 import torch
 from torch import nn
 
-from moe_heads.analysis.weight_matching.function import match_weights, tensors_of, unequal_shapes
+from moe_heads.analysis.weight_matching.function import match_weights
+from moe_heads.analysis.weight_matching.tensors import tensors_of, unequal_shapes
 from moe_heads.analysis.weight_matching.unit_group import UnitGroup
 from tests.support.matching import cross_entropy, scatter
 

@@ -6,10 +6,11 @@ from torch import nn
 
 from moe_heads import SparseMoE
 from moe_heads.analysis.weight_matching.barrier import line_loss
-from moe_heads.analysis.weight_matching.function import match_weights, permute_randomly, tensors_of
+from moe_heads.analysis.weight_matching.function import match_weights
+from moe_heads.analysis.weight_matching.tensors import tensors_of
 from moe_heads.lightning_modules.backbones import CifarResNet
 from moe_heads.routing import Router, Routing
-from tests.support.matching import cross_entropy, heads, scatter
+from tests.support.matching import cross_entropy, heads, permute_randomly, scatter
 
 
 @pytest.mark.parametrize("name", heads(6))

@@ -7,7 +7,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from moe_heads.analysis.weight_matching.function import match_weights, permute_randomly, tensors_of
+from moe_heads.analysis.weight_matching.function import match_weights
+from moe_heads.analysis.weight_matching.tensors import tensors_of
+from tests.support.matching import permute_randomly
 
 
 class Net(nn.Module):
