@@ -6,6 +6,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import pytest
 import torch
 
 from moe_heads.analysis._shared.digest import digest_of, digest_of_code, digest_of_rows
@@ -39,6 +40,7 @@ def test_order_and_borders_count() -> None:
     assert digest_of([torch.nn.Parameter(x)]) == digest_of([x])
 
 
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks are implicitly disabled")  # of torch 2.12
 def test_sparse_tensors_and_other_values_count() -> None:
     indices, values = torch.arange(2000).unsqueeze(0), torch.ones(2000)
     one, other = (
