@@ -215,6 +215,7 @@ Path("metrics.json").write_text(json.dumps(metrics))
     assert set(written(tmp_path)) >= set(alone) - {"nothing_lost"}
 
 
+@pytest.mark.slow  # 10 s
 def test_our_own_classifier_and_data_train_on_two_processes(tmp_path: Path) -> None:
     """Lightning builds the loaders again with a distributed sampler; it could not when one was built by position."""
     process = launch(
@@ -265,6 +266,7 @@ Path(f"metrics{torch.distributed.get_rank()}.json").write_text(json.dumps(metric
     assert not any(name.startswith("failing") for name in written(tmp_path))
 
 
+@pytest.mark.slow  # 25 s; test_analysis_ranks.py has Ctrl-C without a launch
 def test_ctrl_c_reaches_all_ranks_and_the_run_ends_well(tmp_path: Path) -> None:
     process = launch(
         tmp_path,

@@ -275,7 +275,15 @@ CHECKS: dict[str, Callable[..., None]] = {
 
 
 @pytest.mark.timeout(120)
-@pytest.mark.parametrize("entry", ZOO, ids=lambda entry: entry.name)
+# more than 5 s each
+_LARGE = {"deeplab_resnet", "resnet", "timm_convnext", "timm_vit"}
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [pytest.param(entry, marks=[pytest.mark.slow] if entry.name in _LARGE else []) for entry in ZOO],
+    ids=[entry.name for entry in ZOO],
+)
 def test_zoo(entry: Entry) -> None:
     before, after, found = Witness(), Witness(), analyses(entry)
     module = entry.build()

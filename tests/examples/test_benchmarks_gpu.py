@@ -9,6 +9,7 @@ import torch
 from tests.support.benchmark_scripts import benchmark_script
 
 
+@pytest.mark.slow  # 30 s
 def test_a_dry_run_writes_every_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "gpu.json"
     with benchmark_script("gpu", monkeypatch) as gpu:

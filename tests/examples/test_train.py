@@ -12,7 +12,13 @@ from tests.support.sources import ROOT
 @pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning")
 # after a few batches an expert may well starve
 @pytest.mark.filterwarnings("ignore:expert_utilization. epoch")
-@pytest.mark.parametrize("config", sorted(path.name for path in (ROOT / "examples" / "configs").glob("*.yaml")))
+@pytest.mark.parametrize(
+    "config",
+    [
+        pytest.param(path.name, marks=[] if path.stem == "sparse_moe" else [pytest.mark.slow])  # 20 s each
+        for path in sorted((ROOT / "examples" / "configs").glob("*.yaml"))
+    ],
+)
 def test_config_builds_its_callbacks_and_trains(config: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(ROOT / "examples"))
