@@ -274,11 +274,11 @@ CHECKS: dict[str, Callable[..., None]] = {
 }
 
 
-@pytest.mark.timeout(120)
 # more than 5 s each
 _LARGE = {"deeplab_resnet", "resnet", "timm_convnext", "timm_vit"}
 
 
+@pytest.mark.timeout(120)
 @pytest.mark.parametrize(
     "entry",
     [pytest.param(entry, marks=[pytest.mark.slow] if entry.name in _LARGE else []) for entry in ZOO],
