@@ -143,6 +143,7 @@ def test_figures_of_all_kinds_render_without_a_warning(losses: Tensor) -> None:
     result = landscape(losses, routing_flips=flips)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        warnings.simplefilter("ignore", DeprecationWarning)  # of the parser that old versions of matplotlib call
         figure, ax = result.plot()
         figure.savefig("/dev/null", format="png")
     assert ax.get_xlabel().startswith("α")
