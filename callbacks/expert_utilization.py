@@ -133,6 +133,7 @@ class ExpertUtilizationCallback(FitEndAnalysis):
     name = "expert_utilization"
     needs_loss: ClassVar[bool] = False
     analyzes_steps: ClassVar[bool] = False
+    records_batches: ClassVar[bool] = True
     over_ranks: OverRanks = "share"
     default_num_samples: ClassVar[int] = 10_000
     results: dict[Split, ExpertUtilizationResult]

@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from torch import nn
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
@@ -18,6 +19,7 @@ from moe_heads.callbacks._shared.loop_context import LoopContext
 from moe_heads.callbacks._shared.trainer_access import Split, inside_fabric
 from moe_heads.callbacks._shared.training_analysis import TrainingAnalysis
 from moe_heads.callbacks._shared.wrapped_models import unwrapped
+from moe_heads.routing import named_routers
 
 __all__ = ["TrainingMonitor"]
 
@@ -30,7 +32,8 @@ class TrainingMonitor:
     Call `start` before the first batch, `step` after every batch, `end_epoch` after every epoch, and `end` after the
     training. Analyses with ``every_n_train_steps`` and ``every_n_epochs`` run in `step` and `end_epoch`, and all run in
     `end`. The model, its gradients, the optimizer and all random generators are afterwards bit for bit what they were.
-    Passes of the model in evaluation mode, such as a validation, do not count in the expert utilization.
+    The expert utilization counts the passes in training mode with gradients since the last `step`. A validation in
+    evaluation mode or under ``no_grad`` does not count.
 
     Under DDP (also that of Fabric), call the methods in every process. The samples are divided among the processes, and
     rank zero writes. The model may be wrapped by DDP, Fabric or torch.compile.
@@ -85,7 +88,7 @@ class TrainingMonitor:
         self._kept: Mapping[str, Any] = {}
         self._model: nn.Module | None = None
         self._hooks = ExitStack()
-        self._has_batches = False
+        self._has_batches = self._has_ended = False
 
     @property
     def metrics(self) -> dict[str, float]:
@@ -138,7 +141,7 @@ class TrainingMonitor:
         self._give(train, val, test)
         kept, self._kept = self._kept, {}
         self._group.begin(context, module, kept)
-        self._model = module
+        self._model, self._has_ended = module, False
         for each in context.optimizers:
             self._enter(each.register_step_pre_hook(self._before_step))
             self._enter(each.register_step_post_hook(self._after_step))
@@ -147,7 +150,7 @@ class TrainingMonitor:
     def step(self, model: nn.Module, batch: Batch = None) -> None:
         """End a training batch, after its optimizer step.
 
-        Without a `start` before, the training begins here: the passes of this batch are then not counted.
+        Without a `start` before, the training begins here, with a warning if the expert utilization lacks this batch.
 
         Args:
             model: The model.
@@ -155,7 +158,7 @@ class TrainingMonitor:
                 it as training data if `start` was given none.
         """
         if self._model is None:
-            self.start(model)
+            self._start_late(model)
         module, context = self._same(model), self._context
         context.batch = batch
         if not context.optimizers:
@@ -170,6 +173,8 @@ class TrainingMonitor:
         Args:
             model: The model.
         """
+        if self._model is None:
+            self._start_late(model)
         self._group.end_epoch(self._context, self._same(model))
         self._has_batches = False
         self._begin_batch()
@@ -191,7 +196,7 @@ class TrainingMonitor:
             The results by name of the analysis and split.
         """
         if self._model is None:
-            self.start(model)
+            self._start_late(model)
         if self._has_batches:
             self.end_epoch(model)
         module = self._same(model)
@@ -200,6 +205,7 @@ class TrainingMonitor:
             return self._group.end(self._context, module)
         finally:
             self.close()
+            self._has_ended = True
 
     def close(self) -> None:
         """Remove all hooks, also after an error of the loop. A training can `start` again."""
@@ -219,9 +225,32 @@ class TrainingMonitor:
         """
         self._kept = state
 
+    def _start_late(self, model: nn.Module) -> None:
+        """Start with the first batch already done, unless a training has just ended.
+
+        Raises:
+            ValueError: If a training has ended and no other one was started.
+        """
+        if self._has_ended:
+            raise ValueError(
+                "monitor: expected a training that runs, got one that has ended. Call monitor.start(model, optimizer)"
+                " to begin another one, which forgets the results of this one."
+            )
+        self.start(model)
+        if named_routers(unwrapped(model)[0]) and any(analysis.records_batches for analysis in self._group.analyses):
+            rank_zero_warn(
+                "TrainingMonitor: the expert utilization lacks the batches before the first monitor.step. Call"
+                " monitor.start(model, optimizer) before the first batch."
+            )
+
     def _give(self, train: Any, val: Any, test: Any) -> None:
         given: dict[Split, Any] = {"train": train, "val": val, "test": test}
         for split, loaders in given.items():
+            if isinstance(loaders, tuple) and all(isinstance(part, Tensor) for part in loaders):
+                raise ValueError(
+                    f"{split}: expected a loader or a list of batches, got a tuple of tensors, which is one batch. Pass"
+                    f" {split}=[batch]."
+                )
             if loaders is not None:
                 inner = inside_fabric(loaders)
                 self._loaders[split] = loaders if inner is None else inner

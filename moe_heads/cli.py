@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from moe_heads.commands.errors import one_sentence
+from moe_heads.commands.errors import CommandError, one_sentence
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
@@ -79,8 +79,31 @@ def _run(parsed: Any) -> int:
         print(compare_results(CompareOptions(**options)))
         return 0
     arguments = {name: options.pop(name) for name in ANALYSES}
+    _check_unused(arguments, options["analyses"])
     print(analyze_checkpoint(AnalyzeOptions(**options), arguments))
     return 0
+
+
+def _check_unused(arguments: dict[str, Any], analyses: str) -> None:
+    """Raise an error if an option of an analysis was given that does not run.
+
+    Raises:
+        CommandError: If there is such an option.
+    """
+    from jsonargparse import ArgumentParser
+
+    from moe_heads.commands.analyze import ANALYSES
+
+    for name in arguments.keys() - {each.strip() for each in analyses.split(",")}:
+        parser = ArgumentParser()
+        parser.add_class_arguments(ANALYSES[name], skip=_OF_TRAININGS)
+        defaults = parser.get_defaults().as_dict()
+        # the options of all analyses have no default here
+        changed = [key for key, value in arguments[name].items() if key not in defaults or value != defaults[key]]
+        if changed:
+            raise CommandError(
+                f"--{name}.{changed[0]}: expected an option of an analysis that runs, got --analyses {analyses}."
+            )
 
 
 if __name__ == "__main__":

@@ -26,7 +26,10 @@ __all__ = ["check_forward", "check_initialized", "draws_random_numbers", "loss_o
 # Relative change of a loss in single precision by another summation order on several threads or on a GPU.
 _ROUNDING = 1e-5
 
-_REMEDY = "Pass loss_fn=lambda model, batch: ... to the callback, or give the module a method analysis_loss(batch)."
+_REMEDY = (
+    "Pass loss_fn=lambda model, batch: ... to the callback or the TrainingMonitor, or give the module a method"
+    " analysis_loss(batch)."
+)
 
 
 def loss_of(model: nn.Module, loss_fn: LossFn | None) -> LossFn:

@@ -38,6 +38,7 @@ class TrainingAnalysis(Analysis):
     """
 
     analyzes_steps: ClassVar[bool] = True
+    records_batches: ClassVar[bool] = False
 
     def __init__(self, **options: Unpack[AnalysisOptions]) -> None:
         super().__init__(**options)

@@ -23,7 +23,7 @@ from moe_heads.callbacks import (
 )
 from moe_heads.callbacks._shared.evaluation import loss_of
 from moe_heads.commands.checkpoints import LoadedModel, load_model
-from moe_heads.commands.errors import CommandError
+from moe_heads.commands.errors import CommandError, check_device
 from moe_heads.commands.folders import check_free, new_folder
 from moe_heads.commands.import_names import import_object
 from moe_heads.commands.loaders import check_loss, load_data, loaders_for
@@ -88,6 +88,7 @@ def analyze_checkpoint(options: AnalyzeOptions, arguments: Mapping[str, Mapping[
     names = _checked_names(options.analyses)
     out = Path(options.out)
     check_free(out, overwrite=options.overwrite)
+    check_device(options.device)
     loss_fn = None if options.loss is None else import_object("--loss", options.loss)
     callbacks = {name: _callback(name, arguments.get(name, {}), loss_fn) for name in names}
     loaded = load_model(options.model, Path(options.ckpt), unpickle=options.unpickle)

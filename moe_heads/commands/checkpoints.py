@@ -53,7 +53,8 @@ def load_model(name: str, path: Path, *, unpickle: bool = False) -> LoadedModel:
         CommandError: If the file cannot be loaded, or does not fit the model.
     """
     if not path.is_file():
-        raise CommandError(f"--ckpt: expected a file, got {str(path)!r}, which does not exist.")
+        got = "is a folder" if path.is_dir() else "does not exist"
+        raise CommandError(f"--ckpt: expected a file, got {str(path)!r}, which {got}.")
     maker = import_object("--model", name)
     content = _read(path, unpickle=unpickle)
     if inspect.isclass(maker) and hasattr(maker, "load_from_checkpoint"):

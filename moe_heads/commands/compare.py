@@ -5,10 +5,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from moe_heads.checks import check_at_least
 from moe_heads.commands.barriers import Barrier, BarrierOptions, barriers_of
 from moe_heads.commands.comparison import Section, sections_of
 from moe_heads.commands.comparison_figures import plot_barriers, plot_spectra, rendered
 from moe_heads.commands.comparison_page import Page, html_page, markdown_page
+from moe_heads.commands.errors import check_device
 from moe_heads.commands.folders import check_free, new_folder
 from moe_heads.commands.numbers import RULE
 from moe_heads.commands.runs import Run, read_runs
@@ -53,6 +55,9 @@ def compare_results(options: CompareOptions) -> Path:
     """
     out = Path(options.out)
     check_free(out, overwrite=options.overwrite)
+    check_device(options.device)
+    check_at_least(3, num_points=options.num_points)
+    check_at_least(1, num_samples=options.num_samples)
     runs = read_runs(options.dirs)
     settings = BarrierOptions(options.num_samples, options.num_points, options.seed, options.device, options.unpickle)
     with new_folder(out, marker=_JSON, overwrite=options.overwrite) as folder:

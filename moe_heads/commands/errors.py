@@ -2,13 +2,29 @@
 
 import re
 
-__all__ = ["CommandError", "one_sentence"]
+import torch
+
+__all__ = ["CommandError", "check_device", "one_sentence"]
 
 _LONGEST = 600
 
 
 class CommandError(ValueError):
     """Error in the arguments or files of a command. The message is one sentence."""
+
+
+def check_device(name: str | None) -> None:
+    """Raise an error for a device that torch does not know or this machine does not have.
+
+    Raises:
+        CommandError: If there is no such device.
+    """
+    try:
+        if name is not None:
+            torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise CommandError(f"--device: expected a device of this machine, got {name!r}: {reason}") from None
 
 
 def one_sentence(error: BaseException) -> str:

@@ -27,7 +27,7 @@ class RoutingCollection:
     Attributes:
         paused: Whether forward passes are ignored for now. False by default. Pausing is cheaper than leaving the block
             and entering it again, which would make torch.compile recompile the model.
-        skips_evaluation: Whether passes of routers in evaluation mode are ignored. False by default.
+        skips_evaluation: Whether passes in evaluation mode or without gradients are ignored. False by default.
         keeps_errors: Whether the error of an adapter is kept in `errors` instead of raised. The router is left out from
             then on. False by default.
         errors: Errors of adapters, by the name of the router, and of routers that were recognized but whose decisions
@@ -228,7 +228,7 @@ class _Recorder:
         # gradient checkpointing repeats a pass in backward: the same rows, not new ones
         if collection is None or collection.paused or self._has_failed or in_backward():
             return
-        if collection.skips_evaluation and not module.training:
+        if collection.skips_evaluation and not (module.training and torch.is_grad_enabled()):
             return
         output = rest[-1]
         if self.adapter is None:

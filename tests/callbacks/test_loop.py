@@ -197,6 +197,42 @@ def test_passes_in_evaluation_mode_do_not_count_as_training() -> None:
     monitor.close()
 
 
+def test_passes_without_gradients_do_not_count_as_training() -> None:
+    own = model().train()
+    utilization = ExpertUtilizationCallback(splits=["train"], every_n_train_steps=1)
+    monitor = TrainingMonitor([utilization])
+    monitor.start(own)
+    for batch in loader():
+        own(batch[0])
+        monitor.step(own, batch)
+        with torch.no_grad():
+            own(torch.randn(1000, 5))
+    assert [int(stats.num_rows) for stats in utilization.history_steps["head"].values()] == [16, 16, 8]
+    monitor.close()
+
+
+def test_the_first_batch_is_missed_with_a_warning_if_nothing_was_started() -> None:
+    own = model()
+    monitor = TrainingMonitor([ExpertUtilizationCallback(splits=["train"])])
+    with pytest.warns(UserWarning, match="TrainingMonitor: the expert utilization lacks the batches before the first"):
+        monitor.step(own, next(iter(loader())))
+    monitor.close()
+
+
+def test_nothing_after_the_end_forgets_the_results() -> None:
+    own, weight = model(), Weight(splits=["train"], every_n_train_steps=1)
+    monitor = TrainingMonitor([weight])
+    monitor.start(own, train=loader())
+    monitor.step(own, next(iter(loader())))
+    results = monitor.end(own)
+    for call in (lambda: monitor.step(own), lambda: monitor.end(own), lambda: monitor.end_epoch(own)):
+        with pytest.raises(ValueError, match="expected a training that runs, got one that has ended"):
+            call()
+    assert results["weight"] == weight.results != {} and [*weight.tracked_steps["train"]] == [1]
+    monitor.start(own)
+    monitor.close()
+
+
 def test_a_training_that_is_not_started_begins_with_its_first_step() -> None:
     own, weight = model(), Weight(splits=["train"], every_n_train_steps=2)
     monitor = TrainingMonitor([weight])
@@ -289,6 +325,11 @@ WRONG: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (lambda: TrainingMonitor([Weight()], writer="runs"), ValueError, "writer: expected a torch.utils.*, got str"),
     (lambda: TrainingMonitor([Weight()], loss_fn=1), ValueError, r"loss_fn: expected loss_fn\(model, batch\)"),
     (lambda: TrainingMonitor([MeanLoss()]).start(nn.Linear(1, 1)), MisconfigurationException, "Pass loss_fn="),
+    (
+        lambda: TrainingMonitor([Weight()]).start(nn.Linear(1, 1), train=(torch.ones(2, 1), torch.ones(2))),
+        ValueError,
+        r"train: expected a loader or a list of batches, got a tuple of tensors.*train=\[batch\]",
+    ),
     (lambda: TrainingMonitor([Weight()]).start(nn.Linear(1, 1), "sgd"), ValueError, "optimizer: expected a torch"),
     (
         lambda: TrainingMonitor([SharpnessCallback(params=["neck"])], loss_fn=loss_of).start(model()),

@@ -64,7 +64,7 @@ class SharpnessResult:
             of its parts over batches (a jackknife to first order); nan with fewer than four batches. ``residuals`` do
             not include it. It does not include the bias of few samples, whose largest eigenvalue lies above that of
             many.
-        trace_sampling_stderr: The same for the trace; nan where a restart lost its parts.
+        trace_sampling_stderr: The same for the trace; nan where a restart lost its parts, or the random probes hide it.
         engine: Implementation of the analysis.
         failures: A sentence for each failure of PyHessian.
         overlaps: By name of another result, the overlap of its top eigenvectors with these, 0 for

@@ -18,7 +18,7 @@ from moe_heads.analysis._shared.parameter_path import ParameterPath, Target
 from moe_heads.analysis._shared.progress import Progress
 from moe_heads.analysis._shared.scalar import checked_scalar
 from moe_heads.analysis._shared.state import Original, write_back
-from moe_heads.analysis.weight_matching.tensors import tensors_of, unequal_shapes
+from moe_heads.analysis.weight_matching.tensors import checked_tensors
 from moe_heads.checks import check_at_least
 
 __all__ = ["LineLoss", "line_loss", "mean_loss"]
@@ -104,10 +104,7 @@ def line_loss(
     """
     check_arguments(model=model, loss_fn=loss_fn, seed=seed)
     check_at_least(3, num_points=num_points)
-    other = tensors_of(other) if isinstance(other, nn.Module) else other
-    reason = unequal_shapes(tensors_of(model), other)
-    if reason:
-        raise ValueError(f"other: expected the names and shapes of the model, got {reason}.")
+    other = checked_tensors(model, other)
     progress = progress or Progress()
     data = Batches.of(batches)
     microbatches = Microbatches(data, device_of(model), progress)

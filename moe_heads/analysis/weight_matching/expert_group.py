@@ -1,7 +1,8 @@
 """Experts of a mixture, and their permutations."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -73,6 +74,10 @@ class ExpertGroup(Group):
     def identity(self) -> Orders:
         insides = [torch.arange(inner.size).expand(self.num_experts, -1) for inner in self.inside]
         return (torch.arange(self.num_experts), *insides)
+
+    @override
+    def renamed(self, name: str) -> Self:
+        return replace(self, name=name)
 
     @override
     def best(self, first: Tensors, second: Tensors, usable: Usable) -> Orders:

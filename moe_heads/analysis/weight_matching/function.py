@@ -12,7 +12,7 @@ from moe_heads.analysis.weight_matching.check import LossCheck
 from moe_heads.analysis.weight_matching.descent import match
 from moe_heads.analysis.weight_matching.group import Group, Orders, Tensors
 from moe_heads.analysis.weight_matching.result import MatchedGroup, WeightMatch
-from moe_heads.analysis.weight_matching.tensors import tensors_of, unequal_shapes
+from moe_heads.analysis.weight_matching.tensors import checked_tensors, with_aliases
 from moe_heads.analysis.weight_matching.tracing import find_groups
 from moe_heads.checks import check_at_least
 
@@ -62,10 +62,7 @@ def match_weights(
     """
     check_arguments(model=model, loss_fn=loss_fn, seed=seed)
     check_at_least(0, num_restarts=num_restarts)
-    other = tensors_of(other) if isinstance(other, nn.Module) else other
-    reason = unequal_shapes(tensors_of(model), other)
-    if reason:
-        raise ValueError(f"other: expected the names and shapes of the model, got {reason}.")
+    other = checked_tensors(model, other)
     parameters = {name: tensor.detach().clone() for name, tensor in model.named_parameters()}
     second = {name: other[name] for name in parameters}
     if bad := [name for name, one in parameters.items() if not (_is_finite(one) and _is_finite(second[name]))]:
@@ -84,7 +81,7 @@ def match_weights(
     orders = {group.name: matching.orders[group.name] for group in kept}
     touched = {name for group in kept for name in group.names}
     return WeightMatch(
-        tensors=moved,
+        tensors=with_aliases(model, moved),
         groups=tuple(MatchedGroup(group.name, group.moved(orders[group.name])) for group in kept),
         orders=orders,
         failed=failed,

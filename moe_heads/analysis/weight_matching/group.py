@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -39,6 +40,10 @@ class Group(ABC):
     @abstractmethod
     def identity(self) -> Orders:
         """The permutation that changes nothing."""
+
+    @abstractmethod
+    def renamed(self, name: str) -> Self:
+        """Return the group with another name."""
 
     @abstractmethod
     def best(self, first: Tensors, second: Tensors, usable: Usable) -> Orders:

@@ -28,7 +28,8 @@ class WeightMatch:
     """Permutation of a network that brings it close to another one without a change of its function.
 
     Attributes:
-        tensors: Parameters and buffers of the second network after the permutation.
+        tensors: Parameters and buffers of the second network after the permutation, tied ones under each
+            of their names.
         groups: What was permuted.
         orders: The permutation of each group by its name: the old place of each new position.
         failed: Why a derived group was not used, by its name.

@@ -1,5 +1,6 @@
 """Trace of a loss: which positions of the parameters have to be permuted together."""
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -50,7 +51,19 @@ def find_groups(model: nn.Module, loss_fn: LossFn, batch: Batch) -> list[Group]:
     used = {name: tensor for name, tensor in named.items() if id(tensor) in mode.used}
     axes = {name: tuple(map(table.find, traced.of(tensor))) for name, tensor in used.items()}
     groups: list[Group] = [*unit_groups(axes), *mode.experts]
-    return sorted(groups, key=lambda group: group.order)
+    return _with_unique_names(sorted(groups, key=lambda group: group.order))
+
+
+def _with_unique_names(groups: list[Group]) -> list[Group]:
+    """Number the groups with the name of another one: parts of a layer's outputs may be permuted separately."""
+    counts = Counter(group.name for group in groups)
+    numbers: Counter[str] = Counter()
+    named: list[Group] = []
+    for group in groups:
+        numbers[group.name] += 1
+        number, count = numbers[group.name], counts[group.name]
+        named.append(group if count == 1 else group.renamed(f"{group.name} ({number} of {count})"))
+    return named
 
 
 class _Tracer(TorchFunctionMode):

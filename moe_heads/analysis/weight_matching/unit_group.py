@@ -1,6 +1,7 @@
 """Units that several tensors index, and their permutations."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -55,6 +56,10 @@ class UnitGroup(Group):
     @override
     def identity(self) -> Orders:
         return (torch.arange(self.size),)
+
+    @override
+    def renamed(self, name: str) -> Self:
+        return replace(self, name=name)
 
     @override
     def best(self, first: Tensors, second: Tensors, usable: Usable) -> Orders:

@@ -137,6 +137,8 @@ def test_earlier_results_are_replaced_only_on_request(
         (["--sharpness.num_samples", "0"], {}, "num_samples: expected an integer of at least 1, got 0"),
         (["--sharpness.num_samples", "many"], {}, "--sharpness.num_samples: expected int or null, got many"),
         (["--sharpness.samples", "4"], {}, "unrecognized arguments: --sharpness.samples"),
+        (["--device", "gpu"], {}, "--device: expected a device of this machine, got 'gpu'"),
+        (["--loss_landscape.seed", "1"], {}, "--loss_landscape.seed: expected an option of an analysis that runs"),
         (["--loss", "x"], {}, "--loss: expected module:object"),
         (["--loss", "no_such_module:x"], {}, "--loss: expected a module that can be imported"),
         (["--ckpt", "missing.ckpt"], {}, "--ckpt: expected a file, got 'missing.ckpt'"),

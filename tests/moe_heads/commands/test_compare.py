@@ -100,6 +100,12 @@ def test_errors_are_one_sentence(folders: dict[str, Path], tmp_path: Path, capsy
         (["trained", "trained"], "page", [], "dirs: expected different folders"),
         (["trained", "none"], "page", [], "dirs: expected a folder that `moe-heads analyze` has written"),
         (["trained", "old"], "page", [], "dirs: expected format 1"),
+        (
+            ["trained", "permuted"],
+            "page",
+            ["--num_points", "2"],
+            "num_points: expected an integer of at least 3",
+        ),
         (["trained", "permuted"], "used", ["--overwrite"], "--out: expected a folder with compare.json to overwrite"),
     ]
     for names, out, more, message in cases:

@@ -241,11 +241,15 @@ def sampling_stderr(parts: Tensor, weights: Tensor, noise: float = 0.0) -> float
         noise: Variance of the sum of the parts from other causes.
 
     Returns:
-        The standard error, widened for the few strata as in `TraceResult`; nan for fewer than `MIN_STRATA`.
+        The standard error, widened for the few strata as in `TraceResult`; nan for fewer than `MIN_STRATA`, and if the
+        noise hides it: the difference of the two variances is then within the error of the first.
     """
     count = len(parts)
     if count < MIN_STRATA:
         return math.nan
     spread = float((parts - weights * parts.sum()).square().sum()) * count / (count - 1)
+    # relative standard error of a variance from this many parts
+    if noise > 0 and spread - noise <= spread * math.sqrt(2 / (count - 1)):
+        return math.nan
     widening = float(_widening(torch.tensor(count - 1.0)))
-    return math.sqrt(max(spread - noise, 0.0)) * widening
+    return math.sqrt(spread - noise) * widening

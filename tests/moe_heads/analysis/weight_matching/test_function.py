@@ -5,7 +5,7 @@ from torch import nn
 from moe_heads.analysis.weight_matching.function import match_weights
 from moe_heads.analysis.weight_matching.tensors import tensors_of, unequal_shapes
 from moe_heads.analysis.weight_matching.unit_group import UnitGroup
-from tests.support.matching import cross_entropy, scatter
+from tests.support.matching import cross_entropy, permute_randomly, scatter
 
 
 def network() -> nn.Module:
@@ -79,3 +79,45 @@ def test_a_unit_group_composes_and_applies_in_order() -> None:
     stepwise = group.apply(group.apply(tensors, one), then)
     at_once = group.apply(tensors, group.compose(one, then))
     assert all(torch.equal(stepwise[name], at_once[name]) for name in group.names)
+
+
+class Split(nn.Module):
+    """Two halves of one layer's units, each with a consumer of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(6, 16), nn.Linear(8, 4), nn.Linear(8, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden = torch.relu(self.a(x))
+        return self.b(hidden[:, :8]) + self.c(hidden[:, 8:])
+
+
+def test_units_of_one_layer_in_two_groups_are_found_again() -> None:
+    model, batch = Split(), (torch.randn(64, 6), torch.randint(4, (64,)))
+    permuted = permute_randomly(model, cross_entropy, batch)
+    match = match_weights(model, permuted, cross_entropy, batch)
+    assert [group.name for group in match.groups] == list(match.orders) == ["a (1 of 2)", "a (2 of 2)"]
+    assert match.distance_before > 0.1 and match.distance_after == 0
+
+
+class Tied(nn.Module):
+    """A weight under two names, and a buffer that is not in the state dict."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(5, 5), nn.Linear(5, 5)
+        self.second.weight = self.first.weight
+        self.register_buffer("scale", torch.ones(()), persistent=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.second(self.first(x).tanh() * self.scale)
+
+
+def test_a_state_dict_with_tied_weights_is_enough_and_gets_all_its_names_back() -> None:
+    model, other, batch = Tied(), Tied(), (torch.randn(20, 5), torch.randint(5, (20,)))
+    match = match_weights(model, other.state_dict(), cross_entropy, batch)
+    assert set(other.state_dict()) <= set(match.tensors)
+    expected = other(batch[0])
+    other.load_state_dict({name: match.tensors[name] for name in other.state_dict()})
+    torch.testing.assert_close(other(batch[0]), expected)
