@@ -6,6 +6,9 @@ from moe_heads.analysis._shared.analysis_mode import analysis_mode
 from moe_heads.analysis._shared.progress import Progress
 from moe_heads.analysis._shared.ranks import Ranks
 from moe_heads.analysis._shared.state import preserved
+from moe_heads.analysis.critical_sharpness.function import critical_sharpness
+from moe_heads.analysis.critical_sharpness.result import CriticalSharpnessResult
+from moe_heads.analysis.critical_sharpness.update import update_of
 from moe_heads.analysis.expert_utilization.function import expert_utilization
 from moe_heads.analysis.expert_utilization.result import ExpertUtilizationResult
 from moe_heads.analysis.inference_timing.function import inference_timing
@@ -42,6 +45,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BlockCurvature",
+    "CriticalSharpnessResult",
     "CurvatureCheck",
     "DirectionSweepResult",
     "ExpertUtilizationMetric",
@@ -59,6 +63,7 @@ __all__ = [
     "TrajectoryPlane",
     "WeightMatch",
     "analysis_mode",
+    "critical_sharpness",
     "direction_sweep",
     "expert_utilization",
     "filter_normalized",
@@ -77,6 +82,7 @@ __all__ = [
     "routing_response",
     "sharpness",
     "trajectory_plane",
+    "update_of",
 ]
 
 
