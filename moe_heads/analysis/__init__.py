@@ -35,6 +35,8 @@ from moe_heads.analysis.loss_landscape.validity import CurvatureCheck
 from moe_heads.analysis.sharpness.block import BlockCurvature
 from moe_heads.analysis.sharpness.function import sharpness
 from moe_heads.analysis.sharpness.perturbation import PerturbationSharpnessResult, perturbation_sharpness
+from moe_heads.analysis.sharpness.preconditioned import PreconditionedSharpnessResult, preconditioned_sharpness
+from moe_heads.analysis.sharpness.preconditioner import preconditioner_of
 from moe_heads.analysis.sharpness.result import SharpnessResult
 from moe_heads.analysis.weight_matching.barrier import LineLoss, line_loss
 from moe_heads.analysis.weight_matching.function import match_weights
@@ -54,6 +56,7 @@ __all__ = [
     "LineLoss",
     "LossLandscapeResult",
     "PerturbationSharpnessResult",
+    "PreconditionedSharpnessResult",
     "Progress",
     "Ranks",
     "RoutingResponse",
@@ -76,6 +79,8 @@ __all__ = [
     "normalized_random_direction",
     "perturbation_sharpness",
     "plot_lines",
+    "preconditioned_sharpness",
+    "preconditioner_of",
     "preserved",
     "random_direction",
     "read_states",
