@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -117,7 +118,7 @@ class RecordedStep:
                     total = 0.0
                     for batch, states in parts:
                         _put_back_buffers(model, original)
-                        loss = graph(lambda batch=batch, states=states: batch_loss(batch, states))
+                        loss = graph(partial(batch_loss, batch, states))
                         resolution = max(resolution, torch.finfo(loss.dtype).eps)
                         total += float(loss.detach()) / len(parts)
                 # the gradient of the step is the mean over the processes

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from moe_heads.analysis._shared.batches import Batch, LossFn
-from moe_heads.analysis.critical_sharpness.figures import plot_steps
+from moe_heads.analysis.critical_sharpness.figures import Series, plot_steps
 from moe_heads.analysis.critical_sharpness.function import check_search
 from moe_heads.analysis.critical_sharpness.result import CriticalSharpnessResult
 from moe_heads.callbacks._critical_step import RecordedStep, Search, chosen_optimizer
@@ -98,7 +98,7 @@ class CriticalSharpnessCallback(FitEndAnalysis):
         tolerance: float = 0.05,
         max_passes: int = 12,
         smallest_step: float = 1e-3,
-        largest_step: float = 1e3,
+        largest_step: float = 1e5,
         optimizer: int | None = None,
         loss_fn: LossFn | None = None,
         on_error: OnError = "warn",
@@ -258,6 +258,6 @@ class CriticalSharpnessCallback(FitEndAnalysis):
 
     def _figure(self, context: ExecutionContext) -> Any:
         """Return the figure over the steps, with the eigenvalues of the first `SharpnessCallback` of the training."""
-        tracked = (each.tracked_steps.get("train", {}) for each in context.analyses if each is not self)
-        eigenvalues = next((points for points in tracked if any("lambda_max" in each for each in points.values())), {})
-        return plot_steps(eigenvalues, self.tracked_steps.get("train", {}))
+        tracked: list[Series] = [each.tracked_steps.get("train", {}) for each in context.analyses if each is not self]
+        with_eigenvalues = (points for points in tracked if any("lambda_max" in each for each in points.values()))
+        return plot_steps(next(with_eigenvalues, {}), self.tracked_steps.get("train", {}))

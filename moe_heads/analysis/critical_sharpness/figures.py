@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["plot_steps"]
+__all__ = ["Series", "plot_steps"]
 
 Series = Mapping[int, Mapping[str, float]]
 """Numbers by name and step, such as ``callback.tracked_steps["train"]``."""

@@ -37,7 +37,7 @@ def critical_sharpness(
     tolerance: float = 0.05,
     max_passes: int = 12,
     smallest_step: float = 1e-3,
-    largest_step: float = 1e3,
+    largest_step: float = 1e5,
     seed: int = 0,
     progress: Progress | None = None,
     ranks: Ranks | None = None,

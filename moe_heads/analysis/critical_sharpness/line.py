@@ -26,7 +26,7 @@ def critical_sharpness_along(
     tolerance: float = 0.05,
     max_passes: int = 12,
     smallest_step: float = 1e-3,
-    largest_step: float = 1e3,
+    largest_step: float = 1e5,
 ) -> CriticalSharpnessResult:
     """Return the critical sharpness of an update from the loss at multiples of it.
 

@@ -61,7 +61,7 @@ def first_rise(
     start: float = 1.0,
     tolerance: float = 0.05,
     smallest: float = 1e-3,
-    largest: float = 1e3,
+    largest: float = 1e5,
     max_losses: int = 12,
 ) -> Rise:
     """Bracket the smallest step at which a loss rises above its value at 0.

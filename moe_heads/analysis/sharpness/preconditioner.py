@@ -93,11 +93,12 @@ def _threshold(group: Mapping[str, Any]) -> float | None:
 
 @torch.no_grad()
 def _diagonal(group: Mapping[str, Any], state: Mapping[str, Any]) -> Tensor:
-    if "betas" not in group:
-        square: Tensor = state["square_avg"]
+    square: Tensor
+    if "betas" in group:
+        correction = 1 - float(group["betas"][1]) ** float(state["step"])
+        square = (state["max_exp_avg_sq"] if group["amsgrad"] else state["exp_avg_sq"]) / correction
+    else:
+        square = state["square_avg"]
         if group["centered"]:
             square = (square - state["grad_avg"].square()).clamp_min(0)
-        return square.sqrt().add_(group["eps"])
-    second: Tensor = state["max_exp_avg_sq"] if group["amsgrad"] else state["exp_avg_sq"]
-    correction = 1 - float(group["betas"][1]) ** float(state["step"])
-    return (second / correction).sqrt().add_(group["eps"])
+    return square.sqrt().add_(float(group["eps"]))
