@@ -19,6 +19,7 @@ from moe_heads.analysis.sharpness.hessian.parameters import selected_parameters
 from moe_heads.analysis.sharpness.options import check_sharpness_options
 from moe_heads.analysis.sharpness.pyhessian import pyhessian_sharpness
 from moe_heads.analysis.sharpness.result import Engine
+from moe_heads.callbacks._preconditioned import PreconditionedAnalysis
 from moe_heads.callbacks._shared.execution_context import ExecutionContext
 from moe_heads.callbacks._shared.inputs import AnalysisInputs
 from moe_heads.callbacks._shared.options import AnalysisOptions, OverRanks
@@ -27,6 +28,7 @@ from moe_heads.callbacks._shared.trainer_access import Split
 from moe_heads.callbacks._sharpness_options import check_are_in, check_differentiable, check_engine, check_params
 from moe_heads.callbacks._stability import stability_threshold
 from moe_heads.callbacks.base import FitEndAnalysis
+from moe_heads.checks import check_flags
 
 __all__ = ["SharpnessCallback"]
 
@@ -52,6 +54,8 @@ class SharpnessCallback(FitEndAnalysis):
     lambda_max_<block>             largest eigenvalue of the block (``block_eigenvalues``)
     overlap_<split>                overlap of the top eigenvectors with those of a split analyzed earlier
     stability_threshold            :math:`2/\eta`, above which the steps of SGD are unstable (split "train")
+    preconditioned_lambda_max, …   largest eigenvalue in the metric of Adam, AdamW or RMSprop, its residual and
+                                   ``preconditioned_threshold`` (``preconditioned``)
     routing_flips_<s>, …           fraction of samples routed to different experts at the step s along the first
                                    eigenvector; losses and curvatures with free and fixed routing (sparse heads)
     perturbation_average, …        increase of the loss under adaptive perturbations (``perturbation``)
@@ -97,6 +101,8 @@ class SharpnessCallback(FitEndAnalysis):
             none.
         perturbation: Whether to compute the adaptive and SAM-type sharpness of
             `moe_heads.analysis.perturbation_sharpness`, which are invariant to rescaled layers. About forty gradients.
+        preconditioned: Whether to compute the largest eigenvalue in the metric of the optimizer, Adam, AdamW or
+            RMSprop, which decides whether its steps are stable; see `moe_heads.analysis.preconditioned_sharpness`.
         graph_memory: Bytes that may be kept between products. The default is 4 GiB on a CPU, limited to half of the
             free memory, and half of the free memory on a GPU. 0 rebuilds the graph in every product.
         basis_memory: Bytes for the vectors of the Krylov space. The default is 4 GiB on a CPU and a quarter of the free
@@ -133,6 +139,7 @@ class SharpnessCallback(FitEndAnalysis):
         block_eigenvalues: bool = False,
         routing_steps: Sequence[float] = (0.01, 0.1, 0.5),
         perturbation: bool = False,
+        preconditioned: bool = False,
         graph_memory: int | None = None,
         basis_memory: int | None = None,
         engine: Engine = "lanczos",
@@ -153,6 +160,8 @@ class SharpnessCallback(FitEndAnalysis):
             "basis_memory": basis_memory,
         }
         check_sharpness_options(**own)
+        check_flags(preconditioned=preconditioned)
+        own["preconditioned"] = preconditioned
         check_params(params)
         check_engine(engine, own, inspect.signature(SharpnessCallback).parameters)
         super().__init__(**options)
@@ -164,6 +173,8 @@ class SharpnessCallback(FitEndAnalysis):
         self.routing_steps, self.perturbation, self.engine = tuple(routing_steps), perturbation, engine
         if engine == "pyhessian":
             self.over_ranks = "rank_zero"
+        analysis = PreconditionedAnalysis(type(self).__name__, tolerance, max_steps, self.seed)
+        self._preconditioned = analysis if preconditioned else None
         self._threshold: float | None = None
         self._threshold_before: float | None = None
         self._starts: dict[Split, Tensor] = {}
@@ -173,11 +184,15 @@ class SharpnessCallback(FitEndAnalysis):
     def before_step(self, context: ExecutionContext, optimizer: Optimizer) -> None:
         # the threshold of this step: at the end of an epoch, a scheduler has already changed the learning rate
         self._threshold = stability_threshold(context.optimizers)
+        if self._preconditioned is not None:
+            self._preconditioned.before_step(context.optimizers)
 
     @override
     def check_model(self, context: ExecutionContext, model: nn.Module) -> None:
         # not earlier: the setup() and configure_model() of a LightningModule may build layers
         check_are_in(model, self.params, self.blocks)
+        if self._preconditioned is not None and self.runs_in_fit:
+            self._preconditioned.begin(context.optimizers)
         if self.basis_memory is not None:
             self._check_basis_memory(model, self.basis_memory)
         if self.runs_in_fit:  # the Trainer has already converted the parameters to its precision
@@ -213,6 +228,10 @@ class SharpnessCallback(FitEndAnalysis):
     def compute(self, inputs: AnalysisInputs) -> SharpnessResult:
         weights = digest_of(inputs.model.parameters())
         result = self._with_context(inputs, self._sharpness(inputs), weights)
+        if self._preconditioned is not None:
+            names = selected_parameters(inputs.model, self.params)
+            found = self._preconditioned.compute(inputs, names, is_tracking=self.is_tracking)
+            result = replace(result, preconditioned=found)
         self._weights[inputs.split] = weights
         if result.eigenvectors is not None:
             self._starts[inputs.split] = result.eigenvectors.sum(0)
@@ -261,6 +280,8 @@ class SharpnessCallback(FitEndAnalysis):
     def unsupported_if_sharded(self) -> str:
         if self.engine == "pyhessian":
             return "engine='pyhessian' differentiates with torch.autograd.grad, which knows no sharded parameters"
+        if self._preconditioned is not None:
+            return "preconditioned=True needs whole parameters. Pass preconditioned=False"
         if self.perturbation and self.params is None:
             return "perturbation=True needs whole parameters. Pass perturbation=False"
         return ""

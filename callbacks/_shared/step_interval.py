@@ -30,9 +30,13 @@ class StepInterval:
         """Start, or continue, at a number of steps: the next multiple after it is due."""
         self.last = step
 
+    def comes_within(self, step: int) -> bool:
+        """Return whether a point comes until a number of steps, without a change of the interval."""
+        return step // self._n != self.last // self._n
+
     def is_due(self, step: int) -> bool:
         """Return whether the number of steps reached or passed a multiple of n since the last point."""
-        if step // self._n == self.last // self._n:
+        if not self.comes_within(step):
             return False
         self.last = step
         return True

@@ -6,6 +6,9 @@ from moe_heads.analysis._shared.analysis_mode import analysis_mode
 from moe_heads.analysis._shared.progress import Progress
 from moe_heads.analysis._shared.ranks import Ranks
 from moe_heads.analysis._shared.state import preserved
+from moe_heads.analysis.critical_sharpness.function import critical_sharpness
+from moe_heads.analysis.critical_sharpness.result import CriticalSharpnessResult
+from moe_heads.analysis.critical_sharpness.update import update_of
 from moe_heads.analysis.expert_utilization.function import expert_utilization
 from moe_heads.analysis.expert_utilization.result import ExpertUtilizationResult
 from moe_heads.analysis.inference_timing.function import inference_timing
@@ -32,6 +35,8 @@ from moe_heads.analysis.loss_landscape.validity import CurvatureCheck
 from moe_heads.analysis.sharpness.block import BlockCurvature
 from moe_heads.analysis.sharpness.function import sharpness
 from moe_heads.analysis.sharpness.perturbation import PerturbationSharpnessResult, perturbation_sharpness
+from moe_heads.analysis.sharpness.preconditioned import PreconditionedSharpnessResult, preconditioned_sharpness
+from moe_heads.analysis.sharpness.preconditioner import preconditioner_of
 from moe_heads.analysis.sharpness.result import SharpnessResult
 from moe_heads.analysis.weight_matching.barrier import LineLoss, line_loss
 from moe_heads.analysis.weight_matching.function import match_weights
@@ -42,6 +47,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BlockCurvature",
+    "CriticalSharpnessResult",
     "CurvatureCheck",
     "DirectionSweepResult",
     "ExpertUtilizationMetric",
@@ -50,6 +56,7 @@ __all__ = [
     "LineLoss",
     "LossLandscapeResult",
     "PerturbationSharpnessResult",
+    "PreconditionedSharpnessResult",
     "Progress",
     "Ranks",
     "RoutingResponse",
@@ -59,6 +66,7 @@ __all__ = [
     "TrajectoryPlane",
     "WeightMatch",
     "analysis_mode",
+    "critical_sharpness",
     "direction_sweep",
     "expert_utilization",
     "filter_normalized",
@@ -71,12 +79,15 @@ __all__ = [
     "normalized_random_direction",
     "perturbation_sharpness",
     "plot_lines",
+    "preconditioned_sharpness",
+    "preconditioner_of",
     "preserved",
     "random_direction",
     "read_states",
     "routing_response",
     "sharpness",
     "trajectory_plane",
+    "update_of",
 ]
 
 

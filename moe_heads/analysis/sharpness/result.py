@@ -14,6 +14,7 @@ from moe_heads.analysis.sharpness.certificate import Certificate
 from moe_heads.analysis.sharpness.hessian.density import SpectralDensity
 from moe_heads.analysis.sharpness.hessian.products import GraphMode
 from moe_heads.analysis.sharpness.perturbation import PerturbationSharpnessResult
+from moe_heads.analysis.sharpness.preconditioned import PreconditionedSharpnessResult
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -74,6 +75,7 @@ class SharpnessResult:
         stability_threshold: :math:`\lambda_{\max}` above which the optimizer's steps are unstable on a quadratic; None
             where it is unknown.
         history: The largest eigenvalue and the stability threshold by tracked epoch.
+        preconditioned: Largest eigenvalues in the metric of an adaptive optimizer, if they were requested.
     """
 
     eigenvalues: tuple[float, ...]
@@ -111,6 +113,7 @@ class SharpnessResult:
     routing: RoutingResponse | None = None
     stability_threshold: float | None = None
     history: Mapping[int, tuple[float, float | None]] = field(default_factory=dict)
+    preconditioned: PreconditionedSharpnessResult | None = None
 
     @property
     def converged(self) -> bool:
@@ -144,6 +147,7 @@ class SharpnessResult:
             **({} if self.perturbation is None else _of_part("perturbation", self.perturbation.metrics())),
             **({} if self.routing is None else _of_part("routing", self.routing.metrics())),
             **({} if self.stability_threshold is None else {"stability_threshold": self.stability_threshold}),
+            **({} if self.preconditioned is None else _of_part("preconditioned", self.preconditioned.metrics())),
             "num_products": float(self.num_products),
             "num_samples": float(self.num_samples),
             "converged": float(self.converged),
@@ -190,6 +194,7 @@ class SharpnessResult:
             blocks_table("block", self.blocks),
             blocks_table("expert", self.experts),
             "" if self.perturbation is None else f"**Perturbations**\n\n{self.perturbation.summary()}",
+            "" if self.preconditioned is None else f"**Optimizer's metric**\n\n{self.preconditioned.summary()}",
             "" if self.routing is None else f"**Along the first eigenvector**\n\n{self.routing.summary()}",
             *self._limitations(),
         ]
