@@ -18,7 +18,11 @@ __all__ = ["plot_blocks", "plot_history", "plot_spectrum"]
 
 
 def plot_spectrum(
-    eigenvalues: Sequence[float], density: SpectralDensity | None, ax: "Axes | None" = None
+    eigenvalues: Sequence[float],
+    density: SpectralDensity | None,
+    ax: "Axes | None" = None,
+    *,
+    matrix: str = "Hessian",
 ) -> "tuple[Figure, Axes]":
     """Plot the density of the eigenvalues on a logarithmic axis and mark the largest ones.
 
@@ -26,6 +30,7 @@ def plot_spectrum(
         eigenvalues: The largest eigenvalues, descending.
         density: Density of all eigenvalues; None to draw only the marks.
         ax: Axes to draw into; by default those of a new figure outside pyplot.
+        matrix: Name of the matrix.
 
     Returns:
         The figure and the axes.
@@ -56,7 +61,7 @@ def plot_spectrum(
         clip_on=False,
         label=f"top {len(eigenvalues)} eigenvalues",
     )
-    ax.set_xlabel("eigenvalue of the Hessian")
+    ax.set_xlabel(f"eigenvalue of the {matrix}")
     ax.set_title(f"largest eigenvalue {eigenvalues[0]:.4g}")
     ax.legend()
     return figure, ax

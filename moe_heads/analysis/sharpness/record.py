@@ -150,6 +150,7 @@ class SharpnessRecord:
             tolerance=krylov.tolerance,
             certificate=certificate,
             partial=partial,
+            matrix=self.operator.matrix,
         )
 
     def _residual_norms(self, krylov: LanczosResult, certificate: Certificate) -> list[float]:

@@ -12,7 +12,7 @@ from moe_heads.analysis.loss_landscape.routing_response import RoutingResponse
 from moe_heads.analysis.sharpness.block import BlockCurvature, blocks_table
 from moe_heads.analysis.sharpness.certificate import Certificate
 from moe_heads.analysis.sharpness.hessian.density import SpectralDensity
-from moe_heads.analysis.sharpness.hessian.products import GraphMode
+from moe_heads.analysis.sharpness.hessian.products import GraphMode, Matrix
 from moe_heads.analysis.sharpness.perturbation import PerturbationSharpnessResult
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ Engine = Literal["lanczos", "pyhessian"]
 
 @dataclass(frozen=True, eq=False)
 class SharpnessResult:
-    r"""Spectrum of the Hessian H of a mean loss, with its uncertainty.
+    r"""Spectrum of the Hessian H of a mean loss, or of its Gauss-Newton matrix, with its uncertainty.
 
     Attributes:
         eigenvalues: The algebraically largest eigenvalues, descending, in units of the loss per squared parameter. With
@@ -74,6 +74,7 @@ class SharpnessResult:
         stability_threshold: :math:`\lambda_{\max}` above which the optimizer's steps are unstable on a quadratic; None
             where it is unknown.
         history: The largest eigenvalue and the stability threshold by tracked epoch.
+        matrix: "hessian" or "gauss_newton", which H then stands for.
     """
 
     eigenvalues: tuple[float, ...]
@@ -111,6 +112,7 @@ class SharpnessResult:
     routing: RoutingResponse | None = None
     stability_threshold: float | None = None
     history: Mapping[int, tuple[float, float | None]] = field(default_factory=dict)
+    matrix: Matrix = "hessian"
 
     @property
     def converged(self) -> bool:
@@ -162,7 +164,7 @@ class SharpnessResult:
         """
         from moe_heads.analysis.sharpness.figures import plot_spectrum
 
-        return plot_spectrum(self.eigenvalues, self.density, ax)
+        return plot_spectrum(self.eigenvalues, self.density, ax, matrix=self._matrix_name)
 
     def plot_blocks(self) -> "Figure | None":
         """Plot the trace of each block and expert with its standard error, and the shares of the eigenvectors.
@@ -196,7 +198,8 @@ class SharpnessResult:
         return "\n\n".join(part for part in parts if part)
 
     def _rows(self) -> list[tuple[str, ...]]:
-        rows = [
+        rows: list[tuple[str, ...]] = [] if self.matrix == "hessian" else [("matrix", self._matrix_name, "")]
+        rows += [
             (f"λ{rank}", f"{value:.5g}", f"{residual:.1e}")
             for rank, (value, residual) in enumerate(zip(self.eigenvalues, self.residuals, strict=True), start=1)
         ]
@@ -216,7 +219,7 @@ class SharpnessResult:
         spent += f", {rest} others)" if rest > 0 and self.engine == "lanczos" else ")"
         return [
             *rows,
-            ("Hessian-vector products", spent, ""),
+            (f"{'Hessian' if self.matrix == 'hessian' else 'matrix'}-vector products", spent, ""),
             (
                 "graph of the products",
                 self.graph_mode + (f" ({_table_cell(self.graph_reason)})" if self.graph_reason else ""),
@@ -225,6 +228,10 @@ class SharpnessResult:
             ("samples", f"{self.num_samples}", ""),
             ("parameters", f"{self.num_parameters}", ""),
         ]
+
+    @property
+    def _matrix_name(self) -> str:
+        return "Hessian" if self.matrix == "hessian" else "Gauss-Newton matrix"
 
     def _limitations(self) -> list[str]:
         limitations = [f"**Partial**: {self.partial}, with {self.num_samples} samples."] if self.partial else []

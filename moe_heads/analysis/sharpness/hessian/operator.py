@@ -138,6 +138,7 @@ class HessianOperator(WeightedSum):
         device = next(iter(named.values())).device
         data = Microbatches(batches, device, self._watch, batch_size_fn=batch_size_fn, batch_weight_fn=batch_weight_fn)
         super().__init__(named, data)
+        self.matrix = matrix
         self._products = BatchProducts(
             model,
             loss_fn,
