@@ -116,9 +116,7 @@ def test_losses_that_define_no_gauss_newton_matrix() -> None:
         calls.append(1)
         return cross_entropy(model, batch)
 
-    with pytest.raises(
-        ValueError, match=r"outputs_fn: expected a function, got None\. A scalar loss_fn does not"
-    ):
+    with pytest.raises(ValueError, match=r"outputs_fn: expected a function, got None\. A scalar loss_fn does not"):
         sharpness(model, loss_fn, [batch], matrix="gauss_newton")
     with pytest.raises(ValueError, match="output_loss: expected a function, got None"):
         sharpness(model, loss_fn, [batch], matrix="gauss_newton", outputs_fn=outputs_fn)
