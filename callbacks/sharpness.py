@@ -14,6 +14,7 @@ from moe_heads.analysis._shared.digest import digest_of
 from moe_heads.analysis._shared.shards import is_sharded
 from moe_heads.analysis.loss_landscape.routing_response import has_sparse_router
 from moe_heads.analysis.sharpness.hessian import subspace_overlap
+from moe_heads.analysis.sharpness.hessian.both_ends import Which
 from moe_heads.analysis.sharpness.hessian.lanczos import check_basis_memory
 from moe_heads.analysis.sharpness.hessian.output_loss import OutputLossFn, OutputsFn
 from moe_heads.analysis.sharpness.hessian.parameters import selected_parameters
@@ -83,7 +84,9 @@ class SharpnessCallback(FitEndAnalysis):
     for the trace.
 
     Args:
-        num_eigenvalues: Number of largest eigenvalues, limited to the number of parameters.
+        num_eigenvalues: Number of eigenvalues, limited to the number of parameters.
+        which: "largest" for the algebraically largest eigenvalues, or "magnitude" for those of largest magnitude. The
+            second are logged as lambda_magnitude_1, lambda_magnitude_2, … in place of lambda_2, …
         tolerance: Largest relative residual of an eigenvalue.
         trace_tolerance: Standard error of the trace, relative to the larger of its absolute value and the Frobenius
             norm.
@@ -134,6 +137,7 @@ class SharpnessCallback(FitEndAnalysis):
     def __init__(
         self,
         num_eigenvalues: int = 5,
+        which: Which = "largest",
         tolerance: float = 1e-3,
         trace_tolerance: float = 0.05,
         max_steps: int = 200,
@@ -154,6 +158,7 @@ class SharpnessCallback(FitEndAnalysis):
     ) -> None:
         own: dict[str, Any] = {
             "num_eigenvalues": num_eigenvalues,
+            "which": which,
             "tolerance": tolerance,
             "trace_tolerance": trace_tolerance,
             "max_steps": max_steps,
@@ -177,7 +182,7 @@ class SharpnessCallback(FitEndAnalysis):
             self.name = matrix
         self.matrix, self.outputs_fn, self.output_loss = matrix, outputs_fn, output_loss
         self.graph_memory, self.basis_memory = graph_memory, basis_memory
-        self.num_eigenvalues, self.density = num_eigenvalues, density
+        self.num_eigenvalues, self.which, self.density = num_eigenvalues, which, density
         self.params, self.blocks, self.block_eigenvalues = params, blocks, block_eigenvalues
         self.tolerance, self.trace_tolerance = tolerance, trace_tolerance
         self.max_steps, self.max_probes = max_steps, max_probes
@@ -264,6 +269,7 @@ class SharpnessCallback(FitEndAnalysis):
             inputs.model,
             inputs.loss_fn,
             inputs.batches,
+            which=self.which,
             matrix=self.matrix,
             outputs_fn=self.outputs_fn,
             output_loss=self.output_loss,

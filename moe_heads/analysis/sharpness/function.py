@@ -18,8 +18,9 @@ from moe_heads.analysis._shared.mean_check import CutDependence, check_mean
 from moe_heads.analysis._shared.progress import Progress, TimeUp
 from moe_heads.analysis._shared.ranks import Ranks
 from moe_heads.analysis._shared.shards import is_sharded
-from moe_heads.analysis.sharpness.checks import certified, from_krylov
+from moe_heads.analysis.sharpness.checks import certified
 from moe_heads.analysis.sharpness.hessian.blocks import default_blocks, expert_places, places_of
+from moe_heads.analysis.sharpness.hessian.both_ends import Which, lower_end
 from moe_heads.analysis.sharpness.hessian.lanczos import lanczos
 from moe_heads.analysis.sharpness.hessian.output_loss import OutputLossFn, OutputsFn
 from moe_heads.analysis.sharpness.hessian.parameters import Selection, selected_parameters, slices_of
@@ -54,6 +55,7 @@ def sharpness(
     output_loss: OutputLossFn | None = None,
     params: Selection | None = None,
     num_eigenvalues: int = 5,
+    which: Which = "largest",
     tolerance: float = 1e-3,
     trace_tolerance: float = 0.05,
     max_steps: int = 200,
@@ -117,7 +119,10 @@ def sharpness(
             Face model.
         params: The parameters :math:`\theta`: tensors, or names of parameters or modules such as ``["head"]``; by
             default all that require a gradient. Layers before them are evaluated once.
-        num_eigenvalues: Number of algebraically largest eigenvalues. Papers on sharpness report five.
+        num_eigenvalues: Number of eigenvalues. Papers on sharpness report the five largest.
+        which: "largest" for the algebraically largest ones, or "magnitude" for those of largest magnitude, in
+            descending order of it. The second takes a further iteration at the lower end of the spectrum, with
+            ``max_steps`` and ``basis_memory`` of its own, and ``eigenvalues_converged`` then covers both ends.
         tolerance: Largest relative residual :math:`\|Hv - \lambda v\| / |\lambda|` of these. 1e-3 makes the error of a
             separated eigenvalue about 1e-6, well below the effect of the choice of samples. For a sharded model, also
             the largest relative difference between products by differences of gradients with two steps.
@@ -180,6 +185,7 @@ def sharpness(
     check_arguments(batch_size_fn=batch_size_fn, batch_weight_fn=batch_weight_fn)
     check_sharpness_options(
         num_eigenvalues=num_eigenvalues,
+        which=which,
         tolerance=tolerance,
         trace_tolerance=trace_tolerance,
         max_steps=max_steps,
@@ -240,10 +246,20 @@ def sharpness(
                 basis_memory=basis_memory,
                 on_step=record.add_krylov,
             )
+            if which == "magnitude":
+                record.add_lower(
+                    lower_end(
+                        operator,
+                        krylov,
+                        generator=generator,
+                        max_steps=max_steps,
+                        basis_memory=basis_memory,
+                        on_step=record.add_lower,
+                    )
+                )
             blocks = _both(places, experts)
-            record.certificate = certified(
-                from_krylov(krylov, dependence, operator.center_loss), operator, krylov, blocks, seed, progress
-            )
+            below = None if record.lower is None else record.lower.krylov
+            record.certificate = certified(record.from_krylov(), operator, krylov, blocks, seed, progress, below)
             record.add_spread()
             record.trace = deflated_trace(
                 operator,

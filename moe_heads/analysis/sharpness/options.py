@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any, get_args
 
 from moe_heads.analysis._shared.names import are_names
+from moe_heads.analysis.sharpness.hessian.both_ends import Which
 from moe_heads.analysis.sharpness.hessian.products import Matrix
 from moe_heads.analysis.sharpness.hessian.trace import MIN_PROBES
 from moe_heads.analysis.sharpness.model_outputs import check_matrix
@@ -27,6 +28,7 @@ def check_sharpness_options(
     graph_memory: Any,
     basis_memory: Any,
     matrix: Any = "hessian",
+    which: Any = "largest",
     outputs_fn: Any = None,
     output_loss: Any = None,
 ) -> None:
@@ -36,6 +38,7 @@ def check_sharpness_options(
     check_positive(tolerance=tolerance, trace_tolerance=trace_tolerance)
     if max_steps < num_eigenvalues:
         raise ValueError(f"max_steps: expected at least num_eigenvalues = {num_eigenvalues}, got {max_steps}.")
+    check_option("which", which, get_args(Which))
     check_option("matrix", matrix, get_args(Matrix))
     check_matrix(matrix, outputs_fn, output_loss)
     check_flags(density=density, block_eigenvalues=block_eigenvalues, perturbation=perturbation)
