@@ -23,7 +23,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from moe_heads.analysis import analysis_mode
 from moe_heads.analysis.sharpness.hessian import HessianOperator, OutputLoss
-from moe_heads.lightning_modules import ResNet18Cifar
+from moe_heads.lightning_modules import CifarResNet
 
 Batch = tuple[Tensor, Tensor]
 
@@ -57,9 +57,9 @@ def cases(is_small: bool) -> dict[str, tuple[nn.Module, Batch]]:
         "GPT-2": (NextToken(width, 1 if is_small else 3), (tokens, tokens[:, 1:].reshape(-1))),
     }
     if not is_small:
-        backbone = ResNet18Cifar()
+        backbone = CifarResNet(8)
         net = nn.Sequential(backbone, nn.Linear(backbone.num_features, 10))
-        found["ResNet-18"] = (net, (torch.randn(16, 3, 32, 32), labels[:16]))
+        found["ResNet-8"] = (net, (torch.randn(16, 3, 32, 32), labels[:16]))
     return found
 
 
@@ -93,7 +93,7 @@ def products(model: nn.Module, batch: Batch, peers: Path | None) -> dict[str, Ca
         own = library.GGNLinearOperator(
             model,
             nn.CrossEntropyLoss(),
-            dict(model.named_parameters()),
+            params,
             [batch],
             check_deterministic=False,
             num_data=len(batch[0]),
