@@ -80,6 +80,8 @@ def points_file(folder: Path, inputs: AnalysisInputs, part: str, depends_on: Ite
 
 
 def _is_accurate(found: SharpnessResult, number: int) -> bool:
+    if (found.matrix, found.which) != ("hessian", "largest"):
+        return False
     if found.eigenvectors is None or len(found.eigenvectors) < number:
         return False
     # more steps would not be taken here either

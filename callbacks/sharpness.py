@@ -14,12 +14,17 @@ from moe_heads.analysis._shared.digest import digest_of
 from moe_heads.analysis._shared.shards import is_sharded
 from moe_heads.analysis.loss_landscape.routing_response import has_sparse_router
 from moe_heads.analysis.sharpness.hessian import subspace_overlap
+from moe_heads.analysis.sharpness.hessian.both_ends import Which
 from moe_heads.analysis.sharpness.hessian.lanczos import check_basis_memory
+from moe_heads.analysis.sharpness.hessian.output_loss import OutputLossFn, OutputsFn
 from moe_heads.analysis.sharpness.hessian.parameters import selected_parameters
+from moe_heads.analysis.sharpness.hessian.products import Matrix
+from moe_heads.analysis.sharpness.model_outputs import output_loss_of
 from moe_heads.analysis.sharpness.options import check_sharpness_options
 from moe_heads.analysis.sharpness.pyhessian import pyhessian_sharpness
 from moe_heads.analysis.sharpness.result import Engine
 from moe_heads.callbacks._preconditioned import PreconditionedAnalysis
+from moe_heads.callbacks._shared.evaluation import loss_of
 from moe_heads.callbacks._shared.execution_context import ExecutionContext
 from moe_heads.callbacks._shared.inputs import AnalysisInputs
 from moe_heads.callbacks._shared.options import AnalysisOptions, OverRanks
@@ -83,7 +88,9 @@ class SharpnessCallback(FitEndAnalysis):
     for the trace.
 
     Args:
-        num_eigenvalues: Number of largest eigenvalues, limited to the number of parameters.
+        num_eigenvalues: Number of eigenvalues, limited to the number of parameters.
+        which: "largest" for the algebraically largest eigenvalues, or "magnitude" for those of largest magnitude. The
+            second are logged as lambda_magnitude_1, lambda_magnitude_2, … in place of lambda_2, …
         tolerance: Largest relative residual of an eigenvalue.
         trace_tolerance: Standard error of the trace, relative to the larger of its absolute value and the Frobenius
             norm.
@@ -108,6 +115,13 @@ class SharpnessCallback(FitEndAnalysis):
         basis_memory: Bytes for the vectors of the Krylov space. The default is 4 GiB on a CPU and a quarter of the free
             memory on a GPU, or the size of ``num_eigenvalues`` + 3 vectors if that is more. Kept eigenvectors take
             another ``num_eigenvalues`` vectors.
+        matrix: "hessian", the default, or "gauss_newton" for the Gauss-Newton matrix. The keys then begin with
+            ``gauss_newton/<split>/``, unless ``name`` is given, so that both matrices can be analyzed in one run. No
+            stability threshold is logged.
+        outputs_fn: ``outputs_fn(pl_module, batch) -> outputs`` for the Gauss-Newton matrix. By default the module's
+            ``analysis_outputs(batch)``, or the logits of a Hugging Face model.
+        output_loss: ``output_loss(outputs, batch) -> scalar``, the loss of these outputs. By default the module's
+            ``analysis_output_loss(outputs, batch)``, or the loss function of a Hugging Face model.
         engine: "lanczos", the default, or "pyhessian" for the procedure of arXiv 2601.15021: PyHessian with its own
             settings, with its failures caught and reported. It computes eigenvalues and the trace. Its density calls a
             function that torch has removed.
@@ -129,6 +143,7 @@ class SharpnessCallback(FitEndAnalysis):
     def __init__(
         self,
         num_eigenvalues: int = 5,
+        which: Which = "largest",
         tolerance: float = 1e-3,
         trace_tolerance: float = 0.05,
         max_steps: int = 200,
@@ -142,11 +157,15 @@ class SharpnessCallback(FitEndAnalysis):
         preconditioned: bool = False,
         graph_memory: int | None = None,
         basis_memory: int | None = None,
+        matrix: Matrix = "hessian",
+        outputs_fn: OutputsFn | None = None,
+        output_loss: OutputLossFn | None = None,
         engine: Engine = "lanczos",
         **options: Unpack[AnalysisOptions],
     ) -> None:
         own: dict[str, Any] = {
             "num_eigenvalues": num_eigenvalues,
+            "which": which,
             "tolerance": tolerance,
             "trace_tolerance": trace_tolerance,
             "max_steps": max_steps,
@@ -158,6 +177,9 @@ class SharpnessCallback(FitEndAnalysis):
             "perturbation": perturbation,
             "graph_memory": graph_memory,
             "basis_memory": basis_memory,
+            "matrix": matrix,
+            "outputs_fn": outputs_fn,
+            "output_loss": output_loss,
         }
         check_sharpness_options(**own)
         check_flags(preconditioned=preconditioned)
@@ -165,8 +187,11 @@ class SharpnessCallback(FitEndAnalysis):
         check_params(params)
         check_engine(engine, own, inspect.signature(SharpnessCallback).parameters)
         super().__init__(**options)
+        if matrix == "gauss_newton" and options.get("name") is None:
+            self.name = matrix
+        self.matrix, self.outputs_fn, self.output_loss = matrix, outputs_fn, output_loss
         self.graph_memory, self.basis_memory = graph_memory, basis_memory
-        self.num_eigenvalues, self.density = num_eigenvalues, density
+        self.num_eigenvalues, self.which, self.density = num_eigenvalues, which, density
         self.params, self.blocks, self.block_eigenvalues = params, blocks, block_eigenvalues
         self.tolerance, self.trace_tolerance = tolerance, trace_tolerance
         self.max_steps, self.max_probes = max_steps, max_probes
@@ -193,6 +218,9 @@ class SharpnessCallback(FitEndAnalysis):
         check_are_in(model, self.params, self.blocks)
         if self._preconditioned is not None and self.runs_in_fit:
             self._preconditioned.begin(context.optimizers)
+        if self.matrix == "gauss_newton" and self.runs_in_fit and not is_sharded(model):
+            loss_fn = self.loss_fn or context.loss_fn or loss_of(model, None)
+            output_loss_of(model, loss_fn, self.outputs_fn, self.output_loss)
         if self.basis_memory is not None:
             self._check_basis_memory(model, self.basis_memory)
         if self.runs_in_fit:  # the Trainer has already converted the parameters to its precision
@@ -260,6 +288,10 @@ class SharpnessCallback(FitEndAnalysis):
             inputs.model,
             inputs.loss_fn,
             inputs.batches,
+            which=self.which,
+            matrix=self.matrix,
+            outputs_fn=self.outputs_fn,
+            output_loss=self.output_loss,
             tolerance=self.tolerance,
             trace_tolerance=self.trace_tolerance,
             max_steps=self.max_steps,
@@ -282,6 +314,8 @@ class SharpnessCallback(FitEndAnalysis):
             return "engine='pyhessian' differentiates with torch.autograd.grad, which knows no sharded parameters"
         if self._preconditioned is not None:
             return "preconditioned=True needs whole parameters. Pass preconditioned=False"
+        if self.matrix == "gauss_newton":
+            return "the Gauss-Newton matrix needs whole parameters"
         if self.perturbation and self.params is None:
             return "perturbation=True needs whole parameters. Pass perturbation=False"
         return ""
@@ -309,7 +343,7 @@ class SharpnessCallback(FitEndAnalysis):
             and other.eigenvectors.shape == result.eigenvectors.shape
         }
         is_trained_on = inputs.context.is_training_run and inputs.split == "train"
-        threshold = self._threshold if is_trained_on else None
+        threshold = self._threshold if is_trained_on and self.matrix == "hessian" else None
         tracked = {} if self.is_tracking else self.tracked.get(inputs.split, {})
         history = {
             epoch: (metrics["lambda_max"], metrics.get("stability_threshold"))

@@ -202,8 +202,16 @@ class MoEClassifier(LightningModule):
 
         It includes neither balance loss nor label smoothing, so that heads can be compared.
         """
-        x, labels = batch
-        return F.cross_entropy(self(x), labels)
+        return self.analysis_output_loss(self.analysis_outputs(batch), batch)
+
+    def analysis_outputs(self, batch: Batch) -> Tensor:
+        """Compute the logits of a batch, (B, C), the outputs of which the Gauss-Newton matrix is taken."""
+        logits: Tensor = self(batch[0])
+        return logits
+
+    def analysis_output_loss(self, outputs: Tensor, batch: Batch) -> Tensor:
+        """Compute `analysis_loss` from the logits."""
+        return F.cross_entropy(outputs, batch[1])
 
     def analysis_accuracy(self, batch: Batch) -> Tensor:
         """Compute the fraction of correct samples of a batch, scalar."""

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -78,6 +79,26 @@ def dense_hessian(model: nn.Module, loss_fn: Callable[[nn.Module, Batch], Tensor
         # torch's own jvp decompositions use torch.jit.script, which torch deprecates.
         warnings.simplefilter("ignore", FutureWarning)
         return torch.func.hessian(loss)(torch.cat([p.reshape(-1) for p in named.values()]))
+
+
+def dense_gauss_newton(
+    model: nn.Module,
+    outputs_fn: Callable[[nn.Module, Any], Tensor],
+    output_loss: Callable[[Tensor, Any], Tensor],
+    batch: Any,
+) -> Tensor:
+    """Gauss-Newton matrix from the Jacobian of every output, row by row; all parameters, in their order."""
+    params = list(model.parameters())
+    outputs = outputs_fn(model, batch)
+    rows = [
+        torch.autograd.grad(entry, params, retain_graph=True, allow_unused=True, materialize_grads=True)
+        for entry in outputs.reshape(-1)
+    ]
+    jacobian = torch.stack([torch.cat([part.reshape(-1) for part in row]) for row in rows])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        inner = torch.func.hessian(lambda flat: output_loss(flat.view_as(outputs), batch))(outputs.detach().reshape(-1))
+    return jacobian.T @ inner @ jacobian
 
 
 def small_mlp(dtype: torch.dtype = torch.float64) -> nn.Sequential:

@@ -28,16 +28,26 @@ _IN_DOUBLE = (
 )
 
 
-def from_krylov(krylov: LanczosResult, dependence: CutDependence, center_loss: float) -> Certificate:
-    """Return the checks that need no further product: those of the Lanczos iteration and of the loss."""
+def from_krylov(
+    krylov: LanczosResult, dependence: CutDependence, center_loss: float, *, is_complete: bool | None = None
+) -> Certificate:
+    """Return the checks that need no further product: those of the Lanczos iteration and of the loss.
+
+    Args:
+        krylov: Result of the iteration.
+        dependence: Change of the loss when batches are halved.
+        center_loss: Mean loss over the samples.
+        is_complete: Whether no eigenvalue is missing, where that is not the result of the iteration alone.
+    """
+    is_complete = krylov.is_complete if is_complete is None else is_complete
     scale = float(krylov.projected.abs().max())
     resolution = torch.finfo(krylov.basis.dtype).eps
-    unchecked = {} if krylov.is_complete else {"no eigenvalue missing": "the steps ended first"}
+    unchecked = {} if is_complete else {"no eigenvalue missing": "the steps ended first"}
     if dependence.size is None:
         unchecked["loss is a mean over samples"] = dependence.reason
     return Certificate(
         asymmetry=krylov.asymmetry / scale if scale else 0.0,
-        is_complete=krylov.is_complete,
+        is_complete=is_complete,
         scale=scale,
         negligible=100 * resolution * max(abs(center_loss), resolution),
         cut_dependence=math.nan if dependence.size is None else dependence.size,
@@ -56,8 +66,11 @@ def certified(
     blocks: Places,
     seed: int,
     progress: Progress,
+    lower: LanczosResult | None = None,
 ) -> Certificate:
     """Return the certificate with the checks in float64, made on a part of this process's samples.
+
+    ``lower`` is the iteration at the lower end of the spectrum, if there was one.
 
     Products that are differences of gradients were checked one by one. Their errors count as rounding.
     """
@@ -66,10 +79,14 @@ def certified(
         return _of_differences(certificate, operator, blocks, generator)
     assert isinstance(operator, HessianOperator)
     # The eigenvalues of the result are the k largest and the smallest.
-    coefficients = torch.cat([krylov.coefficients, krylov.ritz[1][:, :1].T])
-    signs = torch.randint(0, 2, (1, len(coefficients)), generator=generator).double() * 2 - 1
+    ends = [(krylov, krylov.coefficients)]
+    ends += [(krylov, krylov.ritz[1][:, :1].T)] if lower is None else [(lower, lower.coefficients)]
+    signs = torch.randint(0, 2, (1, sum(len(rows) for _, rows in ends)), generator=generator).double() * 2 - 1
+    along_all = torch.zeros(operator.num_parameters, dtype=operator.dtype, device=operator.device)
+    for (end, rows), chosen in zip(ends, signs.split([len(rows) for _, rows in ends], dim=1), strict=True):
+        along_all += end.basis.combined(chosen @ rows)[0]
     probe = uniform(operator.num_parameters, operator.dtype, operator.device, generator)
-    vectors = [krylov.basis.combined(signs @ coefficients)[0], probe]
+    vectors = [along_all, probe]
     found = check_in_double(operator.gradients, operator.data, vectors, progress, seed)
     others = {name: reason for name, reason in certificate.unchecked.items() if name not in _IN_DOUBLE}
     if not isinstance(found, DoubleCheck):

@@ -8,6 +8,7 @@ import numpy as np
 
 from moe_heads.analysis._shared.figures import axes_of
 from moe_heads.analysis.sharpness.block import BlockCurvature
+from moe_heads.analysis.sharpness.hessian.both_ends import Which
 from moe_heads.analysis.sharpness.hessian.density import SpectralDensity
 
 if TYPE_CHECKING:
@@ -18,7 +19,12 @@ __all__ = ["plot_blocks", "plot_history", "plot_spectrum"]
 
 
 def plot_spectrum(
-    eigenvalues: Sequence[float], density: SpectralDensity | None, ax: "Axes | None" = None
+    eigenvalues: Sequence[float],
+    density: SpectralDensity | None,
+    ax: "Axes | None" = None,
+    *,
+    matrix: str = "Hessian",
+    which: Which = "largest",
 ) -> "tuple[Figure, Axes]":
     """Plot the density of the eigenvalues on a logarithmic axis and mark the largest ones.
 
@@ -26,6 +32,8 @@ def plot_spectrum(
         eigenvalues: The largest eigenvalues, descending.
         density: Density of all eigenvalues; None to draw only the marks.
         ax: Axes to draw into; by default those of a new figure outside pyplot.
+        matrix: Name of the matrix.
+        which: The selected eigenvalues.
 
     Returns:
         The figure and the axes.
@@ -56,8 +64,9 @@ def plot_spectrum(
         clip_on=False,
         label=f"top {len(eigenvalues)} eigenvalues",
     )
-    ax.set_xlabel("eigenvalue of the Hessian")
-    ax.set_title(f"largest eigenvalue {eigenvalues[0]:.4g}")
+    ax.set_xlabel(f"eigenvalue of the {matrix}")
+    title = "largest eigenvalue" if which == "largest" else "eigenvalue of largest magnitude"
+    ax.set_title(f"{title} {eigenvalues[0]:.4g}")
     ax.legend()
     return figure, ax
 

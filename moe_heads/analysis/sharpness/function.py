@@ -18,14 +18,18 @@ from moe_heads.analysis._shared.mean_check import CutDependence, check_mean
 from moe_heads.analysis._shared.progress import Progress, TimeUp
 from moe_heads.analysis._shared.ranks import Ranks
 from moe_heads.analysis._shared.shards import is_sharded
-from moe_heads.analysis.sharpness.checks import certified, from_krylov
+from moe_heads.analysis.sharpness.checks import certified
 from moe_heads.analysis.sharpness.hessian.blocks import default_blocks, expert_places, places_of
+from moe_heads.analysis.sharpness.hessian.both_ends import Which, lower_end
 from moe_heads.analysis.sharpness.hessian.lanczos import lanczos
+from moe_heads.analysis.sharpness.hessian.output_loss import OutputLossFn, OutputsFn
 from moe_heads.analysis.sharpness.hessian.parameters import Selection, selected_parameters, slices_of
+from moe_heads.analysis.sharpness.hessian.products import Matrix
 from moe_heads.analysis.sharpness.hessian.shared import shared_hessian
 from moe_heads.analysis.sharpness.hessian.submatrix import DiagonalBlock
 from moe_heads.analysis.sharpness.hessian.trace import Places, deflated_trace
 from moe_heads.analysis.sharpness.hessian.weighted_sum import WeightedSum
+from moe_heads.analysis.sharpness.model_outputs import check_same_loss, output_loss_of
 from moe_heads.analysis.sharpness.options import check_sharpness_options
 from moe_heads.analysis.sharpness.record import SharpnessRecord
 from moe_heads.analysis.sharpness.result import SharpnessResult
@@ -46,8 +50,12 @@ def sharpness(
     loss_fn: LossFn,
     batches: Iterable[Batch],
     *,
+    matrix: Matrix = "hessian",
+    outputs_fn: OutputsFn | None = None,
+    output_loss: OutputLossFn | None = None,
     params: Selection | None = None,
     num_eigenvalues: int = 5,
+    which: Which = "largest",
     tolerance: float = 1e-3,
     trace_tolerance: float = 0.05,
     max_steps: int = 200,
@@ -90,6 +98,11 @@ def sharpness(
     gradients at two steps, and an error is raised where the two disagree. With ``params``, the selected parameters are
     gathered in each process, and the products are exact. Rank zero holds whole vectors.
 
+    With ``matrix="gauss_newton"`` all of this holds for the Gauss-Newton matrix
+    :math:`G = \frac{1}{N} \sum_i J_i^\top H_i J_i` of a loss :math:`\ell_i(f_i(\theta))`, with :math:`J_i` the Jacobian
+    of the outputs :math:`f_i` and :math:`H_i` the Hessian of the loss with respect to them. G is H without the
+    curvature of the outputs, and has no negative eigenvalues if the loss is convex in the outputs.
+
     The model is evaluated inside `analysis_mode` and left bit for bit as it was, also after an error.
 
     Args:
@@ -97,9 +110,19 @@ def sharpness(
         loss_fn: ``loss_fn(model, batch) -> scalar``, the mean over the samples of the batch, a deterministic function.
         batches: The data, all of it held in memory. Batches of different sizes are weighted by their samples. Up to 16,
             more batches reduce the number of probes for the trace, because each batch gets its own random vectors.
+        matrix: "hessian" or "gauss_newton".
+        outputs_fn: ``outputs_fn(model, batch) -> outputs`` for the Gauss-Newton matrix, the tensor that the loss is
+            computed from, such as logits. By default the model's method ``analysis_outputs(batch)``, or the logits of a
+            Hugging Face model.
+        output_loss: ``output_loss(outputs, batch) -> scalar``, the loss of these outputs, which must equal ``loss_fn``.
+            By default the model's method ``analysis_output_loss(outputs, batch)``, or the loss function of a Hugging
+            Face model.
         params: The parameters :math:`\theta`: tensors, or names of parameters or modules such as ``["head"]``; by
             default all that require a gradient. Layers before them are evaluated once.
-        num_eigenvalues: Number of algebraically largest eigenvalues. Papers on sharpness report five.
+        num_eigenvalues: Number of eigenvalues. Papers on sharpness report the five largest.
+        which: "largest" for the algebraically largest ones, or "magnitude" for those of largest magnitude, in
+            descending order of it. The second takes a further iteration at the lower end of the spectrum, with
+            ``max_steps`` and ``basis_memory`` of its own, and ``eigenvalues_converged`` then covers both ends.
         tolerance: Largest relative residual :math:`\|Hv - \lambda v\| / |\lambda|` of these. 1e-3 makes the error of a
             separated eigenvalue about 1e-6, well below the effect of the choice of samples. For a sharded model, also
             the largest relative difference between products by differences of gradients with two steps.
@@ -141,7 +164,8 @@ def sharpness(
 
     Raises:
         ValueError: If an argument is out of range or unknown, the model has nothing to differentiate, the loss or its
-            second derivative is not finite, or the products of a sharded model depend on the step of the differences.
+            second derivative is not finite, the products of a sharded model depend on the step of the differences, or
+            the loss does not define the Gauss-Newton matrix.
         RuntimeError: If a layer has no second derivative.
 
     Source:
@@ -161,6 +185,7 @@ def sharpness(
     check_arguments(batch_size_fn=batch_size_fn, batch_weight_fn=batch_weight_fn)
     check_sharpness_options(
         num_eigenvalues=num_eigenvalues,
+        which=which,
         tolerance=tolerance,
         trace_tolerance=trace_tolerance,
         max_steps=max_steps,
@@ -172,6 +197,9 @@ def sharpness(
         perturbation=perturbation,
         graph_memory=graph_memory,
         basis_memory=basis_memory,
+        matrix=matrix,
+        outputs_fn=outputs_fn,
+        output_loss=output_loss,
     )
     check_flags(keep_eigenvectors=keep_eigenvectors)
     selected = selected_parameters(model, params, allows_shards=True)
@@ -190,6 +218,7 @@ def sharpness(
     experts = expert_places(model, slices)
     progress, ranks = progress or Progress(), ranks_of(model, ranks)
     check_supplements(model, params, routing_steps=routing_steps, perturbation=perturbation)
+    parts = output_loss_of(model, loss_fn, outputs_fn, output_loss) if matrix == "gauss_newton" else None
 
     def algorithm(operator: WeightedSum) -> SharpnessResult:
         record = SharpnessRecord(
@@ -217,10 +246,20 @@ def sharpness(
                 basis_memory=basis_memory,
                 on_step=record.add_krylov,
             )
+            if which == "magnitude":
+                record.add_lower(
+                    lower_end(
+                        operator,
+                        krylov,
+                        generator=generator,
+                        max_steps=max_steps,
+                        basis_memory=basis_memory,
+                        on_step=record.add_lower,
+                    )
+                )
             blocks = _both(places, experts)
-            record.certificate = certified(
-                from_krylov(krylov, dependence, operator.center_loss), operator, krylov, blocks, seed, progress
-            )
+            below = None if record.lower is None else record.lower.krylov
+            record.certificate = certified(record.from_krylov(), operator, krylov, blocks, seed, progress, below)
             record.add_spread()
             record.trace = deflated_trace(
                 operator,
@@ -245,6 +284,8 @@ def sharpness(
 
     with ranks.synchronized():
         data = Batches.of(batches, batch_size_fn, batch_weight_fn)
+        if parts is not None:
+            check_same_loss(model, loss_fn, parts, data, progress if ranks.size == 1 else Progress(), seed)
     if params is not None and is_sharded(model):
         part = gathered(model, [loss_fn], data, params, ranks=ranks, progress=progress, seed=seed)
         model, loss_fn, data, params = part.model, part.quantities[0], part.data, None
@@ -254,9 +295,10 @@ def sharpness(
             ranks,
             algorithm,
             model,
-            loss_fn,
+            parts or loss_fn,
             data,
             params=params,
+            matrix=matrix,
             graph_memory=graph_memory,
             progress=progress,
             seed=seed,

@@ -1,11 +1,14 @@
 """Checks of the options of `sharpness` that do not depend on the model."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, get_args
 
 from moe_heads.analysis._shared.names import are_names
+from moe_heads.analysis.sharpness.hessian.both_ends import Which
+from moe_heads.analysis.sharpness.hessian.products import Matrix
 from moe_heads.analysis.sharpness.hessian.trace import MIN_PROBES
-from moe_heads.checks import check_at_least, check_flags, check_positive
+from moe_heads.analysis.sharpness.model_outputs import check_matrix
+from moe_heads.checks import check_at_least, check_flags, check_option, check_positive
 
 __all__ = ["check_sharpness_options"]
 
@@ -24,6 +27,10 @@ def check_sharpness_options(
     perturbation: Any,
     graph_memory: Any,
     basis_memory: Any,
+    matrix: Any = "hessian",
+    which: Any = "largest",
+    outputs_fn: Any = None,
+    output_loss: Any = None,
 ) -> None:
     """Raise a ValueError for options of `sharpness` that are invalid for every model."""
     check_at_least(1, num_eigenvalues=num_eigenvalues, max_steps=max_steps)
@@ -31,6 +38,9 @@ def check_sharpness_options(
     check_positive(tolerance=tolerance, trace_tolerance=trace_tolerance)
     if max_steps < num_eigenvalues:
         raise ValueError(f"max_steps: expected at least num_eigenvalues = {num_eigenvalues}, got {max_steps}.")
+    check_option("which", which, get_args(Which))
+    check_option("matrix", matrix, get_args(Matrix))
+    check_matrix(matrix, outputs_fn, output_loss)
     check_flags(density=density, block_eigenvalues=block_eigenvalues, perturbation=perturbation)
     check_at_least(0, or_none=True, graph_memory=graph_memory, basis_memory=basis_memory)
     if blocks is not None:

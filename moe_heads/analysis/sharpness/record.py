@@ -14,10 +14,12 @@ from moe_heads.analysis.sharpness.certificate import Certificate
 from moe_heads.analysis.sharpness.checks import from_krylov
 from moe_heads.analysis.sharpness.first_value import first_value
 from moe_heads.analysis.sharpness.hessian.basis import norm
+from moe_heads.analysis.sharpness.hessian.both_ends import LowerEnd
 from moe_heads.analysis.sharpness.hessian.density import spectral_density
 from moe_heads.analysis.sharpness.hessian.krylov import LanczosResult
 from moe_heads.analysis.sharpness.hessian.trace import BlockTrace, Places, TraceResult, sampling_stderr
 from moe_heads.analysis.sharpness.hessian.weighted_sum import InterruptedProduct, WeightedSum
+from moe_heads.analysis.sharpness.pairs import Eigenpairs, eigenpairs
 from moe_heads.analysis.sharpness.result import SharpnessResult
 
 __all__ = ["SharpnessRecord"]
@@ -44,6 +46,7 @@ class SharpnessRecord:
         progress: Holds the result so far.
         dependence: Change of the loss when batches are halved.
         krylov: Result of the Lanczos iteration.
+        lower: The lower end of the spectrum, for the eigenvalues of largest magnitude.
         certificate: Results of the checks.
         trace: The trace.
         sampling_stderr: Standard error of the largest eigenvalue from the choice of samples.
@@ -63,6 +66,7 @@ class SharpnessRecord:
     progress: Progress
     dependence: CutDependence
     krylov: LanczosResult | None = None
+    lower: LowerEnd | None = None
     certificate: Certificate | None = None
     trace: TraceResult | None = None
     sampling_stderr: float = math.nan
@@ -77,6 +81,20 @@ class SharpnessRecord:
         self.progress.keep(self.result)
         self.progress.reserve(_PASSES_PER_RESULT * krylov.pass_seconds)
         self.progress.step(self.operator.num_products, residual=max(krylov.residuals))
+
+    def add_lower(self, lower: LowerEnd) -> None:
+        """Store the state after a Lanczos step at the lower end."""
+        self.lower = lower
+        self.progress.keep(self.result)
+        source = self.krylov if lower.krylov is None else lower.krylov
+        assert source is not None
+        self.progress.step(self.operator.num_products, residual=max(source.residuals))
+
+    def from_krylov(self) -> Certificate:
+        """Return the certificate with the checks that need no further product."""
+        assert self.krylov is not None
+        is_complete = self.krylov.is_complete if self.lower is None else self.lower.is_complete(self.krylov)
+        return from_krylov(self.krylov, self.dependence, self.operator.center_loss, is_complete=is_complete)
 
     def add_first_value(self, interrupted: InterruptedProduct, tolerance: float) -> None:
         """Store the estimate from an interrupted first product, which covers the first samples only."""
@@ -110,19 +128,25 @@ class SharpnessRecord:
         """Return the result so far. ``partial`` is the reason if it is incomplete."""
         krylov = self.krylov
         assert krylov is not None
-        certificate = self.certificate or from_krylov(krylov, self.dependence, self.operator.center_loss)
+        certificate = self.certificate or self.from_krylov()
         trace = self.trace or TraceResult(math.nan, math.inf, math.nan, 0, converged=False, blocks={})
         trace_stderr = self._trace_error(trace.estimate, trace.stderr, certificate.trace_rounding, certificate)
-        norms = self._residual_norms(krylov, certificate)
-        vectors = krylov.vectors()
+        pairs = self._pairs(krylov, certificate)
+        values, norms = pairs.values, pairs.norms
         tiny = torch.finfo(torch.float64).tiny
-        residuals = [norm / max(abs(value), tiny) for norm, value in zip(norms, krylov.eigenvalues, strict=True)]
+        residuals = [norm / max(abs(value), tiny) for norm, value in zip(norms, values, strict=True)]
+        lambda_min, lambda_min_norm = krylov.lambda_min, krylov.lambda_min_residual * abs(krylov.lambda_min)
+        lower = None if self.lower is None else self.lower.krylov
+        if self.lower is not None and lower is not None and self.lower.eigenvalues[0] <= lambda_min:
+            lambda_min, lambda_min_norm = self.lower.eigenvalues[0], float(lower.residual_norms[-1])
+        vectors = pairs.vectors()
         return SharpnessResult(
-            eigenvalues=krylov.eigenvalues,
+            eigenvalues=values,
             residuals=tuple(residuals),
-            lambda_min=krylov.lambda_min,
-            lambda_min_residual=krylov.lambda_min_residual
-            + self._rounding(certificate) / max(abs(krylov.lambda_min), tiny),
+            which="largest" if self.lower is None else "magnitude",
+            lambda_max=krylov.eigenvalues[0],
+            lambda_min=lambda_min,
+            lambda_min_residual=(lambda_min_norm + self._rounding(certificate)) / max(abs(lambda_min), tiny),
             lambda_max_sampling_stderr=self.sampling_stderr,
             trace=trace.estimate,
             trace_stderr=trace_stderr,
@@ -132,12 +156,12 @@ class SharpnessRecord:
             blocks=self._curvatures(self.places, "block", trace, certificate, vectors),
             experts=self._curvatures(self.experts, "expert", trace, certificate, vectors),
             center_loss=self.operator.center_loss if self.center_loss is None else self.center_loss,
-            num_steps=krylov.num_steps,
+            num_steps=krylov.num_steps + (0 if self.lower is None else self.lower.num_steps),
             num_probes=trace.num_probes,
             num_products=self.operator.num_products,
             num_samples=self.operator.num_samples if self.num_samples is None else self.num_samples,
             num_parameters=self.operator.num_parameters,
-            eigenvalues_converged=certificate.is_hessian and certificate.is_in_range and krylov.have_converged(norms),
+            eigenvalues_converged=certificate.is_hessian and certificate.is_in_range and pairs.have_converged,
             trace_converged=certificate.is_hessian
             and certificate.is_in_range
             and trace.converged
@@ -150,21 +174,12 @@ class SharpnessRecord:
             tolerance=krylov.tolerance,
             certificate=certificate,
             partial=partial,
+            matrix=self.operator.matrix,
         )
 
-    def _residual_norms(self, krylov: LanczosResult, certificate: Certificate) -> list[float]:
-        """Return the residual norms of the eigenvalues, including the errors that the checks measured."""
-        count = len(krylov.eigenvalues)
-        # An eigenvalue may be missing within this distance above the last one.
-        margin = 0.0 if krylov.is_whole else krylov.margin
-        norms = krylov.residual_norms.flip(0)[:count].clamp_min(margin).tolist()
-        if math.isfinite(certificate.rounding):
-            # Rounding was measured, which replaces its assumed size.
-            bare = krylov.bare_residual_norms.flip(0)[:count].clamp_min(max(krylov.asymmetry, margin))
-            norms = (bare + self._rounding(certificate)).tolist()
-        norms[0] = max(norms[0], self.true_residual)
-        errors = map(certificate.error_of_derivatives, krylov.eigenvalues)
-        return [norm + error for norm, error in zip(norms, errors, strict=True)]
+    def _pairs(self, krylov: LanczosResult, certificate: Certificate) -> Eigenpairs:
+        rounding = self._rounding(certificate)
+        return eigenpairs(krylov, self.lower, certificate, rounding=rounding, true_residual=self.true_residual)
 
     def _trace_error(self, trace: float, stderr: float, rounding: float, certificate: Certificate) -> float:
         """Return the standard error of a trace with rounding and the errors of the derivatives."""

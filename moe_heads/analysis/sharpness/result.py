@@ -11,8 +11,9 @@ from moe_heads.analysis._shared.tables import markdown_table
 from moe_heads.analysis.loss_landscape.routing_response import RoutingResponse
 from moe_heads.analysis.sharpness.block import BlockCurvature, blocks_table
 from moe_heads.analysis.sharpness.certificate import Certificate
+from moe_heads.analysis.sharpness.hessian.both_ends import Which
 from moe_heads.analysis.sharpness.hessian.density import SpectralDensity
-from moe_heads.analysis.sharpness.hessian.products import GraphMode
+from moe_heads.analysis.sharpness.hessian.products import GraphMode, Matrix
 from moe_heads.analysis.sharpness.perturbation import PerturbationSharpnessResult
 from moe_heads.analysis.sharpness.preconditioned import PreconditionedSharpnessResult
 
@@ -28,10 +29,11 @@ Engine = Literal["lanczos", "pyhessian"]
 
 @dataclass(frozen=True, eq=False)
 class SharpnessResult:
-    r"""Spectrum of the Hessian H of a mean loss, with its uncertainty.
+    r"""Spectrum of the Hessian H of a mean loss, or of its Gauss-Newton matrix, with its uncertainty.
 
     Attributes:
-        eigenvalues: The algebraically largest eigenvalues, descending, in units of the loss per squared parameter. With
+        eigenvalues: The algebraically largest eigenvalues, descending, or those of largest magnitude in descending
+            order of it, in units of the loss per squared parameter. With
             PyHessian they are in its order.
         residuals: :math:`\|Hv - \lambda v\| / |\lambda|` of each, including rounding and asymmetry of the products. A
             symmetric H has an eigenvalue within ``residual`` · :math:`|\lambda|` of the given one.
@@ -76,6 +78,9 @@ class SharpnessResult:
             where it is unknown.
         history: The largest eigenvalue and the stability threshold by tracked epoch.
         preconditioned: Largest eigenvalues in the metric of an adaptive optimizer, if they were requested.
+        matrix: "hessian" or "gauss_newton", which H then stands for.
+        which: "largest" or "magnitude": the selected eigenvalues.
+        lambda_max: The algebraically largest eigenvalue.
     """
 
     eigenvalues: tuple[float, ...]
@@ -114,6 +119,15 @@ class SharpnessResult:
     stability_threshold: float | None = None
     history: Mapping[int, tuple[float, float | None]] = field(default_factory=dict)
     preconditioned: PreconditionedSharpnessResult | None = None
+    matrix: Matrix = "hessian"
+    which: Which = "largest"
+    lambda_max: float = math.nan
+
+    @property
+    def is_negative_dominant(self) -> bool:
+        """True if the smallest eigenvalue is larger in magnitude than the largest one. False without a smallest one."""
+        # the estimate of the smallest eigenvalue is an upper bound of it
+        return self.lambda_min < -max(*self.eigenvalues, self.lambda_max if self.which == "magnitude" else -math.inf)
 
     @property
     def converged(self) -> bool:
@@ -122,10 +136,8 @@ class SharpnessResult:
 
     def metrics(self) -> dict[str, float]:
         """Return the finite numbers to log: lambda_max, lambda_2, ..., trace, trace_stderr, residual_max, counts."""
-        first, *others = self.eigenvalues
         values = {
-            "lambda_max": first,
-            **{f"lambda_{rank}": value for rank, value in enumerate(others, start=2)},
+            **self._eigenvalues_by_key(),
             "lambda_min": self.lambda_min,
             "residual_max": max(self.residuals),
             "trace": self.trace,
@@ -158,6 +170,13 @@ class SharpnessResult:
         # A partial result has only some of them.
         return {name: value for name, value in values.items() if math.isfinite(value)}
 
+    def _eigenvalues_by_key(self) -> dict[str, float]:
+        first, *others = self.eigenvalues
+        if self.which == "magnitude":
+            ranked = {f"lambda_magnitude_{rank}": value for rank, value in enumerate(self.eigenvalues, start=1)}
+            return {"lambda_max": self.lambda_max, **ranked}
+        return {"lambda_max": first, **{f"lambda_{rank}": value for rank, value in enumerate(others, start=2)}}
+
     def plot(self, ax: "Axes | None" = None) -> "tuple[Figure, Axes]":
         """Plot the density of the eigenvalues on a logarithmic axis and mark the largest ones.
 
@@ -166,7 +185,7 @@ class SharpnessResult:
         """
         from moe_heads.analysis.sharpness.figures import plot_spectrum
 
-        return plot_spectrum(self.eigenvalues, self.density, ax)
+        return plot_spectrum(self.eigenvalues, self.density, ax, matrix=self._matrix_name, which=self.which)
 
     def plot_blocks(self) -> "Figure | None":
         """Plot the trace of each block and expert with its standard error, and the shares of the eigenvectors.
@@ -201,10 +220,14 @@ class SharpnessResult:
         return "\n\n".join(part for part in parts if part)
 
     def _rows(self) -> list[tuple[str, ...]]:
-        rows = [
-            (f"λ{rank}", f"{value:.5g}", f"{residual:.1e}")
+        suffix = "" if self.which == "largest" else " by magnitude"
+        rows: list[tuple[str, ...]] = [] if self.matrix == "hessian" else [("matrix", self._matrix_name, "")]
+        rows += [
+            (f"λ{rank}{suffix}", f"{value:.5g}", f"{residual:.1e}")
             for rank, (value, residual) in enumerate(zip(self.eigenvalues, self.residuals, strict=True), start=1)
         ]
+        if self.which == "magnitude":
+            rows.append(("λmax", f"{self.lambda_max:.5g}", ""))
         if math.isfinite(self.lambda_min):
             rows.append(("λmin", f"{self.lambda_min:.5g}", f"{self.lambda_min_residual:.1e}"))
         if self.stability_threshold is not None:
@@ -221,7 +244,7 @@ class SharpnessResult:
         spent += f", {rest} others)" if rest > 0 and self.engine == "lanczos" else ")"
         return [
             *rows,
-            ("Hessian-vector products", spent, ""),
+            (f"{'Hessian' if self.matrix == 'hessian' else 'matrix'}-vector products", spent, ""),
             (
                 "graph of the products",
                 self.graph_mode + (f" ({_table_cell(self.graph_reason)})" if self.graph_reason else ""),
@@ -231,8 +254,13 @@ class SharpnessResult:
             ("parameters", f"{self.num_parameters}", ""),
         ]
 
+    @property
+    def _matrix_name(self) -> str:
+        return "Hessian" if self.matrix == "hessian" else "Gauss-Newton matrix"
+
     def _limitations(self) -> list[str]:
         limitations = [f"**Partial**: {self.partial}, with {self.num_samples} samples."] if self.partial else []
+        limitations += self._negative_curvature()
         limitations += [f"**PyHessian**: {failure}" for failure in self.failures]
         limitations += [] if self.certificate is None else self.certificate.warnings()
         limitations += self.unconverged_eigenvalues()
@@ -244,6 +272,16 @@ class SharpnessResult:
                 + (" Raise max_probes for a smaller one." if self.engine == "lanczos" else "")
             )
         return limitations
+
+    def _negative_curvature(self) -> list[str]:
+        if not self.is_negative_dominant:
+            return []
+        largest = self.lambda_max if self.which == "magnitude" else max(self.eigenvalues)
+        more = "" if self.which == "magnitude" else ' Pass which="magnitude" for the eigenvalues of largest magnitude.'
+        return [
+            f"**Negative curvature**: λmin = {self.lambda_min:.5g} is larger in magnitude than λmax = {largest:.5g}, so"
+            f" the loss bends most along a direction of negative curvature.{more}"
+        ]
 
     def unconverged_eigenvalues(self) -> list[str]:
         """Return a sentence with the reason and the remedy if the eigenvalues did not converge, else nothing."""

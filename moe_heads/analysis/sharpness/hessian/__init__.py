@@ -5,6 +5,7 @@ from moe_heads.analysis.sharpness.hessian.density import SpectralDensity, spectr
 from moe_heads.analysis.sharpness.hessian.directional import directional_curvatures
 from moe_heads.analysis.sharpness.hessian.lanczos import LanczosResult, lanczos
 from moe_heads.analysis.sharpness.hessian.operator import HessianOperator, SymmetricOperator
+from moe_heads.analysis.sharpness.hessian.output_loss import OutputLoss
 from moe_heads.analysis.sharpness.hessian.overlap import subspace_overlap
 from moe_heads.analysis.sharpness.hessian.top_eigenvector import top_eigenvector, top_eigenvectors
 from moe_heads.analysis.sharpness.hessian.trace import TraceResult, deflated_trace
@@ -13,6 +14,7 @@ __all__ = [
     "Basis",
     "HessianOperator",
     "LanczosResult",
+    "OutputLoss",
     "SpectralDensity",
     "SymmetricOperator",
     "TraceResult",

@@ -8,6 +8,8 @@ from torch import Tensor, nn
 
 from moe_heads.analysis._shared.batches import Batch, LossFn
 from moe_heads.analysis._shared.copies import on_copies
+from moe_heads.analysis.sharpness.hessian.double_loss import DoubleLoss
+from moe_heads.analysis.sharpness.hessian.finite_differences import Linearized, LossGradient
 from moe_heads.analysis.sharpness.hessian.folding import Fold, folded
 from moe_heads.analysis.sharpness.hessian.loss_graph import (
     checked_loss,
@@ -107,6 +109,22 @@ class BatchGradients:
                 allow_unused=True,
                 materialize_grads=True,
             )
+
+    def linearized(self, double: DoubleLoss, index: int, batch: Batch, exact: Sequence[Tensor]) -> Linearized:
+        """Return the matrix of a batch in float64.
+
+        Args:
+            double: The loss in float64.
+            index: Index of the batch.
+            batch: The batch, or a part of it.
+            exact: The parameters, float64.
+        """
+
+        def evaluate(batch: Batch, params: Sequence[Tensor]) -> Tensor:
+            with self.random_numbers(index):
+                return double(batch, params)
+
+        return LossGradient(evaluate, batch, exact)
 
     @contextmanager
     def _frozen(self) -> Iterator[None]:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -16,9 +17,7 @@ from moe_heads.analysis.sharpness.hessian.finite_differences import (
     NUM_DIRECTIONS,
     Evaluate,
     FiniteDifferences,
-    differentiated,
     flat,
-    gradient_of,
 )
 
 __all__ = ["DoubleCheck", "check_in_double"]
@@ -110,7 +109,7 @@ def _compared(
     for index, batch, count in pieces:
         progress.tick()
         evaluate = _evaluation(gradients, double, index)
-        wide = gradient_of(evaluate, batch, exact, create_graph=True)
+        wide = gradients.linearized(double, index, batch, exact)
         derivatives.add(evaluate, batch, wide, count / total)
         progress.tick()
         if not tangents:
@@ -118,13 +117,14 @@ def _compared(
         _, narrow = gradients.gradient(index, batch)
         for found, tangent in zip(differences, tangents, strict=True):
             ours = gradients.differentiate(narrow, tangent, retain_graph=True)
-            theirs = differentiated(wide, exact, [t.double() for t in tangent])
+            theirs = wide.product([t.double() for t in tangent])
             found.add_(flat(ours).double() - flat(theirs), alpha=count / total)
     has_product_error = derivatives.has_product_error
     for index, batch, count in pieces if has_product_error or derivatives.has_slope_error else ():
         progress.tick()
         evaluate = _evaluation(gradients, double, index)
-        derivatives.add_second_look(evaluate, batch, count / total, has_product_error=has_product_error)
+        linearize = partial(gradients.linearized, double, index, batch, exact) if has_product_error else None
+        derivatives.add_second_look(evaluate, batch, linearize, count / total)
     curvature_error, direction, product_difference = derivatives.product_error()
     return DoubleCheck(
         tuple(differences),

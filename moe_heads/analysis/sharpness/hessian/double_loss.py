@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,8 @@ from moe_heads.analysis._shared.batches import Batch, LossFn, map_leaves
 from moe_heads.analysis._shared.copies import own_copy
 
 __all__ = ["DoubleLoss"]
+
+T = TypeVar("T")
 
 _WIDER = {torch.float32: torch.float64, torch.complex64: torch.complex128}
 
@@ -33,7 +35,7 @@ class DoubleLoss:
     """
 
     def __init__(self, model: nn.Module, loss_fn: LossFn, params: Mapping[str, Tensor]) -> None:
-        self._loss = _Loss(model, loss_fn)
+        self._evaluation, self._loss_fn = _Evaluation(model), loss_fn
         places = _places(model)
         wide = {id(tensor): _widened(tensor.detach()) for tensor in places.values()}
         self.params = {name: wide[id(tensor)].requires_grad_() for name, tensor in params.items()}
@@ -47,17 +49,24 @@ class DoubleLoss:
         Raises:
             ValueError: If the loss uses parameters other than through the modules of the model.
         """
+        loss = self.evaluate(self._loss_fn, batch, params)
+        if params is not None and loss.requires_grad and not any(p.requires_grad for p in params):
+            # A loss may hold the parameters itself, for example for a penalty. Here they would be constants.
+            raise ValueError("the loss uses parameters other than through the modules of the model")
+        return loss.reshape(())
+
+    def evaluate(
+        self, function: Callable[[nn.Module, Batch], T], batch: Batch, params: Sequence[Tensor] | None = None
+    ) -> T:
+        """Return ``function(model, batch)`` at ``params``, by default at the model's own parameters."""
         own = self.params.values() if params is None else params
         given = dict(zip(self.params, own, strict=True))
         moved = {place: given[name] for place, name in self._moved.items()}
         copied = map_leaves(own_copy(batch), lambda leaf: _widened(leaf) if isinstance(leaf, Tensor) else leaf)
         with _doubles():
             values = {**self._values, **moved}
-            loss = torch.func.functional_call(self._loss, values, (copied,), tie_weights=False)
-        if params is not None and loss.requires_grad and not any(p.requires_grad for p in params):
-            # A loss may hold the parameters itself, for example for a penalty. Here they would be constants.
-            raise ValueError("the loss uses parameters other than through the modules of the model")
-        return cast(Tensor, loss).reshape(())
+            found = torch.func.functional_call(self._evaluation, values, (function, copied), tie_weights=False)
+        return cast(T, found)
 
 
 def _places(model: nn.Module) -> dict[str, Tensor]:
@@ -74,15 +83,15 @@ def _places(model: nn.Module) -> dict[str, Tensor]:
     return places
 
 
-class _Loss(nn.Module):
-    """The loss as a module, so that ``functional_call`` can replace the parameters of the model."""
+class _Evaluation(nn.Module):
+    """A function of the model as a module, so that ``functional_call`` can replace the parameters of the model."""
 
-    def __init__(self, model: nn.Module, loss_fn: LossFn) -> None:
+    def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.model, self._loss_fn = model, loss_fn
+        self.model = model
 
-    def forward(self, batch: Batch) -> Tensor:
-        return self._loss_fn(self.model, batch)
+    def forward(self, function: Callable[[nn.Module, Batch], T], batch: Batch) -> T:
+        return function(self.model, batch)
 
 
 class _Doubles(TorchFunctionMode):

@@ -2,16 +2,64 @@
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from moe_heads.analysis._shared.batches import Batch
 
-__all__ = ["NUM_DIRECTIONS", "Evaluate", "FiniteDifferences", "differentiated", "flat", "gradient_of"]
+__all__ = ["NUM_DIRECTIONS", "Evaluate", "FiniteDifferences", "Linearized", "LossGradient", "flat"]
 
 Evaluate = Callable[[Batch, Sequence[Tensor]], Tensor]
 """Loss of one batch at given parameters, in float64, with the same random numbers in every call."""
+
+
+class Linearized(Protocol):
+    """A matrix of one batch in float64, and a function of the parameters that has it as its derivative.
+
+    Attributes:
+        gradient: The gradient of the loss, by parameter. The function has this value at the model's parameters.
+    """
+
+    gradient: Sequence[Tensor]
+
+    def product(self, tangents: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Return the product of the matrix with tangents."""
+        ...
+
+    def gradient_at(self, params: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Return the function at other parameters, which require a gradient."""
+        ...
+
+
+class LossGradient:
+    """The Hessian of the loss of one batch in float64, and the gradient as the function that it is the derivative of.
+
+    Args:
+        evaluate: Loss of the batch.
+        batch: The batch.
+        exact: The parameters, float64.
+    """
+
+    def __init__(self, evaluate: Evaluate, batch: Batch, exact: Sequence[Tensor]) -> None:
+        self._evaluate, self._batch, self._exact = evaluate, batch, exact
+        self.gradient = _gradient_of(evaluate, batch, exact, create_graph=True)
+
+    def product(self, tangents: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Return the product of the Hessian with tangents."""
+        curved = [(g, t) for g, t in zip(self.gradient, tangents, strict=True) if g.requires_grad]
+        if not curved:
+            return [torch.zeros_like(p) for p in self._exact]
+        outputs, directions = zip(*curved, strict=True)
+        return torch.autograd.grad(
+            outputs, self._exact, directions, retain_graph=True, allow_unused=True, materialize_grads=True
+        )
+
+    def gradient_at(self, params: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Return the gradient at other parameters, which require a gradient."""
+        return _gradient_of(self._evaluate, self._batch, params)
+
 
 NUM_DIRECTIONS = 3
 """Number of random directions along which the loss is differentiated."""
@@ -55,30 +103,33 @@ class FiniteDifferences:
         self._products: dict[int, Tensor] = {}
         self._changes: dict[tuple[int, int], Tensor] = {}
 
-    def add(self, evaluate: Evaluate, batch: Batch, gradient: Sequence[Tensor], weight: float) -> None:
-        """Add a batch to the first look, with its gradient, which has a graph."""
+    def add(self, evaluate: Evaluate, batch: Batch, found: Linearized, weight: float) -> None:
+        """Add a batch to the first look, with its matrix and gradient."""
         for place, direction in enumerate(self._directions):
-            slope = sum(float((g.detach() * d).sum()) for g, d in zip(gradient, direction, strict=True))
+            slope = sum(float((g.detach() * d).sum()) for g, d in zip(found.gradient, direction, strict=True))
             self._slopes[place] += weight * slope
-        self._norm += weight * float(flat(gradient).norm())
+        self._norm += weight * float(flat(found.gradient).norm())
         self._loss += weight * self._add_quotients(evaluate, batch, weight, 1)
-        self._add_product(gradient, weight, 0)
-        self._add_change(evaluate, batch, weight, 1, 0)
+        self._add_product(found, weight, 0)
+        self._add_change(found, weight, 1, 0)
 
-    def add_second_look(self, evaluate: Evaluate, batch: Batch, weight: float, *, has_product_error: bool) -> None:
+    def add_second_look(
+        self, evaluate: Evaluate, batch: Batch, linearize: Callable[[], Linearized] | None, weight: float
+    ) -> None:
         """Add a batch to the second look.
 
         Args:
             evaluate: Loss of the batch.
             batch: The batch.
+            linearize: Returns its matrix; None without `has_product_error` after the first look, to take slopes alone.
             weight: Its weight.
-            has_product_error: `has_product_error` after the first look. Otherwise the slopes alone are looked at.
         """
         self._add_quotients(evaluate, batch, weight, 2)
-        if has_product_error:
-            self._add_product(gradient_of(evaluate, batch, self._exact, create_graph=True), weight, 1)
+        if linearize is not None:
+            found = linearize()
+            self._add_product(found, weight, 1)
             for num_steps, place in ((2, 0), (1, 1), (2, 1)):
-                self._add_change(evaluate, batch, weight, num_steps, place)
+                self._add_change(found, weight, num_steps, place)
 
     @property
     def has_slope_error(self) -> bool:
@@ -122,15 +173,15 @@ class FiniteDifferences:
             total += abs(ends[0])
         return total / len(self._directions)
 
-    def _add_product(self, gradient: Sequence[Tensor], weight: float, place: int) -> None:
-        product = flat(differentiated(gradient, self._exact, self._directions[place]))
+    def _add_product(self, found: Linearized, weight: float, place: int) -> None:
+        product = flat(found.product(self._directions[place]))
         self._products.setdefault(place, torch.zeros_like(product)).add_(product, alpha=weight)
 
-    def _add_change(self, evaluate: Evaluate, batch: Batch, weight: float, num_steps: int, place: int) -> None:
+    def _add_change(self, found: Linearized, weight: float, num_steps: int, place: int) -> None:
         step = num_steps * self._small_step
         for sign in (1, -1):
             moved = [p.requires_grad_() for p in self._moved(self._directions[place], sign * step)]
-            end = flat(gradient_of(evaluate, batch, moved))
+            end = flat(found.gradient_at(moved))
             change = self._changes.setdefault((num_steps, place), torch.zeros_like(end))
             change.add_(end, alpha=sign * weight / (2 * step))
 
@@ -162,7 +213,7 @@ class FiniteDifferences:
         return [p.detach() + step * d for p, d in zip(self._exact, direction, strict=True)]
 
 
-def gradient_of(
+def _gradient_of(
     evaluate: Evaluate, batch: Batch, params: Sequence[Tensor], *, create_graph: bool = False
 ) -> Sequence[Tensor]:
     """Return the gradient of a batch's loss, zero if the loss does not depend on the parameters."""
@@ -170,19 +221,6 @@ def gradient_of(
     if not loss.requires_grad:
         return [torch.zeros_like(p) for p in params]
     return torch.autograd.grad(loss, params, create_graph=create_graph, allow_unused=True, materialize_grads=True)
-
-
-def differentiated(
-    gradient: Sequence[Tensor], params: Sequence[Tensor], tangents: Sequence[Tensor]
-) -> Sequence[Tensor]:
-    """Return the product of the Hessian with tangents, from a gradient with a graph."""
-    curved = [(g, t) for g, t in zip(gradient, tangents, strict=True) if g.requires_grad]
-    if not curved:
-        return [torch.zeros_like(p) for p in params]
-    outputs, directions = zip(*curved, strict=True)
-    return torch.autograd.grad(
-        outputs, params, directions, retain_graph=True, allow_unused=True, materialize_grads=True
-    )
 
 
 def flat(parts: Sequence[Tensor]) -> Tensor:

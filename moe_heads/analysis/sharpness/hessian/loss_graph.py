@@ -61,8 +61,13 @@ def check_checkpoints(loss: Tensor) -> None:
         )
 
 
-def gradient_with_graph(loss: Tensor, params: Sequence[Tensor]) -> tuple[Tensor, ...]:
+def gradient_with_graph(loss: Tensor, params: Sequence[Tensor], cotangent: Tensor | None = None) -> tuple[Tensor, ...]:
     """Return a gradient that can be differentiated again, with zeros for unused parameters.
+
+    Args:
+        loss: The loss, or another tensor with a ``cotangent``.
+        params: The parameters.
+        cotangent: A tensor that requires a gradient, of the shape of ``loss``; by default 1.
 
     Raises:
         NoSecondDerivative: If a layer has none, as far as torch detects it here.
@@ -70,7 +75,7 @@ def gradient_with_graph(loss: Tensor, params: Sequence[Tensor]) -> tuple[Tensor,
     # A function with a once-differentiable backward leaves its error node only when the gradient that enters it
     # requires a gradient, so the first of them does. torch never runs that node, because it leads to no parameter. The
     # product would silently lack the contribution of the function.
-    one = torch.ones_like(loss, requires_grad=True)
+    one = torch.ones_like(loss, requires_grad=True) if cotangent is None else cotangent
     with second_order_errors():
         gradient = torch.autograd.grad(loss, params, one, create_graph=True, allow_unused=True, materialize_grads=True)
         if any(node.name() == "torch::autograd::Error" for node in _nodes(gradient)):

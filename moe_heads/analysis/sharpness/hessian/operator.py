@@ -13,7 +13,7 @@ from moe_heads.analysis._shared.microbatches import Microbatches, unless_out_of_
 from moe_heads.analysis._shared.progress import Progress, TimeUp
 from moe_heads.analysis.sharpness.hessian.batch_gradients import BatchGradients
 from moe_heads.analysis.sharpness.hessian.parameters import Selection, selected_parameters
-from moe_heads.analysis.sharpness.hessian.products import BatchProducts, GraphMode, Product
+from moe_heads.analysis.sharpness.hessian.products import BatchProducts, GraphMode, Matrix, Product
 from moe_heads.analysis.sharpness.hessian.weighted_sum import InterruptedProduct, WeightedSum
 
 __all__ = ["HessianOperator", "SymmetricOperator"]
@@ -80,6 +80,7 @@ class HessianOperator(WeightedSum):
         batches: The data. All of it is held on the device of the parameters.
         params: The parameters :math:`\theta`: tensors, or names of parameters and modules such as "head"; by default
             all that require a gradient, in the order of ``model.named_parameters()``.
+        matrix: "gauss_newton" for the Gauss-Newton matrix in place of the Hessian. ``loss_fn`` is then an `OutputLoss`.
         graph_memory: Maximum number of bytes to keep between products. The default is 4 GiB on a CPU, but at most half
             of the free memory, and half of the free memory on a GPU.
         mode: "rebuilt" to keep nothing and fold no batch norm; by default the fastest way.
@@ -124,6 +125,7 @@ class HessianOperator(WeightedSum):
         batches: Iterable[Batch],
         params: Selection | None = None,
         *,
+        matrix: Matrix = "hessian",
         graph_memory: int | None = None,
         mode: GraphMode | None = None,
         progress: Progress | None = None,
@@ -136,8 +138,17 @@ class HessianOperator(WeightedSum):
         device = next(iter(named.values())).device
         data = Microbatches(batches, device, self._watch, batch_size_fn=batch_size_fn, batch_weight_fn=batch_weight_fn)
         super().__init__(named, data)
+        self.matrix = matrix
         self._products = BatchProducts(
-            model, loss_fn, named, self._data, progress or Progress(), memory=graph_memory, mode=mode, seed=seed
+            model,
+            loss_fn,
+            named,
+            self._data,
+            progress or Progress(),
+            matrix=matrix,
+            memory=graph_memory,
+            mode=mode,
+            seed=seed,
         )
 
     @property

@@ -16,14 +16,18 @@ from moe_heads.analysis._shared.microbatches import Microbatches, free_memory, u
 from moe_heads.analysis._shared.progress import Progress, TimeUp
 from moe_heads.analysis.sharpness.hessian.batch_gradients import BatchGradients
 from moe_heads.analysis.sharpness.hessian.folding import Fold, find_folds, has_norms
+from moe_heads.analysis.sharpness.hessian.gauss_newton import BatchGaussNewton
 from moe_heads.analysis.sharpness.hessian.graph_memory import GraphMemory
 from moe_heads.analysis.sharpness.hessian.loss_graph import NoSecondDerivative, check_checkpoints, checked_loss
 from moe_heads.analysis.sharpness.hessian.unsupported_layer import unsupported_layer
 from moe_heads.checks import check_option
 
-__all__ = ["BatchProducts", "GraphMode", "Product"]
+__all__ = ["BatchProducts", "GraphMode", "Matrix", "Product"]
 
 GraphMode = Literal["kept", "rebuilt"]
+
+Matrix = Literal["hessian", "gauss_newton"]
+"""The Hessian of the loss, or its Gauss-Newton matrix, which leaves out the curvature of the model's outputs."""
 
 # Largest relative difference of two losses that rounding explains.
 _SAME_LOSS = 1e-3
@@ -44,10 +48,11 @@ class BatchProducts:
 
     Args:
         model: The model, in evaluation mode.
-        loss_fn: ``loss_fn(model, batch) -> scalar``.
+        loss_fn: ``loss_fn(model, batch) -> scalar``; an `OutputLoss` for the Gauss-Newton matrix.
         params: The parameters, by name.
         data: The batches.
         progress: Checked before each batch.
+        matrix: The matrix.
         memory: Maximum number of bytes to keep; None for the default.
         mode: "rebuilt" to keep and fold nothing; None for the best.
         seed: Seed of torch's random numbers in the first batch. It increases by one with each batch.
@@ -69,13 +74,16 @@ class BatchProducts:
         data: Microbatches,
         progress: Progress,
         *,
+        matrix: Matrix = "hessian",
         memory: int | None = None,
         mode: GraphMode | None = None,
         seed: int = 0,
     ) -> None:
         if mode is not None:
             check_option("mode", mode, get_args(GraphMode))
-        self.gradients = BatchGradients(model, loss_fn, params, seed)
+        check_option("matrix", matrix, get_args(Matrix))
+        kind = BatchGaussNewton if matrix == "gauss_newton" else BatchGradients
+        self.gradients = kind(model, loss_fn, params, seed)
         self._monitor, self.reason = progress, ""
         self._kept: dict[int, tuple[float, tuple[Tensor, ...]]] = {}
         self._memory: GraphMemory | None = None

@@ -20,7 +20,7 @@ from moe_heads.analysis._shared.shards import REMEDY, is_sharded
 from moe_heads.analysis.sharpness.hessian.difference_operator import DifferenceOperator
 from moe_heads.analysis.sharpness.hessian.operator import HessianOperator
 from moe_heads.analysis.sharpness.hessian.parameters import Selection
-from moe_heads.analysis.sharpness.hessian.products import GraphMode
+from moe_heads.analysis.sharpness.hessian.products import GraphMode, Matrix
 from moe_heads.analysis.sharpness.hessian.weighted_sum import WeightedSum
 
 __all__ = ["shared_hessian"]
@@ -36,6 +36,7 @@ def shared_hessian(
     batches: Iterable[Batch],
     *,
     params: Selection | None = None,
+    matrix: Matrix = "hessian",
     graph_memory: int | None = None,
     mode: GraphMode | None = None,
     progress: Progress | None = None,
@@ -56,6 +57,7 @@ def shared_hessian(
         loss_fn: ``loss_fn(model, batch) -> scalar``.
         batches: The samples of this rank.
         params: See `HessianOperator`.
+        matrix: See `HessianOperator`; "hessian" for a sharded model.
         graph_memory: See `HessianOperator`.
         mode: See `HessianOperator`.
         progress: See `HessianOperator`.
@@ -96,6 +98,7 @@ def shared_hessian(
             loss_fn,
             batches,
             params,
+            matrix=matrix,
             graph_memory=graph_memory,
             mode=mode,
             progress=watched,

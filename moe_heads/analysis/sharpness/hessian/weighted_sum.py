@@ -10,7 +10,7 @@ from torch import Tensor
 
 from moe_heads.analysis._shared.microbatches import Microbatches
 from moe_heads.analysis.sharpness.hessian.parameters import slices_of
-from moe_heads.analysis.sharpness.hessian.products import GraphMode
+from moe_heads.analysis.sharpness.hessian.products import GraphMode, Matrix
 
 __all__ = ["InterruptedProduct", "WeightedSum"]
 
@@ -51,7 +51,10 @@ class WeightedSum(ABC):
             :math:`v^T H v`.
         center_loss: Mean loss over the data, from the differentiated graph; nan before the first product.
         interrupted: The finished part of a product that the end of the time interrupted.
+        matrix: The matrix.
     """
+
+    matrix: Matrix = "hessian"
 
     def __init__(self, named: Mapping[str, Tensor], data: Microbatches) -> None:
         self.names = tuple(named)
