@@ -17,6 +17,7 @@ from moe_heads.analysis.sharpness.hessian.krylov import LanczosResult
 from moe_heads.analysis.sharpness.hessian.operator import HessianOperator
 from moe_heads.analysis.sharpness.hessian.trace import Places
 from moe_heads.analysis.sharpness.hessian.weighted_sum import WeightedSum
+from moe_heads.analysis.sharpness.hessian.whole_differences import WholeDifferences
 
 __all__ = ["certified", "from_krylov"]
 
@@ -62,7 +63,7 @@ def certified(
     Products that are differences of gradients were checked one by one. Their errors count as rounding.
     """
     generator = torch.Generator().manual_seed(seed)
-    if isinstance(operator, DifferenceOperator):
+    if isinstance(operator, (DifferenceOperator, WholeDifferences)):
         return _of_differences(certificate, operator, blocks, generator)
     assert isinstance(operator, HessianOperator)
     # The eigenvalues of the result are the k largest and the smallest.
@@ -102,24 +103,25 @@ def certified(
 
 
 def _of_differences(
-    certificate: Certificate, operator: DifferenceOperator, blocks: Places, generator: torch.Generator
+    certificate: Certificate, operator: DifferenceOperator | WholeDifferences, blocks: Places, generator: torch.Generator
 ) -> Certificate:
     probe = uniform(operator.num_parameters, operator.dtype, operator.device, generator)
     operator.matvec(probe)
     differences = operator.differences
     assert differences.last is not None
     # as in `_trace_error`, for the difference between the two steps
-    wide = math.hypot(differences.last.form, math.sqrt(2) * differences.last.difference) / operator.total_weight
+    weight = operator.difference_weight if isinstance(operator, WholeDifferences) else operator.total_weight
+    wide = math.hypot(differences.last.form, math.sqrt(2) * differences.last.difference) / weight
     others = {name: reason for name, reason in certificate.unchecked.items() if name not in _IN_DOUBLE}
     others |= {
-        "products in float64": "the products are differences of gradients",
+        "products in float64": "the products are finite differences of gradients, no exact derivatives",
         "product against finite difference": "the products are such differences",
     }
     if math.isnan(differences.derivative_error):
         others["gradient against finite difference"] = "differences at two step sizes disagree, as in float32"
     return replace(
         certificate,
-        rounding=2 * differences.largest[1] / operator.total_weight,
+        rounding=2 * differences.largest[1] / weight,
         trace_rounding=wide,
         block_rounding=dict.fromkeys(blocks, wide),
         derivative_error=differences.derivative_error,
