@@ -184,8 +184,8 @@ class WholeDifferences(WeightedSum):
                 found = torch.autograd.grad(loss, params, allow_unused=True, materialize_grads=True)
             return float(loss.detach()), flat(found)
 
-    @torch.no_grad()
     def _move(self, values: Sequence[Tensor]) -> None:
         if self._double is None:
             for parameter, value in zip(self._params, values, strict=True):
-                parameter.copy_(value)
+                # Through ``data``, autograd does not count this as a change, which would make kept graphs unusable.
+                parameter.data.copy_(value)

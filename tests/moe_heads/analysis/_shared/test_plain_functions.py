@@ -41,7 +41,11 @@ FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     },
     "bags with weights": lambda x: F.embedding_bag(BAGS, x, OFFSETS, mode="sum", per_sample_weights=SHARES),
     "weights of bags": lambda x: F.embedding_bag(
-        BAGS, torch.ones(6, 2, dtype=x.dtype) * WEIGHTS[:, None], OFFSETS, mode="sum", per_sample_weights=x.flatten()[:7]
+        BAGS,
+        torch.ones(6, 2, dtype=x.dtype) * WEIGHTS[:, None],
+        OFFSETS,
+        mode="sum",
+        per_sample_weights=x.flatten()[:7],
     ),
     "last offset": lambda x: F.embedding_bag(BAGS, x, torch.tensor([0, 2, 7]), include_last_offset=True),
     "rows": lambda x: F.embedding_bag(BAGS[:6].view(2, 3), x, mode="mean"),
