@@ -93,7 +93,7 @@ class LossLandscapeCallback(FitEndAnalysis):
             draw the run on its principal plane. It includes the parameters that require a gradient at the end and
             existed at all epochs.
         check_curvatures: Compare the curvature of each slice with that of the Hessian, at the cost of one product and
-            four points each. It is skipped if a layer has no second derivative.
+            four points each. It is skipped if the line along the top eigenvector failed.
         refine: Number of points to add to the line where it bends the most.
         resume: Folder for the points and eigenvectors of lines and planes. They are written during the analysis, and
             read if they exist. By default there is none. Below ``<name>/<split>/`` each line or plane has a file whose

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from moe_heads.analysis._shared.forwards import intercepted, is_opaque
+from moe_heads.analysis._shared.plain_functions import plain_functions
 
 __all__ = ["plain_paths"]
 
@@ -20,6 +21,7 @@ def plain_paths(model: nn.Module) -> Iterator[None]:
       evaluation mode when no gradient is recorded. With a padding mask it returns zeros at padded positions.
     - Recurrent layers run without cuDNN, whose backward pass works in training mode only and has no second derivative.
     - Gradients of embeddings are dense. ``sparse=True`` changes their layout, not their values.
+    - Hardsigmoid and some other functions without a second derivative are computed from others; see `plain_functions`.
     """
     recurrent = [module for module in model.modules() if isinstance(module, nn.RNNBase) and not is_opaque(module)]
     with ExitStack() as stack:
@@ -29,6 +31,7 @@ def plain_paths(model: nn.Module) -> Iterator[None]:
             if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.sparse:
                 stack.callback(setattr, module, "sparse", module.sparse)
                 module.sparse = False
+        stack.enter_context(plain_functions())
         stack.enter_context(intercepted(recurrent, _without_cudnn))
         yield
 

@@ -13,10 +13,12 @@ from moe_heads.analysis.sharpness.certificate import Certificate
 from moe_heads.analysis.sharpness.hessian.basis import uniform
 from moe_heads.analysis.sharpness.hessian.difference_operator import DifferenceOperator
 from moe_heads.analysis.sharpness.hessian.double_check import DoubleCheck, check_in_double
+from moe_heads.analysis.sharpness.hessian.gradient_differences import StepsDisagreeError
 from moe_heads.analysis.sharpness.hessian.krylov import LanczosResult
 from moe_heads.analysis.sharpness.hessian.operator import HessianOperator
 from moe_heads.analysis.sharpness.hessian.trace import Places
 from moe_heads.analysis.sharpness.hessian.weighted_sum import WeightedSum
+from moe_heads.analysis.sharpness.hessian.whole_differences import WholeDifferences
 
 __all__ = ["certified", "from_krylov"]
 
@@ -26,6 +28,9 @@ _IN_DOUBLE = (
     "product against finite difference",
     "loss is deterministic",
 )
+
+# Largest relative difference between products with two steps that still shows a wrong product.
+_CLEAR = 1e-2
 
 
 def from_krylov(
@@ -73,9 +78,10 @@ def certified(
     ``lower`` is the iteration at the lower end of the spectrum, if there was one.
 
     Products that are differences of gradients were checked one by one. Their errors count as rounding.
+    A product of a custom autograd function that cannot be evaluated in float64 is compared with such a difference.
     """
     generator = torch.Generator().manual_seed(seed)
-    if isinstance(operator, DifferenceOperator):
+    if isinstance(operator, (DifferenceOperator, WholeDifferences)):
         return _of_differences(certificate, operator, blocks, generator)
     assert isinstance(operator, HessianOperator)
     # The eigenvalues of the result are the k largest and the smallest.
@@ -90,7 +96,11 @@ def certified(
     found = check_in_double(operator.gradients, operator.data, vectors, progress, seed)
     others = {name: reason for name, reason in certificate.unchecked.items() if name not in _IN_DOUBLE}
     if not isinstance(found, DoubleCheck):
-        return replace(certificate, unchecked={**others, **dict.fromkeys(_IN_DOUBLE, found)})
+        unchecked = {**others, **dict.fromkeys(_IN_DOUBLE, found)}
+        error = math.nan if progress.end and found.startswith(progress.end) else _silent_error(operator, probe, seed)
+        if not math.isnan(error):
+            del unchecked["product against finite difference"]
+        return replace(certificate, curvature_error=error, unchecked=unchecked)
     along, sampled = found.differences or (torch.zeros_like(found.direction),) * 2
     wide = probe.double()
 
@@ -118,25 +128,58 @@ def certified(
     )
 
 
+def _silent_error(operator: HessianOperator, probe: Tensor, seed: int) -> float:
+    """Return the relative difference of a product from differences of gradients in the model's own precision.
+
+    It is measured for models with a custom autograd function alone, whose gradient torch may take for a constant. nan
+    for other models, and where two steps disagree.
+    """
+    gradients = operator.gradients
+    if not gradients.has_custom_function(operator.data.origins[0], next(iter(operator.data))):
+        return math.nan
+    differences = WholeDifferences(
+        gradients.model,
+        gradients.loss_fn,
+        operator.data,
+        list(gradients.params.values()),
+        tolerance=_CLEAR,
+        seed=seed,
+        in_double=False,
+    )
+    size = operator.num_parameters
+    try:
+        quotient = differences.sample_sum(probe)[:size]
+    except StepsDisagreeError:
+        return math.nan
+    product = operator.sample_sum(probe)[:size]
+    assert differences.differences.last is not None
+    error = float((product - quotient).norm()) / max(float(product.norm()), float(quotient.norm()), 1e-300)
+    return max(error - 2 * differences.differences.last.relative, 0.0)
+
+
 def _of_differences(
-    certificate: Certificate, operator: DifferenceOperator, blocks: Places, generator: torch.Generator
+    certificate: Certificate,
+    operator: DifferenceOperator | WholeDifferences,
+    blocks: Places,
+    generator: torch.Generator,
 ) -> Certificate:
     probe = uniform(operator.num_parameters, operator.dtype, operator.device, generator)
     operator.matvec(probe)
     differences = operator.differences
     assert differences.last is not None
     # as in `_trace_error`, for the difference between the two steps
-    wide = math.hypot(differences.last.form, math.sqrt(2) * differences.last.difference) / operator.total_weight
+    weight = operator.difference_weight if isinstance(operator, WholeDifferences) else operator.total_weight
+    wide = math.hypot(differences.last.form, math.sqrt(2) * differences.last.difference) / weight
     others = {name: reason for name, reason in certificate.unchecked.items() if name not in _IN_DOUBLE}
     others |= {
-        "products in float64": "the products are differences of gradients",
+        "products in float64": "the products are finite differences of gradients, no exact derivatives",
         "product against finite difference": "the products are such differences",
     }
     if math.isnan(differences.derivative_error):
         others["gradient against finite difference"] = "differences at two step sizes disagree, as in float32"
     return replace(
         certificate,
-        rounding=2 * differences.largest[1] / operator.total_weight,
+        rounding=2 * differences.largest[1] / weight,
         trace_rounding=wide,
         block_rounding=dict.fromkeys(blocks, wide),
         derivative_error=differences.derivative_error,

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from moe_heads.analysis import Ranks
 from moe_heads.callbacks import AnalysisInputs, FitEndAnalysis, LossLandscapeCallback, Report, SharpnessCallback
 from moe_heads.callbacks._shared.plain_context import PlainContext
+from tests.support.no_second_derivative import OnceDifferentiableSine, RoughGradient
 from tests.support.processes import NUM_RANKS, run_on_ranks
 
 pytestmark = pytest.mark.timeout(200)
@@ -129,6 +130,7 @@ def cases(rank: int) -> dict[str, Any]:
     found["landscape, no time for a line"] = outcome(landscape(loss_fn=slow, max_time=0.4))
     found["landscape, KeyError on one"] = outcome(landscape(loss_fn=raising(1, KeyError("x"), rank)))
     found["landscape, no second derivative"] = outcome(landscape(loss_fn=hard))
+    found["once differentiable"] = outcome(SharpnessCallback(loss_fn=once, num_eigenvalues=1, density=False))
     found["one sample"] = outcome(SharpnessCallback(loss_fn=loss, num_eigenvalues=1), one_sample)
     failing = raising(1, RuntimeError("x"), rank, after=3)
     found["one sample, one fails"] = outcome(SharpnessCallback(loss_fn=failing), one_sample)
@@ -150,7 +152,11 @@ def cases(rank: int) -> dict[str, Any]:
 
 
 def hard(model: nn.Module, batch: Any) -> Tensor:
-    return loss(model, (nn.functional.hardsigmoid(model[0](batch[0]))[:, :4], batch[1]))
+    return RoughGradient.apply(loss(model, batch))
+
+
+def once(model: nn.Module, batch: Any) -> Tensor:
+    return OnceDifferentiableSine.apply(loss(model, batch))
 
 
 @pytest.fixture(scope="module")
@@ -163,7 +169,8 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     [
         ("landscape, no time for a line", ["TimeUp", "TimeUp"]),
         ("landscape, KeyError on one", ["RankError", "KeyError"]),
-        ("landscape, no second derivative", ["NoSecondDerivative", "NoSecondDerivative"]),
+        ("landscape, no second derivative", ["StepsDisagreeError", "StepsDisagreeError"]),
+        ("once differentiable", ["fine", "fine"]),
         ("one sample", ["fine", "fine"]),
         ("one sample, one fails", ["fine", "fine"]),  # rank zero alone computes
         ("cannot be cut", ["fine", "fine"]),

@@ -14,6 +14,7 @@ from moe_heads.analysis.sharpness.hessian.folding import Fold, folded
 from moe_heads.analysis.sharpness.hessian.loss_graph import (
     checked_loss,
     gradient_with_graph,
+    has_custom_function,
     saved_bytes,
     second_order_errors,
 )
@@ -70,6 +71,11 @@ class BatchGradients:
         """Return the mean loss of a batch, which may be nan or inf."""
         with self.evaluation(index):
             return float(self.loss_fn(self.model, batch).detach())
+
+    def has_custom_function(self, index: int, batch: Batch) -> bool:
+        """Return whether a custom autograd function computes a part of the loss of a batch."""
+        with self.evaluation(index):
+            return has_custom_function(checked_loss(self.loss_fn(self.model, batch), index))
 
     def gradient(self, index: int, batch: Batch) -> tuple[float, tuple[Tensor, ...]]:
         """Return the mean loss of a batch, and its gradient with a graph.

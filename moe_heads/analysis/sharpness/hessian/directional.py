@@ -45,7 +45,7 @@ def directional_curvatures(
         batch_weight_fn: See `HessianOperator`.
 
     Raises:
-        RuntimeError: If a layer has no second derivative.
+        ValueError: If a layer has no second derivative, and products by differences of gradients depend on the step.
 
     Example:
         >>> import torch

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor
+from torch.autograd.function import BackwardCFunction
 
 from moe_heads.analysis._shared.scalar import checked_scalar
 
@@ -13,6 +14,7 @@ __all__ = [
     "check_checkpoints",
     "checked_loss",
     "gradient_with_graph",
+    "has_custom_function",
     "saved_bytes",
     "second_order_errors",
 ]
@@ -61,6 +63,11 @@ def check_checkpoints(loss: Tensor) -> None:
         )
 
 
+def has_custom_function(loss: Tensor) -> bool:
+    """Return whether the graph of a loss contains a custom autograd function."""
+    return any(isinstance(node, BackwardCFunction) for node in _nodes([loss]))
+
+
 def gradient_with_graph(loss: Tensor, params: Sequence[Tensor], cotangent: Tensor | None = None) -> tuple[Tensor, ...]:
     """Return a gradient that can be differentiated again, with zeros for unused parameters.
 
@@ -97,9 +104,8 @@ def second_order_errors() -> Iterator[None]:
             raise
         raise NoSecondDerivative(
             f"a layer of the model has no second derivative ({error}). For the analysis use its plain form: torch "
-            "operations instead of a custom autograd function or a fused activation (relu6(x + 3) / 6 for "
-            "hardsigmoid), attention inside analysis_mode (mathematical kernel); on a GPU, "
-            "torch.backends.cudnn.flags(enabled=False) for recurrent layers."
+            "operations instead of a custom autograd function or a fused activation, attention inside analysis_mode"
+            " (mathematical kernel); on a GPU, torch.backends.cudnn.flags(enabled=False) for recurrent layers."
         ) from error
 
 

@@ -178,6 +178,15 @@ class HessianOperator(WeightedSum):
         """Loss and gradient of a batch, evaluated as in the products."""
         return self._products.gradients
 
+    def check_second_derivative(self) -> None:
+        """Compute the product of the first batch, which is not counted.
+
+        Raises:
+            RuntimeError: If a layer has no second derivative.
+        """
+        ones = [torch.ones(shape, dtype=self.dtype, device=self.device) for shape in self._shapes]
+        self._sum(ones, lambda origin: origin == 0)
+
     @override
     def release(self) -> None:
         """Release the kept graphs and the other ranks. A further product rebuilds the graphs."""

@@ -18,10 +18,12 @@ from moe_heads.analysis._shared.progress import Progress
 from moe_heads.analysis._shared.ranks import Ranks
 from moe_heads.analysis._shared.shards import REMEDY, is_sharded
 from moe_heads.analysis.sharpness.hessian.difference_operator import DifferenceOperator
+from moe_heads.analysis.sharpness.hessian.loss_graph import NoSecondDerivative
 from moe_heads.analysis.sharpness.hessian.operator import HessianOperator
 from moe_heads.analysis.sharpness.hessian.parameters import Selection
 from moe_heads.analysis.sharpness.hessian.products import GraphMode, Matrix
 from moe_heads.analysis.sharpness.hessian.weighted_sum import WeightedSum
+from moe_heads.analysis.sharpness.hessian.whole_differences import WholeDifferences
 
 __all__ = ["shared_hessian"]
 
@@ -48,7 +50,8 @@ def shared_hessian(
     """Run ``algorithm(operator)`` on rank zero, with the Hessian of the mean loss over the samples of all ranks.
 
     For all parameters of a sharded model, the products are differences of gradients. Parameters that are named in
-    ``params`` are gathered instead. Rank zero holds whole vectors in both cases.
+    ``params`` are gathered instead. Rank zero holds whole vectors in both cases. If a layer has no second derivative,
+    the products are differences of gradients too, and ``algorithm`` starts a second time with them.
 
     Args:
         ranks: The processes.
@@ -64,7 +67,7 @@ def shared_hessian(
         seed: See `HessianOperator`.
         batch_size_fn: See `HessianOperator`.
         batch_weight_fn: See `HessianOperator`.
-        tolerance: Largest relative difference between products of a sharded model with two steps; see
+        tolerance: Largest relative difference between products by differences of gradients with two steps; see
             `GradientDifferences`.
 
     Returns:
@@ -91,22 +94,42 @@ def shared_hessian(
                 seed=seed,
             )
     with ranks.synchronized():
-        # only rank zero checks the time
-        watched = progress if ranks.is_rank_zero else None
-        operator = HessianOperator(
-            model,
-            loss_fn,
-            batches,
-            params,
-            matrix=matrix,
-            graph_memory=graph_memory,
-            mode=mode,
-            progress=watched,
-            seed=seed,
-            batch_size_fn=batch_size_fn,
-            batch_weight_fn=batch_weight_fn,
-        )
-    return _run(ranks, algorithm, operator)
+        data = Batches.of(batches, batch_size_fn, batch_weight_fn)
+    # only rank zero checks the time
+    watched = progress if ranks.is_rank_zero else None
+    cause = ""
+    with ranks.synchronized():
+        try:
+            operator = HessianOperator(
+                model,
+                loss_fn,
+                data,
+                params,
+                matrix=matrix,
+                graph_memory=graph_memory,
+                mode=mode,
+                progress=watched,
+                seed=seed,
+            )
+            if ranks.size > 1:
+                # afterwards only rank zero could change to differences
+                operator.check_second_derivative()
+        except NoSecondDerivative as error:
+            if matrix == "gauss_newton":
+                raise  # differences of gradients are products with the Hessian
+            cause = str(error)
+    cause = next(filter(None, ranks.gather(cause)), "")
+    if not cause:
+        try:
+            return _run(ranks, algorithm, operator)
+        except NoSecondDerivative as error:
+            if ranks.size > 1 or matrix == "gauss_newton":
+                raise
+            cause = str(error)
+    with ranks.synchronized():
+        own = Microbatches(data, device_of(model), watched or Progress())
+        differences = WholeDifferences(model, loss_fn, own, params, tolerance=tolerance, seed=seed, cause=cause)
+    return _run(ranks, algorithm, differences)
 
 
 def _by_differences(
