@@ -38,6 +38,7 @@ ALLOWED = {
     "moe_heads": {"moe_heads"},
     "moe_heads.lightning_modules": {"moe_heads", "moe_heads.lightning_modules"},
     "moe_heads.analysis": {
+        "moe_heads.analysis.critical_sharpness",
         "moe_heads.analysis.expert_utilization",
         "moe_heads.analysis.inference_timing",
         "moe_heads.analysis.loss_landscape",
@@ -45,6 +46,7 @@ ALLOWED = {
         _SHARED,
     },
     _SHARED: {_SHARED, *_HEADS},
+    "moe_heads.analysis.critical_sharpness": {"moe_heads.analysis.critical_sharpness", _SHARED, *_HEADS},
     "moe_heads.analysis.expert_utilization": {"moe_heads.analysis.expert_utilization", _SHARED, *_HEADS},
     "moe_heads.analysis.inference_timing": {"moe_heads.analysis.inference_timing", _SHARED, *_HEADS},
     "moe_heads.analysis.loss_landscape": {"moe_heads.analysis.loss_landscape", _HESSIAN, _SHARED, *_HEADS},

@@ -71,7 +71,7 @@ def critical_sharpness(
         smallest_step: Multiple of the update at which the search ends if the loss rises at once.
         largest_step: Multiple of the update at which the search ends if the loss does not rise.
         seed: Seed of the random numbers of each batch, equal at all steps.
-        progress: Shows the progress. A time limit raises `TimeUp`.
+        progress: Shows the progress, and ends the analysis with an error at its time limit; see `Progress`.
         ranks: The processes, each with its part of the samples in ``batches``; see `sharpness`.
         batch_size_fn: ``batch_size_fn(batch)``, the number of samples of a batch.
         batch_weight_fn: ``batch_weight_fn(batch)``, the weight of its loss.

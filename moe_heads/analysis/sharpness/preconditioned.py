@@ -109,7 +109,7 @@ def preconditioned_sharpness(
         seed: Seed of the random vectors.
         graph_memory: See `sharpness`.
         basis_memory: See `sharpness`.
-        progress: Shows the progress. A time limit raises `TimeUp`.
+        progress: Shows the progress, and ends the analysis with an error at its time limit; see `Progress`.
         ranks: The processes that share the samples; see `sharpness`.
         batch_size_fn: See `sharpness`.
         batch_weight_fn: See `sharpness`.
