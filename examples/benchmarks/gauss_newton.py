@@ -35,7 +35,13 @@ class NextToken(nn.Module):
 
     def __init__(self, width: int, layers: int) -> None:
         super().__init__()
-        sizes = {"vocab_size": _VOCABULARY, "n_positions": 128, "n_embd": width, "n_layer": layers, "n_head": 4}
+        sizes: dict[str, Any] = {
+            "vocab_size": _VOCABULARY,
+            "n_positions": 128,
+            "n_embd": width,
+            "n_layer": layers,
+            "n_head": 4,
+        }
         config = GPT2Config(**sizes, bos_token_id=None, eos_token_id=None)
         self.model = GPT2LMHeadModel(config)
 

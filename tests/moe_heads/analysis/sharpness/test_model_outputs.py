@@ -95,7 +95,7 @@ class _Doubled(torch.autograd.Function):
         return x.clone()
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
         return grad + 0.5 * (grad - grad.detach())
 
 
@@ -123,9 +123,9 @@ def test_losses_that_define_no_gauss_newton_matrix() -> None:
     with pytest.raises(ValueError, match='outputs_fn: expected None with matrix="hessian"'):
         sharpness(model, loss_fn, [batch], **PARTS)
     with pytest.raises(ValueError, match="output_loss: expected a function or None, got 3"):
-        sharpness(model, loss_fn, [batch], matrix="gauss_newton", outputs_fn=outputs_fn, output_loss=3)  # type: ignore[arg-type]
+        sharpness(model, loss_fn, [batch], matrix="gauss_newton", outputs_fn=outputs_fn, output_loss=3)
     with pytest.raises(ValueError, match="matrix: expected one of"):
-        sharpness(model, loss_fn, [batch], matrix="fisher")  # type: ignore[arg-type]
+        sharpness(model, loss_fn, [batch], matrix="fisher")
     assert not calls
 
 

@@ -92,6 +92,6 @@ def test_the_option_of_the_callback() -> None:
     result = callback.analyze(PlainModule(), train=loader())["train"]
     assert result.which == "magnitude" and {"lambda_max", "lambda_magnitude_2"} <= result.metrics().keys()
     with pytest.raises(ValueError, match="which: expected one of 'largest', 'magnitude', got 'smallest'"):
-        SharpnessCallback(which="smallest")  # type: ignore[arg-type]
+        SharpnessCallback(which="smallest")
     with pytest.raises(ValueError, match="which: expected its default with engine='pyhessian'"):
         SharpnessCallback(which="magnitude", engine="pyhessian")

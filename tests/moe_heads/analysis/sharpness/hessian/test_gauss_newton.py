@@ -146,7 +146,7 @@ def test_bad_input() -> None:
     with pytest.raises(ValueError, match="loss_fn: expected an OutputLoss for the Gauss-Newton matrix"):
         HessianOperator(model, cross_entropy, [batch], matrix="gauss_newton")
     with pytest.raises(ValueError, match="matrix: expected one of 'hessian', 'gauss_newton'"):
-        HessianOperator(model, LOSS, [batch], matrix="fisher")  # type: ignore[arg-type]
+        HessianOperator(model, LOSS, [batch], matrix="fisher")
     pair = OutputLoss(lambda model, batch: (model(batch[0]), 1), lambda outputs, batch: outputs[0].mean())
     with pytest.raises(ValueError, match="outputs_fn: expected a floating-point tensor, got tuple"):
         gauss_newton(model, batch, loss_fn=pair)
@@ -158,7 +158,7 @@ def test_bad_input() -> None:
 def test_a_layer_without_a_second_derivative_is_named() -> None:
     class Square(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
-            return Once.apply(x)  # type: ignore[no-any-return]
+            return Once.apply(x)
 
     model = nn.Sequential(nn.Linear(5, 3), Square()).double()
     with pytest.raises(RuntimeError, match=r"1 \(Square\).*no second derivative|once_differentiable"):
