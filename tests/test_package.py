@@ -77,6 +77,7 @@ ALLOWED = {
     "moe_heads.callbacks": {
         "moe_heads.callbacks",
         "moe_heads.analysis",
+        "moe_heads.analysis.critical_sharpness",
         "moe_heads.analysis.expert_utilization",
         "moe_heads.analysis.inference_timing",
         "moe_heads.analysis.loss_landscape",
