@@ -185,12 +185,18 @@ def test_the_same_points_in_a_plain_loop() -> None:
     assert "points, one every 2 steps" in plain.summary()
 
 
-def test_logged_with_the_figure_beside_the_eigenvalues(tmp_path: Any) -> None:
+def test_logged_with_a_figure_that_shows_the_eigenvalues(tmp_path: Any) -> None:
     sharpness = SharpnessCallback(
-        every_n_train_steps=3, splits=["train"], num_eigenvalues=1, trace_tolerance=0.9, density=False, routing_steps=()
+        every_n_train_steps=3,
+        splits=["train"],
+        num_samples=20,
+        num_eigenvalues=1,
+        trace_tolerance=0.9,
+        density=False,
+        routing_steps=(),
     )
     loggers = [TensorBoardLogger(tmp_path, default_hp_metric=False), CSVLogger(tmp_path)]
-    fitted(sharpness, CriticalSharpnessCallback(every_n_train_steps=2), logger=loggers)
+    fitted(sharpness, CriticalSharpnessCallback(every_n_train_steps=2), logger=loggers, max_epochs=1)
     events = read_events(loggers[0].log_dir)
     assert {"critical_sharpness/step/critical_step", "critical_sharpness/step/loss"} <= set(events.Tags()["scalars"])
     assert "critical_sharpness/step/tracking" in events.Tags()["images"]
@@ -202,7 +208,7 @@ class Two(PlainModule):
         self.automatic_optimization = False
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:
-        for optimizer in self.optimizers():  # type: ignore[union-attr]
+        for optimizer in self.optimizers():
             optimizer.zero_grad()
             self.manual_backward(F.cross_entropy(self(batch[0]), batch[1]))
             optimizer.step()

@@ -66,4 +66,4 @@ def test_wrong_optimizers_are_errors_before_training() -> None:
     with pytest.raises(ValueError, match="preconditioned: expected its default with engine='pyhessian'"):
         SharpnessCallback(engine="pyhessian", preconditioned=True)
     with pytest.raises(ValueError, match="preconditioned: expected True or False, got 1"):
-        SharpnessCallback(preconditioned=1)  # type: ignore[arg-type]
+        SharpnessCallback(preconditioned=1)

@@ -152,7 +152,7 @@ def test_lbfgs_and_missing_gradients_are_errors() -> None:
     with pytest.raises(ValueError, match="expected parameters with a gradient, got none"):
         update_of(torch.optim.SGD(model.parameters()), model)
     with pytest.raises(ValueError, match=r"expected a torch\.optim\.Optimizer"):
-        check_has_update(3)  # type: ignore[arg-type]
+        check_has_update(3)
     with pytest.raises(ValueError, match="one that is no part of it"):
         update_of(torch.optim.SGD(network("SGD").parameters()), model)
 

@@ -62,9 +62,9 @@ def dense(model: nn.Module, batch: Any, diagonal: dict[str, Tensor]) -> Tensor:
 def test_equals_the_dense_matrix(name: str) -> None:
     model, optimizer, batch = trained(name)
     diagonal = preconditioner_of(optimizer, model)
-    before = snapshot(model)  # type: ignore[arg-type]
+    before = snapshot(model)
     found = preconditioned_sharpness(model, loss_fn, [batch], diagonal, num_eigenvalues=2)
-    assert_same(before, snapshot(model))  # type: ignore[arg-type]
+    assert_same(before, snapshot(model))
     exact = dense(model, batch, diagonal)
     assert found.converged and found.num_parameters == len(exact)
     assert found.eigenvalues == pytest.approx(exact[:2].tolist(), rel=1e-4)
@@ -161,4 +161,4 @@ def test_the_scaled_operator_checks_its_scale() -> None:
         shape, dtype, device = (2, 2), torch.float32, torch.device("cpu")
 
     with pytest.raises(ValueError, match="expected 2 finite numbers above 0"):
-        ScaledOperator(Identity(), torch.tensor([1.0, 0.0]))  # type: ignore[arg-type]
+        ScaledOperator(Identity(), torch.tensor([1.0, 0.0]))
