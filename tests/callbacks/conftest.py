@@ -18,4 +18,5 @@ def wandb_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Wandb
     for name, value in switches.items():
         monkeypatch.setenv(f"WANDB_{name}", value)
     yield WandbLogger(dir=tmp_path, save_dir=tmp_path, offline=True)
+    wandb.finish()  # a run that goes on would be used by the next logger
     wandb.teardown()

@@ -23,6 +23,7 @@ def files(folder: Path, part: str, name: str = "loss_landscape") -> set[str]:
     return {path.name for path in (folder / name / "train").glob(f"{part}_*.npz")}
 
 
+@pytest.mark.slow
 def test_every_epoch_training_and_callback_has_its_own_file(tmp_path: Path) -> None:
     options: dict[str, Any] = {**SMALL, "resume": str(tmp_path), "trajectory": True}
     tracked = LossLandscapeCallback(**options, every_n_epochs=1)

@@ -127,6 +127,7 @@ def test_without_density_the_last_tracked_epoch_is_the_end_of_fit(monkeypatch: p
     assert calls == 1 and callback.results["train"].density is None
 
 
+@pytest.mark.slow
 def test_the_published_engine_reports_its_defects() -> None:
     callback = SharpnessCallback(loss_fn=cross_entropy, engine="pyhessian", splits=["train"], batch_size=8)
     model = sparse_model()

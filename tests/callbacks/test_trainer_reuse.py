@@ -27,9 +27,18 @@ class Other(PlainModule):
         self.head = SparseMoE(8, NUM_CLASSES, num_experts=6, expert_width=4, balance=None)
 
 
+FAST: dict[str, Any] = {"density": False, "num_eigenvalues": 1, "trace_tolerance": 0.9, "routing_steps": ()}
+
 CALLBACKS: dict[str, Callable[[], FitEndAnalysis]] = {
     "sharpness": lambda: SharpnessCallback(
-        every_n_epochs=1, every_n_train_steps=2, num_samples=20, density=False, splits=["train"]
+        every_n_epochs=1,
+        every_n_train_steps=2,
+        num_samples=20,
+        density=False,
+        num_eigenvalues=1,
+        trace_tolerance=0.9,
+        routing_steps=(),
+        splits=["train"],
     ),
     "expert_utilization": lambda: ExpertUtilizationCallback(every_n_train_steps=2, splits=["train"], warn=False),
     "loss_landscape": lambda: LossLandscapeCallback(

@@ -30,6 +30,7 @@ def test_help_lists_the_options_of_the_callbacks(capsys: pytest.CaptureFixture[s
     assert "--sharpness.every_n_epochs" not in text
 
 
+@pytest.mark.slow
 def test_the_module_runs_as_a_program() -> None:
     command = [sys.executable, "-m", "moe_heads.cli", "analyze", "--ckpt", "missing.ckpt", "--model", "a:b"]
     done = subprocess.run(

@@ -154,6 +154,7 @@ def test_time_that_is_over_at_once_leaves_a_first_value(monkeypatch: pytest.Monk
     assert result.partial and not result.converged and len(result.eigenvalues) == 1
 
 
+@pytest.mark.slow
 def test_little_memory_changes_no_number() -> None:
     def narrow(model: nn.Module, batch: Any) -> Tensor:
         if len(batch[0]) > 5:

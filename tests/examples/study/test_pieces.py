@@ -113,6 +113,7 @@ def test_an_analysis_that_is_done_is_not_repeated(
     assert any(name.startswith("expert_utilization") for name in pictures)
 
 
+@pytest.mark.slow
 def test_what_was_found_on_other_weights_is_not_taken(tmp_path: Path, computed: list[str]) -> None:
     for _ in range(2):
         assert main(tmp_path, *ONE_EPOCH, "--resume", "--max-minutes", "1e-9") == 3
@@ -125,6 +126,7 @@ def test_what_was_found_on_other_weights_is_not_taken(tmp_path: Path, computed: 
     assert result(tmp_path)["loads"] == stale["loads"]
 
 
+@pytest.mark.slow
 def test_what_another_machine_has_found_is_not_taken(
     tmp_path: Path, computed: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -162,6 +164,7 @@ def test_an_analysis_whose_report_fails_is_not_saved(tmp_path: Path, monkeypatch
     assert "expert_utilization/test/head/effective_experts" in result(tmp_path)["metrics"]
 
 
+@pytest.mark.slow
 def test_a_damaged_analysis_is_reported_with_its_path(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for _ in range(2):
         assert main(tmp_path, *ONE_EPOCH, "--resume", "--max-minutes", "1e-9") == 3
@@ -236,6 +239,7 @@ def test_a_damaged_checkpoint_is_reported_with_its_path(tmp_path: Path, capsys: 
     assert main(tmp_path, "--resume") == 0
 
 
+@pytest.mark.slow
 def test_the_report_is_about_all_runs_of_the_folder(tmp_path: Path) -> None:
     assert main(tmp_path) == 0
     assert main(tmp_path, "--resume", "--heads", "dense") == 0
@@ -278,6 +282,7 @@ def test_a_damaged_config_is_reported_with_its_path(tmp_path: Path, capsys: pyte
     assert "seed0/config.json is damaged" in error and "Remove its folder" in error
 
 
+@pytest.mark.slow
 def test_an_incomplete_result_is_reported_and_its_training_is_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -145,6 +145,7 @@ def test_graphs_are_given_up_when_memory_runs_out_between_products(monkeypatch: 
     assert hessian.mode == "rebuilt"
 
 
+@pytest.mark.slow
 def test_analyses_are_the_same_with_little_memory() -> None:
     model = Narrow()
     direction = random_direction(model)

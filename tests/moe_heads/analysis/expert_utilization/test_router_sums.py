@@ -112,6 +112,7 @@ def on_rank(rank: int) -> Any:
     return directly(batches), [{n: (r.stats, r.scalars) for n, r in window.items()} for window in (*windows, epoch)]
 
 
+@pytest.mark.slow
 def test_ranks_without_a_pass_report_the_sums_of_all(tmp_path: Path) -> None:
     found = run_on_ranks(on_rank, tmp_path)
     assert len(UNEVEN) == NUM_RANKS

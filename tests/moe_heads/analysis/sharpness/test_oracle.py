@@ -59,7 +59,12 @@ def check(tally: Tally, seeds: range) -> None:
     assert sum(shares) / len(shares) >= 0.95, tally.report()
 
 
-@pytest.mark.parametrize("seeds", chunks(FAST), ids=name_of)
+@pytest.mark.parametrize(
+    "seeds",
+    # some 15 s each
+    [pytest.param(seeds, marks=[pytest.mark.slow] if place else []) for place, seeds in enumerate(chunks(FAST))],
+    ids=[name_of(seeds) for seeds in chunks(FAST)],
+)
 def test_results_agree_with_a_dense_hessian(seeds: range) -> None:
     run(seeds, fast)
 

@@ -116,7 +116,7 @@ def test_strata_are_unbiased_with_the_error_they_report_and_save_probes() -> Non
     assert abs(float(squares.mean() - operator.matrix.square().sum())) < 4 * float(squares.std()) / 200**0.5
 
 
-@pytest.mark.parametrize("num_parts", [1, 4, 16])
+@pytest.mark.parametrize("num_parts", [1, pytest.param(4, marks=pytest.mark.slow), 16])
 def test_two_standard_errors_cover_the_trace(num_parts: int) -> None:
     """Also of the estimate that stops by its own standard error; over 200 seeds, in 90 % at least."""
     operator, covered = in_parts(num_parts), 0
@@ -135,7 +135,14 @@ def test_two_standard_errors_cover_the_trace(num_parts: int) -> None:
     assert min(blocks_covered.values()) >= 175, blocks_covered
 
 
-@pytest.mark.parametrize(("shares", "tolerance"), [([0.9] + [0.1 / 15] * 15, 1.0), ([0.97, 0.03], 0.3), ([1.0], 0.3)])
+@pytest.mark.parametrize(
+    ("shares", "tolerance"),
+    [
+        pytest.param([0.9] + [0.1 / 15] * 15, 1.0, marks=pytest.mark.slow),
+        ([0.97, 0.03], 0.3),
+        pytest.param([1.0], 0.3, marks=pytest.mark.slow),
+    ],
+)
 def test_two_standard_errors_cover_the_trace_where_one_stratum_outweighs_the_others(
     shares: list[float], tolerance: float
 ) -> None:
