@@ -128,9 +128,8 @@ def loss_landscape(
     Raises:
         ValueError: If a direction or grid does not fit, the data is empty, the loss is not a scalar or not finite at
             the center, a router does not support fixed routing, or the file is damaged or belongs to another model,
-            data, direction, loss or accuracy.
-        ValueError: If a curvature is checked, a layer has no second derivative, and products by differences of gradients
-            depend on the step.
+            data, direction, loss or accuracy. With a checked curvature, also if a layer has no second derivative, and
+            the products by differences of gradients depend on the step.
 
     Source:
         Goodfellow, Vinyals and Saxe, arXiv 1412.6544 (line); Li et al., arXiv 1712.09913 (plane).

@@ -143,7 +143,8 @@ def test_some_parameters_only() -> None:
 
 def test_start_and_density_exclude_each_other() -> None:
     model, batch = small_mlp(), classification(20, 5)
-    two: dict[str, Any] = {"density": False, "num_eigenvalues": 2}
+    # a loose tolerance, because otherwise the rest of the matrix is cheaper than the probes
+    two: dict[str, Any] = {"density": False, "num_eigenvalues": 2, "trace_tolerance": 0.5}
     first = sharpness(model, cross_entropy, [batch], keep_eigenvectors=True, **two)
     assert first.eigenvectors is not None
     start = first.eigenvectors.sum(0)
