@@ -201,7 +201,7 @@ def test_seed_and_progress() -> None:
     again, other = (sharpness(model, cross_entropy, [batch], seed=seed) for seed in (0, 1))
     # the last digits depend on the alignment of the memory on some processors
     assert first.metrics() == pytest.approx(again.metrics(), rel=1e-9, abs=1e-12, nan_ok=True)
-    few: dict[str, Any] = {"num_eigenvalues": 1, "density": False}
+    few: dict[str, Any] = {"num_eigenvalues": 1, "density": False, "trace_tolerance": 0.5}
     first, other = (sharpness(model, cross_entropy, [batch], seed=seed, **few) for seed in (0, 1))
     assert first.trace != pytest.approx(other.trace, rel=1e-6)
     assert (first.seed, other.seed) == (0, 1)
