@@ -255,7 +255,7 @@ def sharpness(
             options: dict[str, Any] = {"num_eigenvalues": num_eigenvalues, "tolerance": tolerance}
             options["on_step"] = record.add_krylov
             if num_parameters <= min(_max_exact(density, start), max_steps):
-                krylov = dense(operator, **options)
+                krylov = dense(operator, **options, on_product=lambda: progress.step(operator.num_products))
             else:
                 krylov = lanczos(
                     operator,

@@ -23,6 +23,7 @@ def dense(
     num_eigenvalues: int = 5,
     tolerance: float = 1e-3,
     on_step: Callable[[LanczosResult], None] | None = None,
+    on_product: Callable[[], None] | None = None,
 ) -> LanczosResult:
     """Return all eigenvalues of a symmetric operator of order P, by P products with unit vectors.
 
@@ -33,6 +34,7 @@ def dense(
         num_eigenvalues: Number of largest eigenvalues.
         tolerance: Largest relative residual of these.
         on_step: Called with the result so far, every ten products and at the end.
+        on_product: Called after the other products.
 
     Returns:
         The relation of the whole space. On the way, that of the first unit vectors.
@@ -51,6 +53,8 @@ def dense(
             found = _of_columns(basis, columns, forms, num_eigenvalues, tolerance)
             if on_step is not None:
                 on_step(found)
+        elif on_product is not None:
+            on_product()
     assert found is not None
     return found
 
