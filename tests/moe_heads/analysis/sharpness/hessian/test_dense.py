@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from moe_heads.analysis import sharpness
 from moe_heads.analysis.sharpness.hessian import lanczos
 from moe_heads.analysis.sharpness.hessian.dense import completed, dense
+from moe_heads.analysis.sharpness.hessian.krylov import LanczosResult
 from moe_heads.analysis.sharpness.hessian.trace import deflated_trace
 from tests.support.hessians import DenseOperator, dense_hessian, symmetric
 
@@ -29,7 +30,8 @@ def network(width: int) -> nn.Module:
 @pytest.mark.parametrize("values", [torch.linspace(-1, 2, 30), torch.tensor([3.0] * 4 + [0.0] * 20 + [-1.0])])
 def test_all_eigenvalues_of_a_matrix_with_copies_and_zeros(values: Tensor) -> None:
     parts = symmetric(values.double()), symmetric(torch.linspace(0, 1, len(values)).double())
-    operator, seen = DenseOperator(*parts), []
+    operator = DenseOperator(*parts)
+    seen: list[LanczosResult] = []
     found = dense(operator, num_eigenvalues=3, tolerance=1e-6, on_step=seen.append)
     expected = torch.linalg.eigvalsh(operator.matrix)
     torch.testing.assert_close(found.ritz[0], expected, rtol=0, atol=1e-12)
@@ -38,7 +40,7 @@ def test_all_eigenvalues_of_a_matrix_with_copies_and_zeros(values: Tensor) -> No
     assert (trace.estimate, trace.stderr, trace.num_probes) == (pytest.approx(float(expected.sum())), 0, 0)
     diagonal = operator.matrix.diagonal()
     assert trace.blocks["a"].estimate == pytest.approx(float(diagonal[:7].sum() + diagonal[9:12].sum()))
-    torch.testing.assert_close(found.forms.sum(0), torch.stack([part.trace() for part in parts]))  # type: ignore[union-attr]
+    torch.testing.assert_close(found.forms.sum(0), torch.stack([part.trace() for part in parts]))
     # the results on the way are bounds, and know that they are not complete
     first = seen[0]
     assert not first.is_complete and len(first.projected) == 10
@@ -68,7 +70,7 @@ def test_a_krylov_space_is_completed(dtype: torch.dtype) -> None:
         vectors @ operator.matrix.double() - torch.tensor(found.eigenvalues, dtype=torch.float64)[:, None] * vectors
     )
     assert float(residuals.norm()) < 10 * tolerance
-    assert float(found.forms.sum()) == pytest.approx(float(expected.sum()), abs=1e-4)  # type: ignore[union-attr]
+    assert float(found.forms.sum()) == pytest.approx(float(expected.sum()), abs=1e-4)
 
 
 @pytest.mark.parametrize(("width", "density"), [(5, True), (12, True), (4, False)])
@@ -80,8 +82,8 @@ def test_small_networks_have_exact_results(width: int, density: bool) -> None:
         size -= 4 * 3
     else:
         options = {}
-    found = sharpness(model, cross_entropy, data(), density=density, max_probes=8, **options)  # type: ignore[arg-type]
-    again = sharpness(model, cross_entropy, data(), density=density, max_probes=8, seed=5, **options)  # type: ignore[arg-type]
+    found = sharpness(model, cross_entropy, data(), density=density, max_probes=8, **options)
+    again = sharpness(model, cross_entropy, data(), density=density, max_probes=8, seed=5, **options)
     x, y = (torch.cat(parts) for parts in zip(*data(), strict=True))
     whole = dense_hessian(model.double(), cross_entropy, (x.double(), y))
     kept = [*range(4 * width + width), *range(len(whole) - 3, len(whole))] if options else [*range(len(whole))]
@@ -116,12 +118,12 @@ def test_probes_that_would_not_converge_give_way_to_the_matrix() -> None:
     values[-5:] += torch.arange(5).double()
     model, batches = Form(symmetric(values)), [torch.ones(8).double()]
     options = {"num_eigenvalues": 2, "trace_tolerance": 0.02}
-    found = sharpness(model, lambda m, x: m(x), batches, **options)  # type: ignore[arg-type]
+    found = sharpness(model, lambda m, x: m(x), batches, **options)
     assert found.num_probes == 16 and found.num_products < 210
     assert found.converged and found.trace == pytest.approx(float(values.sum()), abs=1e-8)
     assert found.density is not None and bool(
         (found.density.nodes.sort().values - values.sort().values).abs().max() < 1e-8
     )
     # not where the number of products is limited
-    limited = sharpness(model, lambda m, x: m(x), batches, max_steps=80, max_probes=20, **options)  # type: ignore[arg-type]
+    limited = sharpness(model, lambda m, x: m(x), batches, max_steps=80, max_probes=20, **options)
     assert limited.num_products < 110 and not limited.trace_converged
