@@ -9,7 +9,7 @@ __all__ = ["ScaledOperator"]
 
 
 class ScaledOperator:
-    """The matrix SHS of a symmetric matrix H and a diagonal matrix S. A product costs one with H.
+    """The matrix S H S of a symmetric matrix H and a diagonal matrix S. A product costs one with H.
 
     Args:
         operator: H.
