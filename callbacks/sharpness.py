@@ -143,7 +143,6 @@ class SharpnessCallback(FitEndAnalysis):
     def __init__(
         self,
         num_eigenvalues: int = 5,
-        which: Which = "largest",
         tolerance: float = 1e-3,
         trace_tolerance: float = 0.05,
         max_steps: int = 200,
@@ -157,6 +156,7 @@ class SharpnessCallback(FitEndAnalysis):
         preconditioned: bool = False,
         graph_memory: int | None = None,
         basis_memory: int | None = None,
+        which: Which = "largest",
         matrix: Matrix = "hessian",
         outputs_fn: OutputsFn | None = None,
         output_loss: OutputLossFn | None = None,

@@ -3,8 +3,6 @@
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,8 +21,7 @@ from moe_heads.analysis._shared.shards import is_sharded
 from moe_heads.analysis.sharpness.checks import certified
 from moe_heads.analysis.sharpness.hessian.blocks import default_blocks, expert_places, places_of
 from moe_heads.analysis.sharpness.hessian.both_ends import Which, lower_end
-from moe_heads.analysis.sharpness.hessian.dense import completed, dense
-from moe_heads.analysis.sharpness.hessian.lanczos import LanczosResult, lanczos
+from moe_heads.analysis.sharpness.hessian.lanczos import lanczos
 from moe_heads.analysis.sharpness.hessian.output_loss import OutputLossFn, OutputsFn
 from moe_heads.analysis.sharpness.hessian.parameters import Selection, selected_parameters, slices_of
 from moe_heads.analysis.sharpness.hessian.products import Matrix
@@ -44,9 +41,8 @@ __all__ = ["sharpness"]
 # Steps after which the density of a trained network shows no visible change.
 _DENSITY_STEPS = 40
 
-# Up to this number of parameters, the whole matrix takes no more products than samples of it. Measured on networks
-# of 84 parameters: 84 to 96 with a density, and 41 to 95 without.
-_MAX_EXACT, _MAX_EXACT_WITHOUT_DENSITY = 100, 40
+# Up to this number of parameters, a density takes all eigenvalues and is exact.
+_MAX_EXACT = 100
 
 
 def sharpness(
@@ -97,10 +93,7 @@ def sharpness(
     failed check warns, and so do eigenvalues that missed their tolerance. Rounding is part of the residuals and of the
     standard error of the trace. ``certificate`` of the result lists the checks.
 
-    Up to 100 parameters (40 without a density), the whole matrix is computed instead, by one product with each unit
-    vector. For larger models, the rest of the matrix is computed if that takes fewer products than the probes that the
-    trace would still need, and no more than ``max_steps`` and ``max_probes`` together. Then all eigenvalues, trace and
-    density are exact up to rounding.
+    Up to 100 parameters a density takes all eigenvalues, and trace and density are exact.
 
     If a layer has no second derivative (CTC loss, a custom autograd function marked once_differentiable), the products
     are differences of gradients at two steps, in float64 where the model can be evaluated in it. The certificate has
@@ -243,30 +236,21 @@ def sharpness(
             dependence,
         )
 
-        def certify(krylov: LanczosResult) -> None:
-            record.krylov = krylov
-            below = None if record.lower is None else record.lower.krylov
-            record.certificate = certified(record.from_krylov(), operator, krylov, blocks, seed, progress, below)
-
         blocks = _both(places, experts)
         # One stream for all random vectors, because the probes of the trace must not repeat the start vector.
         generator = torch.Generator().manual_seed(seed)
         try:
-            options: dict[str, Any] = {"num_eigenvalues": num_eigenvalues, "tolerance": tolerance}
-            options["on_step"] = record.add_krylov
-            if num_parameters <= min(_max_exact(density, start), max_steps):
-                krylov = dense(operator, **options, on_product=lambda: progress.step(operator.num_products))
-            else:
-                krylov = lanczos(
-                    operator,
-                    generator=generator,
-                    min_steps=min(_DENSITY_STEPS, max_steps) if density else 0,
-                    max_steps=max_steps,
-                    start=start,
-                    basis_memory=basis_memory,
-                    **options,
-                )
-            record.krylov = krylov
+            record.krylov = krylov = lanczos(
+                operator,
+                generator=generator,
+                num_eigenvalues=num_eigenvalues,
+                tolerance=tolerance,
+                min_steps=_min_steps(num_parameters, density, max_steps),
+                max_steps=max_steps,
+                start=start,
+                basis_memory=basis_memory,
+                on_step=record.add_krylov,
+            )
             if which == "magnitude":
                 record.add_lower(
                     lower_end(
@@ -278,16 +262,18 @@ def sharpness(
                         on_step=record.add_lower,
                     )
                 )
-            certify(krylov)
+            below = None if record.lower is None else record.lower.krylov
+            record.certificate = certified(record.from_krylov(), operator, krylov, blocks, seed, progress, below)
             record.add_spread()
-            sampled = partial(deflated_trace, operator, generator=generator, tolerance=trace_tolerance)
-            options = {"max_probes": max_probes, "blocks": blocks, "on_step": record.add_trace}
-            trace = sampled(krylov, **options, max_products=max_steps + max_probes)
-            if trace.is_matrix_cheaper:
-                krylov = completed(operator, krylov)
-                certify(krylov)
-                trace = replace(sampled(krylov, **options), num_probes=trace.num_probes)
-            record.trace = trace
+            record.trace = deflated_trace(
+                operator,
+                krylov,
+                generator=generator,
+                tolerance=trace_tolerance,
+                max_probes=max_probes,
+                blocks=blocks,
+                on_step=record.add_trace,
+            )
             for name in places if block_eigenvalues else ():
                 record.add_block(name, _largest(operator, places[name], generator, tolerance, max_steps))
         except TimeUp as error:
@@ -296,7 +282,6 @@ def sharpness(
             result: SharpnessResult = progress.result_in_time(error)
             return result
         found = record.result()
-        assert record.certificate is not None
         for sentence in record.certificate.warnings() or found.unconverged_eigenvalues():
             progress.warn(sentence)
         return found
@@ -348,11 +333,11 @@ def _cut_dependence(
         return CutDependence(None, f"{progress.end} before it")
 
 
-def _max_exact(density: bool, start: Tensor | None) -> int:
-    """Return the number of parameters up to which the whole matrix is computed; none with a start vector."""
-    if start is not None:
+def _min_steps(num_parameters: int, density: bool, max_steps: int) -> int:
+    """Return the number of Lanczos steps that the density needs."""
+    if not density:
         return 0
-    return _MAX_EXACT if density else _MAX_EXACT_WITHOUT_DENSITY
+    return min(num_parameters if num_parameters <= _MAX_EXACT else _DENSITY_STEPS, max_steps)
 
 
 def _both(places: Places, experts: Places) -> Places:

@@ -11,14 +11,11 @@ from moe_heads.analysis.sharpness.hessian.basis import Basis, dot, norm, rademac
 from moe_heads.analysis.sharpness.hessian.krylov import LanczosResult
 from moe_heads.analysis.sharpness.hessian.operator import SymmetricOperator
 
-__all__ = ["MIN_EXTRA_VECTORS", "ROUNDING", "KrylovIteration"]
+__all__ = ["MIN_EXTRA_VECTORS", "KrylovIteration"]
 
-ROUNDING = {torch.float32: 1e-5, torch.float64: 1e-10}
-"""Rounding errors over the norm of the matrix.
-
-In a complete Krylov space the remainder grows from the error of a product with each step, about ten thousandfold in a
-dozen steps. In float64 the limit leaves room for this growth.
-"""
+# Rounding errors over the norm of the matrix. In a complete Krylov space the remainder grows from the error of a
+# product with each step, about ten thousandfold in a dozen steps. In float64 the limit leaves room for this growth.
+_ROUNDING = {torch.float32: 1e-5, torch.float64: 1e-10}
 
 # Remainders below this share of the norm of the matrix have lost digits, and are orthogonalized again before use.
 _SMALL_REMAINDER = 1e-3
@@ -95,7 +92,7 @@ class KrylovIteration:
     @property
     def rounding(self) -> float:
         """Size of the rounding errors; see `LanczosResult`."""
-        return ROUNDING[self._operator.dtype] * self._scale
+        return _ROUNDING[self._operator.dtype] * self._scale
 
     def step(self) -> None:
         """Add the next vector to the basis, and orthogonalize its product with the matrix against the basis."""

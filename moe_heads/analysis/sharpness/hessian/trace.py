@@ -26,9 +26,6 @@ MIN_STRATA = 4
 # Degrees of freedom before the standard error is trusted. Then it is itself known to 18 %.
 _TRUSTED_FREEDOM = 15
 
-# Rounds before their number is predicted from the standard error, which is then known to 18 % or better.
-_BEFORE_PREDICTION = 16
-
 # The form of a block is a product of two numbers that hardly depend on each other, the vector there and its product
 # with H. Its kurtosis is up to 9 instead of 3, so that a variance is known as well as from a quarter of the draws.
 _TAILS_OF_A_BLOCK = 4
@@ -60,7 +57,6 @@ class TraceResult:
         blocks: Trace and standard error of each block of parameters.
         sampling_stderr: Standard error of the trace from the choice of samples, by the spread of the traces of the
             strata; nan with fewer than four, or where a restart lost their parts.
-        is_matrix_cheaper: Whether the rest of the whole matrix takes fewer products than further rounds.
     """
 
     estimate: float
@@ -70,7 +66,6 @@ class TraceResult:
     converged: bool
     blocks: Mapping[str, BlockTrace]
     sampling_stderr: float = math.nan
-    is_matrix_cheaper: bool = False
 
     def meets(self, stderr: float, tolerance: float) -> bool:
         """Return whether a standard error is within the tolerance, relative to the larger of the trace and the norm."""
@@ -88,7 +83,6 @@ def deflated_trace(
     max_probes: int = 100,
     blocks: Places | None = None,
     on_step: Callable[[TraceResult], None] | None = None,
-    max_products: int | None = None,
 ) -> TraceResult:
     r"""Return the trace by Hutchinson's estimator on the complement of a given Krylov space.
 
@@ -116,8 +110,6 @@ def deflated_trace(
         max_probes: Maximum number of rounds.
         blocks: Places of blocks of parameters for which to compute the trace too.
         on_step: Called after each round with the result so far.
-        max_products: Number of products at which to end earlier, with ``is_matrix_cheaper``, where the whole matrix
-            takes no more products in total, and fewer products than the further rounds. By default never.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -132,20 +124,9 @@ def deflated_trace(
         result = sampling.result(tolerance)
         if on_step is not None and result.num_probes:
             on_step(result)
-        if max_products is not None and _is_matrix_cheaper(result, krylov, tolerance, max_products):
-            return replace(result, is_matrix_cheaper=True)
         if result.converged or result.num_probes == max_probes:
             return result
         sampling.draw(stratified=operator.num_strata > 1)
-
-
-def _is_matrix_cheaper(result: TraceResult, krylov: LanczosResult, tolerance: float, max_products: int) -> bool:
-    """Return whether the standard error predicts more further rounds than vectors outside the Krylov space."""
-    left, count = krylov.dim - len(krylov.projected), result.num_probes
-    if result.converged or count < _BEFORE_PREDICTION or krylov.num_steps + count + left > max_products:
-        return False
-    aim = tolerance * max(abs(result.estimate), result.frobenius_norm)
-    return aim > 0 and count * ((result.stderr / aim) ** 2 - 1) > left
 
 
 class _Sampling:
