@@ -457,8 +457,12 @@ def test_timing_runs_as_in_training(tmp_path: Path) -> None:
 
 def test_the_other_callbacks_need_no_transformers() -> None:
     # in a process of its own: modules that are imported again would stay in the attributes of their packages
-    code = "import sys; sys.modules['transformers'] = None; import moe_heads.callbacks; import moe_heads.callbacks.hf"
+    code = (
+        # torchmetrics imports transformers where it is installed
+        "import sys, lightning.pytorch, torchmetrics; sys.modules['transformers'] = None;"
+        "import moe_heads.callbacks; print('imported'); import moe_heads.callbacks.hf"
+    )
     ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False, capture_output=True, text=True)
-    assert ended.returncode == 1
+    assert ended.returncode == 1 and ended.stdout.strip() == "imported"
     assert ended.stderr.rstrip().splitlines()[-1].startswith("ImportError: ")
     assert "pip install 'moe-heads[hf]'" in ended.stderr
