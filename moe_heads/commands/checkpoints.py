@@ -76,7 +76,7 @@ def _read(path: Path, *, unpickle: bool) -> Any:
     except pickle.UnpicklingError as error:
         try:
             unsafe = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-        except Exception:
+        except Exception:  # of any kind: the file is no checkpoint, which the error below says
             unsafe = []
         if not unsafe:
             raise CommandError(f"--ckpt: expected a checkpoint of torch, got {str(path)!r}, which is none.") from error
