@@ -81,7 +81,7 @@ def certified(
     A product of a custom autograd function that cannot be evaluated in float64 is compared with such a difference.
     """
     generator = torch.Generator().manual_seed(seed)
-    if isinstance(operator, (DifferenceOperator, WholeDifferences)):
+    if isinstance(operator, DifferenceOperator):
         return _of_differences(certificate, operator, blocks, generator)
     assert isinstance(operator, HessianOperator)
     # The eigenvalues of the result are the k largest and the smallest.
@@ -159,7 +159,7 @@ def _silent_error(operator: HessianOperator, probe: Tensor, seed: int) -> float:
 
 def _of_differences(
     certificate: Certificate,
-    operator: DifferenceOperator | WholeDifferences,
+    operator: DifferenceOperator,
     blocks: Places,
     generator: torch.Generator,
 ) -> Certificate:
@@ -168,7 +168,7 @@ def _of_differences(
     differences = operator.differences
     assert differences.last is not None
     # as in `_trace_error`, for the difference between the two steps
-    weight = operator.difference_weight if isinstance(operator, WholeDifferences) else operator.total_weight
+    weight = operator.difference_weight
     wide = math.hypot(differences.last.form, math.sqrt(2) * differences.last.difference) / weight
     others = {name: reason for name, reason in certificate.unchecked.items() if name not in _IN_DOUBLE}
     others |= {

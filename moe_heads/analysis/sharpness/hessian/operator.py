@@ -72,7 +72,8 @@ class HessianOperator(WeightedSum):
     the batches are halved. The product stays the same.
 
     The mode of the model is not changed, so call this inside `analysis_mode`, and do not change the model between
-    products. Layers that draw random numbers draw the same ones in every product.
+    products. Layers that draw random numbers draw the same ones in every product. `WeightedSum` documents the
+    attributes.
 
     Args:
         model: The model. Its parameters and their ``.grad`` do not change.
@@ -89,18 +90,6 @@ class HessianOperator(WeightedSum):
         batch_size_fn: ``batch_size_fn(batch)``, the number of samples of a batch; by default inferred from its tensors.
         batch_weight_fn: ``batch_weight_fn(batch)``, the weight of its loss, where that is no mean over the samples; by
             default the number of samples.
-
-    Attributes:
-        names: Names of the parameters, in the order of the flat vector.
-        slices: Place of each parameter in the flat vector, by name.
-        num_samples: N.
-        total_weight: Sum of the weights of the batches, by which the products are divided: N by default.
-        num_strata: Number of parts of the data with separate products: the batches, or groups of them, at most 16.
-        stratum_weights: Share of each part in the data, which sum to 1, (S,), float64.
-        forms: :math:`v^T H_s v` of each part and the vector of the last product with the whole; they sum to
-            :math:`v^T H v`.
-        center_loss: Mean loss over the data, from the differentiated graph; nan before the first product.
-        interrupted: The finished part of a product that the end of the time interrupted.
 
     Raises:
         ValueError: If there is nothing to differentiate, the parameters are not all float32 or all float64 on one
@@ -206,12 +195,11 @@ class HessianOperator(WeightedSum):
             RuntimeError: If a layer has no second derivative.
         """
         parts = [part.view(shape) for part, shape in zip(vector.split(self._sizes), self._shapes, strict=True)]
-        wanted = (lambda origin: True) if stratum is None else lambda origin: origin % self.num_strata == stratum
         try:
-            total = self._sum(parts, wanted)
+            total = self._sum(parts, self.is_in(stratum))
         except _NoRoomForKept:
             self._products.release("memory ran out")
-            total = self._sum(parts, wanted)
+            total = self._sum(parts, self.is_in(stratum))
         if stratum is None and self._is_alone and not self.gradients.reaches:
             raise ValueError(
                 "loss_fn: expected a loss that depends on the parameters, got losses without a graph of them for all"

@@ -17,11 +17,11 @@ from moe_heads.analysis._shared.microbatches import Microbatches
 from moe_heads.analysis._shared.progress import Progress
 from moe_heads.analysis._shared.ranks import Ranks
 from moe_heads.analysis._shared.shards import REMEDY, is_sharded
-from moe_heads.analysis.sharpness.hessian.difference_operator import DifferenceOperator
 from moe_heads.analysis.sharpness.hessian.loss_graph import NoSecondDerivative
 from moe_heads.analysis.sharpness.hessian.operator import HessianOperator
 from moe_heads.analysis.sharpness.hessian.parameters import Selection
 from moe_heads.analysis.sharpness.hessian.products import GraphMode, Matrix
+from moe_heads.analysis.sharpness.hessian.sharded_differences import ShardedDifferences
 from moe_heads.analysis.sharpness.hessian.weighted_sum import WeightedSum
 from moe_heads.analysis.sharpness.hessian.whole_differences import WholeDifferences
 
@@ -140,11 +140,11 @@ def _by_differences(
     progress: Progress,
     seed: int,
     tolerance: float,
-) -> DifferenceOperator:
+) -> ShardedDifferences:
     work_in_step(model, data, ranks)
     with ranks.synchronized():
         batches = Microbatches(data, device_of(model), in_step(model, progress, ranks))
-        return DifferenceOperator(
+        return ShardedDifferences(
             model, loss_fn, batches, tolerance=tolerance, seed=seed, remedy=f"{REMEDY}, or raise the tolerance."
         )
 

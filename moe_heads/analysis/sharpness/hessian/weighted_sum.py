@@ -132,6 +132,10 @@ class WeightedSum(ABC):
         self.num_strata, self.total_weight = len(stratum_weights), float(stratum_weights.sum())
         self.stratum_weights = stratum_weights / self.total_weight
 
+    def is_in(self, stratum: int | None) -> Callable[[int], bool]:
+        """Return a function that tells whether the batch of an index is in a stratum, or in the data for None."""
+        return lambda origin: stratum is None or origin % self.num_strata == stratum
+
     def release(self) -> None:
         """Release the other ranks, and whatever is kept between products."""
         self._total = None

@@ -11,17 +11,12 @@ from moe_heads.analysis._shared.batches import Batch, LossFn
 from moe_heads.analysis._shared.microbatches import Microbatches
 from moe_heads.analysis._shared.progress import TimeUp
 from moe_heads.analysis.sharpness.hessian.batch_gradients import BatchGradients
+from moe_heads.analysis.sharpness.hessian.difference_operator import DifferenceOperator
 from moe_heads.analysis.sharpness.hessian.double_loss import DoubleLoss
 from moe_heads.analysis.sharpness.hessian.finite_differences import flat
-from moe_heads.analysis.sharpness.hessian.gradient_differences import (
-    GradientDifferences,
-    ShiftedGradient,
-    StepsDisagreeError,
-)
+from moe_heads.analysis.sharpness.hessian.gradient_differences import GradientDifferences, ShiftedGradient
 from moe_heads.analysis.sharpness.hessian.loss_graph import checked_loss
 from moe_heads.analysis.sharpness.hessian.parameters import Selection, selected_parameters
-from moe_heads.analysis.sharpness.hessian.products import GraphMode
-from moe_heads.analysis.sharpness.hessian.weighted_sum import WeightedSum
 
 __all__ = ["WholeDifferences"]
 
@@ -29,8 +24,8 @@ __all__ = ["WholeDifferences"]
 _SAME_LOSS = 1e-3
 
 
-class WholeDifferences(WeightedSum):
-    """The Hessian of a mean loss, as products by central differences of gradients; see `GradientDifferences`.
+class WholeDifferences(DifferenceOperator):
+    """Products by differences of gradients of a model that is whole in each process.
 
     For models whose layers have no second derivative. The gradients are those of a copy of the parameters in float64
     where the model can be evaluated in float64, and draws no random numbers. Then the steps are so short that they
@@ -47,10 +42,6 @@ class WholeDifferences(WeightedSum):
         seed: Seed of torch's random numbers in the first batch. It increases by one with each batch.
         cause: Sentence that names the layer, for the error if the products with two steps differ.
         in_double: False for gradients of the model itself.
-
-    Attributes:
-        differences: The differences of gradients, with their errors.
-        repeat_error: Relative difference of the loss when it is evaluated a second time; nan before the first product.
     """
 
     def __init__(
@@ -66,21 +57,16 @@ class WholeDifferences(WeightedSum):
         in_double: bool = True,
     ) -> None:
         named = selected_parameters(model, params)
-        super().__init__(named, data)
         self._gradients, self._cause = BatchGradients(model, loss_fn, named, seed), cause
         self._params = list(named.values())
-        self._double = self._double_loss() if in_double and self.dtype != torch.float64 else None
-        dtype = self.dtype if self._double is None else torch.float64
+        dtype = self._params[0].dtype
+        self._double = self._double_loss(data) if in_double and dtype != torch.float64 else None
+        dtype = dtype if self._double is None else torch.float64
         self._starts = [p.detach().to(dtype, copy=True) for p in self._params]
         size = math.sqrt(sum(float(part.square().sum(dtype=torch.float64)) for part in self._starts))
-        self.differences = GradientDifferences(size, dtype, tolerance, self.num_parameters)
-        self.repeat_error = math.nan
-        self._center: float | None = None
-
-    @property
-    @override
-    def mode(self) -> GraphMode:
-        return "rebuilt"
+        num_parameters = sum(p.numel() for p in self._params)
+        advice = f"There is no exact product instead: {cause}" if cause else ""
+        super().__init__(named, data, GradientDifferences(size, dtype, tolerance, num_parameters), advice)
 
     @property
     @override
@@ -91,37 +77,24 @@ class WholeDifferences(WeightedSum):
         return f"finite differences of gradients{kind} and no exact derivatives{cause}"
 
     @property
+    @override
     def difference_weight(self) -> float:
-        """Weight of the samples of this process, which the errors of ``differences`` are sums over."""
         return self._weight_here(None)
 
     @override
-    def sample_sum(self, vector: Tensor, stratum: int | None = None) -> Tensor:
-        """Return the sums over the samples of this process; see `WeightedSum`.
+    def _cut(self, vector: Tensor) -> list[Tensor]:
+        return [part.view(shape) for part, shape in zip(vector.split(self._sizes), self._shapes, strict=True)]
 
-        Raises:
-            ValueError: If the loss is invalid, or the product depends on the step.
-        """
-        parts = [part.view(shape) for part, shape in zip(vector.split(self._sizes), self._shapes, strict=True)]
-        if self._center is None:
-            self._center = self._loss_at_center()
-        length = float(torch.linalg.vector_norm(vector, dtype=torch.float64))
-        try:
-            found = self.differences.product(lambda t: self._gradient_at(parts, t, stratum), length)
-        except StepsDisagreeError as error:
-            cause = f" There is no exact product instead: {self._cause}" if self._cause else ""
-            raise StepsDisagreeError(f"{error}{cause}") from None
-        finally:
-            self._move(self._starts)
-        loss = found.gradient.new_tensor([self._center])
-        return torch.cat([found.gradient, found.forms.to(found.gradient), loss]).to(self.dtype)
+    @override
+    def _place(self, gradient: Tensor, total: Tensor) -> None:
+        total.copy_(gradient)
 
-    def _double_loss(self) -> DoubleLoss | None:
+    def _double_loss(self, data: Microbatches) -> DoubleLoss | None:
         """Return the loss in float64; None where it is not the same function, or cannot be evaluated."""
         gradients = self._gradients
         if any(t.is_floating_point() and t.dtype.itemsize < 4 for t in gradients.model.parameters()):
             return None
-        batch, origin = next(iter(self._data)), self._data.origins[0]
+        batch, origin = next(iter(data)), data.origins[0]
         try:
             double = DoubleLoss(gradients.model, gradients.loss_fn, gradients.params)
             with gradients.random_numbers(origin):
@@ -138,18 +111,15 @@ class WholeDifferences(WeightedSum):
             return None
         return double if abs(float(loss.detach()) - own) <= _SAME_LOSS * max(abs(own), 1e-30) else None
 
+    @override
     def _loss_at_center(self) -> float:
-        first, second = self._sum_of_losses(), self._sum_of_losses()
-        self.repeat_error = abs(first - second) / max(abs(first), abs(second), 1e-300)
-        return first
-
-    def _sum_of_losses(self) -> float:
         def evaluate(index: int, batch: Batch) -> float:
             return self._gradients.loss(self._data.origins[index], batch)
 
         return sum(weight * loss for weight, loss in self._data.evaluate(evaluate, copies=False))
 
-    def _gradient_at(self, parts: Sequence[Tensor], t: float, stratum: int | None) -> ShiftedGradient:
+    @override
+    def _gradient_at(self, parts: list[Tensor], t: float, stratum: int | None) -> ShiftedGradient:
         moved = [start.add(part.to(start.dtype), alpha=t) for start, part in zip(self._starts, parts, strict=True)]
         direction = flat(parts).to(moved[0].dtype)
         total, total_loss = torch.zeros_like(direction), 0.0
@@ -162,8 +132,8 @@ class WholeDifferences(WeightedSum):
             loss, gradient = self._gradient(origin, batch, moved)
             return origin, loss, gradient
 
-        wanted = (lambda origin: True) if stratum is None else lambda origin: origin % self.num_strata == stratum
-        for weight, (origin, loss, gradient) in self._data.evaluate(evaluate, wanted=wanted, copies=False):
+        evaluated = self._data.evaluate(evaluate, wanted=self.is_in(stratum), copies=False)
+        for weight, (origin, loss, gradient) in evaluated:
             total.add_(gradient, alpha=weight)
             forms[origin % self.num_strata].add_(gradient @ direction, alpha=weight)
             total_loss += weight * loss
@@ -183,6 +153,10 @@ class WholeDifferences(WeightedSum):
             if loss.requires_grad:
                 found = torch.autograd.grad(loss, params, allow_unused=True, materialize_grads=True)
             return float(loss.detach()), flat(found)
+
+    @override
+    def _move_back(self) -> None:
+        self._move(self._starts)
 
     def _move(self, values: Sequence[Tensor]) -> None:
         if self._double is None:

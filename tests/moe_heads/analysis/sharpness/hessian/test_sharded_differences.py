@@ -10,16 +10,16 @@ from moe_heads.analysis import analysis_mode
 from moe_heads.analysis._shared.microbatches import Microbatches
 from moe_heads.analysis._shared.progress import Progress
 from moe_heads.analysis.sharpness.hessian import HessianOperator, lanczos
-from moe_heads.analysis.sharpness.hessian.difference_operator import DifferenceOperator
 from moe_heads.analysis.sharpness.hessian.gradient_differences import StepsDisagreeError
+from moe_heads.analysis.sharpness.hessian.sharded_differences import ShardedDifferences
 from tests.support.sharded_models import SmoothNet, batches_of, loss_fn
 
 SIZES = (12, 9, 6)
 
 
-def operator_of(model: nn.Module, dtype: torch.dtype, sizes: tuple[int, ...] = SIZES) -> DifferenceOperator:
+def operator_of(model: nn.Module, dtype: torch.dtype, sizes: tuple[int, ...] = SIZES) -> ShardedDifferences:
     data = Microbatches(batches_of(sizes, dtype), torch.device("cpu"), Progress())
-    return DifferenceOperator(model, loss_fn, data, tolerance=1e-3, remedy="Take a rest.")
+    return ShardedDifferences(model, loss_fn, data, tolerance=1e-3, remedy="Take a rest.")
 
 
 @pytest.mark.parametrize("activation", [nn.Tanh, nn.GELU, nn.Softplus])
