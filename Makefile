@@ -7,7 +7,7 @@ LOWEST_READY := .venv-lowest/.ready
 # Where the environment forbids cached bytecode, every process compiles torch and lightning anew: 20 s instead of 9.
 export PYTHONDONTWRITEBYTECODE =
 
-.PHONY: demo test test-lowest test-slow test-gpu gpu coverage lint format typecheck check clean
+.PHONY: demo test test-lowest test-slow test-gpu gpu coverage notebooks test-notebooks lint format typecheck check clean
 
 demo: $(READY)
 	$(BIN)/python examples/compare_heads.py --resume $(ARGS)
@@ -30,6 +30,15 @@ test-gpu: $(READY)
 # On a machine with a GPU, in at most nine minutes; any Python with torch will do.
 gpu:
 	PYTHONPATH=. $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) examples/benchmarks/gpu.py --out examples/benchmarks/results/gpu.json
+
+# Runs the scripts of examples/notebooks and stores them as notebooks with their output.
+notebooks: $(READY)
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable '.[notebooks]'
+	$(BIN)/jupytext --quiet --to ipynb --set-kernel python3 examples/notebooks/*.py
+	PYTHONWARNINGS="ignore:IProgress not found" $(BIN)/jupyter nbconvert --log-level=ERROR --to notebook --inplace --execute --ExecutePreprocessor.record_timing=False examples/notebooks/*.ipynb
+
+test-notebooks: $(READY)
+	$(BIN)/python -m pytest -m slow tests/examples/test_notebooks.py $(ARGS)
 
 coverage: $(READY)
 	$(BIN)/python -m pytest -n 2 --dist loadfile --cov=moe_heads --cov-report=term $(ARGS)
