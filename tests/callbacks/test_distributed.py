@@ -16,6 +16,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.data import DataLoader, IterableDataset
 
 from moe_heads.callbacks import (
@@ -29,7 +30,7 @@ from moe_heads.callbacks import (
 )
 from tests.support.lightning_models import PlainModule, assert_same, loader, snapshot
 
-SHARED = ("sharpness", "loss_landscape", "expert_utilization", "every_rank", "stream")
+SHARED = ("sharpness", "gauss_newton", "magnitude", "loss_landscape", "expert_utilization", "every_rank", "stream")
 
 
 class Resumable(PlainModule):
@@ -110,8 +111,17 @@ class FailingOnOne(FitEndAnalysis):
 
 def callbacks() -> list[Callback]:
     options: dict[str, Any] = {"splits": ["train"], "num_samples": 31, "batch_size": 7}
+    outputs: dict[str, Any] = {
+        "density": False,
+        "outputs_fn": lambda module, batch: module(batch[0]),
+        "output_loss": lambda outputs, batch: F.cross_entropy(outputs, batch[1]),
+    }
     return [
         SharpnessCallback(num_eigenvalues=3, **options),
+        SharpnessCallback(matrix="gauss_newton", num_eigenvalues=1, max_probes=8, **outputs, **options),
+        SharpnessCallback(
+            which="magnitude", num_eigenvalues=2, density=False, max_probes=8, name="magnitude", **options
+        ),
         LossLandscapeCallback(line_points=5, plane_points=3, **options),
         ExpertUtilizationCallback(**options),
         InferenceTimingCallback(batch_sizes=(1, 2), num_runs=2, splits=["train"]),

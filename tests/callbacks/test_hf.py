@@ -102,6 +102,17 @@ def test_numbers_of_the_plain_function_and_the_training_as_without(make: Any, tm
         assert steps_of(runs[0], "expert_utilization/step/model.layers.0.mlp/load_0") == [1, 2, 3]
 
 
+def test_the_gauss_newton_matrix_takes_logits_and_loss_of_the_model(tmp_path: Path) -> None:
+    options = {"matrix": "gauss_newton", "params": ["transformer.ln_f"], "density": False}
+    curvature = sharpness(num_samples=4, batch_size=2, **options)
+    run = trainer(gpt2(), tmp_path, TransformersCallback(curvature))
+    run.train()
+    expected = plain(run.model, sample(lines(), 4, 2), **options)
+    found = curvature.results["train"]
+    assert found.matrix == "gauss_newton" and found.eigenvalues_converged and found.eigenvalues == expected.eigenvalues
+    assert steps_of(run, "gauss_newton/train/lambda_max") == [3]
+
+
 def test_padding_counts_in_no_number_of_the_training(tmp_path: Path) -> None:
     experts = utilization(every_n_train_steps=1)
     parts = {"eval_dataset": lines(4, start=40)}
