@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+import traceback
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,7 @@ _UNPICKLE = "load objects other than tensors and plain data from checkpoints, wh
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit status: 0, or 2 after an error in the input.
+    """Run the command line and return its exit status: 0, 1 if some analyses failed, or 2 after wrong input.
 
     Args:
         args: Arguments; by default those of the process.
@@ -80,8 +81,12 @@ def _run(parsed: Any) -> int:
         return 0
     arguments = {name: options.pop(name) for name in ANALYSES}
     _check_unused(arguments, options["analyses"])
-    print(analyze_checkpoint(AnalyzeOptions(**options), arguments))
-    return 0
+    done = analyze_checkpoint(AnalyzeOptions(**options), arguments)
+    for name, error in done.failed.items():
+        traceback.print_exception(error)
+        print(f"moe-heads: {name} failed: {one_sentence(error)}", file=sys.stderr)
+    print(done.folder)
+    return 1 if done.failed else 0
 
 
 def _check_unused(arguments: dict[str, Any], analyses: str) -> None:

@@ -21,6 +21,7 @@ from moe_heads.callbacks import (
     LossLandscapeCallback,
     SharpnessCallback,
 )
+from moe_heads.callbacks._shared.analysis import described
 from moe_heads.callbacks._shared.evaluation import loss_of
 from moe_heads.commands.checkpoints import LoadedModel, load_model
 from moe_heads.commands.errors import CommandError, check_device
@@ -29,7 +30,7 @@ from moe_heads.commands.import_names import import_object
 from moe_heads.commands.loaders import check_loss, load_data, loaders_for
 from moe_heads.commands.numbers import errors_of
 
-__all__ = ["ANALYSES", "FORMAT", "RESULT", "AnalyzeOptions", "analyze_checkpoint"]
+__all__ = ["ANALYSES", "FORMAT", "RESULT", "AnalyzeOptions", "Analyzed", "analyze_checkpoint"]
 
 ANALYSES: Mapping[str, type[FitEndAnalysis]] = {
     "sharpness": SharpnessCallback,
@@ -75,8 +76,21 @@ class AnalyzeOptions:
     overwrite: bool = False
 
 
-def analyze_checkpoint(options: AnalyzeOptions, arguments: Mapping[str, Mapping[str, Any]]) -> Path:
-    """Analyze a checkpoint and return the folder with the results.
+@dataclass(frozen=True)
+class Analyzed:
+    """What the command did.
+
+    Attributes:
+        folder: Folder of the results.
+        failed: Errors of the analyses that failed, by name.
+    """
+
+    folder: Path
+    failed: Mapping[str, Exception]
+
+
+def analyze_checkpoint(options: AnalyzeOptions, arguments: Mapping[str, Mapping[str, Any]]) -> Analyzed:
+    """Analyze a checkpoint and store the results of all analyses that did not fail.
 
     Args:
         options: Options of the command.
@@ -84,6 +98,7 @@ def analyze_checkpoint(options: AnalyzeOptions, arguments: Mapping[str, Mapping[
 
     Raises:
         CommandError: If an option is invalid, or the checkpoint, the model and the data do not fit together.
+        Exception: The error of the first analysis, if all failed.
     """
     names = _checked_names(options.analyses)
     out = Path(options.out)
@@ -100,13 +115,25 @@ def analyze_checkpoint(options: AnalyzeOptions, arguments: Mapping[str, Mapping[
         if callback.needs_loss:
             check_loss(loaded.model, loss_of(loaded.model, callback.loss_fn), given[name])
     with new_folder(out, marker=RESULT, overwrite=options.overwrite) as folder:
-        found = {}
+        found, failed = {}, {}
         for name, callback in callbacks.items():
-            results = callback.analyze(loaded.model, **given[name], device=options.device)
+            try:
+                results = callback.analyze(loaded.model, **given[name], device=options.device)
+            except Exception as error:  # any error of the user's model; the results of other analyses are kept
+                failed[name] = error
+                continue
             found[name] = {split: _store(folder, name, split, callback, result) for split, result in results.items()}
-        content = {**_origin(options, loaded), "options": _plain(arguments, names), "analyses": found}
+        if not found:
+            raise next(iter(failed.values()))
+        reasons = {name: described(error) for name, error in failed.items()}
+        content = {
+            **_origin(options, loaded),
+            "options": _plain(arguments, names),
+            "analyses": found,
+            "failed": reasons,
+        }
         (folder / RESULT).write_text(json.dumps(content, indent=1, default=str) + "\n", encoding="utf-8")
-    return out
+    return Analyzed(out, failed)
 
 
 def _checked_names(listed: str) -> list[str]:

@@ -54,7 +54,7 @@ def test_the_numbers_are_those_of_the_callback_under_a_trainer(trained: Trained,
 def test_everything_that_identifies_the_run_is_stored(trained: Trained, tmp_path: Path) -> None:
     path, _ = trained
     options = AnalyzeOptions(str(path), f"{MODULE}:build", f"{MODULE}:data", str(tmp_path / "out"), "sharpness")
-    out = analyze_checkpoint(options, ARGUMENTS)
+    out = analyze_checkpoint(options, ARGUMENTS).folder
     result = json.loads((out / "result.json").read_text())
     assert result["checkpoint"] == {
         "path": str(path.resolve()),
@@ -102,6 +102,22 @@ def test_a_failure_leaves_nothing_behind(
     assert main(command(trained[0], tmp_path / "out")) == 2
     assert "the analysis failed" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_the_results_of_the_other_analyses_are_kept_after_a_failure(
+    trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(self: object, inputs: object) -> None:
+        raise RuntimeError("the analysis failed")
+
+    monkeypatch.setattr(SharpnessCallback, "compute", fail)
+    assert main(command(trained[0], tmp_path / "out", "--analyses", "sharpness,expert_utilization")) == 1
+    output = capsys.readouterr()
+    assert "moe-heads: sharpness failed: the analysis failed" in output.err and str(tmp_path / "out") in output.out
+    result = json.loads((tmp_path / "out" / "result.json").read_text())
+    assert set(result["analyses"]) == {"expert_utilization"}
+    assert result["failed"] == {"sharpness": "failed with RuntimeError: the analysis failed"}
+    assert not (tmp_path / "out" / "sharpness").exists()
 
 
 def test_earlier_results_are_replaced_only_on_request(
