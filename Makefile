@@ -27,9 +27,11 @@ test-slow: $(READY)
 test-gpu: $(READY)
 	$(BIN)/python -m pytest -m gpu $(ARGS)
 
-# On a machine with a GPU, in at most nine minutes; any Python with torch will do.
+# On a machine with a GPU, in at most nine minutes; any Python with torch and Lightning will do.
+DEVICE ?= cuda
+OUT ?= examples/benchmarks/results/gpu
 gpu:
-	PYTHONPATH=. $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) examples/benchmarks/gpu.py --out examples/benchmarks/results/gpu.json
+	PYTHONPATH=. $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) examples/benchmarks/gpu.py --out $(OUT) --device $(DEVICE) $(if $(QUICK),--quick) $(if $(IMAGES),--images $(IMAGES)) $(ARGS)
 
 # Runs the scripts of examples/notebooks and stores them as notebooks with their output.
 notebooks: $(READY)

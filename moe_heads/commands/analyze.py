@@ -78,7 +78,7 @@ class AnalyzeOptions:
 
 @dataclass(frozen=True)
 class Analyzed:
-    """What the command did.
+    """Results of the command.
 
     Attributes:
         folder: Folder of the results.

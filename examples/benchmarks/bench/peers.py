@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from moe_heads import NOISY_TOP_K, SoftMoE, SparseMoE
 
-__all__ = ["davidmrau", "feature_layers", "token_layers"]
+__all__ = ["behind_router", "davidmrau", "feature_layers", "token_layers"]
 
 Layers = dict[str, Callable[[Tensor], object]]
 
@@ -39,25 +39,27 @@ def feature_layers(in_features: int, num_experts: int, width: int, k: int) -> La
     from transformers.integrations.moe import batched_mm_experts_forward, grouped_mm_experts_forward
 
     head = SparseMoE(in_features, in_features, num_experts, width, k, **NOISY_TOP_K).eval()
-    adapter = _TransformersExperts(head)
-
-    def behind(forward: Callable[..., Tensor]) -> Callable[[Tensor], Tensor]:
-        def call(x: Tensor) -> Tensor:
-            routing = head.router(x)
-            return forward(adapter, x, routing.indices, routing.weights)
-
-        return call
-
     layers: Layers = {
         "ours": head,
-        "transformers_batched_mm": behind(batched_mm_experts_forward),
-        "transformers_grouped_mm": behind(grouped_mm_experts_forward),
+        "transformers_batched_mm": behind_router(head, batched_mm_experts_forward),
+        "transformers_grouped_mm": behind_router(head, grouped_mm_experts_forward),
     }
     x = torch.randn(16, in_features)
     with torch.inference_mode():
         for layer in layers.values():
             torch.testing.assert_close(layer(x), head(x), rtol=1e-3, atol=1e-4)
     return layers
+
+
+def behind_router(head: SparseMoE, forward: Callable[..., Tensor]) -> Callable[[Tensor], Tensor]:
+    """Return a function (B, D) to (B, C) that runs an expert function of transformers after the router of a head."""
+    adapter = _TransformersExperts(head)
+
+    def call(x: Tensor) -> Tensor:
+        routing = head.router(x)
+        return forward(adapter, x, routing.indices, routing.weights)
+
+    return call
 
 
 def token_layers(in_features: int, num_experts: int, width: int, k: int) -> Layers:

@@ -1,0 +1,1 @@
+"""Pieces of the evidence from a machine with a GPU."""
