@@ -11,7 +11,7 @@ from moe_heads.analysis._shared.batches import ForwardFn, call_model
 from moe_heads.analysis._shared.names import check_names
 from moe_heads.analysis.inference_timing.calls import TimingMode
 from moe_heads.analysis.inference_timing.capture import named_modules
-from moe_heads.analysis.inference_timing.measure import DEFAULT_SIZES, TimingPlan
+from moe_heads.analysis.inference_timing.plan import DEFAULT_SIZES, TimingPlan
 from moe_heads.callbacks._shared.evaluation import check_forward
 from moe_heads.callbacks._shared.execution_context import ExecutionContext
 from moe_heads.callbacks._shared.inputs import AnalysisInputs

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from moe_heads.analysis._shared.batches import Batch, ForwardFn, leaves_of, map_leaves
 from moe_heads.analysis._shared.microbatches import is_out_of_memory
 from moe_heads.analysis._shared.progress import TimeUp
-from moe_heads.analysis.inference_timing.calls import MODEL, Call, resized
+from moe_heads.analysis.inference_timing.calls import MODEL, Call
 from moe_heads.analysis.inference_timing.flops import FlopCount, Operator, OperatorLog, OperatorRecorder
 from moe_heads.analysis.inference_timing.measure import first_line
+from moe_heads.analysis.inference_timing.resizing import resized
 from moe_heads.analysis.inference_timing.rows import Skipped
 from moe_heads.analysis.inference_timing.stages import active_flops, part_name, routed_heads, row_name, stages_of
 from moe_heads.routed_module import RoutedModule

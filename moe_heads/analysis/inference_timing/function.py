@@ -12,9 +12,10 @@ from moe_heads.analysis._shared.environment import device_of, environment_of
 from moe_heads.analysis._shared.names import check_names
 from moe_heads.analysis._shared.progress import Progress, TimeUp
 from moe_heads.analysis._shared.state import preserved
-from moe_heads.analysis.inference_timing.calls import TimingMode, check_resizable, num_samples
+from moe_heads.analysis.inference_timing.calls import TimingMode
 from moe_heads.analysis.inference_timing.capture import TimedModel, named_modules
-from moe_heads.analysis.inference_timing.measure import DEFAULT_SIZES, TimingPlan
+from moe_heads.analysis.inference_timing.plan import DEFAULT_SIZES, TimingPlan
+from moe_heads.analysis.inference_timing.resizing import check_resizable, num_samples
 from moe_heads.analysis.inference_timing.result import InferenceTimingResult
 from moe_heads.analysis.inference_timing.rows import Skipped
 from moe_heads.analysis.inference_timing.speedup import dense_twin

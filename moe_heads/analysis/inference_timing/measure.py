@@ -1,4 +1,4 @@
-"""Measurement of calls: options, clock, warm-up until stable, and interleaved rounds in random order."""
+"""Measurement of calls: warm-up until stable, and interleaved rounds in random order."""
 
 import gc
 import random
@@ -7,31 +7,25 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, get_args
+from typing import Any
 
 import torch
 
-from moe_heads.analysis._shared.environment import synchronize
 from moe_heads.analysis._shared.microbatches import is_out_of_memory
-from moe_heads.analysis.inference_timing.calls import Call, ModeUnavailableError, RowKey, TimingMode, in_mode
-from moe_heads.checks import check_at_least, check_at_least_one, check_choices, check_positive
+from moe_heads.analysis.inference_timing.calls import Call, RowKey, TimingMode
+from moe_heads.analysis.inference_timing.clock import Clock, Reading
+from moe_heads.analysis.inference_timing.modes import ModeUnavailableError, in_mode
+from moe_heads.analysis.inference_timing.plan import FEWEST_ROUNDS, TimingPlan
 from moe_heads.routing import Router
 
 __all__ = [
-    "DEFAULT_SIZES",
-    "Clock",
     "TimedCall",
-    "TimingPlan",
     "first_line",
     "take_turns",
     "timed_calls",
     "warm_up_all",
 ]
 
-DEFAULT_SIZES = (1, 8, 32, 128, 256, 1024)
-
-# The slowest and the fastest of six independent runs enclose the median with probability 97 %.
-_FEWEST_ROUNDS = 6
 # A short call runs several times per turn, for this long or up to a share of its runs.
 _TURN_MS = 2.0
 _LONGEST_TURN_MS = 2 * _TURN_MS
@@ -40,69 +34,6 @@ _ROUNDS_AT_LEAST = 25
 # runs in each of the two windows whose medians the warm-up compares
 _WINDOW = 5
 _MOST_LETTERS = 200
-
-
-@dataclass(frozen=True)
-class TimingPlan:
-    """Options of a timing; see `inference_timing`."""
-
-    batch_sizes: Sequence[int] = DEFAULT_SIZES
-    modes: Sequence[TimingMode] = ("eager",)
-    num_runs: int = 1000
-    warmup_runs: int | None = None
-    warmup_tolerance: float = 0.05
-    seconds_per_size: float = 0.8
-    max_seconds: float = 50.0
-
-    def __post_init__(self) -> None:
-        sizes = self.batch_sizes if isinstance(self.batch_sizes, (list, tuple)) else ()
-        check_at_least_one(**{f"batch_sizes[{place}]": size for place, size in enumerate(sizes)})
-        if not sizes or len(set(sizes)) < len(sizes):
-            raise ValueError(f"batch_sizes: expected a list of distinct positive integers, got {self.batch_sizes!r}")
-        check_choices("modes", self.modes, get_args(TimingMode))
-        check_at_least_one(num_runs=self.num_runs)
-        check_at_least(0, or_none=True, warmup_runs=self.warmup_runs)
-        for name in ("warmup_tolerance", "seconds_per_size", "max_seconds"):
-            check_positive(**{name: getattr(self, name)})
-
-    @property
-    def fewest_rounds(self) -> int:
-        """Smallest number of rounds of a batch size, including the warm-up."""
-        return (1 if self.warmup_runs is None else self.warmup_runs) + min(_FEWEST_ROUNDS, self.num_runs)
-
-
-class Reading(NamedTuple):
-    """Duration of one run: milliseconds of wall time, and of time on the stream of a CUDA device (else nan)."""
-
-    wall_ms: float
-    device_ms: float
-
-
-class Clock:
-    """Clock for single runs on one device.
-
-    On a CUDA device, the wall time includes the launches and the final synchronization. The device time between two
-    events does not, and is shorter where the host is slower than the device.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self._events = [torch.cuda.Event(enable_timing=True) for _ in range(2)] if device.type == "cuda" else []
-
-    def time(self, function: Callable[[], object]) -> Reading:
-        """Run the function once between two synchronizations."""
-        first, last = self._events or (None, None)
-        synchronize(self.device)
-        start = time.perf_counter_ns()
-        if first is not None:
-            first.record()
-        function()
-        if last is not None:
-            last.record()
-        synchronize(self.device)
-        # never zero, whatever the resolution of the clock
-        wall_ms = max(time.perf_counter_ns() - start, 1) / 1e6
-        return Reading(wall_ms, float("nan") if first is None or last is None else first.elapsed_time(last))
 
 
 @dataclass
@@ -246,7 +177,7 @@ def take_turns(
     rounds. ``on_round`` receives the completed fraction. ``is_over`` receives the seconds of the last round and returns
     whether to stop at once.
     """
-    start, done, fewest = time.perf_counter(), 0, min(_FEWEST_ROUNDS, num_runs)
+    start, done, fewest = time.perf_counter(), 0, min(FEWEST_ROUNDS, num_runs)
     share = 0.0 if calls else 1.0
     while share < 1:
         begin = time.perf_counter()

@@ -11,7 +11,7 @@ from moe_heads.analysis._shared.environment import Environment
 from moe_heads.analysis.inference_timing.energy import PowerUse
 from moe_heads.analysis.inference_timing.figures import plot_gaps, plot_latency, plot_split, plot_throughput
 from moe_heads.analysis.inference_timing.flops import CONVENTION
-from moe_heads.analysis.inference_timing.measure import TimingPlan
+from moe_heads.analysis.inference_timing.plan import TimingPlan
 from moe_heads.analysis.inference_timing.rows import Skipped, TimingRow
 from moe_heads.analysis.inference_timing.speedup import Gap, GapPoint
 from moe_heads.analysis.inference_timing.stages import Part

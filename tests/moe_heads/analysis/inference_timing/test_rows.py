@@ -2,8 +2,9 @@ import numpy as np
 import pytest
 
 from moe_heads.analysis.inference_timing.calls import RowKey
+from moe_heads.analysis.inference_timing.clock import Reading
 from moe_heads.analysis.inference_timing.flops import FlopCount
-from moe_heads.analysis.inference_timing.measure import Reading, TimedCall
+from moe_heads.analysis.inference_timing.measure import TimedCall
 from moe_heads.analysis.inference_timing.rows import TimingRow, row_of
 from tests.moe_heads.analysis.inference_timing.test_result import row
 
