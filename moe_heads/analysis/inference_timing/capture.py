@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from moe_heads.analysis._shared.batches import Batch, ForwardFn, leaves_of, map_leaves
+from moe_heads.analysis._shared.copies import own_copy
 from moe_heads.analysis._shared.microbatches import is_out_of_memory
 from moe_heads.analysis._shared.progress import TimeUp
 from moe_heads.analysis.inference_timing.calls import MODEL, Call
 from moe_heads.analysis.inference_timing.flops import FlopCount, Operator, OperatorLog, OperatorRecorder
 from moe_heads.analysis.inference_timing.measure import first_line
-from moe_heads.analysis.inference_timing.resizing import resized
+from moe_heads.analysis.inference_timing.requests import Requests
 from moe_heads.analysis.inference_timing.rows import Skipped
 from moe_heads.analysis.inference_timing.stages import active_flops, part_name, routed_heads, row_name, stages_of
 from moe_heads.routed_module import RoutedModule
@@ -43,7 +44,7 @@ class Capture:
 
 @dataclass(frozen=True)
 class TimedModel:
-    """A model with an example batch on its device, and the modules and heads to time.
+    """A model with its requests, and the modules and heads to time.
 
     Attributes:
         named: Modules to time alone, by row name.
@@ -52,7 +53,7 @@ class TimedModel:
     """
 
     model: nn.Module
-    example: Batch
+    requests: Requests
     forward_fn: ForwardFn
     named: Mapping[str, nn.Module]
     is_required: bool
@@ -77,18 +78,18 @@ class TimedModel:
             name += "_"
         return name
 
-    def capture(self, size: int) -> Capture:
+    def capture(self, size: int, batch: Batch) -> Capture:
         """Run a batch of ``size`` samples once and record the modules. Errors of the forward pass propagate."""
         start, skipped = time.perf_counter(), []
         try:
-            captured = self._recorded(size, OperatorRecorder())
+            captured = self._recorded(batch, OperatorRecorder())
         except TimeUp:
             raise
         except Exception as error:
             if is_out_of_memory(error):
                 raise
             # some models fail only under a dispatch mode
-            captured = self._recorded(size, None)
+            captured = self._recorded(batch, None)
             reason = f"FLOPs: its operators cannot be recorded, {first_line(error)}"
             skipped.append(Skipped(size, None, None, reason))
         return replace(captured, seconds=time.perf_counter() - start, skipped=skipped)
@@ -136,8 +137,8 @@ class TimedModel:
             if name in modules
         }
 
-    def _recorded(self, size: int, recorder: OperatorRecorder | None) -> Capture:
-        forward = Call(self.forward_fn, (((self.model, resized(self.example, size)), {}),))
+    def _recorded(self, batch: Batch, recorder: OperatorRecorder | None) -> Capture:
+        forward = Call(self.forward_fn, (((self.model, own_copy(batch)), {}),))
         return recorded(forward, {**self.all_heads, **self.named}, recorder)
 
     def _twin_call(self, head: str, captured: Capture) -> Call:

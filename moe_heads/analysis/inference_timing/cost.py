@@ -1,7 +1,7 @@
 """Estimate of the time of a batch size, so that a sweep stays within its limit."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from moe_heads.analysis.inference_timing.calls import MODEL, RowKey
 from moe_heads.analysis.inference_timing.plan import TimingPlan
@@ -37,13 +37,18 @@ class CostEstimate:
         self._size, self._pass_s = size, seconds
         self._num_sizes += 1
 
-    def add_round(self, last_ms: Mapping[RowKey, float]) -> None:
-        """Add the times of all calls after the warm-up (nan if it was skipped); the first pass may have been slow."""
-        known = {key: ms for key, ms in last_ms.items() if ms > 0}
+    def add_round(self, last_ms: Mapping[RowKey, Sequence[float]]) -> None:
+        """Add the times of all calls by draw after the warm-up (nan if it was skipped).
+
+        The first pass may have been slow.
+        """
+        known = {key: [ms for ms in draws if ms > 0] for key, draws in last_ms.items()}
+        known = {key: draws for key, draws in known.items() if draws}
         if any(key.module == MODEL for key in known):
-            eager = known.get(RowKey(MODEL), 1e3 * self._pass_s)
+            of_model = known.get(RowKey(MODEL), [1e3 * self._pass_s])
+            eager = sum(of_model) / len(of_model)
             self._pass_s = min(self._pass_s, eager / 1e3)
-            self._passes_per_round = sum(known.values()) / eager
+            self._passes_per_round = sum(map(sum, known.values())) / eager
 
     def stop(self) -> None:
         """Skip all larger sizes, because the current one was too slow."""

@@ -41,10 +41,16 @@ _PART_COLORS = {
 
 
 def plot_latency(rows: Sequence[TimingRow], device: str, ax: "Axes | None" = None) -> "tuple[Figure, Axes]":
-    """Plot the median latency over batch size: dark bands are intervals of the median, light bands reach p99."""
+    """Plot the median latency over batch size: dark bands are intervals of the median, light bands reach p99.
+
+    Dots are the medians of several draws of a batch.
+    """
     figure, ax = axes_of(ax, _SIZE)
     ax.set_ylabel("latency (ms)")
-    _draw_rows(ax, rows, lambda row, ms: ms, "median, its interval, up to p99", device, up_to_p99=True)
+    title = "median, its interval, up to p99"
+    if any(row.spread is not None for row in rows):
+        title += "; dots: draws"
+    _draw_rows(ax, rows, lambda row, ms: ms, title, device, up_to_p99=True)
     return figure, ax
 
 
@@ -92,6 +98,9 @@ def _draw_rows(
         if up_to_p99:
             top = [value(row, row.p99_ms) for row in line]
             ax.fill_between(sizes, medians, top, color=color, alpha=0.12, linewidth=0)
+            draws = [(row.batch_size, ms) for row in line if row.spread is not None for ms in row.spread.medians]
+            if draws:
+                ax.scatter([size for size, _ in draws], [ms for _, ms in draws], s=2, color=color, alpha=0.6)
     _finish(ax, [row.batch_size for row in rows], f"{title}; {_short_name(device)}")
     entries = [Line2D([], [], color=color, label=_shortened(module)) for module, color in colors.items()]
     if len(modes) > 1:

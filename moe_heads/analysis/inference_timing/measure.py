@@ -1,6 +1,7 @@
 """Measurement of calls: warm-up until stable, and interleaved rounds in random order."""
 
 import gc
+import itertools
 import random
 import statistics
 import time
@@ -73,46 +74,54 @@ class TimedCall:
 
 
 def timed_calls(
-    calls: Mapping[str, Call],
+    calls: Mapping[str, Sequence[Call]],
     modes: Sequence[TimingMode],
     device: torch.device,
     *,
     exclude: Callable[[float], None],
     tick: Callable[[], None],
-) -> tuple[dict[RowKey, TimedCall], dict[RowKey, str]]:
-    """Prepare every call in every mode; routers and stages run in eager mode only.
+) -> tuple[dict[RowKey, list[TimedCall]], dict[RowKey, str]]:
+    """Prepare every call on every draw in every mode; routers and stages run in eager mode only.
 
     ``exclude`` receives the seconds of compilation and graph capture. ``tick`` is called after each preparation.
 
     Returns:
-        The prepared calls, and the reasons why others are unavailable.
+        The prepared calls by draw, and the reasons why others are unavailable.
     """
-    prepared: dict[RowKey, TimedCall] = {}
+    prepared: dict[RowKey, list[TimedCall]] = {}
     failed: dict[RowKey, str] = {}
-    for mode in modes:
-        for name, call in calls.items():
-            if mode != "eager" and (isinstance(call.function, Router) or call.is_stage):
-                continue
-            start = time.perf_counter()
-            try:
-                call.restore_inputs()
-                run = in_mode(mode, call, device)
-                if mode != "eager":
-                    run()  # bf16 and channels_last fail in their first run, if at all
-                    call.restore_inputs()
-            except Exception as error:
-                # compilers, graph captures and kernels raise many kinds of errors, and each means: mode unavailable
-                if is_out_of_memory(error):
-                    raise
-                is_known = isinstance(error, ModeUnavailableError)
-                failed[RowKey(name, mode)] = str(error) if is_known else first_line(error)
-                continue
-            finally:
-                exclude(time.perf_counter() - start)
-            tick()
-            restore = run.restore_inputs if isinstance(run, Call) else call.restore_inputs
-            prepared[RowKey(name, mode)] = TimedCall(run, restore)
+    for mode, (name, draws) in itertools.product(modes, calls.items()):
+        if mode != "eager" and (isinstance(draws[0].function, Router) or draws[0].is_stage):
+            continue
+        start = time.perf_counter()
+        try:
+            prepared[RowKey(name, mode)] = _prepared(mode, draws, device)
+        except Exception as error:
+            # compilers, graph captures and kernels raise many kinds of errors, and each means: mode unavailable
+            if is_out_of_memory(error):
+                raise
+            is_known = isinstance(error, ModeUnavailableError)
+            failed[RowKey(name, mode)] = str(error) if is_known else first_line(error)
+            continue
+        finally:
+            exclude(time.perf_counter() - start)
+        tick()
     return prepared, failed
+
+
+def _prepared(mode: TimingMode, draws: Sequence[Call], device: torch.device) -> list[TimedCall]:
+    """Convert the calls of all draws for a mode; draws of the same shapes share a compiled program."""
+    prepared: list[TimedCall] = []
+    shared: dict[Any, Any] = {}
+    for call in draws:
+        call.restore_inputs()
+        run = in_mode(mode, call, device, shared)
+        if mode != "eager":
+            run()  # bf16 and channels_last fail in their first run, if at all
+            call.restore_inputs()
+        restore = run.restore_inputs if isinstance(run, Call) else call.restore_inputs
+        prepared.append(TimedCall(run, restore))
+    return prepared
 
 
 def first_line(error: BaseException) -> str:

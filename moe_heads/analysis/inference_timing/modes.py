@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moe_heads.analysis._shared.batches import map_leaves
+from moe_heads.analysis._shared.batches import leaves_of, map_leaves
 from moe_heads.analysis.inference_timing.calls import Call, TimingMode
 
 __all__ = ["ModeUnavailableError", "in_mode"]
@@ -23,21 +23,30 @@ class ModeUnavailableError(ValueError):
     """Error for a mode that does not apply to a module or device."""
 
 
-def in_mode(mode: TimingMode, call: Call, device: torch.device) -> Callable[[], object]:
+def in_mode(
+    mode: TimingMode, call: Call, device: torch.device, shared: dict[Any, Any] | None = None
+) -> Callable[[], object]:
     """Compile, capture or convert a call for a mode, without any change to the user's model.
 
     "bf16" enters autocast in each run, as a server does. "channels_last" converts a copy of the weights and the inputs
     once. "compiled" compiles for these shapes only.
 
+    Args:
+        mode: The mode.
+        call: The call.
+        device: Its device.
+        shared: Compiled programs and converted modules of the same call on other draws of a batch, which are reused.
+
     Raises:
         ModeUnavailableError: If the mode does not apply. Errors of the compiler and of the graph capture propagate.
     """
+    shared = {} if shared is None else shared
     if mode == "compiled":
-        return _compiled(call)
+        return _compiled(call, shared)
     if mode == "cuda_graph":
         return _cuda_graph(call, device)
     if mode == "channels_last":
-        return _channels_last(call)
+        return _channels_last(call, shared)
     return _bf16(call, device) if mode == "bf16" else call
 
 
@@ -49,7 +58,7 @@ def _bf16(call: Call, device: torch.device) -> Callable[[], object]:
     return run
 
 
-def _compiled(call: Call) -> Callable[[], object]:
+def _compiled(call: Call, programs: dict[Any, Any]) -> Callable[[], object]:
     function, arguments = call.function, call.arguments
 
     def run(*args: Any, **kwargs: Any) -> object:
@@ -61,14 +70,26 @@ def _compiled(call: Call) -> Callable[[], object]:
 
     if len(arguments) > 1:
         run, arguments = run_all, ((arguments, {}),)  # one program for all runs
+    form = tuple(_form(leaf) for leaf in leaves_of(call.arguments))
+    if form not in programs:
+        programs[form] = _own_program(run)
+    compiled = replace(call, function=programs[form], arguments=arguments)
+    compiled()
+    compiled.restore_inputs()
+    return compiled
+
+
+def _form(leaf: object) -> object:
+    return leaf.shape if isinstance(leaf, Tensor) else type(leaf)
+
+
+def _own_program(run: FunctionType) -> Callable[..., object]:
     # torch caches compiled programs per code object. With its own code object, a program is freed together with the
     # call, the user's programs stay, and no number of batch sizes reaches the recompilation limit.
     code = run.__code__.replace(co_name=f"timed_{next(_COMPILED)}")
     own = FunctionType(code, run.__globals__, code.co_name, closure=run.__closure__)
-    compiled = replace(call, function=torch.compile(own, dynamic=False), arguments=arguments)
-    compiled()
-    compiled.restore_inputs()
-    return compiled
+    program: Callable[..., object] = torch.compile(own, dynamic=False)
+    return program
 
 
 def _cuda_graph(call: Call, device: torch.device) -> Callable[[], object]:
@@ -87,13 +108,13 @@ def _cuda_graph(call: Call, device: torch.device) -> Callable[[], object]:
     return graph.replay
 
 
-def _channels_last(call: Call) -> Callable[[], object]:
+def _channels_last(call: Call, copies: dict[int, nn.Module]) -> Callable[[], object]:
     num_images = 0
 
     def converted(leaf: object) -> object:
         nonlocal num_images
         if isinstance(leaf, nn.Module):
-            return _module_in_channels_last(leaf, {})
+            return _module_in_channels_last(leaf, copies)
         if isinstance(leaf, Tensor) and leaf.dim() == 4:
             num_images += 1
             return _to_channels_last(leaf)

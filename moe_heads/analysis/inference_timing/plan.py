@@ -26,6 +26,7 @@ class TimingPlan:
     warmup_tolerance: float = 0.05
     seconds_per_size: float = 0.8
     max_seconds: float = 50.0
+    num_draws: int | None = None
 
     def __post_init__(self) -> None:
         sizes = self.batch_sizes if isinstance(self.batch_sizes, (list, tuple)) else ()
@@ -35,6 +36,7 @@ class TimingPlan:
         check_choices("modes", self.modes, get_args(TimingMode))
         check_at_least_one(num_runs=self.num_runs)
         check_at_least(0, or_none=True, warmup_runs=self.warmup_runs)
+        check_at_least(1, or_none=True, num_draws=self.num_draws)
         for name in ("warmup_tolerance", "seconds_per_size", "max_seconds"):
             check_positive(**{name: getattr(self, name)})
 

@@ -6,7 +6,10 @@ from torch.nn.utils.rnn import PackedSequence
 
 from moe_heads.analysis._shared.batches import Batch, leaves_of, map_leaves
 
-__all__ = ["check_resizable", "num_samples", "resized"]
+__all__ = ["check_resizable", "few_samples", "num_samples", "resized"]
+
+# enough to run a model, and few enough to cost nothing
+_FEW = 2
 
 
 def num_samples(batch: Batch) -> int:
@@ -48,15 +51,30 @@ def check_resizable(batch: Batch) -> None:
             )
 
 
-def resized(batch: Batch, size: int) -> Batch:
-    """Copy a batch with its samples repeated or cut to ``size``; other tensors keep their shapes."""
+def few_samples(batch: Batch) -> Batch:
+    """Return the first samples of a batch, or the whole batch if it cannot be cut."""
+    try:
+        check_resizable(batch)
+        return resized(batch, min(num_samples(batch), _FEW))
+    except ValueError:
+        return batch
+
+
+def resized(batch: Batch, size: int, skip: int = 0) -> Batch:
+    """Copy a batch with its samples repeated or cut to ``size``; other tensors keep their shapes.
+
+    Args:
+        batch: The batch.
+        size: Number of samples of the copy.
+        skip: Number of samples to skip at the start. The first sample follows the last one.
+    """
     given = num_samples(batch)
 
     def resize(leaf: object) -> object:
         if not isinstance(leaf, Tensor):
             return leaf
-        if leaf.dim() == 0 or leaf.shape[0] != given or size == given:
+        if leaf.dim() == 0 or leaf.shape[0] != given or (size == given and skip == 0):
             return leaf.clone()  # the model may modify it
-        return leaf[torch.arange(size, device=leaf.device) % given]
+        return leaf[torch.arange(skip, skip + size, device=leaf.device) % given]
 
     return map_leaves(batch, resize)

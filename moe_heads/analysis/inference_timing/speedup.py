@@ -13,8 +13,9 @@ from torch import Tensor
 
 from moe_heads.analysis._shared.environment import synchronize
 from moe_heads.analysis.inference_timing.calls import TimingMode
+from moe_heads.analysis.inference_timing.draws import DrawnRounds, bootstrap_draws
 from moe_heads.analysis.inference_timing.flops import Operator
-from moe_heads.analysis.inference_timing.statistics import DRIFT, Rounds, bootstrap
+from moe_heads.analysis.inference_timing.statistics import DRIFT
 from moe_heads.capacity import capacity, match_capacity
 from moe_heads.experts import ACTIVATIONS, Activation
 from moe_heads.flops import Flops
@@ -238,9 +239,9 @@ class _DenseLayer(RoutedModule):
         return self.dense.count_flops(batch, tokens)
 
 
-def realized_ratio(dense: Rounds, head: Rounds, seed: int) -> tuple[float, float, float]:
+def realized_ratio(dense: DrawnRounds, head: DrawnRounds, seed: int) -> tuple[float, float, float]:
     """Return the ratio of the median times over the common rounds, and the ends of its sampling interval."""
-    ratio, low, high = bootstrap(lambda dense, head: dense / head, [dense, head], seed)
+    ratio, low, high = bootstrap_draws(lambda dense, head: dense / head, [dense, head], seed)
     return ratio, max(low, 0.0), high
 
 

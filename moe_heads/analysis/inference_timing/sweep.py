@@ -2,9 +2,10 @@
 
 import itertools
 import random
+import time
 from collections import defaultdict
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -16,6 +17,7 @@ from moe_heads.analysis.inference_timing.calls import MODEL, Call, RowKey, Timin
 from moe_heads.analysis.inference_timing.capture import Capture, TimedModel
 from moe_heads.analysis.inference_timing.clock import Clock
 from moe_heads.analysis.inference_timing.cost import CostEstimate
+from moe_heads.analysis.inference_timing.draws import DrawnRounds
 from moe_heads.analysis.inference_timing.energy import EnergyMeter
 from moe_heads.analysis.inference_timing.flops import OperatorLog, record
 from moe_heads.analysis.inference_timing.measure import (
@@ -30,7 +32,6 @@ from moe_heads.analysis.inference_timing.result import InferenceTimingResult
 from moe_heads.analysis.inference_timing.rows import Skipped, TimingRow, row_of
 from moe_heads.analysis.inference_timing.speedup import Bound, DeviceLimits, GapPoint, gap_of, realized_ratio
 from moe_heads.analysis.inference_timing.stages import STAGES, Part, divided, part_name
-from moe_heads.analysis.inference_timing.statistics import Rounds
 
 __all__ = ["Sweep"]
 
@@ -64,23 +65,28 @@ class Sweep:
     def add(self, size: int) -> None:
         """Time one batch size, or record why it is skipped. Sizes have to ascend."""
         captured = self._capture(size)
-        if captured is None:
+        if not captured:
             return
-        calls, flops = self.model.calls(size, captured), self.model.flops(captured)
-        self.skipped += captured.skipped
+        of_draws = [self.model.calls(size, draw) for draw in captured]
+        # a call that fails on one draw is left out
+        calls = {name: [draw[name] for draw in of_draws] for name in of_draws[0] if all(name in d for d in of_draws)}
+        flops = [self.model.flops(draw) for draw in captured]
+        self.skipped += captured[0].skipped
         timed = self._time(size, calls)
-        if MODEL in captured.operators:
-            self._uncounted = captured.operators[MODEL].uncounted
-        for key, call in timed.items():
-            limits = self._limits_of(key.mode)
-            self._rows.append(row_of(size, key, call, flops.get(key.module), limits.peak_flops if limits else None))
+        if MODEL in captured[0].operators:
+            self._uncounted = captured[0].operators[MODEL].uncounted
+        for key, draws in timed.items():
+            limits, counts = self._limits_of(key.mode), [draw.get(key.module) for draw in flops]
+            self._rows.append(row_of(size, key, draws, counts, limits.peak_flops if limits else None, self.seed))
         self._divide(size, timed)
         for name, mode in itertools.product(self.model.twins, self.plan.modes):
             twin, head = RowKey(self.model.twin_name(name), mode), RowKey(name, mode)
             if twin in timed and head in timed:
-                theoretical = flops[twin.module].value / flops[name].value
-                realized = realized_ratio(timed[twin].wall_ms(), timed[head].wall_ms(), self.seed)
-                bounds = self._bounds(calls[twin.module], captured.operators.get(name)) if mode == "eager" else ()
+                theoretical = sum(d[twin.module].value for d in flops) / sum(d[name].value for d in flops)
+                times = [[call.wall_ms() for call in timed[key]] for key in (twin, head)]
+                realized = realized_ratio(*times, self.seed)
+                operators = [draw.operators.get(name) for draw in captured]
+                bounds = self._bounds(calls[twin.module], operators) if mode == "eager" else ()
                 self._points[name, mode].append(GapPoint(size, mode, theoretical, *realized, *bounds))
 
     def check(self) -> None:
@@ -119,16 +125,20 @@ class Sweep:
             bandwidths=dict(limits.bandwidths) if limits else {},
             load_average_end=load_average(),
             plan=self.plan,
+            requests=self.model.requests.report(),
         )
 
-    def _capture(self, size: int) -> Capture | None:
-        """Run one batch size once; return None if there is no time for it or it fails."""
+    def _capture(self, size: int) -> list[Capture]:
+        """Run each draw of a batch size once; return [] if there is no time for it or it fails."""
         reason = self._estimate.why_no_pass(size)
         if reason:
             self._skip(size, reason)
-            return None
+            return []
         try:
-            captured = self.model.capture(size)
+            start = time.perf_counter()
+            batches = self.model.requests.draws(size)
+            self._estimate.exclude(time.perf_counter() - start)
+            captured = [self.model.capture(size, batch) for batch in batches]
         except TimeUp:
             raise
         except Exception as error:
@@ -136,12 +146,12 @@ class Sweep:
             is_memory = is_out_of_memory(error)
             self._error = self._error if is_memory else error
             self._skip(size, f"{'out of memory:' if is_memory else 'failed with'} {first_line(error)}")
-            return None
+            return []
         self._has_run = True
-        self._estimate.add_pass(size, captured.seconds)
+        self._estimate.add_pass(size, min(draw.seconds for draw in captured))
         return captured
 
-    def _time(self, size: int, calls: Mapping[str, Call]) -> dict[RowKey, TimedCall]:
+    def _time(self, size: int, calls: Mapping[str, list[Call]]) -> dict[RowKey, list[TimedCall]]:
         """Time the calls of a batch size for which there is time; return {} if there is none, or too little memory."""
         calls, tick = self._affordable(size, calls), self.progress.tick
         if not calls:
@@ -151,13 +161,15 @@ class Sweep:
                 calls, self.plan.modes, self.model.device, exclude=self._estimate.exclude, tick=tick
             )
             self.skipped += [Skipped(size, key.mode, key.module, reason) for key, reason in failed.items()]
-            seconds = warm_up_all(timed, self._clock, self.plan, tick)
-            self._estimate.add_round({key: call.last_ms for key, call in timed.items()})
+            flat = {(key, place): call for key, draws in timed.items() for place, call in enumerate(draws)}
+            seconds = warm_up_all(flat, self._clock, self.plan, tick)
+            self._estimate.add_round({key: [call.last_ms for call in draws] for key, draws in timed.items()})
+            num_draws = max(map(len, timed.values()), default=1)
             with self._energy.measure(size):
                 take_turns(
-                    timed,
+                    flat,
                     self._clock,
-                    num_runs=self.plan.num_runs,
+                    num_runs=-(-self.plan.num_runs // num_draws),
                     seconds=seconds,
                     order=self._order,
                     on_round=lambda share: self._show(size, share),
@@ -171,7 +183,7 @@ class Sweep:
         self._done += _STEPS_PER_SIZE
         return timed
 
-    def _affordable(self, size: int, calls: Mapping[str, Call]) -> Mapping[str, Call]:
+    def _affordable(self, size: int, calls: Mapping[str, list[Call]]) -> Mapping[str, list[Call]]:
         """Return the calls for which there is time: all of them, those of the heads, or none."""
         reason = self._estimate.why_no_rounds()
         if not reason:
@@ -198,10 +210,12 @@ class Sweep:
         done = self._done + int(share * (_STEPS_PER_SIZE - 1))
         self.progress.step(done + (share >= 1), self._total, batch_size=size)
 
-    def _divide(self, size: int, timed: Mapping[RowKey, TimedCall]) -> None:
+    def _divide(self, size: int, timed: Mapping[RowKey, list[TimedCall]]) -> None:
         """Divide the times of the model and of its heads between their parts, in eager mode."""
-        rounds = {key.module: call.wall_ms() for key, call in timed.items() if key.mode == "eager"}
-        outer: dict[str, Rounds] = {name: rounds[name] for name in ("backbone", "head") if name in rounds}
+        rounds: dict[str, DrawnRounds] = {
+            key.module: [call.wall_ms() for call in draws] for key, draws in timed.items() if key.mode == "eager"
+        }
+        outer = {name: rounds[name] for name in ("backbone", "head") if name in rounds}
         if outer and MODEL in rounds:
             self._parts += divided(size, MODEL, rounds[MODEL], outer, "rest", self.seed)
         for head in self.model.heads:
@@ -210,15 +224,22 @@ class Sweep:
             if head in rounds and "router" in inner:
                 self._parts += divided(size, head, rounds[head], inner, "experts", self.seed)
 
-    def _bounds(self, twin: Call, head: OperatorLog | None) -> tuple[float, Bound, Bound] | tuple[()]:
-        """Return the ratio of the least times of the twin and of the head, and both, if all operators are known."""
-        limits = self._limits_of("eager")
-        twin.restore_inputs()
-        dense = record(twin)
-        if limits is None or head is None or head.num_hidden or dense.num_hidden:
-            return ()
-        dense_bound, head_bound = limits.bound(dense.operators), limits.bound(head.operators)
-        return dense_bound.ms / head_bound.ms, dense_bound, head_bound
+    def _bounds(
+        self, twin: Sequence[Call], head: Sequence[OperatorLog | None]
+    ) -> tuple[float, Bound, Bound] | tuple[()]:
+        """Return the ratio of the least times of the twin and of the head, and both, if all operators are known.
+
+        The times are means over the draws.
+        """
+        limits, bounds = self._limits_of("eager"), []
+        for call in twin:
+            call.restore_inputs()
+        for logs in ([record(call) for call in twin], head):
+            if limits is None or any(log is None or log.num_hidden for log in logs):
+                return ()
+            whole = limits.bound([operator for log in logs if log is not None for operator in log.operators])
+            bounds.append(replace(whole, ms=whole.ms / len(logs)))
+        return bounds[0].ms / bounds[1].ms, bounds[0], bounds[1]
 
     def _limits_of(self, mode: TimingMode) -> DeviceLimits | None:
         dtype = torch.bfloat16 if mode == "bf16" else self._dtype

@@ -26,10 +26,10 @@ def test_a_stall_in_the_first_pass_is_forgotten_when_a_warm_one_is_known(estimat
     estimate.add_pass(1, 9.0)
     assert estimate.why_no_pass(2) != ""
     estimate.add_round({
-        RowKey(MODEL): 100.0,
-        RowKey("backbone"): 190.0,
-        RowKey(MODEL, "bf16"): 10.0,
-        RowKey("x"): math.nan,
+        RowKey(MODEL): [100.0],
+        RowKey("backbone"): [190.0],
+        RowKey(MODEL, "bf16"): [10.0],
+        RowKey("x"): [math.nan],
     })
     assert estimate.why_no_pass(2) == ""
     # the smallest size is always timed

@@ -107,16 +107,16 @@ def test_the_twin_of_a_layer_keeps_the_tokens() -> None:
 def test_the_ratio_is_that_of_the_medians_of_all_runs_of_the_rounds_of_both() -> None:
     dense, head = [[2.0, 2.0, 90.0]] * 6, [[1.0]] * 6
     # nothing varies from round to round
-    assert realized_ratio(dense, head, 0) == (2.0, 2.0, 2.0)
+    assert realized_ratio([dense], [head], 0) == (2.0, 2.0, 2.0)
     # a drift in rounds of the dense head only is in no common round
-    assert realized_ratio(dense + [[80.0]] * 60, head, 0) == (2.0, 2.0, 2.0)
+    assert realized_ratio([dense + [[80.0]] * 60], [head], 0) == (2.0, 2.0, 2.0)
 
 
 def test_the_interval_of_the_ratio_contains_it() -> None:
     rng = np.random.default_rng(0)
     for trial in range(30):
         dense, head = (rng.lognormal(size=(7, 2)).tolist() for _ in range(2))
-        ratio, low, high = realized_ratio(dense, head, trial)
+        ratio, low, high = realized_ratio([dense], [head], trial)
         assert low <= ratio <= high
 
 
