@@ -25,12 +25,12 @@ class RequestEntries:
     """Division of the entries of a batch between the forward pass and the rest.
 
     Attributes:
-        given: Names of the entries that the forward pass gets; None for a batch without names.
+        given: Names of the entries that the forward pass gets, places for a tuple or list; None for the whole batch.
         left_out: Reasons for the entries that stay out, by name.
         text: Description of both, for the summary.
     """
 
-    given: tuple[str, ...] | None
+    given: tuple[str, ...] | tuple[int, ...] | None
     left_out: Mapping[str, str]
     text: str
 
@@ -39,7 +39,8 @@ class RequestEntries:
         if self.given is None:
             return batch
         entries = _named(batch)
-        assert entries is not None
+        if entries is None:
+            return [batch[place] for place in self.given]
         return {name: entries[name] for name in self.given if name in entries}
 
 
@@ -63,9 +64,11 @@ def request_entries(model: nn.Module, batch: Batch, forward_fn: ForwardFn) -> Re
     if forward_fn is not call_model:
         return RequestEntries(None, {}, "forward_fn gets the whole batch")
     if entries is None:
-        others = {f"[{place}]": _AFTER_FIRST for place in range(1, len(batch))} if _is_sequence(batch) else {}
-        text = f"the first entry of each batch went in, {_counted(others)} stayed out" if others else ""
-        return RequestEntries(None, others, text or "the whole batch went in")
+        num_others = len(batch) - 1 if isinstance(batch, (tuple, list)) else 0
+        if num_others < 1:
+            return RequestEntries(None, {}, "the whole batch went in")
+        text = f"the first entry of each batch went in, {num_others} other{'s' * (num_others > 1)} stayed out"
+        return RequestEntries((0,), {f"[{place}]": _AFTER_FIRST for place in range(1, len(batch))}, text)
     with torch.inference_mode(), torch.compiler.set_stance("force_eager"):
         given, left_out = _Probe(model, few_samples(batch)).division()
     parts = [f"{', '.join(given) or 'nothing'} went in"]
@@ -123,7 +126,7 @@ class _Probe:
     def _check_output(self, given: list[str], fitting: list[str], losses: list[str]) -> None:
         if not losses or self._run(given):
             return
-        reason = f", got {self._error}" if self._error else ", got one that returns no tensor"
+        reason = f", got {self._error.rstrip('.')}" if self._error else ", got one that returns no tensor"
         if not self._run(fitting):
             return  # the batch itself does not fit: the sweep raises the error
         raise ValueError(
@@ -155,14 +158,6 @@ def _named(batch: Batch) -> dict[str, Any] | None:
     if dataclasses.is_dataclass(batch) and not isinstance(batch, type):
         return {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}
     return dict(batch) if isinstance(batch, Mapping) else None
-
-
-def _is_sequence(batch: Batch) -> bool:
-    return isinstance(batch, (tuple, list))
-
-
-def _counted(others: Mapping[str, str]) -> str:
-    return "1 other" if len(others) == 1 else f"{len(others)} others"
 
 
 def _num_scalars(tensors: list[Tensor] | None) -> int:

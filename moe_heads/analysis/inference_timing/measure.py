@@ -130,7 +130,7 @@ def first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[0][:_MOST_LETTERS]}" if lines else type(error).__name__
 
 
-def warm_up_all(calls: Mapping[RowKey, TimedCall], clock: Clock, plan: TimingPlan, tick: Callable[[], None]) -> float:
+def warm_up_all(calls: Mapping[Any, TimedCall], clock: Clock, plan: TimingPlan, tick: Callable[[], None]) -> float:
     """Warm up all calls within half of the time of a batch size, or with one run each if that takes longer.
 
     Returns:

@@ -83,7 +83,8 @@ def _form(leaf: object) -> object:
     return leaf.shape if isinstance(leaf, Tensor) else type(leaf)
 
 
-def _own_program(run: FunctionType) -> Callable[..., object]:
+def _own_program(run: Callable[..., object]) -> Callable[..., object]:
+    assert isinstance(run, FunctionType)
     # torch caches compiled programs per code object. With its own code object, a program is freed together with the
     # call, the user's programs stay, and no number of batch sizes reaches the recompilation limit.
     code = run.__code__.replace(co_name=f"timed_{next(_COMPILED)}")

@@ -25,6 +25,7 @@ _DRAWS = 5
 _MOST_SAMPLES = 1024
 # up to this size it costs little to draw several batches, which shows if shapes differ
 _SMALL = 32
+_ONE = "one, because all samples have the same shape, and no router chooses experts"
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,10 @@ class _Source(Protocol):
     """Source of the batches of each size."""
 
     origin: str
+    entries: RequestEntries
+
+    def first(self, size: int) -> Batch:
+        """Return the first batch of a size. ``entries`` are unknown yet."""
 
     def draws(self, size: int) -> list[Batch]:
         """Return the batches of a size."""
@@ -66,13 +71,11 @@ class Requests:
     source: _Source
     entries: RequestEntries
     device: torch.device
-    first: Mapping[int, list[Batch]]
     _shapes: dict[int, tuple[str, ...]] = field(default_factory=dict)
 
     def draws(self, size: int) -> list[Batch]:
         """Return the batches of a size."""
-        drawn = self.first.get(size) or self.source.draws(size)
-        batches = [self.entries.of(to_device(batch, self.device)) for batch in drawn]
+        batches = [to_device(self.entries.of(batch), self.device) for batch in self.source.draws(size)]
         self._shapes[size] = tuple(map(shapes_of, batches))
         return batches
 
@@ -104,9 +107,10 @@ def requests_of(
         source = _DrawnBatches(example, seed, num_draws, has_router)
     else:
         source = _ExampleRows(example, sizes, num_draws, has_router)
-    drawn = source.draws(first)
-    entries = request_entries(model, to_device(drawn[0], device), forward_fn)
-    return Requests(source, entries, device, {first: drawn})
+    example = source.first(first)
+    entries = request_entries(model, to_device(example, device), forward_fn)
+    source.entries = entries
+    return Requests(source, entries, device)
 
 
 def is_batch_fn(example: Any) -> bool:
@@ -131,9 +135,14 @@ class _ExampleRows:
             raise ValueError("example_batch: expected at least one sample, got none.")
         if any(size != self._num_samples for size in sizes):
             check_resizable(example)
+        self.entries: RequestEntries
         self._wanted = num_draws or (_DRAWS if has_router else 1)
         self.origin = f"rows of one batch of {self._num_samples} samples, repeated in larger batches"
         self.why_draws = _why(num_draws, has_router, is_varied=False)
+
+    def first(self, size: int) -> Batch:
+        """Return the first rows."""
+        return resized(self._example, size)
 
     def draws(self, size: int) -> list[Batch]:
         """Return batches of consecutive rows."""
@@ -146,8 +155,10 @@ class _DrawnBatches:
 
     def __init__(self, draw: BatchFn, seed: int, num_draws: int | None, has_router: bool) -> None:
         self._draw, self._seed, self._num_draws, self._has_router = draw, seed, num_draws, has_router
+        self.entries: RequestEntries
         self._forms: set[Any] = set()
         self._num_calls = 0
+        self._held: Batch = None
         self.origin = getattr(draw, "origin", "batches of the given function")
 
     @property
@@ -159,13 +170,21 @@ class _DrawnBatches:
     def _is_varied(self) -> bool:
         return len(self._forms) > 1
 
+    def first(self, size: int) -> Batch:
+        """Return a batch, which is the first draw of its size later."""
+        self._held = self._one(size)
+        return self._held
+
     def draws(self, size: int) -> list[Batch]:
         """Return new batches: several if their shapes differ, or if the model chooses experts."""
         most = self._num_draws or min(_DRAWS, max(2, _MOST_SAMPLES // size))
-        found = [self._one(size)]
+        found = [self._one(size) if self._held is None else self._held]
+        self._held = None
+        self._add(found, size)
         depends = self._has_router or self._is_varied
         if self._num_draws or depends or size <= _SMALL or self._num_calls == 1:
             found += [self._one(size) for _ in range(most - 1)]
+            self._add(found, size)
             depends = depends or self._is_varied
         return found if self._num_draws or depends else found[:1]
 
@@ -181,8 +200,11 @@ class _DrawnBatches:
                     " Pass a function that returns a batch of any of batch_sizes, or other batch_sizes."
                 ) from error
         _check_size(batch, size)
-        self._forms.add(forms_of(batch, size))
         return batch
+
+    def _add(self, batches: Sequence[Batch], size: int) -> None:
+        """Keep the shapes of what the forward pass gets."""
+        self._forms |= {forms_of(self.entries.of(batch), size) for batch in batches}
 
 
 def _check_size(batch: Batch, size: int) -> None:
@@ -203,4 +225,4 @@ def _why(num_draws: int | None, has_router: bool, is_varied: bool) -> str:
     if num_draws is not None:
         return "as requested"
     reasons = [*(["routers choose experts"] if has_router else []), *(["shapes differ"] if is_varied else [])]
-    return f"several, because {' and '.join(reasons)}" if reasons else "one, because all samples have the same shape"
+    return f"several where there are enough samples, because {' and '.join(reasons)}" if reasons else _ONE

@@ -47,11 +47,11 @@ def _form(leaf: Any, size: int) -> Hashable:
         return "packed", tuple(leaf.batch_sizes.tolist())
     if isinstance(leaf, Tensor) and leaf.is_nested:
         return "nested", tuple(tuple(part.shape) for part in leaf.unbind())
-    if isinstance(leaf, Tensor):
+    if hasattr(leaf, "shape"):
         shape: list[Any] = list(leaf.shape)
         if size in shape:
             shape[shape.index(size)] = "samples"
         return tuple(shape)
     if isinstance(leaf, str):
         return len(leaf)
-    return id(leaf) if is_movable_object(leaf) else type(leaf)
+    return id(leaf) if is_movable_object(leaf) else type(leaf).__qualname__

@@ -83,8 +83,8 @@ class Sweep:
             twin, head = RowKey(self.model.twin_name(name), mode), RowKey(name, mode)
             if twin in timed and head in timed:
                 theoretical = sum(d[twin.module].value for d in flops) / sum(d[name].value for d in flops)
-                times = [[call.wall_ms() for call in timed[key]] for key in (twin, head)]
-                realized = realized_ratio(*times, self.seed)
+                dense_ms, head_ms = ([call.wall_ms() for call in timed[key]] for key in (twin, head))
+                realized = realized_ratio(dense_ms, head_ms, self.seed)
                 operators = [draw.operators.get(name) for draw in captured]
                 bounds = self._bounds(calls[twin.module], operators) if mode == "eager" else ()
                 self._points[name, mode].append(GapPoint(size, mode, theoretical, *realized, *bounds))
@@ -215,7 +215,7 @@ class Sweep:
         rounds: dict[str, DrawnRounds] = {
             key.module: [call.wall_ms() for call in draws] for key, draws in timed.items() if key.mode == "eager"
         }
-        outer = {name: rounds[name] for name in ("backbone", "head") if name in rounds}
+        outer: dict[str, DrawnRounds] = {name: rounds[name] for name in ("backbone", "head") if name in rounds}
         if outer and MODEL in rounds:
             self._parts += divided(size, MODEL, rounds[MODEL], outer, "rest", self.seed)
         for head in self.model.heads:
