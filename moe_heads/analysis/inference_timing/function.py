@@ -75,8 +75,8 @@ def inference_timing(
         modes: Execution modes, of "eager", "compiled" (torch.compile), "cuda_graph", "bf16" (autocast) and
             "channels_last" (memory format). Routers and stages run in "eager" only. The default is eager only, because
             compilation takes longer than all the rest. A mode that fails is listed in ``skipped``.
-        num_runs: Largest number of runs of each call: 1,000 leave ten above p99. The time limit usually ends them
-            earlier. A longer measurement covers more slow phases of the machine.
+        num_runs: Largest number of runs of each call on each draw: 1,000 leave ten above p99. The time limit usually
+            ends them earlier. A longer measurement covers more slow phases of the machine.
         warmup_runs: Warm-up runs of each call at each batch size. By default the warm-up lasts until the median of five
             runs is within ``warmup_tolerance`` of that of the five before, and takes at most half of
             ``seconds_per_size`` in all.

@@ -164,12 +164,11 @@ class Sweep:
             flat = {(key, place): call for key, draws in timed.items() for place, call in enumerate(draws)}
             seconds = warm_up_all(flat, self._clock, self.plan, tick)
             self._estimate.add_round({key: [call.last_ms for call in draws] for key, draws in timed.items()})
-            num_draws = max(map(len, timed.values()), default=1)
             with self._energy.measure(size):
                 take_turns(
                     flat,
                     self._clock,
-                    num_runs=-(-self.plan.num_runs // num_draws),
+                    num_runs=self.plan.num_runs,
                     seconds=seconds,
                     order=self._order,
                     on_round=lambda share: self._show(size, share),

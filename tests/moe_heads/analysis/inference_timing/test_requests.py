@@ -136,7 +136,7 @@ def test_draws_of_one_size_are_in_the_result_the_summary_the_metrics_and_the_fig
     seen = []
     model = Mean()
     model.register_forward_pre_hook(lambda _, args: seen.append(tuple(args[0].shape)))
-    timing = inference_timing(model, of_lengths(iter(range(3, 99))), batch_sizes=[2], num_runs=35, warmup_runs=0)
+    timing = inference_timing(model, of_lengths(iter(range(3, 99))), batch_sizes=[2], num_runs=7, warmup_runs=0)
     (row,) = timing.rows
     assert len(row.spread.medians) == 5
     # runs of each draw, and one pass of each to record it
@@ -155,7 +155,7 @@ def test_draws_of_one_size_are_in_the_result_the_summary_the_metrics_and_the_fig
 
 def test_heads_are_compared_over_all_draws() -> None:
     model = nn.Sequential(nn.Linear(4, 4), sparse())
-    timing = inference_timing(model, torch.randn(12, 4), batch_sizes=[4], num_runs=18, warmup_runs=0)
+    timing = inference_timing(model, torch.randn(12, 4), batch_sizes=[4], num_runs=6, warmup_runs=0)
     rows = {row.module: row for row in timing.rows}
     assert {len(row.spread.medians) for row in timing.rows} == {3}
     (point,) = timing.gaps[0].points
