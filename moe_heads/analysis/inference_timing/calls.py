@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from moe_heads.analysis._shared.batches import leaves_of, map_leaves
 
-__all__ = ["MODEL", "Call", "RowKey", "TimingMode"]
+__all__ = ["MODEL", "Call", "RowKey", "RowMode", "TimingMode"]
 
 MODEL = "model"
 """Name of the rows of the whole model."""
@@ -17,11 +17,15 @@ TimingMode = Literal["eager", "compiled", "cuda_graph", "bf16", "channels_last"]
 """Execution mode: plain eager, torch.compile, a CUDA graph, bf16 autocast, or the channels_last memory format."""
 
 
+RowMode = Literal["eager", "compiled", "partly_compiled", "cuda_graph", "bf16", "channels_last"]
+"""Mode of a row: an execution mode, or that of a model of which parts are compiled."""
+
+
 class RowKey(NamedTuple):
     """Name and mode of a timed call."""
 
     module: str
-    mode: TimingMode = "eager"
+    mode: RowMode = "eager"
 
 
 @dataclass(frozen=True)

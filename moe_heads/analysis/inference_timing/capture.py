@@ -14,12 +14,20 @@ from moe_heads.analysis._shared.batches import Batch, ForwardFn, leaves_of, map_
 from moe_heads.analysis._shared.copies import own_copy
 from moe_heads.analysis._shared.microbatches import is_out_of_memory
 from moe_heads.analysis._shared.progress import TimeUp
-from moe_heads.analysis.inference_timing.calls import MODEL, Call
+from moe_heads.analysis.inference_timing.calls import MODEL, Call, RowMode
+from moe_heads.analysis.inference_timing.compilation import Compilation
 from moe_heads.analysis.inference_timing.flops import FlopCount, Operator, OperatorLog, OperatorRecorder
 from moe_heads.analysis.inference_timing.measure import first_line
 from moe_heads.analysis.inference_timing.requests import Requests
 from moe_heads.analysis.inference_timing.rows import Skipped
-from moe_heads.analysis.inference_timing.stages import active_flops, part_name, routed_heads, row_name, stages_of
+from moe_heads.analysis.inference_timing.stages import (
+    STAGES,
+    active_flops,
+    part_name,
+    routed_heads,
+    row_name,
+    stages_of,
+)
 from moe_heads.routed_module import RoutedModule
 from moe_heads.routing import Router
 
@@ -50,6 +58,7 @@ class TimedModel:
         named: Modules to time alone, by row name.
         is_required: True if each of these has to run in the forward pass, and no other head is divided.
         twins: Dense twins of the timed heads with a router, by the name of the head.
+        compilation: What runs compiled in the given model, of which ``model`` is a copy; None if nothing does.
     """
 
     model: nn.Module
@@ -59,6 +68,7 @@ class TimedModel:
     is_required: bool
     device: torch.device
     twins: Mapping[str, RoutedModule] = field(default_factory=dict)
+    compilation: Compilation | None = None
 
     @cached_property
     def all_heads(self) -> dict[str, RoutedModule]:
@@ -77,6 +87,26 @@ class TimedModel:
         while name in self.named:
             name += "_"
         return name
+
+    def mode_of(self, row: str) -> RowMode:
+        """Return the mode in which the call of a row runs in the given model."""
+        if self.compilation is None:
+            return "eager"
+        mode = self.compilation.mode_of(self._paths[row])
+        is_twin = row in map(self.twin_name, self.twins)
+        return "eager" if is_twin and mode != "compiled" else mode
+
+    def as_given(self, row: str, call: Call, form: Any) -> Call:
+        """Return the call of a row with what is compiled in the given model."""
+        assert self.compilation is not None
+        return self.compilation.as_given(self._paths[row], call, form)
+
+    @cached_property
+    def _paths(self) -> dict[str, str]:
+        """Dotted names of the modules by row name; stages and twins have the name of their head."""
+        paths = {row_name(name): name for name, _ in self.model.named_modules()}
+        parts = {part_name(head, stage): paths[head] for head in self.all_heads for stage in STAGES}
+        return {**parts, **{self.twin_name(head): paths[head] for head in self.twins}, **paths}
 
     def capture(self, size: int, batch: Batch) -> Capture:
         """Run a batch of ``size`` samples once and record the modules. Errors of the forward pass propagate."""
@@ -166,7 +196,8 @@ def named_modules(model: nn.Module, names: Sequence[str] | None) -> tuple[dict[s
     inside = {name: module for name, module in model.named_modules() if name}
     routers = {name for name, module in inside.items() if isinstance(module, Router)}
     defaults = {"backbone", "head"} | routers | {name.rpartition(".")[0] for name in routers}
-    wanted = [name for name in inside if name in defaults] if names is None else names
+    # torch.compile wraps modules, and a copy without the wrappers is timed
+    wanted = [name for name in inside if name in defaults] if names is None else [_unwrapped(n, inside) for n in names]
     unknown = [name for name in wanted if name not in inside]
     if unknown:
         raise ValueError(f"modules: expected names of modules, such as {next(iter(inside), None)!r}, got {unknown}")
@@ -174,6 +205,11 @@ def named_modules(model: nn.Module, names: Sequence[str] | None) -> tuple[dict[s
     if scripted and names is not None:
         raise ValueError(f"modules: expected modules that TorchScript did not compile, got {scripted}")
     return {row_name(name): inside[name] for name in wanted if name not in scripted}, scripted
+
+
+def _unwrapped(name: str, known: Mapping[str, nn.Module]) -> str:
+    """Return a name without the wrappers of torch.compile, unless the model has a module of this name."""
+    return name if name in known else ".".join(part for part in name.split(".") if part != "_orig_mod")
 
 
 def recorded(forward: Call, named: Mapping[str, nn.Module], recorder: OperatorRecorder | None) -> Capture:

@@ -25,6 +25,7 @@ _LEGEND: dict[str, Any] = {"fontsize": _FONT - 1, "loc": "center left", "bbox_to
 _DASHES: dict[str, Any] = {
     "eager": "-",
     "compiled": "--",
+    "partly_compiled": (0, (5, 1)),
     "cuda_graph": ":",
     "bf16": "-.",
     "channels_last": (0, (1, 1, 3, 1)),

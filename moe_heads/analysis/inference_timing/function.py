@@ -14,6 +14,8 @@ from moe_heads.analysis._shared.progress import Progress, TimeUp
 from moe_heads.analysis._shared.state import preserved
 from moe_heads.analysis.inference_timing.calls import TimingMode
 from moe_heads.analysis.inference_timing.capture import TimedModel, named_modules
+from moe_heads.analysis.inference_timing.compilation import compilation_of
+from moe_heads.analysis.inference_timing.own_code import records_kept
 from moe_heads.analysis.inference_timing.plan import DEFAULT_SIZES, TimingPlan
 from moe_heads.analysis.inference_timing.requests import BatchFn, requests_of
 from moe_heads.analysis.inference_timing.result import InferenceTimingResult
@@ -119,11 +121,15 @@ def inference_timing(
     )
     check_arguments(model=model, forward_fn=forward_fn, seed=seed, progress=progress)
     check_names(modules=modules)
-    named, scripted = named_modules(model, modules)
     device, progress = device_of(model), progress or Progress()
-    with preserved(model):
+    with preserved(model), records_kept():
         model.eval()
         torch.manual_seed(seed)
+        environment, compilation = environment_of(model), compilation_of(model, forward_fn)
+        if compilation is not None:
+            # what is compiled in the given model is compiled again for its rows, in code of their own
+            model, forward_fn = compilation.model, compilation.forward_fn
+        named, scripted = named_modules(model, modules)
         requests = requests_of(
             model, example_batch, batch_sizes, forward_fn, num_draws=num_draws, seed=seed, device=device
         )
@@ -135,8 +141,9 @@ def inference_timing(
                 twins[name] = dense_twin(head)
             except ValueError as error:
                 skipped.append(Skipped(None, None, timed.twin_name(name), str(error)))
+        timed = replace(timed, twins=twins, compilation=compilation)
         with torch.inference_mode():
-            sweep = Sweep(replace(timed, twins=twins), plan, seed, progress, environment_of(model), skipped)
+            sweep = Sweep(timed, plan, seed, progress, environment, skipped)
             try:
                 for size in sorted(batch_sizes):
                     sweep.add(size)

@@ -1,29 +1,23 @@
 """Measurement of calls: warm-up until stable, and interleaved rounds in random order."""
 
 import gc
-import itertools
 import random
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from moe_heads.analysis._shared.microbatches import is_out_of_memory
-from moe_heads.analysis.inference_timing.calls import Call, RowKey, TimingMode
 from moe_heads.analysis.inference_timing.clock import Clock, Reading
-from moe_heads.analysis.inference_timing.modes import ModeUnavailableError, in_mode
 from moe_heads.analysis.inference_timing.plan import FEWEST_ROUNDS, TimingPlan
-from moe_heads.routing import Router
 
 __all__ = [
     "TimedCall",
     "first_line",
     "take_turns",
-    "timed_calls",
     "warm_up_all",
 ]
 
@@ -71,57 +65,6 @@ class TimedCall:
     def wall_ms(self) -> list[list[float]]:
         """Return the wall times by round."""
         return [[reading.wall_ms for reading in readings] for readings in self.rounds]
-
-
-def timed_calls(
-    calls: Mapping[str, Sequence[Call]],
-    modes: Sequence[TimingMode],
-    device: torch.device,
-    *,
-    exclude: Callable[[float], None],
-    tick: Callable[[], None],
-) -> tuple[dict[RowKey, list[TimedCall]], dict[RowKey, str]]:
-    """Prepare every call on every draw in every mode; routers and stages run in eager mode only.
-
-    ``exclude`` receives the seconds of compilation and graph capture. ``tick`` is called after each preparation.
-
-    Returns:
-        The prepared calls by draw, and the reasons why others are unavailable.
-    """
-    prepared: dict[RowKey, list[TimedCall]] = {}
-    failed: dict[RowKey, str] = {}
-    for mode, (name, draws) in itertools.product(modes, calls.items()):
-        if mode != "eager" and (isinstance(draws[0].function, Router) or draws[0].is_stage):
-            continue
-        start = time.perf_counter()
-        try:
-            prepared[RowKey(name, mode)] = _prepared(mode, draws, device)
-        except Exception as error:
-            # compilers, graph captures and kernels raise many kinds of errors, and each means: mode unavailable
-            if is_out_of_memory(error):
-                raise
-            is_known = isinstance(error, ModeUnavailableError)
-            failed[RowKey(name, mode)] = str(error) if is_known else first_line(error)
-            continue
-        finally:
-            exclude(time.perf_counter() - start)
-        tick()
-    return prepared, failed
-
-
-def _prepared(mode: TimingMode, draws: Sequence[Call], device: torch.device) -> list[TimedCall]:
-    """Convert the calls of all draws for a mode; draws of the same shapes share a compiled program."""
-    prepared: list[TimedCall] = []
-    shared: dict[Any, Any] = {}
-    for call in draws:
-        call.restore_inputs()
-        run = in_mode(mode, call, device, shared)
-        if mode != "eager":
-            run()  # bf16 and channels_last fail in their first run, if at all
-            call.restore_inputs()
-        restore = run.restore_inputs if isinstance(run, Call) else call.restore_inputs
-        prepared.append(TimedCall(run, restore))
-    return prepared
 
 
 def first_line(error: BaseException) -> str:

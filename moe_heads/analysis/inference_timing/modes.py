@@ -1,9 +1,8 @@
 """Execution modes of a call: torch.compile, CUDA graphs, bf16 autocast and the channels_last memory format."""
 
-import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from types import FunctionType
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,10 +10,10 @@ from torch import Tensor, nn
 
 from moe_heads.analysis._shared.batches import leaves_of, map_leaves
 from moe_heads.analysis.inference_timing.calls import Call, TimingMode
+from moe_heads.analysis.inference_timing.own_code import own_program
 
-__all__ = ["ModeUnavailableError", "in_mode"]
+__all__ = ["ModeUnavailableError", "form_of", "in_mode"]
 
-_COMPILED = itertools.count()
 # torch requires warm-up runs on a side stream before it captures a graph
 _RUNS_BEFORE_CAPTURE = 3
 
@@ -70,27 +69,18 @@ def _compiled(call: Call, programs: dict[Any, Any]) -> Callable[[], object]:
 
     if len(arguments) > 1:
         run, arguments = run_all, ((arguments, {}),)  # one program for all runs
-    form = tuple(_form(leaf) for leaf in leaves_of(call.arguments))
+    form = form_of(call)
     if form not in programs:
-        programs[form] = _own_program(run)
+        programs[form] = own_program(run, partial(torch.compile, dynamic=False))
     compiled = replace(call, function=programs[form], arguments=arguments)
     compiled()
     compiled.restore_inputs()
     return compiled
 
 
-def _form(leaf: object) -> object:
-    return leaf.shape if isinstance(leaf, Tensor) else type(leaf)
-
-
-def _own_program(run: Callable[..., object]) -> Callable[..., object]:
-    assert isinstance(run, FunctionType)
-    # torch caches compiled programs per code object. With its own code object, a program is freed together with the
-    # call, the user's programs stay, and no number of batch sizes reaches the recompilation limit.
-    code = run.__code__.replace(co_name=f"timed_{next(_COMPILED)}")
-    own = FunctionType(code, run.__globals__, code.co_name, closure=run.__closure__)
-    program: Callable[..., object] = torch.compile(own, dynamic=False)
-    return program
+def form_of(call: Call) -> Any:
+    """Return a key of the shapes of the arguments of a call."""
+    return tuple(leaf.shape if isinstance(leaf, Tensor) else type(leaf) for leaf in leaves_of(call.arguments))
 
 
 def _cuda_graph(call: Call, device: torch.device) -> Callable[[], object]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from moe_heads.analysis.inference_timing.calls import RowKey, TimingMode
+from moe_heads.analysis.inference_timing.calls import RowKey, RowMode
 from moe_heads.analysis.inference_timing.draws import DrawSpread, interval_of, median_of, quantiles_of, spread_of
 from moe_heads.analysis.inference_timing.flops import FlopCount
 from moe_heads.analysis.inference_timing.measure import TimedCall
@@ -48,7 +48,7 @@ class TimingRow:
     """
 
     batch_size: int
-    mode: TimingMode
+    mode: RowMode
     module: str
     p50_ms: float
     p90_ms: float
@@ -97,7 +97,7 @@ class Skipped:
     """A batch size, mode and module that was not timed (None for all of them), with the reason."""
 
     batch_size: int | None
-    mode: TimingMode | None
+    mode: RowMode | None
     module: str | None
     reason: str
 

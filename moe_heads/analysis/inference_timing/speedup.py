@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from moe_heads.analysis._shared.environment import synchronize
-from moe_heads.analysis.inference_timing.calls import TimingMode
+from moe_heads.analysis.inference_timing.calls import RowMode
 from moe_heads.analysis.inference_timing.draws import DrawnRounds, bootstrap_draws
 from moe_heads.analysis.inference_timing.flops import Operator
 from moe_heads.analysis.inference_timing.statistics import DRIFT
@@ -134,7 +134,7 @@ class GapPoint:
     """
 
     batch_size: int
-    mode: TimingMode
+    mode: RowMode
     theoretical: float
     realized: float
     low: float
@@ -168,7 +168,7 @@ class Gap:
     """
 
     head: str
-    mode: TimingMode
+    mode: RowMode
     parameters: int
     dense_parameters: int
     points: tuple[GapPoint, ...]
@@ -194,7 +194,7 @@ class Gap:
         )
 
 
-def gap_of(head: str, mode: TimingMode, heads: tuple[RoutedModule, RoutedModule], points: Sequence[GapPoint]) -> Gap:
+def gap_of(head: str, mode: RowMode, heads: tuple[RoutedModule, RoutedModule], points: Sequence[GapPoint]) -> Gap:
     """Return the gap of a head and its dense twin with the break-even, from points of ascending batch sizes."""
     parameters, dense_parameters = (capacity(module).total for module in heads)
     gap = Gap(head, mode, parameters, dense_parameters, tuple(points), None)

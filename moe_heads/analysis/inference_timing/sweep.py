@@ -1,6 +1,5 @@
 """Sweep over batch sizes within limits of time and memory, and the record of its results."""
 
-import itertools
 import random
 import time
 from collections import defaultdict
@@ -13,7 +12,7 @@ from torch import nn
 from moe_heads.analysis._shared.environment import Environment, load_average
 from moe_heads.analysis._shared.microbatches import free_memory, is_out_of_memory
 from moe_heads.analysis._shared.progress import Progress, TimeUp
-from moe_heads.analysis.inference_timing.calls import MODEL, Call, RowKey, TimingMode
+from moe_heads.analysis.inference_timing.calls import MODEL, Call, RowKey, RowMode
 from moe_heads.analysis.inference_timing.capture import Capture, TimedModel
 from moe_heads.analysis.inference_timing.clock import Clock
 from moe_heads.analysis.inference_timing.cost import CostEstimate
@@ -24,10 +23,10 @@ from moe_heads.analysis.inference_timing.measure import (
     TimedCall,
     first_line,
     take_turns,
-    timed_calls,
     warm_up_all,
 )
 from moe_heads.analysis.inference_timing.plan import TimingPlan
+from moe_heads.analysis.inference_timing.prepare import timed_calls
 from moe_heads.analysis.inference_timing.result import InferenceTimingResult
 from moe_heads.analysis.inference_timing.rows import Skipped, TimingRow, row_of
 from moe_heads.analysis.inference_timing.speedup import Bound, DeviceLimits, GapPoint, gap_of, realized_ratio
@@ -37,6 +36,7 @@ __all__ = ["Sweep"]
 
 _STEPS_PER_SIZE = 100
 _NOT_EAGER = "no split and no roofline, because both require the mode eager"
+_COMPILED = "no split, because a compiled program fuses what its parts do alone"
 
 
 @dataclass
@@ -60,7 +60,7 @@ class Sweep:
         self._uncounted: Mapping[str, int] = {}
         self._rows: list[TimingRow] = []
         self._parts: list[Part] = []
-        self._points: dict[tuple[str, TimingMode], list[GapPoint]] = defaultdict(list)
+        self._points: dict[tuple[str, RowMode], list[GapPoint]] = defaultdict(list)
 
     def add(self, size: int) -> None:
         """Time one batch size, or record why it is skipped. Sizes have to ascend."""
@@ -79,9 +79,10 @@ class Sweep:
             limits, counts = self._limits_of(key.mode), [draw.get(key.module) for draw in flops]
             self._rows.append(row_of(size, key, draws, counts, limits.peak_flops if limits else None, self.seed))
         self._divide(size, timed)
-        for name, mode in itertools.product(self.model.twins, self.plan.modes):
-            twin, head = RowKey(self.model.twin_name(name), mode), RowKey(name, mode)
-            if twin in timed and head in timed:
+        for head in [key for key in timed if key.module in self.model.twins]:
+            name, mode = head
+            twin = RowKey(self.model.twin_name(name), mode)
+            if twin in timed:
                 theoretical = sum(d[twin.module].value for d in flops) / sum(d[name].value for d in flops)
                 dense_ms, head_ms = ([call.wall_ms() for call in timed[key]] for key in (twin, head))
                 realized = realized_ratio(dense_ms, head_ms, self.seed)
@@ -106,6 +107,8 @@ class Sweep:
         """Return the result of the finished sizes."""
         limits = self._limits.get(self._dtype)
         absent = [] if "eager" in self.plan.modes else [Skipped(None, None, None, _NOT_EAGER)]
+        if self.model.mode_of(MODEL) != "eager":
+            absent = [Skipped(None, None, None, _COMPILED)]
         return InferenceTimingResult(
             rows=tuple(self._rows),
             environment=self.environment,
@@ -158,7 +161,7 @@ class Sweep:
             return {}
         try:
             timed, failed = timed_calls(
-                calls, self.plan.modes, self.model.device, exclude=self._estimate.exclude, tick=tick
+                calls, self.plan.modes, self.model.device, self.model, exclude=self._estimate.exclude, tick=tick
             )
             self.skipped += [Skipped(size, key.mode, key.module, reason) for key, reason in failed.items()]
             flat = {(key, place): call for key, draws in timed.items() for place, call in enumerate(draws)}
@@ -240,7 +243,7 @@ class Sweep:
             bounds.append(replace(whole, ms=whole.ms / len(logs)))
         return bounds[0].ms / bounds[1].ms, bounds[0], bounds[1]
 
-    def _limits_of(self, mode: TimingMode) -> DeviceLimits | None:
+    def _limits_of(self, mode: RowMode) -> DeviceLimits | None:
         dtype = torch.bfloat16 if mode == "bf16" else self._dtype
         if self.model.device.type not in {"cpu", "cuda"}:
             return None
