@@ -1,15 +1,16 @@
 """Callback for latency and throughput of inference at the end of fit."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import nn
 from typing_extensions import Unpack, override
 
 from moe_heads.analysis import InferenceTimingResult, inference_timing
-from moe_heads.analysis._shared.batches import ForwardFn, call_model
+from moe_heads.analysis._shared.batches import Batch, ForwardFn, call_model
 from moe_heads.analysis._shared.names import check_names
+from moe_heads.analysis._shared.state import preserved
 from moe_heads.analysis.inference_timing.calls import TimingMode
 from moe_heads.analysis.inference_timing.capture import named_modules
 from moe_heads.analysis.inference_timing.plan import DEFAULT_SIZES, TimingPlan
@@ -60,6 +61,9 @@ class InferenceTimingCallback(FitEndAnalysis):
             analysis, and marks the result as partial.
         num_draws: Number of batches that are timed at each size. By default five if the time depends on the samples,
             because their shapes differ or because routers choose experts, and one otherwise.
+        served_fn: ``served_fn(pl_module, batch)`` returns programs to time next to the model, by the name of their
+            rows, such as ``{"exported": torch.export.export(...)}`` or an ONNX Runtime session. It is called once with
+            the trained module in evaluation mode and a batch; see ``served`` of `moe_heads.analysis.inference_timing`.
         options: Options of all analyses except the loss; see `AnalysisOptions`. The default is the test split only; the
             validation and then the training data replace a missing one. The number of samples follows from
             ``batch_sizes``.
@@ -92,11 +96,12 @@ class InferenceTimingCallback(FitEndAnalysis):
         seconds_per_size: float = 0.8,
         max_seconds: float = 50.0,
         num_draws: int | None = None,
+        served_fn: Callable[[nn.Module, Batch], Mapping[str, Any]] | None = None,
         **options: Unpack[AnalysisOptions],
     ) -> None:
         limits = {"seconds_per_size": seconds_per_size, "max_seconds": max_seconds, "num_draws": num_draws}
         TimingPlan(batch_sizes, modes, num_runs, warmup_runs, **limits)  # type: ignore[arg-type]
-        check_callables(forward_fn=forward_fn)
+        check_callables(forward_fn=forward_fn, served_fn=served_fn)
         check_names(modules=modules)
         for argument in ("num_samples", "batch_size"):
             if options.get(argument) is not None:
@@ -104,7 +109,7 @@ class InferenceTimingCallback(FitEndAnalysis):
         options["num_samples"] = options["batch_size"] = min(max(batch_sizes), _MOST_SAMPLES)
         super().__init__(**options)
         self.batch_sizes, self.num_runs, self.warmup_runs = tuple(batch_sizes), num_runs, warmup_runs
-        self.modules, self.forward_fn = modules, forward_fn
+        self.modules, self.forward_fn, self.served_fn = modules, forward_fn, served_fn
         self.modes, self.num_draws = tuple(modes), num_draws
         self.seconds_per_size, self.max_seconds = seconds_per_size, max_seconds
 
@@ -125,6 +130,10 @@ class InferenceTimingCallback(FitEndAnalysis):
     def compute(self, inputs: AnalysisInputs) -> InferenceTimingResult:
         may_repeat = not chooses_experts(inputs.model)
         drawn, reason = request_batches(inputs.context, inputs.split, self.seed, may_repeat=may_repeat)
+        served = None
+        if self.served_fn is not None:
+            with preserved(inputs.model):
+                served = self.served_fn(inputs.model.eval(), inputs.batches[0])
         with inputs.context.forward_context():
             timing = inference_timing(
                 inputs.model,
@@ -137,6 +146,7 @@ class InferenceTimingCallback(FitEndAnalysis):
                 seconds_per_size=self.seconds_per_size,
                 max_seconds=self.max_seconds,
                 num_draws=self.num_draws,
+                served=served,
                 forward_fn=self.forward_fn or call_model,
                 seed=self.seed,
                 progress=inputs.progress,

@@ -17,8 +17,8 @@ TimingMode = Literal["eager", "compiled", "cuda_graph", "bf16", "channels_last"]
 """Execution mode: plain eager, torch.compile, a CUDA graph, bf16 autocast, or the channels_last memory format."""
 
 
-RowMode = Literal["eager", "compiled", "partly_compiled", "cuda_graph", "bf16", "channels_last"]
-"""Mode of a row: an execution mode, or that of a model of which parts are compiled."""
+RowMode = Literal["eager", "compiled", "partly_compiled", "cuda_graph", "bf16", "channels_last", "served"]
+"""Mode of a row: an execution mode, that of a model of which parts are compiled, or a program that is served."""
 
 
 class RowKey(NamedTuple):

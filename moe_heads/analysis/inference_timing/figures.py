@@ -29,6 +29,7 @@ _DASHES: dict[str, Any] = {
     "cuda_graph": ":",
     "bf16": "-.",
     "channels_last": (0, (1, 1, 3, 1)),
+    "served": (0, (3, 1, 1, 1)),
 }
 _PART_COLORS = {
     "backbone": "C0",

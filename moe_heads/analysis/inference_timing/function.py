@@ -1,7 +1,8 @@
 """Latency percentiles and throughput of a model and of its parts, and the speedup of a sparse head."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -20,6 +21,7 @@ from moe_heads.analysis.inference_timing.plan import DEFAULT_SIZES, TimingPlan
 from moe_heads.analysis.inference_timing.requests import BatchFn, requests_of
 from moe_heads.analysis.inference_timing.result import InferenceTimingResult
 from moe_heads.analysis.inference_timing.rows import Skipped
+from moe_heads.analysis.inference_timing.served import ServedPrograms, check_served
 from moe_heads.analysis.inference_timing.speedup import dense_twin
 from moe_heads.analysis.inference_timing.sweep import Sweep
 from moe_heads.routed_module import RoutedModule
@@ -42,6 +44,7 @@ def inference_timing(
     seconds_per_size: float = 0.8,
     max_seconds: float = 50.0,
     num_draws: int | None = None,
+    served: Mapping[str, Any] | None = None,
     forward_fn: ForwardFn = call_model,
     seed: int = 0,
     progress: Progress | None = None,
@@ -92,6 +95,10 @@ def inference_timing(
             if the model has a router that chooses experts or if the drawn shapes differ, and one otherwise. Rows of
             one example have one shape, and give only as many draws as fit into it. Large sizes have fewer, so that
             their draws hold no more than 1,024 samples, but at least two. The draws share the time of their size.
+        served: Programs to time next to the model on the same batches, by the name of their rows: a
+            `torch.export.ExportedProgram`, an ONNX Runtime session (with its own threads), a package of AOTInductor or
+            another callable. The result has the difference of their outputs from those of the model. A program that
+            does not accept a batch size is listed in ``skipped``.
         forward_fn: ``forward_fn(model, batch)`` runs the whole model on the whole batch. By default the first entry of
             a tuple is passed, and the entries of a mapping by name, without those for the loss: labels, and optional
             entries without which the output has no loss.
@@ -121,7 +128,8 @@ def inference_timing(
     )
     check_arguments(model=model, forward_fn=forward_fn, seed=seed, progress=progress)
     check_names(modules=modules)
-    device, progress = device_of(model), progress or Progress()
+    check_served(served)
+    device, progress, given_forward_fn = device_of(model), progress or Progress(), forward_fn
     with preserved(model), records_kept():
         model.eval()
         torch.manual_seed(seed)
@@ -130,6 +138,7 @@ def inference_timing(
             # what is compiled in the given model is compiled again for its rows, in code of their own
             model, forward_fn = compilation.model, compilation.forward_fn
         named, scripted = named_modules(model, modules)
+        check_served(served, tuple(named))
         requests = requests_of(
             model, example_batch, batch_sizes, forward_fn, num_draws=num_draws, seed=seed, device=device
         )
@@ -143,7 +152,9 @@ def inference_timing(
                 skipped.append(Skipped(None, None, timed.twin_name(name), str(error)))
         timed = replace(timed, twins=twins, compilation=compilation)
         with torch.inference_mode():
-            sweep = Sweep(timed, plan, seed, progress, environment, skipped)
+            sweep = Sweep(
+                timed, plan, seed, progress, environment, skipped, ServedPrograms(served or {}, given_forward_fn)
+            )
             try:
                 for size in sorted(batch_sizes):
                     sweep.add(size)

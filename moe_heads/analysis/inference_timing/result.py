@@ -14,6 +14,7 @@ from moe_heads.analysis.inference_timing.flops import CONVENTION
 from moe_heads.analysis.inference_timing.plan import TimingPlan
 from moe_heads.analysis.inference_timing.requests import RequestReport
 from moe_heads.analysis.inference_timing.rows import Skipped, TimingRow
+from moe_heads.analysis.inference_timing.served import ServedReport
 from moe_heads.analysis.inference_timing.speedup import Gap
 from moe_heads.analysis.inference_timing.stages import Part
 from moe_heads.analysis.inference_timing.statistics import DRIFT
@@ -58,6 +59,7 @@ class InferenceTimingResult:
             statistic, and the sampling intervals do not contain it; see `TimingRow.agrees_with`.
         plan: The requested batch sizes, modes, runs, and time limits.
         requests: Entries that the forward pass got, and the shapes of all batches; None if unknown.
+        served: Programs that were timed next to the model.
     """
 
     rows: tuple[TimingRow, ...]
@@ -77,6 +79,7 @@ class InferenceTimingResult:
     drift_allowance: float = DRIFT
     plan: TimingPlan | None = None
     requests: RequestReport | None = None
+    served: tuple[ServedReport, ...] = ()
 
     @property
     def is_noisy(self) -> bool:
@@ -129,6 +132,7 @@ class InferenceTimingResult:
         sections = [
             rows_table(self.rows),
             "" if self.requests is None else request_table(self.requests),
+            "\n".join(f"- {program}." for program in self.served),
             *map(gap_table, self.gaps),
             *part_tables(self.parts),
             skipped_list(self.skipped),

@@ -29,6 +29,7 @@ from moe_heads.analysis.inference_timing.plan import TimingPlan
 from moe_heads.analysis.inference_timing.prepare import timed_calls
 from moe_heads.analysis.inference_timing.result import InferenceTimingResult
 from moe_heads.analysis.inference_timing.rows import Skipped, TimingRow, row_of
+from moe_heads.analysis.inference_timing.served import ServedPrograms
 from moe_heads.analysis.inference_timing.speedup import Bound, DeviceLimits, GapPoint, gap_of, realized_ratio
 from moe_heads.analysis.inference_timing.stages import STAGES, Part, divided, part_name
 
@@ -49,6 +50,7 @@ class Sweep:
     progress: Progress
     environment: Environment
     skipped: list[Skipped]
+    served: ServedPrograms
 
     def __post_init__(self) -> None:
         self._energy, self._clock = EnergyMeter(self.model.device), Clock(self.model.device)
@@ -72,13 +74,20 @@ class Sweep:
         calls = {name: [draw[name] for draw in of_draws] for name in of_draws[0] if all(name in d for d in of_draws)}
         flops = [self.model.flops(draw) for draw in captured]
         self.skipped += captured[0].skipped
-        timed = self._time(size, calls)
+        served, absent = self.served.calls(size, [draw.forward for draw in captured])
+        self.skipped += absent
+        timed = self._time(size, calls, served)
         if MODEL in captured[0].operators:
             self._uncounted = captured[0].operators[MODEL].uncounted
         for key, draws in timed.items():
             limits, counts = self._limits_of(key.mode), [draw.get(key.module) for draw in flops]
             self._rows.append(row_of(size, key, draws, counts, limits.peak_flops if limits else None, self.seed))
         self._divide(size, timed)
+        own = RowKey(MODEL, self.model.mode_of(MODEL))
+        if own in timed:
+            programs = {key.module: draws for key, draws in timed.items() if key.mode == "served"}
+            times = {name: [call.wall_ms() for call in draws] for name, draws in programs.items()}
+            self.served.compare(size, [call.wall_ms() for call in timed[own]], times, self.seed)
         for head in [key for key in timed if key.module in self.model.twins]:
             name, mode = head
             twin = RowKey(self.model.twin_name(name), mode)
@@ -129,6 +138,7 @@ class Sweep:
             load_average_end=load_average(),
             plan=self.plan,
             requests=self.model.requests.report(),
+            served=self.served.reports(),
         )
 
     def _capture(self, size: int) -> list[Capture]:
@@ -154,7 +164,9 @@ class Sweep:
         self._estimate.add_pass(size, min(draw.seconds for draw in captured))
         return captured
 
-    def _time(self, size: int, calls: Mapping[str, list[Call]]) -> dict[RowKey, list[TimedCall]]:
+    def _time(
+        self, size: int, calls: Mapping[str, list[Call]], served: Mapping[str, list[Call]]
+    ) -> dict[RowKey, list[TimedCall]]:
         """Time the calls of a batch size for which there is time; return {} if there is none, or too little memory."""
         calls, tick = self._affordable(size, calls), self.progress.tick
         if not calls:
@@ -164,6 +176,8 @@ class Sweep:
                 calls, self.plan.modes, self.model.device, self.model, exclude=self._estimate.exclude, tick=tick
             )
             self.skipped += [Skipped(size, key.mode, key.module, reason) for key, reason in failed.items()]
+            if MODEL in calls:  # else there is time for the heads only
+                timed |= {RowKey(name, "served"): list(map(TimedCall, draws)) for name, draws in served.items()}
             flat = {(key, place): call for key, draws in timed.items() for place, call in enumerate(draws)}
             seconds = warm_up_all(flat, self._clock, self.plan, tick)
             self._estimate.add_round({key: [call.last_ms for call in draws] for key, draws in timed.items()})
