@@ -160,6 +160,7 @@ def inference_timing(
                     sweep.add(size)
                     progress.keep(sweep.result)
                 sweep.check()
+                sweep.widen()
             except TimeUp as error:
                 partial: InferenceTimingResult = progress.result_in_time(error)
                 return partial

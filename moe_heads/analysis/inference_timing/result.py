@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from moe_heads.analysis._shared.environment import Environment
 from moe_heads.analysis.inference_timing.energy import PowerUse
-from moe_heads.analysis.inference_timing.figures import plot_gaps, plot_latency, plot_split, plot_throughput
+from moe_heads.analysis.inference_timing.figures import plot_latency, plot_split, plot_throughput
 from moe_heads.analysis.inference_timing.flops import CONVENTION
+from moe_heads.analysis.inference_timing.gap_figure import plot_gaps
+from moe_heads.analysis.inference_timing.gap_shares import gap_shares
 from moe_heads.analysis.inference_timing.plan import TimingPlan
 from moe_heads.analysis.inference_timing.requests import RequestReport
 from moe_heads.analysis.inference_timing.rows import Skipped, TimingRow
@@ -120,8 +122,11 @@ class InferenceTimingResult:
         return plot_throughput(self.rows, self.environment.device)
 
     def plot_gap(self) -> "Figure | None":
-        """Plot the realized and the theoretical speedup over batch size; None without a head with a router."""
-        return plot_gaps(self.gaps, self.environment.device) if self.gaps else None
+        """Plot the realized and the theoretical speedup over batch size, and where the time of each head goes.
+
+        None without a head with a router.
+        """
+        return plot_gaps(self.gaps, self.parts, self.environment.device) if self.gaps else None
 
     def plot_split(self) -> "Figure | None":
         """Plot the share of each part over batch size, for the model and each head; None without parts."""
@@ -133,7 +138,7 @@ class InferenceTimingResult:
             rows_table(self.rows),
             "" if self.requests is None else request_table(self.requests),
             "\n".join(f"- {program}." for program in self.served),
-            *map(gap_table, self.gaps),
+            *(gap_table(gap, gap_shares(gap, self.parts)) for gap in self.gaps),
             *part_tables(self.parts),
             skipped_list(self.skipped),
             self._method(),

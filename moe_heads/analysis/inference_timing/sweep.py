@@ -28,10 +28,12 @@ from moe_heads.analysis.inference_timing.measure import (
 from moe_heads.analysis.inference_timing.plan import TimingPlan
 from moe_heads.analysis.inference_timing.prepare import timed_calls
 from moe_heads.analysis.inference_timing.result import InferenceTimingResult
+from moe_heads.analysis.inference_timing.roofline import Bound, DeviceLimits
 from moe_heads.analysis.inference_timing.rows import Skipped, TimingRow, row_of
 from moe_heads.analysis.inference_timing.served import ServedPrograms
-from moe_heads.analysis.inference_timing.speedup import Bound, DeviceLimits, GapPoint, gap_of, realized_ratio
+from moe_heads.analysis.inference_timing.speedup import Gap, GapPoint, WiderHead, gap_of, realized_ratio
 from moe_heads.analysis.inference_timing.stages import STAGES, Part, divided, part_name
+from moe_heads.analysis.inference_timing.wider import wider_heads
 
 __all__ = ["Sweep"]
 
@@ -63,6 +65,8 @@ class Sweep:
         self._rows: list[TimingRow] = []
         self._parts: list[Part] = []
         self._points: dict[tuple[str, RowMode], list[GapPoint]] = defaultdict(list)
+        self._calls_of_heads: dict[str, Call] = {}
+        self._wider: dict[str, tuple[WiderHead, ...]] = {}
 
     def add(self, size: int) -> None:
         """Time one batch size, or record why it is skipped. Sizes have to ascend."""
@@ -96,8 +100,31 @@ class Sweep:
                 dense_ms, head_ms = ([call.wall_ms() for call in timed[key]] for key in (twin, head))
                 realized = realized_ratio(dense_ms, head_ms, self.seed)
                 operators = [draw.operators.get(name) for draw in captured]
-                bounds = self._bounds(calls[twin.module], operators) if mode == "eager" else ()
+                bounds: tuple[float, Bound, Bound] | tuple[()] = ()
+                if mode == "eager":
+                    bounds, self._calls_of_heads[name] = self._bounds(calls[twin.module], operators), calls[name][0]
                 self._points[name, mode].append(GapPoint(size, mode, theoretical, *realized, *bounds))
+
+    def widen(self) -> None:
+        """Time wider heads at the largest batch size, where a head has fewer operations and is not faster."""
+        for gap in self._gaps():
+            last = gap.points[-1]
+            if gap.mode != "eager" or last.theoretical <= 1 or last.standing(gap.allowance) == "faster":
+                continue
+            found: list[WiderHead] = []
+            for wider in wider_heads(
+                self.model.heads[gap.head],
+                self._calls_of_heads[gap.head],
+                self._clock,
+                self.plan,
+                batch_size=last.batch_size,
+                seed=self.seed,
+                tick=self.progress.tick,
+            ):
+                found.append(wider)
+                self._wider[gap.head] = tuple(found)
+                if wider.low > 1 + gap.allowance or self._estimate.is_over(0.0):
+                    break
 
     def check(self) -> None:
         """Check that the model ran at one batch size at least, or failed only for lack of memory.
@@ -127,8 +154,8 @@ class Sweep:
             skipped=(*self.skipped, *absent),
             parts=tuple(self._parts),
             gaps=tuple(
-                gap_of(name, mode, (self.model.heads[name], self.model.twins[name]), points)
-                for (name, mode), points in self._points.items()
+                replace(gap, wider=self._wider.get(gap.head, ())) if gap.mode == "eager" else gap
+                for gap in self._gaps()
             ),
             power=tuple(self._energy.uses),
             uncounted=self._uncounted,
@@ -140,6 +167,12 @@ class Sweep:
             requests=self.model.requests.report(),
             served=self.served.reports(),
         )
+
+    def _gaps(self) -> list[Gap]:
+        return [
+            gap_of(name, mode, (self.model.heads[name], self.model.twins[name]), points)
+            for (name, mode), points in self._points.items()
+        ]
 
     def _capture(self, size: int) -> list[Capture]:
         """Run each draw of a batch size once; return [] if there is no time for it or it fails."""
@@ -254,7 +287,7 @@ class Sweep:
             if limits is None or any(log is None or log.num_hidden for log in logs):
                 return ()
             whole = limits.bound([operator for log in logs if log is not None for operator in log.operators])
-            bounds.append(replace(whole, ms=whole.ms / len(logs)))
+            bounds.append(replace(whole, ms=whole.ms / len(logs), launches_ms=whole.launches_ms / len(logs)))
         return bounds[0].ms / bounds[1].ms, bounds[0], bounds[1]
 
     def _limits_of(self, mode: RowMode) -> DeviceLimits | None:

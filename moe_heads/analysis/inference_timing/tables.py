@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterable, Sequence
 
 from moe_heads.analysis.inference_timing.draws import DrawSpread
+from moe_heads.analysis.inference_timing.gap_shares import GapShares
 from moe_heads.analysis.inference_timing.requests import RequestReport
 from moe_heads.analysis.inference_timing.rows import Skipped, TimingRow
 from moe_heads.analysis.inference_timing.speedup import Gap, GapPoint
@@ -39,14 +40,15 @@ def rows_table(rows: Sequence[TimingRow]) -> str:
     return _table(list(columns), zip(*columns.values(), strict=True))
 
 
-def gap_table(gap: Gap) -> str:
-    """Return the speed ratios of a head to the dense head of equal capacity, and its break-even."""
+def gap_table(gap: Gap, shares: Sequence[GapShares]) -> str:
+    """Return the speed ratios of a head to the dense head of equal capacity, its break-even, and its largest parts."""
     title = (
         f"**{gap.head} compared with a dense head of equal capacity** ({gap.mode}; {gap.parameters:,} and "
         f"{gap.dense_parameters:,} parameters): {gap.verdict()}."
     )
     heading = ("batch", "theoretical", "realized", "95 % interval", "ratio of bounds", "bound by (dense, head)")
-    return f"{title}\n\n{_table(heading, map(_gap_line, gap.points))}"
+    table = f"{title}\n\n{_table(heading, map(_gap_line, gap.points))}"
+    return f"{table}\n\n{shares[-1]}." if shares else table
 
 
 def _gap_line(point: GapPoint) -> tuple[str, ...]:
