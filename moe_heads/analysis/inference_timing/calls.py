@@ -2,6 +2,8 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
+from types import FunctionType
 from typing import Any, Literal, NamedTuple
 
 from torch import Tensor, nn
@@ -19,6 +21,10 @@ TimingMode = Literal["eager", "compiled", "cuda_graph", "bf16", "channels_last"]
 
 RowMode = Literal["eager", "compiled", "partly_compiled", "cuda_graph", "bf16", "channels_last", "served"]
 """Mode of a row: an execution mode, that of a model of which parts are compiled, or a program that is served."""
+
+
+# attribute with the copies for the next run
+_READY = "_ready"
 
 
 class RowKey(NamedTuple):
@@ -53,17 +59,26 @@ class Call:
         return not any(args or kwargs for args, kwargs in self.arguments)
 
     def __call__(self) -> object:
-        """Run the function; containers are copied first because the function may remove entries from them."""
+        """Run the function on copies of the containers, because it may remove entries from them."""
         output = None
-        for args, kwargs in self.arguments:
-            if not all(isinstance(arg, (Tensor, nn.Module)) for arg in (*args, *kwargs.values())):
-                args, kwargs = map_leaves((args, kwargs), lambda leaf: leaf)
+        # copied before the run, outside of the time
+        ready = vars(self).pop(_READY, None) or self._copied()
+        for args, kwargs in ready:
             output = self.function(*args, **kwargs)
         return output
 
+    def _copied(self) -> Any:
+        return map_leaves(self.arguments, lambda leaf: leaf) if self._has_containers else self.arguments
+
+    @cached_property
+    def _has_containers(self) -> bool:
+        entries = [entry for args, kwargs in self.arguments for entry in (*args, *kwargs.values())]
+        return not all(isinstance(entry, (Tensor, nn.Module, FunctionType)) for entry in entries)
+
     def restore_inputs(self) -> None:
-        """Restore the tensors that the function modifies to their values before the first run."""
+        """Restore the tensors that the function modifies to their values before the first run, and copy containers."""
         if self.overwritten:
             leaves = leaves_of(self.arguments)
             for index, original in self.overwritten.items():
                 leaves[index].copy_(original)
+        vars(self)[_READY] = self._copied()

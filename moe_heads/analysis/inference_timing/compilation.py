@@ -8,14 +8,15 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import nn
 
 from moe_heads.analysis._shared.batches import ForwardFn
 from moe_heads.analysis.inference_timing.calls import Call, RowMode
 from moe_heads.analysis.inference_timing.own_code import (
+    CodeCopies,
     Compiler,
     compiler_of,
-    own_copy_of,
     own_program,
     uses_compiled_functions,
 )
@@ -58,7 +59,7 @@ class Compilation:
             form: Key of the shapes of its inputs. Calls of the same shapes share their programs.
         """
         (args, _), *_ = call.arguments
-        is_forward = call.function is self.forward_fn
+        is_forward = not isinstance(call.function, nn.Module)
         function = args[0] if is_forward else call.function
         key = name, id(function), form
         if key not in self._programs:
@@ -95,36 +96,43 @@ def compilation_of(model: nn.Module, forward_fn: ForwardFn) -> Compilation | Non
     of_function = compiler_of(forward_fn)
     if of_function is not None:
         compilers[""] = of_function
-        forward_fn = own_copy_of(forward_fn, is_compiled=False)
+        forward_fn = CodeCopies(is_compiled=False).of(forward_fn)
     with_functions = frozenset(name for name, module in modules.items() if uses_compiled_functions(module))
     if not compilers and not with_functions:
         return None
     return Compilation(own_module(model, is_compiled=False), forward_fn, modules, compilers, with_functions)
 
 
-def own_module(module: nn.Module, *, is_compiled: bool, copies: dict[int, nn.Module] | None = None) -> nn.Module:
+def own_module(module: nn.Module, *, is_compiled: bool) -> nn.Module:
     """Copy a module with shared tensors and attributes, and code objects of its own.
 
     Args:
         module: The module.
         is_compiled: Whether to compile what is compiled in the module. Otherwise nothing is.
-        copies: The copies so far, by the identity of the module.
     """
-    copies = {} if copies is None else copies
+    return _own_module(module, is_compiled, CodeCopies(is_compiled=is_compiled), {})
+
+
+def _own_module(
+    module: nn.Module, is_compiled: bool, functions: CodeCopies, modules: dict[int, nn.Module]
+) -> nn.Module:
     inner, compiler = _unwrapped(module)
-    if id(inner) not in copies:
-        new = copies[id(inner)] = inner.__new__(type(inner))
+    if isinstance(inner, torch.jit.ScriptModule):
+        return inner  # TorchScript has no Python code
+    if id(inner) not in modules:
+        new: nn.Module = object.__new__(type(inner))
+        modules[id(inner)] = new
         vars(new).update(vars(inner))
         vars(new)["_compiled_call_impl"] = None
         new._modules = {
-            name: None if child is None else own_module(child, is_compiled=is_compiled, copies=copies)
+            name: None if child is None else _own_module(child, is_compiled, functions, modules)
             for name, child in inner._modules.items()
         }
         for name, function in _functions_of(inner):
-            vars(new)[name] = own_copy_of(function, is_compiled=is_compiled, owner=new, original=inner)
+            vars(new)[name] = functions.of(function, new, inner)
         if is_compiled and compiler is not None:
             _compile(new, compiler)
-    return copies[id(inner)]
+    return modules[id(inner)]
 
 
 def _walk(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module, Compiler | None]]:
@@ -145,6 +153,8 @@ def _unwrapped(module: nn.Module) -> tuple[nn.Module, Compiler | None]:
     while type(module).__name__ == "OptimizedModule" and hasattr(module, "dynamo_ctx"):
         inner: Any = module
         compiler, module = inner.dynamo_ctx, inner._orig_mod
+    if isinstance(module, torch.jit.ScriptModule):
+        return module, compiler
     own: Any = vars(module).get("_compiled_call_impl")
     compiler = compiler or (None if own is None else compiler_of(own))
     return module, compiler or compiler_of(vars(module).get("forward", type(module).forward))
@@ -168,7 +178,7 @@ def _is_function(name: str, value: Any) -> bool:
 
 
 def _compile(module: nn.Module, compiler: Compiler) -> None:
-    run = module._call_impl
+    run: Any = module._call_impl
 
     def call(*args: Any, **kwargs: Any) -> Any:
         return run(*args, **kwargs)

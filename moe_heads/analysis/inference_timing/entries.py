@@ -2,7 +2,7 @@
 
 import dataclasses
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ from moe_heads.analysis._shared.batches import BY_NAME, Batch, ForwardFn, call_m
 from moe_heads.analysis._shared.copies import own_copy
 from moe_heads.analysis.inference_timing.resizing import few_samples
 
-__all__ = ["RequestEntries", "request_entries"]
+__all__ = ["RequestEntries", "call_request", "request_entries"]
 
 _NO_PARAMETER = "no parameter of forward"
 _FOR_LOSS = "for the loss"
@@ -76,6 +76,16 @@ def request_entries(model: nn.Module, batch: Batch, forward_fn: ForwardFn) -> Re
         names = ", ".join(name for name, why in left_out.items() if why == reason)
         parts.append(f"{names} stayed out ({reason})")
     return RequestEntries(tuple(given), left_out, "; ".join(parts))
+
+
+def call_request(model: Callable[..., Any], batch: Batch) -> Any:
+    """Call the model with the entries that `RequestEntries.of` returned, in place of `call_model`.
+
+    The signature of the model is not inspected again, since this function is timed.
+    """
+    if isinstance(batch, dict):
+        return model(**batch)
+    return model(batch[0] if isinstance(batch, (tuple, list)) else batch)
 
 
 class _Probe:

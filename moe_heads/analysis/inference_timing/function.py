@@ -16,6 +16,7 @@ from moe_heads.analysis._shared.state import preserved
 from moe_heads.analysis.inference_timing.calls import TimingMode
 from moe_heads.analysis.inference_timing.capture import TimedModel, named_modules
 from moe_heads.analysis.inference_timing.compilation import compilation_of
+from moe_heads.analysis.inference_timing.entries import call_request
 from moe_heads.analysis.inference_timing.own_code import records_kept
 from moe_heads.analysis.inference_timing.plan import DEFAULT_SIZES, TimingPlan
 from moe_heads.analysis.inference_timing.requests import BatchFn, requests_of
@@ -142,6 +143,8 @@ def inference_timing(
         requests = requests_of(
             model, example_batch, batch_sizes, forward_fn, num_draws=num_draws, seed=seed, device=device
         )
+        # the default looks at the signature of the model, which is no part of a request
+        forward_fn = call_request if forward_fn is call_model else forward_fn
         timed = TimedModel(model, requests, forward_fn, named, modules is not None, device)
         twins: dict[str, RoutedModule] = {}
         skipped = [Skipped(None, None, name, _SCRIPTED) for name in scripted]

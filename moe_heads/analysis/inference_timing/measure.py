@@ -11,7 +11,9 @@ from typing import Any
 
 import torch
 
+from moe_heads.analysis.inference_timing.calls import Call
 from moe_heads.analysis.inference_timing.clock import Clock, Reading
+from moe_heads.analysis.inference_timing.overhead import Overhead, overhead_of
 from moe_heads.analysis.inference_timing.plan import FEWEST_ROUNDS, TimingPlan
 
 __all__ = [
@@ -28,6 +30,8 @@ _MOST_REPEATS = 8
 _ROUNDS_AT_LEAST = 25
 # runs in each of the two windows whose medians the warm-up compares
 _WINDOW = 5
+# a time is never zero, whatever the resolution of the clock
+_LEAST_MS = 1e-6
 _MOST_LETTERS = 200
 
 
@@ -36,7 +40,8 @@ class TimedCall:
     """A function with the readings of its timed runs by round, and the results of its warm-up.
 
     ``restore_inputs`` runs before each run, outside the measured time. ``peak_memory`` is the largest number of bytes
-    allocated on a CUDA device during a run.
+    allocated on a CUDA device during a run. ``null`` does the work of a run without the function, and ``null_ms`` holds
+    its times.
     """
 
     function: Callable[[], object]
@@ -46,6 +51,13 @@ class TimedCall:
     last_ms: float = float("nan")
     rounds: list[list[Reading]] = field(default_factory=list)
     peak_memory: int | None = None
+    null: Callable[[], object] | None = None
+    null_ms: list[float] = field(default_factory=list)
+
+    @property
+    def overhead(self) -> Overhead:
+        """Constant cost of a run, which `wall_ms` does not contain."""
+        return overhead_of(self.null_ms)
 
     @property
     def num_runs(self) -> int:
@@ -63,13 +75,26 @@ class TimedCall:
         return clock.time(self.function)
 
     def wall_ms(self) -> list[list[float]]:
-        """Return the wall times by round."""
-        return [[reading.wall_ms for reading in readings] for readings in self.rounds]
+        """Return the wall times by round, without the constant cost of a run."""
+        cost = self.overhead.ms
+        return [[max(reading.wall_ms - cost, _LEAST_MS) for reading in readings] for readings in self.rounds]
+
+    def time_null(self, clock: Clock) -> None:
+        """Time the constant cost of a run, with a first run for the caches."""
+        if self.null is None:
+            return
+        for _ in range(2):
+            if isinstance(self.null, Call):
+                self.null.restore_inputs()
+            reading = clock.time(self.null)
+        self.null_ms.append(reading.wall_ms)
 
 
 def first_line(error: BaseException) -> str:
     """Return the type and the first line of an error: messages of compilers and allocators are long."""
     lines = str(error).strip().splitlines()
+    if len(lines) > 1 and lines[0].endswith(":"):
+        lines = [f"{lines[0]} {lines[1]}"]  # the error of a backend of torch.compile
     return f"{type(error).__name__}: {lines[0][:_MOST_LETTERS]}" if lines else type(error).__name__
 
 
@@ -168,3 +193,4 @@ def _take_turn(call: TimedCall, clock: Clock, num_runs: int) -> None:
     while len(readings) < min(repeats, remaining) and sum(r.wall_ms for r in readings) < _LONGEST_TURN_MS:
         readings.append(call.time(clock))
     call.rounds.append(readings)
+    call.time_null(clock)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from moe_heads.analysis._shared.batches import leaves_of, map_leaves
 from moe_heads.analysis.inference_timing.calls import Call, TimingMode
+from moe_heads.analysis.inference_timing.compilation import own_module
 from moe_heads.analysis.inference_timing.own_code import own_program
 
 __all__ = ["ModeUnavailableError", "form_of", "in_mode"]
@@ -58,7 +59,11 @@ def _bf16(call: Call, device: torch.device) -> Callable[[], object]:
 
 
 def _compiled(call: Call, programs: dict[Any, Any]) -> Callable[[], object]:
-    function, arguments = call.function, call.arguments
+    # where a program ends within the model, torch continues in the code objects of its methods
+    function, arguments = map_leaves(
+        (call.function, call.arguments),
+        lambda leaf: own_module(leaf, is_compiled=False) if isinstance(leaf, nn.Module) else leaf,
+    )
 
     def run(*args: Any, **kwargs: Any) -> object:
         return function(*args, **kwargs)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["Compiler", "compiler_of", "own_copy_of", "own_program", "records_kept", "uses_compiled_functions"]
+__all__ = ["CodeCopies", "Compiler", "compiler_of", "own_program", "records_kept", "uses_compiled_functions"]
 
 Compiler = Callable[[Callable[..., Any]], Callable[..., Any]]
 """Function that compiles another one with the backend and the options of the user."""
@@ -36,40 +36,64 @@ def own_program(function: Callable[..., Any], compiler: Compiler) -> Callable[..
     torch caches compiled programs per code object. With its own code object, a program is freed together with the
     function, the user's programs stay, and no number of batch sizes reaches the recompilation limit.
     """
-    return compiler(_with_own_code(function, f"timed_{next(_NUMBERS)}"))
+    assert isinstance(function, FunctionType)
+    return compiler(_with_own_code(function, f"timed_{next(_NUMBERS)}", function.__globals__))
 
 
-def own_copy_of(
-    function: Any, *, is_compiled: bool, owner: nn.Module | None = None, original: nn.Module | None = None
-) -> Any:
-    """Copy a function with a code object of its own, also the compiled functions that it finds among its globals.
+class CodeCopies:
+    """Copies of functions with code objects of their own, and of the functions of the same package that they call.
+
+    The latter matter where torch.compile cannot trace a function to its end, and continues with those that it calls.
 
     Args:
-        function: The function, compiled or not.
         is_compiled: Whether a compiled function has a compiled copy.
-        owner: Module to which the copies of methods are bound.
-        original: Module to which the methods are bound.
     """
-    compiler, plain = compiler_of(function), function
-    while compiler_of(plain) is not None:
-        plain = plain._torchdynamo_orig_callable
-    is_method = owner is not None and _is_method_of(plain, original, function)
-    inner = getattr(plain, "__func__", plain)
-    if not isinstance(inner, FunctionType):
-        return function
-    code_name = f"{inner.__code__.co_name}_{next(_NUMBERS)}"
-    own: Any = _with_own_code(inner, code_name, _own_globals(inner, is_compiled=is_compiled))
-    if is_compiled and compiler is not None:
-        own = compiler(own)
-    return MethodType(own, owner) if is_method else own
+
+    def __init__(self, *, is_compiled: bool) -> None:
+        self._is_compiled = is_compiled
+        self._functions: dict[int, Any] = {}
+        self._globals: dict[int, dict[str, Any]] = {}
+
+    def of(self, function: Any, owner: nn.Module | None = None, original: nn.Module | None = None) -> Any:
+        """Return the copy of a function; an object without Python code is returned unchanged.
+
+        Args:
+            function: The function, compiled or not.
+            owner: Module to which the copies of methods are bound.
+            original: Module to which the methods are bound.
+        """
+        compiler, plain = compiler_of(function), function
+        while compiler_of(plain) is not None:
+            plain = plain._torchdynamo_orig_callable
+        is_method = owner is not None and _is_method_of(plain, original, function)
+        inner = getattr(plain, "__func__", plain)
+        if not isinstance(inner, FunctionType):
+            return function
+        own = self._plain(inner)
+        if self._is_compiled and compiler is not None:
+            own = compiler(own)
+        return MethodType(own, owner) if is_method else own
+
+    def _plain(self, function: FunctionType) -> Any:
+        if id(function) not in self._functions:
+            known = self._globals.setdefault(id(function.__globals__), dict(function.__globals__))
+            name = f"{function.__code__.co_name}_{next(_NUMBERS)}"
+            self._functions[id(function)] = _with_own_code(function, name, known)
+            for used in function.__code__.co_names:
+                value = function.__globals__.get(used)
+                if compiler_of(value) is not None or _is_of_package(value, function):
+                    known[used] = self.of(value)
+        return self._functions[id(function)]
 
 
 def uses_compiled_functions(module: nn.Module) -> bool:
     """Return whether a module has compiled functions among its attributes, or its forward among its globals."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return False
     if any(compiler_of(value) is not None for name, value in vars(module).items() if name != "_compiled_call_impl"):
         return True
     forward = inspect.unwrap(type(module).forward)
-    return bool(isinstance(forward, FunctionType) and _compiled_globals(forward))
+    return isinstance(forward, FunctionType) and _calls_compiled(forward)
 
 
 @contextmanager
@@ -97,24 +121,17 @@ def _is_method_of(plain: Any, original: nn.Module | None, function: Any) -> bool
     return not any(function is value for value in vars(original or nn.Module).values())
 
 
-def _with_own_code(
-    function: Callable[..., Any], name: str, own_globals: dict[str, Any] | None = None
-) -> Callable[..., Any]:
-    assert isinstance(function, FunctionType)
+def _is_of_package(value: Any, function: FunctionType) -> bool:
+    package = (function.__module__ or "").split(".")[0]
+    return isinstance(value, FunctionType) and (value.__module__ or "").split(".")[0] == package != "torch"
+
+
+def _with_own_code(function: FunctionType, name: str, own_globals: dict[str, Any]) -> FunctionType:
     code = function.__code__.replace(co_name=name)
-    own = FunctionType(
-        code, own_globals or function.__globals__, name, function.__defaults__, closure=function.__closure__
-    )
+    own = FunctionType(code, own_globals, name, function.__defaults__, closure=function.__closure__)
     own.__kwdefaults__ = function.__kwdefaults__
     return own
 
 
-def _compiled_globals(function: FunctionType) -> dict[str, Any]:
-    found = {name: function.__globals__.get(name) for name in function.__code__.co_names}
-    return {name: value for name, value in found.items() if compiler_of(value) is not None}
-
-
-def _own_globals(function: FunctionType, *, is_compiled: bool) -> dict[str, Any] | None:
-    compiled = _compiled_globals(function)
-    copies = {name: own_copy_of(value, is_compiled=is_compiled) for name, value in compiled.items()}
-    return {**function.__globals__, **copies} if copies else None
+def _calls_compiled(function: FunctionType) -> bool:
+    return any(compiler_of(function.__globals__.get(name)) is not None for name in function.__code__.co_names)

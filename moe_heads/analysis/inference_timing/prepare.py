@@ -11,6 +11,7 @@ from moe_heads.analysis._shared.microbatches import is_out_of_memory
 from moe_heads.analysis.inference_timing.calls import Call, RowKey, RowMode, TimingMode
 from moe_heads.analysis.inference_timing.measure import TimedCall, first_line
 from moe_heads.analysis.inference_timing.modes import ModeUnavailableError, form_of, in_mode
+from moe_heads.analysis.inference_timing.overhead import null_of
 from moe_heads.routing import Router
 
 __all__ = ["GivenModes", "timed_calls"]
@@ -67,7 +68,7 @@ def timed_calls(
         try:
             if own != "eager" and (is_stage or not is_given):
                 raise ModeUnavailableError(_STAGE if is_stage else _COMPILED)
-            prepared[key] = _as_given(name, own, draws, given) if is_given else _converted(mode, draws, device)
+            prepared[key] = _as_given(name, own, draws, device, given) if is_given else _converted(mode, draws, device)
         except Exception as error:
             # compilers, graph captures and kernels raise many kinds of errors, and each means: mode unavailable
             if is_out_of_memory(error):
@@ -81,7 +82,9 @@ def timed_calls(
     return prepared, failed
 
 
-def _as_given(name: str, mode: RowMode, draws: Sequence[Call], given: GivenModes) -> list[TimedCall]:
+def _as_given(
+    name: str, mode: RowMode, draws: Sequence[Call], device: torch.device, given: GivenModes
+) -> list[TimedCall]:
     prepared: list[TimedCall] = []
     for call in draws:
         call.restore_inputs()
@@ -89,7 +92,7 @@ def _as_given(name: str, mode: RowMode, draws: Sequence[Call], given: GivenModes
         if mode != "eager":
             own()  # compiles
             own.restore_inputs()
-        prepared.append(TimedCall(own, own.restore_inputs))
+        prepared.append(TimedCall(own, own.restore_inputs, null=null_of(own, device)))
     return prepared
 
 
@@ -103,5 +106,5 @@ def _converted(mode: TimingMode, draws: Sequence[Call], device: torch.device) ->
         run()  # bf16 and channels_last fail in their first run, if at all
         call.restore_inputs()
         restore = run.restore_inputs if isinstance(run, Call) else call.restore_inputs
-        prepared.append(TimedCall(run, restore))
+        prepared.append(TimedCall(run, restore, null=null_of(run, device)))
     return prepared

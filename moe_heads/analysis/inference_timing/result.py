@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -167,12 +167,22 @@ class InferenceTimingResult:
             f"The warm-up of {unstable} of {len(self.rows)} rows ended before it was stable." if unstable else "",
             "The 95 % sampling intervals cover runs in the same period. The allowance for drift between runs is "
             f"separate: {self.drift_allowance:.0%} of each median.",
+            _overhead(self.rows),
             f"**Noisy machine**: intervals of medians are wider than {NOISY:.0%}." if self.is_noisy else "",
             f"FLOPs: {CONVENTION}; ≥ marks a lower bound.",
             f"Not counted in a pass of the model: {names}." if names else "",
             "" if peak is None else f"The measured peak of a matrix product is {peak / 1e9:.4g} GFLOP/s.",
         )
         return " ".join(filter(None, sentences))
+
+
+def _overhead(rows: Sequence[TimingRow]) -> str:
+    """Return the largest constant cost of a timed call in words."""
+    largest = max(rows, key=lambda row: row.overhead_ms, default=None)
+    if largest is None or largest.overhead_ms == 0:
+        return "The times contain the launches and the final synchronization." if rows else ""
+    cost, error = 1e3 * largest.overhead_ms, 1e3 * largest.overhead_error_ms
+    return f"The constant cost of a timed call, up to {cost:.2g} ± {error:.1g} µs, is subtracted."
 
 
 def _finite(value: Any) -> Any:

@@ -44,6 +44,9 @@ class TimingRow:
         peak_share: Operations per second relative to the measured peak of a matrix product in the model's data type
             (bf16 for "bf16"); None if either is unknown.
         peak_memory: Largest number of bytes allocated on the CUDA device during a run; None elsewhere.
+        overhead_ms: Constant cost of a run, measured with a function that does nothing and subtracted from all times.
+            It is zero on a GPU, where the last synchronization is a part of the time.
+        overhead_error_ms: Half the width of its 95 % interval, by which the interval of the median is extended.
         spread: Spread of the time over the draws of the batch; None for a single draw.
     """
 
@@ -67,6 +70,8 @@ class TimingRow:
     flops_complete: bool = True
     peak_share: float | None = None
     peak_memory: int | None = None
+    overhead_ms: float = 0.0
+    overhead_error_ms: float = 0.0
     spread: DrawSpread | None = None
 
     @property
@@ -130,6 +135,7 @@ def row_of(
     mean = float(np.mean([np.mean(part) for part in times]))
     p50, (low, high) = median_of(draws), interval_of(draws, seed)
     p90, p99 = quantiles_of(draws, [0.9, 0.99])
+    overhead = max((call.overhead for call in calls), key=lambda found: found.error_ms)
     num_runs, device = sum(map(len, times)), _device_median(calls)
     peak_memory = [call.peak_memory for call in calls if call.peak_memory is not None]
     return TimingRow(
@@ -144,8 +150,8 @@ def row_of(
         num_runs=num_runs,
         samples_per_s=1000 * size / mean,
         max_ms=float(max(part.max() for part in times)),
-        p50_low_ms=low,
-        p50_high_ms=high,
+        p50_low_ms=max(low - overhead.error_ms, 0.0),
+        p50_high_ms=high + overhead.error_ms,
         device_p50_ms=device,
         warmup_runs=max(call.warmup_runs for call in calls),
         is_stable=all(call.is_stable for call in calls),
@@ -153,6 +159,8 @@ def row_of(
         flops_complete=all(count.is_complete for count in counts),
         peak_share=_peak_share(times, counts, peak_flops),
         peak_memory=max(peak_memory, default=None),
+        overhead_ms=overhead.ms,
+        overhead_error_ms=overhead.error_ms,
         spread=spread_of(draws, seed),
     )
 
