@@ -41,11 +41,18 @@ def plot_gaps(gaps: Sequence[Gap], parts: Sequence[Part], device: str) -> "Figur
         _draw_theory(ax, head, [gap for gap in gaps if gap.head == head], heads)
     ax.axhline(1, color="0.4", linewidth=0.8)
     ax.set_ylabel("time of dense ÷ time of head")
-    finish(ax, [point.batch_size for gap in gaps for point in gap.points], f"speedup; {short_name(device)}")
+    finish(ax, [point.batch_size for gap in gaps for point in gap.points], _title(gaps, heads, device))
     ax.legend(**LEGEND)
     for panel, found in zip(panels, shares, strict=True):
         _draw_parts(panel, found, heads)
     return figure
+
+
+def _title(gaps: Sequence[Gap], heads: Sequence[str], device: str) -> str:
+    """Return the device, and the size from which on each head is faster in its first mode."""
+    first = {gap.head: gap for gap in reversed(gaps)}
+    lines = [_label(head, heads, first[head].headline()) for head in heads]
+    return "\n".join([f"speedup; {short_name(device)}", *lines])
 
 
 def _draw_parts(ax: "Axes", shares: Sequence[GapShares], heads: Sequence[str]) -> None:
@@ -62,7 +69,7 @@ def _draw_parts(ax: "Axes", shares: Sequence[GapShares], heads: Sequence[str]) -
     if any(each.launches is not None for each in shares):
         launches = [math.nan if each.launches is None else each.launches for each in shares]
         ax.plot(places, launches, marker="x", label="launches alone", **marks)
-    ax.axhline(1, color="0.4", linewidth=0.8)
+    ax.axhline(1, color="0.4", linewidth=0.8, label="dense head")
     ax.set_xticks(places, [f"{each.batch_size}" for each in shares])
     ax.set_xlabel("batch size", fontsize=FONT)
     ax.set_ylabel("time ÷ time of dense", fontsize=FONT)

@@ -120,6 +120,20 @@ class Gap:
         """Return in words at which sizes the head is significantly faster than the dense head."""
         return "; ".join(filter(None, (self._by_batch_size(), self._by_width())))
 
+    def headline(self) -> str:
+        """Return the size from which on the head is faster, in a few words."""
+        standings = {point.standing(self.allowance) for point in self.points}
+        if standings == {"faster"}:
+            return "faster at all sizes"
+        if self.break_even is not None:
+            return f"faster from batch size {self.break_even:.3g} on"
+        if not self.wider:
+            return "not faster at the largest batch size"
+        last = self.wider[-1]
+        if last.low > 1 + self.allowance:
+            return f"faster from {last.width:,} units per expert on"
+        return f"not faster up to {last.width:,} units per expert"
+
     def _by_width(self) -> str:
         if not self.wider:
             return ""

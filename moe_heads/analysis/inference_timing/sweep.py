@@ -102,7 +102,10 @@ class Sweep:
                 operators = [draw.operators.get(name) for draw in captured]
                 bounds: tuple[float, Bound, Bound] | tuple[()] = ()
                 if mode == "eager":
-                    bounds, self._calls_of_heads[name] = self._bounds(calls[twin.module], operators), calls[name][0]
+                    bounds, self._calls_of_heads[name] = (
+                        self._bounds(calls[twin.module], operators),
+                        captured[0].modules[name],
+                    )
                 self._points[name, mode].append(GapPoint(size, mode, theoretical, *realized, *bounds))
 
     def widen(self) -> None:

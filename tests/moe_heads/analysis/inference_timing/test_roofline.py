@@ -7,6 +7,8 @@ from moe_heads.analysis.inference_timing import roofline
 from moe_heads.analysis.inference_timing.flops import Operator
 from moe_heads.analysis.inference_timing.roofline import Bound, DeviceLimits
 
+CPU = torch.device("cpu")
+
 
 def limits() -> DeviceLimits:
     """10 GFLOP/s, 1 GB/s whatever the size, 1 µs a launch."""
