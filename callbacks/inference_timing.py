@@ -42,6 +42,8 @@ class InferenceTimingCallback(FitEndAnalysis):
       eager ``<module>/batch<size>/<mode>/...``;
     - ``<head>/batch<size>/speedup`` and ``theoretical_speedup``, time and operations of the dense head divided by those
       of the head, and ``<head>/break_even_batch``, where there is one;
+    - ``<head>/batch<size>/<part>_over_dense``, time of each part of a head and of the launches of its operators,
+      divided by the time of the dense head;
     - ``<module>/batch<size>/between_draws_ms`` and ``within_draws_ms``, the spread over several batches and the noise
       of one, where several are timed;
     - to TensorBoard also the figures ``latency``, ``throughput``, ``gap`` and ``split`` and the text ``summary``, and

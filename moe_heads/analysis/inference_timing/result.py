@@ -107,6 +107,11 @@ class InferenceTimingResult:
                 values[f"{gap.head}/batch{point.batch_size}{mode}/theoretical_speedup"] = point.theoretical
             if gap.break_even is not None:
                 values[f"{gap.head}{mode}/break_even_batch"] = gap.break_even
+            for shares in gap_shares(gap, self.parts):
+                key = f"{gap.head}/batch{shares.batch_size}"
+                values |= {f"{key}/{part}_over_dense": share for part, share in shares.parts.items()}
+                if shares.launches is not None:
+                    values[f"{key}/launches_over_dense"] = shares.launches
         return values | ({"partial": 1.0} if self.partial else {})
 
     def plot(self, ax: "Axes | None" = None) -> "tuple[Figure, Axes]":
