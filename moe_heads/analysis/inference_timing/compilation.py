@@ -1,4 +1,4 @@
-"""What of a model runs compiled by torch.compile, and copies that run so without the user's compiled programs.
+"""Compiled parts of a model, and copies of them that leave the user's compiled programs alone.
 
 torch keeps compiled programs with the code object of a function. A run with another batch size would add one to those
 of the user. The copies share all tensors with the model, and have code objects of their own.

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from moe_heads.analysis.inference_timing.calls import RowMode
 from moe_heads.analysis.inference_timing.draws import DrawnRounds, bootstrap_draws
-from moe_heads.analysis.inference_timing.roofline import Bound
+from moe_heads.analysis.inference_timing.limits import Bound
 from moe_heads.analysis.inference_timing.statistics import DRIFT
 from moe_heads.capacity import capacity, match_capacity
 from moe_heads.experts import ACTIVATIONS, Activation

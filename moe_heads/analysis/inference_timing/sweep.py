@@ -7,18 +7,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch import nn
 
 from moe_heads.analysis._shared.environment import Environment, load_average
 from moe_heads.analysis._shared.microbatches import free_memory, is_out_of_memory
 from moe_heads.analysis._shared.progress import Progress, TimeUp
 from moe_heads.analysis.inference_timing.calls import MODEL, Call, RowKey, RowMode
-from moe_heads.analysis.inference_timing.capture import Capture, TimedModel
+from moe_heads.analysis.inference_timing.capture import TimedModel
 from moe_heads.analysis.inference_timing.clock import Clock
 from moe_heads.analysis.inference_timing.cost import CostEstimate
 from moe_heads.analysis.inference_timing.draws import DrawnRounds
 from moe_heads.analysis.inference_timing.energy import EnergyMeter
 from moe_heads.analysis.inference_timing.flops import OperatorLog, record
+from moe_heads.analysis.inference_timing.limits import Bound, DeviceLimits, dtype_of
 from moe_heads.analysis.inference_timing.measure import (
     TimedCall,
     first_line,
@@ -27,8 +27,8 @@ from moe_heads.analysis.inference_timing.measure import (
 )
 from moe_heads.analysis.inference_timing.plan import TimingPlan
 from moe_heads.analysis.inference_timing.prepare import timed_calls
+from moe_heads.analysis.inference_timing.recording import Capture
 from moe_heads.analysis.inference_timing.result import InferenceTimingResult
-from moe_heads.analysis.inference_timing.roofline import Bound, DeviceLimits
 from moe_heads.analysis.inference_timing.rows import Skipped, TimingRow, row_of
 from moe_heads.analysis.inference_timing.served import ServedPrograms
 from moe_heads.analysis.inference_timing.speedup import Gap, GapPoint, WiderHead, gap_of, realized_ratio
@@ -57,7 +57,7 @@ class Sweep:
     def __post_init__(self) -> None:
         self._energy, self._clock = EnergyMeter(self.model.device), Clock(self.model.device)
         self._order, self._estimate = random.Random(self.seed), CostEstimate(self.plan)
-        self._dtype = _dtype_of(self.model.model, self.model.device)
+        self._dtype = dtype_of(self.model.model, self.model.device)
         self._limits: dict[torch.dtype, DeviceLimits] = {}
         self._error: Exception | None = None
         self._has_run, self._done, self._total = False, 0, _STEPS_PER_SIZE * len(self.plan.batch_sizes)
@@ -298,10 +298,3 @@ class Sweep:
         if self.model.device.type not in {"cpu", "cuda"}:
             return None
         return self._limits.setdefault(dtype, DeviceLimits(self.model.device, dtype))
-
-
-def _dtype_of(model: nn.Module, device: torch.device) -> torch.dtype:
-    """Return the data type of the caller's arithmetic."""
-    if torch.is_autocast_enabled(device.type):
-        return torch.get_autocast_dtype(device.type)
-    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)

@@ -22,7 +22,7 @@ class Sequences(Dataset):
     """Sequences whose entries are their index, and a count of the reads."""
 
     def __init__(self, lengths: list[int]) -> None:
-        self.lengths, self.read = lengths, []
+        self.lengths, self.read = lengths, list[int]()
 
     def __len__(self) -> int:
         return len(self.lengths)

@@ -68,7 +68,8 @@ def in_place(model: nn.Module, backend: Backend) -> nn.Module:
 
 
 def wrapped(model: nn.Module, backend: Backend) -> nn.Module:
-    return torch.compile(model, backend=backend)
+    compiled: nn.Module = torch.compile(model, backend=backend)
+    return compiled
 
 
 def forward_only(model: nn.Module, backend: Backend) -> nn.Module:

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from moe_heads.analysis.inference_timing.gap_shares import gap_shares
-from moe_heads.analysis.inference_timing.roofline import Bound
+from moe_heads.analysis.inference_timing.limits import Bound
 from moe_heads.analysis.inference_timing.speedup import Gap, GapPoint, WiderHead
 from moe_heads.analysis.inference_timing.stages import Part
 from tests.moe_heads.analysis.inference_timing.test_result import timing

@@ -44,7 +44,7 @@ def forever(ms: float) -> Iterator[float]:
 
 def warmed(call: TimedCall, clock: FakeClock, num_runs: int | None = None, seconds: float = 1.0) -> TimedCall:
     plan = TimingPlan(warmup_runs=num_runs, seconds_per_size=2 * seconds)
-    warm_up_all({0: call}, clock, plan, lambda: None)  # type: ignore[dict-item]
+    warm_up_all({0: call}, clock, plan, lambda: None)
     return call
 
 

@@ -4,8 +4,8 @@ import torch
 from torch import nn
 
 from moe_heads.analysis._shared.environment import environment_of
+from moe_heads.analysis.inference_timing.limits import Bound
 from moe_heads.analysis.inference_timing.result import InferenceTimingResult
-from moe_heads.analysis.inference_timing.roofline import Bound
 from moe_heads.analysis.inference_timing.rows import Skipped, TimingRow
 from moe_heads.analysis.inference_timing.speedup import Gap, GapPoint
 from moe_heads.analysis.inference_timing.stages import Part

@@ -114,6 +114,3 @@ def test_the_interval_of_the_ratio_contains_it() -> None:
         dense, head = (rng.lognormal(size=(7, 2)).tolist() for _ in range(2))
         ratio, low, high = realized_ratio([dense], [head], trial)
         assert low <= ratio <= high
-
-
-CPU = torch.device("cpu")

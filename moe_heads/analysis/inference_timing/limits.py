@@ -1,4 +1,4 @@
-"""Least times of operators by the measured limits of a device (roofline model)."""
+"""Limits of a device, and the least time of a call within them."""
 
 import time
 from collections.abc import Callable, Iterable
@@ -7,11 +7,12 @@ from functools import cached_property
 from typing import Literal
 
 import torch
+from torch import nn
 
 from moe_heads.analysis._shared.environment import synchronize
 from moe_heads.analysis.inference_timing.flops import Operator
 
-__all__ = ["Bound", "DeviceLimits"]
+__all__ = ["Bound", "DeviceLimits", "dtype_of"]
 
 Limit = Literal["arithmetic", "memory", "launches"]
 
@@ -101,3 +102,10 @@ class DeviceLimits:
             synchronize(self.device)
             times.append((time.perf_counter_ns() - start) / 1e6)
         return max(min(times[1:]), 1e-6)
+
+
+def dtype_of(model: nn.Module, device: torch.device) -> torch.dtype:
+    """Return the data type of the caller's arithmetic."""
+    if torch.is_autocast_enabled(device.type):
+        return torch.get_autocast_dtype(device.type)
+    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)

@@ -1,11 +1,9 @@
-"""Least times of operators, from limits that are measured once."""
-
 import pytest
 import torch
 
-from moe_heads.analysis.inference_timing import roofline
+from moe_heads.analysis.inference_timing import limits as room
 from moe_heads.analysis.inference_timing.flops import Operator
-from moe_heads.analysis.inference_timing.roofline import Bound, DeviceLimits
+from moe_heads.analysis.inference_timing.limits import Bound, DeviceLimits
 
 CPU = torch.device("cpu")
 
@@ -26,7 +24,7 @@ def test_the_bound_is_the_sum_over_operators_of_the_largest_of_three() -> None:
 
 
 def test_limits_are_measured_once_and_by_powers_of_two(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(roofline, "_MATRIX", {"cpu": 64})
+    monkeypatch.setattr(room, "_MATRIX", {"cpu": 64})
     measured = DeviceLimits(CPU)
     assert measured.peak_flops == measured.peak_flops > 0
     assert measured.launch_ms == measured.launch_ms > 0
