@@ -25,6 +25,7 @@ from moe_heads.analysis.inference_timing.measure import (
     take_turns,
     warm_up_all,
 )
+from moe_heads.analysis.inference_timing.overhead import null_of
 from moe_heads.analysis.inference_timing.plan import TimingPlan
 from moe_heads.analysis.inference_timing.prepare import timed_calls
 from moe_heads.analysis.inference_timing.recording import Capture
@@ -213,7 +214,11 @@ class Sweep:
             )
             self.skipped += [Skipped(size, key.mode, key.module, reason) for key, reason in failed.items()]
             if MODEL in calls:  # else there is time for the heads only
-                timed |= {RowKey(name, "served"): list(map(TimedCall, draws)) for name, draws in served.items()}
+                device = self.model.device
+                timed |= {
+                    RowKey(name, "served"): [TimedCall(call, null=null_of(call, device)) for call in draws]
+                    for name, draws in served.items()
+                }
             flat = {(key, place): call for key, draws in timed.items() for place, call in enumerate(draws)}
             seconds = warm_up_all(flat, self._clock, self.plan, tick)
             self._estimate.add_round({key: [call.last_ms for call in draws] for key, draws in timed.items()})

@@ -10,6 +10,7 @@ import torch
 from moe_heads.analysis.inference_timing.calls import Call
 from moe_heads.analysis.inference_timing.clock import Clock
 from moe_heads.analysis.inference_timing.measure import TimedCall, take_turns, warm_up_all
+from moe_heads.analysis.inference_timing.overhead import null_of
 from moe_heads.analysis.inference_timing.plan import TimingPlan
 from moe_heads.analysis.inference_timing.speedup import WiderHead, dense_twin, realized_ratio
 from moe_heads.experts import Experts
@@ -53,7 +54,7 @@ def wider_heads(
         if wide is None:
             return
         calls = {
-            name: TimedCall(replace(call, function=module), call.restore_inputs)
+            name: _timed(replace(call, function=module), clock)
             for name, module in (("head", wide), ("dense", dense_twin(wide)))
         }
         short = replace(plan, num_runs=min(plan.num_runs, _MOST_RUNS), seconds_per_size=plan.seconds_per_size / 4)
@@ -68,6 +69,10 @@ def wider_heads(
         )
         ratio = realized_ratio([calls["dense"].wall_ms()], [calls["head"].wall_ms()], seed)
         yield WiderHead(int(wide.get_submodule("experts").width), batch_size, *ratio)  # type: ignore[arg-type]
+
+
+def _timed(call: Call, clock: Clock) -> TimedCall:
+    return TimedCall(call, call.restore_inputs, null=null_of(call, clock.device))
 
 
 def _widened(head: RoutedModule, factor: int, seed: int) -> RoutedModule | None:
