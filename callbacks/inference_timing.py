@@ -1,29 +1,33 @@
 """Callback for latency and throughput of inference at the end of fit."""
 
-from collections.abc import Mapping, Sequence
-from typing import ClassVar
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, ClassVar
 
 from torch import nn
 from typing_extensions import Unpack, override
 
 from moe_heads.analysis import InferenceTimingResult, inference_timing
-from moe_heads.analysis._shared.batches import ForwardFn, call_model
+from moe_heads.analysis._shared.batches import Batch, ForwardFn, call_model
 from moe_heads.analysis._shared.names import check_names
+from moe_heads.analysis._shared.state import preserved
 from moe_heads.analysis.inference_timing.calls import TimingMode
 from moe_heads.analysis.inference_timing.capture import named_modules
-from moe_heads.analysis.inference_timing.measure import DEFAULT_SIZES, TimingPlan
+from moe_heads.analysis.inference_timing.plan import DEFAULT_SIZES, TimingPlan
+from moe_heads.analysis.inference_timing.requests import chooses_experts
 from moe_heads.callbacks._shared.evaluation import check_forward
 from moe_heads.callbacks._shared.execution_context import ExecutionContext
 from moe_heads.callbacks._shared.inputs import AnalysisInputs
 from moe_heads.callbacks._shared.options import AnalysisOptions, OverRanks
 from moe_heads.callbacks._shared.reporting import Report
+from moe_heads.callbacks._shared.request_batches import request_batches
 from moe_heads.callbacks._shared.trainer_access import Split
 from moe_heads.callbacks.base import FitEndAnalysis
 from moe_heads.checks import check_callables
 
 __all__ = ["InferenceTimingCallback"]
 
-# larger batches repeat these samples, which does not change the time
+# samples of the fingerprint, and of the only batch where the data are batches
 _MOST_SAMPLES = 256
 
 
@@ -38,6 +42,10 @@ class InferenceTimingCallback(FitEndAnalysis):
       eager ``<module>/batch<size>/<mode>/...``;
     - ``<head>/batch<size>/speedup`` and ``theoretical_speedup``, time and operations of the dense head divided by those
       of the head, and ``<head>/break_even_batch``, where there is one;
+    - ``<head>/batch<size>/<part>_over_dense``, time of each part of a head and of the launches of its operators,
+      divided by the time of the dense head;
+    - ``<module>/batch<size>/between_draws_ms`` and ``within_draws_ms``, the spread over several batches and the noise
+      of one, where several are timed;
     - to TensorBoard also the figures ``latency``, ``throughput``, ``gap`` and ``split`` and the text ``summary``, and
       next to the event file ``timing.json`` with the whole result.
 
@@ -46,15 +54,25 @@ class InferenceTimingCallback(FitEndAnalysis):
         num_runs: Largest number of timed runs of each module and batch size.
         warmup_runs: Warm-up runs of each; by default until the times are stable.
         modules: Dotted names of the parts to time; by default the model's backbone, head, and heads with a router.
-        forward_fn: ``forward_fn(pl_module, batch)``; by default the module is called with a batch's first entry.
+        forward_fn: ``forward_fn(pl_module, batch)``; by default the module is called with a batch's first entry, or
+            with the entries of a mapping by name, without labels and other entries for the loss.
         modes: Execution modes, of "eager", "compiled", "cuda_graph", "bf16" and "channels_last". Eager only by
             default, because compilation takes longer than all the rest.
         seconds_per_size: Seconds per batch size with its warm-up, unless six rounds take longer.
         max_seconds: Seconds of the sweep; the result lists the sizes that do not fit. ``max_time`` also ends the
             analysis, and marks the result as partial.
-        options: Options of all analyses except the loss; see `AnalysisOptions`. The default is the test split only, as
-            the time does not depend on the data; the validation and then the training data replace a missing one. The
-            number of samples follows from ``batch_sizes``, up to 256. Larger batches repeat them.
+        num_draws: Number of batches that are timed at each size. By default five if the time depends on the samples,
+            because their shapes differ or because routers choose experts, and one otherwise.
+        served_fn: ``served_fn(pl_module, batch)`` returns programs to time next to the model, by the name of their
+            rows, such as ``{"exported": torch.export.export(...)}`` or an ONNX Runtime session. It is called once with
+            the trained module in evaluation mode and a batch; see ``served`` of `moe_heads.analysis.inference_timing`.
+        options: Options of all analyses except the loss; see `AnalysisOptions`. The default is the test split only; the
+            validation and then the training data replace a missing one. The number of samples follows from
+            ``batch_sizes``.
+
+    Each batch is collated by the loader's function from samples of its own, drawn with the seed, so that its padding is
+    that of a request. A batch sampler keeps its order, and an iterable data set gives its first samples. Up to 1,024
+    samples are read, 256 if all have the same shape. Data that are batches already give rows of one batch.
 
     Example:
         >>> from moe_heads.callbacks import InferenceTimingCallback
@@ -79,12 +97,13 @@ class InferenceTimingCallback(FitEndAnalysis):
         modes: Sequence[TimingMode] = ("eager",),
         seconds_per_size: float = 0.8,
         max_seconds: float = 50.0,
+        num_draws: int | None = None,
+        served_fn: Callable[[nn.Module, Batch], Mapping[str, Any]] | None = None,
         **options: Unpack[AnalysisOptions],
     ) -> None:
-        TimingPlan(
-            batch_sizes, modes, num_runs, warmup_runs, seconds_per_size=seconds_per_size, max_seconds=max_seconds
-        )
-        check_callables(forward_fn=forward_fn)
+        limits = {"seconds_per_size": seconds_per_size, "max_seconds": max_seconds, "num_draws": num_draws}
+        TimingPlan(batch_sizes, modes, num_runs, warmup_runs, **limits)  # type: ignore[arg-type]
+        check_callables(forward_fn=forward_fn, served_fn=served_fn)
         check_names(modules=modules)
         for argument in ("num_samples", "batch_size"):
             if options.get(argument) is not None:
@@ -92,8 +111,9 @@ class InferenceTimingCallback(FitEndAnalysis):
         options["num_samples"] = options["batch_size"] = min(max(batch_sizes), _MOST_SAMPLES)
         super().__init__(**options)
         self.batch_sizes, self.num_runs, self.warmup_runs = tuple(batch_sizes), num_runs, warmup_runs
-        self.modules, self.forward_fn = modules, forward_fn
-        self.modes, self.seconds_per_size, self.max_seconds = tuple(modes), seconds_per_size, max_seconds
+        self.modules, self.forward_fn, self.served_fn = modules, forward_fn, served_fn
+        self.modes, self.num_draws = tuple(modes), num_draws
+        self.seconds_per_size, self.max_seconds = seconds_per_size, max_seconds
 
     @override
     def check_early(self, model: nn.Module) -> None:
@@ -110,10 +130,16 @@ class InferenceTimingCallback(FitEndAnalysis):
 
     @override
     def compute(self, inputs: AnalysisInputs) -> InferenceTimingResult:
+        may_repeat = not chooses_experts(inputs.model)
+        drawn, reason = request_batches(inputs.context, inputs.split, self.seed, may_repeat=may_repeat)
+        served = None
+        if self.served_fn is not None:
+            with preserved(inputs.model):
+                served = self.served_fn(inputs.model.eval(), inputs.batches[0])
         with inputs.context.forward_context():
-            return inference_timing(
+            timing = inference_timing(
                 inputs.model,
-                inputs.batches[0],
+                drawn or inputs.batches[0],
                 batch_sizes=self.batch_sizes,
                 modules=self.modules,
                 modes=self.modes,
@@ -121,10 +147,17 @@ class InferenceTimingCallback(FitEndAnalysis):
                 warmup_runs=self.warmup_runs,
                 seconds_per_size=self.seconds_per_size,
                 max_seconds=self.max_seconds,
+                num_draws=self.num_draws,
+                served=served,
                 forward_fn=self.forward_fn or call_model,
                 seed=self.seed,
                 progress=inputs.progress,
             )
+        if timing.requests is None or not reason:
+            return timing
+        # the rows of one batch have the padding of its longest sample
+        requests = replace(timing.requests, origin=f"{timing.requests.origin}, because {reason}")
+        return replace(timing, requests=requests)
 
     @override
     def report(self, result: InferenceTimingResult) -> Report:

@@ -6,7 +6,9 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
+from moe_heads.analysis.inference_timing.figures import PART_COLORS
 from study import quantities as q
+from study.parts_over_dense import PartsOverDense, parts_over_dense
 from study.presets import HEADS
 from study.quantities import Quantity
 from study.results import Run, heads_of
@@ -27,7 +29,7 @@ def figures(runs: Sequence[Run]) -> dict[str, Figure]:
         "sharpness": lambda: _panels(runs, present, (q.LAMBDA_TRAIN, q.LAMBDA_TEST, q.TRACE_TRAIN, q.TRACE_TEST)),
         "generalization": lambda: _gaps(runs, present),
         "landscape": lambda: _lines(runs, present),
-        "speed": lambda: _panels(runs, [head for head in present if head != "dense"], (q.HEAD_SPEEDUP, q.SPEEDUP)),
+        "speed": lambda: _speed(runs, [head for head in present if head != "dense"]),
     }
     made = {name: draw() for name, draw in drawn.items()}
     return {name: figure for name, figure in made.items() if figure is not None}
@@ -45,26 +47,68 @@ def _panels(runs: Sequence[Run], heads: Sequence[str], wanted: Sequence[Quantity
         return None
     figure = Figure(figsize=(2.6 * len(present) + 0.4, 2.7), layout="constrained")
     for ax, quantity in zip(np.ravel(figure.subplots(1, len(present))), present, strict=True):
-        for position, head in enumerate(heads):
-            values = list(values_of(runs, quantity, head).values())
-            found = estimate(values, quantity.is_ratio)
-            if found is None:
-                continue
-            points = quantity.scale * np.array(values)
-            ax.plot(np.full(len(points), position + 0.15), points, ".", color=color(head), alpha=0.6, markersize=4)
-            mean = quantity.scale * found.mean
-            error = None
-            if found.low is not None and found.high is not None:
-                error = [[mean - quantity.scale * found.low], [quantity.scale * found.high - mean]]
-            ax.errorbar([position - 0.1], [mean], yerr=error, fmt="o", color=color(head), capsize=3, markersize=4)
-        if quantity.is_ratio and quantity in (q.HEAD_SPEEDUP, q.SPEEDUP):
-            ax.axhline(1, color="gray", linewidth=0.8)
-        if quantity.is_ratio:
-            _log_where_wide(ax)
-        ax.set_xticks(range(len(heads)), heads, fontsize=_SIZE)
-        ax.set_xlim(-0.5, len(heads) - 0.5)
-        _dress(ax, title=quantity.title.replace(" (", "\n("))
+        _draw_panel(ax, runs, heads, quantity)
     return figure
+
+
+def _draw_panel(ax: Any, runs: Sequence[Run], heads: Sequence[str], quantity: Quantity) -> None:
+    for position, head in enumerate(heads):
+        values = list(values_of(runs, quantity, head).values())
+        found = estimate(values, quantity.is_ratio)
+        if found is None:
+            continue
+        points = quantity.scale * np.array(values)
+        ax.plot(np.full(len(points), position + 0.15), points, ".", color=color(head), alpha=0.6, markersize=4)
+        mean = quantity.scale * found.mean
+        error = None
+        if found.low is not None and found.high is not None:
+            error = [[mean - quantity.scale * found.low], [quantity.scale * found.high - mean]]
+        ax.errorbar([position - 0.1], [mean], yerr=error, fmt="o", color=color(head), capsize=3, markersize=4)
+    if quantity.is_ratio and quantity in (q.HEAD_SPEEDUP, q.SPEEDUP):
+        ax.axhline(1, color="gray", linewidth=0.8)
+    if quantity.is_ratio:
+        _log_where_wide(ax)
+    ax.set_xticks(range(len(heads)), heads, fontsize=_SIZE)
+    ax.set_xlim(-0.5, len(heads) - 0.5)
+    _dress(ax, title=quantity.title.replace(" (", "\n("))
+
+
+def _speed(runs: Sequence[Run], heads: Sequence[str]) -> Figure | None:
+    """Draw the speedups of the head and of the model, and where the time of each head goes."""
+    present = [quantity for quantity in (q.HEAD_SPEEDUP, q.SPEEDUP) if any(values_of(runs, quantity, h) for h in heads)]
+    parts = {head: parts_over_dense(runs, head) for head in heads}
+    if not present:
+        return None
+    panels = len(present) + any(parts.values())
+    figure = Figure(figsize=(2.6 * panels + 0.8, 2.7), layout="constrained")
+    axes = np.ravel(figure.subplots(1, panels))
+    for ax, quantity in zip(axes, present, strict=False):
+        _draw_panel(ax, runs, heads, quantity)
+    if any(parts.values()):
+        _draw_parts(axes[-1], parts)
+    return figure
+
+
+def _draw_parts(ax: Any, parts: Mapping[str, PartsOverDense | None]) -> None:
+    """Draw a bar for each head with the means of its parts, and the theoretical time."""
+    drawn: set[str] = set()
+    for position, found in enumerate(parts.values()):
+        if found is None:
+            continue
+        bottom = 0.0
+        for part, share in found.parts.items():
+            label = "" if part in drawn else part
+            ax.bar(position, max(share, 0.0), bottom=bottom, color=PART_COLORS[part], width=0.6, label=label or None)
+            bottom += max(share, 0.0)
+            drawn.add(part)
+        for name, value, marker in (("theoretical", found.theoretical, "^"), ("launches alone", found.launches, "x")):
+            if value is not None:
+                ax.plot(position, value, marker, color="0.1", markersize=4, label=None if name in drawn else name)
+                drawn.add(name)
+    ax.axhline(1, color="gray", linewidth=0.8)
+    ax.set_xticks(range(len(parts)), list(parts), fontsize=_SIZE)
+    _dress(ax, title="time of the head, dense = 1\n(B = 256)")
+    ax.legend(fontsize=_SIZE - 1, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
 
 
 def _loads(runs: Sequence[Run], heads: Sequence[str]) -> Figure | None:

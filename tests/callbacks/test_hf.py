@@ -464,6 +464,7 @@ def test_timing_runs_as_in_training(tmp_path: Path) -> None:
     run = trainer(gpt2(), tmp_path, TransformersCallback(timing))
     run.train()
     assert timing.results["train"].metrics()
+    assert timing.results["train"].requests.left_out == {"labels": "for the loss"}
 
 
 def test_the_other_callbacks_need_no_transformers() -> None:

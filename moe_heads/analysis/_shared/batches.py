@@ -13,6 +13,7 @@ from torch.nn.utils.rnn import PackedSequence
 from moe_heads.analysis._shared.counting import batch_size
 
 __all__ = [
+    "BY_NAME",
     "Batch",
     "ForwardFn",
     "LossFn",
@@ -36,7 +37,8 @@ ForwardFn = Callable[[nn.Module, Batch], Any]
 """``forward_fn(model, batch) -> output``: the output of the model."""
 
 
-_BY_NAME = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+BY_NAME = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+"""Kinds of the parameters that can be passed by name."""
 
 
 def map_leaves(batch: Batch, function: Callable[[Any], Any]) -> Batch:
@@ -123,7 +125,7 @@ def call_model(model: nn.Module, batch: Batch) -> Any:
         takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
         names = {parameter.name for parameter in parameters}
         given = {name: value for name, value in batch.items() if takes_all or name in names}
-        missing = [p.name for p in parameters if p.default is p.empty and p.kind in _BY_NAME and p.name not in given]
+        missing = [p.name for p in parameters if p.default is p.empty and p.kind in BY_NAME and p.name not in given]
         if missing:
             raise ValueError(
                 f"batch: expected an entry for each required parameter of {type(model).__name__}.forward, got"

@@ -1,62 +1,58 @@
-"""One recorded forward pass at a batch size: the calls of the modules, their operators, and the calls to time."""
+"""Calls to time of a model, from one recorded forward pass at a batch size."""
 
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from moe_heads.analysis._shared.batches import Batch, ForwardFn, leaves_of, map_leaves
+from moe_heads.analysis._shared.batches import Batch, ForwardFn
+from moe_heads.analysis._shared.copies import own_copy
 from moe_heads.analysis._shared.microbatches import is_out_of_memory
 from moe_heads.analysis._shared.progress import TimeUp
-from moe_heads.analysis.inference_timing.calls import MODEL, Call, resized
-from moe_heads.analysis.inference_timing.flops import FlopCount, Operator, OperatorLog, OperatorRecorder
+from moe_heads.analysis.inference_timing.calls import MODEL, Call, RowMode
+from moe_heads.analysis.inference_timing.compilation import Compilation
+from moe_heads.analysis.inference_timing.flops import FlopCount, OperatorRecorder
 from moe_heads.analysis.inference_timing.measure import first_line
+from moe_heads.analysis.inference_timing.recording import Capture, recorded
+from moe_heads.analysis.inference_timing.requests import Requests
 from moe_heads.analysis.inference_timing.rows import Skipped
-from moe_heads.analysis.inference_timing.stages import active_flops, part_name, routed_heads, row_name, stages_of
+from moe_heads.analysis.inference_timing.stages import (
+    STAGES,
+    active_flops,
+    part_name,
+    routed_heads,
+    row_name,
+    stages_of,
+)
 from moe_heads.routed_module import RoutedModule
 from moe_heads.routing import Router
 
-__all__ = ["Capture", "TimedModel", "named_modules", "recorded"]
-
-
-@dataclass
-class Capture:
-    """One recorded forward pass with its duration, and what of it cannot be timed or counted.
-
-    Attributes:
-        modules: The calls of each recorded module, merged into one, by row name.
-        operators: Operators of the whole pass and of each module, by row name; empty if they were not recorded.
-    """
-
-    forward: Call
-    modules: Mapping[str, Call]
-    operators: Mapping[str, OperatorLog]
-    seconds: float = 0.0
-    skipped: list[Skipped] = field(default_factory=list)
+__all__ = ["TimedModel", "named_modules"]
 
 
 @dataclass(frozen=True)
 class TimedModel:
-    """A model with an example batch on its device, and the modules and heads to time.
+    """A model with its requests, and the modules and heads to time.
 
     Attributes:
         named: Modules to time alone, by row name.
         is_required: True if each of these has to run in the forward pass, and no other head is divided.
         twins: Dense twins of the timed heads with a router, by the name of the head.
+        compilation: What runs compiled in the given model, of which ``model`` is a copy; None if nothing does.
     """
 
     model: nn.Module
-    example: Batch
+    requests: Requests
     forward_fn: ForwardFn
     named: Mapping[str, nn.Module]
     is_required: bool
     device: torch.device
     twins: Mapping[str, RoutedModule] = field(default_factory=dict)
+    compilation: Compilation | None = None
 
     @cached_property
     def all_heads(self) -> dict[str, RoutedModule]:
@@ -76,18 +72,38 @@ class TimedModel:
             name += "_"
         return name
 
-    def capture(self, size: int) -> Capture:
+    def mode_of(self, row: str) -> RowMode:
+        """Return the mode in which the call of a row runs in the given model."""
+        if self.compilation is None:
+            return "eager"
+        mode = self.compilation.mode_of(self._paths[row])
+        is_twin = row in map(self.twin_name, self.twins)
+        return "eager" if is_twin and mode != "compiled" else mode
+
+    def as_given(self, row: str, call: Call, form: Any) -> Call:
+        """Return the call of a row with what is compiled in the given model."""
+        assert self.compilation is not None
+        return self.compilation.as_given(self._paths[row], call, form)
+
+    @cached_property
+    def _paths(self) -> dict[str, str]:
+        """Dotted names of the modules by row name; stages and twins have the name of their head."""
+        paths = {row_name(name): name for name, _ in self.model.named_modules()}
+        parts = {part_name(head, stage): paths[head] for head in self.all_heads for stage in STAGES}
+        return {**parts, **{self.twin_name(head): paths[head] for head in self.twins}, **paths}
+
+    def capture(self, size: int, batch: Batch) -> Capture:
         """Run a batch of ``size`` samples once and record the modules. Errors of the forward pass propagate."""
         start, skipped = time.perf_counter(), []
         try:
-            captured = self._recorded(size, OperatorRecorder())
+            captured = self._recorded(batch, OperatorRecorder())
         except TimeUp:
             raise
         except Exception as error:
             if is_out_of_memory(error):
                 raise
             # some models fail only under a dispatch mode
-            captured = self._recorded(size, None)
+            captured = self._recorded(batch, None)
             reason = f"FLOPs: its operators cannot be recorded, {first_line(error)}"
             skipped.append(Skipped(size, None, None, reason))
         return replace(captured, seconds=time.perf_counter() - start, skipped=skipped)
@@ -135,8 +151,8 @@ class TimedModel:
             if name in modules
         }
 
-    def _recorded(self, size: int, recorder: OperatorRecorder | None) -> Capture:
-        forward = Call(self.forward_fn, (((self.model, resized(self.example, size)), {}),))
+    def _recorded(self, batch: Batch, recorder: OperatorRecorder | None) -> Capture:
+        forward = Call(self.forward_fn, (((self.model, own_copy(batch)), {}),))
         return recorded(forward, {**self.all_heads, **self.named}, recorder)
 
     def _twin_call(self, head: str, captured: Capture) -> Call:
@@ -164,7 +180,8 @@ def named_modules(model: nn.Module, names: Sequence[str] | None) -> tuple[dict[s
     inside = {name: module for name, module in model.named_modules() if name}
     routers = {name for name, module in inside.items() if isinstance(module, Router)}
     defaults = {"backbone", "head"} | routers | {name.rpartition(".")[0] for name in routers}
-    wanted = [name for name in inside if name in defaults] if names is None else names
+    # torch.compile wraps modules, and a copy without the wrappers is timed
+    wanted = [name for name in inside if name in defaults] if names is None else [_unwrapped(n, inside) for n in names]
     unknown = [name for name in wanted if name not in inside]
     if unknown:
         raise ValueError(f"modules: expected names of modules, such as {next(iter(inside), None)!r}, got {unknown}")
@@ -174,74 +191,6 @@ def named_modules(model: nn.Module, names: Sequence[str] | None) -> tuple[dict[s
     return {row_name(name): inside[name] for name in wanted if name not in scripted}, scripted
 
 
-def recorded(forward: Call, named: Mapping[str, nn.Module], recorder: OperatorRecorder | None) -> Capture:
-    """Run a forward pass once and record the inputs of its modules, and their operators if there is a recorder."""
-    before = map_leaves(forward.arguments, _cloned)
-    recordings = {name: _Recording(recorder) for name in named}
-    with ExitStack() as stack:
-        for name, module in named.items():
-            hooks = recordings[name]
-            stack.callback(module.register_forward_pre_hook(hooks.enter, with_kwargs=True).remove)
-            stack.callback(module.register_forward_hook(hooks.leave, with_kwargs=True, always_call=True).remove)
-        # the hooks would make a compiled model recompile twice
-        stack.enter_context(torch.compiler.set_stance("force_eager"))
-        if recorder is not None:
-            stack.enter_context(recorder)
-        forward()
-    forward = replace(forward, overwritten=_changes(before, forward.arguments))
-    forward.restore_inputs()
-    ran = {name: recording for name, recording in recordings.items() if recording.arguments}
-    modules = {name: Call(named[name], tuple(r.arguments), r.overwritten) for name, r in ran.items()}
-    if recorder is None:
-        return Capture(forward, modules, {})
-    logs = {name: OperatorLog(tuple(recording.operators)) for name, recording in ran.items()}
-    return Capture(forward, modules, {**logs, MODEL: OperatorLog(tuple(recorder.operators))})
-
-
-class _Recording:
-    """Forward hooks that record the outermost calls of one module."""
-
-    def __init__(self, recorder: OperatorRecorder | None) -> None:
-        self.arguments: list[Any] = []
-        self.overwritten: dict[int, Tensor] = {}
-        self.operators: list[Operator] = []
-        self._recorder = recorder or OperatorRecorder()
-        self._depth = self._start = 0
-
-    def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._depth += 1
-        if self._depth == 1:
-            with self._recorder.paused():
-                # a copy, because a later layer may modify the input in place
-                self.arguments.append(map_leaves((args, kwargs), _cloned))
-            self._start = len(self._recorder.operators)
-
-    def leave(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: object) -> None:
-        self._depth -= 1
-        if self._depth == 0:
-            self.operators += self._recorder.operators[self._start :]
-            with self._recorder.paused():
-                *earlier, last = self.arguments
-                start, changes = len(leaves_of(earlier)), _changes(last, (args, kwargs))
-                self.overwritten |= {start + index: original for index, original in changes.items()}
-
-
-def _cloned(leaf: object) -> object:
-    return leaf.clone() if isinstance(leaf, Tensor) else leaf
-
-
-def _changes(before: Any, after: Any) -> dict[int, Tensor]:
-    """Return the original values of the tensors that a run modified, by index among the leaves of its arguments."""
-    pairs = zip(leaves_of(before), leaves_of(after), strict=False)
-    return {
-        index: original.clone()
-        for index, (original, now) in enumerate(pairs)
-        if isinstance(original, Tensor) and isinstance(now, Tensor) and not _is_same(original, now)
-    }
-
-
-def _is_same(a: Tensor, b: Tensor) -> bool:
-    """Return whether two tensors are equal, where nan equals nan."""
-    if a.shape != b.shape or not (a.is_floating_point() or a.is_complex()):
-        return torch.equal(a, b)
-    return bool(((a == b) | (a.isnan() & b.isnan())).all())
+def _unwrapped(name: str, known: Mapping[str, nn.Module]) -> str:
+    """Return a name without the wrappers of torch.compile, unless the model has a module of this name."""
+    return name if name in known else ".".join(part for part in name.split(".") if part != "_orig_mod")

@@ -8,28 +8,40 @@ from typing import TYPE_CHECKING, Any
 from moe_heads.analysis._shared.figures import axes_of
 from moe_heads.analysis.inference_timing.calls import MODEL
 from moe_heads.analysis.inference_timing.rows import TimingRow
-from moe_heads.analysis.inference_timing.speedup import Gap
 from moe_heads.analysis.inference_timing.stages import STAGES, Part, part_name
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["plot_gaps", "plot_latency", "plot_split", "plot_throughput"]
+__all__ = [
+    "FONT",
+    "LEGEND",
+    "PART_COLORS",
+    "SIZE",
+    "ends_of",
+    "finish",
+    "plot_latency",
+    "plot_split",
+    "plot_throughput",
+    "short_name",
+]
 
 # A card of TensorBoard shows a figure in about 450 × 210 pixels. At this size, the text stays readable.
-_SIZE = (4.4, 2.3)
-_FONT = 8
+SIZE = (4.4, 2.3)
+FONT = 8
 _MOST_LETTERS = 16
-_LEGEND: dict[str, Any] = {"fontsize": _FONT - 1, "loc": "center left", "bbox_to_anchor": (1.0, 0.5), "frameon": False}
+LEGEND: dict[str, Any] = {"fontsize": FONT - 1, "loc": "center left", "bbox_to_anchor": (1.0, 0.5), "frameon": False}
 _DASHES: dict[str, Any] = {
     "eager": "-",
     "compiled": "--",
+    "partly_compiled": (0, (5, 1)),
     "cuda_graph": ":",
     "bf16": "-.",
     "channels_last": (0, (1, 1, 3, 1)),
+    "served": (0, (3, 1, 1, 1)),
 }
-_PART_COLORS = {
+PART_COLORS = {
     "backbone": "C0",
     "head": "C1",
     "rest": "0.7",
@@ -41,10 +53,16 @@ _PART_COLORS = {
 
 
 def plot_latency(rows: Sequence[TimingRow], device: str, ax: "Axes | None" = None) -> "tuple[Figure, Axes]":
-    """Plot the median latency over batch size: dark bands are intervals of the median, light bands reach p99."""
-    figure, ax = axes_of(ax, _SIZE)
+    """Plot the median latency over batch size: dark bands are intervals of the median, light bands reach p99.
+
+    Dots are the medians of several draws of a batch.
+    """
+    figure, ax = axes_of(ax, SIZE)
     ax.set_ylabel("latency (ms)")
-    _draw_rows(ax, rows, lambda row, ms: ms, "median, its interval, up to p99", device, up_to_p99=True)
+    title = "median, its interval, up to p99"
+    if any(row.spread is not None for row in rows):
+        title += "; dots: draws"
+    _draw_rows(ax, rows, lambda row, ms: ms, title, device, up_to_p99=True)
     return figure, ax
 
 
@@ -52,7 +70,7 @@ def plot_throughput(rows: Sequence[TimingRow], device: str) -> "Figure":
     """Plot the samples per second over batch size, at the median latency and the ends of its interval."""
     from matplotlib.ticker import EngFormatter
 
-    figure, ax = axes_of(None, _SIZE)
+    figure, ax = axes_of(None, SIZE)
     ax.set_ylabel("samples per second")
     _draw_rows(ax, rows, lambda row, ms: 1e3 * row.batch_size / ms, "at the median and its interval", device)
     ax.yaxis.set_major_formatter(EngFormatter(sep=""))
@@ -86,18 +104,21 @@ def _draw_rows(
         sizes, color = [row.batch_size for row in line], colors[module]
         medians = [value(row, row.p50_ms) for row in line]
         ax.plot(sizes, medians, color=color, label=f"{module}, {mode}", **styles[mode])
-        low, high = _ends([(row.p50_low_ms, row.p50_high_ms, row.p50_ms) for row in line])
+        low, high = ends_of([(row.p50_low_ms, row.p50_high_ms, row.p50_ms) for row in line])
         ends = [[value(row, ms) for row, ms in zip(line, end, strict=True)] for end in (low, high)]
         ax.fill_between(sizes, ends[0], ends[1], color=color, alpha=0.4, linewidth=0)
         if up_to_p99:
             top = [value(row, row.p99_ms) for row in line]
             ax.fill_between(sizes, medians, top, color=color, alpha=0.12, linewidth=0)
-    _finish(ax, [row.batch_size for row in rows], f"{title}; {_short_name(device)}")
+            draws = [(row.batch_size, ms) for row in line if row.spread is not None for ms in row.spread.medians]
+            if draws:
+                ax.scatter([size for size, _ in draws], [ms for _, ms in draws], s=2, color=color, alpha=0.6)
+    finish(ax, [row.batch_size for row in rows], f"{title}; {short_name(device)}")
     entries = [Line2D([], [], color=color, label=_shortened(module)) for module, color in colors.items()]
     if len(modes) > 1:
         entries += [Line2D([], [], color="0.3", label=mode, **style) for mode, style in styles.items()]
     if entries:
-        ax.legend(handles=entries, **_LEGEND)
+        ax.legend(handles=entries, **LEGEND)
 
 
 def _shortened(name: str) -> str:
@@ -105,18 +126,18 @@ def _shortened(name: str) -> str:
     return name if len(name) <= _MOST_LETTERS else f"…{name[1 - _MOST_LETTERS :]}"
 
 
-def _short_name(device: str) -> str:
+def short_name(device: str) -> str:
     """Return the name of a processor without its trademark signs."""
     return device.replace("(R)", "").replace("(TM)", "")
 
 
-def _ends(intervals: Sequence[tuple[float, float, float]]) -> tuple[list[float], list[float]]:
+def ends_of(intervals: Sequence[tuple[float, float, float]]) -> tuple[list[float], list[float]]:
     """Return lower and upper ends of (low, high, value); the value replaces the ends of an unknown interval."""
     known = [(low, high) if math.isfinite(high) else (value, value) for low, high, value in intervals]
     return [low for low, _ in known], [high for _, high in known]
 
 
-def _finish(ax: "Axes", sizes: Sequence[int], title: str) -> None:
+def finish(ax: "Axes", sizes: Sequence[int], title: str) -> None:
     """Format logarithmic axes with plain numbers: the batch sizes, and 0.5 instead of a power of ten."""
     from matplotlib.ticker import LogLocator, NullLocator
 
@@ -130,54 +151,11 @@ def _finish(ax: "Axes", sizes: Sequence[int], title: str) -> None:
     ax.yaxis.set_major_locator(LogLocator(subs=steps, numticks=12))
     ax.yaxis.set_major_formatter("{x:g}")
     ax.yaxis.set_minor_formatter("")
-    ax.set_xlabel("batch size", fontsize=_FONT)
-    ax.yaxis.label.set_fontsize(_FONT)
-    ax.tick_params(labelsize=_FONT, which="both")
-    ax.set_title(title, fontsize=_FONT)
+    ax.set_xlabel("batch size", fontsize=FONT)
+    ax.yaxis.label.set_fontsize(FONT)
+    ax.tick_params(labelsize=FONT, which="both")
+    ax.set_title(title, fontsize=FONT)
     ax.grid(alpha=0.3, linewidth=0.5)
-
-
-def plot_gaps(gaps: Sequence[Gap], device: str) -> "Figure":
-    """Plot the speedup over the dense head, over batch size: realized, theoretical, and the ratio of the bounds."""
-    figure, ax = axes_of(None, _SIZE)
-    heads = list(dict.fromkeys(gap.head for gap in gaps))
-    several_modes = len({gap.mode for gap in gaps}) > 1
-    for index, gap in enumerate(gaps):
-        text = f"realized, {gap.mode}" if several_modes else "realized"
-        _draw_realized(ax, gap, f"C{index}", _label(gap.head, heads, text))
-    for head in heads:
-        _draw_theory(ax, head, [gap for gap in gaps if gap.head == head], heads)
-    ax.axhline(1, color="0.4", linewidth=0.8)
-    ax.set_ylabel("time of dense ÷ time of head")
-    _finish(ax, [point.batch_size for gap in gaps for point in gap.points], f"speedup; {_short_name(device)}")
-    ax.legend(**_LEGEND)
-    return figure
-
-
-def _draw_realized(ax: "Axes", gap: Gap, color: str, label: str) -> None:
-    sizes = [point.batch_size for point in gap.points]
-    ax.plot(sizes, [point.realized for point in gap.points], marker="o", markersize=3, color=color, label=label)
-    low, high = _ends([(point.low, point.high, point.realized) for point in gap.points])
-    ax.fill_between(sizes, low, high, color=color, alpha=0.25, linewidth=0)
-    if gap.break_even is not None and gap.break_even_low is not None and gap.break_even_high is not None:
-        ax.axvline(gap.break_even, color=color, linewidth=0.7)
-        ax.axvspan(gap.break_even_low, gap.break_even_high, color=color, alpha=0.08, linewidth=0)
-
-
-def _draw_theory(ax: "Axes", head: str, gaps: Sequence[Gap], heads: Sequence[str]) -> None:
-    """Draw the ratios that do not depend on the mode, once per head."""
-    points = {point.batch_size: point for gap in gaps for point in gap.points}
-    bounds = {point.batch_size: point.bound for gap in gaps for point in gap.points if point.bound is not None}
-    sizes, gray = sorted(points), f"{0.15 + 0.4 * heads.index(head) / len(heads):.2f}"
-    theory, label = [points[size].theoretical for size in sizes], _label(head, heads, "theoretical")
-    ax.plot(sizes, theory, "--", marker="^", markersize=3, color=gray, label=label)
-    if bounds:
-        ratios, label = [bounds.get(size, math.nan) for size in sizes], _label(head, heads, "ratio of bounds")
-        ax.plot(sizes, ratios, ":", marker="s", markersize=3, color=gray, label=label)
-
-
-def _label(head: str, heads: Sequence[str], text: str) -> str:
-    return text if len(heads) == 1 else f"{head}, {text}"
 
 
 def plot_split(parts: Sequence[Part], device: str) -> "Figure":
@@ -186,15 +164,15 @@ def plot_split(parts: Sequence[Part], device: str) -> "Figure":
 
     wholes = list(dict.fromkeys(part.whole for part in parts))
     num_rows, num_columns = -(-len(wholes) // 2), min(len(wholes), 2)
-    figure = Figure(figsize=(_SIZE[0], _SIZE[1] * num_rows), layout="constrained")
+    figure = Figure(figsize=(SIZE[0], SIZE[1] * num_rows), layout="constrained")
     panels = list(figure.subplots(num_rows, num_columns, squeeze=False).flat)
     for panel, whole in zip(panels, wholes, strict=False):
         _draw_shares(panel, [part for part in parts if part.whole == whole])
-        panel.set_title(f"parts of {'the model' if whole == MODEL else whole}", fontsize=_FONT)
-        panel.set_xlabel("batch size", fontsize=_FONT)
+        panel.set_title(f"parts of {'the model' if whole == MODEL else whole}", fontsize=FONT)
+        panel.set_xlabel("batch size", fontsize=FONT)
     for empty in panels[len(wholes) :]:
         empty.remove()
-    figure.suptitle(f"share of the time; {_short_name(device)}", fontsize=_FONT)
+    figure.suptitle(f"share of the time; {short_name(device)}", fontsize=FONT)
     return figure
 
 
@@ -207,9 +185,9 @@ def _draw_shares(ax: "Axes", parts: Sequence[Part]) -> None:
     bottom = [0.0] * len(sizes)
     for name in names:
         shares = [heights.get((size, name), 0.0) / total for size, total in zip(sizes, totals, strict=True)]
-        ax.bar(range(len(sizes)), shares, bottom=bottom, color=_PART_COLORS[name], label=name, width=0.75)
+        ax.bar(range(len(sizes)), shares, bottom=bottom, color=PART_COLORS[name], label=name, width=0.75)
         bottom = [low + share for low, share in zip(bottom, shares, strict=True)]
     ax.set_xticks(range(len(sizes)), [f"{size}" for size in sizes], rotation=90 if len(sizes) > 3 else 0)
     ax.set_ylim(0, 1)
-    ax.tick_params(labelsize=_FONT - 1)
-    ax.legend(**_LEGEND, reverse=True, handlelength=1.0)
+    ax.tick_params(labelsize=FONT - 1)
+    ax.legend(**LEGEND, reverse=True, handlelength=1.0)

@@ -1,22 +1,28 @@
 """Latency percentiles and throughput of a model and of its parts, and the speedup of a sparse head."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import nn
 
 from moe_heads.analysis._shared.arguments import check_arguments
-from moe_heads.analysis._shared.batches import Batch, ForwardFn, call_model, to_device
+from moe_heads.analysis._shared.batches import Batch, ForwardFn, call_model
 from moe_heads.analysis._shared.environment import device_of, environment_of
 from moe_heads.analysis._shared.names import check_names
 from moe_heads.analysis._shared.progress import Progress, TimeUp
 from moe_heads.analysis._shared.state import preserved
-from moe_heads.analysis.inference_timing.calls import TimingMode, check_resizable, num_samples
+from moe_heads.analysis.inference_timing.calls import TimingMode
 from moe_heads.analysis.inference_timing.capture import TimedModel, named_modules
-from moe_heads.analysis.inference_timing.measure import DEFAULT_SIZES, TimingPlan
+from moe_heads.analysis.inference_timing.compilation import compilation_of
+from moe_heads.analysis.inference_timing.entries import call_request
+from moe_heads.analysis.inference_timing.own_code import records_kept
+from moe_heads.analysis.inference_timing.plan import DEFAULT_SIZES, TimingPlan
+from moe_heads.analysis.inference_timing.requests import BatchFn, requests_of
 from moe_heads.analysis.inference_timing.result import InferenceTimingResult
 from moe_heads.analysis.inference_timing.rows import Skipped
+from moe_heads.analysis.inference_timing.served import ServedPrograms, check_served
 from moe_heads.analysis.inference_timing.speedup import dense_twin
 from moe_heads.analysis.inference_timing.sweep import Sweep
 from moe_heads.routed_module import RoutedModule
@@ -28,7 +34,7 @@ _SCRIPTED = "compiled by TorchScript, which hides the inputs of its modules"
 
 def inference_timing(
     model: nn.Module,
-    example_batch: Batch,
+    example_batch: Batch | BatchFn,
     *,
     batch_sizes: Sequence[int] = DEFAULT_SIZES,
     modules: Sequence[str] | None = None,
@@ -38,6 +44,8 @@ def inference_timing(
     warmup_tolerance: float = 0.05,
     seconds_per_size: float = 0.8,
     max_seconds: float = 50.0,
+    num_draws: int | None = None,
+    served: Mapping[str, Any] | None = None,
     forward_fn: ForwardFn = call_model,
     seed: int = 0,
     progress: Progress | None = None,
@@ -61,7 +69,10 @@ def inference_timing(
 
     Args:
         model: The model.
-        example_batch: A batch of any size; its samples are repeated or cut to each batch size.
+        example_batch: A function ``size -> batch`` that returns other samples at each call, or a batch of any size,
+            whose samples are repeated or cut to each batch size. Prefer the function if samples differ in length: the
+            rows of one batch are padded to its longest sample, also at batch size 1. Labels stay out of the default
+            forward pass, see ``forward_fn``.
         batch_sizes: Batch sizes, run in ascending order, from a single request to one that saturates the machine. A
             size at which the model fails is listed in ``skipped``.
         modules: Dotted names of the modules to time alone. By default these are "backbone" and "head", every module
@@ -70,8 +81,8 @@ def inference_timing(
         modes: Execution modes, of "eager", "compiled" (torch.compile), "cuda_graph", "bf16" (autocast) and
             "channels_last" (memory format). Routers and stages run in "eager" only. The default is eager only, because
             compilation takes longer than all the rest. A mode that fails is listed in ``skipped``.
-        num_runs: Largest number of runs of each call: 1,000 leave ten above p99. The time limit usually ends them
-            earlier. A longer measurement covers more slow phases of the machine.
+        num_runs: Largest number of runs of each call on each draw: 1,000 leave ten above p99. The time limit usually
+            ends them earlier. A longer measurement covers more slow phases of the machine.
         warmup_runs: Warm-up runs of each call at each batch size. By default the warm-up lasts until the median of five
             runs is within ``warmup_tolerance`` of that of the five before, and takes at most half of
             ``seconds_per_size`` in all.
@@ -81,7 +92,17 @@ def inference_timing(
         max_seconds: Seconds of the whole sweep, without compilation and graph capture. If six rounds of a size do not
             fit, only the heads are timed, and if no pass fits, nothing; ``skipped`` gives the reason. No round begins
             that would end too late, so that a size may have fewer than six. The smallest size is always timed.
-        forward_fn: ``forward_fn(model, batch)`` runs the whole model.
+        num_draws: Number of batches that are timed at each size, to tell their spread from the noise. By default five
+            if the model has a router that chooses experts or if the drawn shapes differ, and one otherwise. Rows of
+            one example have one shape, and give only as many draws as fit into it. Large sizes have fewer, so that
+            their draws hold no more than 1,024 samples, but at least two. The draws share the time of their size.
+        served: Programs to time next to the model on the same batches, by the name of their rows: a
+            `torch.export.ExportedProgram`, an ONNX Runtime session (with its own threads), a package of AOTInductor or
+            another callable. The result has the difference of their outputs from those of the model. A program that
+            does not accept a batch size is listed in ``skipped``.
+        forward_fn: ``forward_fn(model, batch)`` runs the whole model on the whole batch. By default the first entry of
+            a tuple is passed, and the entries of a mapping by name, without those for the loss: labels, and optional
+            entries without which the output has no loss.
         seed: Seed of the order of turns, of the bootstrap and of the random number generators.
         progress: Progress display and time limit; see `Progress`.
 
@@ -91,8 +112,9 @@ def inference_timing(
 
     Raises:
         ValueError: If the batch is empty, counts its samples elsewhere than in the first dimension of its tensors (such
-            as a ``PackedSequence``), or fails at every size; if a number is out of range or a batch size is repeated;
-            or if a module is unknown, compiled by TorchScript, or does not run in the forward pass.
+            as a ``PackedSequence``), has another size than requested, or fails at every size; if the model gives no
+            output without its labels; if a number is out of range or a batch size is repeated; or if a module is
+            unknown, compiled by TorchScript, or does not run in the forward pass.
 
     Example:
         >>> import torch
@@ -102,19 +124,28 @@ def inference_timing(
         >>> [(row.module, row.batch_size) for row in timing.rows]
         [('model', 1), ('1', 1), ('model', 2), ('1', 2)]
     """
-    plan = TimingPlan(batch_sizes, modes, num_runs, warmup_runs, warmup_tolerance, seconds_per_size, max_seconds)
+    plan = TimingPlan(
+        batch_sizes, modes, num_runs, warmup_runs, warmup_tolerance, seconds_per_size, max_seconds, num_draws
+    )
     check_arguments(model=model, forward_fn=forward_fn, seed=seed, progress=progress)
     check_names(modules=modules)
-    if num_samples(example_batch) == 0:
-        raise ValueError("example_batch: expected at least one sample, got none")
-    if any(size != num_samples(example_batch) for size in batch_sizes):
-        check_resizable(example_batch)
-    named, scripted = named_modules(model, modules)
-    device, progress = device_of(model), progress or Progress()
-    with preserved(model):
+    check_served(served)
+    device, progress, given_forward_fn = device_of(model), progress or Progress(), forward_fn
+    with preserved(model), records_kept():
         model.eval()
         torch.manual_seed(seed)
-        timed = TimedModel(model, to_device(example_batch, device), forward_fn, named, modules is not None, device)
+        environment, compilation = environment_of(model), compilation_of(model, forward_fn)
+        if compilation is not None:
+            # what is compiled in the given model is compiled again for its rows, in code of their own
+            model, forward_fn = compilation.model, compilation.forward_fn
+        named, scripted = named_modules(model, modules)
+        check_served(served, tuple(named))
+        requests = requests_of(
+            model, example_batch, batch_sizes, forward_fn, num_draws=num_draws, seed=seed, device=device
+        )
+        # the default looks at the signature of the model, which is no part of a request
+        forward_fn = call_request if forward_fn is call_model else forward_fn
+        timed = TimedModel(model, requests, forward_fn, named, modules is not None, device)
         twins: dict[str, RoutedModule] = {}
         skipped = [Skipped(None, None, name, _SCRIPTED) for name in scripted]
         for name, head in timed.heads.items():
@@ -122,13 +153,17 @@ def inference_timing(
                 twins[name] = dense_twin(head)
             except ValueError as error:
                 skipped.append(Skipped(None, None, timed.twin_name(name), str(error)))
+        timed = replace(timed, twins=twins, compilation=compilation)
         with torch.inference_mode():
-            sweep = Sweep(replace(timed, twins=twins), plan, seed, progress, environment_of(model), skipped)
+            sweep = Sweep(
+                timed, plan, seed, progress, environment, skipped, ServedPrograms(served or {}, given_forward_fn)
+            )
             try:
                 for size in sorted(batch_sizes):
                     sweep.add(size)
                     progress.keep(sweep.result)
                 sweep.check()
+                sweep.widen()
             except TimeUp as error:
                 partial: InferenceTimingResult = progress.result_in_time(error)
                 return partial

@@ -1,37 +1,28 @@
-"""Measurement of calls: options, clock, warm-up until stable, and interleaved rounds in random order."""
+"""Measurement of calls: warm-up until stable, and interleaved rounds in random order."""
 
 import gc
 import random
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, get_args
+from typing import Any
 
 import torch
 
-from moe_heads.analysis._shared.environment import synchronize
-from moe_heads.analysis._shared.microbatches import is_out_of_memory
-from moe_heads.analysis.inference_timing.calls import Call, ModeUnavailableError, RowKey, TimingMode, in_mode
-from moe_heads.checks import check_at_least, check_at_least_one, check_choices, check_positive
-from moe_heads.routing import Router
+from moe_heads.analysis.inference_timing.calls import Call
+from moe_heads.analysis.inference_timing.clock import Clock, Reading
+from moe_heads.analysis.inference_timing.overhead import Overhead, overhead_of
+from moe_heads.analysis.inference_timing.plan import FEWEST_ROUNDS, TimingPlan
 
 __all__ = [
-    "DEFAULT_SIZES",
-    "Clock",
     "TimedCall",
-    "TimingPlan",
     "first_line",
     "take_turns",
-    "timed_calls",
     "warm_up_all",
 ]
 
-DEFAULT_SIZES = (1, 8, 32, 128, 256, 1024)
-
-# The slowest and the fastest of six independent runs enclose the median with probability 97 %.
-_FEWEST_ROUNDS = 6
 # A short call runs several times per turn, for this long or up to a share of its runs.
 _TURN_MS = 2.0
 _LONGEST_TURN_MS = 2 * _TURN_MS
@@ -39,70 +30,9 @@ _MOST_REPEATS = 8
 _ROUNDS_AT_LEAST = 25
 # runs in each of the two windows whose medians the warm-up compares
 _WINDOW = 5
+# a time is never zero, whatever the resolution of the clock
+_LEAST_MS = 1e-6
 _MOST_LETTERS = 200
-
-
-@dataclass(frozen=True)
-class TimingPlan:
-    """Options of a timing; see `inference_timing`."""
-
-    batch_sizes: Sequence[int] = DEFAULT_SIZES
-    modes: Sequence[TimingMode] = ("eager",)
-    num_runs: int = 1000
-    warmup_runs: int | None = None
-    warmup_tolerance: float = 0.05
-    seconds_per_size: float = 0.8
-    max_seconds: float = 50.0
-
-    def __post_init__(self) -> None:
-        sizes = self.batch_sizes if isinstance(self.batch_sizes, (list, tuple)) else ()
-        check_at_least_one(**{f"batch_sizes[{place}]": size for place, size in enumerate(sizes)})
-        if not sizes or len(set(sizes)) < len(sizes):
-            raise ValueError(f"batch_sizes: expected a list of distinct positive integers, got {self.batch_sizes!r}")
-        check_choices("modes", self.modes, get_args(TimingMode))
-        check_at_least_one(num_runs=self.num_runs)
-        check_at_least(0, or_none=True, warmup_runs=self.warmup_runs)
-        for name in ("warmup_tolerance", "seconds_per_size", "max_seconds"):
-            check_positive(**{name: getattr(self, name)})
-
-    @property
-    def fewest_rounds(self) -> int:
-        """Smallest number of rounds of a batch size, including the warm-up."""
-        return (1 if self.warmup_runs is None else self.warmup_runs) + min(_FEWEST_ROUNDS, self.num_runs)
-
-
-class Reading(NamedTuple):
-    """Duration of one run: milliseconds of wall time, and of time on the stream of a CUDA device (else nan)."""
-
-    wall_ms: float
-    device_ms: float
-
-
-class Clock:
-    """Clock for single runs on one device.
-
-    On a CUDA device, the wall time includes the launches and the final synchronization. The device time between two
-    events does not, and is shorter where the host is slower than the device.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self._events = [torch.cuda.Event(enable_timing=True) for _ in range(2)] if device.type == "cuda" else []
-
-    def time(self, function: Callable[[], object]) -> Reading:
-        """Run the function once between two synchronizations."""
-        first, last = self._events or (None, None)
-        synchronize(self.device)
-        start = time.perf_counter_ns()
-        if first is not None:
-            first.record()
-        function()
-        if last is not None:
-            last.record()
-        synchronize(self.device)
-        # never zero, whatever the resolution of the clock
-        wall_ms = max(time.perf_counter_ns() - start, 1) / 1e6
-        return Reading(wall_ms, float("nan") if first is None or last is None else first.elapsed_time(last))
 
 
 @dataclass
@@ -110,7 +40,8 @@ class TimedCall:
     """A function with the readings of its timed runs by round, and the results of its warm-up.
 
     ``restore_inputs`` runs before each run, outside the measured time. ``peak_memory`` is the largest number of bytes
-    allocated on a CUDA device during a run.
+    allocated on a CUDA device during a run. ``null`` does the work of a run without the function, and ``null_ms`` holds
+    its times.
     """
 
     function: Callable[[], object]
@@ -120,6 +51,13 @@ class TimedCall:
     last_ms: float = float("nan")
     rounds: list[list[Reading]] = field(default_factory=list)
     peak_memory: int | None = None
+    null: Callable[[], object] | None = None
+    null_ms: list[float] = field(default_factory=list)
+
+    @property
+    def overhead(self) -> Overhead:
+        """Constant cost of a run, which `wall_ms` does not contain."""
+        return overhead_of(self.null_ms)
 
     @property
     def num_runs(self) -> int:
@@ -137,60 +75,30 @@ class TimedCall:
         return clock.time(self.function)
 
     def wall_ms(self) -> list[list[float]]:
-        """Return the wall times by round."""
-        return [[reading.wall_ms for reading in readings] for readings in self.rounds]
+        """Return the wall times by round, without the constant cost of a run."""
+        cost = self.overhead.ms
+        return [[max(reading.wall_ms - cost, _LEAST_MS) for reading in readings] for readings in self.rounds]
 
-
-def timed_calls(
-    calls: Mapping[str, Call],
-    modes: Sequence[TimingMode],
-    device: torch.device,
-    *,
-    exclude: Callable[[float], None],
-    tick: Callable[[], None],
-) -> tuple[dict[RowKey, TimedCall], dict[RowKey, str]]:
-    """Prepare every call in every mode; routers and stages run in eager mode only.
-
-    ``exclude`` receives the seconds of compilation and graph capture. ``tick`` is called after each preparation.
-
-    Returns:
-        The prepared calls, and the reasons why others are unavailable.
-    """
-    prepared: dict[RowKey, TimedCall] = {}
-    failed: dict[RowKey, str] = {}
-    for mode in modes:
-        for name, call in calls.items():
-            if mode != "eager" and (isinstance(call.function, Router) or call.is_stage):
-                continue
-            start = time.perf_counter()
-            try:
-                call.restore_inputs()
-                run = in_mode(mode, call, device)
-                if mode != "eager":
-                    run()  # bf16 and channels_last fail in their first run, if at all
-                    call.restore_inputs()
-            except Exception as error:
-                # compilers, graph captures and kernels raise many kinds of errors, and each means: mode unavailable
-                if is_out_of_memory(error):
-                    raise
-                is_known = isinstance(error, ModeUnavailableError)
-                failed[RowKey(name, mode)] = str(error) if is_known else first_line(error)
-                continue
-            finally:
-                exclude(time.perf_counter() - start)
-            tick()
-            restore = run.restore_inputs if isinstance(run, Call) else call.restore_inputs
-            prepared[RowKey(name, mode)] = TimedCall(run, restore)
-    return prepared, failed
+    def time_null(self, clock: Clock) -> None:
+        """Time the constant cost of a run, with a first run for the caches."""
+        if self.null is None:
+            return
+        for _ in range(2):
+            if isinstance(self.null, Call):
+                self.null.restore_inputs()
+            reading = clock.time(self.null)
+        self.null_ms.append(reading.wall_ms)
 
 
 def first_line(error: BaseException) -> str:
     """Return the type and the first line of an error: messages of compilers and allocators are long."""
     lines = str(error).strip().splitlines()
+    if len(lines) > 1 and lines[0].endswith(":"):
+        lines = [f"{lines[0]} {lines[1]}"]  # the error of a backend of torch.compile
     return f"{type(error).__name__}: {lines[0][:_MOST_LETTERS]}" if lines else type(error).__name__
 
 
-def warm_up_all(calls: Mapping[RowKey, TimedCall], clock: Clock, plan: TimingPlan, tick: Callable[[], None]) -> float:
+def warm_up_all(calls: Mapping[Any, TimedCall], clock: Clock, plan: TimingPlan, tick: Callable[[], None]) -> float:
     """Warm up all calls within half of the time of a batch size, or with one run each if that takes longer.
 
     Returns:
@@ -246,7 +154,7 @@ def take_turns(
     rounds. ``on_round`` receives the completed fraction. ``is_over`` receives the seconds of the last round and returns
     whether to stop at once.
     """
-    start, done, fewest = time.perf_counter(), 0, min(_FEWEST_ROUNDS, num_runs)
+    start, done, fewest = time.perf_counter(), 0, min(FEWEST_ROUNDS, num_runs)
     share = 0.0 if calls else 1.0
     while share < 1:
         begin = time.perf_counter()
@@ -285,3 +193,4 @@ def _take_turn(call: TimedCall, clock: Clock, num_runs: int) -> None:
     while len(readings) < min(repeats, remaining) and sum(r.wall_ms for r in readings) < _LONGEST_TURN_MS:
         readings.append(call.time(clock))
     call.rounds.append(readings)
+    call.time_null(clock)

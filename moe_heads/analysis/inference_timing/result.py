@@ -3,19 +3,30 @@
 import dataclasses
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from moe_heads.analysis._shared.environment import Environment
 from moe_heads.analysis.inference_timing.energy import PowerUse
-from moe_heads.analysis.inference_timing.figures import plot_gaps, plot_latency, plot_split, plot_throughput
+from moe_heads.analysis.inference_timing.figures import plot_latency, plot_split, plot_throughput
 from moe_heads.analysis.inference_timing.flops import CONVENTION
-from moe_heads.analysis.inference_timing.measure import TimingPlan
+from moe_heads.analysis.inference_timing.gap_figure import plot_gaps
+from moe_heads.analysis.inference_timing.gap_shares import gap_shares
+from moe_heads.analysis.inference_timing.plan import TimingPlan
+from moe_heads.analysis.inference_timing.requests import RequestReport
 from moe_heads.analysis.inference_timing.rows import Skipped, TimingRow
-from moe_heads.analysis.inference_timing.speedup import Gap, GapPoint
+from moe_heads.analysis.inference_timing.served import ServedReport
+from moe_heads.analysis.inference_timing.speedup import Gap
 from moe_heads.analysis.inference_timing.stages import Part
 from moe_heads.analysis.inference_timing.statistics import DRIFT
+from moe_heads.analysis.inference_timing.tables import (
+    gap_table,
+    part_tables,
+    request_table,
+    rows_table,
+    skipped_list,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -49,6 +60,8 @@ class InferenceTimingResult:
         drift_allowance: Allowance for drift between runs as a fraction of each median. It is a choice and not a
             statistic, and the sampling intervals do not contain it; see `TimingRow.agrees_with`.
         plan: The requested batch sizes, modes, runs, and time limits.
+        requests: Entries that the forward pass got, and the shapes of all batches; None if unknown.
+        served: Programs that were timed next to the model.
     """
 
     rows: tuple[TimingRow, ...]
@@ -67,6 +80,8 @@ class InferenceTimingResult:
     load_average_end: float | None = None
     drift_allowance: float = DRIFT
     plan: TimingPlan | None = None
+    requests: RequestReport | None = None
+    served: tuple[ServedReport, ...] = ()
 
     @property
     def is_noisy(self) -> bool:
@@ -81,6 +96,10 @@ class InferenceTimingResult:
             for row in self.rows
             for quantity in ("p50_ms", "p90_ms", "p99_ms", "samples_per_s")
         }
+        for row in self.rows:
+            if row.spread is not None and math.isfinite(row.spread.within_ms):
+                values[f"{row.key}/between_draws_ms"] = row.spread.between_ms
+                values[f"{row.key}/within_draws_ms"] = row.spread.within_ms
         for gap in self.gaps:
             mode = "" if gap.mode == "eager" else f"/{gap.mode}"
             for point in gap.points:
@@ -88,6 +107,11 @@ class InferenceTimingResult:
                 values[f"{gap.head}/batch{point.batch_size}{mode}/theoretical_speedup"] = point.theoretical
             if gap.break_even is not None:
                 values[f"{gap.head}{mode}/break_even_batch"] = gap.break_even
+            for shares in gap_shares(gap, self.parts):
+                key = f"{gap.head}/batch{shares.batch_size}"
+                values |= {f"{key}/{part}_over_dense": share for part, share in shares.parts.items()}
+                if shares.launches is not None:
+                    values[f"{key}/launches_over_dense"] = shares.launches
         return values | ({"partial": 1.0} if self.partial else {})
 
     def plot(self, ax: "Axes | None" = None) -> "tuple[Figure, Axes]":
@@ -103,20 +127,25 @@ class InferenceTimingResult:
         return plot_throughput(self.rows, self.environment.device)
 
     def plot_gap(self) -> "Figure | None":
-        """Plot the realized and the theoretical speedup over batch size; None without a head with a router."""
-        return plot_gaps(self.gaps, self.environment.device) if self.gaps else None
+        """Plot the realized and the theoretical speedup over batch size, and where the time of each head goes.
+
+        None without a head with a router.
+        """
+        return plot_gaps(self.gaps, self.parts, self.environment.device) if self.gaps else None
 
     def plot_split(self) -> "Figure | None":
         """Plot the share of each part over batch size, for the model and each head; None without parts."""
         return plot_split(self.parts, self.environment.device) if self.parts else None
 
     def summary(self) -> str:
-        """Return markdown with the rows, the gaps, the parts, everything skipped, and the method."""
+        """Return markdown with the rows, the requests, the gaps, the parts, everything skipped, and the method."""
         sections = [
-            _rows_table(self.rows),
-            *map(_gap_table, self.gaps),
-            *_part_tables(self.parts),
-            _skipped_list(self.skipped),
+            rows_table(self.rows),
+            "" if self.requests is None else request_table(self.requests),
+            "\n".join(f"- {program}." for program in self.served),
+            *(gap_table(gap, gap_shares(gap, self.parts)) for gap in self.gaps),
+            *part_tables(self.parts),
+            skipped_list(self.skipped),
             self._method(),
             f"**Partial**: {self.partial}." if self.partial else "",
         ]
@@ -143,12 +172,22 @@ class InferenceTimingResult:
             f"The warm-up of {unstable} of {len(self.rows)} rows ended before it was stable." if unstable else "",
             "The 95 % sampling intervals cover runs in the same period. The allowance for drift between runs is "
             f"separate: {self.drift_allowance:.0%} of each median.",
+            _overhead(self.rows),
             f"**Noisy machine**: intervals of medians are wider than {NOISY:.0%}." if self.is_noisy else "",
             f"FLOPs: {CONVENTION}; ≥ marks a lower bound.",
             f"Not counted in a pass of the model: {names}." if names else "",
             "" if peak is None else f"The measured peak of a matrix product is {peak / 1e9:.4g} GFLOP/s.",
         )
         return " ".join(filter(None, sentences))
+
+
+def _overhead(rows: Sequence[TimingRow]) -> str:
+    """Return the largest constant cost of a timed call in words."""
+    largest = max(rows, key=lambda row: row.overhead_ms, default=None)
+    if largest is None or largest.overhead_ms == 0:
+        return "The times contain the launches and the final synchronization." if rows else ""
+    cost, error = 1e3 * largest.overhead_ms, 1e3 * largest.overhead_error_ms
+    return f"The constant cost of a timed call, up to {cost:.2g} ± {error:.1g} µs, is subtracted."
 
 
 def _finite(value: Any) -> Any:
@@ -158,93 +197,3 @@ def _finite(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_finite(entry) for entry in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _rows_table(rows: Sequence[TimingRow]) -> str:
-    """Return one line per row, without the columns that are empty throughout."""
-    columns = {
-        "module": [row.module for row in rows],
-        "batch": [f"{row.batch_size}" for row in rows],
-        "mode": [row.mode for row in rows],
-        "p50 ms": [_number(row.p50_ms) for row in rows],
-        "95 % sampling interval": [_interval(row.p50_low_ms, row.p50_high_ms) for row in rows],
-        "p90": [_number(row.p90_ms) for row in rows],
-        "p99": [_number(row.p99_ms) for row in rows],
-        "max": [_number(row.max_ms) for row in rows],
-        "runs": [f"{row.num_runs}" for row in rows],
-        "samples/s": [f"{row.samples_per_s:,.0f}" for row in rows],
-    }
-    optional = {
-        "device p50 ms": [_number(row.device_p50_ms) for row in rows],
-        "MFLOP": [_flops(row) for row in rows],
-        "of peak": ["" if row.peak_share is None else f"{row.peak_share:.1%}" for row in rows],
-        "peak MiB": [_number(None if row.peak_memory is None else row.peak_memory / 2**20) for row in rows],
-    }
-    columns |= {name: column for name, column in optional.items() if any(column)}
-    return _table(list(columns), zip(*columns.values(), strict=True))
-
-
-def _gap_table(gap: Gap) -> str:
-    """Return the speed ratios of a head to the dense head of equal capacity, and its break-even."""
-    title = (
-        f"**{gap.head} compared with a dense head of equal capacity** ({gap.mode}; {gap.parameters:,} and "
-        f"{gap.dense_parameters:,} parameters): {gap.verdict()}."
-    )
-    heading = ("batch", "theoretical", "realized", "95 % interval", "ratio of bounds", "bound by (dense, head)")
-    return f"{title}\n\n{_table(heading, map(_gap_line, gap.points))}"
-
-
-def _gap_line(point: GapPoint) -> tuple[str, ...]:
-    by = f"{point.dense_bound.by}, {point.head_bound.by}" if point.dense_bound and point.head_bound else ""
-    ratios = _number(point.theoretical, 3), _number(point.realized, 3), _interval(point.low, point.high)
-    return f"{point.batch_size}", *ratios, _number(point.bound, 3), by
-
-
-def _part_tables(parts: Sequence[Part]) -> list[str]:
-    """Return one table for the model and for each head, with the milliseconds of the parts."""
-    tables = []
-    for whole in dict.fromkeys(part.whole for part in parts):
-        inside = [part for part in parts if part.whole == whole]
-        names = {part.name: part.how for part in inside}
-        heading = ("batch", *(name if how == "timed alone" else f"{name} ({how})" for name, how in names.items()))
-        lines = []
-        for size in dict.fromkeys(part.batch_size for part in inside):
-            here = {part.name: part for part in inside if part.batch_size == size}
-            lines.append((f"{size}", *(_part_cell(here[name]) if name in here else "" for name in names)))
-        tables.append(f"**Parts of {whole}**, ms\n\n{_table(heading, lines)}")
-    return tables
-
-
-def _part_cell(part: Part) -> str:
-    return f"{part.ms:.3g} ({_interval(part.low_ms, part.high_ms)})"
-
-
-def _skipped_list(skipped: Sequence[Skipped]) -> str:
-    """Return one line per mode and reason, with all modules and batch sizes that share it."""
-    groups: dict[tuple[str, str], list[Skipped]] = {}
-    for entry in skipped:
-        groups.setdefault((entry.mode or "", entry.reason), []).append(entry)
-    lines = []
-    for (mode, reason), entries in groups.items():
-        modules = dict.fromkeys(entry.module for entry in entries if entry.module)
-        sizes = dict.fromkeys(f"{entry.batch_size}" for entry in entries if entry.batch_size)
-        at = f"batch {', '.join(sizes)}" if sizes else ""
-        lines.append(f"- {'; '.join(filter(None, (mode, ', '.join(modules), at)))}: {reason}")
-    return "\n".join(["**Not timed**", "", *lines]) if lines else ""
-
-
-def _interval(low: float, high: float) -> str:
-    return f"{low:.3g} to {high:.3g}" if math.isfinite(low) and math.isfinite(high) else "unknown"
-
-
-def _flops(row: TimingRow) -> str:
-    """Return the millions of operations; "≥" marks a lower bound."""
-    return "" if row.flops is None else f"{'' if row.flops_complete else '≥ '}{row.flops / 1e6:.4g}"
-
-
-def _number(value: float | None, digits: int = 4) -> str:
-    return "" if value is None else f"{value:.{digits}g}"
-
-
-def _table(heading: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
-    return "\n".join(f"| {' | '.join(line)} |" for line in (heading, ["---"] * len(heading), *lines))

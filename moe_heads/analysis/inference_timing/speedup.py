@@ -1,20 +1,17 @@
-"""Theoretical and realized speed of a head against a dense head of equal capacity, and roofline bounds of both."""
+"""Theoretical and realized speed of a head against a dense head of equal capacity."""
 
 import math
-import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Literal
 
 import numpy as np
-import torch
 from torch import Tensor
 
-from moe_heads.analysis._shared.environment import synchronize
-from moe_heads.analysis.inference_timing.calls import TimingMode
-from moe_heads.analysis.inference_timing.flops import Operator
-from moe_heads.analysis.inference_timing.statistics import DRIFT, Rounds, bootstrap
+from moe_heads.analysis.inference_timing.calls import RowMode
+from moe_heads.analysis.inference_timing.draws import DrawnRounds, bootstrap_draws
+from moe_heads.analysis.inference_timing.limits import Bound
+from moe_heads.analysis.inference_timing.statistics import DRIFT
 from moe_heads.capacity import capacity, match_capacity
 from moe_heads.experts import ACTIVATIONS, Activation
 from moe_heads.flops import Flops
@@ -22,9 +19,8 @@ from moe_heads.head import Head
 from moe_heads.moe_layer import MoELayer
 from moe_heads.routed_module import RoutedModule
 
-__all__ = ["Bound", "DeviceLimits", "Gap", "GapPoint", "break_even", "dense_twin", "gap_of", "realized_ratio"]
+__all__ = ["Gap", "GapPoint", "WiderHead", "break_even", "dense_twin", "gap_of", "realized_ratio"]
 
-Limit = Literal["arithmetic", "memory", "launches"]
 Standing = Literal["faster", "slower", "undecided"]
 
 # as in the study: small heads have few units, and one unit more is a few percent
@@ -35,84 +31,6 @@ _PHRASES: Mapping[Standing, str] = {
     "slower": "slower than the dense head",
     "undecided": "not distinguishable from the dense head",
 }
-
-# A product of this size takes a few milliseconds per core. The scheduler would interrupt a longer one in every run.
-_MATRIX = {"cpu": 512, "cuda": 8192}
-_SMALLEST_BYTES, _LARGEST_BYTES = 2**16, 2**28
-# On a shared machine, the best of at least ten runs counts, and of as many as fit into this time.
-_FEWEST_RUNS, _SECONDS = 10, 0.05
-
-
-@dataclass(frozen=True)
-class Bound:
-    """Least time of a call in milliseconds, and the limit that contributes most to it."""
-
-    ms: float
-    by: Limit
-
-
-class DeviceLimits:
-    """Limits of a device, each measured on first use as the best of several runs.
-
-    Args:
-        device: The device.
-        dtype: Data type of the matrix product.
-
-    Attributes:
-        bandwidths: Bytes per second, read and written, of a copy, by its total bytes in powers of two: a copy that fits
-            into a cache is faster than memory.
-    """
-
-    def __init__(self, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
-        self.device, self.dtype = device, dtype
-        self.bandwidths: dict[int, float] = {}
-
-    @cached_property
-    def peak_flops(self) -> float:
-        """Floating point operations per second of a square matrix product: size 512 on a small CPU, 8192 on a GPU."""
-        threads = torch.get_num_threads() if self.device.type == "cpu" else 1
-        size = int(_MATRIX[self.device.type] * max(threads / 2, 1) ** (1 / 3))
-        a = torch.ones(size, size, device=self.device, dtype=self.dtype)
-        return 2e3 * size**3 / self._best_ms(lambda: a @ a)
-
-    @cached_property
-    def launch_ms(self) -> float:
-        """Milliseconds of the smallest operator in eager mode."""
-        one = torch.zeros(1, device=self.device)
-        return self._best_ms(lambda: [one.add_(1) for _ in range(10)]) / 10
-
-    def bandwidth(self, num_bytes: int) -> float:
-        """Return the bytes per second of a copy whose source and target together have ``num_bytes``."""
-        size = min(max(1 << (max(num_bytes, 1) - 1).bit_length(), _SMALLEST_BYTES), _LARGEST_BYTES)
-        if size not in self.bandwidths:
-            source = torch.zeros(size // 8, device=self.device)
-            target = torch.empty_like(source)
-            self.bandwidths[size] = 1e3 * size / self._best_ms(lambda: target.copy_(source))
-        return self.bandwidths[size]
-
-    def bound(self, operators: Iterable[Operator]) -> Bound:
-        """Return the least time of consecutive operators, each max(arithmetic / peak, bytes / bandwidth, launch)."""
-        sums: dict[Limit, float] = {"arithmetic": 0.0, "memory": 0.0, "launches": 0.0}
-        for flops, num_bytes, _ in operators:
-            times: dict[Limit, float] = {
-                "arithmetic": 1e3 * flops / self.peak_flops,
-                "memory": 1e3 * num_bytes / self.bandwidth(num_bytes),
-                "launches": self.launch_ms,
-            }
-            largest = max(times, key=lambda limit: times[limit])
-            sums[largest] += times[largest]
-        return Bound(sum(sums.values()), max(sums, key=lambda limit: sums[limit]))
-
-    def _best_ms(self, function: Callable[[], object]) -> float:
-        times: list[float] = []
-        begin = time.perf_counter()
-        while len(times) <= _FEWEST_RUNS or time.perf_counter() - begin < _SECONDS:
-            synchronize(self.device)
-            start = time.perf_counter_ns()
-            function()
-            synchronize(self.device)
-            times.append((time.perf_counter_ns() - start) / 1e6)
-        return max(min(times[1:]), 1e-6)
 
 
 @dataclass(frozen=True)
@@ -133,7 +51,7 @@ class GapPoint:
     """
 
     batch_size: int
-    mode: TimingMode
+    mode: RowMode
     theoretical: float
     realized: float
     low: float
@@ -147,6 +65,25 @@ class GapPoint:
         if self.low > 1 + allowance:
             return "faster"
         return "slower" if self.high < 1 - allowance else "undecided"
+
+
+@dataclass(frozen=True)
+class WiderHead:
+    """Speed of a widened head against the dense head of its capacity.
+
+    Attributes:
+        width: Hidden units of one expert.
+        batch_size: Samples of the batch.
+        realized: Time of the dense head divided by that of the head.
+        low: Lower end of its 95 % sampling interval.
+        high: Upper end.
+    """
+
+    width: int
+    batch_size: int
+    realized: float
+    low: float
+    high: float
 
 
 @dataclass(frozen=True)
@@ -164,10 +101,12 @@ class Gap:
         break_even_low: Crossing of the upper ends of the intervals, or the smallest size.
         break_even_high: Crossing of the lower ends.
         allowance: Relative allowance for drift between runs: that of the two medians, in quadrature.
+        wider: Speed of the head with more hidden units at the largest batch size, ascending, where the head itself is
+            not faster; the last one is, unless none of them is.
     """
 
     head: str
-    mode: TimingMode
+    mode: RowMode
     parameters: int
     dense_parameters: int
     points: tuple[GapPoint, ...]
@@ -175,9 +114,36 @@ class Gap:
     break_even_low: float | None = None
     break_even_high: float | None = None
     allowance: float = math.sqrt(2) * DRIFT
+    wider: tuple[WiderHead, ...] = ()
 
     def verdict(self) -> str:
-        """Return in words at which batch sizes the head is significantly faster than the dense head."""
+        """Return in words at which sizes the head is significantly faster than the dense head."""
+        return "; ".join(filter(None, (self._by_batch_size(), self._by_width())))
+
+    def headline(self) -> str:
+        """Return the size from which on the head is faster, in a few words."""
+        standings = {point.standing(self.allowance) for point in self.points}
+        if standings == {"faster"}:
+            return "faster at all sizes"
+        if self.break_even is not None:
+            return f"faster from batch size {self.break_even:.3g} on"
+        if not self.wider:
+            return "not faster at the largest batch size"
+        last = self.wider[-1]
+        if last.low > 1 + self.allowance:
+            return f"faster from {last.width:,} units per expert on"
+        return f"not faster up to {last.width:,} units per expert"
+
+    def _by_width(self) -> str:
+        if not self.wider:
+            return ""
+        last = self.wider[-1]
+        measured = f"{last.realized:.3g} ({last.low:.3g} to {last.high:.3g}) at batch size {last.batch_size}"
+        if last.low > 1 + self.allowance:
+            return f"faster from some {last.width:,} hidden units of an expert on: {measured}"
+        return f"not faster up to {last.width:,} hidden units of an expert either: {measured}"
+
+    def _by_batch_size(self) -> str:
         sizes_by_standing: dict[Standing, list[str]] = {}
         for point in self.points:
             sizes_by_standing.setdefault(point.standing(self.allowance), []).append(f"{point.batch_size}")
@@ -193,7 +159,7 @@ class Gap:
         )
 
 
-def gap_of(head: str, mode: TimingMode, heads: tuple[RoutedModule, RoutedModule], points: Sequence[GapPoint]) -> Gap:
+def gap_of(head: str, mode: RowMode, heads: tuple[RoutedModule, RoutedModule], points: Sequence[GapPoint]) -> Gap:
     """Return the gap of a head and its dense twin with the break-even, from points of ascending batch sizes."""
     parameters, dense_parameters = (capacity(module).total for module in heads)
     gap = Gap(head, mode, parameters, dense_parameters, tuple(points), None)
@@ -238,9 +204,9 @@ class _DenseLayer(RoutedModule):
         return self.dense.count_flops(batch, tokens)
 
 
-def realized_ratio(dense: Rounds, head: Rounds, seed: int) -> tuple[float, float, float]:
+def realized_ratio(dense: DrawnRounds, head: DrawnRounds, seed: int) -> tuple[float, float, float]:
     """Return the ratio of the median times over the common rounds, and the ends of its sampling interval."""
-    ratio, low, high = bootstrap(lambda dense, head: dense / head, [dense, head], seed)
+    ratio, low, high = bootstrap_draws(lambda dense, head: dense / head, [dense, head], seed)
     return ratio, max(low, 0.0), high
 
 

@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
-import numpy as np
 from torch import nn
 
 from moe_heads.analysis.inference_timing.calls import MODEL, Call
-from moe_heads.analysis.inference_timing.statistics import Rounds, bootstrap, median_interval, paired
+from moe_heads.analysis.inference_timing.draws import DrawnRounds, bootstrap_draws, interval_of, median_of
+from moe_heads.analysis.inference_timing.statistics import paired
 from moe_heads.routed_module import RoutedModule
 from moe_heads.routing import Router
 
@@ -43,15 +43,16 @@ class Part:
 
 
 def divided(
-    batch_size: int, whole: str, times: Rounds, parts: Mapping[str, Rounds], rest: str, seed: int
+    batch_size: int, whole: str, times: DrawnRounds, parts: Mapping[str, DrawnRounds], rest: str, seed: int
 ) -> list[Part]:
     """Divide the time of a whole into parts that were timed alone and the rest, over the rounds in which all ran."""
-    times, *others = paired([times, *parts.values()])
+    per_draw = [paired(rounds) for rounds in zip(times, *parts.values(), strict=True)]
+    times, *others = ([draw[place] for draw in per_draw] for place in range(1 + len(parts)))
     alone = [
-        Part(batch_size, whole, name, float(np.median(np.concatenate(part))), *median_interval(part), "timed alone")
+        Part(batch_size, whole, name, median_of(part), *interval_of(part, seed), "timed alone")
         for name, part in zip(parts, others, strict=True)
     ]
-    difference = bootstrap(lambda whole, *others: whole - sum(others), [times, *others], seed)
+    difference = bootstrap_draws(lambda whole, *others: whole - sum(others), [times, *others], seed)
     return [*alone, Part(batch_size, whole, rest, *difference, "by difference")]
 
 

@@ -1,99 +1,46 @@
 """Sweep over batch sizes within limits of time and memory, and the record of its results."""
 
-import itertools
 import random
 import time
 from collections import defaultdict
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
-from torch import nn
 
 from moe_heads.analysis._shared.environment import Environment, load_average
 from moe_heads.analysis._shared.microbatches import free_memory, is_out_of_memory
 from moe_heads.analysis._shared.progress import Progress, TimeUp
-from moe_heads.analysis.inference_timing.calls import MODEL, Call, RowKey, TimingMode
-from moe_heads.analysis.inference_timing.capture import Capture, TimedModel
+from moe_heads.analysis.inference_timing.calls import MODEL, Call, RowKey, RowMode
+from moe_heads.analysis.inference_timing.capture import TimedModel
+from moe_heads.analysis.inference_timing.clock import Clock
+from moe_heads.analysis.inference_timing.cost import CostEstimate
+from moe_heads.analysis.inference_timing.draws import DrawnRounds
 from moe_heads.analysis.inference_timing.energy import EnergyMeter
 from moe_heads.analysis.inference_timing.flops import OperatorLog, record
+from moe_heads.analysis.inference_timing.limits import Bound, DeviceLimits, dtype_of
 from moe_heads.analysis.inference_timing.measure import (
-    Clock,
     TimedCall,
-    TimingPlan,
     first_line,
     take_turns,
-    timed_calls,
     warm_up_all,
 )
+from moe_heads.analysis.inference_timing.overhead import null_of
+from moe_heads.analysis.inference_timing.plan import TimingPlan
+from moe_heads.analysis.inference_timing.prepare import timed_calls
+from moe_heads.analysis.inference_timing.recording import Capture
 from moe_heads.analysis.inference_timing.result import InferenceTimingResult
 from moe_heads.analysis.inference_timing.rows import Skipped, TimingRow, row_of
-from moe_heads.analysis.inference_timing.speedup import Bound, DeviceLimits, GapPoint, gap_of, realized_ratio
+from moe_heads.analysis.inference_timing.served import ServedPrograms
+from moe_heads.analysis.inference_timing.speedup import Gap, GapPoint, WiderHead, gap_of, realized_ratio
 from moe_heads.analysis.inference_timing.stages import STAGES, Part, divided, part_name
-from moe_heads.analysis.inference_timing.statistics import Rounds
+from moe_heads.analysis.inference_timing.wider import wider_heads
 
-__all__ = ["CostEstimate", "Sweep"]
+__all__ = ["Sweep"]
 
-# on a shared machine, a pass may take twice as long as its estimate
-_CAUTION = 2
 _STEPS_PER_SIZE = 100
 _NOT_EAGER = "no split and no roofline, because both require the mode eager"
-
-
-class CostEstimate:
-    """Estimate of the time of a batch size from the size before: time grows at most in proportion to the size."""
-
-    def __init__(self, plan: TimingPlan) -> None:
-        self._plan, self._start = plan, time.perf_counter()
-        self._size, self._pass_s, self._passes_per_round = 0, 0.0, 1.0
-        self._too_slow, self._num_sizes = "", 0
-
-    def why_no_pass(self, size: int) -> str:
-        """Return why there is no time for one pass of a size, or "". The first size always runs."""
-        if not self._num_sizes or self._too_slow:
-            return self._too_slow
-        return self._why_not(_CAUTION * self._pass_s * size / self._size)
-
-    def why_no_rounds(self) -> str:
-        """Return why there is no time for the rounds of the current size, or "". The first size always has them."""
-        if self._num_sizes == 1:
-            return ""
-        return self._why_not(self._plan.fewest_rounds * self._passes_per_round * self._pass_s)
-
-    def add_pass(self, size: int, seconds: float) -> None:
-        """Add the duration of the first pass of a size."""
-        self._size, self._pass_s = size, seconds
-        self._num_sizes += 1
-
-    def add_round(self, last_ms: Mapping[RowKey, float]) -> None:
-        """Add the times of all calls after the warm-up (nan if it was skipped); the first pass may have been slow."""
-        known = {key: ms for key, ms in last_ms.items() if ms > 0}
-        if any(key.module == MODEL for key in known):
-            eager = known.get(RowKey(MODEL), 1e3 * self._pass_s)
-            self._pass_s = min(self._pass_s, eager / 1e3)
-            self._passes_per_round = sum(known.values()) / eager
-
-    def stop(self) -> None:
-        """Skip all larger sizes, because the current one was too slow."""
-        self._too_slow = f"batch size {self._size} was already too slow"
-
-    def is_over(self, round_s: float) -> bool:
-        """Return whether no further round fits that takes as long as the last one. The first size always continues."""
-        return self._num_sizes > 1 and self._elapsed() + round_s > self._plan.max_seconds
-
-    def exclude(self, seconds: float) -> None:
-        """Exclude some of the elapsed time from the limit."""
-        self._start += seconds
-
-    def _why_not(self, needed: float) -> str:
-        left = self._plan.max_seconds - self._elapsed()
-        if needed <= left:
-            return ""
-        limit = self._plan.max_seconds
-        return f"needs about {needed:.3g} s, but {max(left, 0):.3g} s of max_seconds = {limit:g} remain"
-
-    def _elapsed(self) -> float:
-        return time.perf_counter() - self._start
+_COMPILED = "no split, because a compiled program fuses what its parts do alone"
 
 
 @dataclass
@@ -106,40 +53,82 @@ class Sweep:
     progress: Progress
     environment: Environment
     skipped: list[Skipped]
+    served: ServedPrograms
 
     def __post_init__(self) -> None:
         self._energy, self._clock = EnergyMeter(self.model.device), Clock(self.model.device)
         self._order, self._estimate = random.Random(self.seed), CostEstimate(self.plan)
-        self._dtype = _dtype_of(self.model.model, self.model.device)
+        self._dtype = dtype_of(self.model.model, self.model.device)
         self._limits: dict[torch.dtype, DeviceLimits] = {}
         self._error: Exception | None = None
         self._has_run, self._done, self._total = False, 0, _STEPS_PER_SIZE * len(self.plan.batch_sizes)
         self._uncounted: Mapping[str, int] = {}
         self._rows: list[TimingRow] = []
         self._parts: list[Part] = []
-        self._points: dict[tuple[str, TimingMode], list[GapPoint]] = defaultdict(list)
+        self._points: dict[tuple[str, RowMode], list[GapPoint]] = defaultdict(list)
+        self._calls_of_heads: dict[str, Call] = {}
+        self._wider: dict[str, tuple[WiderHead, ...]] = {}
 
     def add(self, size: int) -> None:
         """Time one batch size, or record why it is skipped. Sizes have to ascend."""
         captured = self._capture(size)
-        if captured is None:
+        if not captured:
             return
-        calls, flops = self.model.calls(size, captured), self.model.flops(captured)
-        self.skipped += captured.skipped
-        timed = self._time(size, calls)
-        if MODEL in captured.operators:
-            self._uncounted = captured.operators[MODEL].uncounted
-        for key, call in timed.items():
-            limits = self._limits_of(key.mode)
-            self._rows.append(row_of(size, key, call, flops.get(key.module), limits.peak_flops if limits else None))
+        of_draws = [self.model.calls(size, draw) for draw in captured]
+        # a call that fails on one draw is left out
+        calls = {name: [draw[name] for draw in of_draws] for name in of_draws[0] if all(name in d for d in of_draws)}
+        flops = [self.model.flops(draw) for draw in captured]
+        self.skipped += captured[0].skipped
+        served, absent = self.served.calls(size, [draw.forward for draw in captured])
+        self.skipped += absent
+        timed = self._time(size, calls, served)
+        if MODEL in captured[0].operators:
+            self._uncounted = captured[0].operators[MODEL].uncounted
+        for key, draws in timed.items():
+            limits, counts = self._limits_of(key.mode), [draw.get(key.module) for draw in flops]
+            self._rows.append(row_of(size, key, draws, counts, limits.peak_flops if limits else None, self.seed))
         self._divide(size, timed)
-        for name, mode in itertools.product(self.model.twins, self.plan.modes):
-            twin, head = RowKey(self.model.twin_name(name), mode), RowKey(name, mode)
-            if twin in timed and head in timed:
-                theoretical = flops[twin.module].value / flops[name].value
-                realized = realized_ratio(timed[twin].wall_ms(), timed[head].wall_ms(), self.seed)
-                bounds = self._bounds(calls[twin.module], captured.operators.get(name)) if mode == "eager" else ()
+        own = RowKey(MODEL, self.model.mode_of(MODEL))
+        if own in timed:
+            programs = {key.module: draws for key, draws in timed.items() if key.mode == "served"}
+            times = {name: [call.wall_ms() for call in draws] for name, draws in programs.items()}
+            self.served.compare(size, [call.wall_ms() for call in timed[own]], times, self.seed)
+        for head in [key for key in timed if key.module in self.model.twins]:
+            name, mode = head
+            twin = RowKey(self.model.twin_name(name), mode)
+            if twin in timed:
+                theoretical = sum(d[twin.module].value for d in flops) / sum(d[name].value for d in flops)
+                dense_ms, head_ms = ([call.wall_ms() for call in timed[key]] for key in (twin, head))
+                realized = realized_ratio(dense_ms, head_ms, self.seed)
+                operators = [draw.operators.get(name) for draw in captured]
+                bounds: tuple[float, Bound, Bound] | tuple[()] = ()
+                if mode == "eager":
+                    bounds, self._calls_of_heads[name] = (
+                        self._bounds(calls[twin.module], operators),
+                        captured[0].modules[name],
+                    )
                 self._points[name, mode].append(GapPoint(size, mode, theoretical, *realized, *bounds))
+
+    def widen(self) -> None:
+        """Time wider heads at the largest batch size, where a head has fewer operations and is not faster."""
+        for gap in self._gaps():
+            last = gap.points[-1]
+            if gap.mode != "eager" or last.theoretical <= 1 or last.standing(gap.allowance) == "faster":
+                continue
+            found: list[WiderHead] = []
+            for wider in wider_heads(
+                self.model.heads[gap.head],
+                self._calls_of_heads[gap.head],
+                self._clock,
+                self.plan,
+                batch_size=last.batch_size,
+                seed=self.seed,
+                tick=self.progress.tick,
+            ):
+                found.append(wider)
+                self._wider[gap.head] = tuple(found)
+                if wider.low > 1 + gap.allowance or self._estimate.is_over(0.0):
+                    break
 
     def check(self) -> None:
         """Check that the model ran at one batch size at least, or failed only for lack of memory.
@@ -158,6 +147,8 @@ class Sweep:
         """Return the result of the finished sizes."""
         limits = self._limits.get(self._dtype)
         absent = [] if "eager" in self.plan.modes else [Skipped(None, None, None, _NOT_EAGER)]
+        if self.model.mode_of(MODEL) != "eager":
+            absent = [Skipped(None, None, None, _COMPILED)]
         return InferenceTimingResult(
             rows=tuple(self._rows),
             environment=self.environment,
@@ -167,8 +158,8 @@ class Sweep:
             skipped=(*self.skipped, *absent),
             parts=tuple(self._parts),
             gaps=tuple(
-                gap_of(name, mode, (self.model.heads[name], self.model.twins[name]), points)
-                for (name, mode), points in self._points.items()
+                replace(gap, wider=self._wider.get(gap.head, ())) if gap.mode == "eager" else gap
+                for gap in self._gaps()
             ),
             power=tuple(self._energy.uses),
             uncounted=self._uncounted,
@@ -177,16 +168,27 @@ class Sweep:
             bandwidths=dict(limits.bandwidths) if limits else {},
             load_average_end=load_average(),
             plan=self.plan,
+            requests=self.model.requests.report(),
+            served=self.served.reports(),
         )
 
-    def _capture(self, size: int) -> Capture | None:
-        """Run one batch size once; return None if there is no time for it or it fails."""
+    def _gaps(self) -> list[Gap]:
+        return [
+            gap_of(name, mode, (self.model.heads[name], self.model.twins[name]), points)
+            for (name, mode), points in self._points.items()
+        ]
+
+    def _capture(self, size: int) -> list[Capture]:
+        """Run each draw of a batch size once; return [] if there is no time for it or it fails."""
         reason = self._estimate.why_no_pass(size)
         if reason:
             self._skip(size, reason)
-            return None
+            return []
         try:
-            captured = self.model.capture(size)
+            start = time.perf_counter()
+            batches = self.model.requests.draws(size)
+            self._estimate.exclude(time.perf_counter() - start)
+            captured = [self.model.capture(size, batch) for batch in batches]
         except TimeUp:
             raise
         except Exception as error:
@@ -194,26 +196,35 @@ class Sweep:
             is_memory = is_out_of_memory(error)
             self._error = self._error if is_memory else error
             self._skip(size, f"{'out of memory:' if is_memory else 'failed with'} {first_line(error)}")
-            return None
+            return []
         self._has_run = True
-        self._estimate.add_pass(size, captured.seconds)
+        self._estimate.add_pass(size, min(draw.seconds for draw in captured))
         return captured
 
-    def _time(self, size: int, calls: Mapping[str, Call]) -> dict[RowKey, TimedCall]:
+    def _time(
+        self, size: int, calls: Mapping[str, list[Call]], served: Mapping[str, list[Call]]
+    ) -> dict[RowKey, list[TimedCall]]:
         """Time the calls of a batch size for which there is time; return {} if there is none, or too little memory."""
         calls, tick = self._affordable(size, calls), self.progress.tick
         if not calls:
             return {}
         try:
             timed, failed = timed_calls(
-                calls, self.plan.modes, self.model.device, exclude=self._estimate.exclude, tick=tick
+                calls, self.plan.modes, self.model.device, self.model, exclude=self._estimate.exclude, tick=tick
             )
             self.skipped += [Skipped(size, key.mode, key.module, reason) for key, reason in failed.items()]
-            seconds = warm_up_all(timed, self._clock, self.plan, tick)
-            self._estimate.add_round({key: call.last_ms for key, call in timed.items()})
+            if MODEL in calls:  # else there is time for the heads only
+                device = self.model.device
+                timed |= {
+                    RowKey(name, "served"): [TimedCall(call, null=null_of(call, device)) for call in draws]
+                    for name, draws in served.items()
+                }
+            flat = {(key, place): call for key, draws in timed.items() for place, call in enumerate(draws)}
+            seconds = warm_up_all(flat, self._clock, self.plan, tick)
+            self._estimate.add_round({key: [call.last_ms for call in draws] for key, draws in timed.items()})
             with self._energy.measure(size):
                 take_turns(
-                    timed,
+                    flat,
                     self._clock,
                     num_runs=self.plan.num_runs,
                     seconds=seconds,
@@ -229,7 +240,7 @@ class Sweep:
         self._done += _STEPS_PER_SIZE
         return timed
 
-    def _affordable(self, size: int, calls: Mapping[str, Call]) -> Mapping[str, Call]:
+    def _affordable(self, size: int, calls: Mapping[str, list[Call]]) -> Mapping[str, list[Call]]:
         """Return the calls for which there is time: all of them, those of the heads, or none."""
         reason = self._estimate.why_no_rounds()
         if not reason:
@@ -256,10 +267,12 @@ class Sweep:
         done = self._done + int(share * (_STEPS_PER_SIZE - 1))
         self.progress.step(done + (share >= 1), self._total, batch_size=size)
 
-    def _divide(self, size: int, timed: Mapping[RowKey, TimedCall]) -> None:
+    def _divide(self, size: int, timed: Mapping[RowKey, list[TimedCall]]) -> None:
         """Divide the times of the model and of its heads between their parts, in eager mode."""
-        rounds = {key.module: call.wall_ms() for key, call in timed.items() if key.mode == "eager"}
-        outer: dict[str, Rounds] = {name: rounds[name] for name in ("backbone", "head") if name in rounds}
+        rounds: dict[str, DrawnRounds] = {
+            key.module: [call.wall_ms() for call in draws] for key, draws in timed.items() if key.mode == "eager"
+        }
+        outer: dict[str, DrawnRounds] = {name: rounds[name] for name in ("backbone", "head") if name in rounds}
         if outer and MODEL in rounds:
             self._parts += divided(size, MODEL, rounds[MODEL], outer, "rest", self.seed)
         for head in self.model.heads:
@@ -268,25 +281,25 @@ class Sweep:
             if head in rounds and "router" in inner:
                 self._parts += divided(size, head, rounds[head], inner, "experts", self.seed)
 
-    def _bounds(self, twin: Call, head: OperatorLog | None) -> tuple[float, Bound, Bound] | tuple[()]:
-        """Return the ratio of the least times of the twin and of the head, and both, if all operators are known."""
-        limits = self._limits_of("eager")
-        twin.restore_inputs()
-        dense = record(twin)
-        if limits is None or head is None or head.num_hidden or dense.num_hidden:
-            return ()
-        dense_bound, head_bound = limits.bound(dense.operators), limits.bound(head.operators)
-        return dense_bound.ms / head_bound.ms, dense_bound, head_bound
+    def _bounds(
+        self, twin: Sequence[Call], head: Sequence[OperatorLog | None]
+    ) -> tuple[float, Bound, Bound] | tuple[()]:
+        """Return the ratio of the least times of the twin and of the head, and both, if all operators are known.
 
-    def _limits_of(self, mode: TimingMode) -> DeviceLimits | None:
+        The times are means over the draws.
+        """
+        limits, bounds = self._limits_of("eager"), []
+        for call in twin:
+            call.restore_inputs()
+        for logs in ([record(call) for call in twin], head):
+            if limits is None or any(log is None or log.num_hidden for log in logs):
+                return ()
+            whole = limits.bound([operator for log in logs if log is not None for operator in log.operators])
+            bounds.append(replace(whole, ms=whole.ms / len(logs), launches_ms=whole.launches_ms / len(logs)))
+        return bounds[0].ms / bounds[1].ms, bounds[0], bounds[1]
+
+    def _limits_of(self, mode: RowMode) -> DeviceLimits | None:
         dtype = torch.bfloat16 if mode == "bf16" else self._dtype
         if self.model.device.type not in {"cpu", "cuda"}:
             return None
         return self._limits.setdefault(dtype, DeviceLimits(self.model.device, dtype))
-
-
-def _dtype_of(model: nn.Module, device: torch.device) -> torch.dtype:
-    """Return the data type of the caller's arithmetic."""
-    if torch.is_autocast_enabled(device.type):
-        return torch.get_autocast_dtype(device.type)
-    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)

@@ -120,7 +120,9 @@ def test_max_time_ends_every_analysis_with_what_there_is(monkeypatch: pytest.Mon
 
     options: dict[str, Any] = {"splits": ["train"], "forward_fn": forward}
     usage = ExpertUtilizationCallback(max_time=1.5, batch_size=10, **options)
-    timing = InferenceTimingCallback(max_time=8, batch_sizes=(1, 2, 4), num_runs=2, warmup_runs=1, **options)
+    timing = InferenceTimingCallback(
+        max_time=8, batch_sizes=(1, 2, 4), num_runs=2, warmup_runs=1, num_draws=1, **options
+    )
     run = trainer(curvature, landscape, usage, timing)
     with pytest.warns(UserWarning, match="the result is partial") as caught:
         run.fit(PlainModule(), loader())

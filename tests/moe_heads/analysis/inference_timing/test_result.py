@@ -4,9 +4,10 @@ import torch
 from torch import nn
 
 from moe_heads.analysis._shared.environment import environment_of
+from moe_heads.analysis.inference_timing.limits import Bound
 from moe_heads.analysis.inference_timing.result import InferenceTimingResult
 from moe_heads.analysis.inference_timing.rows import Skipped, TimingRow
-from moe_heads.analysis.inference_timing.speedup import Bound, Gap, GapPoint
+from moe_heads.analysis.inference_timing.speedup import Gap, GapPoint
 from moe_heads.analysis.inference_timing.stages import Part
 
 
@@ -45,7 +46,14 @@ def timing() -> InferenceTimingResult:
 
 def test_metrics_name_module_batch_size_and_gap() -> None:
     metrics = timing().metrics()
-    assert len(metrics) == 16 + 2 * 2 + 1
+    assert len(metrics) == 16 + 2 * 2 + 1 + 3
+    over_dense = {name: value for name, value in metrics.items() if name.endswith("_over_dense")}
+    key = "head/batch1"
+    assert over_dense == {
+        f"{key}/router_over_dense": 0.5,
+        f"{key}/experts_over_dense": 1.5,
+        f"{key}/launches_over_dense": 0,
+    }
     assert metrics["head/batch32/p50_ms"] == 3.0
     assert metrics["model/batch1/p99_ms"] == 8.0
     assert metrics["model/batch32/samples_per_s"] == 32000 / 30

@@ -2,8 +2,9 @@ import numpy as np
 import pytest
 
 from moe_heads.analysis.inference_timing.calls import RowKey
+from moe_heads.analysis.inference_timing.clock import Reading
 from moe_heads.analysis.inference_timing.flops import FlopCount
-from moe_heads.analysis.inference_timing.measure import Reading, TimedCall
+from moe_heads.analysis.inference_timing.measure import TimedCall
 from moe_heads.analysis.inference_timing.rows import TimingRow, row_of
 from tests.moe_heads.analysis.inference_timing.test_result import row
 
@@ -24,7 +25,7 @@ def run(rng: np.random.Generator, drift: float) -> TimingRow:
     times = np.exp(drift * rng.standard_normal()) * np.exp(0.02 * rng.standard_normal((25, 8)))
     call = TimedCall(lambda: None)
     call.rounds = [[Reading(ms, float("nan")) for ms in readings] for readings in times.tolist()]
-    return row_of(1, RowKey("model"), call, None, None)
+    return row_of(1, RowKey("model"), [call], [None], None)
 
 
 def apart(drift: float, allowance: float | None = None) -> int:
@@ -44,8 +45,8 @@ def test_runs_with_drift_agree_within_intervals_and_allowance_in_95_of_100_trial
 def test_the_interval_is_that_of_the_sampling_alone() -> None:
     call = TimedCall(lambda: None)
     call.rounds = [[Reading(2.0, float("nan"))]] * 50
-    row = row_of(1, RowKey("model"), call, FlopCount(4000), 1e6)
+    row = row_of(1, RowKey("model"), [call], [FlopCount(4000)], 1e6)
     assert (row.p50_low_ms, row.p50_ms, row.p50_high_ms) == (2.0, 2.0, 2.0)
     assert row.peak_share == pytest.approx(2.0)
-    least = row_of(1, RowKey("model"), call, FlopCount(4000, is_complete=False), 1e6)
+    least = row_of(1, RowKey("model"), [call], [FlopCount(4000, is_complete=False)], 1e6)
     assert (least.flops, least.flops_complete, least.peak_share) == (4000, False, None)
