@@ -125,6 +125,8 @@ class SharpnessCallback(FitEndAnalysis):
         engine: "lanczos", the default, or "pyhessian" for the procedure of arXiv 2601.15021: PyHessian with its own
             settings, with its failures caught and reported. It computes eigenvalues and the trace. Its density calls a
             function that torch has removed.
+        trace: Whether to compute the trace and the traces of the blocks. Without it no random probe is spent, and
+            ``converged`` covers the eigenvalues alone.
         options: Options of all analyses: splits, num_samples, batch_size, seed, loss_fn, stages, every_n_epochs,
             weights, max_time, on_error, name; see `AnalysisOptions`.
 
@@ -161,6 +163,7 @@ class SharpnessCallback(FitEndAnalysis):
         outputs_fn: OutputsFn | None = None,
         output_loss: OutputLossFn | None = None,
         engine: Engine = "lanczos",
+        trace: bool = True,
         **options: Unpack[AnalysisOptions],
     ) -> None:
         own: dict[str, Any] = {
@@ -180,6 +183,7 @@ class SharpnessCallback(FitEndAnalysis):
             "matrix": matrix,
             "outputs_fn": outputs_fn,
             "output_loss": output_loss,
+            "trace": trace,
         }
         check_sharpness_options(**own)
         check_flags(preconditioned=preconditioned)
@@ -191,7 +195,7 @@ class SharpnessCallback(FitEndAnalysis):
             self.name = matrix
         self.matrix, self.outputs_fn, self.output_loss = matrix, outputs_fn, output_loss
         self.graph_memory, self.basis_memory = graph_memory, basis_memory
-        self.num_eigenvalues, self.which, self.density = num_eigenvalues, which, density
+        self.num_eigenvalues, self.which, self.density, self.trace = num_eigenvalues, which, density, trace
         self.params, self.blocks, self.block_eigenvalues = params, blocks, block_eigenvalues
         self.tolerance, self.trace_tolerance = tolerance, trace_tolerance
         self.max_steps, self.max_probes = max_steps, max_probes
@@ -301,6 +305,7 @@ class SharpnessCallback(FitEndAnalysis):
             keep_eigenvectors=True,
             routing_steps=() if self._skips_routing(inputs) else self.routing_steps,
             perturbation=self.perturbation and not self.is_tracking,
+            trace=self.trace,
             graph_memory=self.graph_memory,
             basis_memory=self.basis_memory,
             start=start if start is not None and len(start) == num_parameters else None,
