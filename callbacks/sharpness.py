@@ -10,8 +10,10 @@ from torch.optim import Optimizer
 from typing_extensions import Unpack, override
 
 from moe_heads.analysis import SharpnessResult, sharpness
+from moe_heads.analysis._shared.batches import Batch
 from moe_heads.analysis._shared.digest import digest_of
 from moe_heads.analysis._shared.shards import is_sharded
+from moe_heads.analysis.critical_sharpness.figures import plot_steps
 from moe_heads.analysis.loss_landscape.routing_response import has_sparse_router
 from moe_heads.analysis.sharpness.hessian import subspace_overlap
 from moe_heads.analysis.sharpness.hessian.both_ends import Which
@@ -23,7 +25,9 @@ from moe_heads.analysis.sharpness.model_outputs import output_loss_of
 from moe_heads.analysis.sharpness.options import check_sharpness_options
 from moe_heads.analysis.sharpness.pyhessian import pyhessian_sharpness
 from moe_heads.analysis.sharpness.result import Engine
+from moe_heads.callbacks._intermittent_checks import IntermittentChecks
 from moe_heads.callbacks._preconditioned import PreconditionedAnalysis
+from moe_heads.callbacks._shared.cost_report import cost_lines, cost_metrics
 from moe_heads.callbacks._shared.evaluation import loss_of
 from moe_heads.callbacks._shared.execution_context import ExecutionContext
 from moe_heads.callbacks._shared.inputs import AnalysisInputs
@@ -33,12 +37,19 @@ from moe_heads.callbacks._shared.trainer_access import Split
 from moe_heads.callbacks._sharpness_options import check_are_in, check_differentiable, check_engine, check_params
 from moe_heads.callbacks._stability import stability_threshold
 from moe_heads.callbacks.base import FitEndAnalysis
-from moe_heads.checks import check_flags
+from moe_heads.checks import check_at_least, check_flags
 
 __all__ = ["SharpnessCallback"]
 
 # Rounds of probes for the trace of ``every_n_epochs``, whatever standard error they reach.
 _TRACKING_PROBES = 16
+
+# Products of a point: the search for missing eigenvalues and the checks, and those for each eigenvalue. Measured on
+# small networks; see docs/sharpness.md.
+_PRODUCTS, _PRODUCTS_EACH = 20, 4
+
+# Gradients that take the time of one product.
+_GRADIENTS_A_PRODUCT = 2.3
 
 
 class SharpnessCallback(FitEndAnalysis):
@@ -127,6 +138,9 @@ class SharpnessCallback(FitEndAnalysis):
             function that torch has removed.
         trace: Whether to compute the trace and the traces of the blocks. Without it no random probe is spent, and
             ``converged`` covers the eigenvalues alone.
+        check_every_n_points: Number of points of ``every_n_train_steps`` or ``max_overhead`` between two comparisons with
+            float64 and with finite differences. They cost as much as ten products on few samples. The certificate of
+            the points between them states where the last ones were made. The first point and the end of fit have them.
         options: Options of all analyses: splits, num_samples, batch_size, seed, loss_fn, stages, every_n_epochs,
             weights, max_time, on_error, name; see `AnalysisOptions`.
 
@@ -164,6 +178,7 @@ class SharpnessCallback(FitEndAnalysis):
         output_loss: OutputLossFn | None = None,
         engine: Engine = "lanczos",
         trace: bool = True,
+        check_every_n_points: int = 10,
         **options: Unpack[AnalysisOptions],
     ) -> None:
         own: dict[str, Any] = {
@@ -187,6 +202,7 @@ class SharpnessCallback(FitEndAnalysis):
         }
         check_sharpness_options(**own)
         check_flags(preconditioned=preconditioned)
+        check_at_least(1, check_every_n_points=check_every_n_points)
         own["preconditioned"] = preconditioned
         check_params(params)
         check_engine(engine, own, inspect.signature(SharpnessCallback).parameters)
@@ -208,6 +224,7 @@ class SharpnessCallback(FitEndAnalysis):
         self._threshold_before: float | None = None
         self._starts: dict[Split, Tensor] = {}
         self._weights: dict[Split, bytes] = {}
+        self._checks = IntermittentChecks(check_every_n_points)
 
     @override
     def before_step(self, context: ExecutionContext, optimizer: Optimizer) -> None:
@@ -236,6 +253,7 @@ class SharpnessCallback(FitEndAnalysis):
         # a fit that is resumed from a checkpoint may take no further step
         self._threshold, self._threshold_before = self._threshold_before, None
         self._starts, self._weights = {}, {}
+        self._checks.forget()
 
     @override
     def close(self) -> None:
@@ -254,7 +272,9 @@ class SharpnessCallback(FitEndAnalysis):
 
     @override
     def is_enough(self, result: SharpnessResult) -> bool:
-        return self.is_tracking or result.density is not None or not self.density
+        if self.is_tracking:
+            return self.is_step_point or not self._checks.are_left_out_of(result)
+        return (result.density is not None or not self.density) and not self._checks.are_left_out_of(result)
 
     @override
     def compute(self, inputs: AnalysisInputs) -> SharpnessResult:
@@ -265,12 +285,15 @@ class SharpnessCallback(FitEndAnalysis):
             found = self._preconditioned.compute(inputs, names, is_tracking=self.is_tracking)
             result = replace(result, preconditioned=found)
         self._weights[inputs.split] = weights
+        self._checks.note(inputs.split, inputs.context.step, result)
         if result.eigenvectors is not None:
             self._starts[inputs.split] = result.eigenvectors.sum(0)
         return result
 
     @override
     def report(self, result: SharpnessResult) -> Report:
+        if self.is_step_point:  # drawing takes longer than the products of a small model
+            return Report(result.metrics(), {"summary": result.summary()})
         figures = {"spectrum": result.plot()[0], "blocks": result.plot_blocks(), "tracking": result.plot_history()}
         there = {name: figure for name, figure in figures.items() if figure is not None}
         return Report(result.metrics(), {"summary": result.summary()}, there)
@@ -305,13 +328,41 @@ class SharpnessCallback(FitEndAnalysis):
             keep_eigenvectors=True,
             routing_steps=() if self._skips_routing(inputs) else self.routing_steps,
             perturbation=self.perturbation and not self.is_tracking,
-            trace=self.trace,
+            trace=self.trace and not (self.is_step_point and self.num_reductions),
+            skip_double_check=self._checks.reason(inputs.split) if self.is_step_point else "",
             graph_memory=self.graph_memory,
             basis_memory=self.basis_memory,
             start=start if start is not None and len(start) == num_parameters else None,
             ranks=inputs.ranks,
             **shared,
         )
+
+    @override
+    def end_training(self, context: ExecutionContext) -> None:
+        super().end_training(context)
+        if not self.tracked_steps:
+            return
+        points = [point for series in self.tracked_steps.values() for point in series.values()]
+        costs = {
+            "products": [point["num_products"] for point in points if "num_products" in point],
+            "seconds": list(self.costs.seconds.values()),
+        }
+        overhead = self.overhead(context)
+        lines = cost_lines(costs, overhead, every=self.every_n_train_steps, max_overhead=self.max_overhead)
+        series = self.tracked_steps.get("train") or next(iter(self.tracked_steps.values()))
+        report = Report(
+            cost_metrics(costs, overhead), {"summary": "\n".join(lines)}, {"tracking": plot_steps(series, {})}
+        )
+        context.log(f"{self.name}/step", report)
+
+    @override
+    def steps_of_a_point(self, batch: Batch) -> float:
+        products = _PRODUCTS + _PRODUCTS_EACH * self.num_eigenvalues + (_TRACKING_PROBES if self.trace else 0)
+        return _GRADIENTS_A_PRODUCT * products * self.batches_of_a_point(batch)
+
+    @override
+    def described_point(self, level: int) -> str:
+        return super().described_point(level) + (", without the trace" if self.trace else "")
 
     @override
     def unsupported_if_sharded(self) -> str:
