@@ -65,7 +65,7 @@ class CriticalSharpnessCallback(FitEndAnalysis):
     `SharpnessCallback` with ``every_n_train_steps`` in the same training.
 
     Args:
-        every_n_train_steps: Number of optimizer steps between two points; by default 10, unless ``max_overhead`` is given.
+        every_n_train_steps: Number of optimizer steps between two points; by default 10 without ``max_overhead``.
         fraction: Share of each batch that is evaluated, the first samples. The loss of a part is not that of the step,
             but its passes are cheaper.
         tolerance: Relative width of the bracket at which the search ends.
@@ -205,9 +205,8 @@ class CriticalSharpnessCallback(FitEndAnalysis):
         points = self.tracked_steps.get("train", {})
         if not points:
             return
-        report = Report(
-            {"share_of_time": self._share(), **cost_metrics(self._costs(), self.overhead(context))}, {"summary": self.summary()}, {"tracking": self._figure(context)}
-        )
+        metrics = {"share_of_time": self._share(), **cost_metrics(self._costs(), self.overhead(context))}
+        report = Report(metrics, {"summary": self.summary()}, {"tracking": self._figure(context)})
         context.log(f"{self.name}/step", report)
 
     @override

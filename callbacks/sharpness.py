@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import Unpack, override
@@ -13,7 +14,6 @@ from moe_heads.analysis import SharpnessResult, sharpness
 from moe_heads.analysis._shared.batches import Batch
 from moe_heads.analysis._shared.digest import digest_of
 from moe_heads.analysis._shared.shards import is_sharded
-from moe_heads.analysis.critical_sharpness.figures import plot_steps
 from moe_heads.analysis.loss_landscape.routing_response import has_sparse_router
 from moe_heads.analysis.sharpness.hessian import subspace_overlap
 from moe_heads.analysis.sharpness.hessian.both_ends import Which
@@ -27,7 +27,6 @@ from moe_heads.analysis.sharpness.pyhessian import pyhessian_sharpness
 from moe_heads.analysis.sharpness.result import Engine
 from moe_heads.callbacks._intermittent_checks import IntermittentChecks
 from moe_heads.callbacks._preconditioned import PreconditionedAnalysis
-from moe_heads.callbacks._shared.cost_report import cost_lines, cost_metrics
 from moe_heads.callbacks._shared.evaluation import loss_of
 from moe_heads.callbacks._shared.execution_context import ExecutionContext
 from moe_heads.callbacks._shared.inputs import AnalysisInputs
@@ -35,6 +34,7 @@ from moe_heads.callbacks._shared.options import AnalysisOptions, OverRanks
 from moe_heads.callbacks._shared.reporting import Report
 from moe_heads.callbacks._shared.trainer_access import Split
 from moe_heads.callbacks._sharpness_options import check_are_in, check_differentiable, check_engine, check_params
+from moe_heads.callbacks._sharpness_points import expected_gradients, report_of_steps
 from moe_heads.callbacks._stability import stability_threshold
 from moe_heads.callbacks.base import FitEndAnalysis
 from moe_heads.checks import check_at_least, check_flags
@@ -43,13 +43,6 @@ __all__ = ["SharpnessCallback"]
 
 # Rounds of probes for the trace of ``every_n_epochs``, whatever standard error they reach.
 _TRACKING_PROBES = 16
-
-# Products of a point: the search for missing eigenvalues and the checks, and those for each eigenvalue. Measured on
-# small networks; see docs/sharpness.md.
-_PRODUCTS, _PRODUCTS_EACH = 20, 4
-
-# Gradients that take the time of one product.
-_GRADIENTS_A_PRODUCT = 2.3
 
 
 class SharpnessCallback(FitEndAnalysis):
@@ -96,7 +89,10 @@ class SharpnessCallback(FitEndAnalysis):
 
     ``converged`` is a certificate, see docs/certificate.md. With ``every_n_epochs`` and ``every_n_train_steps``, each
     analysis starts from the eigenvectors of the previous one, skips the density, and uses at most 16 rounds of probes
-    for the trace.
+    for the trace. At the end of a training with ``every_n_train_steps`` or ``max_overhead``, the cost of the points is
+    logged below ``sharpness/step/``: ``products_mean``, ``products_min``, ``products_max``, the same of ``seconds``,
+    and ``overhead``, the seconds of all points over those of the training without them. The figure ``tracking`` shows
+    lambda_max against the threshold, and the loss.
 
     Args:
         num_eigenvalues: Number of eigenvalues, limited to the number of parameters.
@@ -138,9 +134,10 @@ class SharpnessCallback(FitEndAnalysis):
             function that torch has removed.
         trace: Whether to compute the trace and the traces of the blocks. Without it no random probe is spent, and
             ``converged`` covers the eigenvalues alone.
-        check_every_n_points: Number of points of ``every_n_train_steps`` or ``max_overhead`` between two comparisons with
-            float64 and with finite differences. They cost as much as ten products on few samples. The certificate of
-            the points between them states where the last ones were made. The first point and the end of fit have them.
+        check_every_n_points: Number of points of ``every_n_train_steps`` or ``max_overhead`` from one comparison with
+            float64 and with finite differences to the next. On few samples it costs as much as ten products. The
+            certificate of the points between states where the last one was made. The first point and the end of fit
+            have it.
         options: Options of all analyses: splits, num_samples, batch_size, seed, loss_fn, stages, every_n_epochs,
             weights, max_time, on_error, name; see `AnalysisOptions`.
 
@@ -242,8 +239,8 @@ class SharpnessCallback(FitEndAnalysis):
         if self.matrix == "gauss_newton" and self.runs_in_fit and not is_sharded(model):
             loss_fn = self.loss_fn or context.loss_fn or loss_of(model, None)
             output_loss_of(model, loss_fn, self.outputs_fn, self.output_loss)
-        if self.basis_memory is not None:
-            self._check_basis_memory(model, self.basis_memory)
+        if self.basis_memory is not None or (self.runs_in_fit and self.engine == "lanczos"):
+            self._check_basis_memory(model)
         if self.runs_in_fit:  # the Trainer has already converted the parameters to its precision
             check_differentiable(type(self).__name__, model, self.params)
 
@@ -342,23 +339,19 @@ class SharpnessCallback(FitEndAnalysis):
         super().end_training(context)
         if not self.tracked_steps:
             return
-        points = [point for series in self.tracked_steps.values() for point in series.values()]
-        costs = {
-            "products": [point["num_products"] for point in points if "num_products" in point],
-            "seconds": list(self.costs.seconds.values()),
-        }
-        overhead = self.overhead(context)
-        lines = cost_lines(costs, overhead, every=self.every_n_train_steps, max_overhead=self.max_overhead)
-        series = self.tracked_steps.get("train") or next(iter(self.tracked_steps.values()))
-        report = Report(
-            cost_metrics(costs, overhead), {"summary": "\n".join(lines)}, {"tracking": plot_steps(series, {})}
+        found = report_of_steps(
+            self.tracked_steps,
+            self.costs.seconds,
+            self.overhead(context),
+            every=self.every_n_train_steps,
+            max_overhead=self.max_overhead,
         )
-        context.log(f"{self.name}/step", report)
+        context.log(f"{self.name}/step", found)
 
     @override
     def steps_of_a_point(self, batch: Batch) -> float:
-        products = _PRODUCTS + _PRODUCTS_EACH * self.num_eigenvalues + (_TRACKING_PROBES if self.trace else 0)
-        return _GRADIENTS_A_PRODUCT * products * self.batches_of_a_point(batch)
+        num_probes = _TRACKING_PROBES if self.trace else 0
+        return expected_gradients(self.num_eigenvalues, num_probes) * self.batches_of_a_point(batch)
 
     @override
     def described_point(self, level: int) -> str:
@@ -408,10 +401,15 @@ class SharpnessCallback(FitEndAnalysis):
         }
         return replace(result, overlaps=overlaps, stability_threshold=threshold, history=history)
 
-    def _check_basis_memory(self, model: nn.Module, basis_memory: int) -> None:
+    def _check_basis_memory(self, model: nn.Module) -> None:
         try:
             selected = list(selected_parameters(model, self.params).values())
         except ValueError:
             return  # a model that cannot be analyzed yet raises an error when the analysis begins
         size, first = sum(p.numel() for p in selected), selected[0]
-        check_basis_memory(basis_memory, size, first.dtype, first.device, min(self.num_eigenvalues, size))
+        if self.basis_memory is None and first.device.type not in {"cpu", "cuda"}:
+            return  # the free memory is unknown
+        try:
+            check_basis_memory(self.basis_memory, size, first.dtype, first.device, min(self.num_eigenvalues, size))
+        except MemoryError as error:
+            raise MisconfigurationException(f"{type(self).__name__}: {error}") from error

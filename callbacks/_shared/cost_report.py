@@ -20,7 +20,7 @@ def cost_metrics(costs: Costs, overhead: float) -> dict[str, float]:
         >>> cost_metrics({"products": [12.0, 16.0]}, 0.02)
         {'products_mean': 14.0, 'products_min': 12.0, 'products_max': 16.0, 'overhead': 0.02}
     """
-    found = {}
+    found: dict[str, float] = {}
     for unit, values in costs.items():
         if values:
             found |= {f"{unit}_mean": sum(values) / len(values)}

@@ -49,11 +49,11 @@ class AnalysisOptions(TypedDict, total=False):
             a multiple of n, on the weights at that time; see ``FitEndAnalysis.tracked_steps``. The expert utilization
             reports the training batches since its last point instead and runs no extra pass. Both intervals may be
             given. By default None, never.
-        max_overhead: Run also during the training, at steps chosen by the clock: the points take at most this share of the
-            time of the training without them. A point begins when this share of the time so far covers all points so
-            far and the expected cost of this one. Where 1000 steps do not pay for a point, it is made smaller. The
-            steps are not reproducible. Not with ``every_n_train_steps``, the reproducible choice. By default None,
-            never.
+        max_overhead: Run also during the training, at steps that the clock chooses: the points take at most this share
+            of the time of the training without them. A point begins when this share of the time so far covers all
+            points so far and the expected cost of this one. Where 1000 steps do not pay for a point, it is made
+            smaller. The steps are not reproducible. Not with ``every_n_train_steps``, the reproducible choice. By
+            default None, never.
         weights: "last", the default: the weights at the end of fit; "best": those of the best checkpoint, loaded for
             the analysis. The last weights are restored afterwards.
         max_time: Time limit in seconds for one split, after which the partial result is used and marked as partial; by

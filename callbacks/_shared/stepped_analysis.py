@@ -46,7 +46,7 @@ class SteppedAnalysis(Analysis):
 
     @property
     def num_reductions(self) -> int:
-        """How often the points of ``max_overhead`` were made smaller."""
+        """Number of times that the points of ``max_overhead`` were made smaller."""
         return 0 if self._budget is None else self._budget.level
 
     @property
@@ -126,7 +126,8 @@ class SteppedAnalysis(Analysis):
 
     def seconds_of_others(self, context: ExecutionContext) -> float:
         """Return the seconds of the points of the other analyses in this run."""
-        return sum(other.costs.of_run for other in context.analyses if other is not self)
+        others: list[SteppedAnalysis] = [each for each in context.analyses if each is not self]
+        return sum(each.costs.of_run for each in others)
 
     def steps_of_a_point(self, batch: Batch) -> float:
         """Return the expected cost of the first point of ``max_overhead``, in training steps.
@@ -141,7 +142,7 @@ class SteppedAnalysis(Analysis):
 
     @property
     def most_levels(self) -> int:
-        """How often the samples of a point of ``max_overhead`` can be halved."""
+        """Number of times that the samples of a point of ``max_overhead`` can be halved."""
         return int(math.log2(max(self.num_samples / _FEWEST_SAMPLES, 1))) if self.has_smaller_points else 0
 
     def samples_of_a_point(self, level: int) -> int:
@@ -154,7 +155,7 @@ class SteppedAnalysis(Analysis):
 
     @contextmanager
     def timed_point(self, step: int) -> Iterator[None]:
-        """Count the time inside the block as that of a point, which has the number of samples that the budget allows."""
+        """Count the time inside the block as that of a point, with the number of samples that the budget allows."""
         before, num_samples = self.costs.of_run, self.num_samples
         if self._budget is not None:
             self.num_samples = self.samples_of_a_point(self._budget.level)
