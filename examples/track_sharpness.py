@@ -49,9 +49,11 @@ class Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return (B, T, D) for x of the same shape."""
         parts = self.qkv(self.norm_1(x)).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        attended = F.scaled_dot_product_attention(*parts, is_causal=True)
+        query, key, value = parts
+        attended = F.scaled_dot_product_attention(query, key, value, is_causal=True)
         x = x + self.dropout(self.out(attended.transpose(1, 2).flatten(2)))
-        return x + self.dropout(self.mlp(self.norm_2(x)))
+        mixed: Tensor = self.mlp(self.norm_2(x))
+        return x + self.dropout(mixed)
 
 
 class GPT(nn.Module):
@@ -175,7 +177,7 @@ def main(args: Sequence[str] | None = None) -> dict[str, Any]:
     tracked = rounds[-1][1]
     assert tracked.monitor is not None
     tracked.monitor.end(tracked.model)
-    report = {
+    report: dict[str, Any] = {
         "options": {name: value for name, value in vars(options).items() if not isinstance(value, Path)},
         "machine": asdict(environment_of(tracked.model)),
         "num_parameters": sum(parameter.numel() for parameter in tracked.model.parameters()),

@@ -109,8 +109,8 @@ def test_the_end_of_fit_makes_the_checks_that_the_last_point_left_out() -> None:
 
 def detached(model: nn.Module, batch: Any) -> Tensor:
     """A loss whose gradient lacks a part."""
-    hidden = model[:2](batch[0])  # type: ignore[index]
-    return F.cross_entropy(model[2](hidden), batch[1]) + (hidden.detach().square() * hidden).mean()  # type: ignore[index]
+    hidden = model[:2](batch[0])
+    return F.cross_entropy(model[2](hidden), batch[1]) + (hidden.detach().square() * hidden).mean()
 
 
 @pytest.mark.filterwarnings(
@@ -205,6 +205,6 @@ def test_the_eigenvalue_needs_no_update_direction() -> None:
         return loss
 
     monitor.start(model, optimizer, train=[batch])
-    optimizer.step(closure)  # type: ignore[arg-type]
+    optimizer.step(closure)
     monitor.step(model, batch)
     assert "stability_threshold" not in callback.tracked_steps["train"][1]

@@ -139,7 +139,7 @@ def test_critical_sharpness_with_a_budget(clock: Clock, monkeypatch: pytest.Monk
 def steps_on(rank: int) -> list[int]:
     clock = Clock()
     PointCosts.clock = staticmethod(clock)
-    LoopContext.ranks = lambda self, name: Ranks(dist.group.WORLD, name)  # type: ignore[method-assign]
+    LoopContext.ranks = lambda self, name: Ranks(dist.group.WORLD, name)
     analysis = Costly(clock, max_overhead=0.1, num_samples=200)
     torch.manual_seed(0)
     model, batch = nn.Linear(5, 3).double(), classification(200, 5)
