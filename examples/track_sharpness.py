@@ -4,7 +4,7 @@ python examples/track_sharpness.py --rounds 3 --figure track_sharpness.png --out
 
 Trains the same model without and with the callbacks, ten steps of each in turn: the critical sharpness every 10 steps
 on a quarter of the batch, the largest eigenvalue of the Hessian every 50 steps on 8 sequences. The text is the
-documentation of Python's own modules, byte by byte. A round takes some three minutes on one core.
+documentation of Python's own modules, byte by byte. A round takes some three minutes on one free core.
 """
 
 import argparse
