@@ -52,8 +52,8 @@ class Block(nn.Module):
         query, key, value = parts
         attended = F.scaled_dot_product_attention(query, key, value, is_causal=True)
         x = x + self.dropout(self.out(attended.transpose(1, 2).flatten(2)))
-        mixed: Tensor = self.mlp(self.norm_2(x))
-        return x + self.dropout(mixed)
+        output: Tensor = x + self.dropout(self.mlp(self.norm_2(x)))
+        return output
 
 
 class GPT(nn.Module):
