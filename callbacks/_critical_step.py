@@ -11,7 +11,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from moe_heads.analysis._shared.batches import Batch, LossFn, cut, is_divisible, leaves_of
+from moe_heads.analysis._shared.batches import Batch, LossFn, cut, is_divisible, num_rows
 from moe_heads.analysis._shared.copies import own_copy
 from moe_heads.analysis._shared.generators import generator_states, restore_generators
 from moe_heads.analysis._shared.graph_on_demand import GraphOnDemand
@@ -102,7 +102,7 @@ class RecordedStep:
         """
         assert self.before is not None
         parts = [(_part(batch, search.fraction), states) for batch, states in self.batches]
-        graph, resolution, num_samples = GraphOnDemand(), 0.0, sum(_num_rows(batch) for batch, _ in parts)
+        graph, resolution, num_samples = GraphOnDemand(), 0.0, sum(num_rows(batch) for batch, _ in parts)
         with torch.inference_mode(False), muted(model), preserved(model) as original:
             path = ParameterPath(model, [made_update(model, self.before)], _starts(model, self.before, original))
 
@@ -189,10 +189,4 @@ def _put_back_buffers(model: nn.Module, original: Original) -> None:
 def _part(batch: Batch, fraction: float) -> Batch:
     if fraction == 1 or not is_divisible(batch):
         return batch
-    return cut(batch, 0, math.ceil(fraction * _num_rows(batch)))
-
-
-def _num_rows(batch: Batch) -> int:
-    """Return the number of rows of the first tensor of a batch, 0 if there is none."""
-    sizes = (len(leaf) for leaf in leaves_of(batch) if isinstance(leaf, Tensor) and leaf.dim())
-    return next(sizes, 0)
+    return cut(batch, 0, math.ceil(fraction * num_rows(batch)))

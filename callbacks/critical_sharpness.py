@@ -1,7 +1,6 @@
 """Callback for the critical sharpness of the optimizer's own steps during training."""
 
 import math
-import time
 import weakref
 from typing import Any
 
@@ -17,6 +16,7 @@ from moe_heads.analysis.critical_sharpness.function import check_search
 from moe_heads.analysis.critical_sharpness.result import CriticalSharpnessResult
 from moe_heads.callbacks._critical_step import RecordedStep, Search, chosen_optimizer
 from moe_heads.callbacks._shared.analysis import described
+from moe_heads.callbacks._shared.cost_report import cost_metrics
 from moe_heads.callbacks._shared.evaluation import loss_of
 from moe_heads.callbacks._shared.execution_context import ExecutionContext
 from moe_heads.callbacks._shared.inputs import AnalysisInputs
@@ -26,6 +26,12 @@ from moe_heads.callbacks.base import FitEndAnalysis
 from moe_heads.checks import check_at_least, check_positive
 
 __all__ = ["CriticalSharpnessCallback"]
+
+# Default number of optimizer steps between two points.
+_EVERY_N_TRAIN_STEPS = 10
+
+# Passes of a point, in units of the three passes of a training step.
+_STEPS_OF_A_POINT = 7 / 3
 
 
 class CriticalSharpnessCallback(FitEndAnalysis):
@@ -51,12 +57,15 @@ class CriticalSharpnessCallback(FitEndAnalysis):
     num_unknown      number of points so far at which the value is unknown, such as those without a descent direction
     ===============  ===============================================================================================
 
+    and at the end of fit ``overhead``, the seconds of the points over those of the training without them, and mean,
+    smallest and largest number of passes and seconds of a point: ``passes_mean``, ``seconds_max`` and so on.
+
     If the parameter groups have several learning rates, ``lambda_c`` and ``threshold`` are left out, since they have no
     unit. A figure at the end of fit shows the values over the steps, with the largest eigenvalues of a
     `SharpnessCallback` with ``every_n_train_steps`` in the same training.
 
     Args:
-        every_n_train_steps: Number of optimizer steps between two points.
+        every_n_train_steps: Number of optimizer steps between two points; by default 10 without ``max_overhead``.
         fraction: Share of each batch that is evaluated, the first samples. The loss of a part is not that of the step,
             but its passes are cheaper.
         tolerance: Relative width of the bracket at which the search ends.
@@ -69,12 +78,13 @@ class CriticalSharpnessCallback(FitEndAnalysis):
         on_error: "warn", the default: a failed point is reported and the training continues; "raise": its error ends
             the run.
         name: First part of the keys; by default "critical_sharpness".
+        max_overhead: Seconds of the points over those of the training without them, instead of
+            ``every_n_train_steps``. The clock chooses the steps, which are not reproducible; see `AnalysisOptions`.
 
     Attributes:
         results: The last result, by split "train".
         tracked_steps: Metrics of each point by split "train" and number of optimizer steps.
         num_unknown: Number of points with an unknown value, by reason.
-        seconds: Time spent on the points of this run.
 
     Raises:
         ValueError: If an option is out of range.
@@ -88,11 +98,12 @@ class CriticalSharpnessCallback(FitEndAnalysis):
     name = "critical_sharpness"
     default_splits = ("train",)
     analyzes_steps = False
+    has_smaller_points = False
     results: dict[Any, CriticalSharpnessResult]
 
     def __init__(
         self,
-        every_n_train_steps: int = 10,
+        every_n_train_steps: int | None = None,
         *,
         fraction: float = 1.0,
         tolerance: float = 0.05,
@@ -103,22 +114,28 @@ class CriticalSharpnessCallback(FitEndAnalysis):
         loss_fn: LossFn | None = None,
         on_error: OnError = "warn",
         name: str | None = None,
+        max_overhead: float | None = None,
     ) -> None:
         check_search(tolerance, max_passes, smallest_step, largest_step)
         check_positive(fraction=fraction)
         if fraction > 1:
             raise ValueError(f"fraction: expected a number above 0 and at most 1, got {fraction!r}.")
-        check_at_least(1, every_n_train_steps=every_n_train_steps)
+        if every_n_train_steps is None and max_overhead is None:
+            every_n_train_steps = _EVERY_N_TRAIN_STEPS
         check_at_least(0, or_none=True, optimizer=optimizer)
         super().__init__(
-            every_n_train_steps=every_n_train_steps, stages=("fit",), loss_fn=loss_fn, on_error=on_error, name=name
+            every_n_train_steps=every_n_train_steps,
+            max_overhead=max_overhead,
+            stages=("fit",),
+            loss_fn=loss_fn,
+            on_error=on_error,
+            name=name,
         )
         self.search = Search(fraction, tolerance, max_passes, smallest_step, largest_step)
         self.optimizer = optimizer
         self.num_unknown: dict[str, int] = {}
-        self.seconds = 0.0
         self._step: RecordedStep | None = None
-        self._start, self._began = 1.0, 0.0
+        self._start = 1.0
         self._trained: weakref.ref[nn.Module] | None = None
 
     @override
@@ -139,16 +156,15 @@ class CriticalSharpnessCallback(FitEndAnalysis):
         super().forget()
         self.num_unknown, self._start = {}, 1.0
 
-    @override
-    def begin_training(self, context: ExecutionContext) -> None:
-        super().begin_training(context)
-        self.seconds, self._began = 0.0, time.perf_counter()
+    @property
+    def seconds(self) -> float:
+        """Seconds of the points of this run."""
+        return self.costs.of_run
 
     @override
     def begin_batch(self, context: ExecutionContext, batch: Batch) -> None:
-        assert self._interval is not None
         # a batch takes at most one step of each optimizer; with accumulation, all batches before a step are needed
-        if self._step is None and self._interval.comes_within(context.step + max(len(context.optimizers), 1)):
+        if self._step is None and self.comes_within(context.step + max(len(context.optimizers), 1)):
             self._step = RecordedStep()
         if self._step is not None:
             self._step.begin_batch()
@@ -167,16 +183,17 @@ class CriticalSharpnessCallback(FitEndAnalysis):
         step = self._step
         if step is None or self.is_left_out:
             return
-        assert self._interval is not None
         try:
             step.end_batch(batch)
             if step.before is None:
                 return
             self._step = None
-            self._interval.is_due(context.step)
+            if not self.is_due(context, batch):
+                return
             for analysis in context.analyses:
                 analysis.finish_batch()
-            self._measure(context, model, step)
+            with self.timed_point(context.step):
+                self._measure(context, model, step)
         except Exception as error:
             self._step = None
             if self.on_error == "raise":
@@ -188,9 +205,8 @@ class CriticalSharpnessCallback(FitEndAnalysis):
         points = self.tracked_steps.get("train", {})
         if not points:
             return
-        report = Report(
-            {"share_of_time": self._share()}, {"summary": self.summary()}, {"tracking": self._figure(context)}
-        )
+        metrics = {"share_of_time": self._share(), **cost_metrics(self._costs(), self.overhead(context))}
+        report = Report(metrics, {"summary": self.summary()}, {"tracking": self._figure(context)})
         context.log(f"{self.name}/step", report)
 
     @override
@@ -224,7 +240,7 @@ class CriticalSharpnessCallback(FitEndAnalysis):
         points = self.tracked_steps.get("train", {})
         passes = sum(point["num_passes"] for point in points.values()) / max(len(points), 1)
         lines = [
-            f"- {len(points)} points, one every {self.every_n_train_steps} steps,"
+            f"- {len(points)} points, {self._interval_as_text()},"
             f" {passes:.1f} passes a point over {100 * self.search.fraction:g} % of the batch",
             f"- {self.seconds:.3g} s, {100 * self._share():.2g} % of the training",
             *(f"- unknown at {number} points: {reason}" for reason, number in self.num_unknown.items()),
@@ -232,14 +248,10 @@ class CriticalSharpnessCallback(FitEndAnalysis):
         return "\n".join(lines)
 
     def _measure(self, context: ExecutionContext, model: nn.Module, step: RecordedStep) -> None:
-        began = time.perf_counter()
         ranks = context.ranks(f"{self.name}/step")
         loss_fn = loss_of(model, self.loss_fn or context.loss_fn)
-        try:
-            with ranks.working():
-                result = step.measure(context, model, loss_fn, self.search, self._start, ranks)
-        finally:
-            self.seconds += time.perf_counter() - began
+        with ranks.working():
+            result = step.measure(context, model, loss_fn, self.search, self._start, ranks)
         self.results["train"] = result
         if result.reason:
             kind = result.reason.split(":")[0]
@@ -252,9 +264,22 @@ class CriticalSharpnessCallback(FitEndAnalysis):
         self.tracked_steps.setdefault("train", {})[context.step] = metrics
         context.log(f"{self.name}/step", Report(metrics))
 
+    def _interval_as_text(self) -> str:
+        if self.max_overhead is not None:
+            return f"at steps chosen by the clock for at most {100 * self.max_overhead:g} % more time"
+        return f"one every {self.every_n_train_steps} steps"
+
+    def _costs(self) -> dict[str, list[float]]:
+        points = self.tracked_steps.get("train", {}).values()
+        return {"passes": [point["num_passes"] for point in points], "seconds": list(self.costs.seconds.values())}
+
+    @override
+    def steps_of_a_point(self, batch: Batch) -> float:
+        return _STEPS_OF_A_POINT * self.search.fraction
+
     def _share(self) -> float:
         """Return the share of the time of the training that the points took, from its begin until now."""
-        return self.seconds / max(time.perf_counter() - self._began, self.seconds, 1e-9)
+        return self.seconds / max(self.seconds + self.costs.training_seconds() - self.costs.earlier, 1e-9)
 
     def _figure(self, context: ExecutionContext) -> Any:
         """Return the figure over the steps, with the eigenvalues of the first `SharpnessCallback` of the training."""

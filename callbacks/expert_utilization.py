@@ -134,6 +134,7 @@ class ExpertUtilizationCallback(FitEndAnalysis):
     needs_loss: ClassVar[bool] = False
     analyzes_steps: ClassVar[bool] = False
     records_batches: ClassVar[bool] = True
+    times_points: ClassVar[bool] = False
     over_ranks: OverRanks = "share"
     default_num_samples: ClassVar[int] = 10_000
     results: dict[Split, ExpertUtilizationResult]

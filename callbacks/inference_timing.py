@@ -82,6 +82,7 @@ class InferenceTimingCallback(FitEndAnalysis):
 
     name = "inference_timing"
     needs_loss: ClassVar[bool] = False
+    has_smaller_points: ClassVar[bool] = False
     over_ranks: OverRanks = "rank_zero"
     default_splits: ClassVar[Sequence[Split]] = ("test",)
     fallbacks: ClassVar[Mapping[Split, Sequence[Split]]] = {"test": ("val", "train")}

@@ -5,11 +5,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import Unpack, override
 
 from moe_heads.analysis import SharpnessResult, sharpness
+from moe_heads.analysis._shared.batches import Batch
 from moe_heads.analysis._shared.digest import digest_of
 from moe_heads.analysis._shared.shards import is_sharded
 from moe_heads.analysis.loss_landscape.routing_response import has_sparse_router
@@ -23,6 +25,7 @@ from moe_heads.analysis.sharpness.model_outputs import output_loss_of
 from moe_heads.analysis.sharpness.options import check_sharpness_options
 from moe_heads.analysis.sharpness.pyhessian import pyhessian_sharpness
 from moe_heads.analysis.sharpness.result import Engine
+from moe_heads.callbacks._intermittent_checks import IntermittentChecks
 from moe_heads.callbacks._preconditioned import PreconditionedAnalysis
 from moe_heads.callbacks._shared.evaluation import loss_of
 from moe_heads.callbacks._shared.execution_context import ExecutionContext
@@ -31,9 +34,10 @@ from moe_heads.callbacks._shared.options import AnalysisOptions, OverRanks
 from moe_heads.callbacks._shared.reporting import Report
 from moe_heads.callbacks._shared.trainer_access import Split
 from moe_heads.callbacks._sharpness_options import check_are_in, check_differentiable, check_engine, check_params
+from moe_heads.callbacks._sharpness_points import expected_gradients, report_of_steps
 from moe_heads.callbacks._stability import stability_threshold
 from moe_heads.callbacks.base import FitEndAnalysis
-from moe_heads.checks import check_flags
+from moe_heads.checks import check_at_least, check_flags
 
 __all__ = ["SharpnessCallback"]
 
@@ -85,7 +89,10 @@ class SharpnessCallback(FitEndAnalysis):
 
     ``converged`` is a certificate, see docs/certificate.md. With ``every_n_epochs`` and ``every_n_train_steps``, each
     analysis starts from the eigenvectors of the previous one, skips the density, and uses at most 16 rounds of probes
-    for the trace.
+    for the trace. At the end of a training with ``every_n_train_steps`` or ``max_overhead``, the cost of the points is
+    logged below ``sharpness/step/``: ``products_mean``, ``products_min``, ``products_max``, the same of ``seconds``,
+    and ``overhead``, the seconds of all points over those of the training without them. The figure ``tracking`` shows
+    lambda_max against the threshold, and the loss.
 
     Args:
         num_eigenvalues: Number of eigenvalues, limited to the number of parameters.
@@ -125,6 +132,12 @@ class SharpnessCallback(FitEndAnalysis):
         engine: "lanczos", the default, or "pyhessian" for the procedure of arXiv 2601.15021: PyHessian with its own
             settings, with its failures caught and reported. It computes eigenvalues and the trace. Its density calls a
             function that torch has removed.
+        trace: Whether to compute the trace and the traces of the blocks. Without it no random probe is spent, and
+            ``converged`` covers the eigenvalues alone.
+        check_every_n_points: Number of points of ``every_n_train_steps`` or ``max_overhead`` from one comparison with
+            float64 and with finite differences to the next. On few samples it costs as much as ten products. The
+            certificate of the points between states where the last one was made. The first point and the end of fit
+            have it.
         options: Options of all analyses: splits, num_samples, batch_size, seed, loss_fn, stages, every_n_epochs,
             weights, max_time, on_error, name; see `AnalysisOptions`.
 
@@ -161,6 +174,8 @@ class SharpnessCallback(FitEndAnalysis):
         outputs_fn: OutputsFn | None = None,
         output_loss: OutputLossFn | None = None,
         engine: Engine = "lanczos",
+        trace: bool = True,
+        check_every_n_points: int = 10,
         **options: Unpack[AnalysisOptions],
     ) -> None:
         own: dict[str, Any] = {
@@ -180,9 +195,11 @@ class SharpnessCallback(FitEndAnalysis):
             "matrix": matrix,
             "outputs_fn": outputs_fn,
             "output_loss": output_loss,
+            "trace": trace,
         }
         check_sharpness_options(**own)
         check_flags(preconditioned=preconditioned)
+        check_at_least(1, check_every_n_points=check_every_n_points)
         own["preconditioned"] = preconditioned
         check_params(params)
         check_engine(engine, own, inspect.signature(SharpnessCallback).parameters)
@@ -191,7 +208,7 @@ class SharpnessCallback(FitEndAnalysis):
             self.name = matrix
         self.matrix, self.outputs_fn, self.output_loss = matrix, outputs_fn, output_loss
         self.graph_memory, self.basis_memory = graph_memory, basis_memory
-        self.num_eigenvalues, self.which, self.density = num_eigenvalues, which, density
+        self.num_eigenvalues, self.which, self.density, self.trace = num_eigenvalues, which, density, trace
         self.params, self.blocks, self.block_eigenvalues = params, blocks, block_eigenvalues
         self.tolerance, self.trace_tolerance = tolerance, trace_tolerance
         self.max_steps, self.max_probes = max_steps, max_probes
@@ -204,6 +221,7 @@ class SharpnessCallback(FitEndAnalysis):
         self._threshold_before: float | None = None
         self._starts: dict[Split, Tensor] = {}
         self._weights: dict[Split, bytes] = {}
+        self._checks = IntermittentChecks(check_every_n_points)
 
     @override
     def before_step(self, context: ExecutionContext, optimizer: Optimizer) -> None:
@@ -221,8 +239,8 @@ class SharpnessCallback(FitEndAnalysis):
         if self.matrix == "gauss_newton" and self.runs_in_fit and not is_sharded(model):
             loss_fn = self.loss_fn or context.loss_fn or loss_of(model, None)
             output_loss_of(model, loss_fn, self.outputs_fn, self.output_loss)
-        if self.basis_memory is not None:
-            self._check_basis_memory(model, self.basis_memory)
+        if self.basis_memory is not None or (self.runs_in_fit and self.engine == "lanczos"):
+            self._check_basis_memory(model)
         if self.runs_in_fit:  # the Trainer has already converted the parameters to its precision
             check_differentiable(type(self).__name__, model, self.params)
 
@@ -232,6 +250,7 @@ class SharpnessCallback(FitEndAnalysis):
         # a fit that is resumed from a checkpoint may take no further step
         self._threshold, self._threshold_before = self._threshold_before, None
         self._starts, self._weights = {}, {}
+        self._checks.forget()
 
     @override
     def close(self) -> None:
@@ -250,7 +269,9 @@ class SharpnessCallback(FitEndAnalysis):
 
     @override
     def is_enough(self, result: SharpnessResult) -> bool:
-        return self.is_tracking or result.density is not None or not self.density
+        if self.is_tracking:
+            return self.is_step_point or not self._checks.are_left_out_of(result)
+        return (result.density is not None or not self.density) and not self._checks.are_left_out_of(result)
 
     @override
     def compute(self, inputs: AnalysisInputs) -> SharpnessResult:
@@ -261,12 +282,15 @@ class SharpnessCallback(FitEndAnalysis):
             found = self._preconditioned.compute(inputs, names, is_tracking=self.is_tracking)
             result = replace(result, preconditioned=found)
         self._weights[inputs.split] = weights
+        self._checks.note(inputs.split, inputs.context.step, result)
         if result.eigenvectors is not None:
             self._starts[inputs.split] = result.eigenvectors.sum(0)
         return result
 
     @override
     def report(self, result: SharpnessResult) -> Report:
+        if self.is_step_point:  # drawing takes longer than the products of a small model
+            return Report(result.metrics(), {"summary": result.summary()})
         figures = {"spectrum": result.plot()[0], "blocks": result.plot_blocks(), "tracking": result.plot_history()}
         there = {name: figure for name, figure in figures.items() if figure is not None}
         return Report(result.metrics(), {"summary": result.summary()}, there)
@@ -301,12 +325,37 @@ class SharpnessCallback(FitEndAnalysis):
             keep_eigenvectors=True,
             routing_steps=() if self._skips_routing(inputs) else self.routing_steps,
             perturbation=self.perturbation and not self.is_tracking,
+            trace=self.trace and not (self.is_step_point and self.num_reductions),
+            skip_double_check=self._checks.reason(inputs.split) if self.is_step_point else "",
             graph_memory=self.graph_memory,
             basis_memory=self.basis_memory,
             start=start if start is not None and len(start) == num_parameters else None,
             ranks=inputs.ranks,
             **shared,
         )
+
+    @override
+    def end_training(self, context: ExecutionContext) -> None:
+        super().end_training(context)
+        if not self.tracked_steps:
+            return
+        found = report_of_steps(
+            self.tracked_steps,
+            self.costs.seconds,
+            self.overhead(context),
+            every=self.every_n_train_steps,
+            max_overhead=self.max_overhead,
+        )
+        context.log(f"{self.name}/step", found)
+
+    @override
+    def steps_of_a_point(self, batch: Batch) -> float:
+        num_probes = _TRACKING_PROBES if self.trace else 0
+        return expected_gradients(self.num_eigenvalues, num_probes) * self.batches_of_a_point(batch)
+
+    @override
+    def described_point(self, level: int) -> str:
+        return super().described_point(level) + (", without the trace" if self.trace else "")
 
     @override
     def unsupported_if_sharded(self) -> str:
@@ -352,10 +401,15 @@ class SharpnessCallback(FitEndAnalysis):
         }
         return replace(result, overlaps=overlaps, stability_threshold=threshold, history=history)
 
-    def _check_basis_memory(self, model: nn.Module, basis_memory: int) -> None:
+    def _check_basis_memory(self, model: nn.Module) -> None:
         try:
             selected = list(selected_parameters(model, self.params).values())
         except ValueError:
             return  # a model that cannot be analyzed yet raises an error when the analysis begins
         size, first = sum(p.numel() for p in selected), selected[0]
-        check_basis_memory(basis_memory, size, first.dtype, first.device, min(self.num_eigenvalues, size))
+        if self.basis_memory is None and first.device.type not in {"cpu", "cuda"}:
+            return  # the free memory is unknown
+        try:
+            check_basis_memory(self.basis_memory, size, first.dtype, first.device, min(self.num_eigenvalues, size))
+        except MemoryError as error:
+            raise MisconfigurationException(f"{type(self).__name__}: {error}") from error

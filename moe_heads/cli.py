@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 __all__ = ["main"]
 
 # Options of the callbacks that apply to a training or to the Trainer.
-_OF_TRAININGS = {"stages", "every_n_epochs", "every_n_train_steps", "weights", "on_error", "name"}
+_OF_TRAININGS = {"stages", "every_n_epochs", "every_n_train_steps", "max_overhead", "weights", "on_error", "name"}
 
 _UNPICKLE = "load objects other than tensors and plain data from checkpoints, which can run any code"
 

@@ -59,6 +59,7 @@ class Analysis(ABC):
         batch_size_fn: BatchSizeFn | None = None,
         batch_weight_fn: BatchWeightFn | None = None,
         every_n_train_steps: int | None = None,
+        max_overhead: float | None = None,
     ) -> None:
         self.splits: Sequence[Split] = self.default_splits if splits is None else splits
         self.num_samples = self.default_num_samples if num_samples is None else num_samples
@@ -68,6 +69,7 @@ class Analysis(ABC):
         self.seed, self.loss_fn, self.max_time, self.on_error = seed, loss_fn, max_time, on_error
         self.stages, self.weights = stages, weights
         self.every_n_epochs, self.every_n_train_steps = every_n_epochs, every_n_train_steps
+        self.max_overhead = max_overhead
         self.name = type(self).name if name is None else name
         check_options(self, needs_loss=self.needs_loss)
         self.results: dict[Split, Any] = {}

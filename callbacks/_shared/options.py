@@ -7,7 +7,7 @@ from moe_heads.analysis._shared.batches import LossFn
 from moe_heads.analysis._shared.counting import BatchSizeFn, BatchWeightFn
 from moe_heads.analysis._shared.progress import check_max_time
 from moe_heads.callbacks._shared.trainer_access import Split
-from moe_heads.checks import check_at_least_one, check_choices, check_option, check_seed
+from moe_heads.checks import check_at_least_one, check_choices, check_option, check_positive, check_seed
 
 __all__ = ["AnalysisOptions", "OnError", "Options", "OverRanks", "Stage", "Weights", "check_options"]
 
@@ -49,6 +49,11 @@ class AnalysisOptions(TypedDict, total=False):
             a multiple of n, on the weights at that time; see ``FitEndAnalysis.tracked_steps``. The expert utilization
             reports the training batches since its last point instead and runs no extra pass. Both intervals may be
             given. By default None, never.
+        max_overhead: Run also during the training, at steps that the clock chooses: the points take at most this share
+            of the time of the training without them. A point begins when this share of the time so far covers all
+            points so far and the expected cost of this one. Where 1000 steps do not pay for a point, it is made
+            smaller. The steps are not reproducible. Not with ``every_n_train_steps``, the reproducible choice. By
+            default None, never.
         weights: "last", the default: the weights at the end of fit; "best": those of the best checkpoint, loaded for
             the analysis. The last weights are restored afterwards.
         max_time: Time limit in seconds for one split, after which the partial result is used and marked as partial; by
@@ -69,6 +74,7 @@ class AnalysisOptions(TypedDict, total=False):
     stages: Sequence[Stage] | None
     every_n_epochs: int | None
     every_n_train_steps: int | None
+    max_overhead: float | None
     weights: Weights
     max_time: float | None
     on_error: OnError
@@ -89,6 +95,7 @@ class Options(Protocol):
     stages: Sequence[Stage] | None
     every_n_epochs: int | None
     every_n_train_steps: int | None
+    max_overhead: float | None
     weights: Weights
     max_time: float | None
     on_error: OnError
@@ -112,6 +119,7 @@ def check_options(options: Options, *, needs_loss: bool) -> None:
     check_at_least_one(
         or_none=True, every_n_epochs=options.every_n_epochs, every_n_train_steps=options.every_n_train_steps
     )
+    _check_overhead(options.max_overhead, options.every_n_train_steps)
     check_seed(options.seed)
     check_option("weights", options.weights, get_args(Weights))
     check_option("on_error", options.on_error, get_args(OnError))
@@ -129,3 +137,17 @@ def check_options(options: Options, *, needs_loss: bool) -> None:
         )
     if options.loss_fn is not None and not needs_loss:
         raise ValueError(f"loss_fn: expected None, as this analysis evaluates no loss, got {options.loss_fn!r}.")
+
+
+def _check_overhead(max_overhead: float | None, every_n_train_steps: int | None) -> None:
+    check_positive(or_none=True, max_overhead=max_overhead)
+    if max_overhead is not None and max_overhead > 1:
+        raise ValueError(
+            f"max_overhead: expected a share of the training time, above 0 and at most 1, got {max_overhead!r}. Pass"
+            " 0.02 for 2 %."
+        )
+    if max_overhead is not None and every_n_train_steps is not None:
+        raise ValueError(
+            f"max_overhead: expected None with every_n_train_steps={every_n_train_steps}, got {max_overhead!r}. Pass"
+            " one of them: the clock chooses the steps of max_overhead."
+        )

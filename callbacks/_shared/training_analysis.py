@@ -11,18 +11,18 @@ from torch.optim import Optimizer
 from typing_extensions import Unpack
 
 from moe_heads.analysis._shared.batches import Batch
-from moe_heads.callbacks._shared.analysis import Analysis, described
+from moe_heads.callbacks._shared.analysis import described
 from moe_heads.callbacks._shared.evaluation import loss_of
 from moe_heads.callbacks._shared.execution_context import ExecutionContext
 from moe_heads.callbacks._shared.options import AnalysisOptions, Weights
-from moe_heads.callbacks._shared.step_interval import StepInterval
+from moe_heads.callbacks._shared.stepped_analysis import SteppedAnalysis
 from moe_heads.callbacks._shared.stream_check import check_streams
 from moe_heads.callbacks._shared.trainer_access import Split
 
 __all__ = ["TrainingAnalysis"]
 
 
-class TrainingAnalysis(Analysis):
+class TrainingAnalysis(SteppedAnalysis):
     """An analysis with the events of a training: it runs at the end, and every n epochs or optimizer steps.
 
     A loop calls the events in this order: `begin_run`, `begin_fit`, `begin_training`, then for each batch
@@ -35,6 +35,7 @@ class TrainingAnalysis(Analysis):
         is_tracking: Whether an analysis of ``every_n_epochs`` or ``every_n_train_steps`` is running.
         was_interrupted: Whether Ctrl-C ended a split of the last analysis.
         is_left_out: Whether the analysis cannot run in this training, which was said before it.
+        is_step_point: Whether it runs for a point of ``every_n_train_steps`` or ``max_overhead``.
     """
 
     analyzes_steps: ClassVar[bool] = True
@@ -44,8 +45,7 @@ class TrainingAnalysis(Analysis):
         super().__init__(**options)
         self.tracked: dict[Split, dict[int, Mapping[str, float]]] = {}
         self.tracked_steps: dict[Split, dict[int, Mapping[str, float]]] = {}
-        self._interval = None if self.every_n_train_steps is None else StepInterval(self.every_n_train_steps)
-        self.is_tracking = self.was_interrupted = self.is_left_out = False
+        self.is_tracking = self.is_step_point = self.was_interrupted = self.is_left_out = False
         self._model: weakref.ref[nn.Module] | None = None
 
     def begin_run(self, context: ExecutionContext, model: nn.Module) -> None:
@@ -61,6 +61,7 @@ class TrainingAnalysis(Analysis):
     def forget(self) -> None:
         """Forget the records of a training."""
         self.tracked, self.tracked_steps = {}, {}
+        self.forget_points()
 
     def unsupported_if_sharded(self) -> str:
         """Return the reason why the analysis cannot run if the parameters are divided among processes, or "".
@@ -90,10 +91,9 @@ class TrainingAnalysis(Analysis):
 
     def begin_training(self, context: ExecutionContext) -> None:
         """Start the interval of steps. A resumed training has restored its number of steps by now."""
-        if self._interval is not None:
-            self._interval.start(context.step)
-            if self.analyzes_steps and "train" in self.splits:
-                check_streams(context.loader_of("train"), type(self).__name__)
+        if self.has_step_points and self.analyzes_steps and "train" in self.splits:
+            check_streams(context.loader_of("train"), type(self).__name__)
+        self.start_points(context.step)
 
     def begin_batch(self, context: ExecutionContext, batch: Batch) -> None:
         """Begin a training batch."""
@@ -106,7 +106,7 @@ class TrainingAnalysis(Analysis):
 
     def end_batch(self, context: ExecutionContext, model: nn.Module, batch: Batch) -> None:
         """End a training batch: add a point to the series of ``every_n_train_steps`` if it is due."""
-        if self._interval is not None and self._interval.is_due(context.step):
+        if self.is_due(context, batch):
             self.track_step(context, model)
 
     def finish_batch(self) -> None:
@@ -116,7 +116,12 @@ class TrainingAnalysis(Analysis):
         """Add a point to the series of ``every_n_train_steps``; by default, analyze all splits."""
         for analysis in context.analyses:
             analysis.finish_batch()
-        self._track(context, model, self.tracked_steps, context.step)
+        self.is_step_point = True
+        try:
+            with self.timed_point(context.step):
+                self._track(context, model, self.tracked_steps, context.step)
+        finally:
+            self.is_step_point = False
 
     def end_epoch(self, context: ExecutionContext, model: nn.Module) -> None:
         """End a training epoch: add a point to the series of ``every_n_epochs`` if it is due."""
@@ -125,6 +130,7 @@ class TrainingAnalysis(Analysis):
 
     def end_training(self, context: ExecutionContext) -> None:
         """End the training, before the analyses of the trained model."""
+        self.stop_points()
 
     def end_fit(self, context: ExecutionContext, model: nn.Module) -> None:
         """Analyze the trained model."""
@@ -138,7 +144,7 @@ class TrainingAnalysis(Analysis):
     def kept_in_checkpoints(self) -> dict[str, Any]:
         """Return the state that a resumed training needs, as tensors and plain data; nothing if there is none."""
         series = {"tracked": self.tracked, "tracked_steps": self.tracked_steps}
-        return {
+        return self.kept_points() | {
             name: {split: {at: dict(metrics) for at, metrics in points.items()} for split, points in of_splits.items()}
             for name, of_splits in series.items()
             if of_splits
@@ -147,11 +153,12 @@ class TrainingAnalysis(Analysis):
     def restore(self, kept: dict[str, Any]) -> None:
         """Restore the state that `kept_in_checkpoints` returned, also that of an earlier version."""
         self.tracked, self.tracked_steps = kept.get("tracked", {}), kept.get("tracked_steps", {})
+        self.restore_points(kept)
 
     @property
     def runs_in_training(self) -> bool:
-        """True if the analysis runs during the training, every n epochs or steps."""
-        return self.every_n_epochs is not None or self.every_n_train_steps is not None
+        """True if the analysis runs during the training, every n epochs or steps, or with a share of its time."""
+        return any(each is not None for each in (self.every_n_epochs, self.every_n_train_steps, self.max_overhead))
 
     @property
     def runs_in_fit(self) -> bool:

@@ -219,7 +219,7 @@ def test_a_resumed_training_continues_the_records(tmp_path: Path) -> None:
     for resumed in (None, str(tmp_path / "checkpoint-4")):
         experts, curvature = (
             utilization(every_n_train_steps=1),
-            sharpness(every_n_train_steps=3, params=[NORM["classifier"]]),
+            sharpness(every_n_train_steps=3, check_every_n_points=1, params=[NORM["classifier"]]),
         )
         callback = TransformersCallback([experts, curvature])
         options = {"save_strategy": "steps", "save_steps": 2, "num_train_epochs": 2}

@@ -24,6 +24,7 @@ __all__ = [
     "is_movable_object",
     "leaves_of",
     "map_leaves",
+    "num_rows",
     "to_device",
 ]
 
@@ -108,6 +109,12 @@ def is_divisible(batch: Batch) -> bool:
 def cut(batch: Batch, start: int, stop: int) -> Batch:
     """Return the samples ``start`` to ``stop`` of a divisible batch as views of its tensors."""
     return map_leaves(batch, lambda leaf: None if leaf is None else leaf[start:stop])
+
+
+def num_rows(batch: Batch) -> int:
+    """Return the number of rows of the first tensor of a batch, 0 if there is none."""
+    sizes = (len(leaf) for leaf in leaves_of(batch) if isinstance(leaf, Tensor) and leaf.dim())
+    return next(sizes, 0)
 
 
 def call_model(model: nn.Module, batch: Batch) -> Any:

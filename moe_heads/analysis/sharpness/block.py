@@ -48,11 +48,16 @@ def blocks_table(kind: str, blocks: Mapping[str, BlockCurvature]) -> str:
         return ""
     has_largest = any(block.lambda_max is not None for block in blocks.values())
     num_shares = max(len(block.shares) for block in blocks.values())
-    heading = [kind, "parameters", "trace", *(["λmax"] if has_largest else [])]
+    has_trace = any(math.isfinite(block.trace) for block in blocks.values())
+    heading = [kind, "parameters", *(["trace"] if has_trace else []), *(["λmax"] if has_largest else [])]
     heading += [f"share of v{rank}" for rank in range(1, num_shares + 1)]
     rows = []
     for name, block in blocks.items():
-        trace = "" if math.isnan(block.trace) else f"{block.trace:.4g} ± {block.trace_stderr:.1g}"
+        trace = [] if not has_trace else ["" if math.isnan(block.trace) else _with_error(block)]
         largest = [] if not has_largest else ["" if block.lambda_max is None else f"{block.lambda_max:.4g}"]
-        rows.append((name, f"{block.num_parameters}", trace, *largest, *(f"{share:.1%}" for share in block.shares)))
+        rows.append((name, f"{block.num_parameters}", *trace, *largest, *(f"{share:.1%}" for share in block.shares)))
     return markdown_table(heading, rows)
+
+
+def _with_error(block: BlockCurvature) -> str:
+    return f"{block.trace:.4g} ± {block.trace_stderr:.1g}"

@@ -35,7 +35,7 @@ class Certificate:
             is twice the length of the difference between :math:`Hw` as computed and in float64, for w the sum of the
             unit eigenvectors with random signs.
         trace_rounding: Error of the trace from rounding and from ``product_error``, estimated with random vectors. If
-            rounding was not measured, from ``product_error`` alone.
+            rounding was not measured, from ``product_error`` alone. nan without a trace.
         block_rounding: The same for the trace of each block of parameters, by its key.
         derivative_error: Relative difference between the gradient and a finite difference of the loss along random
             directions, in float64.
@@ -160,9 +160,10 @@ class Certificate:
     def rows(self) -> list[tuple[str, str]]:
         """Return table rows of the checks, with the measured error or the reason why there is none."""
         samples = f" ({self.num_double} samples)" if self.num_double else ""
+        in_trace = f", {self.trace_rounding:.1e} in the trace" if math.isfinite(self.trace_rounding) else ""
         values = {
             "symmetric products": f"{self.asymmetry:.1e} of the norm of H",
-            "products in float64": f"{self.rounding:.1e} in λ, {self.trace_rounding:.1e} in the trace{samples}",
+            "products in float64": f"{self.rounding:.1e} in λ{in_trace}{samples}",
             "gradient against finite difference": f"{self.derivative_error:.1e}{samples}",
             "product against finite difference": f"{self.curvature_error:.1e}{samples}",
             "product with half the step": f"{self.step_error:.1e}",

@@ -68,14 +68,17 @@ def certified(
     certificate: Certificate,
     operator: WeightedSum,
     krylov: LanczosResult,
-    blocks: Places,
+    blocks: Places | None,
     seed: int,
     progress: Progress,
     lower: LanczosResult | None = None,
+    *,
+    skipped: str = "",
 ) -> Certificate:
     """Return the certificate with the checks in float64, made on a part of this process's samples.
 
-    ``lower`` is the iteration at the lower end of the spectrum, if there was one.
+    ``lower`` is the iteration at the lower end of the spectrum, if there was one. ``blocks`` is None without a trace,
+    whose rounding is then not measured. ``skipped`` is the reason for which the checks are left out, if they are.
 
     Products that are differences of gradients were checked one by one. Their errors count as rounding.
     A product of a custom autograd function that cannot be evaluated in float64 is compared with such a difference.
@@ -84,6 +87,8 @@ def certified(
     if isinstance(operator, DifferenceOperator):
         return _of_differences(certificate, operator, blocks, generator)
     assert isinstance(operator, HessianOperator)
+    if skipped:
+        return replace(certificate, unchecked={**certificate.unchecked, **dict.fromkeys(_IN_DOUBLE, skipped)})
     # The eigenvalues of the result are the k largest and the smallest.
     ends = [(krylov, krylov.coefficients)]
     ends += [(krylov, krylov.ritz[1][:, :1].T)] if lower is None else [(lower, lower.coefficients)]
@@ -92,7 +97,7 @@ def certified(
     for (end, rows), chosen in zip(ends, signs.split([len(rows) for _, rows in ends], dim=1), strict=True):
         along_all += end.basis.combined(chosen @ rows)[0]
     probe = uniform(operator.num_parameters, operator.dtype, operator.device, generator)
-    vectors = [along_all, probe]
+    vectors = [along_all] if blocks is None else [along_all, probe]
     found = check_in_double(operator.gradients, operator.data, vectors, progress, seed)
     others = {name: reason for name, reason in certificate.unchecked.items() if name not in _IN_DOUBLE}
     if not isinstance(found, DoubleCheck):
@@ -101,7 +106,8 @@ def certified(
         if not math.isnan(error):
             del unchecked["product against finite difference"]
         return replace(certificate, curvature_error=error, unchecked=unchecked)
-    along, sampled = found.differences or (torch.zeros_like(found.direction),) * 2
+    nothing = torch.zeros_like(found.direction)
+    along, sampled = (*found.differences, nothing, nothing)[:2]
     wide = probe.double()
 
     def trace_error(places: Sequence[slice]) -> float:
@@ -117,8 +123,8 @@ def certified(
     return replace(
         certificate,
         rounding=2 * float(along.norm()) if found.differences else math.nan,
-        trace_rounding=trace_error([slice(None)]),
-        block_rounding={name: trace_error(places) for name, places in blocks.items()},
+        trace_rounding=math.nan if blocks is None else trace_error([slice(None)]),
+        block_rounding={name: trace_error(places) for name, places in (blocks or {}).items()},
         derivative_error=found.derivative_error,
         curvature_error=found.curvature_error,
         product_error=float(found.product_difference.norm()),
@@ -160,16 +166,16 @@ def _silent_error(operator: HessianOperator, probe: Tensor, seed: int) -> float:
 def _of_differences(
     certificate: Certificate,
     operator: DifferenceOperator,
-    blocks: Places,
+    blocks: Places | None,
     generator: torch.Generator,
 ) -> Certificate:
-    probe = uniform(operator.num_parameters, operator.dtype, operator.device, generator)
-    operator.matvec(probe)
-    differences = operator.differences
-    assert differences.last is not None
-    # as in `_trace_error`, for the difference between the two steps
+    differences, wide = operator.differences, math.nan
     weight = operator.difference_weight
-    wide = math.hypot(differences.last.form, math.sqrt(2) * differences.last.difference) / weight
+    if blocks is not None:
+        operator.matvec(uniform(operator.num_parameters, operator.dtype, operator.device, generator))
+        assert differences.last is not None
+        # as in `_trace_error`, for the difference between the two steps
+        wide = math.hypot(differences.last.form, math.sqrt(2) * differences.last.difference) / weight
     others = {name: reason for name, reason in certificate.unchecked.items() if name not in _IN_DOUBLE}
     others |= {
         "products in float64": "the products are finite differences of gradients, no exact derivatives",
@@ -181,7 +187,7 @@ def _of_differences(
         certificate,
         rounding=2 * differences.largest[1] / weight,
         trace_rounding=wide,
-        block_rounding=dict.fromkeys(blocks, wide),
+        block_rounding=dict.fromkeys(blocks or (), wide),
         derivative_error=differences.derivative_error,
         step_error=differences.largest[0],
         repeat_error=operator.repeat_error,

@@ -74,25 +74,29 @@ def plot_spectrum(
 def plot_blocks(blocks: Mapping[str, BlockCurvature], experts: Mapping[str, BlockCurvature]) -> "Figure":
     """Plot the trace of each block and expert with two standard errors, and the shares of the eigenvectors.
 
+    Without any trace, the figure shows the shares alone.
+
     Args:
         blocks: Curvature by block.
         experts: Curvature by expert; may be empty.
     """
     from matplotlib.figure import Figure
 
-    rows = [len(blocks), len(experts)] if experts else [len(blocks)]
+    has_trace = any(math.isfinite(block.trace) for block in blocks.values())
+    rows = [len(blocks), len(experts)] if experts and has_trace else [len(blocks)]
     figure = Figure(figsize=(6.4, max(3.4, 0.26 * sum(rows) + 1.8)), layout="constrained")
-    grid = figure.add_gridspec(len(rows), 2, height_ratios=rows)
+    grid = figure.add_gridspec(len(rows), 1 + has_trace, height_ratios=rows)
     colors = {name: f"C{index % 9}" for index, name in enumerate(blocks)}
-    left = figure.add_subplot(grid[0, 0])
-    left.set_title("trace of each block")
-    _draw_traces(left, blocks, [colors[name] for name in blocks])
-    if experts:
-        # A separate axis, because next to a backbone the bars would be too short to see.
-        left = figure.add_subplot(grid[1, 0])
-        _draw_traces(left, experts, ["gray"] * len(experts))
-    left.set_xlabel("± 2 standard errors")
-    right = figure.add_subplot(grid[:, 1])
+    if has_trace:
+        left = figure.add_subplot(grid[0, 0])
+        left.set_title("trace of each block")
+        _draw_traces(left, blocks, [colors[name] for name in blocks])
+        if experts:
+            # A separate axis, because next to a backbone the bars would be too short to see.
+            left = figure.add_subplot(grid[1, 0])
+            _draw_traces(left, experts, ["gray"] * len(experts))
+        left.set_xlabel("± 2 standard errors")
+    right = figure.add_subplot(grid[:, -1])
     num_shares = max(len(block.shares) for block in blocks.values())
     ranks, heights = range(1, num_shares + 1), [0.0] * num_shares
     for name, block in blocks.items():

@@ -74,6 +74,8 @@ def sharpness(
     ranks: Ranks | None = None,
     batch_size_fn: BatchSizeFn | None = None,
     batch_weight_fn: BatchWeightFn | None = None,
+    trace: bool = True,
+    skip_double_check: str = "",
 ) -> SharpnessResult:
     r"""Return the top eigenvalues, the trace and the spectral density of the Hessian of a model's mean loss.
 
@@ -159,6 +161,11 @@ def sharpness(
         batch_size_fn: ``batch_size_fn(batch)``, the number of samples of a batch; by default inferred from its tensors.
         batch_weight_fn: ``batch_weight_fn(batch)``, the weight of its loss, where that is no mean over the samples; by
             default the number of samples.
+        trace: Also compute the trace and the traces of the blocks, with random probes. Without it, no probe is spent,
+            and ``converged`` covers the eigenvalues alone.
+        skip_double_check: Reason for which the comparisons with float64 and with finite differences are left out, such
+            as "made at step 50". The certificate states it, and assumes a usual size of the rounding errors. By
+            default they are made, at the cost of some ten products on a part of the samples.
 
     Returns:
         The numbers with their uncertainty. Flags mark the numbers that did not reach their tolerance. When the time of
@@ -203,6 +210,8 @@ def sharpness(
         matrix=matrix,
         outputs_fn=outputs_fn,
         output_loss=output_loss,
+        trace=trace,
+        skip_double_check=skip_double_check,
     )
     check_flags(keep_eigenvectors=keep_eigenvectors)
     selected = selected_parameters(model, params, allows_shards=True)
@@ -234,6 +243,7 @@ def sharpness(
             trace_tolerance,
             progress,
             dependence,
+            has_trace=trace,
         )
 
         blocks = _both(places, experts)
@@ -263,17 +273,27 @@ def sharpness(
                     )
                 )
             below = None if record.lower is None else record.lower.krylov
-            record.certificate = certified(record.from_krylov(), operator, krylov, blocks, seed, progress, below)
-            record.add_spread()
-            record.trace = deflated_trace(
+            record.certificate = certified(
+                record.from_krylov(),
                 operator,
                 krylov,
-                generator=generator,
-                tolerance=trace_tolerance,
-                max_probes=max_probes,
-                blocks=blocks,
-                on_step=record.add_trace,
+                blocks if trace else None,
+                seed,
+                progress,
+                below,
+                skipped=skip_double_check,
             )
+            record.add_spread()
+            if trace:
+                record.trace = deflated_trace(
+                    operator,
+                    krylov,
+                    generator=generator,
+                    tolerance=trace_tolerance,
+                    max_probes=max_probes,
+                    blocks=blocks,
+                    on_step=record.add_trace,
+                )
             for name in places if block_eigenvalues else ():
                 record.add_block(name, _largest(operator, places[name], generator, tolerance, max_steps))
         except TimeUp as error:

@@ -31,6 +31,8 @@ def check_sharpness_options(
     which: Any = "largest",
     outputs_fn: Any = None,
     output_loss: Any = None,
+    trace: Any = True,
+    skip_double_check: Any = "",
 ) -> None:
     """Raise a ValueError for options of `sharpness` that are invalid for every model."""
     check_at_least(1, num_eigenvalues=num_eigenvalues, max_steps=max_steps)
@@ -41,7 +43,9 @@ def check_sharpness_options(
     check_option("which", which, get_args(Which))
     check_option("matrix", matrix, get_args(Matrix))
     check_matrix(matrix, outputs_fn, output_loss)
-    check_flags(density=density, block_eigenvalues=block_eigenvalues, perturbation=perturbation)
+    check_flags(density=density, block_eigenvalues=block_eigenvalues, perturbation=perturbation, trace=trace)
+    if not isinstance(skip_double_check, str):
+        raise ValueError(f"skip_double_check: expected the reason as text, or '', got {skip_double_check!r}.")
     check_at_least(0, or_none=True, graph_memory=graph_memory, basis_memory=basis_memory)
     if blocks is not None:
         _check_blocks(blocks)

@@ -54,6 +54,7 @@ class SharpnessRecord:
         largest: Largest eigenvalue and its residual by block.
         num_samples: Number of samples of an incomplete first product; None otherwise.
         center_loss: Mean loss over these samples.
+        has_trace: Whether the result includes the trace.
     """
 
     operator: WeightedSum
@@ -74,6 +75,7 @@ class SharpnessRecord:
     largest: dict[str, tuple[float, float]] = field(default_factory=dict)
     num_samples: int | None = None
     center_loss: float | None = None
+    has_trace: bool = True
 
     def add_krylov(self, krylov: LanczosResult) -> None:
         """Store the state after a Lanczos step."""
@@ -175,6 +177,7 @@ class SharpnessRecord:
             certificate=certificate,
             partial=partial,
             matrix=self.operator.matrix,
+            has_trace=self.has_trace,
         )
 
     def _pairs(self, krylov: LanczosResult, certificate: Certificate) -> Eigenpairs:

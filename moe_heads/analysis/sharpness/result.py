@@ -81,6 +81,7 @@ class SharpnessResult:
         matrix: "hessian" or "gauss_newton", which H then stands for.
         which: "largest" or "magnitude": the selected eigenvalues.
         lambda_max: The algebraically largest eigenvalue.
+        has_trace: Whether the trace was requested. If not, it is nan, as are the traces of the blocks.
     """
 
     eigenvalues: tuple[float, ...]
@@ -122,6 +123,7 @@ class SharpnessResult:
     matrix: Matrix = "hessian"
     which: Which = "largest"
     lambda_max: float = math.nan
+    has_trace: bool = True
 
     @property
     def is_negative_dominant(self) -> bool:
@@ -131,8 +133,8 @@ class SharpnessResult:
 
     @property
     def converged(self) -> bool:
-        """True if the eigenvalues and the trace met their tolerances."""
-        return self.eigenvalues_converged and self.trace_converged
+        """True if the eigenvalues, and the trace if it was requested, met their tolerances."""
+        return self.eigenvalues_converged and (self.trace_converged or not self.has_trace)
 
     def metrics(self) -> dict[str, float]:
         """Return the finite numbers to log: lambda_max, lambda_2, ..., trace, trace_stderr, residual_max, counts."""
@@ -164,7 +166,7 @@ class SharpnessResult:
             "num_samples": float(self.num_samples),
             "converged": float(self.converged),
             "eigenvalues_converged": float(self.eigenvalues_converged),
-            "trace_converged": float(self.trace_converged),
+            **({"trace_converged": float(self.trace_converged)} if self.has_trace else {}),
             **({"partial": 1.0} if self.partial else {}),
         }
         # A partial result has only some of them.
@@ -188,7 +190,7 @@ class SharpnessResult:
         return plot_spectrum(self.eigenvalues, self.density, ax, matrix=self._matrix_name, which=self.which)
 
     def plot_blocks(self) -> "Figure | None":
-        """Plot the trace of each block and expert with its standard error, and the shares of the eigenvectors.
+        """Plot the shares of the eigenvectors by block, and the traces with their standard errors if they are known.
 
         Returns:
             The figure; None for fewer than two blocks.
@@ -232,7 +234,8 @@ class SharpnessResult:
             rows.append(("λmin", f"{self.lambda_min:.5g}", f"{self.lambda_min_residual:.1e}"))
         if self.stability_threshold is not None:
             rows.append(("stability threshold", f"{self.stability_threshold:.5g}", ""))
-        rows.append(("trace", f"{self.trace:.5g} ± {self.trace_stderr:.2g}", ""))
+        trace = f"{self.trace:.5g} ± {self.trace_stderr:.2g}" if self.has_trace else "not computed"
+        rows.append(("trace", trace, ""))
         sampling = (("λ1", self.lambda_max_sampling_stderr), ("trace", self.trace_sampling_stderr))
         rows += [(f"{name}, over samples", f"± {error:.2g}", "") for name, error in sampling if math.isfinite(error)]
         if math.isfinite(self.frobenius_norm):
@@ -240,7 +243,8 @@ class SharpnessResult:
         rows += [(f"overlap with {name}", f"{overlap:.3f}", "") for name, overlap in self.overlaps.items()]
         steps = "Lanczos" if self.engine == "lanczos" else "power iteration"
         rest = self.num_products - self.num_steps - self.num_probes
-        spent = f"{self.num_products} ({self.num_steps} {steps}, {self.num_probes} trace"
+        spent = f"{self.num_products} ({self.num_steps} {steps}"
+        spent += f", {self.num_probes} trace" if self.has_trace else ""
         spent += f", {rest} others)" if rest > 0 and self.engine == "lanczos" else ")"
         return [
             *rows,
@@ -264,6 +268,8 @@ class SharpnessResult:
         limitations += [f"**PyHessian**: {failure}" for failure in self.failures]
         limitations += [] if self.certificate is None else self.certificate.warnings()
         limitations += self.unconverged_eigenvalues()
+        if not self.has_trace:
+            return limitations
         if math.isnan(self.trace):
             limitations.append("The trace was not computed.")
         elif not self.trace_converged:
