@@ -35,7 +35,7 @@ class Problem:
     batches: list[tuple[Tensor, Tensor]]
     num_eigenvalues: int = 5
     tolerance: float = 1e-3
-    trace_tolerance: float = 0.01
+    trace_tolerance: float = 0.05
     density_steps: int = 40
     seed: int = 0
 
