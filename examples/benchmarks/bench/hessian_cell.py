@@ -108,9 +108,9 @@ class Cell:
             return row
         if len(row.get("eigenvalues", ())) == self.problem.num_eigenvalues:
             pairs = zip(sorted(row["eigenvalues"], reverse=True), exact["eigenvalues"], strict=True)
-            row["eigenvalue_error"] = max(abs(found / right - 1) for found, right in pairs)
+            row["eigenvalues_off"] = max(abs(found / right - 1) for found, right in pairs)
         if "trace" in row:
-            row["trace_error"] = row["trace"] / exact["trace"] - 1
+            row["trace_off"] = row["trace"] / exact["trace"] - 1
         if density is not None:
             row["density_distance"] = density_distance(exact, *density)
         return row

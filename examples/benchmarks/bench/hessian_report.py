@@ -25,7 +25,7 @@ _BOUNDS = (
 _PARTS = ("setup", "eigen", "trace", "density")
 
 # Errors against the reference, and their format.
-_ERRORS = (("eigenvalue_error", ".1e"), ("trace_error", "+.1%"), ("density_distance", ".4f"))
+_ERRORS = (("eigenvalues_off", ".1e"), ("trace_off", "+.1%"), ("density_distance", ".4f"))
 
 _ROWS = ("ours", "pyhessian", "equal", "curvlinops", "eigenthings", "landscaper")
 
