@@ -84,7 +84,7 @@ def density_distance(reference: Row, grid: Tensor, values: Tensor) -> float:
     places, order = torch.cat([nodes, points]).sort()
     jumps = torch.cat([weights / weights.sum(), -masses])[order].cumsum(0)
     distance = float((jumps[:-1].abs() * places.diff()).sum())
-    return distance / max(reference["eigenvalues"])
+    return distance / float(max(reference["eigenvalues"]))
 
 
 def _projected(basis: Tensor, vector: Tensor) -> Tensor:

@@ -31,9 +31,8 @@ class ImageLogits(nn.Module):
         super().__init__()
         sizes: dict[str, Any] = {"hidden_size": 96, "intermediate_size": 384, "num_hidden_layers": 4}
         sizes |= {"num_attention_heads": 4, "image_size": size, "patch_size": 4, "num_labels": num_classes}
-        self.model = ViTForImageClassification(
-            ViTConfig(**sizes, hidden_dropout_prob=0.0, attn_implementation=_ATTENTION)
-        )
+        sizes |= {"hidden_dropout_prob": 0.0, "attn_implementation": _ATTENTION}
+        self.model = ViTForImageClassification(ViTConfig(**sizes))
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the logits, (N, classes)."""
@@ -47,9 +46,8 @@ class NextByte(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         sizes: dict[str, Any] = {"vocab_size": _VOCABULARY, "n_positions": _TOKENS, "n_embd": 64, "n_layer": 3}
-        config = GPT2Config(
-            **sizes, n_head=4, bos_token_id=None, eos_token_id=None, use_cache=False, attn_implementation=_ATTENTION
-        )
+        sizes |= {"n_head": 4, "attn_implementation": _ATTENTION}
+        config = GPT2Config(**sizes, bos_token_id=None, eos_token_id=None, use_cache=False)
         self.model = GPT2LMHeadModel(config)
 
     def forward(self, tokens: Tensor) -> Tensor:

@@ -77,7 +77,7 @@ def test_a_settled_density_stays_as_it_is() -> None:
     (full,) = runs(operator, 1, steps=100)
     options = {"num_eigenvalues": 1, "min_steps": 100, "max_steps": 100}
     generator = torch.Generator().manual_seed(0)
-    short = lanczos(operator, generator=generator, has_settled=has_settled, **options)  # type: ignore[arg-type]
+    short = lanczos(operator, generator=generator, has_settled=has_settled, **options)
     assert 8 < len(short.quadrature) < 50
     early, late = spectral_density([short]), spectral_density([full])
     values = np.interp(early.grid.numpy(), late.grid.numpy(), late.values.numpy())
@@ -91,7 +91,7 @@ def test_the_iteration_ends_with_a_settled_density() -> None:
     operator = random_operator()
     options = {"num_eigenvalues": 1, "min_steps": 40}
     long, short = (
-        lanczos(operator, generator=torch.Generator().manual_seed(0), has_settled=has, **options)  # type: ignore[arg-type]
+        lanczos(operator, generator=torch.Generator().manual_seed(0), has_settled=has, **options)
         for has in (None, lambda run: run.num_steps >= 25)
     )
     assert len(long.quadrature) == 40 and len(short.quadrature) == 25
