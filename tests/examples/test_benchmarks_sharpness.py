@@ -41,7 +41,7 @@ def arguments(tmp_path: Path) -> list[str]:
 def test_pieces_add_up_to_a_report_with_verdicts(
     main: Main, arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    main([*arguments, "--only", "resnet8/sparse/costs", "resnet8/sparse/ours", "resnet8/sparse/budget"])
+    main([*arguments, "--only", *(f"resnet8/sparse/{part}" for part in ("costs", "oracle", "ours", "budget"))])
     main([*arguments, "--only", "resnet8/sparse/pyhessian"])
     printed = capsys.readouterr().out
     report = json.loads((tmp_path / "out.json").read_text())
@@ -50,6 +50,8 @@ def test_pieces_add_up_to_a_report_with_verdicts(
     assert set(report["versions"]) == {"pyhessian"}
     assert max(cell["ours"]["residuals"]) <= 1e-3
     assert cell["ours"]["top_products"] <= cell["ours"]["products"]
+    assert cell["ours"]["eigenvalues_off"] < 1e-4 and cell["ours"]["density_distance"] < 0.1
+    assert abs(cell["ours"]["trace_off"]) < 0.3
     assert cell["costs"]["our_difference_from_double_backward"] < 1e-4
     assert cell["costs"]["gradients"].keys() == {"gradient", "ours", "pyhessian", "pyhessian_one_batch"}
     assert "pyhessian" in cell["costs"]["errors_with_unused_parameters"]
@@ -71,8 +73,8 @@ def test_a_peer_alone_needs_our_results(main: Main, arguments: list[str]) -> Non
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (["--only", "resnet9"], "--only: expected a network of resnet8, resnet18, got 'resnet9'"),
-        (["--only", "resnet8/dense/magic"], "--only: expected a section of costs, ours"),
+        (["--only", "resnet9"], "--only: expected a network of resnet8, resnet18, vit, gpt2, got 'resnet9'"),
+        (["--only", "resnet8/dense/magic"], "--only: expected a section of costs, oracle, ours"),
         (["--samples", "10"], "--samples: expected a multiple of 4 up to 20, got 10"),
         (["--images", "nowhere"], "expected images in train/<class> folders, got none in nowhere"),
     ],
@@ -93,6 +95,31 @@ def test_results_of_other_options_are_not_mixed(
     with pytest.raises(SystemExit):
         main([*arguments, "--only", "resnet8/dense/costs", "--seed", "1"])
     assert "--out: expected a file with options" in capsys.readouterr().err
+
+
+def test_the_distance_of_densities(main: Main) -> None:
+    from bench.hessian_oracle import density_distance
+
+    reference = {"nodes": [0.0, 2.0], "weights": [0.75, 0.25], "eigenvalues": [2.0]}
+    grid = torch.tensor([0.0, 1.0, 2.0])
+    assert density_distance(reference, grid, torch.tensor([3.0, 0.0, 1.0])) == pytest.approx(0, abs=1e-12)
+    # a quarter of the mass moves by one, over the largest eigenvalue
+    assert density_distance(reference, grid, torch.tensor([3.0, 1.0, 0.0])) == pytest.approx(0.125)
+
+
+def test_the_reference_agrees_with_a_dense_matrix(main: Main) -> None:
+    from bench.hessian_oracle import oracle
+    from bench.hessian_problem import Problem
+
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(6, 5), torch.nn.Tanh(), torch.nn.Linear(5, 3))
+    x, y = torch.randn(16, 6), torch.randint(3, (16,))
+    problem = Problem(model, [(x[:8], y[:8]), (x[8:], y[8:])])
+    wide = Problem(model.double(), [(a.double(), b) for a, b in problem.batches])
+    matrix = torch.stack([wide.product(row) for row in torch.eye(wide.num_parameters, dtype=torch.float64)])
+    found = oracle(problem, steps=40, probes=8)
+    assert found["eigenvalues"] == pytest.approx(torch.linalg.eigvalsh(matrix).flip(0)[:5].tolist(), rel=1e-6)
+    assert abs(found["trace"] - float(matrix.trace())) <= 5 * found["trace_stderr"] + 1e-6
+    assert sum(found["weights"]) == pytest.approx(1)
 
 
 def test_the_budget_agrees_with_the_exact_trace(main: Main) -> None:

@@ -51,6 +51,10 @@ class Images:
     labels: Tensor
     num_classes: int
 
+    def chosen(self, places: Tensor) -> tuple[Tensor, Tensor]:
+        """Return images with random crops and flips, and their labels."""
+        return ImageTransform(CIFAR10_MEAN, CIFAR10_STD, padding=4, flip=True)(self.raw[places]), self.labels[places]
+
     def batches(self, num_samples: int, size: int) -> list[tuple[Tensor, Tensor]]:
         """Return the first images without augmentation, in batches."""
         x = ImageTransform(CIFAR10_MEAN, CIFAR10_STD)(self.raw[:num_samples])
@@ -121,12 +125,11 @@ def _train(model: nn.Module, images: Images, steps: int, batch: int) -> None:
     backbone, head = model
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=max(steps, 1))
-    transform = ImageTransform(CIFAR10_MEAN, CIFAR10_STD, padding=4, flip=True)
     model.train()
     for _ in range(steps):
-        chosen = torch.randint(len(images.raw), (batch,))
-        output = head(backbone(transform(images.raw[chosen])), return_routing=True)
-        loss = F.cross_entropy(output.logits, images.labels[chosen]) + output.aux_loss
+        x, y = images.chosen(torch.randint(len(images.raw), (batch,)))
+        output = head(backbone(x), return_routing=True)
+        loss = F.cross_entropy(output.logits, y) + output.aux_loss
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -5,26 +5,26 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
 
 import torch
 
+from bench.hessian_oracle import density_distance, oracle
 from bench.hessian_peers import PEERS, pyhessian_equal, unit_products
 from bench.hessian_problem import Problem, Row, cpu_seconds, interleaved_cpu_seconds
 from bench.hessian_report import asides, extrapolated, scale_of, verdicts
+from bench.peak_memory import with_peak_resident
 from bench.trace_budget import trace_budget
 from moe_heads.analysis import analysis_mode, sharpness
-from moe_heads.analysis.sharpness.hessian import HessianOperator
+from moe_heads.analysis.sharpness.hessian import HessianOperator, top_eigenvectors
 
 __all__ = ["SECTIONS", "Cell"]
 
-SECTIONS = ("costs", "ours", "budget", *PEERS, "equal")
+SECTIONS = ("costs", "oracle", "ours", "budget", *PEERS, "equal")
 
 Measurement = Callable[[], Row]
 
-
-# Relative standard error of the trace at which PyHessian's stopping rule ends (7 % root mean square).
-_MODEST = 0.05
+# Maximum number of test vectors for the traces of the peers.
+_MOST_VECTORS = 48
 
 
 class Cell:
@@ -35,19 +35,30 @@ class Cell:
         cell: Receives the results by section.
         peers: Names of the available peers.
         graph_memory: Bytes that our operator may keep; None for its default.
+        reference: Lanczos steps and probes of the reference in float64.
         write: Called after every measurement.
     """
 
     def __init__(
-        self, problem: Problem, cell: Row, peers: list[str], graph_memory: int | None, write: Callable[[], None]
+        self,
+        problem: Problem,
+        cell: Row,
+        peers: list[str],
+        graph_memory: int | None,
+        reference: tuple[int, int],
+        write: Callable[[], None],
     ) -> None:
-        self.problem, self.cell, self.peers, self.graph_memory, self.write = problem, cell, peers, graph_memory, write
+        self.problem, self.cell, self.peers, self.graph_memory = problem, cell, peers, graph_memory
+        self.reference, self.write = reference, write
 
     def measure(self, sections: Sequence[str], rounds: int) -> None:
         """Run the sections; full analyses run ``rounds`` times, in random order after the first round."""
         self.cell["net"] = self._facts()
         if "costs" in sections:
             self.cell["costs"] = self._costs(rounds)
+            self.write()
+        if "oracle" in sections:
+            self.cell["oracle"] = oracle(self.problem, *self.reference)
             self.write()
         candidates = self._candidates(sections)
         if "ours" in candidates:
@@ -59,8 +70,9 @@ class Cell:
                 random.Random(number).shuffle(names)
             for name in names:
                 gradient = cpu_seconds(self.problem.gradient)
-                runs[name].append(candidates[name]() | {"gradient_cpu_s": gradient})
-                self.cell[name] = _median(runs[name])
+                run, peak = with_peak_resident(candidates[name])
+                runs[name].append(run | {"gradient_cpu_s": gradient, "peak_bytes": run.get("peak_bytes", peak)})
+                self.cell[name] = self._with_errors(_median(runs[name]))
                 self.write()
                 print(f"{name} {self.cell[name]['cpu_s']:.1f} s", end="  ", flush=True)
                 if name == "ours" and number == 0 and "budget" in sections:
@@ -85,9 +97,23 @@ class Cell:
     def _facts(self) -> Row:
         with torch.no_grad():
             logits = [(self.problem.model(x), y) for x, y in self.problem.batches]
-        accuracy = statistics.mean(float((z.argmax(-1) == y).float().mean()) for z, y in logits)
+        accuracy = statistics.mean(float((z.argmax(1) == y).float().mean()) for z, y in logits)
         loss = statistics.mean(float(self.problem.criterion(z, y)) for z, y in logits)
         return {"num_parameters": self.problem.num_parameters, "loss": loss, "accuracy": accuracy}
+
+    def _with_errors(self, row: Row) -> Row:
+        """Compare with the reference: relative errors, and the distance of the density over the largest eigenvalue."""
+        density, exact = row.pop("density_grid", None), self.cell.get("oracle")
+        if exact is None:
+            return row
+        if len(row.get("eigenvalues", ())) == self.problem.num_eigenvalues:
+            pairs = zip(sorted(row["eigenvalues"], reverse=True), exact["eigenvalues"], strict=True)
+            row["eigenvalues_off"] = max(abs(found / right - 1) for found, right in pairs)
+        if "trace" in row:
+            row["trace_off"] = row["trace"] / exact["trace"] - 1
+        if density is not None:
+            row["density_distance"] = density_distance(exact, *density)
+        return row
 
     def _known(self) -> Row:
         """Return our results, which the peers use and are compared with.
@@ -137,32 +163,40 @@ class Cell:
         return unit_products(own, self.peers)[1]
 
     def _ours(self) -> Row:
-        """Measure our full analysis, the same without density, and one with the trace accuracy of PyHessian."""
+        """Measure our full analysis, the same without density, and the top eigenvectors alone."""
         own = self.problem.apart()
-        options: dict[str, Any] = {
-            "num_eigenvalues": own.num_eigenvalues,
-            "tolerance": own.tolerance,
-            "graph_memory": self.graph_memory,
-            "seed": own.seed,
-        }
         start = time.process_time()
-        result = sharpness(
+        result, peak = with_peak_resident(
+            lambda: sharpness(
+                own.model,
+                own.loss,
+                own.batches,
+                num_eigenvalues=own.num_eigenvalues,
+                tolerance=own.tolerance,
+                trace_tolerance=own.trace_tolerance,
+                graph_memory=self.graph_memory,
+                keep_eigenvectors=True,
+                seed=own.seed,
+            )
+        )
+        row: Row = {"cpu_s": time.process_time() - start, "peak_bytes": peak}
+        row |= {"products": result.num_products, "num_probes": result.num_probes}
+        start = time.process_time()
+        top_eigenvectors(own.model, own.loss, own.batches, num_eigenvectors=own.num_eigenvalues, seed=own.seed)
+        row["top_cpu_s"] = time.process_time() - start
+        start = time.process_time()
+        without = sharpness(
             own.model,
             own.loss,
             own.batches,
             trace_tolerance=own.trace_tolerance,
-            density=True,
-            keep_eigenvectors=True,
-            **options,
+            density=False,
+            graph_memory=self.graph_memory,
+            seed=own.seed,
         )
-        seconds = time.process_time() - start
-        row: Row = {"cpu_s": seconds, "products": result.num_products, "num_probes": result.num_probes}
-        for name, trace_tolerance in (("without_density", own.trace_tolerance), ("modest", _MODEST)):
-            start = time.process_time()
-            top = sharpness(own.model, own.loss, own.batches, trace_tolerance=trace_tolerance, density=False, **options)
-            row |= {f"{name}_cpu_s": time.process_time() - start, f"{name}_products": top.num_products}
-        row |= {"top_products": top.num_steps, "num_steps": top.num_steps}
-        assert result.eigenvectors is not None
+        row |= {"without_density_cpu_s": time.process_time() - start, "without_density_products": without.num_products}
+        row |= {"top_products": without.num_steps, "num_steps": without.num_steps}
+        assert result.eigenvectors is not None and result.density is not None
         row |= {
             "lanczos_steps": result.num_steps,
             "eigenvalues": list(result.eigenvalues),
@@ -172,20 +206,29 @@ class Cell:
             "trace_stderr": result.trace_stderr,
             "frobenius_norm": result.frobenius_norm,
             "graph_mode": result.graph_mode,
+            "density_grid": (result.density.grid, result.density.values),
         }
         return row
 
     def _budget(self) -> Row:
-        """Find the number of test vectors for the peers' trace estimators, without counting its cost."""
-        own = self.problem.apart()
-        wanted = own.trace_tolerance * scale_of(self.cell["ours"])
+        """Find the number of test vectors for the peers' traces, without counting its cost.
+
+        Their standard error is to be the tolerance, and in a second count that which our trace reached.
+        """
+        own, ours = self.problem.apart(), self.cell["ours"]
+        requested = own.trace_tolerance * scale_of(ours)
+        reached = min(requested, ours["trace_stderr"])
         with analysis_mode(own.model, own.seed):
             operator = self._operator(own)
-            budget = trace_budget(operator.matvec, own.num_parameters, wanted, seed=own.seed)
+            budget = trace_budget(operator.matvec, own.num_parameters, requested, seed=own.seed)
+            fewest = budget.count
+            while budget.estimate()[1] > reached and budget.count < _MOST_VECTORS:
+                budget.add()
         trace, stderr = budget.estimate()
         return {
+            "trace_vectors_as_requested": fewest,
             "trace_vectors": budget.count,
-            "reached": stderr <= wanted,
+            "reached": stderr <= reached,
             "xtrace": trace,
             "xtrace_stderr": stderr,
             "hutchinson": budget.hutchinson,

@@ -144,10 +144,12 @@ def curvlinops(problem: Problem, known: Row) -> Row:
         pairs = account.part("eigen", lambda: eigsh(operator.to_scipy(np.float32), k, **arguments))
         trace = account.part("trace", lambda: float(library.xtrace(operator, 2 * known["trace_vectors"])))
         bounds = (None, float(max(known["eigenvalues"] if pairs is None else pairs[0])))
-        account.part(
+        density = account.part(
             "density",
             lambda: library.lanczos_approximate_spectrum(operator, problem.density_steps, boundaries=bounds),
         )
+    if density is not None:
+        account.row["density_grid"] = density
     if pairs is not None:
         _add_pairs(account.row, problem, known, list(map(float, pairs[0])), list(torch.from_numpy(pairs[1].T.copy())))
     if trace is not None:
@@ -177,8 +179,10 @@ def eigenthings(problem: Problem, known: Row) -> Row:
     with _quiet():
         num_products = 3 * known["trace_vectors"]
         trace = account.part("trace", lambda: library.trace(operator, num_matvecs=num_products, seed=problem.seed))
-        density = {"num_runs": 1, "lanczos_steps": problem.density_steps, "seed": problem.seed}
-        account.part("density", lambda: library.spectral_density(operator, **density))
+        options = {"num_runs": 1, "lanczos_steps": problem.density_steps, "seed": problem.seed}
+        density = account.part("density", partial(library.spectral_density, operator, **options))
+    if density is not None:
+        account.row["density_grid"] = density.grid, density.density
     if pairs is not None:
         _add_pairs(account.row, problem, known, pairs.eigenvalues.tolist(), list(pairs.eigenvectors))
     if trace is not None:

@@ -10,16 +10,22 @@ __all__ = ["asides", "extrapolated", "scale_of", "table", "verdicts"]
 # Description, key of the value, bound, and whether the bound is a lower one.
 _BOUNDS = (
     ("largest true residual of our top 5", "residual", 1e-3, False),
-    ("standard error of our trace, share of its scale", "stderr", 0.01, False),
-    ("products for the top 5", "top_products", 15, False),
+    ("standard error of our trace, share of its scale", "stderr", 0.05, False),
     ("products for all", "products", 64, False),
-    ("one product, plain gradients", "unit", 1.75, False),
-    ("CPU time of PyHessian as shipped, times ours", "pyhessian", 6.5, True),
-    ("CPU time of PyHessian at equal accuracy, times ours", "equal", 40.0, True),
+    ("CPU time of PyHessian as shipped, times ours", "pyhessian", 1.0, True),
+    ("CPU time of PyHessian at equal accuracy, times ours", "equal", 4.0, True),
     ("CPU time of curvlinops and scipy, same results, times ours", "curvlinops", 4.0, True),
+    ("the same, with the trace as accurate as was requested", "curvlinops_requested", 4.0, True),
+    ("CPU time of curvlinops and scipy, top 5 alone, times ours", "curvlinops_top", 4.0, True),
     ("CPU time of hessian-eigenthings, same results, times ours", "eigenthings", 1.0, True),
     ("CPU time of Landscaper as shipped, times ours", "landscaper", 1.0, True),
 )
+
+# Parts of a measurement that may fail.
+_PARTS = ("setup", "eigen", "trace", "density")
+
+# Errors against the reference, and their format.
+_ERRORS = (("eigenvalues_off", ".1e"), ("trace_off", "+.1%"), ("density_distance", ".4f"))
 
 _ROWS = ("ours", "pyhessian", "equal", "curvlinops", "eigenthings", "landscaper")
 
@@ -84,8 +90,8 @@ def asides(cell: Row) -> dict[str, float]:
     ratios = {}
     ours, shipped = cell["ours"], cell.get("pyhessian", {})
     if shipped and not _failed(shipped):
-        name = "PyHessian as shipped, times ours for as much: five eigenvalues, a trace to 5 %, no density"
-        ratios[name] = (shipped["eigen_cpu_s"] + shipped["trace_cpu_s"]) / ours["modest_cpu_s"]
+        name = "PyHessian as shipped, times ours without a density"
+        ratios[name] = (shipped["eigen_cpu_s"] + shipped["trace_cpu_s"]) / ours["without_density_cpu_s"]
     row = cell.get("curvlinops", {})
     if row and not _failed(row):
         seconds = row["eigen_cpu_s"] + row["trace_cpu_s"]
@@ -121,7 +127,7 @@ def table(name: str, cell: Row) -> Iterator[str]:
                 yield f"  {kind.replace('_', ' ')}: {peer}: {error}"
     present = [key for key in _ROWS if key in cell]
     if present:
-        names = f"{'residual':>10}{'missed':>7}{'trace off':>10}  failed"
+        names = f"{'MiB':>7}{'residual':>10}{'missed':>7}{'λ off':>10}{'trace off':>10}{'density':>10}  failed"
         yield f"{'':22}{'products':>9}{'CPU s':>10}{'gradients':>10}{names}"
     for key in present:
         yield _line(key, cell[key])
@@ -148,10 +154,15 @@ def _values(cell: Row) -> dict[str, float | str]:
     if ours is None:
         return values
     values["residual"], values["stderr"] = max(ours["residuals"]), ours["trace_stderr"] / scale_of(ours)
-    values["top_products"], values["products"] = ours["top_products"], ours["products"]
+    values["products"] = ours["products"]
     for peer in ("pyhessian", "curvlinops", "eigenthings", "landscaper"):
         if peer in cell:
             values[peer] = _failed(cell[peer]) or cell[peer]["cpu_s"] / ours["cpu_s"]
+    if not _failed(cell.get("curvlinops", {"eigen_error": ""})):
+        row = cell["curvlinops"]
+        values["curvlinops_top"] = row["eigen_cpu_s"] / ours["top_cpu_s"]
+        trace = row["trace_cpu_s"] / row["trace_products"] * 2 * cell["budget"]["trace_vectors_as_requested"]
+        values["curvlinops_requested"] = (row["eigen_cpu_s"] + trace + row["density_cpu_s"]) / ours["cpu_s"]
     if cell.get("extrapolated"):
         values["equal"] = cell["extrapolated"]["cpu_s"] / ours["cpu_s"]
     return values
@@ -159,16 +170,15 @@ def _values(cell: Row) -> dict[str, float | str]:
 
 def _failed(row: Row) -> str:
     """Name the failed parts of the comparison; PyHessian's density always fails and does not count."""
-    failed = [part for part in ("setup", "eigen", "trace", "density") if f"{part}_error" in row]
+    failed = [part for part in _PARTS if f"{part}_error" in row]
     return f"{', '.join(failed)} failed" if set(failed) - {"density"} else ""
 
 
 def _line(key: str, row: Row) -> str:
     residual = f"{max(row['residuals']):.1e}" if "residuals" in row else "-"
-    off = f"{row['trace_off_ours']:+.1%}" if "trace_off_ours" in row else "-"
-    failed = "; ".join(f"{part}: {value}"[:90] for part, value in row.items() if part.endswith("_error"))
-    missed = row.get("missed", "-")
+    errors = [f"{row[name]:{kind}}" if name in row else "-" for name, kind in _ERRORS]
+    failed = "; ".join(f"{part}: {row[f'{part}_error']}"[:90] for part in _PARTS if f"{part}_error" in row)
     gradients = row["cpu_s"] / row["gradient_cpu_s"]
     name = {"equal": "PyHessian, continued"}.get(key, key)
-    costs = f"{row['products']:>9}{row['cpu_s']:>10.1f}{gradients:>10.0f}"
-    return f"{name:22}{costs}{residual:>10}{missed:>7}{off:>10}  {failed}"
+    costs = f"{row['products']:>9}{row['cpu_s']:>10.1f}{gradients:>10.0f}{row.get('peak_bytes', 0) / 2**20:>7.0f}"
+    return f"{name:22}{costs}{residual:>10}{row.get('missed', '-'):>7}{''.join(f'{e:>10}' for e in errors)}  {failed}"

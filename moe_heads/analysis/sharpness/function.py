@@ -21,7 +21,8 @@ from moe_heads.analysis._shared.shards import is_sharded
 from moe_heads.analysis.sharpness.checks import certified
 from moe_heads.analysis.sharpness.hessian.blocks import default_blocks, expert_places, places_of
 from moe_heads.analysis.sharpness.hessian.both_ends import Which, lower_end
-from moe_heads.analysis.sharpness.hessian.lanczos import lanczos
+from moe_heads.analysis.sharpness.hessian.density import has_settled
+from moe_heads.analysis.sharpness.hessian.lanczos import LanczosResult, lanczos
 from moe_heads.analysis.sharpness.hessian.output_loss import OutputLossFn, OutputsFn
 from moe_heads.analysis.sharpness.hessian.parameters import Selection, selected_parameters, slices_of
 from moe_heads.analysis.sharpness.hessian.products import Matrix
@@ -38,8 +39,8 @@ from moe_heads.checks import check_flags
 
 __all__ = ["sharpness"]
 
-# Steps after which the density of a trained network shows no visible change.
-_DENSITY_STEPS = 40
+# Steps after which the density of a trained network shows no visible change, and the fewest before it is examined.
+_DENSITY_STEPS, _FEWEST_DENSITY_STEPS = 40, 16
 
 # Up to this number of parameters, a density takes all eigenvalues and is exact.
 _MAX_EXACT = 100
@@ -137,7 +138,8 @@ def sharpness(
         max_steps: Maximum number of Lanczos steps.
         max_probes: Maximum number of rounds of probes for the trace, each the cost of one product. A single batch
             needs 16 before its standard error is trusted.
-        density: Also compute the density, which takes at least 40 Lanczos steps.
+        density: Also compute the density, which takes 16 to 40 Lanczos steps: until the last ones change it less than
+            another random start would.
         blocks: Names of parameters or modules by block. By default backbone, router and experts of a model with one of
             our routers, otherwise one block for each child.
         block_eigenvalues: Also compute the largest eigenvalue of each block's diagonal block, for about twenty products
@@ -259,6 +261,7 @@ def sharpness(
                 max_steps=max_steps,
                 start=start,
                 basis_memory=basis_memory,
+                has_settled=_has_settled,
                 on_step=record.add_krylov,
             )
             if which == "magnitude":
@@ -354,10 +357,15 @@ def _cut_dependence(
 
 
 def _min_steps(num_parameters: int, density: bool, max_steps: int) -> int:
-    """Return the number of Lanczos steps that the density needs."""
+    """Return the number of Lanczos steps that the density needs at most."""
     if not density:
         return 0
     return min(num_parameters if num_parameters <= _MAX_EXACT else _DENSITY_STEPS, max_steps)
+
+
+def _has_settled(krylov: LanczosResult) -> bool:
+    """Return whether the density needs no further step. Below `_MAX_EXACT` parameters it takes all of them."""
+    return krylov.dim > _MAX_EXACT and krylov.num_steps >= _FEWEST_DENSITY_STEPS and has_settled(krylov)
 
 
 def _both(places: Places, experts: Places) -> Places:

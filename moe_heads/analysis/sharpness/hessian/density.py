@@ -10,7 +10,7 @@ from torch import Tensor
 from moe_heads.analysis.sharpness.hessian.lanczos import LanczosResult
 from moe_heads.checks import check_positive
 
-__all__ = ["SpectralDensity", "density_of", "spectral_density"]
+__all__ = ["SpectralDensity", "density_of", "has_settled", "spectral_density"]
 
 
 # Relative change of the values by cutting the tails beyond five sigma.
@@ -18,6 +18,12 @@ _CUT_TAILS = 1e-6
 
 # Number of shorter quadratures to compare the full one with.
 _SHORTER = 3
+
+# Largest change of a settled density by its last steps, in standard errors from the random start. It adds 12 % to them.
+_SETTLED = 0.5
+
+# Changes below this part of the bump of a single eigenvalue do not count, since the standard error vanishes in gaps.
+_OF_ONE_EIGENVALUE = 0.1
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,14 +83,27 @@ def spectral_density(
     rules = [_rule(runs, left_out, values) for left_out in range(_SHORTER + 1)]
     density = density_of(*rules[0], len(runs) * dim, num_known=len(known), sigma=sigma, num_points=num_points)
     grid, sigma = density.grid, density.sigma
-    changes = [_bumps(grid, nodes, sigma) @ weights - density.values for nodes, weights in rules[1:]]
-    error = torch.hypot(density.stderr, torch.stack(changes).abs().amax(0))
+    error = torch.hypot(density.stderr, _largest_change(density, rules[1:]))
     for value, norm in known:
         # Largest change of the bump when its center moves by the residual.
         distance = (grid - value).abs() / sigma
         bump = _bumps(grid, torch.tensor([value], dtype=torch.float64), sigma)[:, 0]
         error = error + bump * (1 + distance) * norm / (sigma * dim)
     return replace(density, stderr=error + _CUT_TAILS * density.values)
+
+
+def has_settled(run: LanczosResult) -> bool:
+    """Return whether the last steps of a run changed its density by less than the error from the random start.
+
+    The changes are compared at each point of the grid, so that the tails count as much as the peak. Then further steps
+    improve nothing, and another start vector would.
+    """
+    if len(run.quadrature) <= _SHORTER:
+        return False
+    rules = [_rule([run], left_out, []) for left_out in range(_SHORTER + 1)]
+    density = density_of(*rules[0], run.dim)
+    one = _OF_ONE_EIGENVALUE / (run.dim * density.sigma * math.sqrt(2 * math.pi))
+    return bool((_largest_change(density, rules[1:]) <= (_SETTLED * density.stderr).clamp_min(one)).all())
 
 
 def density_of(
@@ -125,6 +144,12 @@ def density_of(
     parts[:num_known] = 0
     stderr = (2 * (bumps.square() @ parts) / num_signs).sqrt()
     return SpectralDensity(grid, bumps @ weights, stderr, nodes, weights, sigma)
+
+
+def _largest_change(density: SpectralDensity, shorter: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    """Return the largest difference of the density from that of shorter quadratures, at each point of the grid."""
+    values = [_bumps(density.grid, nodes, density.sigma) @ weights for nodes, weights in shorter]
+    return (torch.stack(values) - density.values).abs().amax(0)
 
 
 def _rule(runs: Sequence[LanczosResult], left_out: int, known: Sequence[float]) -> tuple[Tensor, Tensor]:

@@ -32,6 +32,7 @@ def lanczos(
     max_steps: int = 200,
     start: Tensor | None = None,
     basis_memory: int | None = None,
+    has_settled: Callable[[LanczosResult], bool] | None = None,
     on_step: Callable[[LanczosResult], None] | None = None,
 ) -> LanczosResult:
     r"""Return the largest eigenvalues of a symmetric operator, with one product per step.
@@ -47,13 +48,14 @@ def lanczos(
         generator: Source of the Rademacher start vectors, a CPU generator; equal states give equal results.
         num_eigenvalues: k. Five, as in the top-5 eigenvalues that papers on sharpness report.
         tolerance: Largest relative residual. With 1e-3 the error of an isolated eigenvalue is near 1e-6.
-        min_steps: Minimum number of steps from the first vector. A spectral density needs about 40.
+        min_steps: Minimum number of steps from the first vector. A spectral density needs up to 40.
         max_steps: Maximum number of steps in total.
         start: A start vector (P,), such as the sum of eigenvectors of a similar matrix. It saves steps, but the nodes
             and weights then do not give the density.
         basis_memory: Maximum number of bytes of the basis. The default is 4 GiB on a CPU and a quarter of the free
             memory on a GPU, at most half of the free memory, but at least the size of k + 3 vectors. A smaller basis is
             restarted and needs more steps.
+        has_settled: Ends the minimum number of steps early where it returns True of the result so far.
         on_step: Called after each step with the result so far, which is not complete.
 
     Raises:
@@ -86,7 +88,10 @@ def lanczos(
         notify()
         if iteration.is_whole:
             return iteration.result(is_complete=True)
-        following = _following(iteration, num_eigenvalues, tolerance, min_steps, check)
+        following = _following(iteration, num_eigenvalues, tolerance, check)
+        if following is None and iteration.num_sequences == 1 and iteration.num_steps < min_steps:
+            is_settled = has_settled is not None and has_settled(iteration.result(is_complete=False))
+            following = None if is_settled else iteration.active
         if following is None:
             found = check.run()
             if found in {"complete", "unknown"}:
@@ -132,9 +137,7 @@ def check_basis_memory(
     return max(budget // each, fewest)
 
 
-def _following(
-    iteration: KrylovIteration, k: int, tolerance: float, min_steps: int, check: CompletenessCheck
-) -> int | None:
+def _following(iteration: KrylovIteration, k: int, tolerance: float, check: CompletenessCheck) -> int | None:
     """Return the index of the remainder to continue from; None if the k largest are accurate or there is none."""
     values, residuals, shares = iteration.ritz()
     if len(values) < k or check.is_still_missing(values):
@@ -144,7 +147,7 @@ def _following(
     if len(inaccurate):
         # the largest part of the residual of the largest of these
         return int(shares[:, len(values) - k + int(inaccurate[-1])].argmax())
-    return iteration.active if iteration.num_sequences == 1 and iteration.num_steps < min_steps else None
+    return None
 
 
 def _check(dim: int, num_eigenvalues: int, tolerance: float, max_steps: int, start: Tensor | None) -> None:

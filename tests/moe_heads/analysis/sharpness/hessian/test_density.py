@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from moe_heads.analysis.sharpness.hessian.density import spectral_density
+from moe_heads.analysis.sharpness.hessian.density import has_settled, spectral_density
 from moe_heads.analysis.sharpness.hessian.lanczos import LanczosResult, lanczos
 from tests.support.hessians import DenseOperator, symmetric
 
@@ -69,6 +69,33 @@ def test_spectrum_of_one_point(scale: float) -> None:
     density = spectral_density(runs(DenseOperator(scale * torch.eye(30).double()), 1))
     assert float(torch.trapezoid(density.values, density.grid)) == pytest.approx(1, abs=1e-5)
     assert float(density.grid[density.values.argmax()]) == pytest.approx(scale, abs=density.sigma)
+
+
+def test_a_settled_density_stays_as_it_is() -> None:
+    # a few large eigenvalues and many small ones, as of a trained network
+    operator = DenseOperator(symmetric(torch.logspace(1, -4, 400, dtype=torch.float64)))
+    (full,) = runs(operator, 1, steps=100)
+    options = {"num_eigenvalues": 1, "min_steps": 100, "max_steps": 100}
+    generator = torch.Generator().manual_seed(0)
+    short = lanczos(operator, generator=generator, has_settled=has_settled, **options)
+    assert 8 < len(short.quadrature) < 50
+    early, late = spectral_density([short]), spectral_density([full])
+    values = np.interp(early.grid.numpy(), late.grid.numpy(), late.values.numpy())
+    # the same start, so that the difference is that of the steps alone
+    assert (np.abs(early.values.numpy() - values) <= 0.5 * early.stderr.numpy() + 1e-3 * values.max()).all()
+    assert float(early.stderr.max()) == pytest.approx(float(late.stderr.max()), rel=0.15)
+    assert not has_settled(runs(operator, 1, steps=3)[0])
+
+
+def test_the_iteration_ends_with_a_settled_density() -> None:
+    operator = random_operator()
+    options = {"num_eigenvalues": 1, "min_steps": 40}
+    long, short = (
+        lanczos(operator, generator=torch.Generator().manual_seed(0), has_settled=has, **options)
+        for has in (None, lambda run: run.num_steps >= 25)
+    )
+    assert len(long.quadrature) == 40 and len(short.quadrature) == 25
+    assert long.converged and short.converged
 
 
 def test_bad_arguments() -> None:
