@@ -29,8 +29,8 @@ torch.set_num_threads(1)  # the network is too small for more
 # ## A training with both callbacks
 #
 # The callbacks attach to a Lightning `Trainer`, or to a loop of your own by a `TrainingMonitor`, as here. Every 25
-# steps the sharpness callback computes λmax (one eigenvalue, no density), starting from the previous eigenvector.
-# `preconditioned=True` adds the eigenvalue in the metric of Adam.
+# steps the sharpness callback computes λmax (one eigenvalue, neither trace nor density), starting from the previous
+# eigenvector. `preconditioned=True` adds the eigenvalue in the metric of Adam.
 
 # %%
 DATA = torch.Generator().manual_seed(0)
@@ -51,6 +51,7 @@ def train(optimizer_of: Callable[[Iterable[Tensor]], Optimizer], steps: int) -> 
     sharpness = SharpnessCallback(
         every_n_train_steps=25,
         num_eigenvalues=1,
+        trace=False,
         density=False,
         preconditioned=isinstance(optimizer, Adam),
         splits=("train",),
