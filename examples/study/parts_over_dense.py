@@ -1,4 +1,4 @@
-"""Where the time of a head goes in the runs of a study, in units of the time of the dense head."""
+"""Division of the time of a head in the runs of a study, in units of the time of the dense head."""
 
 import statistics
 from collections.abc import Mapping, Sequence

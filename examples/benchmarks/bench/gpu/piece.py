@@ -18,7 +18,7 @@ Report = dict[str, Any]
 
 @dataclass(frozen=True)
 class Settings:
-    """What all pieces share.
+    """Settings of all pieces.
 
     Attributes:
         device: Device of the measurements.
