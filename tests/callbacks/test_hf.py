@@ -447,7 +447,7 @@ def on_rank(rank: int, folder: Path) -> Any:
 
 @pytest.mark.slow
 def test_two_processes(tmp_path: Path) -> None:
-    first, second = run_on_ranks(partial(on_rank, folder=tmp_path), tmp_path)
+    first, second = run_on_ranks(partial(on_rank, folder=tmp_path), tmp_path, leaves_traces=True)
     assert first[2:] == second[2:] and first[4] == [3]
     assert all(torch.equal(one, two) for one, two in zip(first[1], second[1], strict=True))
     # both processes together have the padded lines of a step

@@ -156,7 +156,7 @@ def steps_on(rank: int) -> list[int]:
 
 @pytest.mark.timeout(200)
 def test_rank_zero_decides(tmp_path: Path) -> None:
-    assert run_on_ranks(steps_on, tmp_path) == [[14, 40]] * NUM_RANKS
+    assert run_on_ranks(steps_on, tmp_path, leaves_traces=True) == [[14, 40]] * NUM_RANKS
 
 
 @pytest.mark.parametrize(

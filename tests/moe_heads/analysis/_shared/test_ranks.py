@@ -173,7 +173,7 @@ def on_rank(rank: int) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    return run_on_ranks(on_rank, tmp_path_factory.mktemp("ranks"))
+    return run_on_ranks(on_rank, tmp_path_factory.mktemp("ranks"), leaves_traces=True)
 
 
 @pytest.mark.parametrize("analysis", ["sharpness", "landscape", "sweep", "utilization"])
