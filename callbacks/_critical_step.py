@@ -29,6 +29,7 @@ from moe_heads.analysis.critical_sharpness.update import (
     made_update,
     parameter_values,
 )
+from moe_heads.callbacks._shared.evaluation import of_batch
 from moe_heads.callbacks._shared.execution_context import ExecutionContext
 from moe_heads.callbacks._shared.trainer_access import muted
 
@@ -61,12 +62,12 @@ class RecordedStep:
     Attributes:
         before: Parameters of the optimizer before its step, by name; None if it has not come yet.
         learning_rate: Learning rate of the step; None if the parameter groups differ.
-        batches: Each batch and the states of the random generators at its beginning.
+        batches: Each batch, the states of the random generators at its beginning, and its index in the epoch.
     """
 
     before: Values | None = None
     learning_rate: float | None = None
-    batches: list[tuple[Batch, tuple[Any, ...]]] = field(default_factory=list)
+    batches: list[tuple[Batch, tuple[Any, ...], int]] = field(default_factory=list)
     _states: tuple[Any, ...] = ()
 
     def begin_batch(self) -> None:
@@ -77,15 +78,15 @@ class RecordedStep:
         """Keep the parameters and the learning rate."""
         self.before, self.learning_rate = parameter_values(optimizer, model), learning_rate_of(optimizer)
 
-    def end_batch(self, batch: Batch) -> None:
-        """Keep the batch.
+    def end_batch(self, batch: Batch, index: int) -> None:
+        """Keep the batch with its index in the epoch.
 
         Raises:
             ValueError: If there is none.
         """
         if batch is None:
             raise ValueError("batch: expected the training batch, got None. Call monitor.step(model, batch).")
-        self.batches.append((batch, self._states))
+        self.batches.append((batch, self._states, index))
 
     def measure(
         self, context: ExecutionContext, model: nn.Module, loss_fn: LossFn, search: Search, start: float, ranks: Ranks
@@ -101,24 +102,27 @@ class RecordedStep:
             ranks: The processes, each with its batches.
         """
         assert self.before is not None
-        parts = [(_part(batch, search.fraction), states) for batch, states in self.batches]
-        graph, resolution, num_samples = GraphOnDemand(), 0.0, sum(num_rows(batch) for batch, _ in parts)
-        with torch.inference_mode(False), muted(model), preserved(model) as original:
+        parts = [(_part(batch, search.fraction), states, index) for batch, states, index in self.batches]
+        graph, resolution, num_samples = GraphOnDemand(), 0.0, sum(num_rows(batch) for batch, *_ in parts)
+        # the user's compiled functions would get further graphs, for passes without gradients
+        uncompiled = torch.compiler.set_stance("force_eager")
+        with torch.inference_mode(False), uncompiled, muted(model), preserved(model) as original:
             path = ParameterPath(model, [made_update(model, self.before)], _starts(model, self.before, original))
 
-            def batch_loss(batch: Batch, states: tuple[Any, ...]) -> Tensor:
+            def batch_loss(batch: Batch, states: tuple[Any, ...], index: int) -> Tensor:
                 restore_generators(states)
                 with context.forward_context():
-                    return checked_scalar(loss_fn(model, own_copy(batch)), "the mean loss of the batch")
+                    loss = of_batch(loss_fn, index)(model, own_copy(batch))
+                    return checked_scalar(loss, "the mean loss of the batch")
 
             def loss_at(step: float) -> float:
                 nonlocal resolution
                 with ranks.synchronized():
                     path.go([step])
                     total = 0.0
-                    for batch, states in parts:
+                    for part in parts:
                         _put_back_buffers(model, original)
-                        loss = graph(partial(batch_loss, batch, states))
+                        loss = graph(partial(batch_loss, *part))
                         resolution = max(resolution, torch.finfo(loss.dtype).eps)
                         total += float(loss.detach()) / len(parts)
                 # the gradient of the step is the mean over the processes

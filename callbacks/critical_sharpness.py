@@ -136,6 +136,7 @@ class CriticalSharpnessCallback(FitEndAnalysis):
         self.num_unknown: dict[str, int] = {}
         self._step: RecordedStep | None = None
         self._start = 1.0
+        self._overhead: float | None = None
         self._trained: weakref.ref[nn.Module] | None = None
 
     @override
@@ -184,7 +185,7 @@ class CriticalSharpnessCallback(FitEndAnalysis):
         if step is None or self.is_left_out:
             return
         try:
-            step.end_batch(batch)
+            step.end_batch(batch, context.batch_index)
             if step.before is None:
                 return
             self._step = None
@@ -205,7 +206,8 @@ class CriticalSharpnessCallback(FitEndAnalysis):
         points = self.tracked_steps.get("train", {})
         if not points:
             return
-        metrics = {"share_of_time": self._share(), **cost_metrics(self._costs(), self.overhead(context))}
+        self._overhead = self.overhead(context)
+        metrics = cost_metrics(self._costs(), self._overhead)
         report = Report(metrics, {"summary": self.summary()}, {"tracking": self._figure(context)})
         context.log(f"{self.name}/step", report)
 
@@ -239,10 +241,11 @@ class CriticalSharpnessCallback(FitEndAnalysis):
         """Return the number of points, the unknown ones by reason, and their cost, in Markdown."""
         points = self.tracked_steps.get("train", {})
         passes = sum(point["num_passes"] for point in points.values()) / max(len(points), 1)
+        more = "" if self._overhead is None else f", {100 * self._overhead:.3g} % of the training without the points"
         lines = [
             f"- {len(points)} points, {self._interval_as_text()},"
             f" {passes:.1f} passes a point over {100 * self.search.fraction:g} % of the batch",
-            f"- {self.seconds:.3g} s, {100 * self._share():.2g} % of the training",
+            f"- {self.seconds:.3g} s{more}",
             *(f"- unknown at {number} points: {reason}" for reason, number in self.num_unknown.items()),
         ]
         return "\n".join(lines)
@@ -276,10 +279,6 @@ class CriticalSharpnessCallback(FitEndAnalysis):
     @override
     def steps_of_a_point(self, batch: Batch) -> float:
         return _STEPS_OF_A_POINT * self.search.fraction
-
-    def _share(self) -> float:
-        """Return the share of the time of the training that the points took, from its begin until now."""
-        return self.seconds / max(self.seconds + self.costs.training_seconds() - self.costs.earlier, 1e-9)
 
     def _figure(self, context: ExecutionContext) -> Any:
         """Return the figure over the steps, with the eigenvalues of the first `SharpnessCallback` of the training."""

@@ -10,11 +10,13 @@ from typing_extensions import Unpack, override
 from moe_heads.analysis import InferenceTimingResult, inference_timing
 from moe_heads.analysis._shared.batches import Batch, ForwardFn, call_model
 from moe_heads.analysis._shared.names import check_names
+from moe_heads.analysis._shared.progress import TimeUp
 from moe_heads.analysis._shared.state import preserved
 from moe_heads.analysis.inference_timing.calls import TimingMode
 from moe_heads.analysis.inference_timing.capture import named_modules
 from moe_heads.analysis.inference_timing.plan import DEFAULT_SIZES, TimingPlan
 from moe_heads.analysis.inference_timing.requests import chooses_experts
+from moe_heads.analysis.inference_timing.served import check_served
 from moe_heads.callbacks._shared.evaluation import check_forward
 from moe_heads.callbacks._shared.execution_context import ExecutionContext
 from moe_heads.callbacks._shared.inputs import AnalysisInputs
@@ -133,10 +135,7 @@ class InferenceTimingCallback(FitEndAnalysis):
     def compute(self, inputs: AnalysisInputs) -> InferenceTimingResult:
         may_repeat = not chooses_experts(inputs.model)
         drawn, reason = request_batches(inputs.context, inputs.split, self.seed, may_repeat=may_repeat)
-        served = None
-        if self.served_fn is not None:
-            with preserved(inputs.model):
-                served = self.served_fn(inputs.model.eval(), inputs.batches[0])
+        served = self._served(inputs)
         with inputs.context.forward_context():
             timing = inference_timing(
                 inputs.model,
@@ -159,6 +158,21 @@ class InferenceTimingCallback(FitEndAnalysis):
         # the rows of one batch have the padding of its longest sample
         requests = replace(timing.requests, origin=f"{timing.requests.origin}, because {reason}")
         return replace(timing, requests=requests)
+
+    def _served(self, inputs: AnalysisInputs) -> Mapping[str, Any] | None:
+        """Return the programs of ``served_fn``, None with a warning if it fails: the rest can be timed without them."""
+        if self.served_fn is None:
+            return None
+        try:
+            with preserved(inputs.model):
+                served = self.served_fn(inputs.model.eval(), inputs.batches[0])
+            check_served(served)
+        except TimeUp:
+            raise
+        except Exception as error:  # any error of the user's function
+            inputs.progress.warn(f"served_fn: failed with {type(error).__name__}: {error}. No program is timed.")
+            return None
+        return served
 
     @override
     def report(self, result: InferenceTimingResult) -> Report:

@@ -53,7 +53,7 @@ class SharpnessCallback(FitEndAnalysis):
 
     =============================  =================================================================================
     lambda_max, lambda_2, …        largest eigenvalues, in units of the loss over squared parameter
-    lambda_min                     smallest eigenvalue
+    lambda_min                     smallest eigenvalue, if its relative residual is at most 10 %
     residual_max                   largest relative residual of the largest eigenvalues
     trace, trace_stderr            trace and its standard error
     frobenius_norm                 estimate of the Frobenius norm
@@ -200,8 +200,14 @@ class SharpnessCallback(FitEndAnalysis):
         check_sharpness_options(**own)
         check_flags(preconditioned=preconditioned)
         check_at_least(1, check_every_n_points=check_every_n_points)
+        own["check_every_n_points"] = check_every_n_points
         own["preconditioned"] = preconditioned
         check_params(params)
+        if preconditioned and matrix == "gauss_newton":
+            raise ValueError(
+                "preconditioned: expected False with matrix='gauss_newton', got True: the threshold of an optimizer is"
+                " one of the Hessian. Add a callback with matrix='hessian' for it."
+            )
         check_engine(engine, own, inspect.signature(SharpnessCallback).parameters)
         super().__init__(**options)
         if matrix == "gauss_newton" and options.get("name") is None:

@@ -45,5 +45,5 @@ def cost_lines(costs: Costs, overhead: float, *, every: int | None, max_overhead
             mean = sum(values) / len(values)
             lines.append(f"- {mean:.3g} {unit} a point ({min(values):.3g} to {max(values):.3g})")
     allowed = "" if max_overhead is None else f", allowed are {100 * max_overhead:g} %"
-    lines.append(f"- {100 * overhead:.2g} % more time than the training without the points{allowed}")
+    lines.append(f"- {100 * overhead:.3g} % more time than the training without the points{allowed}")
     return lines

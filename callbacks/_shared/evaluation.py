@@ -1,6 +1,7 @@
 """Loss and forward pass of any LightningModule, and checks of them."""
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -21,7 +22,7 @@ from moe_heads.analysis._shared.scalar import is_scalar
 from moe_heads.callbacks._shared.lightning_packages import under_both_names
 from moe_heads.callbacks._shared.trainer_access import is_overridden
 
-__all__ = ["check_forward", "check_initialized", "draws_random_numbers", "loss_of"]
+__all__ = ["check_forward", "check_initialized", "draws_random_numbers", "loss_of", "of_batch"]
 
 # Relative change of a loss in single precision by another summation order on several threads or on a GPU.
 _ROUNDING = 1e-5
@@ -138,11 +139,16 @@ def _differ(first: float, second: float) -> bool:
     return abs(first - second) > _ROUNDING * max(abs(first), abs(second))
 
 
-def _training_loss(model: nn.Module, batch: Batch) -> Tensor:
+def of_batch(loss_fn: LossFn, index: int) -> LossFn:
+    """Return a loss of `loss_of` for the batch of an index in the training, which a training step may use."""
+    return partial(_training_loss, index=index) if loss_fn is _training_loss else loss_fn
+
+
+def _training_loss(model: nn.Module, batch: Batch, index: int = 0) -> Tensor:
     step = cast(LightningModule, model).training_step
     # the Trainer's own rule: a second argument of any name is the index of the batch
     takes_index = is_param_in_hook_signature(step, "batch_idx", min_args=2)
-    output = step(batch, 0) if takes_index else step(batch)
+    output = step(batch, index) if takes_index else step(batch)
     loss = output.get("loss") if isinstance(output, Mapping) else output
     if not isinstance(loss, Tensor):
         got = f"a dict with {sorted(map(str, output))}" if isinstance(output, Mapping) else type(output).__name__

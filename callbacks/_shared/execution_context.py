@@ -91,6 +91,11 @@ class ExecutionContext(ABC):
         """Return the context in which the parameters of a model have the precision that a loss needs."""
         return nullcontext()
 
+    @property
+    def batch_index(self) -> int:
+        """Index of the training batch in its epoch, where the loop has one; else 0."""
+        return 0
+
     def forward_context(self) -> AbstractContextManager[Any]:
         """Return the context in which the loop runs a forward pass, such as autocast."""
         return nullcontext()

@@ -99,6 +99,11 @@ class TrainerContext(ExecutionContext):
             model.eval()
             yield
 
+    @property
+    @override
+    def batch_index(self) -> int:
+        return self.trainer.fit_loop.epoch_loop.batch_idx
+
     @override
     def forward_context(self) -> AbstractContextManager[Any]:
         return forward_context(self.trainer)

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -133,6 +133,27 @@ def test_equals_the_closed_form_on_the_batch_of_the_step(kind: str) -> None:
     for step, point in known.items():
         assert abs(point["lambda_c"] / callback.exact[step] - 1) <= min(point["relative_error"], 0.03) + 1e-9
         assert point["num_passes"] <= 9
+
+
+class Indexed(Regression):
+    """A loss that depends on the index of the batch."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        loss = (1 + batch_idx) * super().training_step(batch, batch_idx)
+        self.log("seen", loss)
+        return loss
+
+
+def test_the_loss_is_that_of_the_index_of_the_batch() -> None:
+    class Seen(Callback):
+        def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, *_: Any) -> None:
+            losses.append(float(outputs["loss"]))
+
+    losses: list[float] = []
+    callback = CriticalSharpnessCallback(every_n_train_steps=1, on_error="raise")
+    trainer(callback, Seen(), max_epochs=2).fit(Indexed("SGD"), loader(batch_size=8))
+    found = [point["loss"] for point in callback.tracked_steps["train"].values()]
+    assert len(found) > 5 and found == pytest.approx(losses)
 
 
 def test_the_random_numbers_are_those_of_the_step() -> None:

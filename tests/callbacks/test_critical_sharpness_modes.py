@@ -12,6 +12,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 from torch.distributed.fsdp import fully_shard
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
@@ -107,8 +108,15 @@ def test_a_compiled_model(in_place: bool) -> None:
         return own, run
 
     callback = CriticalSharpnessCallback(every_n_train_steps=1, on_error="raise")
-    found, _ = compiled(callback)
-    assert_same(snapshot(found), snapshot(compiled()[0]))
+    graphs = []
+    with_it, without = (), ()
+    for callbacks in ((callback,), ()):
+        torch._dynamo.reset()
+        counters["stats"].clear()
+        with_it, without = compiled(*callbacks)[0], with_it
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert graphs[0] == graphs[1] > 0
+    assert_same(snapshot(without), snapshot(with_it))
     for step, point in fit("alone").items():
         assert callback.tracked_steps["train"][step] == pytest.approx(point, rel=1e-6)
 

@@ -68,6 +68,14 @@ def test_programs_are_made_from_the_trained_module() -> None:
     assert [program.name for program in result.served] == ["exported"] and result.served[0].difference < 1e-6
 
 
+@pytest.mark.parametrize("wrong", [lambda module: {}, lambda module, batch: torch.relu])
+def test_a_served_fn_that_fails_costs_only_its_programs(wrong: Any) -> None:
+    callback = InferenceTimingCallback(batch_sizes=(8,), num_runs=6, seconds_per_size=0.05, served_fn=wrong)
+    with pytest.warns(UserWarning, match="served_fn: failed with .*Error.*No program is timed"):
+        result = callback.analyze(PlainModule(), test=loader())["test"]
+    assert result.rows and not result.served
+
+
 def test_served_fn_is_a_function() -> None:
     with pytest.raises(ValueError, match="served_fn: expected a function"):
         InferenceTimingCallback(served_fn={"exported": None})

@@ -53,5 +53,9 @@ def test_errors_before_the_training() -> None:
         SharpnessCallback(matrix="gauss_newton", outputs_fn=lambda model, batch: model(batch[0]))
     with pytest.raises(ValueError, match="matrix: expected its default with engine='pyhessian'"):
         SharpnessCallback(matrix="gauss_newton", engine="pyhessian")
+    with pytest.raises(ValueError, match="preconditioned: expected False with matrix='gauss_newton'"):
+        SharpnessCallback(matrix="gauss_newton", preconditioned=True)
+    with pytest.raises(ValueError, match="check_every_n_points: expected its default with engine='pyhessian'"):
+        SharpnessCallback(engine="pyhessian", check_every_n_points=3)
     callback = SharpnessCallback(matrix="gauss_newton")
     assert "Gauss-Newton" in callback.unsupported_if_sharded()

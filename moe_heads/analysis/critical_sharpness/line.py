@@ -93,6 +93,8 @@ def _reason(rise: Rise, noise: float, smallest: float, largest: float) -> str:
     if not rise.low:
         if all(abs(loss - rise.base) <= noise for loss in rise.losses.values()):
             return "the change of the loss is as small as its rounding"
+        if not any(math.isfinite(loss) for loss in rise.losses.values()):
+            return "the loss along the update is not finite: the step has diverged"
         at = f"{rise.high:.3g} times the update"
         if rise.high <= smallest:
             return f"the update is no descent direction: the loss rises already at {at}"

@@ -34,7 +34,7 @@ class GapShares:
 
     def __str__(self) -> str:
         parts = ", ".join(f"{name} {share:.2g}" for name, share in self.parts.items())
-        launches = "" if self.launches is None else f"; {self.launches:.2g} of them are launches of operators"
+        launches = "" if self.launches is None else f"; launches of operators are {self.launches:.2g} of it"
         return (
             f"At batch size {self.batch_size}, the head takes {self.total:.3g} times the time of the dense head for"
             f" {self.theoretical:.2g} times its operations: {parts}{launches}"

@@ -149,6 +149,10 @@ def check_served(served: Any, rows: Sequence[str] = ()) -> None:
         if not isinstance(name, str) or not name or name in {MODEL, *rows}:
             taken = f" other than {', '.join(map(repr, (MODEL, *rows)))}" if name in {MODEL, *rows} else ""
             raise ValueError(f"served: expected names{taken}, got {name!r}. Choose another name.")
+        if isinstance(program, nn.Module) and any(module.training for module in program.modules()):
+            raise ValueError(
+                f"served[{name!r}]: expected a module in evaluation mode, got one in training mode. Call its eval()."
+            )
         if not (callable(program) or isinstance(program, ExportedProgram) or _is_session(program)):
             raise ValueError(
                 f"served[{name!r}]: expected an exported program, an ONNX Runtime session, a module or another"
@@ -194,8 +198,10 @@ def _as_tensor(leaf: Any) -> Tensor | None:
 
 
 def _difference(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
-    """Return the norm of the difference of the first outputs over that of the model's; inf for other shapes."""
+    """Return the norm of the difference of the first outputs over that of the model's; inf for other shapes and nan."""
     if not found or not expected or found[0].shape != expected[0].shape:
         return math.inf
     size = float(expected[0].norm())
-    return float((found[0] - expected[0]).norm()) / size if size else float(found[0].norm())
+    difference = float((found[0] - expected[0]).norm()) / size if size else float(found[0].norm())
+    # nan would be lost among the differences of other batches
+    return math.inf if math.isnan(difference) else difference

@@ -131,8 +131,8 @@ class Gap:
             return "not faster at the largest batch size"
         last = self.wider[-1]
         if last.low > 1 + self.allowance:
-            return f"faster from {last.width:,} units per expert on"
-        return f"not faster up to {last.width:,} units per expert"
+            return f"faster with {last.width:,} units per expert"
+        return f"not faster with up to {last.width:,} units per expert"
 
     def _by_width(self) -> str:
         if not self.wider:
@@ -140,7 +140,7 @@ class Gap:
         last = self.wider[-1]
         measured = f"{last.realized:.3g} ({last.low:.3g} to {last.high:.3g}) at batch size {last.batch_size}"
         if last.low > 1 + self.allowance:
-            return f"faster from some {last.width:,} hidden units of an expert on: {measured}"
+            return f"faster from about {last.width:,} hidden units of an expert on: {measured}"
         return f"not faster up to {last.width:,} hidden units of an expert either: {measured}"
 
     def _by_batch_size(self) -> str:

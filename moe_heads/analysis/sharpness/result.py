@@ -26,6 +26,9 @@ __all__ = ["Engine", "SharpnessResult"]
 Engine = Literal["lanczos", "pyhessian"]
 """Implementation: that of this package, or PyHessian as in arXiv 2601.15021."""
 
+# Relative residual of the smallest eigenvalue above which even its sign may be wrong.
+_LOOSE = 0.1
+
 
 @dataclass(frozen=True, eq=False)
 class SharpnessResult:
@@ -37,7 +40,8 @@ class SharpnessResult:
             PyHessian they are in its order.
         residuals: :math:`\|Hv - \lambda v\| / |\lambda|` of each, including rounding and asymmetry of the products. A
             symmetric H has an eigenvalue within ``residual`` · :math:`|\lambda|` of the given one.
-        lambda_min: Estimate of the smallest eigenvalue, from above; nan with PyHessian.
+        lambda_min: Estimate of the smallest eigenvalue, from above; nan with PyHessian. It is a metric only where its
+            relative residual is at most 10 %.
         lambda_min_residual: Its relative residual, which has no tolerance.
         trace: Trace of H.
         trace_stderr: Its standard error, from the random probes and from rounding.
@@ -140,7 +144,7 @@ class SharpnessResult:
         """Return the finite numbers to log: lambda_max, lambda_2, ..., trace, trace_stderr, residual_max, counts."""
         values = {
             **self._eigenvalues_by_key(),
-            "lambda_min": self.lambda_min,
+            **({"lambda_min": self.lambda_min} if self.lambda_min_residual <= _LOOSE else {}),
             "residual_max": max(self.residuals),
             "trace": self.trace,
             "trace_stderr": self.trace_stderr,
@@ -231,7 +235,8 @@ class SharpnessResult:
         if self.which == "magnitude":
             rows.append(("λmax", f"{self.lambda_max:.5g}", ""))
         if math.isfinite(self.lambda_min):
-            rows.append(("λmin", f"{self.lambda_min:.5g}", f"{self.lambda_min_residual:.1e}"))
+            bound = "" if self.lambda_min_residual <= _LOOSE else "at most "
+            rows.append(("λmin", f"{bound}{self.lambda_min:.5g}", f"{self.lambda_min_residual:.1e}"))
         if self.stability_threshold is not None:
             rows.append(("stability threshold", f"{self.stability_threshold:.5g}", ""))
         trace = f"{self.trace:.5g} ± {self.trace_stderr:.2g}" if self.has_trace else "not computed"

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from moe_heads.analysis import critical_sharpness, update_of
 from moe_heads.analysis.critical_sharpness.function import check_search
+from moe_heads.analysis.critical_sharpness.line import critical_sharpness_along
 from tests.support.lightning_models import assert_same, snapshot
 
 
@@ -92,6 +93,17 @@ def test_a_loss_without_a_rise_has_an_upper_bound() -> None:
     found = critical_sharpness(model, lambda m, x: m(x).mean(), [torch.ones(2, 1)], update, largest_step=64.0)
     assert math.isnan(found.lambda_c) and "does not rise up to 64" in found.reason
     assert (found.lower, found.upper) == (0.0, pytest.approx(2 / 64))
+
+
+def test_a_step_that_diverged() -> None:
+    model = nn.Linear(2, 1)
+    update = {name: torch.full_like(p, math.nan) for name, p in model.named_parameters()}
+    found = critical_sharpness_along(
+        lambda step: math.nan if step else 1.0, learning_rate=0.1, num_samples=1, resolution=lambda: 1e-7
+    )
+    assert found.reason == "the loss along the update is not finite: the step has diverged"
+    with pytest.raises(ValueError, match="diverged"):
+        critical_sharpness(model, lambda m, b: m(b).mean(), [torch.ones(3, 2)], update, learning_rate=0.1)
 
 
 def test_an_update_of_zero_and_one_below_rounding_are_unknown() -> None:

@@ -28,7 +28,7 @@ def test_the_parts_sum_to_the_time_of_the_head() -> None:
     assert shares.theoretical == 0.25 and shares.launches == pytest.approx(0.25)
     assert str(shares) == (
         "At batch size 8, the head takes 2 times the time of the dense head for 0.25 times its operations:"
-        " router 0.5, experts 1.5; 0.25 of them are launches of operators"
+        " router 0.5, experts 1.5; launches of operators are 0.25 of it"
     )
 
 
@@ -45,10 +45,10 @@ def test_other_modes_and_heads_without_parts_are_not_divided() -> None:
 @pytest.mark.parametrize(
     ("low", "headline", "verdict"),
     [
-        (1.2, "faster from 1,024 units per expert on", f"faster from some {WIDEST} on: 1.3"),
+        (1.2, "faster with 1,024 units per expert", f"faster from about {WIDEST} on: 1.3"),
         (
             0.8,
-            "not faster up to 1,024 units per expert",
+            "not faster with up to 1,024 units per expert",
             f"not faster up to {WIDEST} either: 1.3",
         ),
     ],

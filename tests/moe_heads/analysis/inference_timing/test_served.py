@@ -103,6 +103,18 @@ def test_outputs_of_another_shape_differ_without_bound() -> None:
     assert report.difference == math.inf and "another function" in str(report)
 
 
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
+def test_outputs_that_are_not_finite_differ_without_bound(wrong: float) -> None:
+    model, x = network(), torch.randn(4, 6)
+    (report,) = timed(model, x, {"broken": lambda x: model(x).masked_fill(torch.arange(3) == 1, wrong)}).served
+    assert report.difference == math.inf
+
+
+def test_a_module_in_training_mode() -> None:
+    with pytest.raises(ValueError, match=r"served\['other'\]: expected a module in evaluation mode"):
+        timed(network(), torch.randn(4, 6), {"other": network().train()})
+
+
 @pytest.mark.parametrize(
     ("served", "message"),
     [

@@ -12,6 +12,15 @@ def result() -> SharpnessResult:
     return sharpness(small_mlp(), cross_entropy, [classification(20, 5)], num_eigenvalues=3)
 
 
+@pytest.mark.parametrize(("residual", "is_logged"), [(0.1, True), (0.11, False), (float("nan"), False)])
+def test_a_smallest_eigenvalue_of_unknown_sign_is_a_bound(
+    result: SharpnessResult, residual: float, is_logged: bool
+) -> None:
+    found = replace(result, lambda_min=0.25, lambda_min_residual=residual)
+    assert ("lambda_min" in found.metrics()) == is_logged
+    assert ("| λmin | at most 0.25 |" in found.summary()) != is_logged
+
+
 def test_metrics(result: SharpnessResult) -> None:
     metrics = result.metrics()
     assert list(metrics) == [
