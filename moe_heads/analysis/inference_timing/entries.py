@@ -136,7 +136,8 @@ class _Probe:
     def _check_output(self, given: list[str], fitting: list[str], losses: list[str]) -> None:
         if not losses or self._run(given):
             return
-        reason = f", got {self._error.rstrip('.')}" if self._error else ", got one that returns no tensor"
+        error = self._error.partition(" Pass forward_fn")[0].rstrip(".")  # the remedy follows
+        reason = f", got {error}" if error else ", got one that returns no tensor"
         if not self._run(fitting):
             return  # the batch itself does not fit: the sweep raises the error
         raise ValueError(

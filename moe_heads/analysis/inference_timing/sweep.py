@@ -140,7 +140,8 @@ class Sweep:
         if error is not None and not self._has_run:
             found = f"{type(error).__name__}: {error}"
             raise ValueError(
-                f"example_batch: expected a batch that the model accepts, got one that raises {found}"
+                f"example_batch: expected a batch that the model accepts, got one that raises {found.rstrip('.')}. If a"
+                " request takes other arguments, pass forward_fn=lambda model, batch: ... with its call."
             ) from error
 
     def result(self, partial: str = "") -> InferenceTimingResult:

@@ -86,7 +86,8 @@ def skipped_list(skipped: Sequence[Skipped]) -> str:
         modules = dict.fromkeys(entry.module for entry in entries if entry.module)
         sizes = dict.fromkeys(f"{entry.batch_size}" for entry in entries if entry.batch_size)
         at = f"batch {', '.join(sizes)}" if sizes else ""
-        lines.append(f"- {'; '.join(filter(None, (mode, ', '.join(modules), at)))}: {reason}")
+        what = "; ".join(filter(None, (mode, ", ".join(modules), at)))
+        lines.append(f"- {what}: {reason}" if what else f"- {reason}")
     return "\n".join(["**Not timed**", "", *lines]) if lines else ""
 
 
