@@ -10,7 +10,7 @@ from torch import Tensor
 
 from moe_heads.analysis._shared.interrupts import HeldInterrupts
 from moe_heads.analysis._shared.memory import available_memory, memory_budget
-from moe_heads.analysis.sharpness.hessian.completeness import CHANCE_OF_MISSING, CompletenessCheck
+from moe_heads.analysis.sharpness.hessian.completeness import CHANCE_OF_MISSING, NUM_OUTSIDE, CompletenessCheck
 from moe_heads.analysis.sharpness.hessian.iteration import MIN_EXTRA_VECTORS, KrylovIteration
 from moe_heads.analysis.sharpness.hessian.krylov import LanczosResult
 from moe_heads.analysis.sharpness.hessian.operator import SymmetricOperator
@@ -88,6 +88,9 @@ def lanczos(
             return iteration.result(is_complete=True)
         following = _following(iteration, num_eigenvalues, tolerance, min_steps, check)
         if following is None:
+            if iteration.make_room(NUM_OUTSIDE):
+                check.forget()
+                notify()
             found = check.run()
             if found in {"complete", "unknown"}:
                 return iteration.result(is_complete=found == "complete")
