@@ -21,6 +21,7 @@ from moe_heads.analysis._shared.shards import is_sharded
 from moe_heads.analysis.sharpness.checks import certified
 from moe_heads.analysis.sharpness.hessian.blocks import default_blocks, expert_places, places_of
 from moe_heads.analysis.sharpness.hessian.both_ends import Which, lower_end
+from moe_heads.analysis.sharpness.hessian.double_check import LEAN_ABOVE
 from moe_heads.analysis.sharpness.hessian.lanczos import lanczos
 from moe_heads.analysis.sharpness.hessian.output_loss import OutputLossFn, OutputsFn
 from moe_heads.analysis.sharpness.hessian.parameters import Selection, selected_parameters, slices_of
@@ -273,8 +274,12 @@ def sharpness(
                     )
                 )
             below = None if record.lower is None else record.lower.krylov
+            unchecked = record.from_krylov()
+            record.add_spread()
+            if not trace and num_parameters > LEAN_ABOVE:
+                krylov = record.condense()
             record.certificate = certified(
-                record.from_krylov(),
+                unchecked,
                 operator,
                 krylov,
                 blocks if trace else None,
@@ -283,7 +288,6 @@ def sharpness(
                 below,
                 skipped=skip_double_check,
             )
-            record.add_spread()
             if trace:
                 record.trace = deflated_trace(
                     operator,

@@ -187,6 +187,10 @@ class HessianOperator(WeightedSum):
         ones = [torch.ones(shape, dtype=self.dtype, device=self.device) for shape in self._shapes]
         self._sum(ones, lambda origin: origin == 0)
 
+    def pause(self) -> None:
+        """Release the kept graphs until the next product."""
+        self._products.pause()
+
     @override
     def release(self) -> None:
         """Release the kept graphs and the other ranks. A further product rebuilds the graphs."""

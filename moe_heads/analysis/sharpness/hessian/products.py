@@ -87,11 +87,12 @@ class BatchProducts:
         self._monitor, self.reason = progress, ""
         self._kept: dict[int, tuple[float, Graph]] = {}
         self._memory: GraphMemory | None = None
+        self._budget = memory
         first, *_ = data
         unless_out_of_memory(partial(self._check_checkpoints, first))
         if mode != "rebuilt":
             graphs = GraphMemory(memory, self.gradients.device)
-            # Each batch's gradient is kept as well. For a large model it alone often exceeds the budget.
+            # A graph is seldom smaller than the gradient.
             self._memory = graphs if graphs.left >= self._gradient_bytes else None
             if has_norms(model) and unless_out_of_memory(partial(self._fold, data)) is None:
                 self.release("memory ran out")
@@ -141,6 +142,11 @@ class BatchProducts:
         self._kept, self._memory = {}, None
         self.reason = reason or self.reason
         free_memory()
+
+    def pause(self) -> None:
+        """Release the kept graphs. The next products build and keep them again."""
+        if self._kept:
+            self._kept, self._memory = {}, GraphMemory(self._budget, self.gradients.device)
 
     def _check_checkpoints(self, first: Batch) -> None:
         """Reject reentrant checkpoints, which only the graph of all parameters is sure to show."""
