@@ -112,7 +112,7 @@ class SharpnessCallback(FitEndAnalysis):
             RMSprop, which decides whether its steps are stable; see `moe_heads.analysis.preconditioned_sharpness`.
         graph_memory: Bytes that may be kept between products. The default is 4 GiB on a CPU, limited to half of the
             free memory, and half of the free memory on a GPU. 0 rebuilds the graph in every product.
-        basis_memory: Bytes for the vectors of the Krylov space. The default is 4 GiB on a CPU and a quarter of the free
+        basis_memory: Bytes for the vectors of the Krylov space. The default is 2.5 GiB on a CPU and a quarter of the free
             memory on a GPU, or the size of ``num_eigenvalues`` + 3 vectors if that is more. Kept eigenvectors take
             another ``num_eigenvalues`` vectors.
         matrix: "hessian", the default, or "gauss_newton" for the Gauss-Newton matrix. The keys then begin with
@@ -225,8 +225,7 @@ class SharpnessCallback(FitEndAnalysis):
         if self.matrix == "gauss_newton" and self.runs_in_fit and not is_sharded(model):
             loss_fn = self.loss_fn or context.loss_fn or loss_of(model, None)
             output_loss_of(model, loss_fn, self.outputs_fn, self.output_loss)
-        if self.basis_memory is not None:
-            self._check_basis_memory(model, self.basis_memory)
+        self._check_basis_memory(model)
         if self.runs_in_fit:  # the Trainer has already converted the parameters to its precision
             check_differentiable(type(self).__name__, model, self.params)
 
@@ -357,10 +356,10 @@ class SharpnessCallback(FitEndAnalysis):
         }
         return replace(result, overlaps=overlaps, stability_threshold=threshold, history=history)
 
-    def _check_basis_memory(self, model: nn.Module, basis_memory: int) -> None:
+    def _check_basis_memory(self, model: nn.Module) -> None:
         try:
             selected = list(selected_parameters(model, self.params).values())
         except ValueError:
             return  # a model that cannot be analyzed yet raises an error when the analysis begins
         size, first = sum(p.numel() for p in selected), selected[0]
-        check_basis_memory(basis_memory, size, first.dtype, first.device, min(self.num_eigenvalues, size))
+        check_basis_memory(self.basis_memory, size, first.dtype, first.device, min(self.num_eigenvalues, size))

@@ -105,7 +105,7 @@ class KrylovIteration:
         size = len(self.projected)
         # Vectors of a large model fill the memory, so the only copy of this one is in the basis.
         self.basis.append(self._following, self._length)
-        self._following = vector = self.basis[-1]
+        vector, self._following = self.basis[-1], self._following.new_empty(0)
         # H is symmetric, so the remainders of earlier products give their couplings to this vector.
         couplings = torch.tensor([dot(r, vector) for r in self.remainders], dtype=torch.float64)
         column = self.tails @ couplings if size else torch.zeros(0, dtype=torch.float64)
