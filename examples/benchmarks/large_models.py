@@ -1,7 +1,7 @@
 """Memory and time of the largest Hessian eigenvalue of GPT-2 small and ViT-B/16.
 
-The memory is the resident memory of the process beyond what it has after a backward pass: weights and gradients. Run one
-model per process, because an allocator keeps pages.
+The memory is the resident memory of the process beyond what it has after a backward pass: weights and gradients. Run
+one model per process, because an allocator keeps pages.
 
     python examples/benchmarks/large_models.py --model gpt2 --out large_models.json
 """

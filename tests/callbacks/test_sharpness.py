@@ -172,7 +172,9 @@ def test_memory_bounds_are_checked_before_training_and_reach_the_function(monkey
     with monkeypatch.context() as context:
         module = sys.modules["moe_heads.analysis.sharpness.hessian.lanczos"]
         context.setattr(module, "available_memory", lambda: 6 * 4 * sum(p.numel() for p in PlainModule().parameters()))
-        with pytest.raises(ValueError, match="num_eigenvalues: expected at most 3, got 5: 8 vectors of .* numbers take"):
+        with pytest.raises(
+            ValueError, match=r"num_eigenvalues: expected at most 3, got 5: 8 vectors of .* numbers take"
+        ):
             trainer(SharpnessCallback()).fit(PlainModule(), loader())
     callback = SharpnessCallback(loss_fn=cross_entropy, graph_memory=0, splits=["train"])
     assert callback.analyze(sparse_model(), train=loader())["train"].graph_mode == "rebuilt"

@@ -105,7 +105,11 @@ def certified(
     others = {name: reason for name, reason in certificate.unchecked.items() if name not in _IN_DOUBLE}
     if not isinstance(found, DoubleCheck):
         unchecked = {**others, **dict.fromkeys(_IN_DOUBLE, found)}
-        error = math.nan if progress.end and found.startswith(progress.end) else _silent_error(operator, (vectors + [drawn()])[1], seed)
+        error = (
+            math.nan
+            if progress.end and found.startswith(progress.end)
+            else _silent_error(operator, [*vectors, drawn()][1], seed)
+        )
         if not math.isnan(error):
             del unchecked["product against finite difference"]
         return replace(certificate, curvature_error=error, unchecked=unchecked)

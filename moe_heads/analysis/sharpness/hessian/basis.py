@@ -116,11 +116,27 @@ class Basis:
 
     def _one_pass(self, rows: Tensor) -> Tensor:
         """Subtract the part of the rows in the basis in place. Return its coefficients."""
+        blocks = self._filled()
+        if self.device.type == "cpu" and self.dim > _COLUMNS:
+            return self._one_pass_by_columns(rows, blocks)
         found = []
-        for block in self._filled():
+        for block in blocks:
             found.append(rows @ block.T)
             rows.addmm_(found[-1], block, alpha=-1)
         return torch.cat(found, dim=1) if found else rows.new_zeros(len(rows), 0)
+
+    def _one_pass_by_columns(self, rows: Tensor, blocks: Sequence[Tensor]) -> Tensor:
+        """Do the same for long vectors. Inner products of 100 million numbers lose four digits in one sum of float32."""
+        found = rows.new_zeros(len(rows), self._length, dtype=torch.float64)
+        places = [slice(start, start + _CHUNK) for start in range(0, self.dim, _CHUNK)]
+        for place in places:
+            parts = [rows[:, place] @ block[:, place].T for block in blocks]
+            found += torch.cat(parts, dim=1) if parts else 0
+        weights = found.to(self.dtype).split([len(block) for block in blocks], dim=1)
+        for place in places:
+            for weight, block in zip(weights, blocks, strict=True):
+                rows[:, place].addmm_(weight, block[:, place], alpha=-1)
+        return found
 
     def _filled(self) -> list[Tensor]:
         blocks = [block[: self._length - index * self._rows] for index, block in enumerate(self._blocks)]

@@ -9,7 +9,17 @@ from torch import Tensor
 
 from moe_heads.analysis._shared.batches import Batch
 
-__all__ = ["LOSS_ROUNDING", "NUM_DIRECTIONS", "SLOPE_STEP", "TOO_NOISY", "Evaluate", "FiniteDifferences", "Linearized", "LossGradient", "flat"]
+__all__ = [
+    "LOSS_ROUNDING",
+    "NUM_DIRECTIONS",
+    "SLOPE_STEP",
+    "TOO_NOISY",
+    "Evaluate",
+    "FiniteDifferences",
+    "Linearized",
+    "LossGradient",
+    "flat",
+]
 
 Evaluate = Callable[[Batch, Sequence[Tensor]], Tensor]
 """Loss of one batch at given parameters, in float64, with the same random numbers in every call."""

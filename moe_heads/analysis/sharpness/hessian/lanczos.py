@@ -120,8 +120,8 @@ def check_basis_memory(
         if basis_memory < fewest * each:
             raise ValueError(
                 f"basis_memory: expected at least {fewest * each:,} bytes, {fewest} vectors of {dim:,} parameters for"
-                f" num_eigenvalues = {num_eigenvalues}, got {basis_memory:,}. {_fitting(basis_memory // each)}Pass None,"
-                " request fewer eigenvalues, or select a part of the parameters (params)."
+                f" num_eigenvalues = {num_eigenvalues}, got {basis_memory:,}. {_fitting(basis_memory // each)}Pass"
+                " None, request fewer eigenvalues, or select a part of the parameters (params)."
             )
         return basis_memory // each
     budget = memory_budget(device, on_cpu=CPU_BASIS_MEMORY, share_of_gpu=1 / 4)

@@ -1,7 +1,7 @@
 """Comparison of products with differences of gradients in float64, in the memory of a few vectors.
 
-The float64 graph of a gradient, with gradient and directions, takes some 25 vectors. Gradients alone, each part added to
-the result as soon as backward has it, take six.
+The float64 graph of a gradient, with gradient and directions, takes some 25 vectors. Gradients alone, each part added
+to the result as soon as backward has it, take six.
 """
 
 import math
