@@ -158,10 +158,10 @@ class LeanCheck:
 
     def _direction(self, probe: Tensor, number: int, place: int) -> Tensor:
         """Return a part of a direction: that of the vector, with entries shifted within the parameter."""
-        part = probe.split(self._sizes)[place].view(self._params[place].shape)
+        part: Tensor = probe.split(self._sizes)[place].view(self._params[place].shape)
         if number == 0:
             return part
-        shifted = part.flatten().roll(7919 * number).view_as(part)
+        shifted: Tensor = part.flatten().roll(7919 * number).view_as(part)
         return shifted if (place >> (number - 1)) % 2 else -shifted
 
     @torch.no_grad()
