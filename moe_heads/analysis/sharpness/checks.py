@@ -101,6 +101,7 @@ def certified(
         return uniform(operator.num_parameters, operator.dtype, operator.device, generator)
 
     vectors = [along_all] if blocks is None else [along_all, drawn()]
+    del along_all
     found = check_in_double(operator.gradients, operator.data, vectors, progress, seed)
     others = {name: reason for name, reason in certificate.unchecked.items() if name not in _IN_DOUBLE}
     if not isinstance(found, DoubleCheck):
@@ -108,7 +109,7 @@ def certified(
         error = (
             math.nan
             if progress.end and found.startswith(progress.end)
-            else _silent_error(operator, [*vectors, drawn()][1], seed)
+            else _silent_error(operator, vectors[1] if len(vectors) > 1 else drawn(), seed)
         )
         if not math.isnan(error):
             del unchecked["product against finite difference"]

@@ -126,7 +126,7 @@ class Basis:
         return torch.cat(found, dim=1) if found else rows.new_zeros(len(rows), 0)
 
     def _one_pass_by_columns(self, rows: Tensor, blocks: Sequence[Tensor]) -> Tensor:
-        """Do the same for long vectors. Inner products of 100 million numbers lose four digits in one sum of float32."""
+        """Do the same for long vectors, whose inner products would lose four digits in one sum of float32."""
         found = rows.new_zeros(len(rows), self._length, dtype=torch.float64)
         places = [slice(start, start + _CHUNK) for start in range(0, self.dim, _CHUNK)]
         for place in places:

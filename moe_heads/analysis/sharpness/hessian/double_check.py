@@ -69,14 +69,14 @@ class DoubleCheck:
 
 
 def check_in_double(
-    gradients: BatchGradients, data: Microbatches, vectors: Sequence[Tensor], progress: Progress, seed: int = 0
+    gradients: BatchGradients, data: Microbatches, vectors: list[Tensor], progress: Progress, seed: int = 0
 ) -> DoubleCheck | str:
     """Compare products and one directional derivative with float64.
 
     Args:
         gradients: Loss and gradient as the products evaluate them.
         data: The batches.
-        vectors: The vectors to multiply with, (P,) each.
+        vectors: The vectors to multiply with, (P,) each. For a large model, a single one is removed from the list.
         progress: Checked before each batch.
         seed: Seed of the directions.
 
@@ -89,6 +89,8 @@ def check_in_double(
         return f"a part of the model computes in {', '.join(sorted(str(k).removeprefix('torch.') for k in kinds))}"
     is_lean = type(gradients) is BatchGradients and sum(p.numel() for p in params.values()) > LEAN_ABOVE
     for cuts in (True, False):
+        if not vectors:
+            break  # the first attempt failed after it had released them
         pieces = _pieces(data, cuts, most=_MAX_LEAN_SAMPLES if is_lean else _MAX_SAMPLES)
         if is_lean and cuts:
             pieces = [part for piece in pieces for part in _single_samples(*piece)]
@@ -99,7 +101,7 @@ def check_in_double(
                     return "the loss draws random numbers, which differ in float64"
                 return _compared_in_little_memory(gradients, pieces, vectors, progress, seed)
             if draws:
-                vectors = ()
+                vectors = []
             return _compared(gradients, DoubleLoss(model, loss_fn, params), pieces, vectors, progress, seed)
         except TimeUp:
             return f"{progress.end} before the check"
@@ -158,20 +160,21 @@ def _compared(
 
 
 def _compared_in_little_memory(
-    gradients: BatchGradients, pieces: Sequence[Piece], vectors: Sequence[Tensor], progress: Progress, seed: int
+    gradients: BatchGradients, pieces: Sequence[Piece], vectors: list[Tensor], progress: Progress, seed: int
 ) -> DoubleCheck:
     double = DoubleLoss(gradients.model, gradients.loss_fn, gradients.params)
     check = LeanCheck(gradients, double, pieces, progress)
-    first, *others = vectors
-    along, _ = check.product_difference(first)
-    generator = torch.Generator().manual_seed(seed)
-    probe = others[0] if others else uniform(len(first), first.dtype, first.device, generator)
-    if not others:
-        along = along.norm(dtype=torch.float64)[None]  # the length is enough without a trace
-    sampled, curvature_error = check.product_difference(probe)
-    differences = (along, sampled) if others else (along,)
-    del sampled
-    direction = probe if others else probe.new_zeros(1)
+    keeps = len(vectors) > 1  # for the trace
+    first = vectors[0]
+    along, _ = check.product_difference(first, keeps=keeps)
+    if not keeps:
+        vectors.clear()
+    size, dtype, device = len(first), first.dtype, first.device
+    del first
+    probe = vectors[1] if keeps else uniform(size, dtype, device, torch.Generator().manual_seed(seed))
+    sampled, curvature_error = check.product_difference(probe, keeps=keeps)
+    differences = (along, sampled) if keeps else (along,)
+    direction = probe if keeps else probe.new_zeros(1)
     return DoubleCheck(
         differences=differences,
         direction=direction,

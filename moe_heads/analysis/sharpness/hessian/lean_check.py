@@ -61,23 +61,27 @@ class LeanCheck:
         second = self._loss(index, batch)
         self.repeat_error = abs(first - second) / max(abs(first), abs(second), 1e-300)
 
-    def product_difference(self, vector: Tensor) -> tuple[Tensor, float]:
+    def product_difference(self, vector: Tensor, *, keeps: bool) -> tuple[Tensor, float]:
         r"""Return :math:`Hv` minus a difference of gradients, (P,), and its length over that of the longer of the two.
 
         The difference is that of the better one of two steps. The relative length is nan if kinks or noise explain it.
+
+        Args:
+            vector: v.
+            keeps: Whether to return the difference. Otherwise its length takes its place, (1,).
         """
         ours = self._product(vector)
         length = float(torch.linalg.vector_norm(ours, dtype=torch.float64))
         unit = float(torch.linalg.vector_norm(vector, dtype=torch.float64)) / math.sqrt(len(vector))
         errors: list[float] = []
-        best = ours
+        best = ours.new_empty(0)
         for step in _STEPS:
             found = self._minus_quotient(ours, vector, step * self._size / max(unit, 1e-300))
             difference = float(found.norm())
             # the length of the quotient is at most that of the product and the difference
             errors.append(difference / max(length, difference, 1e-300))
             if errors[-1] == min(errors):
-                best = found.to(ours.dtype)
+                best = found.to(ours.dtype) if keeps else found.norm()[None]
             del found
             if errors[-1] <= _CLOSE:
                 break

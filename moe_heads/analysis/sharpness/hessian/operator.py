@@ -246,10 +246,12 @@ class HessianOperator(WeightedSum):
         try:
             # BatchGradients copies each batch itself.
             for weight, (origin, found) in self._data.evaluate(product, wanted=wanted, copies=False):
+                is_first = total is None
                 if total is None:
-                    # after the product, whose memory it then does not add to
-                    total = torch.zeros(size, dtype=self.dtype, device=self.device)
-                self._add(total, origin, weight, found, parts)
+                    # after the product, and written row by row, so that it takes the place of the released rows
+                    total = torch.empty(size, dtype=self.dtype, device=self.device)
+                    total[self.num_parameters :] = 0
+                self._add(total, origin, weight, found, parts, is_first=is_first)
                 done += weight
                 self._watch.has_value = True
         except TimeUp:
@@ -260,14 +262,26 @@ class HessianOperator(WeightedSum):
             raise
         return torch.zeros(size, dtype=self.dtype, device=self.device) if total is None else total
 
-    def _add(self, total: Tensor, origin: int, weight: float, found: Product, parts: Sequence[Tensor]) -> None:
-        """Add the product of a batch to the sums, and release its rows one by one."""
+    def _add(
+        self,
+        total: Tensor,
+        origin: int,
+        weight: float,
+        found: Product,
+        parts: Sequence[Tensor],
+        *,
+        is_first: bool,
+    ) -> None:
+        """Add the product of a batch to the sums, and release its rows one by one. The first overwrites them."""
         form, loss = total[self.num_parameters + origin % self.num_strata], total[-1]
         places = total[: self.num_parameters].split(self._sizes)
         for index, (place, part) in enumerate(zip(places, parts, strict=True)):
             row = found.rows[index]
             found.rows[index] = row.new_empty(0)
-            place.view_as(part).add_(row, alpha=weight)
+            if is_first:
+                torch.mul(row, weight, out=place.view_as(part))
+            else:
+                place.view_as(part).add_(row, alpha=weight)
             form.add_((row * part).sum(), alpha=weight)
         loss.add_(found.loss, alpha=weight)
 
