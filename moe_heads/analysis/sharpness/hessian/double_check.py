@@ -89,7 +89,7 @@ def check_in_double(
         return f"a part of the model computes in {', '.join(sorted(str(k).removeprefix('torch.') for k in kinds))}"
     is_lean = type(gradients) is BatchGradients and sum(p.numel() for p in params.values()) > LEAN_ABOVE
     for cuts in (True, False):
-        if not vectors:
+        if is_lean and not vectors:
             break  # the first attempt failed after it had released them
         pieces = _pieces(data, cuts, most=_MAX_LEAN_SAMPLES if is_lean else _MAX_SAMPLES)
         if is_lean and cuts:
