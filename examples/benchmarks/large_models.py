@@ -126,8 +126,8 @@ def measured(name: str, steps: int, options: Mapping[str, Any]) -> dict[str, Any
         "lambda_max": result.lambda_max,
         "residual": result.residuals[0],
         "converged": result.eigenvalues_converged,
-        "certificate": result.certificate.metrics(),
-        "unchecked": dict(result.certificate.unchecked),
+        "certificate": {} if result.certificate is None else result.certificate.metrics(),
+        "unchecked": {} if result.certificate is None else dict(result.certificate.unchecked),
     }
 
 
