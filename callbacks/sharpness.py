@@ -119,8 +119,8 @@ class SharpnessCallback(FitEndAnalysis):
             RMSprop, which decides whether its steps are stable; see `moe_heads.analysis.preconditioned_sharpness`.
         graph_memory: Bytes that may be kept between products. The default is 4 GiB on a CPU, limited to half of the
             free memory, and half of the free memory on a GPU. 0 rebuilds the graph in every product.
-        basis_memory: Bytes for the vectors of the Krylov space. The default is 4 GiB on a CPU and a quarter of the free
-            memory on a GPU, or the size of ``num_eigenvalues`` + 3 vectors if that is more. Kept eigenvectors take
+        basis_memory: Bytes for the vectors of the Krylov space. The default is 2.5 GiB on a CPU and a quarter of the
+            free memory on a GPU, or the size of ``num_eigenvalues`` + 3 vectors if that is more. Kept eigenvectors take
             another ``num_eigenvalues`` vectors.
         matrix: "hessian", the default, or "gauss_newton" for the Gauss-Newton matrix. The keys then begin with
             ``gauss_newton/<split>/``, unless ``name`` is given, so that both matrices can be analyzed in one run. No

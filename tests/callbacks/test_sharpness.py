@@ -1,5 +1,6 @@
 """Additions of the sharpness callback to the function: splits, epochs, engines, and quantities beyond the spectrum."""
 
+import sys
 from typing import Any
 
 import pytest
@@ -163,11 +164,18 @@ def test_bad_options(options: dict[str, Any], message: str) -> None:
         SharpnessCallback(**options)
 
 
-def test_memory_bounds_are_checked_before_training_and_reach_the_function() -> None:
+def test_memory_bounds_are_checked_before_training_and_reach_the_function(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match=r"basis_memory: expected at least .* bytes, 8 vectors of .* parameters"):
         trainer(SharpnessCallback(basis_memory=10)).fit(PlainModule(), loader())
     with pytest.raises(ValueError, match="graph_memory: expected an integer of at least 0 or None, got -1"):
         SharpnessCallback(graph_memory=-1)
+    with monkeypatch.context() as context:
+        module = sys.modules["moe_heads.analysis.sharpness.hessian.lanczos"]
+        context.setattr(module, "available_memory", lambda: 6 * 4 * sum(p.numel() for p in PlainModule().parameters()))
+        with pytest.raises(
+            ValueError, match=r"num_eigenvalues: expected at most 3, got 5: 8 vectors of .* numbers take"
+        ):
+            trainer(SharpnessCallback()).fit(PlainModule(), loader())
     callback = SharpnessCallback(loss_fn=cross_entropy, graph_memory=0, splits=["train"])
     assert callback.analyze(sparse_model(), train=loader())["train"].graph_mode == "rebuilt"
 

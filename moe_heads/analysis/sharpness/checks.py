@@ -96,22 +96,29 @@ def certified(
     along_all = torch.zeros(operator.num_parameters, dtype=operator.dtype, device=operator.device)
     for (end, rows), chosen in zip(ends, signs.split([len(rows) for _, rows in ends], dim=1), strict=True):
         along_all += end.basis.combined(chosen @ rows)[0]
-    probe = uniform(operator.num_parameters, operator.dtype, operator.device, generator)
-    vectors = [along_all] if blocks is None else [along_all, probe]
+
+    def drawn() -> Tensor:
+        return uniform(operator.num_parameters, operator.dtype, operator.device, generator)
+
+    vectors = [along_all] if blocks is None else [along_all, drawn()]
+    del along_all
     found = check_in_double(operator.gradients, operator.data, vectors, progress, seed)
     others = {name: reason for name, reason in certificate.unchecked.items() if name not in _IN_DOUBLE}
     if not isinstance(found, DoubleCheck):
         unchecked = {**others, **dict.fromkeys(_IN_DOUBLE, found)}
-        error = math.nan if progress.end and found.startswith(progress.end) else _silent_error(operator, probe, seed)
+        error = (
+            math.nan
+            if progress.end and found.startswith(progress.end)
+            else _silent_error(operator, vectors[1] if len(vectors) > 1 else drawn(), seed)
+        )
         if not math.isnan(error):
             del unchecked["product against finite difference"]
         return replace(certificate, curvature_error=error, unchecked=unchecked)
     nothing = torch.zeros_like(found.direction)
     along, sampled = (*found.differences, nothing, nothing)[:2]
-    wide = probe.double()
 
     def trace_error(places: Sequence[slice]) -> float:
-        rounding = _trace_error(wide, sampled, along, places)
+        rounding = _trace_error(vectors[1], sampled, along, places)
         wrong = _trace_error(found.direction, found.product_difference, torch.zeros_like(along), places)
         return math.hypot(rounding, wrong)
 
@@ -205,6 +212,6 @@ def _trace_error(probe: Tensor, sampled: Tensor, along: Tensor, places: Sequence
         places: The block.
     """
     # z^T D z is one sample of the error, with a variance of about 2 ‖D‖_F^2
-    form = sum(float(probe[place] @ sampled[place]) for place in places)
+    form = sum(float(probe[place].to(sampled.dtype) @ sampled[place]) for place in places)
     squares = [sum(float(part[place].square().sum()) for place in places) for part in (sampled, along)]
     return math.sqrt(form**2 + 2 * squares[0] + 4 * squares[1])

@@ -23,7 +23,7 @@ class _OneProduct:
 
     def matvec(self, vector: Tensor, stratum: int | None = None) -> Tensor:
         """Return the product with the vector of the interrupted product."""
-        return self._product
+        return self._product.clone()
 
 
 def first_value(interrupted: InterruptedProduct, tolerance: float) -> LanczosResult:

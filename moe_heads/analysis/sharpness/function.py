@@ -22,7 +22,8 @@ from moe_heads.analysis.sharpness.checks import certified
 from moe_heads.analysis.sharpness.hessian.blocks import default_blocks, expert_places, places_of
 from moe_heads.analysis.sharpness.hessian.both_ends import Which, lower_end
 from moe_heads.analysis.sharpness.hessian.density import has_settled
-from moe_heads.analysis.sharpness.hessian.lanczos import LanczosResult, lanczos
+from moe_heads.analysis.sharpness.hessian.double_check import LEAN_ABOVE
+from moe_heads.analysis.sharpness.hessian.lanczos import LanczosResult, check_basis_memory, lanczos
 from moe_heads.analysis.sharpness.hessian.output_loss import OutputLossFn, OutputsFn
 from moe_heads.analysis.sharpness.hessian.parameters import Selection, selected_parameters, slices_of
 from moe_heads.analysis.sharpness.hessian.products import Matrix
@@ -158,7 +159,7 @@ def sharpness(
         graph_memory: Bytes that may be kept between products. The default is 4 GiB on a CPU, limited to half of the
             free memory, and half of the free memory on a GPU. 0 rebuilds the graph of the gradient in every product.
         basis_memory: Bytes for the vectors of the Krylov space, at least ``num_eigenvalues`` + 3 of them. The default
-            is 4 GiB on a CPU and a quarter of the free memory on a GPU. A smaller basis needs more steps.
+            is 2.5 GiB on a CPU and a quarter of the free memory on a GPU. A smaller basis needs more steps.
         progress: Shows the progress and ends the analysis at its time limit; see `Progress`.
         ranks: The processes that share the work, each with its part of the samples in ``batches``. All of them call
             this function and get the result. By default this process has all samples, or the processes of the mesh
@@ -291,8 +292,12 @@ def sharpness(
                     )
                 )
             below = None if record.lower is None else record.lower.krylov
+            unchecked = record.from_krylov()
+            record.add_spread()
+            if not trace and num_parameters > LEAN_ABOVE:
+                krylov = record.condense()
             record.certificate = certified(
-                record.from_krylov(),
+                unchecked,
                 operator,
                 krylov,
                 blocks if trace else None,
@@ -301,7 +306,6 @@ def sharpness(
                 below,
                 skipped=skip_double_check,
             )
-            record.add_spread()
             if trace:
                 record.trace = deflated_trace(
                     operator,
@@ -327,6 +331,9 @@ def sharpness(
         return found
 
     with ranks.synchronized():
+        if ranks.is_rank_zero:  # which holds the vectors
+            first, *_ = selected.values()
+            check_basis_memory(basis_memory, num_parameters, first.dtype, first.device, num_eigenvalues)
         data = Batches.of(batches, batch_size_fn, batch_weight_fn)
         if parts is not None:
             check_same_loss(model, loss_fn, parts, data, progress if ranks.size == 1 else Progress(), seed)

@@ -17,6 +17,7 @@ from moe_heads.analysis.sharpness.hessian.basis import norm
 from moe_heads.analysis.sharpness.hessian.both_ends import LowerEnd
 from moe_heads.analysis.sharpness.hessian.density import spectral_density
 from moe_heads.analysis.sharpness.hessian.krylov import LanczosResult
+from moe_heads.analysis.sharpness.hessian.operator import HessianOperator
 from moe_heads.analysis.sharpness.hessian.trace import BlockTrace, Places, TraceResult, sampling_stderr
 from moe_heads.analysis.sharpness.hessian.weighted_sum import InterruptedProduct, WeightedSum
 from moe_heads.analysis.sharpness.pairs import Eigenpairs, eigenpairs
@@ -112,6 +113,17 @@ class SharpnessRecord:
         self.sampling_stderr = sampling_stderr(self.operator.forms, self.operator.stratum_weights)
         self.true_residual = norm(product.sub_(first, alpha=self.krylov.eigenvalues[0]))
         self.progress.step(self.operator.num_products, residual=max(self.krylov.residuals))
+
+    def condense(self) -> LanczosResult:
+        """Release all vectors but the eigenvectors, which the trace alone needs, and return the iteration with these.
+
+        The memory is free for the checks then.
+        """
+        assert self.krylov is not None
+        self.krylov = self.krylov.condensed()
+        if isinstance(self.operator, HessianOperator):
+            self.operator.pause()
+        return self.krylov
 
     def add_trace(self, trace: TraceResult) -> None:
         """Store the trace after a round of probes."""

@@ -47,29 +47,32 @@ class Basis:
             self._blocks.append(torch.empty(self._rows, self.dim, dtype=self.dtype, device=self.device))
         return True
 
-    def append(self, vector: Tensor) -> None:
-        """Add a vector that is orthonormal to the others."""
+    def append(self, vector: Tensor, length: float = 1.0) -> None:
+        """Add a copy of a vector that is orthogonal to the others, divided by its length."""
         self.reserve()
-        self._blocks[self._length // self._rows][self._length % self._rows] = vector
+        torch.div(vector, length, out=self._blocks[self._length // self._rows][self._length % self._rows])
         self._length += 1
 
-    def complement(self, vectors: Tensor) -> Tensor:
+    def complement(self, vectors: Tensor, *, in_place: bool = False) -> Tensor:
         r"""Return :math:`(I - QQ^T)v` for one vector (P,) or several (n, P)."""
-        return self.split(vectors)[0]
+        return self.split(vectors, in_place=in_place)[0]
 
-    def split(self, vectors: Tensor) -> tuple[Tensor, Tensor]:
+    def split(self, vectors: Tensor, *, in_place: bool = False) -> tuple[Tensor, Tensor]:
         r"""Return :math:`(I - QQ^T)v` and :math:`Q^T v` for one vector (P,) or several (n, P).
 
         One pass of Gram-Schmidt leaves rounding errors relative to the size of ``v``. They matter if less
         than 70 % of the length of a vector remains, and a second pass follows (Daniel, Gragg, Kaufman and Stewart
         1976).
+
+        Args:
+            vectors: v.
+            in_place: Whether to overwrite ``vectors`` with the first result.
         """
-        rows = vectors.reshape(-1, self.dim)
+        rows = (vectors if in_place else vectors.clone(memory_format=torch.contiguous_format)).view(-1, self.dim)
         lengths = torch.linalg.vector_norm(rows, dim=1)
-        rows, coefficients = self._one_pass(rows)
+        coefficients = self._one_pass(rows)
         if bool((torch.linalg.vector_norm(rows, dim=1) < 0.7 * lengths).any()):
-            rows, more = self._one_pass(rows)
-            coefficients = coefficients + more
+            coefficients = coefficients + self._one_pass(rows)
         return rows.view_as(vectors), coefficients.view(*vectors.shape[:-1], -1)
 
     def combined(self, coefficients: Tensor) -> Tensor:
@@ -111,12 +114,29 @@ class Basis:
                 total += (rows @ rows.T).to("cpu", torch.float64)
         return total
 
-    def _one_pass(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+    def _one_pass(self, rows: Tensor) -> Tensor:
+        """Subtract the part of the rows in the basis in place. Return its coefficients."""
+        blocks = self._filled()
+        if self.device.type == "cpu" and self.dim > _COLUMNS:
+            return self._one_pass_by_columns(rows, blocks)
         found = []
-        for block in self._filled():
+        for block in blocks:
             found.append(rows @ block.T)
-            rows = torch.addmm(rows, found[-1], block, alpha=-1)
-        return rows, torch.cat(found, dim=1) if found else rows.new_zeros(len(rows), 0)
+            rows.addmm_(found[-1], block, alpha=-1)
+        return torch.cat(found, dim=1) if found else rows.new_zeros(len(rows), 0)
+
+    def _one_pass_by_columns(self, rows: Tensor, blocks: Sequence[Tensor]) -> Tensor:
+        """Do the same for long vectors, whose inner products would lose four digits in one sum of float32."""
+        found = rows.new_zeros(len(rows), self._length, dtype=torch.float64)
+        places = [slice(start, start + _CHUNK) for start in range(0, self.dim, _CHUNK)]
+        for place in places:
+            parts = [rows[:, place] @ block[:, place].T for block in blocks]
+            found += torch.cat(parts, dim=1) if parts else 0
+        weights = found.to(self.dtype).split([len(block) for block in blocks], dim=1)
+        for place in places:
+            for weight, block in zip(weights, blocks, strict=True):
+                rows[:, place].addmm_(weight, block[:, place], alpha=-1)
+        return found
 
     def _filled(self) -> list[Tensor]:
         blocks = [block[: self._length - index * self._rows] for index, block in enumerate(self._blocks)]

@@ -5,6 +5,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from moe_heads.analysis._shared.batches import Batch, LossFn
 from moe_heads.analysis._shared.copies import on_copies
@@ -19,7 +20,10 @@ from moe_heads.analysis.sharpness.hessian.loss_graph import (
     second_order_errors,
 )
 
-__all__ = ["BatchGradients"]
+__all__ = ["BatchGradients", "Graph"]
+
+Graph = tuple[Tensor | GradientEdge, ...]
+"""A gradient with a graph by parameter, or the ends of the graph without the values."""
 
 
 class BatchGradients:
@@ -92,16 +96,19 @@ class BatchGradients:
             self.reaches = True
             return float(loss.detach()), gradient_with_graph(loss, params)
 
-    def differentiate(
-        self, gradient: tuple[Tensor, ...], tangents: Sequence[Tensor], *, retain_graph: bool
-    ) -> Sequence[Tensor]:
+    def without_values(self, gradient: tuple[Tensor, ...]) -> Graph:
+        """Return the graph of a gradient for `differentiate`, which does not need its values."""
+        return tuple(get_gradient_edge(g) if g.requires_grad else g.new_empty(0) for g in gradient)
+
+    def differentiate(self, gradient: Graph, tangents: Sequence[Tensor], *, retain_graph: bool) -> Sequence[Tensor]:
         """Return the derivative of a gradient in a direction, one tensor for each parameter.
 
         Raises:
             NoSecondDerivative: If a layer has none.
         """
         # A gradient without a graph is constant (an unused or a linear parameter), and its derivative is zero.
-        curved = [(g, tangent) for g, tangent in zip(gradient, tangents, strict=True) if g.requires_grad]
+        pairs = zip(gradient, tangents, strict=True)
+        curved = [(g, tangent) for g, tangent in pairs if isinstance(g, GradientEdge) or g.requires_grad]
         if not curved:
             return [torch.zeros_like(tangent) for tangent in tangents]
         outputs, directions = zip(*curved, strict=True)
@@ -144,10 +151,9 @@ class BatchGradients:
                 other.requires_grad_(True)
 
     def gradient_bytes(self, index: int, batch: Batch) -> int:
-        """Return the memory in bytes of a batch's gradient and its graph, without the parameters."""
-        own = sum(p.numel() * p.element_size() for p in self.params.values())
+        """Return the memory in bytes of the graph of a batch's gradient, without the parameters."""
         # The measured graph is discarded, because autograd misses in-place changes under the measuring hooks.
-        return own + saved_bytes(lambda: self.gradient(index, batch), excluded=self.model.parameters())
+        return saved_bytes(lambda: self.gradient(index, batch), excluded=self.model.parameters())
 
 
 @contextmanager

@@ -12,10 +12,13 @@ from moe_heads.analysis.sharpness.hessian.iteration import KrylovIteration
 from moe_heads.analysis.sharpness.hessian.krylov import margin_of
 from moe_heads.analysis.sharpness.hessian.operator import SymmetricOperator
 
-__all__ = ["CHANCE_OF_MISSING", "CompletenessCheck", "bound_outside", "raised_by_chain"]
+__all__ = ["CHANCE_OF_MISSING", "NUM_OUTSIDE", "CompletenessCheck", "bound_outside", "raised_by_chain"]
 
 CHANCE_OF_MISSING = 1e-3
 """Upper bound of the probability, over the random start of the check, that it overlooks a missing eigenvalue."""
+
+NUM_OUTSIDE = 2
+"""Number of vectors that a check needs in addition to the basis: the last two of its own iteration."""
 
 # Maximum number of steps of a check. Then the iteration adds the largest value outside to its basis.
 _MOST_STEPS = 60
@@ -220,20 +223,22 @@ class _Outside:
         iteration = self._iteration
         dots = [dot(remainder, self._vector) for remainder in iteration.remainders]
         self._couplings.append(torch.tensor(dots, dtype=torch.float64))
-        product = operator.matvec(self._vector)
+        vector = self._vector
+        rest = operator.matvec(vector)
         iteration.num_steps += 1
         iteration.num_check_steps += 1
-        self.alphas.append(dot(self._vector, product))
-        rest = product.sub(self._vector, alpha=self.alphas[-1])
+        self.alphas.append(dot(vector, rest))
+        rest.sub_(vector, alpha=self.alphas[-1])
         if self._betas:
             rest.sub_(self._before, alpha=self._betas[-1])
-        rest = iteration.basis.complement(rest)
-        if len(self._kept) < iteration.num_spare:
-            self._kept.append(self._vector)
+        rest = iteration.basis.complement(rest, in_place=True)
+        if len(self._kept) < iteration.num_spare - NUM_OUTSIDE:
+            self._kept.append(vector)
+            vector = self._kept[-1]
         if len(self._kept):
-            rest = self._kept.complement(rest)
+            rest = self._kept.complement(rest, in_place=True)
         self._betas.append(norm(rest))
-        self._before, self._vector = self._vector, rest / max(self._betas[-1], 1e-300)
+        self._before, self._vector = vector, rest.div_(max(self._betas[-1], 1e-300))
 
     @property
     def is_exhausted(self) -> bool:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from moe_heads.analysis._shared.batches import Batch, cut, is_divisible
 from moe_heads.analysis._shared.microbatches import Microbatches, is_out_of_memory
 from moe_heads.analysis._shared.progress import Progress, TimeUp
+from moe_heads.analysis.sharpness.hessian.basis import uniform
 from moe_heads.analysis.sharpness.hessian.batch_gradients import BatchGradients
 from moe_heads.analysis.sharpness.hessian.double_loss import DoubleLoss
 from moe_heads.analysis.sharpness.hessian.finite_differences import (
@@ -19,11 +20,18 @@ from moe_heads.analysis.sharpness.hessian.finite_differences import (
     FiniteDifferences,
     flat,
 )
+from moe_heads.analysis.sharpness.hessian.lean_check import LeanCheck, Piece
 
-__all__ = ["DoubleCheck", "check_in_double"]
+__all__ = ["LEAN_ABOVE", "DoubleCheck", "check_in_double"]
+
+LEAN_ABOVE = 2**24
+"""Number of parameters above which the check takes the memory of a few vectors; see `LeanCheck`."""
 
 # Number of compared samples: all up to 32, then 5 %, at most 128. Rounding is a property of single samples.
 _MIN_SAMPLES, _SHARE, _MAX_SAMPLES = 32, 0.05, 128
+
+# For a large model. Each of them is evaluated alone, because the float64 graph is the largest part of the memory.
+_MAX_LEAN_SAMPLES = 4
 
 # Maximum number of batches to take them from, evenly spaced.
 _MAX_PIECES = 8
@@ -45,6 +53,10 @@ class DoubleCheck:
         curvature_error: Length of ``product_difference``, over the length of the longer of the two; nan as above.
         repeat_error: Relative difference of the loss when it is evaluated a second time in the same way.
         num_samples: Number of compared samples.
+
+    For a large model, the products are compared with differences of gradients in float64 (`LeanCheck`). The vectors are
+    then in the precision of the model, and ``product_difference`` is zero, because ``differences`` contain it. With one
+    vector, the difference is replaced by its length, and the others by one zero.
     """
 
     differences: tuple[Tensor, ...]
@@ -57,14 +69,14 @@ class DoubleCheck:
 
 
 def check_in_double(
-    gradients: BatchGradients, data: Microbatches, vectors: Sequence[Tensor], progress: Progress, seed: int = 0
+    gradients: BatchGradients, data: Microbatches, vectors: list[Tensor], progress: Progress, seed: int = 0
 ) -> DoubleCheck | str:
     """Compare products and one directional derivative with float64.
 
     Args:
         gradients: Loss and gradient as the products evaluate them.
         data: The batches.
-        vectors: The vectors to multiply with, (P,) each.
+        vectors: The vectors to multiply with, (P,) each. For a large model, a single one is removed from the list.
         progress: Checked before each batch.
         seed: Seed of the directions.
 
@@ -75,11 +87,21 @@ def check_in_double(
     kinds = {t.dtype for t in model.parameters() if t.is_floating_point()} - {torch.float32, torch.float64}
     if kinds:
         return f"a part of the model computes in {', '.join(sorted(str(k).removeprefix('torch.') for k in kinds))}"
+    is_lean = type(gradients) is BatchGradients and sum(p.numel() for p in params.values()) > LEAN_ABOVE
     for cuts in (True, False):
-        pieces = _pieces(data, cuts)
+        if is_lean and not vectors:
+            break  # the first attempt failed after it had released them
+        pieces = _pieces(data, cuts, most=_MAX_LEAN_SAMPLES if is_lean else _MAX_SAMPLES)
+        if is_lean and cuts:
+            pieces = [part for piece in pieces for part in _single_samples(*piece)]
         try:
-            if _draws_random_numbers(gradients, *pieces[0]):
-                vectors = ()
+            draws = _draws_random_numbers(gradients, *pieces[0])
+            if is_lean:
+                if draws:
+                    return "the loss draws random numbers, which differ in float64"
+                return _compared_in_little_memory(gradients, pieces, vectors, progress, seed)
+            if draws:
+                vectors = []
             return _compared(gradients, DoubleLoss(model, loss_fn, params), pieces, vectors, progress, seed)
         except TimeUp:
             return f"{progress.end} before the check"
@@ -94,7 +116,7 @@ def check_in_double(
 def _compared(
     gradients: BatchGradients,
     double: DoubleLoss,
-    pieces: Sequence[tuple[int, Batch, int]],
+    pieces: Sequence[Piece],
     vectors: Sequence[Tensor],
     progress: Progress,
     seed: int,
@@ -137,6 +159,39 @@ def _compared(
     )
 
 
+def _compared_in_little_memory(
+    gradients: BatchGradients, pieces: Sequence[Piece], vectors: list[Tensor], progress: Progress, seed: int
+) -> DoubleCheck:
+    double = DoubleLoss(gradients.model, gradients.loss_fn, gradients.params)
+    check = LeanCheck(gradients, double, pieces, progress)
+    keeps = len(vectors) > 1  # for the trace
+    first = vectors[0]
+    along, _ = check.product_difference(first, keeps=keeps)
+    if not keeps:
+        vectors.clear()
+    size, dtype, device = len(first), first.dtype, first.device
+    del first
+    probe = vectors[1] if keeps else uniform(size, dtype, device, torch.Generator().manual_seed(seed))
+    sampled, curvature_error = check.product_difference(probe, keeps=keeps)
+    differences = (along, sampled) if keeps else (along,)
+    direction = probe if keeps else probe.new_zeros(1)
+    return DoubleCheck(
+        differences=differences,
+        direction=direction,
+        product_difference=torch.zeros_like(direction),
+        derivative_error=check.derivative_error(probe),
+        curvature_error=curvature_error,
+        repeat_error=check.repeat_error,
+        num_samples=sum(count for *_, count in pieces),
+    )
+
+
+def _single_samples(index: int, batch: Batch, size: int) -> list[Piece]:
+    if size == 1 or not is_divisible(batch):
+        return [(index, batch, size)]
+    return [(index, cut(batch, place, place + 1), 1) for place in range(size)]
+
+
 def _directions(gradients: BatchGradients, exact: Sequence[Tensor], seed: int) -> list[list[Tensor]]:
     """Draw directions with entries of size 1, and zero for weights that torch defines as constants."""
     generator = torch.Generator().manual_seed(seed)
@@ -155,10 +210,10 @@ def _directions(gradients: BatchGradients, exact: Sequence[Tensor], seed: int) -
     return found
 
 
-def _pieces(data: Microbatches, cuts: bool) -> list[tuple[int, Batch, int]]:
+def _pieces(data: Microbatches, cuts: bool, most: int) -> list[Piece]:
     """Return index, samples and number of samples of the compared batches, cut where possible if ``cuts``."""
     batches, sizes = list(data), data.sizes
-    wanted = min(max(_MIN_SAMPLES, int(_SHARE * data.num_samples)), _MAX_SAMPLES, data.num_samples)
+    wanted = min(max(_MIN_SAMPLES, int(_SHARE * data.num_samples)), most, data.num_samples)
     count = min(_MAX_PIECES, len(batches), wanted)
     places = sorted({round(i * (len(batches) - 1) / max(count - 1, 1)) for i in range(count)})
     pieces, left = [], wanted

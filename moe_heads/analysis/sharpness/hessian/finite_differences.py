@@ -9,7 +9,17 @@ from torch import Tensor
 
 from moe_heads.analysis._shared.batches import Batch
 
-__all__ = ["NUM_DIRECTIONS", "Evaluate", "FiniteDifferences", "Linearized", "LossGradient", "flat"]
+__all__ = [
+    "LOSS_ROUNDING",
+    "NUM_DIRECTIONS",
+    "SLOPE_STEP",
+    "TOO_NOISY",
+    "Evaluate",
+    "FiniteDifferences",
+    "Linearized",
+    "LossGradient",
+    "flat",
+]
 
 Evaluate = Callable[[Batch, Sequence[Tensor]], Tensor]
 """Loss of one batch at given parameters, in float64, with the same random numbers in every call."""
@@ -64,18 +74,23 @@ class LossGradient:
 NUM_DIRECTIONS = 3
 """Number of random directions along which the loss is differentiated."""
 
-# Step of a difference of losses in units of the size of the weights. In float64 it is far above rounding, and small
-# enough that almost no unit crosses a kink.
-_STEP = 1e-6
+SLOPE_STEP = 1e-6
+"""Step of a difference of losses in units of the size of the weights.
+
+In float64 it is far above rounding, and small enough that almost no unit crosses a kink.
+"""
 
 # The same for a difference of gradients, which jump at the kinks of a ReLU.
 _SMALL_STEP = 1e-9
 
-# Rounding of a loss and of a gradient of size 1 in float64.
-_LOSS_ROUNDING, _GRADIENT_ROUNDING = 4e-16, 1e-14
+LOSS_ROUNDING = 4e-16
+"""Rounding of a loss of size 1 in float64."""
 
-# Relative noise above which a comparison tells nothing.
-_TOO_NOISY = 1e-2
+# The same for a gradient.
+_GRADIENT_ROUNDING = 1e-14
+
+TOO_NOISY = 1e-2
+"""Relative noise above which a comparison tells nothing."""
 
 
 class FiniteDifferences:
@@ -95,7 +110,7 @@ class FiniteDifferences:
         self._exact, self._directions = exact, directions
         count = sum(p.numel() for p in exact)
         size = math.sqrt(sum(float(p.detach().square().sum()) for p in exact) / count)
-        self._step, self._small_step = _STEP * max(size, 1e-3), _SMALL_STEP * max(size, 1e-3)
+        self._step, self._small_step = SLOPE_STEP * max(size, 1e-3), _SMALL_STEP * max(size, 1e-3)
         self._norm = self._loss = 0.0
         self._slopes = torch.zeros(len(directions), dtype=torch.float64)
         # by number of steps, and by direction; vectors of the size of the parameters only where they are needed
@@ -147,7 +162,7 @@ class FiniteDifferences:
         first = self._quotients[1]
         noise = 2 * float((first - self._quotients.get(2, first)).abs().max())
         sizes = first.abs().clamp_min(max(self._norm, 1e-300))
-        if noise > _TOO_NOISY * float(sizes.min()):
+        if noise > TOO_NOISY * float(sizes.min()):
             return math.nan
         return float(((self._slope_errors - noise) / sizes).max().clamp_min(0))
 
@@ -159,8 +174,8 @@ class FiniteDifferences:
         error, noise, place = min(self._relative(place) for place in self._products)
         direction, difference = flat(self._directions[place]), self._difference(place)
         length = float(difference.norm())
-        if noise > _TOO_NOISY or length == 0:
-            return (math.nan if noise > _TOO_NOISY else 0.0), direction, torch.zeros_like(difference)
+        if noise > TOO_NOISY or length == 0:
+            return (math.nan if noise > TOO_NOISY else 0.0), direction, torch.zeros_like(difference)
         return error, direction, difference * (error * self._length(place) / length)
 
     def _add_quotients(self, evaluate: Evaluate, batch: Batch, weight: float, num_steps: int) -> float:
@@ -188,7 +203,7 @@ class FiniteDifferences:
     @property
     def _slope_errors(self) -> Tensor:
         """Differences between slopes and quotients beyond rounding, which may be negative."""
-        rounding = _LOSS_ROUNDING * (1 + self._loss) / self._step
+        rounding = LOSS_ROUNDING * (1 + self._loss) / self._step
         return (self._slopes - self._quotients[1]).abs() - rounding
 
     def _difference(self, place: int) -> Tensor:

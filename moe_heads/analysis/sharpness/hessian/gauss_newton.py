@@ -1,13 +1,14 @@
 r"""Products with the Gauss-Newton matrix of one batch, :math:`J^T H_f J` (Schraudolph 2002)."""
 
 from collections.abc import Callable, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
 from moe_heads.analysis._shared.batches import Batch, LossFn
-from moe_heads.analysis.sharpness.hessian.batch_gradients import BatchGradients
+from moe_heads.analysis.sharpness.hessian.batch_gradients import BatchGradients, Graph
 from moe_heads.analysis.sharpness.hessian.double_loss import DoubleLoss
 from moe_heads.analysis.sharpness.hessian.finite_differences import Linearized
 from moe_heads.analysis.sharpness.hessian.loss_graph import (
@@ -59,12 +60,19 @@ class BatchGaussNewton(BatchGradients):
             return float(loss.detach()), _linearized(found, tuple(self.params.values()))
 
     @override
-    def differentiate(
-        self, gradient: tuple[Tensor, ...], tangents: Sequence[Tensor], *, retain_graph: bool
-    ) -> Sequence[Tensor]:
+    def without_values(self, gradient: tuple[Tensor, ...]) -> Graph:
+        return gradient  # the graph of the loss of the outputs starts from values
+
+    @override
+    def gradient_bytes(self, index: int, batch: Batch) -> int:
+        return super().gradient_bytes(index, batch) + sum(p.numel() * p.element_size() for p in self.params.values())
+
+    @override
+    def differentiate(self, gradient: Graph, tangents: Sequence[Tensor], *, retain_graph: bool) -> Sequence[Tensor]:
         # A checkpoint recomputes its part of the model here, which needs the same frozen parameters.
         with self._frozen(), second_order_errors():
-            return _product(gradient, tuple(self.params.values()), tangents, retain_graph=retain_graph)
+            graph = cast(tuple[Tensor, ...], gradient)
+            return _product(graph, tuple(self.params.values()), tangents, retain_graph=retain_graph)
 
     @override
     def linearized(self, double: DoubleLoss, index: int, batch: Batch, exact: Sequence[Tensor]) -> Linearized:

@@ -68,7 +68,8 @@ class KrylovIteration:
         self._first_projected: Tensor | None = None
         self._forms: list[Tensor] | None = []
         self.num_steps, self.num_sequences, self.num_check_steps = 0, 1, 0
-        self._following = self.fresh(start)
+        # the next vector, and the length by which it has to be divided
+        self._following, self._length = self.fresh(start), 1.0
 
     @property
     def is_whole(self) -> bool:
@@ -87,7 +88,12 @@ class KrylovIteration:
 
     @property
     def _num_held(self) -> int:
-        return len(self.basis) + max(len(self.remainders) - 1, 0)
+        return len(self.basis) + self._num_behind
+
+    @property
+    def _num_behind(self) -> int:
+        """Number of remainders besides the one that the iteration continues from."""
+        return max(len(self.remainders) - 1, 0)
 
     @property
     def rounding(self) -> float:
@@ -96,28 +102,29 @@ class KrylovIteration:
 
     def step(self) -> None:
         """Add the next vector to the basis, and orthogonalize its product with the matrix against the basis."""
-        vector = self._following
         size = len(self.projected)
+        # Vectors of a large model fill the memory, so the only copy of this one is in the basis.
+        self.basis.append(self._following, self._length)
+        vector, self._following = self.basis[-1], self._following.new_empty(0)
         # H is symmetric, so the remainders of earlier products give their couplings to this vector.
         couplings = torch.tensor([dot(r, vector) for r in self.remainders], dtype=torch.float64)
         column = self.tails @ couplings if size else torch.zeros(0, dtype=torch.float64)
         remaining = [place for place in range(len(self.remainders)) if place != self.active]
         self.remainders = [self.remainders[i].sub(vector, alpha=float(couplings[i])) for i in remaining]
         self.tails = torch.cat([self.tails[:, remaining], torch.zeros(1, len(remaining), dtype=torch.float64)])
-        self.basis.append(vector)
         product = self._operator.matvec(vector)
         self.num_steps += 1
         if self._forms is not None:
             self._forms.append(self._operator.forms)
         alpha = dot(vector, product)
         # With the two large terms subtracted first, one pass over the whole basis is mostly enough.
-        product = product.sub(vector, alpha=alpha)
+        product.sub_(vector, alpha=alpha)
         expected = column.clone()
         if size:
             product.sub_(self.basis[-2], alpha=float(column[-1]))
             expected[-1] = 0
         began = time.perf_counter()
-        remainder, found = self.basis.split(product)
+        remainder, found = self.basis.split(product, in_place=True)
         self._pass_seconds = time.perf_counter() - began
         coefficients = found.to("cpu", torch.float64)
         self._skew.append(coefficients[:-1] - expected)
@@ -146,10 +153,9 @@ class KrylovIteration:
         """
         is_full = self._restarted()
         self.active = place
-        length = norm(self.remainders[place])
-        self._following = self.remainders[place] / length
-        if length < _SMALL_REMAINDER * self._scale:
-            self._following = self._orthonormal(self._following)
+        self._following, self._length = self.remainders[place], norm(self.remainders[place])
+        if self._length < _SMALL_REMAINDER * self._scale:
+            self._following, self._length = self._orthonormal(self._following), 1.0
         return is_full
 
     def begin(self) -> bool:
@@ -162,7 +168,7 @@ class KrylovIteration:
         is_full = self._restarted()
         self.num_sequences += 1
         self.active = None
-        self._following = self.fresh(None)
+        self._following, self._length = self.fresh(None), 1.0
         return is_full
 
     def result(self, *, is_complete: bool) -> LanczosResult:
@@ -184,6 +190,17 @@ class KrylovIteration:
             num_check_steps=self.num_check_steps,
         )
 
+    def make_room(self, count: int) -> bool:
+        """Restart the basis with fewer vectors, unless that many can be held in addition to it.
+
+        Returns:
+            Whether it was restarted.
+        """
+        if self.num_spare >= count:
+            return False
+        self._restart(max(self._num_eigenvalues + 1, self._most_vectors - self._num_behind - count))
+        return True
+
     def residual_gram(self) -> Tensor:
         """Return the Gram matrix of the columns of HQ - QT, (m, m), float64."""
         return self.tails @ self.result(is_complete=False).remainder_gram @ self.tails.T
@@ -204,18 +221,18 @@ class KrylovIteration:
         else:
             vector = rademacher(dim, dtype, device, self._generator)
         length = norm(vector)
-        vector = self.basis.complement(vector)
+        vector = self.basis.complement(vector, in_place=start is None)
         while norm(vector) < 1e-4 * length:
             # In a small space a vector of signs may lie in the basis. One of normal numbers does not.
             vector = torch.randn(dim, generator=self._generator, dtype=dtype).to(device)
-            length, vector = norm(vector), self.basis.complement(vector)
+            length, vector = norm(vector), self.basis.complement(vector, in_place=True)
         return self._orthonormal(vector)
 
     def _orthonormal(self, vector: Tensor) -> Tensor:
         """Return a unit vector orthogonal to the basis, from one whose part outside the basis is small and inexact."""
         for _ in range(2):
-            vector = self.basis.complement(vector / norm(vector))
-        return vector / norm(vector)
+            vector = self.basis.complement(vector / norm(vector), in_place=True)
+        return vector.div_(norm(vector))
 
     def _asymmetry(self) -> float:
         """Return the norm of the antisymmetric part of the products, the largest over the restarts."""
@@ -235,7 +252,6 @@ class KrylovIteration:
         held = self._num_held
         if held < self._most_vectors and unless_out_of_memory(self.basis.reserve) is not None:
             return False
-        self._keep_first_projected()
         k = self._num_eigenvalues
         # If memory ran out below the limit, this number is the limit.
         self._most_vectors = min(self._most_vectors, held)
@@ -244,9 +260,15 @@ class KrylovIteration:
                 f"there is no memory for more than {self._most_vectors} vectors of {self._operator.shape[0]} numbers."
                 " Analyze fewer parameters (params), or use another device."
             )
+        spare = self._most_vectors - self._num_behind
+        self._restart(max(min(k + _EXTRA_KEPT, spare - 2), spare // 2, min(k + 1, len(self.projected))))
+        return True
+
+    def _restart(self, count: int) -> None:
+        """Replace the basis by the Ritz vectors of the k largest values and of others of large magnitude."""
+        self._keep_first_projected()
+        k = self._num_eigenvalues
         values, vectors = torch.linalg.eigh(self.projected)
-        spare = self._most_vectors - max(len(self.remainders) - 1, 0)
-        count = max(min(k + _EXTRA_KEPT, spare - 2), spare // 2, min(k + 1, len(values)))
         order = values.abs()
         order[-k:] = torch.inf
         kept = order.topk(min(count, len(values))).indices.sort().values
@@ -255,4 +277,3 @@ class KrylovIteration:
         self.projected = torch.diag(values[kept])
         self.tails = vectors[:, kept].T @ self.tails
         self._forms = None
-        return True

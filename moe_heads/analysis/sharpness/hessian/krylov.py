@@ -1,7 +1,7 @@
 """Krylov relation of a symmetric operator, with its eigenvalues and their residuals."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -49,6 +49,7 @@ class LanczosResult:
         is_complete: Whether a check from a new random vector found no missing eigenvalue above the k-th.
         num_check_steps: Products that checked for missing eigenvalues, a part of ``num_steps``.
         pass_seconds: Seconds of the last pass over the basis.
+        known_gram: :math:`R^T R` where ``remainders`` was released; None otherwise.
     """
 
     projected: Tensor
@@ -65,6 +66,7 @@ class LanczosResult:
     is_complete: bool
     num_check_steps: int
     pass_seconds: float
+    known_gram: Tensor | None = None
 
     @cached_property
     def ritz(self) -> tuple[Tensor, Tensor]:
@@ -105,6 +107,8 @@ class LanczosResult:
     @cached_property
     def remainder_gram(self) -> Tensor:
         """:math:`R^T R`, float64."""
+        if self.known_gram is not None:
+            return self.known_gram
         count = len(self.remainders)
         gram = torch.zeros(count, count, dtype=torch.float64)
         for i, left in enumerate(self.remainders):
@@ -182,6 +186,26 @@ class LanczosResult:
     def vectors(self) -> Tensor:
         """Return the unit Ritz vectors of ``eigenvalues``, shape (k, P)."""
         return self.basis.combined(self.coefficients)
+
+    def condensed(self) -> "LanczosResult":
+        """Return this result with the vectors of its eigenvalues and the smallest one alone, without the remainders.
+
+        They replace the basis in place, so do not use this object afterwards.
+        """
+        values, vectors = self.ritz
+        size = len(values)
+        kept = torch.tensor(sorted({0, *range(max(size - self.num_eigenvalues, 0), size)}))
+        gram = self.remainder_gram
+        self.basis.replace(vectors[:, kept].T)
+        return replace(
+            self,
+            projected=torch.diag(values[kept]),
+            tails=vectors[:, kept].T @ self.tails,
+            first_projected=self.quadrature,
+            forms=None,
+            remainders=(),
+            known_gram=gram,
+        )
 
     def _are_accurate(self, norms: Sequence[float]) -> bool:
         if len(self.projected) < self.num_eigenvalues:

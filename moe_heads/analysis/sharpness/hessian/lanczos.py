@@ -10,7 +10,7 @@ from torch import Tensor
 
 from moe_heads.analysis._shared.interrupts import HeldInterrupts
 from moe_heads.analysis._shared.memory import available_memory, memory_budget
-from moe_heads.analysis.sharpness.hessian.completeness import CHANCE_OF_MISSING, CompletenessCheck
+from moe_heads.analysis.sharpness.hessian.completeness import CHANCE_OF_MISSING, NUM_OUTSIDE, CompletenessCheck
 from moe_heads.analysis.sharpness.hessian.iteration import MIN_EXTRA_VECTORS, KrylovIteration
 from moe_heads.analysis.sharpness.hessian.krylov import LanczosResult
 from moe_heads.analysis.sharpness.hessian.operator import SymmetricOperator
@@ -18,7 +18,7 @@ from moe_heads.checks import check_at_least, check_positive
 
 __all__ = ["CHANCE_OF_MISSING", "CPU_BASIS_MEMORY", "LanczosResult", "check_basis_memory", "lanczos"]
 
-CPU_BASIS_MEMORY = 4 * 2**30
+CPU_BASIS_MEMORY = 5 * 2**29
 """Default number of bytes of the basis on a CPU, unless half of the free memory is less."""
 
 
@@ -52,7 +52,7 @@ def lanczos(
         max_steps: Maximum number of steps in total.
         start: A start vector (P,), such as the sum of eigenvectors of a similar matrix. It saves steps, but the nodes
             and weights then do not give the density.
-        basis_memory: Maximum number of bytes of the basis. The default is 4 GiB on a CPU and a quarter of the free
+        basis_memory: Maximum number of bytes of the basis. The default is 2.5 GiB on a CPU and a quarter of the free
             memory on a GPU, at most half of the free memory, but at least the size of k + 3 vectors. A smaller basis is
             restarted and needs more steps.
         has_settled: Ends the minimum number of steps early where it returns True of the result so far.
@@ -93,6 +93,9 @@ def lanczos(
             is_settled = has_settled is not None and has_settled(iteration.result(is_complete=False))
             following = None if is_settled else iteration.active
         if following is None:
+            if iteration.make_room(NUM_OUTSIDE):
+                check.forget()
+                notify()
             found = check.run()
             if found in {"complete", "unknown"}:
                 return iteration.result(is_complete=found == "complete")
@@ -112,8 +115,8 @@ def check_basis_memory(
     """Return the number of vectors that the basis may hold.
 
     Raises:
-        ValueError: If ``basis_memory`` is not enough for k + 3 vectors.
-        MemoryError: If the machine has not enough free memory.
+        ValueError: If ``basis_memory`` or the free memory is not enough for k + 3 vectors, but for fewer eigenvalues.
+        MemoryError: If the free memory is not enough for a single eigenvalue.
     """
     each = dim * dtype.itemsize
     fewest = min(num_eigenvalues + MIN_EXTRA_VECTORS, dim)
@@ -122,19 +125,30 @@ def check_basis_memory(
         if basis_memory < fewest * each:
             raise ValueError(
                 f"basis_memory: expected at least {fewest * each:,} bytes, {fewest} vectors of {dim:,} parameters for"
-                f" num_eigenvalues = {num_eigenvalues}, got {basis_memory:,}. Pass None, request fewer eigenvalues, or"
-                " select a part of the parameters (params)."
+                f" num_eigenvalues = {num_eigenvalues}, got {basis_memory:,}. {_fitting(basis_memory // each)}Pass"
+                " None, request fewer eigenvalues, or select a part of the parameters (params)."
             )
         return basis_memory // each
     budget = memory_budget(device, on_cpu=CPU_BASIS_MEMORY, share_of_gpu=1 / 4)
     free = available_memory() if device.type == "cpu" else torch.cuda.mem_get_info(device)[0]
     if free is not None and fewest * each > free:
+        largest = min(free // each - MIN_EXTRA_VECTORS, num_eigenvalues - 1)
+        sizes = f"{fewest} vectors of {dim:,} numbers take {fewest * each:,} bytes, and {free:,} are free"
+        if largest >= 1:
+            raise ValueError(
+                f"num_eigenvalues: expected at most {largest}, got {num_eigenvalues}: {sizes}. Pass"
+                f" num_eigenvalues={largest}, analyze fewer parameters (params), or use another device."
+            )
         raise MemoryError(
-            f"there is no memory for {fewest} vectors of {dim:,} numbers: they take {fewest * each / 2**30:.1f} GiB,"
-            f" and {free / 2**30:.1f} GiB are free. Request fewer eigenvalues, analyze fewer parameters (params), or"
-            " use another device."
+            f"there is no memory for one eigenvalue: {sizes}. Analyze fewer parameters (params), or use another device."
         )
     return max(budget // each, fewest)
+
+
+def _fitting(vectors: int) -> str:
+    """Return a sentence with the number of eigenvalues that a number of vectors is enough for, if there is one."""
+    largest = vectors - MIN_EXTRA_VECTORS
+    return f"This is enough for num_eigenvalues = {largest}. " if largest >= 1 else ""
 
 
 def _following(iteration: KrylovIteration, k: int, tolerance: float, check: CompletenessCheck) -> int | None:

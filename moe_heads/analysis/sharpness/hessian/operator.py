@@ -56,7 +56,7 @@ class SymmetricOperator(Protocol):
         ...
 
     def matvec(self, vector: Tensor, stratum: int | None = None) -> Tensor:
-        """Return the product of the whole matrix or of one part with a vector of shape (P,)."""
+        """Return the product of the whole matrix or of one part with a vector of shape (P,), a new tensor."""
         ...
 
 
@@ -176,6 +176,10 @@ class HessianOperator(WeightedSum):
         ones = [torch.ones(shape, dtype=self.dtype, device=self.device) for shape in self._shapes]
         self._sum(ones, lambda origin: origin == 0)
 
+    def pause(self) -> None:
+        """Release the kept graphs until the next product."""
+        self._products.pause()
+
     @override
     def release(self) -> None:
         """Release the kept graphs and the other ranks. A further product rebuilds the graphs."""
@@ -213,10 +217,8 @@ class HessianOperator(WeightedSum):
         return total
 
     def _sum(self, parts: Sequence[Tensor], wanted: Callable[[int], bool]) -> Tensor:
-        total = torch.zeros(self.num_parameters + self.num_strata + 1, dtype=self.dtype, device=self.device)
-        in_parts = total[: self.num_parameters].split(self._sizes)
-        places = [place.view(shape) for place, shape in zip(in_parts, self._shapes, strict=True)]
-        forms, loss = total[self.num_parameters : -1], total[-1:]
+        size = self.num_parameters + self.num_strata + 1
+        total: Tensor | None = None
         done = 0.0
 
         def product(index: int, batch: Batch) -> tuple[int, Product]:
@@ -232,19 +234,44 @@ class HessianOperator(WeightedSum):
         try:
             # BatchGradients copies each batch itself.
             for weight, (origin, found) in self._data.evaluate(product, wanted=wanted, copies=False):
-                for place, row, part in zip(places, found.rows, parts, strict=True):
-                    place.add_(row, alpha=weight)
-                    forms[origin % self.num_strata].add_((row * part).sum(), alpha=weight)
-                loss.add_(found.loss, alpha=weight)
+                is_first = total is None
+                if total is None:
+                    # after the product, and written row by row, so that it takes the place of the released rows
+                    total = torch.empty(size, dtype=self.dtype, device=self.device)
+                    total[self.num_parameters :] = 0
+                self._add(total, origin, weight, found, parts, is_first=is_first)
                 done += weight
                 self._watch.has_value = True
         except TimeUp:
             # The batches are in the order of the samples.
             num_samples = round(self.num_samples * done / self.total_weight)
             vector = torch.cat([part.reshape(-1) for part in parts])
-            self.interrupted = InterruptedProduct(vector, total.div_(done), num_samples) if done else None
+            self.interrupted = None if total is None else InterruptedProduct(vector, total.div_(done), num_samples)
             raise
-        return total
+        return torch.zeros(size, dtype=self.dtype, device=self.device) if total is None else total
+
+    def _add(
+        self,
+        total: Tensor,
+        origin: int,
+        weight: float,
+        found: Product,
+        parts: Sequence[Tensor],
+        *,
+        is_first: bool,
+    ) -> None:
+        """Add the product of a batch to the sums, and release its rows one by one. The first overwrites them."""
+        form, loss = total[self.num_parameters + origin % self.num_strata], total[-1]
+        places = total[: self.num_parameters].split(self._sizes)
+        for index, (place, part) in enumerate(zip(places, parts, strict=True)):
+            row = found.rows[index]
+            found.rows[index] = row.new_empty(0)
+            if is_first:
+                torch.mul(row, weight, out=place.view_as(part))
+            else:
+                place.view_as(part).add_(row, alpha=weight)
+            form.add_((row * part).sum(), alpha=weight)
+        loss.add_(found.loss, alpha=weight)
 
 
 class _FirstValue(Progress):

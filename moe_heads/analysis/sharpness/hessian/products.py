@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from moe_heads.analysis._shared.batches import Batch, LossFn
 from moe_heads.analysis._shared.microbatches import Microbatches, free_memory, unless_out_of_memory
 from moe_heads.analysis._shared.progress import Progress, TimeUp
-from moe_heads.analysis.sharpness.hessian.batch_gradients import BatchGradients
+from moe_heads.analysis.sharpness.hessian.batch_gradients import BatchGradients, Graph
 from moe_heads.analysis.sharpness.hessian.folding import Fold, find_folds, has_norms
 from moe_heads.analysis.sharpness.hessian.gauss_newton import BatchGaussNewton
 from moe_heads.analysis.sharpness.hessian.graph_memory import GraphMemory
@@ -37,7 +37,7 @@ class Product(NamedTuple):
     """A batch's loss, and the derivative of its gradient in a direction, one tensor for each parameter."""
 
     loss: float
-    rows: Sequence[Tensor]
+    rows: list[Tensor]
 
 
 class BatchProducts:
@@ -85,13 +85,14 @@ class BatchProducts:
         kind = BatchGaussNewton if matrix == "gauss_newton" else BatchGradients
         self.gradients = kind(model, loss_fn, params, seed)
         self._monitor, self.reason = progress, ""
-        self._kept: dict[int, tuple[float, tuple[Tensor, ...]]] = {}
+        self._kept: dict[int, tuple[float, Graph]] = {}
         self._memory: GraphMemory | None = None
+        self._budget = memory
         first, *_ = data
         unless_out_of_memory(partial(self._check_checkpoints, first))
         if mode != "rebuilt":
             graphs = GraphMemory(memory, self.gradients.device)
-            # Each batch's gradient is kept as well. For a large model it alone often exceeds the budget.
+            # A graph is seldom smaller than the gradient.
             self._memory = graphs if graphs.left >= self._gradient_bytes else None
             if has_norms(model) and unless_out_of_memory(partial(self._fold, data)) is None:
                 self.release("memory ran out")
@@ -123,10 +124,11 @@ class BatchProducts:
         """
         try:
             if index not in self._kept and self._fits(index, batch):
-                self._kept[index] = self.gradients.gradient(index, batch)
+                loss, values = self.gradients.gradient(index, batch)
+                self._kept[index] = loss, self.gradients.without_values(values)
             keeps = index in self._kept
             loss, gradient = self._kept[index] if keeps else self.gradients.gradient(index, batch)
-            return Product(loss, self.gradients.differentiate(gradient, tangents, retain_graph=keeps))
+            return Product(loss, list(self.gradients.differentiate(gradient, tangents, retain_graph=keeps)))
         except NoSecondDerivative as error:
             raise self._named(error, batch) from error.__cause__
 
@@ -140,6 +142,11 @@ class BatchProducts:
         self._kept, self._memory = {}, None
         self.reason = reason or self.reason
         free_memory()
+
+    def pause(self) -> None:
+        """Release the kept graphs. The next products build and keep them again."""
+        if self._kept:
+            self._kept, self._memory = {}, GraphMemory(self._budget, self.gradients.device)
 
     def _check_checkpoints(self, first: Batch) -> None:
         """Reject reentrant checkpoints, which only the graph of all parameters is sure to show."""

@@ -73,3 +73,18 @@ def test_norm_of_any_scale(scale: float) -> None:
     assert norm(vector) == pytest.approx(5 * scale, rel=1e-6)
     assert norm(torch.tensor([1.0, float("inf")])) == float("inf")
     assert math.isnan(norm(torch.tensor([1.0, float("nan")])))
+
+
+def test_long_vectors_are_orthogonalized_by_columns() -> None:
+    dim = 2**18 + 5
+    generator = torch.Generator().manual_seed(0)
+    basis = Basis(dim, torch.float32, torch.device("cpu"))
+    for _ in range(3):
+        vector = basis.complement(torch.randn(dim, generator=generator), in_place=True)
+        basis.append(vector, float(vector.norm()))
+    vectors = torch.randn(2, dim, generator=generator)
+    rows = torch.stack([basis[i] for i in range(3)]).double()
+    rest, coefficients = basis.split(vectors)
+    torch.testing.assert_close(coefficients, vectors.double() @ rows.T, rtol=0, atol=1e-5)
+    torch.testing.assert_close(rest.double(), vectors.double() - coefficients @ rows, rtol=0, atol=1e-6)
+    assert float((rest.double() @ rows.T).abs().max()) < 1e-4

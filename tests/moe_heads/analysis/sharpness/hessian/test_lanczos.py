@@ -1,6 +1,7 @@
 import itertools
 import os
 import signal
+import sys
 
 import numpy as np
 import pytest
@@ -10,7 +11,8 @@ from scipy.sparse.linalg import eigsh
 from moe_heads.analysis.sharpness.hessian import completeness as completeness_module
 from moe_heads.analysis.sharpness.hessian.basis import Basis
 from moe_heads.analysis.sharpness.hessian.completeness import bound_outside, raised_by_chain
-from moe_heads.analysis.sharpness.hessian.lanczos import LanczosResult, lanczos
+from moe_heads.analysis.sharpness.hessian.iteration import KrylovIteration
+from moe_heads.analysis.sharpness.hessian.lanczos import LanczosResult, check_basis_memory, lanczos
 from moe_heads.analysis.sharpness.hessian.operator import HessianOperator
 from tests.support.hessians import DenseOperator, classification, cross_entropy, dense_hessian, small_mlp, symmetric
 
@@ -224,6 +226,40 @@ def test_restarts_where_memory_runs_out(monkeypatch: pytest.MonkeyPatch) -> None
         MemoryError, match=r"no memory for more than 4 vectors of 200 numbers\. Analyze fewer parameters"
     ):
         lanczos(operator, generator=seeded())
+
+
+def test_an_error_names_the_number_of_eigenvalues_that_the_memory_is_enough_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    given = (1000, torch.float32, torch.device("cpu"))
+    module = sys.modules[lanczos.__module__]
+    monkeypatch.setattr(module, "available_memory", lambda: 9 * 4000 + 1)
+    assert check_basis_memory(None, *given, 6) >= 9
+    message = "num_eigenvalues: expected at most 6, got 7: 10 vectors of 1,000 numbers take 40,000 bytes, and 36,001"
+    with pytest.raises(ValueError, match=message):
+        check_basis_memory(None, *given, 7)
+    monkeypatch.setattr(module, "available_memory", lambda: 3 * 4000)
+    with pytest.raises(MemoryError, match="no memory for one eigenvalue: 10 vectors of 1,000 numbers take 40,000"):
+        check_basis_memory(None, *given, 7)
+    with pytest.raises(ValueError, match=r"7, got 20,000\. This is enough for num_eigenvalues = 2\. Pass None"):
+        check_basis_memory(20_000, *given, 7)
+
+
+def test_a_check_makes_room_for_its_vectors() -> None:
+    operator = decaying()
+    iteration = KrylovIteration(operator, seeded(), 2, 1e-3, 6, None)
+    for _ in range(5):
+        iteration.step()
+        iteration.proceed(0)
+    values = iteration.ritz()[0]
+    assert iteration.num_spare == 1 and iteration.make_room(2) and len(iteration.basis) == 4
+    kept = iteration.ritz()[0]
+    np.testing.assert_allclose(kept[-2:], values[-2:], rtol=1e-12)
+    assert not iteration.make_room(2)
+    q = torch.stack([iteration.basis[i] for i in range(4)])
+    rest = torch.stack(iteration.remainders, 1) @ iteration.tails.T
+    relation = operator.matrix @ q.T - q.T @ iteration.projected - rest
+    assert float(relation.norm()) < 1e-10 * float(operator.matrix.norm())
 
 
 def test_start_near_the_eigenvectors_saves_steps() -> None:
