@@ -29,9 +29,8 @@ from moe_heads.analysis.sharpness.hessian.parameters import Selection, selected_
 from moe_heads.analysis.sharpness.hessian.products import Matrix
 from moe_heads.analysis.sharpness.hessian.shared import shared_hessian
 from moe_heads.analysis.sharpness.hessian.submatrix import DiagonalBlock
-from moe_heads.analysis.sharpness.hessian.trace import Places, TraceResult, deflated_trace
+from moe_heads.analysis.sharpness.hessian.trace import Places, deflated_trace
 from moe_heads.analysis.sharpness.hessian.weighted_sum import WeightedSum
-from moe_heads.analysis.sharpness.hessian.whole_space import whole_space
 from moe_heads.analysis.sharpness.model_outputs import check_same_loss, output_loss_of
 from moe_heads.analysis.sharpness.options import check_sharpness_options
 from moe_heads.analysis.sharpness.record import SharpnessRecord
@@ -139,9 +138,7 @@ def sharpness(
             probes often reaches 1 to 2 %.
         max_steps: Maximum number of Lanczos steps.
         max_probes: Maximum number of rounds of probes for the trace, each the cost of one product. A single batch
-            needs 16 before its standard error is trusted. If they leave the trace of up to 500 parameters, and at most
-            ``max_steps`` + ``max_probes``, uncertain, about as many products as parameters give
-            it exactly.
+            needs 16 before its standard error is trusted.
         density: Also compute the density, which takes 16 to 40 Lanczos steps: until the last ones change it less than
             another random start would.
         blocks: Names of parameters or modules by block. By default backbone, router and experts of a model with one of
@@ -238,18 +235,6 @@ def sharpness(
     check_supplements(model, params, routing_steps=routing_steps, perturbation=perturbation)
     parts = output_loss_of(model, loss_fn, outputs_fn, output_loss) if matrix == "gauss_newton" else None
 
-    def _trace_of_whole(
-        sampled: TraceResult, operator: WeightedSum, krylov: LanczosResult, blocks: Places, generator: torch.Generator
-    ) -> TraceResult:
-        """Return the exact trace of a small model, within the steps and probes that the caller allows."""
-        limit = max_steps + max_probes
-        whole = whole_space(operator, krylov, generator=generator, max_steps=limit, basis_memory=basis_memory)
-        if whole is None:
-            return sampled
-        return deflated_trace(
-            operator, whole, generator=generator, tolerance=trace_tolerance, max_probes=max_probes, blocks=blocks
-        )
-
     def algorithm(operator: WeightedSum) -> SharpnessResult:
         record = SharpnessRecord(
             operator,
@@ -316,8 +301,6 @@ def sharpness(
                     blocks=blocks,
                     on_step=record.add_trace,
                 )
-                if not record.trace.converged:
-                    record.trace = _trace_of_whole(record.trace, operator, krylov, blocks, generator)
             for name in places if block_eigenvalues else ():
                 record.add_block(name, _largest(operator, places[name], generator, tolerance, max_steps))
         except TimeUp as error:
