@@ -39,9 +39,10 @@ def _(result: SharpnessResult) -> Mapping[str, float]:
         for name, residual, value in zip(names, result.residuals, result.eigenvalues, strict=True)
     }
     errors["lambda_max"] = _joined(errors["lambda_max"], result.lambda_max_sampling_stderr)
-    errors["lambda_min"] = result.lambda_min_residual * abs(result.lambda_min)
     errors["trace"] = _joined(result.trace_stderr, result.trace_sampling_stderr)
     metrics = result.metrics()
+    if "lambda_min" in metrics:  # else it is an upper bound alone
+        errors["lambda_min"] = result.lambda_min_residual * abs(result.lambda_min)
     errors |= {
         name.replace("trace_stderr_", "trace_"): error
         for name, error in metrics.items()

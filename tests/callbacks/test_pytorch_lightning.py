@@ -86,7 +86,7 @@ def run(name: str, folder: Path) -> dict[str, Any]:
     module = module_of(pl)
     trainer.fit(module, loader(), loader(seed=1))
     events = read_events(Path(tensorboard.log_dir))
-    is_timing = re.compile("inference_timing").match
+    is_timing = re.compile("inference_timing|.*/(seconds_|overhead)").match
     return {
         "weights": module.state_dict(),
         "metrics": {key: float(v) for key, v in trainer.callback_metrics.items() if not is_timing(key)},

@@ -264,12 +264,14 @@ class HessianOperator(WeightedSum):
         form, loss = total[self.num_parameters + origin % self.num_strata], total[-1]
         places = total[: self.num_parameters].split(self._sizes)
         for index, (place, part) in enumerate(zip(places, parts, strict=True)):
-            row = found.rows[index]
-            found.rows[index] = row.new_empty(0)
-            if is_first:
-                torch.mul(row, weight, out=place.view_as(part))
+            row, target = found.rows[index], place.view_as(part)
+            found.rows[index] = part.new_empty(0)
+            if is_first and row.layout == torch.strided:
+                torch.mul(row, weight, out=target)
+            elif is_first:  # the sparse gradient of an embedding
+                target.zero_().add_(row, alpha=weight)
             else:
-                place.view_as(part).add_(row, alpha=weight)
+                target.add_(row, alpha=weight)
             form.add_((row * part).sum(), alpha=weight)
         loss.add_(found.loss, alpha=weight)
 
