@@ -1,7 +1,7 @@
 """Checks of the options of the sharpness callback."""
 
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, get_args
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -9,11 +9,12 @@ from torch import nn
 
 from moe_heads.analysis._shared.names import check_names
 from moe_heads.analysis._shared.parameters import check_real
-from moe_heads.analysis.sharpness.hessian.parameters import check_types
+from moe_heads.analysis.sharpness.hessian.lanczos import check_basis_memory
+from moe_heads.analysis.sharpness.hessian.parameters import check_types, selected_parameters
 from moe_heads.analysis.sharpness.result import Engine
 from moe_heads.checks import check_option
 
-__all__ = ["check_are_in", "check_differentiable", "check_engine", "check_params"]
+__all__ = ["check_are_in", "check_differentiable", "check_engine", "check_memory", "check_params"]
 
 # Options that engine="pyhessian" uses. It has its own tolerances, and computes no blocks.
 _OF_PYHESSIAN = {"num_eigenvalues", "density"}
@@ -82,6 +83,35 @@ def check_differentiable(
         if not only_real:
             check_types(chosen)
     except ValueError as error:
+        raise MisconfigurationException(f"{owner}: {error}") from error
+
+
+def check_memory(
+    owner: str, model: nn.Module, params: Sequence[str] | None, basis_memory: int | None, num_eigenvalues: int
+) -> None:
+    """Check before training that the vectors of the Krylov space have room.
+
+    Args:
+        owner: Name of the callback.
+        model: The model.
+        params: Option of the callback.
+        basis_memory: Likewise.
+        num_eigenvalues: Likewise.
+
+    Raises:
+        ValueError: If there is room for fewer eigenvalues only.
+        MisconfigurationException: If there is room for none.
+    """
+    try:
+        selected = list(selected_parameters(model, params).values())
+    except ValueError:
+        return  # a model that cannot be analyzed yet raises an error when the analysis begins
+    size, first = sum(p.numel() for p in selected), selected[0]
+    if basis_memory is None and first.device.type not in {"cpu", "cuda"}:
+        return  # the free memory is unknown
+    try:
+        check_basis_memory(basis_memory, size, first.dtype, first.device, min(num_eigenvalues, size))
+    except MemoryError as error:
         raise MisconfigurationException(f"{owner}: {error}") from error
 
 

@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import Unpack, override
@@ -17,7 +16,6 @@ from moe_heads.analysis._shared.shards import is_sharded
 from moe_heads.analysis.loss_landscape.routing_response import has_sparse_router
 from moe_heads.analysis.sharpness.hessian import subspace_overlap
 from moe_heads.analysis.sharpness.hessian.both_ends import Which
-from moe_heads.analysis.sharpness.hessian.lanczos import check_basis_memory
 from moe_heads.analysis.sharpness.hessian.output_loss import OutputLossFn, OutputsFn
 from moe_heads.analysis.sharpness.hessian.parameters import selected_parameters
 from moe_heads.analysis.sharpness.hessian.products import Matrix
@@ -33,7 +31,13 @@ from moe_heads.callbacks._shared.inputs import AnalysisInputs
 from moe_heads.callbacks._shared.options import AnalysisOptions, OverRanks
 from moe_heads.callbacks._shared.reporting import Report
 from moe_heads.callbacks._shared.trainer_access import Split
-from moe_heads.callbacks._sharpness_options import check_are_in, check_differentiable, check_engine, check_params
+from moe_heads.callbacks._sharpness_options import (
+    check_are_in,
+    check_differentiable,
+    check_engine,
+    check_memory,
+    check_params,
+)
 from moe_heads.callbacks._sharpness_points import expected_gradients, report_of_steps
 from moe_heads.callbacks._stability import stability_threshold
 from moe_heads.callbacks.base import FitEndAnalysis
@@ -246,7 +250,7 @@ class SharpnessCallback(FitEndAnalysis):
             loss_fn = self.loss_fn or context.loss_fn or loss_of(model, None)
             output_loss_of(model, loss_fn, self.outputs_fn, self.output_loss)
         if self.basis_memory is not None or (self.runs_in_fit and self.engine == "lanczos"):
-            self._check_basis_memory(model)
+            check_memory(type(self).__name__, model, self.params, self.basis_memory, self.num_eigenvalues)
         if self.runs_in_fit:  # the Trainer has already converted the parameters to its precision
             check_differentiable(type(self).__name__, model, self.params)
 
@@ -406,16 +410,3 @@ class SharpnessCallback(FitEndAnalysis):
             if "lambda_max" in metrics
         }
         return replace(result, overlaps=overlaps, stability_threshold=threshold, history=history)
-
-    def _check_basis_memory(self, model: nn.Module) -> None:
-        try:
-            selected = list(selected_parameters(model, self.params).values())
-        except ValueError:
-            return  # a model that cannot be analyzed yet raises an error when the analysis begins
-        size, first = sum(p.numel() for p in selected), selected[0]
-        if self.basis_memory is None and first.device.type not in {"cpu", "cuda"}:
-            return  # the free memory is unknown
-        try:
-            check_basis_memory(self.basis_memory, size, first.dtype, first.device, min(self.num_eigenvalues, size))
-        except MemoryError as error:
-            raise MisconfigurationException(f"{type(self).__name__}: {error}") from error

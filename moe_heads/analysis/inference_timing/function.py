@@ -88,7 +88,7 @@ def inference_timing(
             ``seconds_per_size`` in all.
         warmup_tolerance: Relative tolerance of the warm-up; a quiet machine reaches 5 % within its first ten runs.
         seconds_per_size: Seconds per batch size, including the warm-up. No further round begins after that, unless
-            there were fewer than six. Six sizes of a small model take 5 s.
+            there were fewer than six. Six sizes of a small model take 5 s, and some 3 s more with wider heads.
         max_seconds: Seconds of the whole sweep, without compilation and graph capture. If six rounds of a size do not
             fit, only the heads are timed, and if no pass fits, nothing; ``skipped`` gives the reason. No round begins
             that would end too late, so that a size may have fewer than six. The smallest size is always timed.

@@ -91,9 +91,10 @@ class ServedPrograms:
         """
         calls: dict[str, list[Call]] = {}
         skipped: list[Skipped] = []
+        references = [_reference(forward) for forward in forwards] if self._runners else []
         for name, (_, run_of) in self._runners.items():
             try:
-                calls[name] = [self._checked(name, run_of, forward) for forward in forwards]
+                calls[name] = [self._checked(name, run_of, *reference) for reference in references]
             except Exception as error:  # of any kind: a program may be made for other shapes
                 if is_out_of_memory(error):
                     raise
@@ -119,14 +120,13 @@ class ServedPrograms:
             for name, difference in self._differences.items()
         )
 
-    def _checked(self, name: str, run_of: Callable[[Batch], Callable[[], object]], forward: Call) -> Call:
+    def _checked(
+        self, name: str, run_of: Callable[[Batch], Callable[[], object]], batch: Batch, expected: Sequence[Tensor]
+    ) -> Call:
         """Return the call of a program, and compare its output with that of the model."""
-        (((_, batch), _),) = forward.arguments
         run = run_of(own_copy(batch))
-        found, expected = _values(run()), _values(forward())
-        forward.restore_inputs()
-        known = self._differences.get(name, 0.0)
-        self._differences[name] = max(known, _difference(found, expected))
+        difference = _difference(_values(run()), expected)
+        self._differences[name] = max(self._differences.get(name, 0.0), difference)
         return Call(run)
 
 
@@ -185,6 +185,14 @@ def _of_session(session: Any, batch: Batch) -> Callable[[], object]:
         tensors = dict(zip(names, leaves, strict=False))
     feeds = {name: tensor.detach().cpu().contiguous().numpy() for name, tensor in tensors.items()}
     return partial(session.run, None, feeds)
+
+
+def _reference(forward: Call) -> tuple[Batch, Sequence[Tensor]]:
+    """Return the batch of a forward pass, and the outputs of the model."""
+    (((_, batch), _),) = forward.arguments
+    expected = _values(forward())
+    forward.restore_inputs()
+    return batch, expected
 
 
 def _values(output: Any) -> list[Tensor]:

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from PIL import Image
 
 from bench.gpu.piece import Report, Settings
 
@@ -16,6 +15,8 @@ __all__ = ["study"]
 
 _SCRIPT = Path(__file__).parents[3] / "compare_heads.py"
 _HEADS = ("dense", "soft", "sparse")
+# The imports alone take a part of this.
+_FEWEST_SECONDS = 30
 _QUICK = {"backbone": "resnet8", "epochs": 1, "batch-size": 8, "analysis-samples": 8, "plane-points": 3}
 
 
@@ -29,17 +30,18 @@ def study(settings: Settings, result: Report, save: Callable[[], None]) -> bool:
     """
     if settings.images is None and not settings.quick:
         raise ImportError("the images are missing: pass IMAGES=FOLDER with train/<class>/ and test/<class>/")
+    if settings.seconds_left < _FEWEST_SECONDS:
+        return False
     with tempfile.TemporaryDirectory() as temporary:
         images = settings.images or _random_images(Path(temporary))
         out = settings.out / "study"
         command = [sys.executable, str(_SCRIPT), "--preset", "gpu", "--data", f"imagefolder:{images}", "--resume"]
         command += ["--accelerator", "gpu" if settings.device.type == "cuda" else "cpu", "--heads", *_HEADS]
-        command += ["--out", str(out), "--seeds", "1", "--max-minutes", str(max(settings.seconds_left, 30) / 60 * 0.8)]
+        command += ["--out", str(out), "--seeds", "1", "--max-minutes", str(settings.seconds_left / 60 * 0.8)]
         command += [f"--{name}={value}" for name, value in _QUICK.items()] if settings.quick else []
         try:
             # a part that has begun when the time is up still ends
-            limit = max(settings.seconds_left, 60)
-            done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=limit)
+            done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=settings.seconds_left)
         except subprocess.TimeoutExpired:
             result["tail"] = "the time was over"
             return False
@@ -56,6 +58,8 @@ def study(settings: Settings, result: Report, save: Callable[[], None]) -> bool:
 
 
 def _random_images(folder: Path) -> Path:
+    from PIL import Image
+
     generator = torch.Generator().manual_seed(0)
     for split in ("train", "test"):
         for label in ("a", "b"):

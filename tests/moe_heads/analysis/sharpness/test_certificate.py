@@ -303,8 +303,18 @@ def test_the_basis_stays_within_its_memory(monkeypatch: pytest.MonkeyPatch) -> N
     tight = sharpness(model, cross_entropy, [batch], density=False, basis_memory=9 * 57 * 8)
     assert longest <= 9 and tight.eigenvalues_converged
     np.testing.assert_allclose(tight.eigenvalues, roomy.eigenvalues, rtol=1e-3)
+    exact = torch.linalg.eigvalsh(dense_hessian(model, cross_entropy, batch)).flip(0)[:5]
+    np.testing.assert_allclose(tight.eigenvalues, exact, rtol=1e-4)
     with pytest.raises(ValueError, match="basis_memory: expected at least 3,648 bytes, 8 vectors of 57 parameters"):
         sharpness(model, cross_entropy, [batch], basis_memory=7 * 57 * 8)
+
+
+def test_too_few_steps_for_the_search_of_missing_eigenvalues() -> None:
+    with pytest.warns(
+        UserWarning, match=r"could not exclude a missing larger eigenvalue.*Raise max_steps or basis_mem"
+    ):
+        result = sharpness(small_mlp(), cross_entropy, [classification(60, 5)], density=False, max_steps=33)
+    assert not result.eigenvalues_converged and max(result.residuals) < 1e-3
 
 
 def test_no_check_warns_on_a_plain_network() -> None:
