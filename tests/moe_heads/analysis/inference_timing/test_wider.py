@@ -49,3 +49,10 @@ def test_only_a_head_that_is_not_faster_is_widened(standing: str, monkeypatch: p
     model = SparseMoE(6, 3, num_experts=4, expert_width=5).eval()
     result = inference_timing(model, torch.randn(1, 6), batch_sizes=[1], num_runs=6, seconds_per_size=0.05)
     assert [each.width for each in result.gaps[0].wider] == ([] if standing == "faster" else [10])
+
+
+def test_a_head_with_as_many_operations_as_its_twin_is_not_widened(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(GapPoint, "standing", lambda self, allowance: "slower")
+    model = SoftMoE(6, 3, num_experts=4, expert_width=5).eval()
+    result = inference_timing(model, torch.randn(1, 6), batch_sizes=[1], num_runs=6, seconds_per_size=0.05)
+    assert result.gaps[0].points[0].theoretical < 1.1 and not result.gaps[0].wider
